@@ -1,0 +1,55 @@
+"""What a retention method may look at: one sequence at the end of one layer's prefill.
+
+Shapes: n prompt tokens, w window queries, H local kv heads, Hq local query heads, D head dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Observation:
+    """Keys, values and trailing queries of one sequence in one layer, and how to attend over them.
+
+    Attributes:
+        layer: layer number in the whole model, from 0.
+        num_layers: layers of the whole model.
+        prompt_tokens: n, the prompt's length.
+        keys: [n, H, D], rotated at their positions.
+        values: [n, H, D].
+        queries: [w, Hq, D], the last w queries, or None when the method observes none.
+        scale: factor on the dot products of the softmax.
+        heads: global ids of the H local kv heads.
+        group_size: query heads per kv head in the whole model (a rank that shares its kv heads
+            with others holds fewer).
+        mass_fn: (queries [w, Hq, D], keys [n, H, D]) -> [H, n] fp32, the sum over the queries and
+            over the local query heads of each kv head of causal softmax attention.
+        reduce_fn: sums partial [H, n] over the ranks that replicate these kv heads; None when no
+            other rank holds them.
+    """
+
+    layer: int
+    num_layers: int
+    prompt_tokens: int
+    keys: Tensor
+    values: Tensor
+    queries: Tensor | None
+    scale: float
+    heads: range
+    group_size: int
+    mass_fn: Callable[[Tensor, Tensor], Tensor]
+    reduce_fn: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.layer < self.num_layers
+        assert self.keys.shape[:2] == (self.prompt_tokens, len(self.heads))
+
+    def window_mass(self) -> Tensor:
+        """Attention on each key, [H, n] fp32: mean over the window queries and the whole group."""
+        assert self.queries is not None, "the score observes queries, but the worker kept none"
+        mass = self.mass_fn(self.queries, self.keys)
+        if self.reduce_fn is not None:
+            mass = self.reduce_fn(mass)
+        return mass / (self.queries.shape[0] * self.group_size)

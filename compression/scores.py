@@ -1,0 +1,90 @@
+"""Scores of the context tokens: the larger, the sooner a token is kept.
+
+A score looks at one sequence in one layer and returns [H, n - w] fp32, one row per local kv head
+and one column per context token, i.e. per prompt token before the window. The window (the last w
+tokens) and the sinks (the first s) are kept whatever their score: `select.py` sees to that.
+
+Shapes: n prompt tokens, w window tokens, H local kv heads, Hq local query heads, D head dim.
+"""
+
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from .observation import Observation
+
+if TYPE_CHECKING:
+    from .retention import Retention
+
+Bits = TypeVar("Bits", int, Tensor)
+
+
+def streaming(observation: Observation, retention: "Retention") -> Tensor:
+    """Recency: with the sinks forced, the last `B - s` tokens stay.
+
+    StreamingLLM, arXiv 2309.17453. The window lies within these, so at uniform budgets its length
+    changes nothing; under another shape it is what every layer keeps at the least.
+    """
+    num_context = observation.prompt_tokens - retention.window
+    recency = torch.arange(num_context, dtype=torch.float32, device=observation.keys.device)
+    return recency.expand(len(observation.heads), num_context)
+
+
+def snapkv(observation: Observation, retention: "Retention") -> Tensor:
+    """Attention that the last w queries pay to a token, pooled over its neighbours.
+
+    Mean over the window queries and over the group's query heads, then 1-D pooling of
+    `kernel_size` tokens with stride 1 over the context columns. Beyond their edges `max` sees
+    nothing and `avg` sees zeros (it always divides by `kernel_size`), as published.
+
+    SnapKV, arXiv 2404.14469, section 4; also the score of PyramidKV, arXiv 2406.02069.
+    """
+    num_context = observation.prompt_tokens - retention.window
+    mass = observation.window_mass()[:, :num_context]
+    pool = torch.max_pool1d if retention.pooling == "max" else torch.avg_pool1d
+    return pool(mass, retention.kernel_size, stride=1, padding=retention.kernel_size // 2)
+
+
+def knorm(observation: Observation, retention: "Retention") -> Tensor:
+    """Minus the L2 norm of the key: keys of small norm draw the most attention.
+
+    Devoto et al., arXiv 2406.11430 (EMNLP 2024). The window is not observed, only kept.
+    """
+    num_context = observation.prompt_tokens - retention.window
+    keys = observation.keys[:num_context]
+    return cast("Tensor", -torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).T)
+
+
+def random(observation: Observation, retention: "Retention") -> Tensor:
+    """Uniform noise in [0, 1): the baseline that every method must beat.
+
+    A pure function of (seed, layer, global kv head, position), so neither sharding nor the rest of
+    the batch changes what is kept. The window is not observed, only kept.
+    """
+    num_context = observation.prompt_tokens - retention.window
+    device = observation.keys.device
+    heads = torch.arange(observation.heads.start, observation.heads.stop, device=device)
+    positions = torch.arange(num_context, device=device)
+    layer_key = _mix32(_mix32(_mix32(retention.seed >> 32) ^ retention.seed) ^ observation.layer)
+    head_keys = _mix32(heads ^ layer_key)
+    bits = _mix32(head_keys.unsqueeze(1) ^ _mix32(positions + 1))
+    return (bits >> 8).float() * 2**-24  # an fp32 holds 24 bits exactly
+
+
+def _mix32(bits: Bits) -> Bits:
+    """Scramble the low 32 bits one to one (the finaliser of MurmurHash3)."""
+    bits = bits & 0xFFFFFFFF
+    bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return bits ^ (bits >> 16)
+
+
+def observe_none(retention: "Retention", prompt_tokens: int) -> int:
+    """Queries that a score needs which looks at none."""
+    return 0
+
+
+def observe_window(retention: "Retention", prompt_tokens: int) -> int:
+    """Queries that a score needs which looks at the window's: w, or all of a shorter prompt."""
+    return min(retention.window, prompt_tokens)

@@ -1,0 +1,114 @@
+"""Every setting of the engine, with its default, unit and check. Unknown keys are errors."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+CONFIG_DIR = Path(__file__).resolve().parent
+
+
+class EngineConfig(BaseModel):
+    """Settings of one engine replica. Sizes are per replica unless the name says otherwise."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="Local folder or Hugging Face hub id of a Llama-class model.")
+    tokenizer: str | None = Field(None, description="Folder or hub id; default: the model's own.")
+    load_format: Literal["safetensors", "dummy"] = Field(
+        "safetensors", description="'dummy' makes random weights (benchmarks and tests)."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = Field(0, ge=0, description="Seeds requests that bring no seed of their own.")
+
+    max_model_len: int | None = Field(
+        None, ge=1, description="Prompt plus generated tokens; default: the model's context."
+    )
+    max_num_seqs: int = Field(64, ge=1, description="Sequences that hold a slot at once.")
+    max_prefill_tokens: int = Field(
+        8192, ge=1, description="Prompt tokens concatenated into one prefill group."
+    )
+    prefill_quantum: int | None = Field(
+        None,
+        ge=1,
+        description="Layers x tokens of prefill per step while others decode; default: no bound.",
+    )
+    max_extend_tokens: int = Field(
+        1024, ge=1, description="Tokens replayed or scored per step in one `extend`."
+    )
+    linear_chunk_tokens: int = Field(
+        2048, ge=1, description="Tokens per chunk in linear layers and MLP during prefill."
+    )
+
+    page_tokens: int = Field(16, ge=1, description="Tokens of one page (one row's K and V).")
+    kv_memory_gib: float | None = Field(
+        None, gt=0, description="KV pool in GiB; default on CPU: min(4, 30% of available memory)."
+    )
+    memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of GPU memory the engine may use."
+    )
+
+    retention: str | dict[str, Any] = Field(
+        "full", description="Retention method or preset name, or a mapping of its settings."
+    )
+    budget: int | str | None = Field(
+        None, description="Mean kept tokens per layer and kv head, or a share such as '25%'."
+    )
+
+    attention_backend: str = "auto"
+    tensor_parallel_size: int = Field(1, ge=1)
+    pipeline_parallel_size: int = Field(1, ge=1)
+    layer_split: tuple[int, ...] | None = Field(
+        None, description="Layers per pipeline stage, e.g. [16, 14]; default: balanced."
+    )
+    executor: Literal["local", "ray"] = "local"
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads per worker; default: cores / ranks on the host."
+    )
+    warmup: bool = Field(True, description="Run one small step before the first request.")
+    check_integrity: bool = Field(False, description="Prove page ownership after every step.")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="Serve /metrics here (0: any free port); default: off."
+    )
+    log_dir: str | None = Field(
+        None, description="Folder of the per-rank logs; default: <cache>/logs/<start time>."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.layer_split is not None:
+            if len(self.layer_split) != self.pipeline_parallel_size:
+                raise ValueError(
+                    f"layer_split has {len(self.layer_split)} entries; it needs one per pipeline "
+                    f"stage (pipeline_parallel_size={self.pipeline_parallel_size})"
+                )
+            if min(self.layer_split) < 1:
+                raise ValueError("layer_split: every stage needs at least one layer")
+        ranks = self.tensor_parallel_size * self.pipeline_parallel_size
+        if self.executor == "local" and ranks > 1:
+            raise ValueError(
+                f"executor='local' runs one rank; tensor_parallel_size={self.tensor_parallel_size}"
+                f" x pipeline_parallel_size={self.pipeline_parallel_size} needs executor='ray'"
+            )
+        return self
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping; a bare name such as `cpu-pp2` is looked up under `configs/`.
+
+    Raises:
+        ValueError: no such file or preset, or the file is not a mapping.
+    """
+    file = Path(path)
+    if not file.exists():
+        matches = sorted(CONFIG_DIR.glob(f"*/{path}.yaml")) + sorted(CONFIG_DIR.glob(f"{path}.yaml"))
+        if not matches:
+            known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*/*.yaml")))
+            raise ValueError(f"config: no file or preset {str(path)!r}; presets: {known}")
+        file = matches[0]
+    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise ValueError(f"config: {file} must hold a mapping of settings, not {type(data).__name__}")
+    return data

@@ -1,0 +1,379 @@
+"""Retention settings: how they are written, what is refused, and how budgets spread over layers."""
+
+import json
+import pickle
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from saqqara.compression.budgets import settle
+from saqqara.compression.registry import SCORES, SHAPES
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import CONFIG_DIR
+
+PRESETS = ["full", "knorm", "pyramidkv", "random", "snapkv", "streaming"]
+
+
+def test_a_name_and_a_budget_are_all_it_takes() -> None:
+    retention = Retention.parse("pyramidkv", 256)
+    assert (retention.score, retention.shape, retention.budget) == ("snapkv", "pyramid", 256)
+    assert (retention.window, retention.sinks, retention.beta) == (32, 4, 20)
+    assert retention.label == "pyramidkv@256"
+    assert sum(retention.layer_tokens(prompt_tokens=2000, num_layers=30)) == 30 * 256
+
+
+def test_every_preset_is_known_by_its_file_name() -> None:
+    assert sorted(file.stem for file in (CONFIG_DIR / "retention").glob("*.yaml")) == PRESETS
+    for name in PRESETS:
+        retention = Retention.parse(name, None if name == "full" else "25%")
+        assert retention.method == name
+        # A label names what departs from the defaults of the fields: nothing does.
+        assert retention.label == ("full" if name == "full" else f"{name}@25%")
+
+
+def test_nothing_means_full() -> None:
+    assert Retention.parse(None) == Retention.parse("full") == Retention()
+    full = Retention()
+    assert not full.drops(10**6)
+    assert full.budget_tokens(1000) == 1000
+    assert full.layer_tokens(1000, 3) == (1000, 1000, 1000)
+    assert full.num_window_queries(1000) == 0
+    assert full.to_dict() == {"method": "full"}
+    assert full.label == "full"
+
+
+def test_any_score_goes_with_any_shape() -> None:
+    for score in SCORES:
+        for shape in SHAPES:
+            by_name = Retention.parse(f"{score}-{shape}", "25%")
+            by_fields = Retention.parse({"score": score, "shape": shape, "budget": "25%"})
+            assert by_name == by_fields
+            assert (by_name.score, by_name.shape) == (score, shape)
+
+
+def test_another_score_or_shape_takes_the_name_away() -> None:
+    """A report must not call `pyramidkv` what is none; the preset's `beta` goes with the shape."""
+    flat = Retention.parse({"method": "pyramidkv", "shape": "uniform", "budget": 128})
+    assert flat.method == "snapkv-uniform"
+    assert flat.label == "snapkv-uniform@128"
+    norms = Retention.parse({"method": "pyramidkv", "score": "knorm", "budget": 128})
+    assert norms.method == "knorm-pyramid"
+    same = Retention.parse({"method": "pyramidkv", "score": "snapkv", "budget": 128})
+    assert same.method == "pyramidkv"
+
+
+def test_label_tells_departures_from_the_defaults() -> None:
+    retention = Retention.parse(
+        {"method": "snapkv", "budget": "12.5%", "window": 16, "skip_layers": [0, 1]}
+    )
+    assert retention.label == "snapkv@12.5%,window=16,skip_layers=[0,1]"
+
+
+@pytest.mark.parametrize(
+    ("budget", "tokens", "share"),
+    [
+        (256, 256, None),
+        ("256", 256, None),
+        ("25%", None, 0.25),
+        (" 7 % ", None, 0.07),
+        ("12.5%", None, 0.125),
+        ("100%", None, 1.0),
+    ],
+)
+def test_budgets_as_users_write_them(
+    budget: int | str, tokens: int | None, share: float | None
+) -> None:
+    for retention in (
+        Retention.parse("snapkv", budget),
+        Retention.parse({"method": "snapkv", "budget": budget}),
+        Retention.parse({"method": "snapkv", "budget": budget}, budget),
+        Retention.parse(Retention.parse("snapkv", 99), budget),
+        Retention.parse(Retention.parse("snapkv", "99%"), budget),
+    ):
+        assert (retention.budget, retention.share) == (tokens, share)
+
+
+@pytest.mark.parametrize(
+    ("spec", "budget", "message"),
+    [
+        ("full", 256, "budget: 'full' keeps all"),
+        (None, "25%", "budget: 'full' keeps all"),
+        ({"method": "full", "window": 8}, None, "window: 'full' keeps all"),
+        ("snapkv", None, "budget: 'snapkv' needs one"),
+        ({"method": "snapkv", "budget": None}, None, "budget: 'snapkv' needs one"),
+        ("snapkv", 36, "budget: 36 tokens are too few .* at least 37"),
+        ("snapkv", 0, "budget: must be an integer of at least 1, not 0"),
+        ("snapkv", "0%", "budget: a share must lie above 0%"),
+        ("snapkv", "101%", "budget: a share must lie above 0% and up to 100%"),
+        ("snapkv", "-5%", "budget: must be tokens or a share such as '25%', not '-5%'"),
+        ("snapkv", "many", "budget: must be tokens or a share such as '25%', not 'many'"),
+        ("snapkv", 0.25, "budget: must be tokens or a share such as '25%', not 0.25"),
+        ("snapkv", True, "budget: must be tokens or a share such as '25%', not True"),
+        ({"method": "snapkv", "budget": 64}, 128, "budget: given twice, as 64 and as 128"),
+        ("pyramid", 256, "method: unknown 'pyramid'; known: full, knorm, pyramidkv, random"),
+        ("snapkv-cubic", 256, "method: unknown 'snapkv-cubic'; .* shapes pyramid, uniform"),
+        ("../schema", 256, "method: unknown '../schema'"),
+        ("", None, "method: unknown ''"),
+        ({"method": ["snapkv"]}, 256, r"method: unknown \['snapkv'\]"),
+        ({"budget": 256}, None, "method: missing; known: full"),
+        ({"score": "best"}, 256, "score: unknown 'best'; known: knorm, random, snapkv"),
+        ({"score": ["knorm"]}, 256, r"score: unknown \['knorm'\]"),
+        ({"method": "snapkv", "score": None}, 256, "score: unknown None"),
+        ({"method": "snapkv", "shape": "cubic"}, 256, "shape: unknown 'cubic'; known: pyramid"),
+        ({"method": "knorm", "windows": 8}, 256, "windows: not a .*; allowed: method, .* window"),
+        ({"method": "knorm", "beta": 20}, 256, "beta: not a setting of score 'knorm' with shape"),
+        ({"method": "snapkv", "seed": 1}, 256, "seed: not a setting of score 'snapkv'"),
+        ({"method": "snapkv", 5: 1}, 256, "5: not a setting"),
+        ({"method": "snapkv", "window": 0}, 256, "window: must be an integer of at least 1"),
+        ({"method": "knorm", "window": -1}, 256, "window: must be an integer of at least 0"),
+        ({"method": "knorm", "window": "8"}, 256, "window: must be an integer of at least 0"),
+        ({"method": "knorm", "window": True}, 256, "window: must be an integer of at least 0"),
+        ({"method": "knorm", "sinks": 1.5}, 256, "sinks: must be an integer of at least 0"),
+        ({"method": "snapkv", "kernel_size": 4}, 256, "kernel_size: must be odd, not 4"),
+        ({"method": "snapkv", "kernel_size": 0}, 256, "kernel_size: must be an integer of"),
+        ({"method": "snapkv", "pooling": "mean"}, 256, "pooling: must be 'max' or 'avg'"),
+        ({"method": "pyramidkv", "beta": 0.5}, 256, "beta: must be a number from 1 up"),
+        ({"method": "pyramidkv", "beta": float("nan")}, 256, "beta: must be a number from 1 up"),
+        ({"method": "pyramidkv", "beta": "20"}, 256, "beta: must be a number from 1 up"),
+        ({"method": "random", "seed": -1}, 256, "seed: must be an integer of at least 0"),
+        ({"method": "random", "seed": 2**64}, 256, r"seed: must be below 2\*\*64"),
+        ({"method": "knorm", "skip_layers": 1}, 256, "skip_layers: must be a list of layers"),
+        ({"method": "knorm", "skip_layers": [-1]}, 256, "skip_layers: must be an integer of at"),
+        ({"method": "knorm", "skip_layers": [2, 1]}, 256, "skip_layers: must rise, each layer"),
+        (7, None, "retention: must be a name or a mapping of settings, not int 7"),
+    ],
+)
+def test_what_is_wrong_is_named(spec: Any, budget: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Retention.parse(spec, budget)
+
+
+def test_a_retention_is_valid_however_it_is_made() -> None:
+    with pytest.raises(ValueError, match=r"^seed: 'knorm' takes no such setting"):
+        Retention(method="knorm", score="knorm", budget=64, seed=1)
+    with pytest.raises(ValueError, match=r"^window: 'full' takes no such setting"):
+        Retention(window=8)
+    with pytest.raises(ValueError, match=r"^score: method 'full' cannot have score 'knorm'"):
+        Retention(score="knorm", budget=64)
+    with pytest.raises(ValueError, match=r"^budget: 'knorm' needs one"):
+        Retention(method="knorm", score="knorm", budget=64, share=0.5)
+
+
+settings = st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(["snapkv-uniform", "pyramidkv", "snapkv-pyramid"]),
+        "budget": st.one_of(
+            st.integers(40, 10_000),
+            st.decimals(min_value="0.001", max_value=100, places=3).map(lambda share: f"{share}%"),
+        ),
+        "window": st.integers(1, 32),
+        "sinks": st.integers(0, 7),
+        "skip_layers": st.lists(st.integers(0, 20), unique=True, max_size=3).map(sorted),
+    }
+)
+
+
+@given(settings)
+def test_parse_reads_back_what_is_written(given_settings: dict[str, Any]) -> None:
+    retention = Retention.parse(given_settings)
+    assert Retention.parse(retention) is retention
+    again = Retention.parse(json.loads(json.dumps(retention.to_dict())))
+    assert again == retention
+    assert hash(again) == hash(retention)
+    assert pickle.loads(pickle.dumps(retention)) == retention
+
+
+@pytest.mark.parametrize(
+    ("budget", "prompt_tokens", "expected"),
+    [
+        (256, 2000, 256),
+        (256, 256, 256),
+        (256, 100, 100),
+        ("25%", 2000, 500),
+        ("25%", 1998, 500),  # 499.5: halves round up
+        ("25%", 1997, 499),
+        ("7%", 1050, 74),  # 73.5, which in floating point would be 73.50000000000001
+        ("29%", 150, 44),  # 43.5, which in floating point would be 43.49999999999999
+        ("25%", 100, 37),  # raised to window + sinks + 1
+        ("25%", 37, 37),
+        ("25%", 5, 5),
+        ("100%", 777, 777),
+    ],
+)
+def test_budget_of_a_prompt(budget: int | str, prompt_tokens: int, expected: int) -> None:
+    retention = Retention.parse("snapkv", budget)
+    assert retention.budget_tokens(prompt_tokens) == expected
+    assert retention.drops(prompt_tokens) == (expected < prompt_tokens)
+
+
+def test_queries_are_asked_for_only_where_a_score_looks_at_them() -> None:
+    for name, num_queries in [("snapkv", 32), ("streaming", 0), ("knorm", 0), ("random", 0)]:
+        retention = Retention.parse(name, 100)
+        assert retention.num_window_queries(101) == num_queries
+        assert retention.num_window_queries(100) == 0  # nothing will be dropped
+
+
+def pyramid_oracle(
+    n: int, num_layers: int, budget: int, window: int, sinks: int, beta: int
+) -> list[int]:
+    """The definition, with exact fractions: linear, then integers from the lowest layer up."""
+    c = Fraction(budget - window)
+    c_min = max(Fraction(sinks), c / beta)
+    c_max = 2 * c - c_min
+    if c_max > n - window:
+        c_max = Fraction(n - window)
+        c_min = 2 * c - c_max
+    exact = [
+        window + c_max - layer * (c_max - c_min) / (num_layers - 1) for layer in range(num_layers)
+    ]
+    kept = [value.numerator // value.denominator for value in exact]
+    left = num_layers * budget - sum(kept)
+    for layer in range(num_layers):
+        if left > 0 and kept[layer] < n:
+            kept[layer] += 1
+            left -= 1
+    return kept
+
+
+def test_pyramid_of_the_design() -> None:
+    """B = 256 on 30 layers: 71% of what is kept lies in the lower half."""
+    tokens = Retention.parse("pyramidkv", 256).layer_tokens(2000, 30)
+    assert tokens[0] == 469  # 32 + 2 * 224 - 224 / 20 = 468.8, and the remainder
+    assert tokens[-1] == 43  # 32 + 224 / 20 = 43.2
+    assert 100 * sum(tokens[:15]) // sum(tokens) == 71
+
+
+def test_pyramid_bends_to_a_short_prompt_and_never_goes_uniform() -> None:
+    """Where KVCache-Factory turns uniform: the bottom layer keeps all, the top one rises."""
+    retention = Retention.parse("pyramidkv", 256)
+    assert retention.layer_tokens(300, 5) == (300, 278, 256, 234, 212)
+    assert retention.layer_tokens(257, 5) == (257, 257, 256, 255, 255)
+
+
+@given(
+    num_layers=st.integers(2, 100),
+    window=st.integers(1, 40),
+    sinks=st.integers(0, 8),
+    beta=st.integers(1, 50),
+    extra=st.integers(1, 2000),
+    dropped=st.integers(1, 5000),
+)
+def test_pyramid_budgets(
+    num_layers: int, window: int, sinks: int, beta: int, extra: int, dropped: int
+) -> None:
+    budget = window + sinks + extra
+    n = budget + dropped
+    retention = Retention.parse(
+        {"method": "pyramidkv", "window": window, "sinks": sinks, "beta": beta}, budget
+    )
+    tokens = retention.layer_tokens(n, num_layers)
+    assert list(tokens) == pyramid_oracle(n, num_layers, budget, window, sinks, beta)
+    assert sum(tokens) == num_layers * budget
+    assert list(tokens) == sorted(tokens, reverse=True)
+    assert tokens[0] <= n
+    assert tokens[-1] >= window + sinks
+    if beta > 1 and extra > 2 * num_layers and dropped > 2 * num_layers and sinks < extra:
+        assert tokens[0] > tokens[-1]
+
+
+@given(
+    shape=st.sampled_from(sorted(SHAPES)),
+    num_layers=st.integers(1, 40),
+    prompt_tokens=st.integers(1, 3000),
+    budget=st.one_of(st.integers(9, 1000), st.sampled_from(["1%", "10%", "33.3%", "100%"])),
+    skip_layers=st.lists(st.integers(0, 39), unique=True, max_size=3).map(sorted),
+)
+def test_layers_sum_to_the_budget_or_it_is_an_error(
+    shape: str, num_layers: int, prompt_tokens: int, budget: int | str, skip_layers: list[int]
+) -> None:
+    assume(not skip_layers or skip_layers[-1] < num_layers)
+    retention = Retention.parse(
+        {"score": "knorm", "shape": shape, "window": 4, "skip_layers": skip_layers}, budget
+    )
+    mean = retention.budget_tokens(prompt_tokens)
+    try:
+        tokens = retention.layer_tokens(prompt_tokens, num_layers)
+    except ValueError:
+        others = num_layers - len(skip_layers)
+        least = len(skip_layers) * prompt_tokens + others * (4 + 4)
+        assert retention.drops(prompt_tokens)
+        assert least > num_layers * mean
+        return
+    assert sum(tokens) == num_layers * mean
+    assert all(min(8, prompt_tokens) <= count <= prompt_tokens for count in tokens)
+    assert all(tokens[layer] == prompt_tokens for layer in skip_layers)
+    rows = retention.row_tokens(prompt_tokens, num_layers, num_heads=3)
+    assert rows.dtype == np.int32
+    assert rows.tolist() == [[count] * 3 for count in tokens]
+
+
+def test_remainder_goes_to_the_lowest_layers() -> None:
+    """Layer 1 keeps all 100; what is left of 4 x 40 is 60 for three layers, then 59 and 61."""
+    for prompt_tokens, expected in [
+        (100, (20, 100, 20, 20)),
+        (99, (21, 99, 20, 20)),
+        (101, (20, 101, 20, 19)),
+    ]:
+        retention = Retention.parse({"method": "knorm", "window": 8, "skip_layers": [1]}, 40)
+        assert retention.layer_tokens(prompt_tokens, 4) == expected
+
+
+def test_skip_layers_that_cannot_be_paid_for() -> None:
+    retention = Retention.parse({"method": "knorm", "skip_layers": [0, 1]}, 100)
+    assert retention.layer_tokens(100, 2) == (100, 100)
+    with pytest.raises(ValueError, match=r"^skip_layers: 2 of 2 layers keep all 101 tokens"):
+        retention.layer_tokens(101, 2)
+    with pytest.raises(ValueError, match="takes a budget of at least 144"):
+        retention.layer_tokens(1000, 18)
+    enough = Retention.parse(retention, 144)
+    assert sum(enough.layer_tokens(1000, 18)) == 18 * 144
+    with pytest.raises(ValueError, match=r"^skip_layers: 1 is no layer of this model"):
+        retention.layer_tokens(50, 1)
+
+
+def test_a_model_of_one_layer_keeps_the_budget() -> None:
+    for name in ("pyramidkv", "snapkv"):
+        assert Retention.parse(name, 64).layer_tokens(1000, 1) == (64,)
+
+
+def test_row_tokens_cannot_be_changed_by_a_caller() -> None:
+    rows = Retention.parse("snapkv", 64).row_tokens(1000, 2, 3)
+    with pytest.raises(ValueError, match="read-only"):
+        rows[0, 0] = 1
+
+
+@given(
+    weights=st.lists(st.integers(0, 50), min_size=1, max_size=12),
+    floor=st.integers(0, 20),
+    span=st.integers(0, 60),
+    data=st.data(),
+)
+def test_settle_meets_bounds_and_total(
+    weights: list[int], floor: int, span: int, data: st.DataObject
+) -> None:
+    """Any shape that a later method may ask for, however far beyond the bounds."""
+    cap, num_layers = floor + span, len(weights)
+    total = data.draw(st.integers(num_layers * floor, num_layers * cap))
+    scale = Fraction(total, max(sum(weights), 1))
+    targets = [weight * scale for weight in weights]
+    if not any(weights):
+        targets = [Fraction(total, num_layers)] * num_layers
+    counts = settle(targets, total, floor, cap)
+    assert sum(counts) == total
+    assert all(floor <= count <= cap for count in counts)
+    # The bounds share out equally, so the order of the targets stays, but for the remainder.
+    for low, high in zip(range(num_layers - 1), range(1, num_layers), strict=True):
+        if targets[low] >= targets[high]:
+            assert counts[low] >= counts[high]
+        else:
+            assert counts[low] <= counts[high] + 1
+
+
+def test_settle_shares_what_a_bound_takes_equally() -> None:
+    targets = [Fraction(40), Fraction(8), Fraction(6), Fraction(-10)]
+    # The cap takes 20 from the first, the floor gives 12 to the last: 4 each for those between.
+    assert settle(targets, total=44, floor=2, cap=20) == [20, 12, 10, 2]

@@ -1,0 +1,197 @@
+"""The wire format between scheduler and workers: small, frozen, picklable, no tensors.
+
+A `StepPlan` says what all workers of a replica do in one step, in the order *free, new, prefill,
+decode*. A `StepResult` is what one worker reports back.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from saqqara.compression.retention import Retention
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSpec:
+    """The part of the sampling parameters that the last stage needs.
+
+    `seed` is always set (the engine derives one where the request has none): random numbers are a
+    function of (seed, position), so a resumed sequence goes on exactly as it would have.
+    `blocked_token_ids` cannot be sampled before `min_tokens` tokens are generated.
+    `num_logprobs` is None for none, 0 for the sampled token's only, k for the k best as well.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    min_tokens: int = 0
+    blocked_token_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """A sequence that takes a slot.
+
+    `token_ids` are int32 bytes: the prompt (`prompt_tokens` of them, prefilled and retained), then
+    tokens that are already known (generated before a preemption, or the continuation to score),
+    which later `DecodeItem`s replay through `extend`. With `score`, every known token after the
+    prompt gets its log-probability and nothing is sampled.
+    """
+
+    slot: int
+    token_ids: bytes
+    prompt_tokens: int
+    sampling: SamplingSpec
+    retention: Retention
+    score: bool = False
+
+    def tokens(self) -> np.ndarray:
+        """The known tokens, int32 [n]."""
+        return np.frombuffer(self.token_ids, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillGroup:
+    """Prompts that go through the layers `[start_layer, stop_layer)` together in this step.
+
+    Layer numbers are those of the whole model. A group keeps its slots (and their order) from its
+    first range, which starts at layer 0, to its last, which stops at the model's last layer; there
+    each sequence without known tokens after its prompt is sampled.
+    """
+
+    slots: tuple[int, ...]
+    start_layer: int
+    stop_layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeItem:
+    """`num_tokens` known tokens of a slot, fed from `position` on through all layers.
+
+    One token is a decode step; more are an extension (resume or scoring). `sample` asks for the
+    next token after the last one.
+    """
+
+    slot: int
+    position: int
+    num_tokens: int = 1
+    sample: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step of a replica; the same object goes to every worker."""
+
+    step: int
+    free: tuple[int, ...] = ()
+    new: tuple[NewSequence, ...] = ()
+    prefill: tuple[PrefillGroup, ...] = ()
+    decode: tuple[DecodeItem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the chosen token's, its rank (1 = best), and the best."""
+
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The next token of a slot; `position` is the token's own position in the sequence."""
+
+    slot: int
+    position: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """Log-probabilities of known tokens from `position` on; `ranks` has 1 where greedy agrees."""
+
+    slot: int
+    position: int
+    logprobs: tuple[float, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCounts:
+    """Kept tokens per row of one slot whose prefill ended on this worker, int32 bytes [L, H]."""
+
+    slot: int
+    counts: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerMemory:
+    """Bytes on one worker. Peaks are since start-up.
+
+    `prefill_kv_bytes` counts the pages of prompts in prefill plus the fresh keys and values of the
+    layer being computed; `prefill_activation_bytes` everything else that prefill holds
+    (hidden states in flight and parked, queries, attention output, MLP chunk).
+    """
+
+    weight_bytes: int = 0
+    pool_bytes: int = 0
+    parked_activation_bytes: int = 0
+    prefill_kv_bytes_peak: int = 0
+    prefill_activation_bytes_peak: int = 0
+    resident_bytes: int = 0
+    resident_bytes_peak: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one worker did in one step.
+
+    `sampled` and `scored` come from tensor rank 0 of the last stage only. `refused` names slots
+    whose keys and values did not fit: this worker wrote nothing for them and holds nothing of them.
+    """
+
+    step: int
+    rank: int
+    sampled: tuple[SampledToken, ...] = ()
+    scored: tuple[ScoredTokens, ...] = ()
+    kept: tuple[KeptCounts, ...] = ()
+    refused: tuple[int, ...] = ()
+    pages_free: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: WorkerMemory = field(default_factory=WorkerMemory)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What one worker is once it has started: its shard and what fits into it.
+
+    Layers are `[start_layer, stop_layer)`, kv heads `[start_head, stop_head)` of the whole model.
+    """
+
+    rank: int
+    pipeline_rank: int
+    tensor_rank: int
+    start_layer: int
+    stop_layer: int
+    start_head: int
+    stop_head: int
+    num_pages: int
+    page_tokens: int
+    page_bytes: int
+    device: str
+    dtype: str
+    attention_backend: str
+    attention_reason: str
+    memory: WorkerMemory
+    hostname: str
+    pid: int
+    log_file: str | None = None
