@@ -1,1 +1,1 @@
-
+"""Computes: one shard of the model and of its KV cache. Imports no Ray."""

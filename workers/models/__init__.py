@@ -1,1 +1,1 @@
-
+"""Models: their sizes, families, weights and the one decoder."""

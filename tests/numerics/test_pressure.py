@@ -1,0 +1,100 @@
+"""A pool far too small for all: every request finishes, with the words it would have had alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny import save_tiny
+
+from saqqara import LLM, Retention, SamplingParams
+
+NUM_REQUESTS = 200
+BUDGET = 24
+PAGE_TOKENS = 4
+ROW_BYTES = 2 * 16 * 4  # key and value of one token in one row, head_dim 16, fp32
+ROWS = 9  # 3 layers x 3 kv heads
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny("llama-gqa", folder, tokenizer_of=demo_model)
+    return folder
+
+
+def make_llm(model: Path, **settings: Any) -> LLM:
+    return LLM(
+        str(model),
+        dtype="float32",
+        device="cpu",
+        max_model_len=256,
+        page_tokens=PAGE_TOKENS,
+        retention={"method": "pyramidkv", "window": 8, "budget": BUDGET},
+        check_integrity=True,
+        **settings,
+    )
+
+
+def requests() -> tuple[list[list[int]], list[SamplingParams]]:
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(20, 40_000, rng.integers(5, 90)).tolist() for _ in range(NUM_REQUESTS)]
+    sampling = [
+        SamplingParams(
+            temperature=0.0 if number % 2 else 0.8,
+            top_p=0.9,
+            seed=number,
+            max_tokens=int(rng.integers(8, 40)),
+            ignore_eos=True,
+        )
+        for number in range(NUM_REQUESTS)
+    ]
+    return prompts, sampling
+
+
+def quarter_of_all_pages(prompts: list[list[int]], sampling: list[SamplingParams]) -> float:
+    """GiB of 25% of the pages that all requests together hold when they end."""
+    retention = Retention.parse({"method": "pyramidkv", "window": 8, "budget": BUDGET})
+    pages = 0
+    for prompt, params in zip(prompts, sampling, strict=True):
+        assert params.max_tokens is not None
+        kept = retention.row_tokens(len(prompt), 3, 3) + params.max_tokens - 1
+        pages += int((-(-kept // PAGE_TOKENS)).sum())
+    return 0.25 * pages * PAGE_TOKENS * ROW_BYTES / 1024**3
+
+
+def test_quarter_of_the_pages_finishes_everything_unchanged(model: Path) -> None:
+    prompts, sampling = requests()
+    pool_gib = quarter_of_all_pages(prompts, sampling)
+    with make_llm(model, kv_memory_gib=pool_gib, max_num_seqs=NUM_REQUESTS) as llm:
+        outputs = llm.generate(prompt_token_ids=prompts, sampling_params=sampling)
+        report = llm.report()
+    assert report.num_preemptions > 0
+    assert report.pages_leaked == 0
+    got = [list(o.outputs[0].token_ids) for o in outputs]
+    assert [len(tokens) for tokens in got] == [s.max_tokens for s in sampling]
+    with make_llm(model, max_num_seqs=1) as llm:
+        few = range(0, NUM_REQUESTS, 20)  # greedy and seeded alike
+        for number in [*few, *(n + 1 for n in few)]:
+            [alone] = llm.generate(
+                prompt_token_ids=[prompts[number]], sampling_params=sampling[number]
+            )
+            assert list(alone.outputs[0].token_ids) == got[number]
+        assert llm.report().num_preemptions == 0
+
+
+def test_seeded_text_is_the_same_alone_batched_and_preempted(model: Path) -> None:
+    prompts, _ = requests()
+    prompts = [p[:40] for p in prompts[:24]]
+    sampling = SamplingParams(temperature=1.0, seed=7, max_tokens=30, ignore_eos=True)
+    with make_llm(model, max_num_seqs=24) as llm:
+        batched = llm.generate(prompt_token_ids=prompts, sampling_params=sampling)
+        alone = [llm.generate(prompt_token_ids=[p], sampling_params=sampling)[0] for p in prompts]
+        assert llm.report().num_preemptions == 0
+    tight = 24 * ROWS * 9 * PAGE_TOKENS * ROW_BYTES / 1024**3
+    with make_llm(model, max_num_seqs=24, kv_memory_gib=tight) as llm:
+        preempted = llm.generate(prompt_token_ids=prompts, sampling_params=sampling)
+        assert llm.report().num_preemptions > 0
+    texts = [[o.outputs[0].text for o in outputs] for outputs in (alone, batched, preempted)]
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0])) > 1

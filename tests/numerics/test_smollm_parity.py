@@ -1,0 +1,88 @@
+"""SmolLM2-135M-Instruct through the engine says, token for token, what transformers says (fp32)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.parity import (
+    Reference,
+    assert_greedy_parity,
+    english_prompts,
+    following_logits,
+    make_reference,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from saqqara import LLM, SamplingParams
+
+pytestmark = pytest.mark.model
+LENGTHS = [100, 370, 640]
+NUM_TOKENS = 24
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def reference(demo_model: Path) -> Reference:
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    return make_reference(model, english_prompts(tokenizer, LENGTHS), NUM_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def llm(demo_model: Path) -> Iterator[LLM]:
+    with LLM(str(demo_model), dtype="float32", max_model_len=2048, check_integrity=True) as llm:
+        yield llm
+
+
+def token_ids(outputs: list[Any]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_batched(llm: LLM, reference: Reference) -> None:
+    outputs = llm.generate(prompt_token_ids=reference.prompts, sampling_params=GREEDY)
+    assert_greedy_parity(reference, token_ids(outputs))
+
+
+def test_alone(llm: LLM, reference: Reference) -> None:
+    outputs = [
+        llm.generate(prompt_token_ids=[p], sampling_params=GREEDY)[0] for p in reference.prompts
+    ]
+    assert_greedy_parity(reference, token_ids(outputs))
+
+
+def test_budget_at_least_prompt_is_token_identical_to_full(llm: LLM, reference: Reference) -> None:
+    full = llm.generate(prompt_token_ids=reference.prompts, sampling_params=GREEDY)
+    kept = llm.generate(
+        prompt_token_ids=reference.prompts,
+        sampling_params=GREEDY,
+        retention="pyramidkv",
+        budget=max(LENGTHS),
+    )
+    assert token_ids(kept) == token_ids(full)
+
+
+def test_resume_after_preemption(demo_model: Path, reference: Reference) -> None:
+    """A pool that holds the prompts but not what they write forces preemption; nothing changes."""
+    page_bytes = 16 * 2 * 64 * 4
+    pages = 90 * sum(-(-n // 16) + 1 for n in LENGTHS)  # 90 rows, one spare page each
+    with LLM(
+        str(demo_model),
+        dtype="float32",
+        max_model_len=2048,
+        kv_memory_gib=pages * page_bytes / 1024**3,
+        check_integrity=True,
+    ) as llm:
+        outputs = llm.generate(prompt_token_ids=reference.prompts, sampling_params=GREEDY)
+        assert llm.report().num_preemptions > 0
+    assert_greedy_parity(reference, token_ids(outputs))
+
+
+def test_score_matches_teacher_forcing(llm: LLM, reference: Reference) -> None:
+    for prompt, continuation in zip(reference.prompts, reference.outputs, strict=True):
+        [score] = [llm.score(prompt, continuation)]
+        fed = prompt + continuation[:-1]
+        logits = following_logits(reference.model, fed, len(continuation))
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(score.logprobs), expected, atol=1e-3, rtol=0)

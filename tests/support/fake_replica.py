@@ -1,0 +1,371 @@
+"""A replica that follows the wire format to the letter, without a model.
+
+It keeps the books of pages row by row in plain loops, refuses what does not fit, and asserts that
+every plan is one that real workers could run. The next token is a hash of all tokens before it, so
+any run of a sequence, preempted or not, must give the same tokens.
+"""
+
+import hashlib
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from saqqara.compression.retention import Retention
+from saqqara.workers.plan import (
+    DecodeItem,
+    KeptCounts,
+    NewSequence,
+    PrefillGroup,
+    SampledToken,
+    ScoredTokens,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+    WorkerInfo,
+    WorkerMemory,
+)
+
+PAGE_BYTES = 1024
+
+
+def next_token(tokens: Sequence[int], vocab_size: int = 128) -> int:
+    """The token that follows these."""
+    data = np.array(tokens, dtype=np.int32).tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest()) % vocab_size
+
+
+def token_logprob(tokens: Sequence[int], token_id: int) -> tuple[float, int]:
+    """Log-probability and rank of a token after these."""
+    number = next_token([*tokens, token_id], 1000)
+    return -number / 100, 1 + number % 3
+
+
+class RaggedRetention(Retention):
+    """A retention whose heads divide their layer's tokens unevenly, for any score and shape."""
+
+    __slots__ = ()
+
+    @property
+    def ragged(self) -> bool:
+        return True
+
+
+def make_workers(
+    num_pages: int,
+    *,
+    stages: Sequence[int] = (4,),
+    head_ranges: Sequence[tuple[int, int]] = ((0, 2),),
+    page_tokens: int = 4,
+) -> list[WorkerInfo]:
+    """One worker per stage and head range; `stages` are layers per stage, `num_pages` is each's."""
+    workers: list[WorkerInfo] = []
+    start_layer = 0
+    for pipeline_rank, num_layers in enumerate(stages):
+        for tensor_rank, (start_head, stop_head) in enumerate(head_ranges):
+            workers.append(
+                WorkerInfo(
+                    rank=len(workers),
+                    pipeline_rank=pipeline_rank,
+                    tensor_rank=tensor_rank,
+                    start_layer=start_layer,
+                    stop_layer=start_layer + num_layers,
+                    start_head=start_head,
+                    stop_head=stop_head,
+                    num_pages=num_pages,
+                    page_tokens=page_tokens,
+                    page_bytes=PAGE_BYTES,
+                    device="cpu",
+                    dtype="float32",
+                    attention_backend="none",
+                    attention_reason="there is no model",
+                    memory=WorkerMemory(),
+                    hostname="localhost",
+                    pid=0,
+                )
+            )
+        start_layer += num_layers
+    return workers
+
+
+def split_ragged(total: int, num_heads: int, most: int, seed: str) -> list[int]:
+    """Divide a layer's tokens over its heads in some uneven way."""
+    rng = random.Random(seed)
+    counts = [0] * num_heads
+    for _ in range(total):
+        open_heads = [h for h in range(num_heads) if counts[h] < most]
+        counts[min(rng.choice(open_heads), rng.choice(open_heads))] += 1
+    return counts
+
+
+@dataclass
+class FakeSlot:
+    """What a replica knows of the sequence in a slot."""
+
+    new: NewSequence
+    tokens: list[int]
+    fed: int = 0
+    prefilled_layers: int = 0
+    group: tuple[int, ...] = ()
+
+
+@dataclass
+class FakeWorker:
+    """Row lengths of one worker, by slot, layer and head."""
+
+    info: WorkerInfo
+    rows: dict[int, dict[tuple[int, int], int]] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
+
+    @property
+    def pages_free(self) -> int:
+        held = (
+            -(-length // self.info.page_tokens)
+            for rows in self.rows.values()
+            for length in rows.values()
+        )
+        return self.info.num_pages - sum(held)
+
+    def try_add(self, slot: int, more: dict[tuple[int, int], int]) -> None:
+        """Lengthen rows of a slot; without room for all of them the slot is refused."""
+        if slot in self.refused:
+            return
+        rows = self.rows.setdefault(slot, {})
+        before = dict(rows)
+        for row, num in more.items():
+            rows[row] = rows.get(row, 0) + num
+        if self.pages_free < 0:
+            rows.clear()
+            rows.update(before)
+            del self.rows[slot]
+            self.refused.add(slot)
+
+
+class FakeReplica:
+    """An `Executor` whose steps are done when `execute` returns.
+
+    Args:
+        workers: from `make_workers`.
+        vocab_size: tokens are below it.
+        fail_at_step: step whose future raises.
+        step_seconds: how long a step takes, beside the work of faking it.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[WorkerInfo],
+        vocab_size: int = 128,
+        fail_at_step: int = -1,
+        step_seconds: float = 0.0,
+    ) -> None:
+        self._infos = list(workers)
+        self.fakes = [FakeWorker(info) for info in workers]
+        self.vocab_size = vocab_size
+        self.fail_at_step = fail_at_step
+        self.step_seconds = step_seconds
+        self.slots: dict[int, FakeSlot] = {}
+        self.num_layers = max(w.stop_layer for w in workers)
+        self.num_heads = max(w.stop_head for w in workers)
+        self.stages = sorted({(w.start_layer, w.stop_layer) for w in workers})
+        self.num_integrity_checks = 0
+        self.is_shut_down = False
+        self.plans: list[StepPlan] = []
+
+    @property
+    def workers(self) -> list[WorkerInfo]:
+        return self._infos
+
+    def check_integrity(self) -> None:
+        self.num_integrity_checks += 1
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+
+    def execute(self, plan: StepPlan) -> Future[list[StepResult]]:
+        future: Future[list[StepResult]] = Future()
+        if plan.step == self.fail_at_step:
+            future.set_exception(RuntimeError("a worker died"))
+        else:
+            time.sleep(self.step_seconds)
+            future.set_result(self.run(plan))
+        return future
+
+    def run(self, plan: StepPlan) -> list[StepResult]:
+        """Carry out a plan on every worker."""
+        self.plans.append(plan)
+        before = [set(worker.refused) for worker in self.fakes]
+        for slot in plan.free:
+            self._free(slot)
+        for new in plan.new:
+            assert new.slot not in self.slots, f"slot {new.slot} is taken"
+            self.slots[new.slot] = FakeSlot(new, new.tokens().tolist())
+        self._check_stages(plan.prefill)
+        ended = [slot for group in plan.prefill for slot in self._prefill(group)]
+        kept = {worker.info.rank: self._kept(worker, plan.prefill) for worker in self.fakes}
+        for item in plan.decode:
+            self._decode(item)
+        sampled, scored = self._read_out(plan, ended)
+        last = len(self.stages) - 1
+        return [
+            StepResult(
+                step=plan.step,
+                rank=worker.info.rank,
+                sampled=sampled if self._speaks(worker, last) else (),
+                scored=scored if self._speaks(worker, last) else (),
+                kept=kept[worker.info.rank],
+                refused=tuple(sorted(worker.refused - before[worker.info.rank])),
+                pages_free=worker.pages_free,
+                seconds={"prefill": 0.25, "decode": 0.5} if plan.prefill else {"decode": 0.5},
+                memory=WorkerMemory(weight_bytes=7, resident_bytes_peak=11),
+            )
+            for worker in self.fakes
+        ]
+
+    def _free(self, slot: int) -> None:
+        held = self.slots.pop(slot)
+        others = [s for s in held.group if s in self.slots]
+        under_way = 0 < held.prefilled_layers < self.num_layers
+        if under_way:
+            # A group keeps its slots: it is freed as a whole (checked by the last of them).
+            for other in others:
+                assert 0 < self.slots[other].prefilled_layers < self.num_layers
+                self.slots[other].group = tuple(s for s in held.group if s != slot)
+        for worker in self.fakes:
+            worker.rows.pop(slot, None)
+            worker.refused.discard(slot)
+
+    def _check_stages(self, groups: tuple[PrefillGroup, ...]) -> None:
+        used = []
+        for group in groups:
+            touched = [
+                stage
+                for stage, (start, stop) in enumerate(self.stages)
+                if group.start_layer < stop and start < group.stop_layer
+            ]
+            assert len(touched) == 1, "a range lies within one stage"
+            used += touched
+        assert len(used) == len(set(used)), "one group per stage"
+
+    def _prefill(self, group: PrefillGroup) -> list[int]:
+        """Run a range; returns the slots that are through."""
+        assert group.start_layer < group.stop_layer <= self.num_layers
+        retentions = {self.slots[slot].new.retention for slot in group.slots}
+        assert len(retentions) == 1, "a group shares its retention"
+        for slot in group.slots:
+            held = self.slots[slot]
+            assert held.prefilled_layers == group.start_layer, "ranges follow each other"
+            if group.start_layer == 0:
+                held.group = group.slots
+            assert held.group == group.slots, "a group keeps its slots"
+            held.prefilled_layers = group.stop_layer
+        for layer in range(group.start_layer, group.stop_layer):
+            for slot in group.slots:
+                counts = self._counts(self.slots[slot].new, layer)
+                for worker in self.fakes:
+                    info = worker.info
+                    if info.start_layer <= layer < info.stop_layer:
+                        heads = range(info.start_head, info.stop_head)
+                        worker.try_add(slot, {(layer, head): counts[head] for head in heads})
+        if group.stop_layer < self.num_layers:
+            return []
+        for slot in group.slots:
+            self.slots[slot].fed = self.slots[slot].new.prompt_tokens
+        return list(group.slots)
+
+    def _counts(self, new: NewSequence, layer: int) -> list[int]:
+        """Tokens that each head of a layer keeps of the prompt."""
+        retention: Retention = new.retention
+        rows = retention.row_tokens(new.prompt_tokens, self.num_layers, self.num_heads)[layer]
+        if not retention.ragged:
+            return [int(n) for n in rows]
+        seed = f"{new.token_ids[: 4 * new.prompt_tokens].hex()}/{layer}"
+        return split_ragged(int(rows.sum()), self.num_heads, new.prompt_tokens, seed)
+
+    def _kept(self, worker: FakeWorker, groups: tuple[PrefillGroup, ...]) -> tuple[KeptCounts, ...]:
+        info = worker.info
+        kept = []
+        for group in groups:
+            if not group.start_layer < info.stop_layer <= group.stop_layer:
+                continue
+            for slot in group.slots:
+                if slot in worker.refused:
+                    continue
+                counts = [
+                    [
+                        worker.rows[slot][layer, head]
+                        for head in range(info.start_head, info.stop_head)
+                    ]
+                    for layer in range(info.start_layer, info.stop_layer)
+                ]
+                kept.append(KeptCounts(slot, np.array(counts, dtype=np.int32).tobytes()))
+        return tuple(kept)
+
+    def _decode(self, item: DecodeItem) -> None:
+        held = self.slots[item.slot]
+        assert held.prefilled_layers == self.num_layers, "decode before prefill has ended"
+        assert item.position == held.fed, "tokens are fed in order"
+        held.fed += item.num_tokens
+        assert held.fed <= len(held.tokens), "a token is fed before it is known"
+        for worker in self.fakes:
+            more = dict.fromkeys(worker.rows.get(item.slot, {}), item.num_tokens)
+            worker.try_add(item.slot, more)
+
+    def _read_out(
+        self, plan: StepPlan, ended: list[int]
+    ) -> tuple[tuple[SampledToken, ...], tuple[ScoredTokens, ...]]:
+        sampled: list[SampledToken] = []
+        scored: list[ScoredTokens] = []
+        for slot in ended:
+            held = self.slots[slot]
+            if held.new.score:
+                scored.append(self._score(slot, held.fed, 1))
+            elif len(held.tokens) == held.fed:
+                sampled.append(self._sample(slot))
+        for item in plan.decode:
+            if item.sample:
+                assert not self.slots[item.slot].new.score
+                sampled.append(self._sample(item.slot))
+            elif self.slots[item.slot].new.score:
+                scored.append(self._score(item.slot, item.position + 1, item.num_tokens))
+        refused = set().union(*(worker.refused for worker in self.fakes))
+        # As on real workers: only refusals that the last stage knows of hold results back.
+        refused &= {
+            s for w in self.fakes if self._speaks(w, len(self.stages) - 1) for s in w.refused
+        }
+        return (
+            tuple(s for s in sampled if s.slot not in refused),
+            tuple(s for s in scored if s.slot not in refused),
+        )
+
+    def _sample(self, slot: int) -> SampledToken:
+        held = self.slots[slot]
+        assert held.fed == len(held.tokens), "sampling needs all tokens fed"
+        token = next_token(held.tokens, self.vocab_size)
+        if held.new.sampling.blocked_token_ids:
+            generated = len(held.tokens) - held.new.prompt_tokens
+            while generated < held.new.sampling.min_tokens:
+                if token not in held.new.sampling.blocked_token_ids:
+                    break
+                token = (token + 1) % self.vocab_size
+        logprobs = None
+        if held.new.sampling.num_logprobs is not None:
+            logprob, rank = token_logprob(held.tokens, token)
+            best = tuple(range(held.new.sampling.num_logprobs))
+            logprobs = TokenLogprobs(logprob, rank, best, tuple(-float(i) for i in best))
+        held.tokens.append(token)
+        return SampledToken(slot, len(held.tokens) - 1, token, logprobs)
+
+    def _score(self, slot: int, position: int, num_tokens: int) -> ScoredTokens:
+        tokens = self.slots[slot].tokens
+        scores = [
+            token_logprob(tokens[:p], tokens[p]) for p in range(position, position + num_tokens)
+        ]
+        return ScoredTokens(
+            slot, position, tuple(s for s, _ in scores), tuple(rank for _, rank in scores)
+        )
+
+    def _speaks(self, worker: FakeWorker, last_stage: int) -> bool:
+        return worker.info.pipeline_rank == last_stage and worker.info.tensor_rank == 0

@@ -1,0 +1,85 @@
+"""Greedy parity with `transformers generate`, as the project defines it.
+
+In fp32: identical tokens, except where the reference's two best logits differ by less than
+`TIE_LOGITS`; there ours must be one of the two, and the comparison goes on along our tokens. Such
+ties may be at most 1 in `TOKENS_PER_TIE` tokens.
+"""
+
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+
+TIE_LOGITS = 1e-3
+TOKENS_PER_TIE = 512
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Greedy continuations of `prompts` by transformers, and the model that wrote them."""
+
+    model: Any
+    prompts: list[list[int]]
+    outputs: list[list[int]]
+
+
+def english_prompts(tokenizer: Any, lengths: list[int]) -> list[list[int]]:
+    """One prompt per length: real English at fixed, distinct offsets."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    prompts = []
+    for number, length in enumerate(lengths):
+        piece = text[number * 60_000 : number * 60_000 + 12 * length]
+        prompts.append(tokenizer.encode(piece)[:length])
+        assert len(prompts[-1]) == length
+    return prompts
+
+
+@torch.inference_mode()
+def generate(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
+    """Greedy tokens after a prompt, never stopping early."""
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return list(output[0, len(prompt) :].tolist())
+
+
+@torch.inference_mode()
+def following_logits(model: Any, tokens: list[int], last: int) -> torch.Tensor:
+    """Logits, fp32 [last, V], that follow each of the last `last` of `tokens`."""
+    logits = model(torch.tensor([tokens]), logits_to_keep=last).logits[0]
+    return torch.as_tensor(logits).float()
+
+
+def make_reference(model: Any, prompts: list[list[int]], num_tokens: int) -> Reference:
+    """Generate greedily with transformers, one prompt at a time."""
+    return Reference(model, prompts, [generate(model, p, num_tokens) for p in prompts])
+
+
+def assert_greedy_parity(reference: Reference, ours: list[list[int]]) -> int:
+    """Check every continuation; returns the number of ties."""
+    ties = tokens = 0
+    for prompt, wanted, tokens_got in zip(
+        reference.prompts, reference.outputs, ours, strict=True
+    ):
+        got, expected = list(tokens_got), list(wanted[: len(tokens_got)])
+        tokens += len(got)
+        while got != expected:
+            at = next(i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b)
+            best = following_logits(reference.model, prompt + got[:at], 1)[0].topk(2)
+            gap = float(best.values[0] - best.values[1])
+            assert gap < TIE_LOGITS, f"token {at}: {got[at]} for {expected[at]}, gap {gap:.2e}"
+            assert got[at] in best.indices.tolist()
+            ties += 1
+            rest = len(got) - at - 1
+            more = generate(reference.model, prompt + got[: at + 1], rest) if rest else []
+            expected = got[: at + 1] + more
+    allowed = -(-tokens // TOKENS_PER_TIE)
+    assert ties <= allowed, f"{ties} ties in {tokens} tokens"
+    return ties

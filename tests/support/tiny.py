@@ -1,0 +1,72 @@
+"""Tiny random models of each family, saved as checkpoints that our loader reads."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 199
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 72,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+CONFIGS: dict[str, Any] = {
+    "llama-gqa": LlamaConfig(**_SIZES),
+    "llama-mha": LlamaConfig(**{**_SIZES, "num_key_value_heads": 6}),
+    "llama-mqa": LlamaConfig(**{**_SIZES, "num_key_value_heads": 1}),
+    "llama-tied": LlamaConfig(**{**_SIZES, "tie_word_embeddings": True}),
+    "llama-bias": LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True),
+    "llama-rope3": LlamaConfig(**_SIZES, rope_parameters=_LLAMA3),
+    "mistral": MistralConfig(**_SIZES, sliding_window=None),
+    "qwen2": Qwen2Config(**_SIZES),
+    "qwen3": Qwen3Config(**_SIZES),
+}
+
+
+def save_tiny(name: str, folder: Path, tokenizer_of: Path | None = None) -> Any:
+    """Save a random model of that configuration (fp32); returns the transformers model.
+
+    With `tokenizer_of` it has the tokenizer, and the vocabulary size, of that model.
+    """
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS[name])
+    if tokenizer_of is not None:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+        tokenizer.save_pretrained(folder)
+        config.vocab_size = len(tokenizer)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name or parameter_name.endswith("bias"):
+                # Fresh models have ones and zeros here, which would hide a mistake.
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    return model

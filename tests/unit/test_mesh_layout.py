@@ -1,0 +1,168 @@
+"""Who owns what: every head, channel, vocabulary row and layer has its owner, none has two."""
+
+import itertools
+
+import pytest
+
+from saqqara.workers.mesh import (
+    Mesh,
+    MeshLayout,
+    head_shard,
+    intermediate_shard,
+    layer_split,
+    split_evenly,
+    vocab_shard,
+)
+
+# (query heads, kv heads): plain, grouped, SmolLM2's 9/3, one kv head.
+HEADS = [(8, 8), (8, 4), (9, 3), (32, 8), (12, 1), (14, 2)]
+
+
+def test_layout_numbers_ranks_stage_by_stage() -> None:
+    layout = MeshLayout(tensor_size=2, pipeline_size=3)
+    assert layout.world_size == 6
+    for rank in range(6):
+        place = layout.pipeline_rank(rank), layout.tensor_rank(rank)
+        assert place == divmod(rank, 2)
+        assert layout.rank(*place) == rank
+
+
+def test_three_kv_heads_on_two_ranks_are_two_and_one() -> None:
+    first, second = head_shard(9, 3, 2, 0), head_shard(9, 3, 2, 1)
+    assert (first.kv, first.query) == (range(2), range(6))
+    assert (second.kv, second.query) == (range(2, 3), range(6, 9))
+    assert not first.replicated
+    assert second.replica_group == (1,)
+
+
+def test_more_ranks_than_kv_heads_share_them() -> None:
+    shards = [head_shard(9, 3, 5, rank) for rank in range(5)]
+    assert [shard.kv.start for shard in shards] == [0, 0, 1, 1, 2]
+    assert [shard.num_query_heads for shard in shards] == [2, 1, 2, 1, 3]
+    assert [shard.replica_group for shard in shards] == [(0, 1), (0, 1), (2, 3), (2, 3), (4,)]
+
+
+@pytest.mark.parametrize(("num_query_heads", "num_kv_heads"), HEADS)
+def test_every_query_head_has_one_owner_that_holds_its_kv_head(
+    num_query_heads: int, num_kv_heads: int
+) -> None:
+    group_size = num_query_heads // num_kv_heads
+    for tensor_size in range(1, num_query_heads + 1):
+        shards = [
+            head_shard(num_query_heads, num_kv_heads, tensor_size, rank)
+            for rank in range(tensor_size)
+        ]
+        owned = [*itertools.chain.from_iterable(shard.query for shard in shards)]
+        assert owned == [*range(num_query_heads)]
+        for rank, shard in enumerate(shards):
+            assert {head // group_size for head in shard.query} == {*shard.kv}
+            assert shard.num_query_heads % shard.num_kv_heads == 0
+            sharers = [other for other, s in enumerate(shards) if {*s.kv} & {*shard.kv}]
+            assert shard.replica_group == tuple(sharers)
+            assert rank in shard.replica_group
+            assert shard.replicated == (len(sharers) > 1)
+
+
+def test_more_ranks_than_query_heads_is_an_error() -> None:
+    with pytest.raises(ValueError, match="tensor_parallel_size=10 exceeds the model's 9 query"):
+        head_shard(9, 3, 10, 0)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 100, 49152])
+@pytest.mark.parametrize("tensor_size", [1, 2, 3, 4])
+def test_vocabulary_shards_are_equal_and_cover_it(vocab_size: int, tensor_size: int) -> None:
+    shards = [vocab_shard(vocab_size, tensor_size, rank) for rank in range(tensor_size)]
+    assert len({shard.size for shard in shards}) == 1
+    rows = [row for shard in shards for row in range(shard.start, shard.stop)]
+    assert rows == [*range(vocab_size)]
+    # A token's place in the gathered logits is its id: only the end is padded.
+    for rank, shard in enumerate(shards):
+        assert shard.start == shard.stop or shard.start == rank * shard.size
+
+
+@pytest.mark.parametrize("size", [7, 64, 1536, 8960, 11008])
+@pytest.mark.parametrize("tensor_size", [1, 2, 3, 5])
+def test_mlp_channels_are_covered(size: int, tensor_size: int) -> None:
+    parts = [intermediate_shard(size, tensor_size, rank) for rank in range(tensor_size)]
+    assert [*itertools.chain(*parts)] == [*range(size)]
+    if size >= 64:
+        assert all(part.start % 8 == 0 for part in parts)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 8
+
+
+def test_fewer_mlp_channels_than_ranks_is_an_error() -> None:
+    with pytest.raises(ValueError, match="intermediate_size=3"):
+        intermediate_shard(3, 4, 0)
+
+
+def test_split_evenly_gives_the_first_parts_more() -> None:
+    assert [len(split_evenly(10, 4, part)) for part in range(4)] == [3, 3, 2, 2]
+
+
+def counts(*args: object, **kwargs: object) -> list[int]:
+    ranges = layer_split(*args, **kwargs)  # type: ignore[arg-type]
+    assert [*itertools.chain(*ranges)] == [*range(ranges[-1].stop)]
+    return [len(layers) for layers in ranges]
+
+
+def test_layers_are_balanced() -> None:
+    assert counts(30, 1) == [30]
+    assert counts(30, 2) == [15, 15]
+    assert counts(32, 4) == [8, 8, 8, 8]
+    assert counts(5, 5) == [1, 1, 1, 1, 1]
+    assert max(counts(31, 4)) == 8
+
+
+def test_the_head_counts_as_layers_of_the_last_stage() -> None:
+    """SmolLM2-135M: a vocabulary of 49,152 costs as much as 8 of its 30 layers."""
+    assert counts(30, 2, 8.0) == [19, 11]
+    assert counts(30, 2, 1000.0) == [29, 1]
+    assert counts(80, 4, 1.25) == [20, 20, 21, 19]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "pipeline_size"), [(2, 2), (9, 3), (30, 2), (30, 5), (61, 3)]
+)
+@pytest.mark.parametrize("head_layers", [0.0, 0.7, 3.2, 40.0])
+def test_no_split_has_a_cheaper_slowest_stage(
+    num_layers: int, pipeline_size: int, head_layers: float
+) -> None:
+    *others, last = counts(num_layers, pipeline_size, head_layers)
+    slowest = max(*others, last + head_layers)
+    for size in range(1, num_layers - pipeline_size + 2):
+        rest = -(-(num_layers - size) // (pipeline_size - 1))
+        assert slowest <= max(rest, size + head_layers)
+
+
+def test_an_explicit_split_is_honoured_and_checked() -> None:
+    assert counts(30, 2, 8.0, (16, 14)) == [16, 14]
+    with pytest.raises(ValueError, match=r"layer_split=\[16, 15\].*30 layers"):
+        layer_split(30, 2, explicit=(16, 15))
+    with pytest.raises(ValueError, match="layer_split"):
+        layer_split(30, 2, explicit=(30,))
+    with pytest.raises(ValueError, match="layer_split"):
+        layer_split(30, 2, explicit=(30, 0))
+    with pytest.raises(ValueError, match="pipeline_parallel_size=4 exceeds the model's 3 layers"):
+        layer_split(3, 4)
+
+
+def test_one_rank_needs_no_process_groups() -> None:
+    import torch
+    import torch.distributed as dist
+
+    mesh = Mesh()
+    x = torch.ones(3)
+    assert mesh.all_reduce(x) is x
+    assert mesh.reduce_replicas(x) is x
+    assert mesh.all_gather_last(x) is x
+    assert mesh.broadcast(x) is x
+    mesh.barrier()
+    mesh.close()
+    assert mesh.is_first_stage
+    assert mesh.is_last_stage
+    assert not dist.is_initialized()
+
+
+def test_several_ranks_need_a_store() -> None:
+    with pytest.raises(ValueError, match="store: 2 ranks"):
+        Mesh(MeshLayout(tensor_size=2))

@@ -1,0 +1,287 @@
+"""The sampler against plain loops: exact probabilities, filters, penalties, and independence.
+
+A token is a function of (logits, spec, position, history) of its own row. So the tests draw at
+many positions from one distribution and compare frequencies with probabilities computed by the
+definition, one token at a time.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from saqqara.workers.layers import sampler
+from saqqara.workers.layers.sampler import TokenHistory, gumbel, noise_keys, sample
+from saqqara.workers.plan import SamplingSpec
+
+Array = NDArray[np.float64]
+
+VOCAB = 1000
+NOTHING = TokenHistory(np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
+def make_logits(num_rows: int = 1, spread: float = 3.0, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((num_rows, VOCAB), generator=generator) * spread
+
+
+def draw(
+    logits: torch.Tensor, spec: SamplingSpec, count: int, seen: TokenHistory = NOTHING
+) -> list[int]:
+    """`count` tokens from one row of logits [V], at positions 0, 1, ..."""
+    rows = logits.expand(count, -1)
+    return [token for token, _ in sample(rows, [spec] * count, range(count), [seen] * count)]
+
+
+def exact_probabilities(logits: torch.Tensor, spec: SamplingSpec) -> NDArray[np.float64]:
+    """Temperature, min_p, top_k, top_p by their definitions, with Python loops."""
+    scaled = [value / spec.temperature for value in logits.double().tolist()]
+    best = max(scaled)
+    weights = {token: math.exp(value - best) for token, value in enumerate(scaled)}
+    weights = {token: w for token, w in weights.items() if w >= spec.min_p}
+    order = sorted(weights, key=lambda token: (-weights[token], token))
+    if spec.top_k > 0:
+        edge = weights[order[min(spec.top_k, len(order)) - 1]]
+        order = [token for token in order if weights[token] >= edge]
+    total = sum(weights[token] for token in order)
+    kept: list[int] = []
+    mass = 0.0
+    for token in order:
+        if kept and mass >= spec.top_p * total:
+            break
+        kept.append(token)
+        mass += weights[token]
+    probabilities = np.zeros(len(scaled))
+    for token in kept:
+        probabilities[token] = weights[token] / mass
+    return probabilities
+
+
+def test_greedy_takes_the_best_token_and_leaves_logits_alone() -> None:
+    logits = make_logits(5)
+    before = logits.clone()
+    spec = SamplingSpec(temperature=0.0, top_k=3, top_p=0.1, repetition_penalty=1.2)
+    seen = TokenHistory(np.array([1], np.int32), np.array([2], np.int32))
+    tokens = sample(logits, [replace(spec, repetition_penalty=1.0)] * 5, range(5), [seen] * 5)
+    assert [token for token, _ in tokens] == logits.argmax(dim=-1).tolist()
+    sample(logits, [spec] * 5, range(5), [seen] * 5)
+    assert torch.equal(logits, before)
+
+
+FILTERS = {
+    "none": SamplingSpec(),
+    "temperature": SamplingSpec(temperature=0.5),
+    "top_k": SamplingSpec(top_k=20),
+    "top_k-1": SamplingSpec(top_k=1),
+    "top_k-wide": SamplingSpec(top_k=900),
+    "top_p": SamplingSpec(top_p=0.8),
+    "top_p-tiny": SamplingSpec(top_p=1e-6),
+    "top_p-flat": SamplingSpec(top_p=0.95, temperature=30.0),
+    "min_p": SamplingSpec(min_p=0.05),
+    "min_p-flat": SamplingSpec(min_p=0.8, temperature=30.0),
+    "all": SamplingSpec(temperature=1.3, top_k=50, top_p=0.7, min_p=0.01),
+    "all-flat": SamplingSpec(temperature=20.0, top_k=700, top_p=0.7, min_p=0.5),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_frequencies_follow_the_exact_probabilities(name: str) -> None:
+    """20,000 positions; every frequency within 5 standard errors (plus one count)."""
+    spec, count = FILTERS[name], 20_000
+    logits = make_logits()[0]
+    expected = exact_probabilities(logits, spec)
+    counts = np.zeros(VOCAB)
+    for start in range(0, count, 2000):
+        rows = logits.expand(2000, -1)
+        positions = range(start, start + 2000)
+        for token, _ in sample(rows, [spec] * 2000, positions, [NOTHING] * 2000):
+            counts[token] += 1
+    assert counts[expected == 0].sum() == 0, "a filtered token was drawn"
+    error = np.sqrt(count * expected * (1 - expected))
+    assert (np.abs(counts - count * expected) <= 5 * error + 1).all()
+
+
+@pytest.mark.parametrize("num_candidates", [1, 4, 64, VOCAB])
+def test_the_candidate_shortcut_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, num_candidates: int
+) -> None:
+    """Rows whose filtered set may reach beyond the candidates are sorted whole."""
+    logits = make_logits(seed=3)[0]
+    logits[::7] = logits[::7].round()  # ties, also at the edges of the filters
+    expected = {name: draw(logits, spec, 200) for name, spec in FILTERS.items()}
+    monkeypatch.setattr(sampler, "_NUM_CANDIDATES", num_candidates)
+    for name, spec in FILTERS.items():
+        assert draw(logits, spec, 200) == expected[name], name
+
+
+def test_ties_at_the_edge_of_top_k_stay_in() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[[3, 5, 8]] = 4.0
+    logits[1] = 6.0
+    assert set(draw(logits, SamplingSpec(top_k=2), 500)) == {1, 3, 5, 8}
+
+
+def test_a_token_does_not_depend_on_its_batch() -> None:
+    num_rows = 24
+    logits = make_logits(num_rows, seed=1)
+    specs = [replace(spec, seed=row) for row, spec in enumerate([*FILTERS.values()] * 2)]
+    specs[5] = replace(specs[5], temperature=0.0, num_logprobs=2)
+    specs[6] = replace(specs[6], repetition_penalty=1.5, frequency_penalty=0.3)
+    seen = [
+        TokenHistory(np.arange(row, dtype=np.int32), np.arange(3 * row, dtype=np.int32))
+        for row in range(num_rows)
+    ]
+    positions = [7 * row for row in range(num_rows)]
+    together = sample(logits, specs, positions, seen)
+    alone = [
+        sample(logits[row : row + 1], [specs[row]], [positions[row]], [seen[row]])[0]
+        for row in range(num_rows)
+    ]
+    assert together == alone
+    order = list(reversed(range(num_rows)))
+    mixed = sample(
+        logits[order],
+        [specs[row] for row in order],
+        [positions[row] for row in order],
+        [seen[row] for row in order],
+    )
+    assert mixed == [together[row] for row in order]
+
+
+def test_noise_is_uniform_and_differs_by_seed_position_and_token() -> None:
+    """Mean, variance, correlation and a chi-square over 64 bins, within 5 standard errors."""
+    count = 1 << 16
+
+    def uniform(seeds: Sequence[int], positions: Sequence[int], tokens: torch.Tensor) -> Array:
+        noise = gumbel(noise_keys(seeds, positions), tokens)
+        numbers: Array = noise.neg().exp().neg().exp().flatten().numpy()  # the distribution's CDF
+        return numbers
+
+    token = torch.tensor([7])
+    by_position = uniform([123] * count, range(count), token)
+    by_seed = uniform(range(count), [5] * count, token)
+    by_token = uniform([123], [5], torch.arange(count))
+    for numbers in (by_position, by_seed, by_token):
+        assert 0 < numbers.min() < numbers.max() < 1
+        assert len(np.unique(numbers)) == count
+        assert abs(numbers.mean() - 0.5) < 5 / math.sqrt(12 * count)
+        assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 5 / math.sqrt(count)
+        bins, _ = np.histogram(numbers, bins=64, range=(0, 1))
+        chi_square = ((bins - count / 64) ** 2 / (count / 64)).sum()
+        assert abs(chi_square - 63) < 5 * math.sqrt(2 * 63)
+    other = uniform([124] * count, range(count), token)
+    assert abs(np.corrcoef(by_position, other)[0, 1]) < 0.02
+    assert noise_keys([-1], [0]) == noise_keys([2**64 - 1], [0])
+
+
+def test_noise_is_splitmix64_of_the_token_id() -> None:
+    """The int64 arithmetic of tensors against plain Python integers."""
+    mask = (1 << 64) - 1
+    [[key]] = noise_keys([42], [9]).tolist()
+    tokens = [0, 1, 2, 49151]
+    noise = gumbel(torch.tensor([[key]]), torch.tensor(tokens))[0]
+    for token, got in zip(tokens, noise, strict=True):
+        x = (token * 0x9E3779B97F4A7C15 + key) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        x ^= x >> 31
+        expected = -math.log(-math.log(((x >> 12) + 0.5) * 2.0**-52))
+        assert float(got) == pytest.approx(expected, rel=1e-12)
+
+
+def penalized_by_hand(
+    logits: torch.Tensor, spec: SamplingSpec, prompt: list[int], output: list[int]
+) -> torch.Tensor:
+    """Repetition as in CTRL and Hugging Face, presence and frequency as OpenAI defines them."""
+    result = logits.clone()
+    for token in range(len(logits)):
+        if token in prompt or token in output:
+            value = result[token]
+            penalty = spec.repetition_penalty
+            result[token] = value / penalty if value > 0 else value * penalty
+        result[token] -= spec.frequency_penalty * output.count(token)
+        result[token] -= spec.presence_penalty * (token in output)
+    return result
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SamplingSpec(temperature=0.0, repetition_penalty=1.3),
+        SamplingSpec(temperature=0.0, repetition_penalty=0.8),
+        SamplingSpec(temperature=0.0, presence_penalty=1.5),
+        SamplingSpec(temperature=0.0, frequency_penalty=-0.7),
+        SamplingSpec(
+            temperature=0.0, repetition_penalty=1.1, presence_penalty=0.4, frequency_penalty=0.2
+        ),
+    ],
+)
+def test_penalties_match_a_plain_loop(spec: SamplingSpec) -> None:
+    generator = np.random.default_rng(0)
+    logits = make_logits(4, seed=2)
+    prompts = generator.integers(0, VOCAB, (4, 60))
+    outputs = generator.integers(0, VOCAB, (4, 80))
+    outputs[:, ::2] = outputs[:, :1]  # one token many times
+    seen = [
+        TokenHistory(prompt.astype(np.int32), output.astype(np.int32))
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+    seen[3] = NOTHING
+    adjusted = sampler._penalized(logits, [spec] * 4, seen)
+    for row, (prompt, output) in enumerate((s.prompt.tolist(), s.output.tolist()) for s in seen):
+        expected = penalized_by_hand(logits[row], spec, prompt, output)
+        # One fp32 rounding of the summed offsets instead of two.
+        torch.testing.assert_close(adjusted[row], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_blocked_tokens_wait_for_min_tokens() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7], logits[0, 8] = 20.0, 10.0
+    spec = SamplingSpec(temperature=0.0, min_tokens=3, blocked_token_ids=(7,))
+    tokens = []
+    for generated in range(5):
+        seen = TokenHistory(np.zeros(4, np.int32), np.zeros(generated, np.int32))
+        tokens.append(sample(logits, [spec], [generated], [seen])[0][0])
+    assert tokens == [8, 8, 8, 7, 7]
+
+
+def test_logprobs_are_the_models_own() -> None:
+    """Raw log-probabilities: neither temperature nor penalties nor blocked tokens change them."""
+    logits = make_logits(3)
+    spec = SamplingSpec(
+        temperature=0.3, top_k=5, presence_penalty=1.0, num_logprobs=4, blocked_token_ids=(1,)
+    )
+    seen = TokenHistory(np.arange(9, dtype=np.int32), np.arange(9, dtype=np.int32))
+    specs = [spec, replace(spec, num_logprobs=None), replace(spec, num_logprobs=0)]
+    results = sample(logits, specs, [0, 1, 2], [seen] * 3)
+    expected = torch.log_softmax(logits, dim=-1)
+    assert results[1][1] is None
+    for row in (0, 2):
+        token, logprobs = results[row]
+        assert logprobs is not None
+        assert logprobs.logprob == pytest.approx(expected[row, token].item())
+        ranked = expected[row].argsort(descending=True).tolist()
+        assert logprobs.rank == 1 + ranked.index(token)
+        assert list(logprobs.top_ids) == ranked[: 4 if row == 0 else 0]
+        assert list(logprobs.top_logprobs) == pytest.approx(
+            expected[row, list(logprobs.top_ids)].tolist()
+        )
+
+
+def test_ties_rank_as_greedy_decoding_takes_them() -> None:
+    logits = torch.zeros(1, 8)
+    spec = SamplingSpec(temperature=0.0, num_logprobs=0)
+    (token, logprobs) = sample(logits, [spec], [0], [NOTHING])[0]
+    assert logprobs is not None
+    assert (token, logprobs.rank) == (0, 1)
+
+
+def test_minus_infinity_is_never_drawn() -> None:
+    logits = torch.full((VOCAB,), -math.inf)
+    logits[[10, 500]] = 0.0
+    for spec in FILTERS.values():
+        assert set(draw(logits, spec, 200)) <= {10, 500}

@@ -1,0 +1,240 @@
+"""ModelSpec from Hugging Face configs: what is read, and what is refused by name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from saqqara.workers.models.families import FAMILIES
+from saqqara.workers.models.spec import ModelSpec, RopeSpec, load_spec
+from saqqara.workers.models.weights import weight_shapes
+
+TINY: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def tiny(kind: Callable[..., PreTrainedConfig] = LlamaConfig, **settings: Any) -> PreTrainedConfig:
+    return kind(**{**TINY, **settings})
+
+
+def test_a_spec_says_what_the_config_says() -> None:
+    spec = ModelSpec.from_hf(tiny(rms_norm_eps=1e-5, eos_token_id=7, tie_word_embeddings=True))
+    assert spec == ModelSpec(
+        family="llama",
+        vocab_size=128,
+        hidden_size=48,
+        intermediate_size=96,
+        num_layers=3,
+        num_query_heads=6,
+        num_kv_heads=2,
+        head_dim=8,
+        max_position=512,
+        rms_norm_eps=1e-5,
+        rope=RopeSpec(theta=10000.0),
+        tie_embeddings=True,
+        eos_token_ids=(7,),
+    )
+    assert hash(spec) == hash(
+        ModelSpec.from_hf(tiny(rms_norm_eps=1e-5, eos_token_id=7, tie_word_embeddings=True))
+    )
+    assert spec.group_size == 3
+    assert spec.kv_bytes_per_row_token(torch.bfloat16) == 2 * 8 * 2
+    assert spec.kv_bytes_per_token(torch.float32) == 3 * 2 * 2 * 8 * 4
+
+
+FLAGS = {
+    "llama": (tiny(), (False, False, False, False)),
+    "llama-bias": (tiny(attention_bias=True), (True, True, False, False)),
+    "llama-mlp-bias": (tiny(mlp_bias=True), (False, False, True, False)),
+    "mistral": (tiny(MistralConfig, sliding_window=None), (False, False, False, False)),
+    "qwen2": (tiny(Qwen2Config), (True, False, False, False)),
+    "qwen3": (tiny(Qwen3Config), (False, False, False, True)),
+    "qwen3-bias": (tiny(Qwen3Config, attention_bias=True), (True, True, False, True)),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_and_weights_match_the_transformers_model(name: str) -> None:
+    """The tensors that `weight_shapes` expects are exactly those of the model built by HF."""
+    from transformers import AutoModelForCausalLM
+
+    config, flags = FLAGS[name]
+    spec = ModelSpec.from_hf(config)
+    assert (spec.qkv_bias, spec.output_bias, spec.mlp_bias, spec.qk_norm) == flags
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert weight_shapes(spec) == {key: tuple(w.shape) for key, w in model.state_dict().items()}
+
+
+def test_every_family_is_tested() -> None:
+    assert {config.model_type for config, _ in FLAGS.values()} == set(FAMILIES)
+
+
+def test_parameter_counts_match_the_transformers_model() -> None:
+    from transformers import AutoModelForCausalLM
+
+    for tied in (True, False):
+        config = tiny(tie_word_embeddings=tied)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        norms = (2 * 3 + 1) * 48
+        spec = ModelSpec.from_hf(config)
+        assert spec.num_parameters + norms == model.num_parameters()
+        assert spec.head_layers == pytest.approx(spec.head_parameters / spec.layer_parameters)
+
+
+def test_head_dim_may_differ_from_hidden_size_over_heads() -> None:
+    assert ModelSpec.from_hf(tiny(Qwen3Config, head_dim=16)).head_dim == 16
+    assert ModelSpec.from_hf(tiny(Qwen2Config)).head_dim == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, RopeSpec(theta=5e5)),
+        ({"rope_theta": 3e4}, RopeSpec(theta=3e4)),
+        (
+            {"rope_theta": 3e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            RopeSpec(theta=3e4, kind="linear", factor=2.0),
+        ),
+        (
+            {"rope_parameters": LLAMA3},
+            RopeSpec(
+                theta=5e5, kind="llama3", factor=8.0, high_freq_factor=4.0, original_max_position=64
+            ),
+        ),
+    ],
+)
+def test_rope_is_read_in_both_notations(settings: dict[str, Any], expected: RopeSpec) -> None:
+    assert ModelSpec.from_hf(tiny(**settings)).rope == expected
+
+
+class _OldConfig:
+    """A config object of transformers 4: `rope_scaling` and `rope_theta` as attributes."""
+
+    model_type = "llama"
+    hidden_act = "silu"
+    rms_norm_eps = 1e-6
+    rope_theta = 1e6
+    rope_scaling = {"type": "linear", "factor": 4.0}  # noqa: RUF012
+    tie_word_embeddings = False
+    eos_token_id = 2
+
+    def __init__(self) -> None:
+        self.__dict__.update(TINY)
+
+
+def test_rope_of_older_config_objects() -> None:
+    rope = ModelSpec.from_hf(_OldConfig()).rope
+    assert rope == RopeSpec(theta=1e6, kind="linear", factor=4.0)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny(rope_parameters={**YARN, "original_max_position_embeddings": 128}),
+         r"rope_parameters\['rope_type'\]='yarn'.*default, linear, llama3"),
+        (lambda: tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+         "'dynamic'"),
+        (lambda: tiny(rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+                                       "partial_rotary_factor": 0.5}),
+         "partial_rotary_factor=0.5"),
+        (lambda: tiny(MistralConfig, sliding_window=256), "config.sliding_window=256"),
+        (lambda: tiny(Qwen2Config, use_sliding_window=True, sliding_window=64, max_window_layers=1),
+         "config.sliding_window=64"),
+        (lambda: tiny(hidden_act="gelu"), "config.hidden_act='gelu'"),
+        (lambda: tiny(quantization_config={"quant_method": "awq"}), "config.quantization_config"),
+        (lambda: tiny(num_key_value_heads=4), "config.num_key_value_heads=4"),
+        (lambda: tiny(MixtralConfig), "config.model_type='mixtral'.*llama, mistral, qwen2, qwen3"),
+        (lambda: GPT2Config(), "config.model_type='gpt2'"),
+        (lambda: tiny(num_local_experts=8), "config.num_local_experts=8"),
+        (lambda: tiny(Qwen2Config, layer_types=["full_attention"] * 2 + ["linear_attention"]),
+         "config.layer_types"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(
+    make: Callable[[], PreTrainedConfig], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelSpec.from_hf(make())
+
+
+def test_a_window_that_is_never_reached_or_switched_off_is_fine() -> None:
+    ModelSpec.from_hf(tiny(MistralConfig, sliding_window=512))
+    ModelSpec.from_hf(tiny(Qwen2Config, use_sliding_window=False, sliding_window=64))
+
+
+def test_load_spec_prefers_the_end_tokens_of_the_generation_config(tmp_path: Path) -> None:
+    tiny(eos_token_id=7).save_pretrained(tmp_path)
+    assert load_spec(tmp_path).eos_token_ids == (7,)
+    generation = tmp_path / "generation_config.json"
+    for written, expected in ((9, (9,)), ([9, 11], (9, 11)), (None, (7,))):
+        generation.write_text(json.dumps({"eos_token_id": written}))
+        assert load_spec(str(tmp_path)).eos_token_ids == expected
+
+
+def test_load_spec_reads_the_checkpoint_dtype(tmp_path: Path) -> None:
+    config = tiny()
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path)
+    assert load_spec(tmp_path).dtype == "bfloat16"
+    assert ModelSpec.from_hf(tiny()).dtype == "float32"
+
+
+def test_load_spec_names_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        load_spec(tmp_path)
+    with pytest.raises(ValueError, match="no folder '/does/not/exist'"):
+        load_spec("/does/not/exist")
+    with pytest.raises(ValueError, match="no folder"):
+        load_spec(tmp_path / "missing")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot read the config"):
+        load_spec(tmp_path)
+    with pytest.raises(ValueError, match="is a file"):
+        load_spec(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+    with pytest.raises(ValueError, match="cannot read the config"):
+        load_spec(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(ValueError, match="no-such-model"):
+        load_spec(tmp_path)
+
+
+def test_a_config_never_runs_code_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}})
+    )
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ValueError, match="model: cannot read the config"):
+        load_spec(tmp_path)

@@ -1,0 +1,165 @@
+"""What an attention backend does, and which one to take.
+
+Shapes: T packed tokens, N sequences, Hq local query heads, H local kv heads, D head dim, P pages.
+Query heads of one kv head are neighbours: query head `i` belongs to kv head `i // (Hq / H)`.
+"""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, Protocol, overload
+
+import torch
+from torch import Tensor
+
+from saqqara.workers.kv.store import KVView
+
+
+@dataclass(frozen=True, slots=True)
+class CuSeqlens:
+    """Where each of N sequences starts in a packed tensor.
+
+    Attributes:
+        host: N + 1 offsets, from 0 to T.
+        device: the same as an int32 tensor.
+        max_len: the longest sequence.
+    """
+
+    host: tuple[int, ...]
+    device: Tensor
+    max_len: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "CuSeqlens":
+        """From the length of each sequence."""
+        host = (0, *accumulate(int(length) for length in lengths))
+        return cls(
+            host=host,
+            device=torch.tensor(host, dtype=torch.int32).to(device, non_blocking=True),
+            max_len=max(lengths, default=0),
+        )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The length of each sequence."""
+        return tuple(b - a for a, b in zip(self.host, self.host[1:], strict=False))
+
+
+class AttentionBackend(Protocol):
+    """Causal attention over fresh keys and over pages. Outputs have the dtype of the queries."""
+
+    name: str
+
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_q: CuSeqlens, cu_k: CuSeqlens, scale: float
+    ) -> Tensor:
+        """Attention of whole prompts over themselves.
+
+        Args:
+            q: [Tq, Hq, D]; in each sequence the queries of its *last* tokens (no more than it has
+                keys), so the last query sees every key, the one before all but one, and so on.
+            k: [Tk, H, D].
+            v: [Tk, H, D].
+            cu_q: sequences in `q`.
+            cu_k: the same sequences in `k` and `v`.
+            scale: factor of the scores.
+
+        Returns:
+            [Tq, Hq, D].
+        """
+        ...
+
+    @overload
+    def decode(
+        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def decode(
+        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def decode(
+        self, q: Tensor, view: KVView, scale: float, return_mass: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of one query per sequence over everything its rows keep.
+
+        Args:
+            q: [N, Hq, D].
+            view: the rows, the new token included. Rows without tokens give zeros.
+            scale: factor of the scores.
+            return_mass: also return how much attention every kept token got.
+
+        Returns:
+            [N, Hq, D]; with `return_mass` also float32 [N, H, view.max_length], summed over the
+            query heads of a kv head, 0 past the end of a row.
+        """
+        ...
+
+    def extend(
+        self, q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, view: KVView, scale: float
+    ) -> Tensor:
+        """Attention of several new tokens per sequence over kept pages and over themselves.
+
+        Args:
+            q: [T, Hq, D].
+            k: keys of the new tokens, [T, H, D]. Each new token sees those up to its own.
+            v: values of the new tokens, [T, H, D].
+            cu: the new tokens of each sequence.
+            view: the rows *without* the new tokens. Every new token sees all of them.
+            scale: factor of the scores.
+
+        Returns:
+            [T, Hq, D].
+        """
+        ...
+
+    def mass(
+        self, q_window: Tensor, k: Tensor, scale: float, query_weights: Tensor | None = None
+    ) -> Tensor:
+        """How much attention each key of one sequence gets from its last queries.
+
+        Args:
+            q_window: queries of the last w tokens, [w, Hq, D].
+            k: all keys, [n, H, D].
+            scale: factor of the scores.
+            query_weights: [w], a factor for each query; default: 1.
+
+        Returns:
+            float32 [H, n]: causal softmax attention, summed over the window's queries and over the
+            query heads of each kv head.
+        """
+        ...
+
+
+_BACKENDS = {  # name: (module in this package, class); imported when asked for
+    "reference": ("reference", "ReferenceAttention"),
+    "torch": ("sdpa", "TorchAttention"),
+}
+
+
+def get_backend(
+    name: str, device: torch.device, dtype: torch.dtype
+) -> tuple[AttentionBackend, str]:
+    """The attention backend of a name, and why it is this one.
+
+    Args:
+        name: a registered name, or "auto" for the best one for `device` and `dtype`.
+        device: where queries and pages live.
+        dtype: of queries, keys and values.
+
+    Raises:
+        ValueError: no backend has this name.
+    """
+    if name == "auto":
+        chosen, reason = "torch", f"auto: runs everywhere (device {device.type}, {dtype})"
+    else:
+        chosen, reason = name, f"attention_backend={name!r}"
+    if chosen not in _BACKENDS:
+        known = ", ".join(["auto", *_BACKENDS])
+        raise ValueError(f"attention_backend: no backend {name!r}; known: {known}")
+    module, class_name = _BACKENDS[chosen]
+    backend_class = getattr(importlib.import_module(f".{module}", __package__), class_name)
+    backend: AttentionBackend = backend_class()
+    return backend, reason

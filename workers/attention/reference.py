@@ -1,0 +1,120 @@
+"""The oracle: attention in float32, one query and one head at a time, as one would write it down.
+
+It shares no code with the other backends and is as slow as it looks.
+
+Shapes: T packed tokens, N sequences, Hq local query heads, H local kv heads, D head dim.
+"""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from saqqara.workers.kv.store import KVView
+
+from .base import CuSeqlens
+
+
+class ReferenceAttention:
+    """Every number by its definition. Arguments and results are those of `AttentionBackend`."""
+
+    name = "reference"
+
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_q: CuSeqlens, cu_k: CuSeqlens, scale: float
+    ) -> Tensor:
+        """Causal attention of the last queries of each sequence over its keys."""
+        out = torch.empty_like(q)
+        group = q.shape[1] // k.shape[1]
+        for n in range(len(cu_q.host) - 1):
+            first, last = cu_q.host[n], cu_q.host[n + 1]
+            first_key, last_key = cu_k.host[n], cu_k.host[n + 1]
+            for t in range(first, last):
+                seen = slice(first_key, last_key - (last - 1 - t))
+                for head in range(q.shape[1]):
+                    out[t, head], _ = _attend(
+                        q[t, head], k[seen, head // group], v[seen, head // group], scale
+                    )
+        return out
+
+    @overload
+    def decode(
+        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def decode(
+        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def decode(
+        self, q: Tensor, view: KVView, scale: float, return_mass: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of one query per sequence over what its rows keep."""
+        num_sequences, num_heads = view.lengths.shape
+        group = q.shape[1] // num_heads
+        out = torch.zeros_like(q)
+        mass = torch.zeros(num_sequences, num_heads, view.max_length, device=q.device)
+        for n in range(num_sequences):
+            for head in range(q.shape[1]):
+                k, v = _row(view, n, head // group)
+                out[n, head], weights = _attend(q[n, head], k, v, scale)
+                mass[n, head // group, : len(k)] += weights
+        return (out, mass) if return_mass else out
+
+    def extend(
+        self, q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, view: KVView, scale: float
+    ) -> Tensor:
+        """Attention of new tokens over what their rows keep, then over the new ones up to each."""
+        out = torch.empty_like(q)
+        group = q.shape[1] // k.shape[1]
+        for n in range(len(cu.host) - 1):
+            first, last = cu.host[n], cu.host[n + 1]
+            for head in range(q.shape[1]):
+                kept_k, kept_v = _row(view, n, head // group)
+                for t in range(first, last):
+                    keys = torch.cat([kept_k, k[first : t + 1, head // group]])
+                    values = torch.cat([kept_v, v[first : t + 1, head // group]])
+                    out[t, head], _ = _attend(q[t, head], keys, values, scale)
+        return out
+
+    def mass(
+        self, q_window: Tensor, k: Tensor, scale: float, query_weights: Tensor | None = None
+    ) -> Tensor:
+        """Attention that each key gets from the last queries, summed over them and the group."""
+        num_queries, num_query_heads, _ = q_window.shape
+        num_keys, num_heads, _ = k.shape
+        mass = torch.zeros(num_heads, num_keys, device=k.device)
+        for i in range(num_queries):
+            seen = num_keys - num_queries + i + 1
+            for head in range(num_query_heads):
+                kv_head = head // (num_query_heads // num_heads)
+                keys = k[:seen, kv_head]
+                _, weights = _attend(q_window[i, head], keys, keys, scale)
+                mass[kv_head, :seen] += (
+                    weights if query_weights is None else query_weights[i] * weights
+                )
+        return mass
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One query [D] over keys and values [m, D]: the output [D] and the weights [m], float32."""
+    if len(keys) == 0:
+        return torch.zeros_like(q, dtype=torch.float32), torch.zeros(0, device=q.device)
+    scores = (keys.float() * q.float()).sum(dim=-1) * scale
+    exponentials = torch.exp(scores - scores.max())
+    weights = exponentials / exponentials.sum()
+    return (weights[:, None] * values.float()).sum(dim=0), weights
+
+
+def _row(view: KVView, n: int, head: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [length, D] of one row, token by token."""
+    keys, values = [], []
+    for t in range(int(view.lengths[n, head])):
+        page = int(view.page_table[n, head, t // view.page_tokens])
+        keys.append(view.k_pages[page, t % view.page_tokens])
+        values.append(view.v_pages[page, t % view.page_tokens])
+    if not keys:
+        nothing = view.k_pages.new_empty(0, view.k_pages.shape[-1])
+        return nothing, nothing
+    return torch.stack(keys), torch.stack(values)

@@ -1,0 +1,104 @@
+"""The end of the last stage: from hidden states to sampled tokens and scored ones.
+
+Shapes: S sampled positions, T decoded tokens, M scored tokens of one sequence, E hidden size,
+V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from .layers.sampler import TokenHistory, sample
+from .mesh import Mesh
+from .models.decoder import Decoder, chunks
+from .plan import SampledToken, ScoredTokens, StepPlan
+from .slots import SlotTable, Target, ended
+
+SCORE_CHUNK_TOKENS = 256  # bounds the logits of scoring: 256 x V fp32
+
+
+class Head:
+    """Samples and scores what a plan asks for, given the last layer's hidden states.
+
+    Every tensor rank computes its vocabulary shard; rank 0 samples and broadcasts, so that ranks
+    cannot diverge.
+    """
+
+    def __init__(self, decoder: Decoder, mesh: Mesh, slots: SlotTable) -> None:
+        self._decoder = decoder
+        self._mesh = mesh
+        self._slots = slots
+
+    def sample(
+        self,
+        plan: StepPlan,
+        targets: list[Target],
+        finals: dict[int, Tensor],
+        decoded_TE: Tensor | None,
+    ) -> list[SampledToken]:
+        """Sample every target, in order, and record the tokens in the slot table.
+
+        `finals` maps slots whose prefill ended to their last hidden state [E].
+        """
+        if not targets:
+            return []
+        hidden = [finals[t.slot] for t in targets if t.slot in finals]
+        if decoded_TE is not None:
+            ends = _last_rows(plan)
+            hidden += [decoded_TE[ends[t.slot]] for t in targets if t.slot in ends]
+        logits_SV = self._decoder.logits(torch.stack(hidden))
+        sampled = sample(
+            logits_SV,
+            [self._slots[t.slot].sampling for t in targets],
+            [t.position for t in targets],
+            [TokenHistory(self._slots.prompt(t.slot), self._slots.output(t)) for t in targets],
+        )
+        token_ids = torch.tensor([token for token, _ in sampled], device=logits_SV.device)
+        agreed = self._mesh.broadcast(token_ids).tolist()
+        for target, token in zip(targets, agreed, strict=True):
+            self._slots.put_token(target, token)
+        return [
+            SampledToken(target.slot, target.position, token, logprobs)
+            for target, token, (_, logprobs) in zip(targets, agreed, sampled, strict=True)
+        ]
+
+    def score(
+        self, plan: StepPlan, finals: dict[int, Tensor], decoded_TE: Tensor | None
+    ) -> list[ScoredTokens]:
+        """Log-probabilities of the known tokens that follow what a scoring sequence was fed."""
+        scored = [
+            self._score(slot, self._slots[slot].prompt_tokens, finals[slot][None])
+            for group in ended(plan, self._decoder.stop_layer)
+            for slot in group.slots
+            if self._slots[slot].score
+        ]
+        row = 0
+        for item in plan.decode:
+            if self._slots[item.slot].score:
+                assert decoded_TE is not None
+                hidden = decoded_TE[row : row + item.num_tokens]
+                scored.append(self._score(item.slot, item.position + 1, hidden))
+            row += item.num_tokens
+        return scored
+
+    def _score(self, slot: int, position: int, hidden_ME: Tensor) -> ScoredTokens:
+        """Score the known tokens at `position` and after, predicted by `hidden_ME`."""
+        known = self._slots.tokens[slot, position : position + len(hidden_ME)]
+        wanted_M1 = torch.from_numpy(known).to(hidden_ME.device).long()[:, None]
+        logprobs: list[float] = []
+        ranks: list[int] = []
+        for chunk in chunks(len(hidden_ME), SCORE_CHUNK_TOKENS):
+            logits = self._decoder.logits(hidden_ME[chunk])
+            chosen = logits.gather(1, wanted_M1[chunk])
+            logprobs += (chosen[:, 0] - logits.logsumexp(dim=-1)).tolist()
+            ranks += (1 + (logits > chosen).sum(dim=-1)).tolist()
+        return ScoredTokens(slot, position, tuple(logprobs), tuple(ranks))
+
+
+def _last_rows(plan: StepPlan) -> dict[int, int]:
+    """Slot -> row of the last token that the plan's decode items feed."""
+    rows: dict[int, int] = {}
+    row = -1
+    for item in plan.decode:
+        row += item.num_tokens
+        rows[item.slot] = row
+    return rows

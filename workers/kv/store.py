@@ -1,0 +1,500 @@
+"""The KV store of one worker: write after prefill, append, view, compact, fork, free.
+
+A page belongs to one row, a row is (slot, layer, kv head), and rows have any length. Positions
+here are places in storage (0 is the first token kept), not positions in the text.
+
+Shapes: T new tokens of all sequences, N sequences, L local layers, H local kv heads, P pages,
+D head dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .pool import PagePool
+from .table import RowTable, spans
+
+
+@dataclass(frozen=True, slots=True)
+class KVView:
+    """What attention reads: the pages of one layer's rows of N sequences, and how long they are.
+
+    Row `(n, h)` has its first `lengths[n, h]` tokens in the pages `page_table[n, h]`, in order.
+    Entries past `ceil(length / page_tokens)` are valid page ids but belong to someone else.
+
+    Attributes:
+        k_pages, v_pages: [P, page_tokens, D].
+        page_table: int32 [N, H, pages of the longest row].
+        lengths: int32 [N, H].
+        max_length: no row is longer; known on the host.
+        page_tokens: tokens of one page.
+    """
+
+    k_pages: Tensor
+    v_pages: Tensor
+    page_table: Tensor
+    lengths: Tensor
+    max_length: int
+    page_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AppendPlan:
+    """Where the new tokens of one step go, in every layer and head.
+
+    Attributes:
+        slots: int64 [N], on the host.
+        num_new: int64 [N], on the host; they sum to T.
+        refs: int64 [L, T, H], flat targets `page * page_tokens + offset`.
+        lengths: int32 [L, N, H], row lengths with the new tokens.
+        max_lengths: the longest row of each layer, with the new tokens.
+        max_lengths_before: the same without them.
+        device_slots: `slots` on the device.
+        device_num_new: int32 [N, 1], `num_new` on the device.
+    """
+
+    slots: NDArray[np.int64]
+    num_new: NDArray[np.int64]
+    refs: Tensor
+    lengths: Tensor
+    max_lengths: tuple[int, ...]
+    max_lengths_before: tuple[int, ...]
+    device_slots: Tensor
+    device_num_new: Tensor
+
+
+class KVStore:
+    """Keys and values of every row of one worker, in pages.
+
+    Layers and heads are counted from 0 within this worker. A method that finds too few free pages
+    says so and changes nothing.
+
+    Args:
+        num_layers: local layers, L.
+        num_heads: local kv heads, H.
+        num_slots: sequences that can hold pages at once.
+        num_pages: pages in the pool.
+        page_tokens: tokens of one page.
+        max_row_tokens: the most tokens a row can keep.
+        head_dim: numbers of one key, D.
+        dtype: of keys and values.
+        device: where the pages live.
+        mirrored: keep separate device copies of the tables; default: only where the device is not
+            the host (tests set it to check the copies).
+
+    Raises:
+        ValueError: a size that is not positive, naming it.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_heads: int,
+        num_slots: int,
+        num_pages: int,
+        page_tokens: int,
+        max_row_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        mirrored: bool | None = None,
+    ) -> None:
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.page_tokens = page_tokens
+        self.pool = PagePool(num_pages, page_tokens, head_dim, dtype, device)
+        self.table = RowTable(
+            num_slots, num_layers, num_heads, max_row_tokens, page_tokens, device, mirrored
+        )
+        self._k_tokens = self.pool.k_pages.view(-1, head_dim)
+        self._v_tokens = self.pool.v_pages.view(-1, head_dim)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the pool."""
+        return self.pool.num_pages
+
+    @property
+    def pages_free(self) -> int:
+        """Pages that nobody holds."""
+        return self.pool.num_free
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: keys + values."""
+        return self.pool.page_bytes
+
+    def kept(self, slot: int) -> NDArray[np.int32]:
+        """Tokens kept by each row of a slot, int32 [L, H]."""
+        kept: NDArray[np.int32] = self.table.kept[slot].copy()
+        return kept
+
+    def pages_of(self, slot: int) -> int:
+        """Pages that a slot holds, shared ones included."""
+        return int(self.table.num_pages(self.table.kept[slot]).sum())
+
+    # -- prefill ----------------------------------------------------------------------------
+
+    def write(
+        self,
+        slot: int,
+        layer: int,
+        k: Tensor,
+        v: Tensor,
+        indices: Tensor | Sequence[Tensor] | None = None,
+    ) -> bool:
+        """Store the selected tokens of one layer, whose rows must be empty.
+
+        Args:
+            slot: the sequence's slot.
+            layer: local layer.
+            k: keys of the whole prompt, [n, H, D].
+            v: values, [n, H, D].
+            indices: which tokens each head keeps, in order: int64 [H, keep], or one int64 tensor
+                per head; None for all.
+
+        Returns:
+            False if the pages do not suffice; then nothing was written for this layer.
+        """
+        table, to_device = self.table, self.table.to_device
+        n, num_heads, dim = k.shape
+        assert not table.kept[slot, layer].any(), f"slot {slot}, layer {layer} is not empty"
+        counts = np.full(num_heads, n, dtype=np.int32) if indices is None else _counts(indices)
+        assert counts.max() <= table.max_row_tokens, (counts.max(), table.max_row_tokens)
+        needed = table.num_pages(counts)
+        total = int(needed.sum())
+        if total > self.pool.num_free:
+            return False
+        pages = self.pool.allocate(total)
+        table.set_pages(spans(table.first_entry[slot, layer], needed), pages)
+        table.set_layer_kept(slot, layer, counts)
+        nth, head = _fill(counts, needed * self.page_tokens)
+        if indices is None:
+            source = to_device(nth * num_heads + head)
+        else:
+            offset = np.cumsum(counts) - counts
+            token = _concatenate(indices).index_select(0, to_device(offset[head] + nth))
+            source = token * num_heads + to_device(head)
+        self._store(pages, k.reshape(-1, dim), v.reshape(-1, dim), source)
+        return True
+
+    # -- decode and extend ------------------------------------------------------------------
+
+    def begin_append(
+        self, slots: NDArray[np.int64], num_new: NDArray[np.int64]
+    ) -> AppendPlan | None:
+        """Reserve room for new tokens in every layer and head of some slots; lengths grow here.
+
+        A page that a row shares with another is copied before the row's tokens go into it.
+
+        Args:
+            slots: different slots, int64 [N].
+            num_new: new tokens of each, at least 1, int64 [N].
+
+        Returns:
+            The plan for `append` and the views, or None, with nothing changed, if the pages do not
+            suffice.
+        """
+        table, pool = self.table, self.pool
+        assert len(set(slots.tolist())) == len(slots), f"a slot appears twice: {slots}"
+        assert num_new.min() >= 1, num_new
+        before = table.kept[slots]  # [N, L, H]
+        after = before + num_new.astype(np.int32)[:, None, None]
+        assert after.max() <= table.max_row_tokens, (after.max(), table.max_row_tokens)
+        first = table.first_entry[slots]
+        used = table.num_pages(before)
+        needed = table.num_pages(after) - used
+        num_needed = int(needed.sum())
+        tails = self._shared_tails(first, before) if pool.any_shared else None
+        if num_needed + (0 if tails is None else len(tails)) > pool.num_free:
+            return None
+        if tails is not None:
+            self._unshare(tails)
+        if num_needed:
+            if num_needed == np.count_nonzero(needed):
+                chosen = needed != 0
+                entries = first[chosen] + used[chosen]
+            else:
+                entries = spans((first + used).reshape(-1), needed.reshape(-1))
+            pages = pool.allocate(num_needed)
+            table.set_pages(entries, pages)
+            pool.clear(table.to_device(pages.astype(np.int64)))
+        table.set_kept(slots, after)
+        return self._append_plan(slots, num_new, first, before, after)
+
+    def _append_plan(
+        self,
+        slots: NDArray[np.int64],
+        num_new: NDArray[np.int64],
+        first: NDArray[np.int64],
+        before: NDArray[np.int32],
+        after: NDArray[np.int32],
+    ) -> AppendPlan:
+        position = before
+        if len(slots) < num_new.sum():
+            sequence = np.repeat(np.arange(len(slots)), num_new)
+            nth = spans(np.zeros(len(slots), dtype=np.int64), num_new).astype(np.int32)
+            first = first[sequence]
+            position = before[sequence] + nth[:, None, None]
+        page_tokens = np.int32(self.page_tokens)
+        column = position // page_tokens  # [T, L, H]
+        pages = self.table.flat_pages.take(first + column)
+        refs = pages * np.int64(page_tokens) + (position - column * page_tokens)
+        lengths = np.ascontiguousarray(after.transpose(1, 0, 2))
+        lengths_before = lengths - num_new.astype(np.int32)[:, None]
+        to_device = self.table.to_device
+        return AppendPlan(
+            slots=slots,
+            num_new=num_new,
+            refs=to_device(np.ascontiguousarray(refs.transpose(1, 0, 2))),
+            lengths=to_device(lengths),
+            max_lengths=tuple(lengths.reshape(len(lengths), -1).max(axis=1).tolist()),
+            max_lengths_before=tuple(lengths_before.reshape(len(lengths), -1).max(axis=1).tolist()),
+            device_slots=to_device(slots),
+            device_num_new=to_device(num_new.astype(np.int32)[:, None]),
+        )
+
+    def _shared_tails(self, first: NDArray[np.int64], kept: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Entries of partly filled last pages that must be copied before rows append to them.
+
+        Where all rows that share a page are among these, one of them keeps it.
+        """
+        partial = kept % np.int32(self.page_tokens) != 0
+        entries = first[partial] + kept[partial] // np.int32(self.page_tokens)
+        pages = self.table.flat_pages[entries]
+        shared = self.pool.refcount[pages] > 1
+        entries, pages = entries[shared], pages[shared]
+        ids, where, count = np.unique(pages, return_index=True, return_counts=True)
+        keepers = where[count == self.pool.refcount[ids]]
+        return np.delete(entries, keepers)
+
+    def _unshare(self, entries: NDArray[np.int64]) -> None:
+        """Give these page table entries copies of their pages."""
+        old = self.table.flat_pages[entries]
+        new = self.pool.allocate(len(old))
+        source, target = self.table.to_device(old), self.table.to_device(new.astype(np.int64))
+        for pages in (self.pool.k_pages, self.pool.v_pages):
+            pages.index_copy_(0, target, pages.index_select(0, source))
+        self.table.set_pages(entries, new)
+        self.pool.release(old)
+
+    def append(self, plan: AppendPlan, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store the new keys and values of one layer, [T, H, D] in the order of the plan."""
+        dim = k.shape[-1]
+        refs = plan.refs[layer].view(-1)
+        self._k_tokens.index_copy_(0, refs, k.reshape(-1, dim))
+        self._v_tokens.index_copy_(0, refs, v.reshape(-1, dim))
+
+    def view(
+        self,
+        plan_or_slots: AppendPlan | NDArray[np.int64],
+        layer: int,
+        include_new: bool = True,
+    ) -> KVView:
+        """What one layer keeps of some sequences.
+
+        Args:
+            plan_or_slots: a plan, whose lengths are those of its `begin_append`; or slots, int64
+                [N], as they are now.
+            layer: local layer.
+            include_new: with a plan, whether lengths include its new tokens.
+        """
+        if isinstance(plan_or_slots, AppendPlan):
+            plan, slots = plan_or_slots, plan_or_slots.device_slots
+            lengths, max_length = plan.lengths[layer], plan.max_lengths[layer]
+            if not include_new:
+                lengths = lengths - plan.device_num_new
+                max_length = plan.max_lengths_before[layer]
+        else:
+            slots = self.table.to_device(plan_or_slots)
+            lengths = self.table.device_kept[:, layer].index_select(0, slots)
+            max_length = int(self.table.kept[plan_or_slots, layer].max(initial=0))
+        max_pages = -(-max_length // self.page_tokens)
+        return KVView(
+            k_pages=self.pool.k_pages,
+            v_pages=self.pool.v_pages,
+            page_table=self.table.device_pages[:, layer, :, :max_pages].index_select(0, slots),
+            lengths=lengths,
+            max_length=max_length,
+            page_tokens=self.page_tokens,
+        )
+
+    def decode_view(self, plan: AppendPlan, layer: int) -> KVView:
+        """The rows of a plan with their new tokens."""
+        return self.view(plan, layer, include_new=True)
+
+    def extend_view(self, plan: AppendPlan, layer: int) -> KVView:
+        """The rows of a plan as they were before its new tokens."""
+        return self.view(plan, layer, include_new=False)
+
+    def read(self, slot: int, layer: int, head: int) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values that one row keeps, [kept, D] each, in order."""
+        kept = int(self.table.kept[slot, layer, head])
+        pages = self.table.device_pages[slot, layer, head, : -(-kept // self.page_tokens)]
+        k, v = (
+            x.index_select(0, pages).view(-1, x.shape[-1])[:kept]
+            for x in (self.pool.k_pages, self.pool.v_pages)
+        )
+        return k, v
+
+    # -- compaction, sharing, release -------------------------------------------------------
+
+    def compact(self, slot: int, layer: int, indices: Tensor | Sequence[Tensor]) -> bool:
+        """Keep only some tokens of one layer's rows, in place; surplus pages are free at once.
+
+        Args:
+            slot: the sequence's slot.
+            layer: local layer.
+            indices: storage positions that each head keeps, ascending: int64 [H, keep], or one
+                int64 tensor per head.
+
+        Returns:
+            False, with nothing changed, if pages that are shared with another slot would have to be
+            copied and the free ones do not suffice.
+        """
+        table, pool = self.table, self.pool
+        first, kept = table.first_entry[slot, layer], table.kept[slot, layer]
+        counts = _counts(indices)
+        assert (counts <= kept).all(), f"compact keeps {counts} of {kept} tokens"
+        # Tokens before these stay where they are: whole pages, which may stay shared.
+        start = np.zeros_like(counts)
+        if pool.any_shared:
+            start = _first_moved(indices)
+            start = np.where(start < counts, start // self.page_tokens * self.page_tokens, start)
+        used, stay, keep = (table.num_pages(x) for x in (kept, start, counts))
+        rewritten = spans(first + stay, keep - stay)
+        surplus = table.flat_pages[spans(first + keep, used - keep)]
+        shared = rewritten[pool.refcount[table.flat_pages[rewritten]] > 1]
+        if len(shared) > pool.num_free + np.count_nonzero(pool.refcount[surplus] == 1):
+            return False
+        source = self._tokens_to_move(slot, layer, indices, start, counts)
+        k, v = self._k_tokens.index_select(0, source), self._v_tokens.index_select(0, source)
+        pool.release(surplus)
+        if len(shared):
+            old = table.flat_pages[shared]
+            table.set_pages(shared, pool.allocate(len(shared)))
+            pool.release(old)
+        self._store(table.flat_pages[rewritten], k, v)
+        table.set_layer_kept(slot, layer, counts)
+        return True
+
+    def fork(self, source: int, target: int) -> None:
+        """Let an empty slot share all pages of another; either copies a page before it appends."""
+        table = self.table
+        assert not table.kept[target].any(), f"slot {target} is not empty"
+        table.copy_slot(source, target)
+        self.pool.share(self._pages(source))
+
+    def free(self, slot: int) -> None:
+        """Empty all rows of a slot."""
+        self.pool.release(self._pages(slot))
+        zeros = np.zeros((1, self.num_layers, self.num_heads), dtype=np.int32)
+        self.table.set_kept(np.array([slot]), zeros)
+
+    def _pages(self, slot: int) -> NDArray[np.int32]:
+        """Ids of all pages that a slot holds."""
+        table = self.table
+        return table.flat_pages[table.used_entries(table.first_entry[slot], table.kept[slot])]
+
+    def _tokens_to_move(
+        self,
+        slot: int,
+        layer: int,
+        indices: Tensor | Sequence[Tensor],
+        start: NDArray[np.int32],
+        counts: NDArray[np.int32],
+    ) -> Tensor:
+        """Flat places of the tokens `indices[h][start[h]:]`, each head padded to whole pages."""
+        to_device = self.table.to_device
+        num_tokens = self.table.num_pages(counts - start) * self.page_tokens
+        nth, head = _fill(counts - start, num_tokens)
+        offset = np.cumsum(counts) - counts + start
+        position = _concatenate(indices).index_select(0, to_device(offset[head] + nth))
+        column = position // self.page_tokens
+        pages = self.table.device_pages[slot, layer][to_device(head), column].long()
+        return (pages - column) * self.page_tokens + position
+
+    def _store(
+        self, pages: NDArray[np.int32], k: Tensor, v: Tensor, source: Tensor | None = None
+    ) -> None:
+        """Fill pages with tokens, in order: those of k and v [tokens, D], or their `source`."""
+        target = self.table.to_device(pages.astype(np.int64))
+        for stored, tokens in ((self.pool.k_pages, k), (self.pool.v_pages, v)):
+            rows = tokens if source is None else tokens.index_select(0, source)
+            stored.index_copy_(0, target, rows.view(-1, *stored.shape[1:]))
+
+    # -- proof ------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Prove that every page is free, or owned by as many rows as its reference count says.
+
+        Raises:
+            AssertionError: what does not match.
+        """
+        table, pool = self.table, self.pool
+        _require((table.kept >= 0).all(), "a row keeps fewer than 0 tokens")
+        too_long = np.argwhere(table.kept > table.max_row_tokens)
+        _require(not len(too_long), f"rows longer than {table.max_row_tokens}: {too_long[:5]}")
+        owned = table.flat_pages[table.used_entries(table.first_entry, table.kept)]
+        valid = (owned >= 0) & (owned < pool.num_pages)
+        _require(valid.all(), f"page ids out of range: {owned[~valid][:5]}")
+        references = np.bincount(owned, minlength=pool.num_pages)
+        wrong = np.flatnonzero(references != pool.refcount)
+        _require(
+            not len(wrong),
+            f"pages {wrong[:5]} have {references[wrong[:5]]} owners but reference counts"
+            f" {pool.refcount[wrong[:5]]}",
+        )
+        free = np.sort(pool.free_pages)
+        _require(
+            np.array_equal(free, np.flatnonzero(references == 0)),
+            f"{len(free)} pages on the free stack ({len(np.unique(free))} different), but"
+            f" {np.count_nonzero(references == 0)} pages have no owner",
+        )
+        _require(
+            pool.any_shared == bool((references > 1).any()),
+            f"any_shared is {pool.any_shared}, the tables say otherwise",
+        )
+        if table.mirrored:
+            same = np.array_equal(table.device_kept.cpu().numpy(), table.kept)
+            _require(same, "lengths on the device differ from the host's")
+            used = table.used_entries(table.first_entry, table.kept)
+            same = np.array_equal(table.device_pages.cpu().numpy().reshape(-1)[used], owned)
+            _require(same, "page tables on the device differ from the host's")
+
+
+def _counts(indices: Tensor | Sequence[Tensor]) -> NDArray[np.int32]:
+    """How many tokens each head keeps, int32 [H]."""
+    return np.array([len(head) for head in indices], dtype=np.int32)
+
+
+def _concatenate(indices: Tensor | Sequence[Tensor]) -> Tensor:
+    return indices.reshape(-1) if isinstance(indices, Tensor) else torch.cat(list(indices))
+
+
+def _fill(
+    counts: NDArray[np.int32], padded: NDArray[np.int32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Number the tokens of each head and pad with its last: (token within head, head), flat."""
+    head = np.repeat(np.arange(len(counts)), padded)
+    nth = spans(np.zeros(len(counts), dtype=np.int64), padded)
+    return np.minimum(nth, counts[head] - 1), head
+
+
+def _first_moved(indices: Tensor | Sequence[Tensor]) -> NDArray[np.int32]:
+    """The first kept token of each head whose storage position changes, int32 [H]."""
+    firsts = []
+    for head in indices:
+        positions = head.cpu().numpy()
+        moved = np.flatnonzero(positions != np.arange(len(positions)))
+        firsts.append(moved[0] if len(moved) else len(positions))
+    return np.array(firsts, dtype=np.int32)
+
+
+def _require(condition: bool | np.bool_, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)

@@ -1,0 +1,117 @@
+"""The rows: which pages hold them, and how many tokens they keep.
+
+A row is (slot, layer, kv head). Shapes: L layers, H kv heads, R rows, N sequences.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class RowTable:
+    """Page table and kept length of every row, on the host and on the device.
+
+    Row `(slot, layer, head)` keeps `kept[slot, layer, head]` tokens in its first
+    `ceil(kept / page_tokens)` page table entries; what its other entries hold means nothing.
+
+    On a CPU the device tensors share the memory of the host arrays. Elsewhere they are copies, and
+    the setters below, through which every change goes, repeat it there.
+
+    Args:
+        num_slots: sequences that can hold pages at once.
+        num_layers: local layers, L.
+        num_heads: local kv heads, H.
+        max_row_tokens: the most tokens a row can keep.
+        page_tokens: tokens of one page.
+        device: where the pages live.
+        mirrored: keep separate device tensors; default: only where the device is not the host.
+
+    Attributes:
+        pages: int32 [slots, L, H, pages_per_row].
+        kept: int32 [slots, L, H].
+        device_pages: `pages` as a tensor on the device.
+        device_kept: `kept` as a tensor on the device.
+        first_entry: int64 [slots, L, H], where each row's entries start in the flat `pages`.
+        flat_pages: `pages` as one dimension.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_layers: int,
+        num_heads: int,
+        max_row_tokens: int,
+        page_tokens: int,
+        device: torch.device,
+        mirrored: bool | None = None,
+    ) -> None:
+        if max_row_tokens < 1:
+            raise ValueError(f"max_row_tokens must be at least 1, not {max_row_tokens}")
+        rows = (num_slots, num_layers, num_heads)
+        pages_per_row = -(-max_row_tokens // page_tokens)
+        self.max_row_tokens = max_row_tokens
+        self.page_tokens = page_tokens
+        self.pages: NDArray[np.int32] = np.zeros((*rows, pages_per_row), dtype=np.int32)
+        self.kept: NDArray[np.int32] = np.zeros(rows, dtype=np.int32)
+        self.flat_pages: NDArray[np.int32] = self.pages.reshape(-1)
+        self.first_entry: NDArray[np.int64] = (
+            np.arange(num_slots * num_layers * num_heads, dtype=np.int64) * pages_per_row
+        ).reshape(rows)
+        self.mirrored = device.type != "cpu" if mirrored is None else mirrored
+        self.device = device
+        self.device_pages = torch.from_numpy(self.pages)
+        self.device_kept = torch.from_numpy(self.kept)
+        if self.mirrored:
+            self.device_pages = self.device_pages.to(device, copy=True)
+            self.device_kept = self.device_kept.to(device, copy=True)
+
+    def num_pages(self, kept: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Pages that rows of these lengths use; same shape."""
+        pages: NDArray[np.int32] = (kept + np.int32(self.page_tokens - 1)) // np.int32(
+            self.page_tokens
+        )
+        return pages
+
+    def used_entries(
+        self, first_entry: NDArray[np.int64], kept: NDArray[np.int32]
+    ) -> NDArray[np.int64]:
+        """Flat page table entries in use by rows of any shape, row after row."""
+        return spans(first_entry.reshape(-1), self.num_pages(kept).reshape(-1))
+
+    def set_pages(self, entries: NDArray[np.int64], pages: NDArray[np.int32]) -> None:
+        """Write page ids into flat page table entries."""
+        self.flat_pages[entries] = pages
+        if self.mirrored:
+            self.device_pages.view(-1)[self.to_device(entries)] = self.to_device(pages)
+
+    def set_kept(self, slots: NDArray[np.int64], kept: NDArray[np.int32]) -> None:
+        """Set the lengths of all rows of slots; `kept` is [N, L, H]."""
+        self.kept[slots] = kept
+        if self.mirrored:
+            self.device_kept[self.to_device(slots)] = self.to_device(kept)
+
+    def set_layer_kept(self, slot: int, layer: int, kept: NDArray[np.int32]) -> None:
+        """Set the lengths of the rows of one layer; `kept` is [H]."""
+        self.kept[slot, layer] = kept
+        if self.mirrored:
+            self.device_kept[slot, layer] = self.to_device(kept)
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Give the rows of one slot the pages and lengths of another's."""
+        self.pages[target] = self.pages[source]
+        self.kept[target] = self.kept[source]
+        if self.mirrored:
+            self.device_pages[target] = self.device_pages[source]
+            self.device_kept[target] = self.device_kept[source]
+
+    def to_device(self, values: NDArray[np.generic]) -> Tensor:
+        """The same numbers as a tensor on the device; on a CPU they share memory."""
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
+
+
+def spans(starts: NDArray[np.int64], counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Concatenate the ranges `[start, start + count)`; `starts` and `counts` are [R]."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(starts - (ends - counts), counts) + np.arange(total, dtype=np.int64)

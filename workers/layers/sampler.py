@@ -1,0 +1,284 @@
+"""From logits to tokens: penalties, filters, and counter-based random numbers.
+
+The order is vLLM's: penalties and blocked tokens, temperature, then `min_p`, `top_k`, `top_p`, each
+on what the one before left. A token tied with the last of `top_k` or with the threshold of `min_p`
+stays in; among ties at the edge of `top_p` the lower id comes first.
+
+A token is drawn by the Gumbel-max trick: the best of log-probability plus noise, the noise being a
+function of (seed, position, token id) alone. So what is sampled does not depend on which other
+sequences share the step, and a rounding error in the logits changes it only where two tokens come
+that close (inverting a cumulative sum would be far more sensitive).
+
+Shapes: S sampled rows, V vocabulary, C candidates.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from saqqara.workers.plan import SamplingSpec, TokenLogprobs
+
+# Below this a temperature is greedy decoding (as in vLLM).
+MIN_TEMPERATURE = 1e-5
+
+# The best tokens of a row, looked at before the whole row is sorted.
+_NUM_CANDIDATES = 256
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenHistory:
+    """What a sequence has so far: prompt and output token ids, integers [n] each."""
+
+    prompt: NDArray[np.integer]
+    output: NDArray[np.integer]
+
+
+def sample(
+    logits: torch.Tensor,
+    specs: Sequence[SamplingSpec],
+    positions: Sequence[int],
+    history: Sequence[TokenHistory],
+) -> list[tuple[int, TokenLogprobs | None]]:
+    """Sample one token per row.
+
+    Log-probabilities are the model's own, before penalties, filters and temperature (vLLM's
+    default, `raw_logprobs`).
+
+    Args:
+        logits: fp32 [S, V]; not changed.
+        specs: sampling parameters of each row.
+        positions: position of the token to be sampled in its sequence, per row.
+        history: prompt and output so far, per row.
+
+    Returns:
+        (token id, its log-probabilities or None) per row.
+    """
+    assert len(logits) == len(specs) == len(positions) == len(history)
+    adjusted = _blocked(_penalized(logits, specs, history), specs, history)
+    tokens = adjusted.argmax(dim=-1)
+    random = [row for row, spec in enumerate(specs) if spec.temperature >= MIN_TEMPERATURE]
+    if random:
+        rows = torch.tensor(random, device=logits.device)
+        temperatures = _column([specs[row].temperature for row in random], logits.device)
+        keys = noise_keys([specs[row].seed for row in random], [positions[row] for row in random])
+        scaled = adjusted[rows].double() / temperatures
+        tokens[rows] = _draw(scaled, [specs[row] for row in random], keys.to(logits.device))
+    return list(zip(tokens.tolist(), _logprobs(logits, tokens, specs), strict=True))
+
+
+def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+    """One 64-bit key per (seed, position), int64 [S, 1]."""
+    seed = np.array([seed & _MASK for seed in seeds], dtype=np.uint64)
+    keys = _splitmix64(_splitmix64(seed) + np.array(positions, dtype=np.uint64))
+    return torch.from_numpy(keys.view(np.int64))[:, None]
+
+
+def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def gumbel(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, fp64 [S, C], of keys int64 [S, 1] and token ids int64 [C] or [S, C].
+
+    The generator is splitmix64 with the token id as its counter, on the tensors' device.
+    """
+    x = token_ids * _signed(0x9E3779B97F4A7C15) + keys
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    x = x ^ _shifted(x, 31)
+    # Half a step away from 0 and 1, where the logarithms end.
+    uniform = (_shifted(x, 12).double() + 0.5) * 2.0**-52
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _signed(constant: int) -> int:
+    """The int64 with the same bits as an unsigned 64-bit constant."""
+    return constant - (1 << 64) if constant >> 63 else constant
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _penalized(
+    logits: torch.Tensor, specs: Sequence[SamplingSpec], history: Sequence[TokenHistory]
+) -> torch.Tensor:
+    """Logits after repetition (prompt and output), frequency and presence (output) penalties."""
+    rows: list[int] = []
+    ids: list[NDArray[np.integer]] = []
+    factors: list[NDArray[np.float64]] = []
+    offsets: list[NDArray[np.float64]] = []
+    for row, (spec, seen) in enumerate(zip(specs, history, strict=True)):
+        repetition = spec.repetition_penalty
+        if repetition == 1 and not spec.presence_penalty and not spec.frequency_penalty:
+            continue
+        known = seen.output if repetition == 1 else np.concatenate((seen.prompt, seen.output))
+        unique = np.unique(known)
+        generated, counts = np.unique(seen.output, return_counts=True)
+        offset = np.zeros(len(unique))
+        offset[np.searchsorted(unique, generated)] = (
+            spec.presence_penalty + spec.frequency_penalty * counts
+        )
+        rows += [row] * len(unique)
+        ids.append(unique)
+        factors.append(np.full(len(unique), repetition))
+        offsets.append(offset)
+    if not rows:
+        return logits
+    place = (
+        torch.tensor(rows, device=logits.device),
+        torch.from_numpy(np.concatenate(ids).astype(np.int64)).to(logits.device),
+    )
+    factor = torch.from_numpy(np.concatenate(factors)).to(logits)
+    value = logits[place]
+    value = torch.where(value > 0, value / factor, value * factor)
+    value -= torch.from_numpy(np.concatenate(offsets)).to(logits)
+    return logits.index_put(place, value)
+
+
+def _blocked(
+    logits: torch.Tensor, specs: Sequence[SamplingSpec], history: Sequence[TokenHistory]
+) -> torch.Tensor:
+    """Logits with `blocked_token_ids` at -inf where fewer than `min_tokens` are generated."""
+    places = [
+        (row, token)
+        for row, (spec, seen) in enumerate(zip(specs, history, strict=True))
+        if len(seen.output) < spec.min_tokens
+        for token in spec.blocked_token_ids
+    ]
+    if not places:
+        return logits
+    rows, ids = torch.tensor(places, device=logits.device).unbind(dim=1)
+    return logits.index_put((rows, ids), logits.new_tensor(-torch.inf))
+
+
+def _draw(logits: torch.Tensor, specs: Sequence[SamplingSpec], keys: torch.Tensor) -> torch.Tensor:
+    """Draw from logits fp64 [S, V] (temperature applied) with keys [S, 1]; returns int64 [S].
+
+    Filtered rows are drawn from the best candidates where these prove to hold the whole filtered
+    set, and from the sorted row otherwise; both are exact and give the same token.
+    """
+    tokens = torch.empty(len(specs), dtype=torch.int64, device=logits.device)
+    filtered = [row for row, spec in enumerate(specs) if _filters(spec, logits.shape[1])]
+    plain = [row for row in range(len(specs)) if row not in set(filtered)]
+    if plain:
+        rows = torch.tensor(plain, device=logits.device)
+        vocabulary = torch.arange(logits.shape[1], device=logits.device)
+        tokens[rows] = (logits[rows] + gumbel(keys[rows], vocabulary)).argmax(dim=-1)
+    for choose in (_candidates, _sorted):
+        if not filtered:
+            break
+        rows = torch.tensor(filtered, device=logits.device)
+        drawn, exact = _draw_filtered(
+            logits[rows], [specs[row] for row in filtered], keys[rows], choose
+        )
+        tokens[rows] = drawn
+        filtered = [row for row, done in zip(filtered, exact.tolist(), strict=True) if not done]
+    return tokens
+
+
+def _filters(spec: SamplingSpec, vocab_size: int) -> bool:
+    return 0 < spec.top_k < vocab_size or spec.top_p < 1 or spec.min_p > 0
+
+
+def _draw_filtered(
+    logits: torch.Tensor,
+    specs: Sequence[SamplingSpec],
+    keys: torch.Tensor,
+    choose: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drawn tokens int64 [S], and whether the candidates [S, C] of `choose` were enough, [S].
+
+    Every filter keeps a prefix of the candidates, which descend.
+    """
+    device = logits.device
+    values_SC, ids_SC = choose(logits)
+    num_candidates, vocab_size = values_SC.shape[1], logits.shape[1]
+    top_k = [spec.top_k if 0 < spec.top_k < vocab_size else vocab_size for spec in specs]
+    last = torch.tensor([min(k, num_candidates) - 1 for k in top_k], device=device)[:, None]
+    kept = values_SC >= values_SC.gather(1, last)
+    log_min_p = [math.log(spec.min_p) if spec.min_p > 0 else -math.inf for spec in specs]
+    kept &= values_SC >= values_SC[:, :1] + _column(log_min_p, device)
+
+    # top_p is a share of what the other filters left: of the whole row where there are none.
+    only_top_p = [
+        k == vocab_size and low == -math.inf for k, low in zip(top_k, log_min_p, strict=True)
+    ]
+    whole = torch.tensor(only_top_p, device=device)[:, None]
+    weights = torch.exp(values_SC - values_SC[:, :1]).masked_fill_(~kept, 0.0)
+    row_total = torch.exp(logits - values_SC[:, :1]).sum(dim=-1, keepdim=True)
+    total = torch.where(whole, row_total, weights.sum(dim=-1, keepdim=True))
+    inside = _inside(kept, values_SC, vocab_size) | whole[:, 0]
+    top_p = _column([spec.top_p if spec.top_p < 1 else math.inf for spec in specs], device)
+    before = weights.cumsum(dim=-1) - weights
+    nucleus = kept & (before < top_p * total)
+    nucleus[:, 0] = True
+    inside &= _inside(nucleus, values_SC, vocab_size)
+    noisy = (values_SC + gumbel(keys, ids_SC)).masked_fill_(~nucleus, -torch.inf)
+    place = noisy.argmax(dim=-1, keepdim=True)
+    return ids_SC.gather(1, place)[:, 0], inside
+
+
+def _inside(kept: torch.Tensor, values: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Whether the kept prefix [S, C] surely ends within the candidates, ties included; [S]."""
+    if values.shape[1] == vocab_size:
+        return torch.ones(len(values), dtype=torch.bool, device=values.device)
+    ends = values.gather(1, kept.sum(dim=-1, keepdim=True) - 1)
+    return (ends > values[:, -1:])[:, 0]
+
+
+def _candidates(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best values and their ids [S, C], descending, ties by ascending id."""
+    count = min(_NUM_CANDIDATES, logits.shape[1])
+    ids = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+    values, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, order)
+
+
+def _sorted(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All values and their ids [S, V], descending, ties by ascending id."""
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    return values, ids
+
+
+def _logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, specs: Sequence[SamplingSpec]
+) -> list[TokenLogprobs | None]:
+    """Log-probabilities of the raw logits for the rows that ask for them."""
+    out: list[TokenLogprobs | None] = [None] * len(specs)
+    counts = {row: n for row, spec in enumerate(specs) if (n := spec.num_logprobs) is not None}
+    if not counts:
+        return out
+    rows = torch.tensor(list(counts), device=logits.device)
+    logprobs = torch.log_softmax(logits[rows], dim=-1)
+    chosen = logprobs.gather(1, tokens[rows][:, None])
+    earlier = torch.arange(logits.shape[1], device=logits.device) < tokens[rows][:, None]
+    ranks = 1 + ((logprobs > chosen) | ((logprobs == chosen) & earlier)).sum(dim=-1)
+    best = logprobs.topk(min(max(counts.values()), logits.shape[1]), dim=-1)
+    lists = zip(
+        counts.items(),
+        chosen[:, 0].tolist(),
+        ranks.tolist(),
+        best.indices.tolist(),
+        best.values.tolist(),
+        strict=True,
+    )
+    for (row, count), logprob, rank, ids, values in lists:
+        out[row] = TokenLogprobs(logprob, rank, tuple(ids[:count]), tuple(values[:count]))
+    return out
+
+
+def _column(values: Sequence[float] | NDArray[np.float64], device: torch.device) -> torch.Tensor:
+    """Numbers as an fp64 column [S, 1]."""
+    return torch.as_tensor(values, dtype=torch.float64, device=device)[:, None]

@@ -1,0 +1,372 @@
+"""The ranks of a replica: who owns what (`MeshLayout`, shards) and how they talk (`Mesh`).
+
+The only place where torch.distributed is set up. Rank = pipeline_rank * tensor_size + tensor_rank.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in __all__
+
+_MAX_PENDING_SENDS = 8
+_CHANNEL_MULTIPLE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class MeshLayout:
+    """How ranks form `pipeline_size` stages of `tensor_size` ranks each."""
+
+    tensor_size: int = 1
+    pipeline_size: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """All ranks of the replica."""
+        return self.tensor_size * self.pipeline_size
+
+    def pipeline_rank(self, rank: int) -> int:
+        """The stage of a rank."""
+        return rank // self.tensor_size
+
+    def tensor_rank(self, rank: int) -> int:
+        """The place of a rank within its stage."""
+        return rank % self.tensor_size
+
+    def rank(self, pipeline_rank: int, tensor_rank: int) -> int:
+        """The rank at a place."""
+        return pipeline_rank * self.tensor_size + tensor_rank
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShard:
+    """The heads of one tensor rank, as ranges of global head ids.
+
+    `replica_group` names the tensor ranks that hold the same kv heads, this one included; it has
+    more than one only where there are more ranks than kv heads.
+    """
+
+    kv: range
+    query: range
+    replica_group: tuple[int, ...]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Local kv heads, H."""
+        return len(self.kv)
+
+    @property
+    def num_query_heads(self) -> int:
+        """Local query heads, Hq."""
+        return len(self.query)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether another rank holds the same kv heads."""
+        return len(self.replica_group) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """Rows `[start, stop)` of the vocabulary on one rank, padded with zeros to `size` rows."""
+
+    start: int
+    stop: int
+    size: int
+    vocab_size: int
+
+
+def split_evenly(total: int, parts: int, index: int) -> range:
+    """Part `index` of `range(total)` cut into `parts`; the first parts are one longer."""
+    size, extra = divmod(total, parts)
+    start = index * size + min(index, extra)
+    return range(start, start + size + (index < extra))
+
+
+def head_shard(
+    num_query_heads: int, num_kv_heads: int, tensor_size: int, tensor_rank: int
+) -> HeadShard:
+    """The heads of one tensor rank.
+
+    Kv heads are split as evenly as possible (3 on 2 ranks = 2 + 1) and query heads follow their
+    kv head. With more ranks than kv heads, the ranks are grouped per kv head and split its query
+    heads.
+
+    Raises:
+        ValueError: more ranks than query heads.
+    """
+    if tensor_size > num_query_heads:
+        raise ValueError(
+            f"tensor_parallel_size={tensor_size} exceeds the model's {num_query_heads} query "
+            f"heads; it can be at most {num_query_heads}"
+        )
+    group_size = num_query_heads // num_kv_heads
+    if tensor_size <= num_kv_heads:
+        kv = split_evenly(num_kv_heads, tensor_size, tensor_rank)
+        query = range(kv.start * group_size, kv.stop * group_size)
+        return HeadShard(kv, query, (tensor_rank,))
+    groups = [split_evenly(tensor_size, num_kv_heads, head) for head in range(num_kv_heads)]
+    head = next(head for head, ranks in enumerate(groups) if tensor_rank in ranks)
+    ranks = groups[head]
+    part = split_evenly(group_size, len(ranks), tensor_rank - ranks.start)
+    first = head * group_size
+    return HeadShard(
+        range(head, head + 1), range(first + part.start, first + part.stop), tuple(ranks)
+    )
+
+
+def vocab_shard(vocab_size: int, tensor_size: int, tensor_rank: int) -> VocabShard:
+    """The vocabulary rows of one tensor rank; all ranks have the same padded size."""
+    size = math.ceil(vocab_size / tensor_size)
+    start = min(tensor_rank * size, vocab_size)
+    return VocabShard(start, min(start + size, vocab_size), size, vocab_size)
+
+
+def intermediate_shard(intermediate_size: int, tensor_size: int, tensor_rank: int) -> range:
+    """The MLP channels of one tensor rank; uneven where needed, in multiples of 8 if possible.
+
+    Raises:
+        ValueError: fewer channels than ranks.
+    """
+    if intermediate_size < tensor_size:
+        raise ValueError(
+            f"tensor_parallel_size={tensor_size} exceeds intermediate_size={intermediate_size}"
+        )
+    unit = _CHANNEL_MULTIPLE
+    if intermediate_size % unit or intermediate_size // unit < tensor_size:
+        unit = 1
+    part = split_evenly(intermediate_size // unit, tensor_size, tensor_rank)
+    return range(part.start * unit, part.stop * unit)
+
+
+def layer_split(
+    num_layers: int,
+    pipeline_size: int,
+    head_layers: float = 0.0,
+    explicit: tuple[int, ...] | None = None,
+) -> tuple[range, ...]:
+    """The layers of each pipeline stage.
+
+    Stages are balanced by layer count, the LM head of the last stage counting `head_layers`
+    layers (`ModelSpec.head_layers`). `explicit` gives the layers per stage instead.
+
+    Raises:
+        ValueError: more stages than layers, or `explicit` does not add up.
+    """
+    if pipeline_size > num_layers:
+        raise ValueError(
+            f"pipeline_parallel_size={pipeline_size} exceeds the model's {num_layers} layers"
+        )
+    counts = explicit or _balanced_counts(num_layers, pipeline_size, head_layers)
+    if len(counts) != pipeline_size or sum(counts) != num_layers or min(counts) < 1:
+        raise ValueError(
+            f"layer_split={list(counts)} must have {pipeline_size} positive entries (one per "
+            f"pipeline stage) that add up to the model's {num_layers} layers"
+        )
+    starts = [sum(counts[:stage]) for stage in range(pipeline_size)]
+    return tuple(range(a, a + n) for a, n in zip(starts, counts, strict=True))
+
+
+def _balanced_counts(num_layers: int, pipeline_size: int, head_layers: float) -> tuple[int, ...]:
+    if pipeline_size == 1:
+        return (num_layers,)
+    others = pipeline_size - 1
+
+    def cost(last: int) -> tuple[float, float]:
+        largest = max(math.ceil((num_layers - last) / others), last + head_layers)
+        return largest, abs(last + head_layers - (num_layers - last) / others)
+
+    last = min(range(1, num_layers - others + 1), key=cost)
+    # Lower layers keep more KV under a pyramid, so the extra layers go to the later stages.
+    counts = [len(split_evenly(num_layers - last, others, stage)) for stage in range(others)]
+    return (*reversed(counts), last)
+
+
+def start_store(host: str = "127.0.0.1") -> TCPStore:
+    """Start the rendezvous server of a replica on a free port (see `.port`); rank 0 keeps it."""
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
+class Mesh:
+    """The process groups of one rank. With one rank every operation is the identity.
+
+    Every rank of the replica must build its `Mesh` with the same arguments (but `rank`), and call
+    collectives in the same order. Sends return at once; the tensor must not be changed afterwards.
+
+    Args:
+        layout: sizes of the mesh.
+        rank: this rank.
+        num_kv_heads: kv heads of the model; more ranks than that share heads (`reduce_replicas`).
+        device: where tensors live; `cuda` talks over NCCL, `cpu` over gloo.
+        store: host and port of the rendezvous server (`start_store`); None for one rank.
+        timeout_seconds: how long an operation may wait for its peers.
+
+    Raises:
+        ValueError: several ranks without a store.
+    """
+
+    def __init__(
+        self,
+        layout: MeshLayout | None = None,
+        rank: int = 0,
+        num_kv_heads: int | None = None,
+        device: torch.device | str = "cpu",
+        store: tuple[str, int] | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        self.layout = layout = layout or MeshLayout()
+        self.rank = rank
+        self.device = torch.device(device)
+        self.tensor_rank = layout.tensor_rank(rank)
+        self.pipeline_rank = layout.pipeline_rank(rank)
+        self._tensor_group: dist.ProcessGroup | None = None
+        self._replica_group: dist.ProcessGroup | None = None
+        self._hidden_group: dist.ProcessGroup | None = None
+        self._token_group: dist.ProcessGroup | None = None
+        self._pending: dict[str, deque[tuple[dist.Work, torch.Tensor]]] = {
+            "hidden": deque(),
+            "tokens": deque(),
+        }
+        if layout.world_size > 1:
+            if store is None:
+                raise ValueError(
+                    f"store: {layout.world_size} ranks need a rendezvous host and port"
+                )
+            self._connect(store, num_kv_heads, timedelta(seconds=timeout_seconds))
+
+    def _connect(
+        self, store: tuple[str, int], num_kv_heads: int | None, timeout: timedelta
+    ) -> None:
+        layout = self.layout
+        dist.init_process_group(
+            "nccl" if self.device.type == "cuda" else "gloo",
+            store=TCPStore(*store, is_master=False, timeout=timeout),
+            rank=self.rank,
+            world_size=layout.world_size,
+            timeout=timeout,
+        )
+
+        def new_group(ranks: list[int]) -> dist.ProcessGroup | None:
+            # Every rank makes every group, in the same order, its own or not.
+            group = dist.new_group(ranks, timeout=timeout)
+            return group if self.rank in ranks else None
+
+        stages, tensors = range(layout.pipeline_size), range(layout.tensor_size)
+        if layout.tensor_size > 1:
+            for stage in stages:
+                group = new_group([layout.rank(stage, t) for t in tensors])
+                self._tensor_group = group or self._tensor_group
+        if num_kv_heads is not None and layout.tensor_size > num_kv_heads:
+            for stage in stages:
+                for head in range(num_kv_heads):
+                    shared = split_evenly(layout.tensor_size, num_kv_heads, head)
+                    if len(shared) > 1:
+                        group = new_group([layout.rank(stage, t) for t in shared])
+                        self._replica_group = group or self._replica_group
+        if layout.pipeline_size > 1:
+            for tensor in tensors:
+                ranks = [layout.rank(stage, tensor) for stage in stages]
+                self._hidden_group = new_group(ranks) or self._hidden_group
+                # Tokens flow backwards; on the hidden states' own group they would wait for them.
+                self._token_group = new_group([ranks[0], ranks[-1]]) or self._token_group
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds tokens."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the LM head."""
+        return self.pipeline_rank == self.layout.pipeline_size - 1
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks of this stage, in place; returns `x`."""
+        return _sum(x, self._tensor_group)
+
+    def reduce_replicas(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks that hold the same kv heads, in place; returns `x`."""
+        return _sum(x, self._replica_group)
+
+    def all_gather_last(self, x: torch.Tensor) -> torch.Tensor:
+        """Join the equal shards [..., V/t] of this stage's ranks to [..., V]."""
+        if self._tensor_group is None:
+            return x
+        shards = [torch.empty_like(x) for _ in range(self.layout.tensor_size)]
+        dist.all_gather(shards, x.contiguous(), group=self._tensor_group)
+        return torch.cat(shards, dim=-1)
+
+    def broadcast(self, x: torch.Tensor, root: int = 0) -> torch.Tensor:
+        """Overwrite `x` with that of tensor rank `root` of this stage; returns `x`."""
+        if self._tensor_group is not None:
+            source = self.layout.rank(self.pipeline_rank, root)
+            dist.broadcast(x, src=source, group=self._tensor_group)
+        return x
+
+    def send_hidden(self, x: torch.Tensor) -> None:
+        """Send hidden states to this rank's counterpart in the next stage, without waiting."""
+        assert not self.is_last_stage, "the last stage has no next stage"
+        self._send(x, self.rank + self.layout.tensor_size, self._hidden_group, "hidden")
+
+    def recv_hidden(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Receive hidden states from this rank's counterpart in the stage before."""
+        assert not self.is_first_stage, "the first stage has no stage before it"
+        x = torch.empty(shape, dtype=dtype, device=self.device)
+        dist.recv(x, src=self.rank - self.layout.tensor_size, group=self._hidden_group)
+        return x
+
+    def send_tokens(self, x: torch.Tensor) -> None:
+        """Send sampled tokens, int64 [n], from the last stage to the first, without waiting.
+
+        With one stage there is nobody to send to.
+        """
+        assert self.is_last_stage, "tokens are sampled in the last stage"
+        assert not self.is_first_stage, "one stage needs no sends"
+        assert x.dtype == torch.int64, f"tokens are int64, not {x.dtype}"
+        first = self.layout.rank(0, self.tensor_rank)
+        self._send(x.to(self.device), first, self._token_group, "tokens")
+
+    def recv_tokens(self, count: int) -> torch.Tensor:
+        """Receive `count` sampled tokens, int64 [count], in the order of `send_tokens`."""
+        assert self.is_first_stage, "tokens go to the first stage"
+        assert not self.is_last_stage, "one stage needs no sends"
+        x = torch.empty(count, dtype=torch.int64, device=self.device)
+        last = self.layout.rank(self.layout.pipeline_size - 1, self.tensor_rank)
+        dist.recv(x, src=last, group=self._token_group)
+        return x
+
+    def barrier(self) -> None:
+        """Wait for all ranks of the replica."""
+        if self.layout.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process groups, dropping sends that nobody received."""
+        for pending in self._pending.values():
+            pending.clear()
+        if self.layout.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _send(self, x: torch.Tensor, to: int, group: dist.ProcessGroup | None, kind: str) -> None:
+        pending = self._pending[kind]
+        while pending and (len(pending) >= _MAX_PENDING_SENDS or pending[0][0].is_completed()):
+            pending.popleft()[0].wait()
+        x = x.contiguous()
+        work = dist.isend(x, dst=to, group=group)
+        assert work is not None
+        pending.append((work, x))
+
+
+def _sum(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    if group is None:
+        return x
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        # gloo would round at every hop; one rounding at the end instead.
+        wide = x.float()
+        dist.all_reduce(wide, group=group)
+        return x.copy_(wide)
+    dist.all_reduce(x, group=group)
+    return x

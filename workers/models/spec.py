@@ -1,0 +1,302 @@
+"""ModelSpec: the shape of a model, read from its Hugging Face config."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+
+from .families import Family, get_family
+
+RopeKind = Literal["default", "linear", "llama3"]
+ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary position embedding.
+
+    `factor` belongs to `linear` and `llama3`; the other three fields to `llama3` only (see
+    `transformers.modeling_rope_utils`).
+    """
+
+    theta: float = 10000.0
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Sizes and flags of one decoder-only model; plain values, so it can be sent and hashed."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float
+    rope: RopeSpec
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+    @classmethod
+    def from_hf(cls, config: Any, eos_token_ids: tuple[int, ...] | None = None) -> Self:
+        """The spec of a `transformers` config object.
+
+        `eos_token_ids` takes the place of the config's own (see `load_spec`). `dtype` is the
+        checkpoint's (`torch_dtype`), float32 where the config does not say.
+
+        Raises:
+            ValueError: the model needs something that is not supported; names the config field.
+        """
+        family = get_family(config.model_type)
+        _check_supported(config)
+        num_query_heads = config.num_attention_heads
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_query_heads
+        if num_query_heads % num_kv_heads:
+            raise ValueError(
+                f"config.num_key_value_heads={num_kv_heads} must divide "
+                f"num_attention_heads={num_query_heads}"
+            )
+        if eos_token_ids is None:
+            eos_token_ids = _token_ids(getattr(config, "eos_token_id", None))
+        return cls(
+            family=config.model_type,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_query_heads=num_query_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_query_heads,
+            max_position=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            rope=_rope(config),
+            qkv_bias=_flag(family.qkv_bias, config),
+            output_bias=_flag(family.output_bias, config),
+            mlp_bias=_flag(family.mlp_bias, config),
+            qk_norm=family.qk_norm,
+            tie_embeddings=bool(config.tie_word_embeddings),
+            eos_token_ids=eos_token_ids,
+            dtype=_dtype_name(getattr(config, "dtype", None)),
+        )
+
+    @property
+    def family_flags(self) -> Family:
+        """The entry of `FAMILIES` that this model belongs to."""
+        return get_family(self.family)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per kv head of the whole model."""
+        return self.num_query_heads // self.num_kv_heads
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one decoder layer (biases and norms left out)."""
+        attention = (
+            2  # q and o
+            * self.num_query_heads
+            * self.head_dim
+            * self.hidden_size
+        ) + (
+            2  # k and v
+            * self.num_kv_heads
+            * self.head_dim
+            * self.hidden_size
+        )
+        mlp = 3 * self.intermediate_size * self.hidden_size  # gate, up, down
+        return attention + mlp
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights of the LM head."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def head_layers(self) -> float:
+        """What the LM head costs per token, counted in decoder layers."""
+        return self.head_parameters / self.layer_parameters
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the model (biases and norms left out)."""
+        embeddings = 1 if self.tie_embeddings else 2
+        return self.num_layers * self.layer_parameters + embeddings * self.head_parameters
+
+    def kv_bytes_per_row_token(self, dtype: torch.dtype) -> int:
+        """Bytes of one kept token in one row (one layer, one kv head)."""
+        return (
+            2  # key + value
+            * self.head_dim
+            * dtype.itemsize
+        )
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes of one token's keys and values in all layers and heads of the model."""
+        return self.num_layers * self.num_kv_heads * self.kv_bytes_per_row_token(dtype)
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the whole model's weights (biases and norms left out)."""
+        return self.num_parameters * dtype.itemsize
+
+
+def load_spec(model: str | Path) -> ModelSpec:
+    """The spec of a local folder or hub id; downloads nothing but JSON files.
+
+    End-of-sequence ids are those of `generation_config.json` where it has them (instruct models
+    list several there), else the config's.
+
+    Raises:
+        ValueError: no such model, no `config.json`, code from the hub needed, or unsupported.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    folder = local_folder(model)
+    if folder is not None and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model: {folder} has no config.json; it needs a Hugging Face model folder"
+        )
+    try:
+        config = AutoConfig.from_pretrained(str(folder or model), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"model: cannot read the config of {str(model)!r}: {error}") from error
+    return ModelSpec.from_hf(config, _generation_eos(model, folder))
+
+
+def local_folder(model: str | Path) -> Path | None:
+    """The folder that `model` names, or None for a hub id.
+
+    Raises:
+        ValueError: neither an existing folder nor something that looks like a hub id.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ValueError(f"model: {folder} is a file; it needs the folder that holds config.json")
+    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+        raise ValueError(f"model: no folder {str(model)!r}, and it is not a hub id (org/name)")
+    return None
+
+
+def _generation_eos(model: str | Path, folder: Path | None) -> tuple[int, ...] | None:
+    """End-of-sequence ids of `generation_config.json`; None where it has none."""
+    if folder is not None:
+        file = folder / "generation_config.json"
+        if not file.is_file():
+            return None
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    else:
+        from transformers import GenerationConfig
+
+        try:
+            eos = GenerationConfig.from_pretrained(str(model)).eos_token_id
+        except OSError:
+            return None
+    return _token_ids(eos) or None
+
+
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _flag(flag: bool | str, config: Any) -> bool:
+    return flag if isinstance(flag, bool) else bool(getattr(config, flag, False))
+
+
+def _dtype_name(dtype: torch.dtype | str | None) -> str:
+    return "float32" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _check_supported(config: Any) -> None:
+    """Raise for what would otherwise be computed wrongly without a word."""
+    if config.hidden_act != "silu":
+        raise ValueError(f"config.hidden_act={config.hidden_act!r} is not supported; only 'silu'")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "config.quantization_config: quantized checkpoints are not supported; "
+            "use one in float32, bfloat16 or float16"
+        )
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"config.{name}={getattr(config, name)}: mixture of experts is not supported; "
+                "only dense MLPs"
+            )
+    window = getattr(config, "sliding_window", None)
+    # Qwen configs carry a window that is switched off.
+    windowed = window is not None and getattr(config, "use_sliding_window", True)
+    if windowed and window < config.max_position_embeddings:
+        raise ValueError(
+            f"config.sliding_window={window}: sliding-window attention is not supported; only null "
+            f"or at least max_position_embeddings={config.max_position_embeddings}"
+        )
+    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    if kinds and not (windowed and kinds == {"sliding_attention"}):
+        raise ValueError(
+            f"config.layer_types has {sorted(kinds)}; only 'full_attention' is supported"
+        )
+
+
+def _rope(config: Any) -> RopeSpec:
+    """Rotary settings: `rope_parameters` of transformers 5, or the older attributes."""
+    field = "rope_parameters"
+    parameters = getattr(config, field, None)
+    if parameters is None:
+        field = "rope_scaling"
+        parameters = getattr(config, field, None) or {}
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        raise ValueError(f"config.{field} differs by layer type; one rotary setting is supported")
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind not in ROPE_KINDS:
+        raise ValueError(
+            f"config.{field}['rope_type']={kind!r} is not supported; "
+            f"supported: {', '.join(ROPE_KINDS)}"
+        )
+    rotary = parameters.get("partial_rotary_factor") or getattr(
+        config, "partial_rotary_factor", None
+    )
+    if rotary is not None and rotary != 1.0:
+        raise ValueError(
+            f"config.partial_rotary_factor={rotary} is not supported; only full rotary (1.0)"
+        )
+    theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+    if kind == "default":
+        return RopeSpec(theta=float(theta))
+    needed = ["factor"]
+    if kind == "llama3":
+        needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for name in needed:
+        if parameters.get(name) is None:
+            raise ValueError(f"config.{field}[{name!r}] is missing; rope type {kind!r} needs it")
+    if kind == "linear":
+        return RopeSpec(theta=float(theta), kind="linear", factor=float(parameters["factor"]))
+    return RopeSpec(
+        theta=float(theta),
+        kind="llama3",
+        factor=float(parameters["factor"]),
+        low_freq_factor=float(parameters["low_freq_factor"]),
+        high_freq_factor=float(parameters["high_freq_factor"]),
+        original_max_position=int(parameters["original_max_position_embeddings"]),
+    )

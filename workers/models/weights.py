@@ -1,0 +1,281 @@
+"""Weights, read slice by slice: each rank takes only what is its own.
+
+A `WeightSource` is a checkpoint in safetensors format (one file, or shards with an index) or
+`DummyWeights`, random numbers that are the same model however it is cut.
+"""
+
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .spec import ModelSpec, local_folder
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DOWNLOADED = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+
+_DUMMY_STD = 0.02
+_DUMMY_BLOCK_ELEMENTS = 1 << 22
+
+
+def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of `spec` must hold."""
+    names = spec.family_flags.names
+    E, D = spec.hidden_size, spec.head_dim
+    q_size, kv_size = spec.num_query_heads * D, spec.num_kv_heads * D
+    projections = {
+        names.query: (q_size, E, spec.qkv_bias),
+        names.key: (kv_size, E, spec.qkv_bias),
+        names.value: (kv_size, E, spec.qkv_bias),
+        names.output: (E, q_size, spec.output_bias),
+        names.gate: (spec.intermediate_size, E, spec.mlp_bias),
+        names.up: (spec.intermediate_size, E, spec.mlp_bias),
+        names.down: (E, spec.intermediate_size, spec.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {names.embedding: (spec.vocab_size, E)}
+    for layer in range(spec.num_layers):
+        for part, (rows, columns, has_bias) in projections.items():
+            name = names.of_layer(layer, part)
+            shapes[f"{name}.weight"] = (rows, columns)
+            if has_bias:
+                shapes[f"{name}.bias"] = (rows,)
+        for part in (names.attention_norm, names.mlp_norm):
+            shapes[names.of_layer(layer, part)] = (E,)
+        if spec.qk_norm:
+            for part in (names.query_norm, names.key_norm):
+                shapes[names.of_layer(layer, part)] = (D,)
+    shapes[names.final_norm] = (E,)
+    if not spec.tie_embeddings:
+        shapes[names.head] = (spec.vocab_size, E)
+    return shapes
+
+
+def open_weights(
+    model: str | Path,
+    spec: ModelSpec,
+    load_format: str = "safetensors",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> "WeightSource":
+    """Open the weights of a local folder or hub id (downloads it), or random ones for `dummy`.
+
+    Use it as a context manager: leaving it unmaps the files. `seed` is for `dummy`.
+
+    Raises:
+        ValueError: no such model, no safetensors in it, or an unknown `load_format`.
+    """
+    if load_format == "dummy":
+        return DummyWeights(weight_shapes(spec), dtype, device, seed)
+    if load_format != "safetensors":
+        raise ValueError(f"load_format={load_format!r} is unknown; it is 'safetensors' or 'dummy'")
+    return SafetensorsWeights(resolve_folder(model), weight_shapes(spec), dtype, device)
+
+
+def resolve_folder(model: str | Path) -> Path:
+    """The local folder of a model; a hub id is downloaded (safetensors, JSON and tokenizer only).
+
+    Raises:
+        ValueError: no such folder, or the hub or the repository cannot be reached.
+    """
+    folder = local_folder(model)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=_DOWNLOADED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model: {str(model)!r} is not a local folder and cannot be fetched from the hub "
+            f"({error}); download it and give its folder"
+        ) from error
+
+
+class WeightSource(ABC):
+    """Reads slices of named tensors, cast to `dtype` on `device`."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.shapes = shapes
+        self.dtype = dtype
+        self.device = torch.device(device)
+
+    def read(
+        self,
+        name: str,
+        rows: range | None = None,
+        cols: range | None = None,
+        pad_rows_to: int | None = None,
+    ) -> torch.Tensor:
+        """Read a tensor, or the rows and columns of it that are asked for, as a new tensor.
+
+        `pad_rows_to` appends rows of zeros up to that number (the padded vocabulary).
+
+        Raises:
+            ValueError: the tensor is missing or its shape is not what the config implies.
+        """
+        shape = self.shapes[name]
+        assert cols is None or len(shape) == 2, f"{name} has one dimension"
+        rows = range(shape[0]) if rows is None else rows
+        cols = range(shape[-1]) if cols is None else cols
+        assert 0 <= rows.start <= rows.stop <= shape[0], f"{name}: rows {rows} of {shape}"
+        assert 0 <= cols.start <= cols.stop <= shape[-1], f"{name}: columns {cols} of {shape}"
+        part = self._read(name, shape, rows, cols)
+        if pad_rows_to is None or pad_rows_to == len(rows):
+            return part.to(self.device, self.dtype).contiguous()
+        size = (pad_rows_to, *part.shape[1:])
+        padded = torch.zeros(size, dtype=self.dtype, device=self.device)
+        padded[: len(part)] = part
+        return padded
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the files; nothing can be read afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _read(self, name: str, shape: tuple[int, ...], rows: range, cols: range) -> torch.Tensor:
+        """The slice, in any dtype, anywhere."""
+
+
+class SafetensorsWeights(WeightSource):
+    """A folder with `model.safetensors`, or shards and `model.safetensors.index.json`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(shapes, dtype, device)
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        self._index = self._read_index()
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._files.clear()
+
+    def _read_index(self) -> dict[str, str] | None:
+        """File name per tensor; None for a single file."""
+        index = self.folder / _INDEX
+        if not index.is_file():
+            if not (self.folder / _SINGLE).is_file():
+                raise ValueError(
+                    f"model: {self.folder} has neither {_SINGLE} nor {_INDEX}; "
+                    "only safetensors are read"
+                )
+            return None
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"model: {index} is not an index of safetensors: {error!r}") from error
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file or not (self.folder / file).is_file():
+                raise ValueError(f"model: {index} names {file}, which is not in the folder")
+        return weight_map
+
+    def _open(self, name: str) -> tuple[Any, Path]:
+        """The open file that should hold `name`."""
+        if self._index is None:
+            file = _SINGLE
+        elif name in self._index:
+            file = self._index[name]
+        else:
+            raise ValueError(f"model: tensor {name!r} is not in {self.folder / _INDEX}")
+        path = self.folder / file
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(path, framework="pt", device="cpu")
+            except SafetensorError as error:
+                raise ValueError(f"model: {path} is not a safetensors file: {error}") from error
+        return self._files[file], path
+
+    def _read(self, name: str, shape: tuple[int, ...], rows: range, cols: range) -> torch.Tensor:
+        handle, path = self._open(name)
+        try:
+            part = handle.get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"model: tensor {name!r} is not in {path}: {error}") from error
+        found = tuple(part.get_shape())
+        if found != shape:
+            raise ValueError(
+                f"model: tensor {name!r} in {path} has shape {list(found)}; "
+                f"the config implies {list(shape)}"
+            )
+        if len(shape) == 1:
+            tensor: torch.Tensor = part[rows.start : rows.stop]
+        else:
+            tensor = part[rows.start : rows.stop, cols.start : cols.stop]
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise ValueError(
+                f"model: tensor {name!r} in {path} is {tensor.dtype}; only float32, bfloat16 and "
+                "float16 checkpoints are read"
+            )
+        return tensor
+
+
+class DummyWeights(WeightSource):
+    """Random weights: normal with standard deviation 0.02, norms one.
+
+    Numbers depend on (seed, tensor name, place in the full tensor) and on the kind of device, not
+    on the slice: every sharding sees the same model.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(shapes, dtype, device)
+        self.seed = seed
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _read(self, name: str, shape: tuple[int, ...], rows: range, cols: range) -> torch.Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(len(rows))
+        block = max(1, _DUMMY_BLOCK_ELEMENTS // math.prod(shape[1:]))
+        parts = []
+        for start in range(rows.start - rows.start % block, rows.stop, block):
+            stop = min(start + block, shape[0])
+            full = self._block(f"{self.seed}/{name}/{start}", (stop - start, *shape[1:]))
+            part = full[max(start, rows.start) - start : min(stop, rows.stop) - start]
+            if len(shape) == 2:
+                part = part[:, cols.start : cols.stop]
+            parts.append(part.to(self.dtype))
+        return torch.cat(parts) if parts else torch.empty((0, *shape[1:]))
+
+    def _block(self, key: str, shape: tuple[int, ...]) -> torch.Tensor:
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        generator = torch.Generator(self.device)
+        generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.randn(shape, generator=generator, device=self.device) * _DUMMY_STD

@@ -1,0 +1,116 @@
+"""What a worker remembers of each slot: its tokens, sampling and retention."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saqqara.compression.retention import Retention
+
+from .plan import DecodeItem, NewSequence, PrefillGroup, SamplingSpec, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The sequence that holds a slot. `ticket` tells it from earlier holders of the same slot."""
+
+    ticket: int
+    prompt_tokens: int
+    known_tokens: int
+    sampling: SamplingSpec
+    retention: Retention
+    score: bool
+
+    @property
+    def samples_after_prefill(self) -> bool:
+        """Whether the end of prefill is where the next token comes from."""
+        return not self.score and self.known_tokens == self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A place where the plan asks for the token at `position` of `slot`: sampled, or scored."""
+
+    slot: int
+    ticket: int
+    position: int
+
+
+class SlotTable:
+    """Tokens and settings by slot. Every stage holds one and derives the same from each plan.
+
+    `tokens` is int32 [num_slots, max_tokens]; entries past what is known are stale.
+    """
+
+    def __init__(self, num_slots: int, max_tokens: int) -> None:
+        self.tokens: NDArray[np.int32] = np.zeros((num_slots, max_tokens), dtype=np.int32)
+        self._slots: dict[int, Slot] = {}
+        self._next_ticket = 0
+
+    def __getitem__(self, slot: int) -> Slot:
+        return self._slots[slot]
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._slots
+
+    def add(self, new: NewSequence) -> None:
+        """Give a free slot to a sequence."""
+        assert new.slot not in self._slots, f"slot {new.slot} is taken"
+        tokens = new.tokens()
+        self.tokens[new.slot, : len(tokens)] = tokens
+        self._slots[new.slot] = Slot(
+            self._next_ticket,
+            new.prompt_tokens,
+            len(tokens),
+            new.sampling,
+            new.retention,
+            new.score,
+        )
+        self._next_ticket += 1
+
+    def free(self, slot: int) -> None:
+        """Take the slot back."""
+        del self._slots[slot]
+
+    def put_token(self, target: Target, token_id: int) -> None:
+        """Record a sampled token, unless the slot has changed hands since."""
+        held = self._slots.get(target.slot)
+        if held is not None and held.ticket == target.ticket:
+            self.tokens[target.slot, target.position] = token_id
+
+    def prompt(self, slot: int) -> NDArray[np.int32]:
+        """Prompt tokens of a slot, int32 [n]."""
+        return self.tokens[slot, : self._slots[slot].prompt_tokens]
+
+    def output(self, target: Target) -> NDArray[np.int32]:
+        """Tokens between the prompt and `target`, int32 [m]."""
+        return self.tokens[target.slot, self._slots[target.slot].prompt_tokens : target.position]
+
+    def feed(self, items: tuple[DecodeItem, ...]) -> NDArray[np.int32]:
+        """The tokens that the decode items feed, concatenated, int32 [T]."""
+        return np.concatenate(
+            [self.tokens[i.slot, i.position : i.position + i.num_tokens] for i in items]
+        )
+
+    def samples(self, plan: StepPlan, num_layers: int) -> list[Target]:
+        """Where the plan samples, in the order in which the last stage does."""
+        prefilled = [
+            self._target(slot, self[slot].prompt_tokens)
+            for group in ended(plan, num_layers)
+            for slot in group.slots
+            if self[slot].samples_after_prefill
+        ]
+        decoded = [
+            self._target(item.slot, item.position + item.num_tokens)
+            for item in plan.decode
+            if item.sample
+        ]
+        return prefilled + decoded
+
+    def _target(self, slot: int, position: int) -> Target:
+        return Target(slot, self[slot].ticket, position)
+
+
+def ended(plan: StepPlan, stop_layer: int) -> list[PrefillGroup]:
+    """The prefill groups whose range in this plan covers the layer before `stop_layer`."""
+    return [g for g in plan.prefill if g.start_layer < stop_layer <= g.stop_layer]
