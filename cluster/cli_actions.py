@@ -1,0 +1,111 @@
+"""What the commands do once their settings are checked; imports the engine, which takes a while."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from saqqara.configs.schema import EngineConfig
+from saqqara.evaluation.agreement import compare_results
+from saqqara.evaluation.throughput import Workload, measure, throughput_table
+
+from .batch_files import write_json
+from .batch_summary import summary_table
+from .cli_options import Settings
+from .client import EngineClient, EngineRequest
+from .jobs import BatchJob, run_batch
+from .launch import launch
+from .request import RequestOutput
+
+POLL_SECONDS = 1.0
+
+
+def generate_and_print(
+    settings: Settings, prompts: Sequence[str], *, chat: bool, stream: bool
+) -> None:
+    """Answer prompts on standard output, in order; a single one while it is written.
+
+    Raises:
+        ValueError: the engine refused a prompt.
+        RuntimeError: the engine failed, as a whole or on a prompt.
+    """
+    live = stream and len(prompts) == 1 and settings.sampling.n == 1
+    requests = [
+        EngineRequest(
+            request_id=str(i),
+            prompt=None if chat else prompt,
+            messages=({"role": "user", "content": prompt},) if chat else None,
+            sampling_params=settings.sampling,
+            stream=live,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    client = launch(settings.config)
+    try:
+        for rejection in client.submit(requests):
+            raise ValueError(f"prompt {int(rejection.request_id) + 1}: {rejection.error}")
+        _print_answers(client, len(requests))
+    finally:
+        client.shutdown()
+
+
+def _print_answers(client: EngineClient, count: int) -> None:
+    """Print outputs as they come, but whole answers only in the order of their prompts."""
+    finished: dict[int, RequestOutput] = {}
+    num_shown = num_printed = 0
+    while num_printed < count:
+        for output in client.poll(POLL_SECONDS):
+            assert isinstance(output, RequestOutput)
+            if output.error is not None:
+                raise RuntimeError(output.error)
+            if output.finished:
+                finished[int(output.request_id)] = output
+            else:
+                num_shown = _print_more(output.outputs[0].text, num_shown)
+        while num_printed in finished:
+            for answer in finished[num_printed].outputs:
+                num_shown = _print_more(answer.text, num_shown)
+                sys.stdout.write("\n")
+                num_shown = 0
+            num_printed += 1
+
+
+def _print_more(text: str, num_shown: int) -> int:
+    sys.stdout.write(text[num_shown:])
+    sys.stdout.flush()
+    return len(text)
+
+
+def run_and_summarise(job: BatchJob, summary_file: Path | None, compare: Path | None) -> bool:
+    """Run a batch job, print its summary and write it as JSON; whether every row has a record."""
+    if compare is not None and not compare.exists():
+        raise ValueError(f"compare: there is no file {compare}")
+    summary = run_batch(job)
+    data: dict[str, Any] = summary.model_dump(mode="json")
+    extra: list[tuple[str, list[str]]] = []
+    if compare is not None:
+        agreement = compare_results(job.output, compare)
+        data["agreement"] = {"with": str(compare), **agreement.to_dict()}
+        extra = agreement.cells()
+    summary_file = summary_file or job.output.with_name(job.output.name + ".summary.json")
+    if summary.report is not None or not summary_file.exists():
+        write_json(summary_file, data)
+    console().print(summary_table([summary], extra))
+    return summary.complete
+
+
+def bench_throughput(config: EngineConfig, workload: Workload, json_file: Path | None) -> None:
+    """Run a throughput measurement, print it and write it as JSON."""
+    result = measure(config, workload)
+    console().print(throughput_table(result))
+    if json_file is not None:
+        write_json(json_file, result)
+
+
+def console() -> Console:
+    """Standard output for tables, wide enough for them where no terminal says how wide it is."""
+    width = None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns)
+    return Console(width=width)

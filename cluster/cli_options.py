@@ -1,0 +1,189 @@
+"""Command-line flags for every setting, made from the settings' own definitions.
+
+A command decorated with `with_settings` takes `settings: Settings` and gets `--config` and one flag
+per field of `EngineConfig` (and of `SamplingParams`, where it wants them). Values are checked in
+one place, by those classes, whether they come from YAML or from a flag, and errors are reported in
+one line.
+"""
+
+import functools
+import inspect
+import logging
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+import yaml
+from pydantic.fields import FieldInfo
+
+from saqqara.configs.schema import EngineConfig
+
+from .request import SamplingParams
+from .settings import engine_config, read_config_file, sampling_params
+
+logger = logging.getLogger(__name__)
+
+Command = Callable[..., None]
+Fields = Mapping[str, FieldInfo]
+
+ENGINE_PREFIX = "engine_"
+SAMPLING_PREFIX = "sampling_"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The checked settings of one command."""
+
+    config: EngineConfig
+    sampling: SamplingParams
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turn an error into one line on stderr and an exit code; its traceback goes to the debug log.
+
+    Wrong input (`ValueError`) exits with 2, anything that failed (`RuntimeError`, which includes a
+    dead engine, and `OSError`) with 1, an interrupt with 130.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort):  # RuntimeErrors, too
+        raise
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, RuntimeError, OSError) as error:
+        logger.debug("traceback", exc_info=True)
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+
+
+def with_settings(sampling: bool = True) -> Callable[[Command], Command]:
+    """Give a command `--config` and a flag per setting; it receives them as `settings`.
+
+    Args:
+        sampling: whether the command also has flags for `SamplingParams`.
+    """
+
+    def decorate(command: Command) -> Command:
+        own = inspect.signature(command).parameters
+        flags = [_config_flag(), *_flags(EngineConfig.model_fields, ENGINE_PREFIX, "Engine")]
+        if sampling:
+            fields = SamplingParams.model_fields
+            flags += _flags(fields, SAMPLING_PREFIX, "Sampling", EngineConfig.model_fields)
+
+        @functools.wraps(command)
+        def wrapped(**given: Any) -> None:
+            written = {flag.name: given.pop(flag.name) for flag in flags}
+            with errors_in_one_line():
+                command(**given, settings=_resolve(written))
+
+        kept = [p.replace(kind=p.KEYWORD_ONLY) for n, p in own.items() if n != "settings"]
+        wrapped.__signature__ = inspect.Signature([*kept, *flags])  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {p.name: p.annotation for p in [*kept, *flags]}
+        return wrapped
+
+    return decorate
+
+
+def _resolve(written: Mapping[str, Any]) -> Settings:
+    """Defaults, then the YAML file, then the command line."""
+    engine: dict[str, Any] = {}
+    sampling: dict[str, Any] = {}
+    if written["config"] is not None:
+        engine, sampling = read_config_file(written["config"])
+    for name, value in written.items():
+        if value is None or name == "config":
+            continue
+        if name.startswith(ENGINE_PREFIX):
+            field = name.removeprefix(ENGINE_PREFIX)
+            engine[field] = _value(value, EngineConfig.model_fields[field])
+        else:
+            field = name.removeprefix(SAMPLING_PREFIX)
+            sampling[field] = _value(value, SamplingParams.model_fields[field])
+    return Settings(engine_config(engine), sampling_params(sampling))
+
+
+def _config_flag() -> inspect.Parameter:
+    text = "YAML file, or the name of a preset in configs/; flags override it."
+    option = typer.Option("--config", help=text, metavar="FILE", rich_help_panel="Engine")
+    return _parameter("config", str | None, option)
+
+
+def _flags(
+    fields: Fields, prefix: str, panel: str, taken: Fields | None = None
+) -> list[inspect.Parameter]:
+    """One optional flag per field; a name that is `taken` gets its panel in front."""
+    flags = []
+    for name, field in fields.items():
+        flag = name.replace("_", "-")
+        if taken is not None and name in taken:
+            flag = f"{panel.lower()}-{flag}"
+        is_bool = field.annotation is bool
+        is_list = _is_list_of_strings(field)
+        option = typer.Option(
+            f"--{flag}/--no-{flag}" if is_bool else f"--{flag}",
+            help=_help(field),
+            metavar=None if is_bool else _metavar(field),
+            show_default=False,
+            rich_help_panel=panel,
+        )
+        kind: Any = bool if is_bool else list[str] if is_list else str
+        flags.append(_parameter(prefix + name, kind | None, option))
+    return flags
+
+
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _value(text: Any, field: FieldInfo) -> Any:
+    """What a flag's text means: as it stands for strings, else as YAML would read it."""
+    if not isinstance(text, str) or _members(field) == (str,) or _is_list_of_strings(field):
+        return text
+    if any(get_origin(member) is tuple for member in _members(field)) and "[" not in text:
+        text = f"[{text}]"  # --layer-split 16,14
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # the field's own check says what is wrong
+
+
+def _members(field: FieldInfo) -> tuple[Any, ...]:
+    """The alternatives of a field's type, without None."""
+    annotation = field.annotation
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(t for t in get_args(annotation) if t is not type(None))
+    return (annotation,)
+
+
+def _is_list_of_strings(field: FieldInfo) -> bool:
+    return _members(field) == (tuple[str, ...],)
+
+
+def _metavar(field: FieldInfo) -> str:
+    names = []
+    for member in _members(field):
+        if get_origin(member) is Literal:
+            names += [str(choice) for choice in get_args(member)]
+        elif get_origin(member) is tuple:
+            names.append("TEXT" if _is_list_of_strings(field) else "N,N,...")
+        elif get_origin(member) is dict:
+            names.append("YAML")
+        else:
+            names.append({int: "INTEGER", float: "NUMBER"}.get(member, "TEXT"))
+    return "|".join(names)
+
+
+def _help(field: FieldInfo) -> str:
+    text = field.description or ""
+    shown = field.default is not None and field.default not in ((), "")
+    return (
+        f"{text} [default: {field.default}]".strip() if shown and not field.is_required() else text
+    )

@@ -1,0 +1,312 @@
+"""An engine on a Ray cluster: the actor that owns it, and the client that speaks to the actor.
+
+The controller schedules and keeps the queue; its ranks are actors beside it. It lives in its
+replica's placement group, so removing the group ends everything, however it got there.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from saqqara.configs.schema import EngineConfig
+
+from .client import EngineDescription, EngineRequest, LocalClient, Rejection
+from .engine import EngineReport
+from .engine_loop import EngineDeadError
+from .executor import RayExecutor, WorkerDiedError, exit_reason, one_line
+from .metrics import METRICS, MODEL_LABEL, MetricSpec
+from .placement import DEFAULT_TIMEOUT_SECONDS, Placement, PlacementError, reserve
+from .rank_process import WorkerFactory, log_process_to, new_log_dir
+from .request import RequestOutput, ScoreOutput
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER_LOG = "controller.log"
+OBJECT_STORE_BYTES = 128 * 2**20  # plans and results are small and travel inside the calls
+_CONCURRENT_CALLS = 16  # a waiting poll must not hold up submit, abort or report
+_SHUTDOWN_SECONDS = 120.0
+
+
+def connect(address: str | None = None) -> bool:
+    """Connect to Ray: the cluster at `address`, else that of `RAY_ADDRESS`, else a local one.
+
+    Inside a Ray job `RAY_ADDRESS` is set. A local one has a small object store and no dashboard.
+
+    Returns:
+        Whether a local Ray was started, which the caller then ends with `ray.shutdown()`.
+    """
+    if ray.is_initialized():
+        return False
+    # Ray says that a future version will leave CUDA_VISIBLE_DEVICES alone for actors without GPU.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is not None or os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, log_to_driver=False)
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    return True
+
+
+def start_controller(
+    config: EngineConfig,
+    *,
+    metrics_host: str = "127.0.0.1",
+    make_worker: WorkerFactory | None = None,
+    placement_timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+) -> "ControllerClient":
+    """Start an engine on Ray and wait until it can take requests; connects to Ray if need be.
+
+    Args:
+        config: the engine's settings.
+        metrics_host: address that /metrics is served on, if `config.metrics_port` is set.
+        make_worker: makes a rank's worker; default: `saqqara.workers.worker.Worker`.
+        placement_timeout_seconds: how long to wait for the cluster to have room.
+
+    Raises:
+        PlacementError: the cluster has no room.
+        ValueError: a setting that the model or a machine cannot meet.
+        EngineDeadError: a rank or the controller did not start.
+    """
+    started_ray = connect()
+    log_dir = new_log_dir(config)
+    try:
+        placement = reserve(config, placement_timeout_seconds)
+        try:
+            return _start(config, placement, log_dir, metrics_host, make_worker, started_ray)
+        except BaseException:
+            placement.release()
+            raise
+    except BaseException:
+        if started_ray:
+            ray.shutdown()
+        raise
+
+
+def _start(
+    config: EngineConfig,
+    placement: Placement,
+    log_dir: Path,
+    metrics_host: str,
+    make_worker: WorkerFactory | None,
+    started_ray: bool,
+) -> "ControllerClient":
+    actor_class = ray.remote(Controller).options(
+        max_restarts=0,
+        max_task_retries=0,
+        max_concurrency=_CONCURRENT_CALLS,
+        **placement.companion_options(),
+    )
+    actor = actor_class.remote(config, placement, str(log_dir), metrics_host, make_worker)
+    try:
+        return ControllerClient(actor, placement, log_dir / CONTROLLER_LOG, started_ray)
+    except BaseException:
+        ray.kill(actor, no_restart=True)
+        raise
+
+
+class RaySink:
+    """Sends an engine's metrics to Ray, whose agent exports them as `ray_<name>` on every node.
+
+    Ray does not scrape what `prometheus_client` holds in an actor, so operators who collect Ray's
+    own endpoints would miss the engine without this. A `:` is `_` here, as Ray's names have none,
+    and the sums of Ray's histograms are estimates from their buckets.
+
+    Args:
+        model_name: value of the label `model_name`.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self._metrics = {spec.name: self._make(spec, model_name) for spec in METRICS}
+
+    def inc(self, spec: MetricSpec, value: float, labels: tuple[str, ...]) -> None:
+        """Add to a counter."""
+        if value > 0:  # Ray refuses to add nothing
+            self._metrics[spec.name].inc(value, tags=_tags(spec, labels))
+
+    def set(self, spec: MetricSpec, value: float, labels: tuple[str, ...]) -> None:
+        """Set a gauge."""
+        self._metrics[spec.name].set(value, tags=_tags(spec, labels))
+
+    def observe(self, spec: MetricSpec, value: float, labels: tuple[str, ...]) -> None:
+        """Add a value to a histogram."""
+        self._metrics[spec.name].observe(value, tags=_tags(spec, labels))
+
+    @staticmethod
+    def _make(spec: MetricSpec, model_name: str) -> Any:
+        name = spec.name.replace(":", "_")
+        keys = (MODEL_LABEL, *spec.labels)
+        metric: Any
+        if spec.kind == "histogram":
+            metric = Histogram(name, spec.help, boundaries=list(spec.buckets), tag_keys=keys)
+        else:
+            metric = (Counter if spec.kind == "counter" else Gauge)(name, spec.help, tag_keys=keys)
+        metric.set_default_tags({MODEL_LABEL: model_name})
+        return metric
+
+
+def _tags(spec: MetricSpec, labels: tuple[str, ...]) -> dict[str, str]:
+    return dict(zip(spec.labels, labels, strict=True))
+
+
+class Controller:
+    """The actor: an engine over a `RayExecutor`, stepped by a thread of the actor.
+
+    Its methods are those of `EngineClient`; `start` comes first.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        placement: Placement,
+        log_dir: str,
+        metrics_host: str,
+        make_worker: WorkerFactory | None,
+    ) -> None:
+        self._started = time.monotonic()
+        log_process_to(str(Path(log_dir) / CONTROLLER_LOG))
+        self._config = config
+        self._placement = placement
+        self._log_dir = log_dir
+        self._metrics_host = metrics_host
+        self._make_worker = make_worker
+        self._client: LocalClient | None = None
+
+    def start(self) -> EngineDescription:
+        """Start the ranks and the engine."""
+        executor = RayExecutor(
+            self._config,
+            placement=self._placement,
+            log_dir=Path(self._log_dir),
+            make_worker=self._make_worker,
+        )
+        self._client = LocalClient(
+            self._config,
+            executor,
+            sinks=[RaySink(self._config.model)],
+            metrics_host=self._metrics_host,
+        )
+        return replace(
+            self._client.describe(),
+            log_dir=self._log_dir,
+            start_seconds=time.monotonic() - self._started,
+        )
+
+    def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
+        """See `EngineClient.submit`."""
+        return self._running().submit(requests)
+
+    def poll(self, timeout_seconds: float) -> list[RequestOutput | ScoreOutput]:
+        """See `EngineClient.poll`."""
+        return self._running().poll(timeout_seconds)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """See `EngineClient.abort`."""
+        self._running().abort(request_ids)
+
+    def report(self) -> EngineReport:
+        """See `EngineClient.report`."""
+        return self._running().report()
+
+    def reset_stats(self) -> None:
+        """See `EngineClient.reset_stats`."""
+        self._running().reset_stats()
+
+    def shutdown(self) -> None:
+        """Stop the engine and its ranks."""
+        if self._client is not None:
+            self._client.shutdown()
+
+    def _running(self) -> LocalClient:
+        assert self._client is not None, "the controller has not started"
+        return self._client
+
+
+class ControllerClient:
+    """An engine behind a `Controller` actor; an `EngineClient`, made by `start_controller`."""
+
+    def __init__(self, actor: Any, placement: Placement, log_file: Path, owns_ray: bool) -> None:
+        self._actor = actor
+        self._placement = placement
+        self._log_file = log_file
+        self._owns_ray = owns_ray
+        self._closed = False
+        self._description: EngineDescription = self._get(actor.start.remote())
+
+    def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
+        """Queue requests; a bad one costs only itself and comes back as a `Rejection`."""
+        rejections: list[Rejection] = self._get(self._actor.submit.remote(list(requests)))
+        return rejections
+
+    def poll(self, timeout_seconds: float = 0.0) -> list[RequestOutput | ScoreOutput]:
+        """Outputs since the last call; waits up to `timeout_seconds` for the first."""
+        outputs: list[RequestOutput | ScoreOutput] = self._get(
+            self._actor.poll.remote(timeout_seconds)
+        )
+        return outputs
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Stop these requests; unknown or finished ids are ignored."""
+        self._get(self._actor.abort.remote(list(request_ids)))
+
+    def report(self) -> EngineReport:
+        """Measurements since the start or the last `reset_stats`."""
+        report: EngineReport = self._get(self._actor.report.remote())
+        return report
+
+    def reset_stats(self) -> None:
+        """Start the measurements anew."""
+        self._get(self._actor.reset_stats.remote())
+
+    def metrics_address(self) -> str | None:
+        """Where /metrics is served, or None."""
+        return self._description.metrics_address
+
+    def describe(self) -> EngineDescription:
+        """Configuration, workers and addresses."""
+        return self._description
+
+    def shutdown(self) -> None:
+        """End engine, ranks and controller, and Ray if `start_controller` started it."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            ray.get(self._actor.shutdown.remote(), timeout=_SHUTDOWN_SECONDS)
+        except RayError as error:
+            logger.warning("the controller did not shut down cleanly: %s", exit_reason(error))
+        ray.kill(self._actor, no_restart=True)
+        self._placement.release()
+        if self._owns_ray:
+            ray.shutdown()
+
+    def _get(self, call: Any) -> Any:
+        if self._closed:
+            raise EngineDeadError("the engine was shut down")
+        try:
+            return ray.get(call)
+        except RayTaskError as error:
+            if isinstance(error.cause, EngineDeadError | PlacementError | ValueError):
+                raise error.cause from error
+            if isinstance(error.cause, WorkerDiedError):
+                raise EngineDeadError(str(error.cause)) from error
+            raise EngineDeadError(
+                f"the controller failed: {one_line(error.cause)}; its log: {self._log_file}"
+            ) from error
+        except RayActorError as error:
+            raise EngineDeadError(
+                f"the controller has died: {exit_reason(error)}; its log: {self._log_file}"
+            ) from error

@@ -1,0 +1,411 @@
+"""The engine: requests in, outputs out, one step at a time."""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Many
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.models.spec import ModelSpec
+from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
+
+from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
+from .metrics import PrometheusSink, Sink
+from .output import Choice, RequestState
+from .report import EngineReport
+from .request import Request, RequestOutput, SamplingParams, ScoreOutput
+from .scheduler import Scheduler
+from .stats import EngineStats
+from .tokenizer import Tokenizer
+
+__all__ = ["Engine", "EngineReport", "Executor", "LocalExecutor"]
+
+Prompt = str | Many[int]
+ChatMessages = Many[Mapping[str, Any]]
+RetentionSpec = str | Mapping[str, Any] | Retention
+
+
+class Executor(Protocol):
+    """Where plans are carried out. Plans run in the order they were given."""
+
+    @property
+    def workers(self) -> list[WorkerInfo]:
+        """What each worker is, by rank."""
+        ...
+
+    def execute(self, plan: StepPlan) -> "Future[list[StepResult]]":
+        """Start a step; the future has one result per worker, or the exception that ended it."""
+        ...
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` if a worker's pages have not exactly one owner each."""
+        ...
+
+    def shutdown(self) -> None:
+        """Release the workers; calling it again does nothing."""
+        ...
+
+
+class LocalExecutor:
+    """One worker in this process, without Ray; a step runs inside `execute`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        from saqqara.workers.worker import Worker
+
+        self._worker = Worker.local(config)
+
+    @property
+    def workers(self) -> list[WorkerInfo]:
+        """The worker."""
+        return [self._worker.info]
+
+    def execute(self, plan: StepPlan) -> "Future[list[StepResult]]":
+        """Run a step; the future is done."""
+        future: Future[list[StepResult]] = Future()
+        try:
+            future.set_result([self._worker.execute(plan)])
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` if a page has not exactly the owners it should have."""
+        self._worker.check_integrity()
+
+    def shutdown(self) -> None:
+        """Release what the worker holds outside its memory."""
+        self._worker.close()
+
+
+class Engine:
+    """Serves requests on one replica of the model. Not thread-safe: one thread drives it.
+
+    Args:
+        config: the engine's settings.
+        executor: where plans are carried out; the engine's from now on.
+        tokenizer: the model's.
+        spec: the model's sizes.
+        lookahead: steps of one sequence that may be in flight; see `Scheduler`.
+        sinks: where metrics go besides Prometheus.
+
+    Attributes:
+        metrics: the Prometheus side of the engine's metrics, which can serve them over HTTP.
+
+    Raises:
+        ValueError: `retention`, `budget` or `max_model_len` does not fit the model.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        spec: ModelSpec,
+        *,
+        lookahead: int = 1,
+        sinks: Many[Sink] = (),
+    ) -> None:
+        if config.max_model_len is not None and config.max_model_len > spec.max_position:
+            raise ValueError(
+                f"max_model_len={config.max_model_len} is more than the model's context of "
+                f"{spec.max_position} tokens"
+            )
+        self.config = config
+        self.retention = Retention.parse(config.retention, config.budget)
+        self.metrics = PrometheusSink(config.model)
+        self.scheduler = Scheduler(
+            executor.workers,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len or spec.max_position,
+            max_prefill_tokens=config.max_prefill_tokens,
+            prefill_quantum=config.prefill_quantum,
+            max_extend_tokens=config.max_extend_tokens,
+            lookahead=lookahead,
+        )
+        self._executor = executor
+        self._tokenizer = tokenizer
+        self._vocab_size = spec.vocab_size
+        self._eos_token_ids = tuple(sorted({*spec.eos_token_ids, *tokenizer.eos_token_ids}))
+        self._stats = EngineStats(
+            config.model, self.retention.label, executor.workers, [self.metrics, *sinks]
+        )
+        self._states: dict[str, RequestState] = {}
+        self._choices: dict[int, tuple[RequestState, Choice]] = {}  # by the sequence's arrival
+        self._flights: deque[tuple[StepPlan, Future[list[StepResult]]]] = deque()
+        self._is_broken = False
+        self._epoch = time.time() - time.perf_counter()
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt | None = None,
+        sampling_params: SamplingParams | None = None,
+        *,
+        messages: ChatMessages | None = None,
+        retention: RetentionSpec | None = None,
+        budget: int | str | None = None,
+        priority: int = 0,
+        stream: bool = True,
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            request_id: any name that no unfinished request has.
+            prompt: text or token ids; exactly one of `prompt` and `messages`.
+            sampling_params: default: `SamplingParams()`.
+            messages: a conversation, for the model's chat template.
+            retention: overrides the engine's for this request.
+            budget: overrides the retention's.
+            priority: a lower one goes first.
+            stream: let `step` also return the request's unfinished outputs.
+
+        Raises:
+            ValueError: the request cannot be served; nothing else has changed.
+        """
+        sampling = sampling_params or SamplingParams()
+        token_ids = self._tokenize("prompt", prompt, messages)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=self._truncate(token_ids, sampling),
+            sampling=sampling,
+            retention=self._retention(retention, budget),
+            priority=priority,
+            arrival_time=self._now(),
+            prompt=prompt if isinstance(prompt, str) else None,
+        )
+        self._add(request, stream)
+
+    def add_score_request(
+        self,
+        request_id: str,
+        prompt: Prompt | None,
+        continuation: Prompt,
+        *,
+        messages: ChatMessages | None = None,
+        retention: RetentionSpec | None = None,
+        budget: int | str | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Queue the scoring of `continuation` (text without special tokens, or ids) after a prompt.
+
+        The prompt's keys and values are retained first, so quality under retention is measured.
+
+        Raises:
+            ValueError: the request cannot be served; nothing else has changed.
+        """
+        if isinstance(continuation, str):
+            continuation = self._tokenizer.encode(continuation, add_special_tokens=False)
+        self._check_token_ids("score_continuation", continuation)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=self._tokenize("prompt", prompt, messages),
+            sampling=SamplingParams(),
+            retention=self._retention(retention, budget),
+            priority=priority,
+            score_continuation=tuple(continuation),
+            arrival_time=self._now(),
+            prompt=prompt if isinstance(prompt, str) else None,
+        )
+        self._add(request, stream=False)
+
+    def step(self) -> list[RequestOutput | ScoreOutput]:
+        """Schedule, execute, absorb; returns what the requests have to show for it.
+
+        Keeps as many plans in flight as the scheduler allows and waits for the oldest only.
+
+        Raises:
+            Exception: whatever ended the executor; `restart` goes on with another one.
+        """
+        if self._is_broken:
+            raise RuntimeError("the engine's last step failed; it needs a restart")
+        while (plan := self.scheduler.schedule()) is not None:
+            self._flights.append((plan, self._executor.execute(plan)))
+        return self._report(self._absorb_oldest())
+
+    def abort(self, request_ids: str | Iterable[str]) -> None:
+        """Stop requests; unknown or finished ids are ignored.
+
+        What they hold is freed by the next step, which returns their last output (`abort`).
+        """
+        for request_id in [request_ids] if isinstance(request_ids, str) else request_ids:
+            if (state := self._states.get(request_id)) is not None:
+                for choice in state.choices:
+                    self.scheduler.finish(choice.sequence, "abort")
+
+    def has_unfinished(self) -> bool:
+        """Whether another step has something to do."""
+        return bool(self._states) or not self.scheduler.is_idle
+
+    def restart(self, executor: Executor) -> None:
+        """Go on with new workers after a failed step: what ran is resumed with its tokens."""
+        self._flights.clear()
+        self._is_broken = False
+        self._executor = executor
+        self.scheduler.restart(executor.workers)
+        self._stats.set_workers(executor.workers)
+
+    def report(self) -> EngineReport:
+        """Measurements since the start or the last `reset_stats`."""
+        return self._stats.report(is_idle=self.scheduler.is_idle)
+
+    def reset_stats(self) -> None:
+        """Start the measurements anew (the counters of the metrics go on)."""
+        self._stats.reset()
+
+    def shutdown(self) -> None:
+        """Release the workers and stop serving metrics; calling it again does nothing."""
+        self._executor.shutdown()
+        self.metrics.close()
+
+    # Requests -------------------------------------------------------------------------------------
+
+    def _add(self, request: Request, stream: bool) -> None:
+        if request.request_id in self._states:
+            raise ValueError(f"request_id {request.request_id!r} is in use")
+        self.scheduler.check(request)
+        state = RequestState(request, stream)
+        seed = self._seed(request)
+        for index in range(request.sampling.n):
+            spec = request.sampling.spec(seed + index, self._eos_token_ids)
+            sequence = self.scheduler.add(
+                request, spec, index=index, eos_token_ids=self._eos_token_ids
+            )
+            choice = Choice(sequence, self._tokenizer)
+            state.choices.append(choice)
+            self._choices[sequence.arrival] = (state, choice)
+        self._states[request.request_id] = state
+        self._stats.added(request.arrival_time)
+
+    def _seed(self, request: Request) -> int:
+        """The request's own seed, or one that the engine's seed and the request's id determine."""
+        if request.sampling.seed is not None:
+            return request.sampling.seed
+        name = f"{self.config.seed}/{request.request_id}"
+        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
+
+    def _retention(self, spec: RetentionSpec | None, budget: int | str | None) -> Retention:
+        if spec is None and budget is None:
+            return self.retention
+        return Retention.parse(self.retention if spec is None else spec, budget)
+
+    def _tokenize(
+        self, field: str, prompt: Prompt | None, messages: ChatMessages | None
+    ) -> tuple[int, ...]:
+        if (prompt is None) == (messages is None):
+            raise ValueError("give either prompt or messages")
+        if messages is not None:
+            return tuple(self._tokenizer.apply_chat(messages))
+        if isinstance(prompt, str):
+            return tuple(self._tokenizer.encode(prompt))
+        assert prompt is not None
+        self._check_token_ids(field, prompt)
+        return tuple(prompt)
+
+    def _check_token_ids(self, field: str, token_ids: Many[int]) -> None:
+        for place, token_id in enumerate(token_ids):
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise ValueError(f"{field}[{place}] must be a token id, not {token_id!r:.80}")
+            if not 0 <= token_id < self._vocab_size:
+                raise ValueError(
+                    f"{field}[{place}]={token_id} is no token of the model; they are 0 to "
+                    f"{self._vocab_size - 1}"
+                )
+
+    def _truncate(self, token_ids: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
+        keep = sampling.truncate_prompt_tokens
+        if keep is None:
+            return token_ids
+        if keep == -1:
+            max_tokens = sampling.max_tokens or 1
+            keep = self.scheduler.max_model_len - max_tokens
+            if keep < 1:
+                raise ValueError(
+                    f"truncate_prompt_tokens=-1 leaves nothing of the prompt: max_tokens="
+                    f"{max_tokens} fills max_model_len={self.scheduler.max_model_len}"
+                )
+        return token_ids[-keep:]
+
+    # Results --------------------------------------------------------------------------------------
+
+    def _absorb_oldest(self) -> list[Event]:
+        if not self._flights:
+            return self.scheduler.take_events()
+        plan, future = self._flights.popleft()
+        self._is_broken = True  # until the step is absorbed
+        results = future.result()
+        events = self.scheduler.absorb(plan, results)
+        self._is_broken = False
+        self._stats.step(results, self.scheduler.ledger.usage(), self._now())
+        if self.config.check_integrity and not self._flights:
+            self._executor.check_integrity()
+        return events
+
+    def _report(self, events: list[Event]) -> list[RequestOutput | ScoreOutput]:
+        """Tell requests, statistics and the caller what happened."""
+        now = self._now()
+        changed: dict[str, RequestState] = {}
+        while events:
+            for event in events:
+                state, choice = self._choices[event.sequence.arrival]
+                self._note(event, state, choice, now)
+                if isinstance(event, NewToken | Finished):
+                    changed[state.request.request_id] = state
+            events = self.scheduler.take_events()  # a stop string may have ended a sequence
+        outputs: list[RequestOutput | ScoreOutput] = []
+        for state in changed.values():
+            if state.is_finished:
+                self._close(state, now)
+            if state.is_finished or state.stream:
+                outputs.append(state.output())
+        self._stats.publish(
+            self.scheduler.num_running,
+            self.scheduler.num_waiting,
+            now,
+            force=self.scheduler.is_idle,
+        )
+        return outputs
+
+    def _note(self, event: Event, state: RequestState, choice: Choice, now: float) -> None:
+        match event:
+            case NewToken():
+                choice.append(event)
+                self._note_token(state, choice, now)
+                if choice.matched is not None:
+                    self.scheduler.finish(event.sequence, "stop", choice.matched)
+            case NewScores():
+                self._stats.scored(event.num_tokens)
+                state.first_token_time = state.first_token_time or now
+            case Prefilled():
+                request = state.request
+                num_tokens = len(request.prompt_token_ids)
+                self._stats.prefilled(request.retention.method, event.kept, num_tokens)
+                if not state.is_prefilled:
+                    state.is_prefilled = True
+                    self._stats.prompt(num_tokens)
+            case Preempted():
+                self._stats.preempted()
+            case Finished():
+                choice.end()
+
+    def _note_token(self, state: RequestState, choice: Choice, now: float) -> None:
+        if state.first_token_time is None:
+            state.first_token_time = now
+            self._stats.first_token(now - state.request.arrival_time)
+        last = choice.last_token_time
+        self._stats.token(None if last is None else now - last)
+        choice.last_token_time = now
+
+    def _close(self, state: RequestState, now: float) -> None:
+        state.finished_time = now
+        del self._states[state.request.request_id]
+        for choice in state.choices:
+            del self._choices[choice.sequence.arrival]
+        self._stats.finished(state.finish_reason, now - state.request.arrival_time)
+
+    def _now(self) -> float:
+        """Unix time in seconds, but never running backwards."""
+        return self._epoch + time.perf_counter()

@@ -1,0 +1,78 @@
+"""Starts an engine where the configuration says, in this process or on Ray, and logs what it is."""
+
+import logging
+
+import numpy as np
+
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.models.spec import load_spec
+from saqqara.workers.plan import WorkerInfo
+
+from .client import EngineClient, EngineDescription, LocalClient
+
+logger = logging.getLogger(__name__)
+
+MIB = 2**20
+
+
+def launch(config: EngineConfig) -> EngineClient:
+    """Start an engine and wait until it can take requests.
+
+    Ray is imported only for `executor="ray"`.
+
+    Raises:
+        ValueError: a setting does not fit the model or the machine.
+    """
+    client: EngineClient
+    if config.executor == "local":
+        client = LocalClient(config)
+    else:
+        from .controller import start_controller
+
+        client = start_controller(config)
+    for line in start_lines(client.describe()):
+        logger.info("%s", line)
+    return client
+
+
+def start_lines(engine: EngineDescription) -> list[str]:
+    """What has started: model, each worker's shard, device, backend and pool, what fits."""
+    config = engine.config
+    lines = [f"{config.model} started in {engine.start_seconds:.1f} s"]
+    lines += [_worker_line(worker) for worker in engine.workers]
+    num_tokens = config.max_model_len or load_spec(config.model).max_position
+    retention = Retention.parse(config.retention, config.budget)
+    lines.append(
+        f"retention {retention.method}: the pool holds {sequences_that_fit(engine, num_tokens)} "
+        f"prompts of {num_tokens} tokens at once; max_num_seqs={config.max_num_seqs}"
+    )
+    if engine.log_dir is not None:
+        lines.append(f"logs of the ranks: {engine.log_dir}")
+    if engine.metrics_address is not None:
+        lines.append(f"metrics: http://{engine.metrics_address}/metrics")
+    return lines
+
+
+def _worker_line(w: WorkerInfo) -> str:
+    return (
+        f"rank {w.rank} on {w.hostname}: layers {w.start_layer} to {w.stop_layer - 1}, "
+        f"kv heads {w.start_head} to {w.stop_head - 1}, {w.device}, {w.dtype}, "
+        f"attention {w.attention_backend} ({w.attention_reason}), "
+        f"weights {w.memory.weight_bytes / MIB:.0f} MiB, pool {w.memory.pool_bytes / MIB:.0f} MiB "
+        f"= {w.num_pages} pages of {w.page_tokens} tokens"
+    )
+
+
+def sequences_that_fit(engine: EngineDescription, num_tokens: int) -> int:
+    """How many prompts of this length the page pools hold at once, under the engine's retention."""
+    retention = Retention.parse(engine.config.retention, engine.config.budget)
+    num_layers = max(w.stop_layer for w in engine.workers)
+    num_heads = max(w.stop_head for w in engine.workers)
+    kept_LH = retention.row_tokens(num_tokens, num_layers, num_heads)
+    fits = []
+    for w in engine.workers:
+        own = kept_LH[w.start_layer : w.stop_layer, w.start_head : w.stop_head]
+        num_pages = int(np.ceil(own / w.page_tokens).sum())
+        fits.append(w.num_pages // num_pages)
+    return min(fits)

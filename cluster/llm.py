@@ -1,0 +1,357 @@
+"""The Python front door: `LLM`, with the names and the meaning of vLLM's offline `LLM`."""
+
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral
+from types import TracebackType
+from typing import Any, Literal, Self, cast, overload
+
+from rich.console import Console
+from rich.progress import Progress
+
+from saqqara.compression.retention import Retention
+
+from .client import EngineDeadError, EngineRequest
+from .launch import launch
+from .report import EngineReport
+from .request import RequestOutput, SamplingParams, ScoreOutput
+from .settings import check_keys, engine_config
+from .tokenizer import check_messages
+
+POLL_SECONDS = 1.0
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+RetentionSpec = str | Mapping[str, Any] | Retention
+Budget = int | str
+Output = RequestOutput | ScoreOutput
+
+
+class LLM:
+    """A model that answers prompts, in this process or spread over Ray workers.
+
+    Every field of `EngineConfig` (`configs/schema.py`) is also a keyword argument here; unknown
+    ones are errors.
+
+    Args:
+        model: local folder or hub id of a Llama-class model.
+        tokenizer: folder or hub id; default: the model's own.
+        tensor_parallel_size: ranks that share each layer.
+        pipeline_parallel_size: stages of consecutive layers.
+        max_model_len: prompt plus generated tokens at most; default: the model's context.
+        max_num_seqs: sequences that run at once.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        seed: seeds the requests that bring no seed of their own.
+        retention: which keys and values are kept, for requests that do not say; see `Retention`.
+        budget: mean kept tokens per layer and kv head, or a share of the prompt such as "25%".
+        executor: `local` (one rank, in this process) or `ray`.
+        attention_backend: `auto` or a backend's name.
+        settings: any other field of `EngineConfig`.
+
+    Raises:
+        ValueError: a setting is unknown, wrong, or does not fit the model; names it.
+
+    Example:
+        >>> with LLM("path/to/model", retention="pyramidkv", budget="25%") as llm:
+        ...     print(llm.generate("Once upon a time")[0].outputs[0].text)
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tokenizer: str | None = None,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        dtype: str = "auto",
+        seed: int = 0,
+        retention: RetentionSpec = "full",
+        budget: Budget | None = None,
+        executor: Literal["local", "ray"] = "local",
+        attention_backend: str = "auto",
+        **settings: Any,
+    ) -> None:
+        if isinstance(retention, Retention):
+            retention = retention.to_dict()
+        named = {
+            "model": str(model),
+            "tokenizer": tokenizer,
+            "tensor_parallel_size": tensor_parallel_size,
+            "pipeline_parallel_size": pipeline_parallel_size,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "dtype": dtype,
+            "seed": seed,
+            "retention": retention if isinstance(retention, str) else dict(retention),
+            "budget": budget,
+            "executor": executor,
+            "attention_backend": attention_backend,
+        }
+        self.config = engine_config(named | settings, "LLM")
+        self._client = launch(self.config)
+        self._ids = itertools.count()
+        self._turn = threading.Lock()  # one call at a time: they share the client's outputs
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        use_tqdm: bool = True,
+        retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
+        budget: Budget | Sequence[Budget | None] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts; the results come in the order of the prompts.
+
+        Args:
+            prompts: one or several of: text, token ids, `{"prompt": text}`,
+                `{"prompt_token_ids": token ids}`.
+            sampling_params: for all prompts, or one for each.
+            prompt_token_ids: token ids of one or several prompts, instead of `prompts`.
+            use_tqdm: show a progress bar when the output is a terminal.
+            retention: overrides the engine's, for all prompts or one for each.
+            budget: overrides the engine's, for all prompts or one for each.
+
+        Raises:
+            ValueError: a prompt or setting is wrong; names the prompt's index.
+            EngineDeadError: the engine has failed.
+        """
+        if (prompts is None) == (prompt_token_ids is None):
+            raise ValueError("generate needs prompts or prompt_token_ids, and not both")
+        given = prompts if prompts is not None else prompt_token_ids
+        parts = [_prompt(prompt, i) for i, prompt in enumerate(_as_list(given, "prompts"))]
+        return self._generate(parts, "prompts", sampling_params, retention, budget, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
+        budget: Budget | Sequence[Budget | None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations, with the model's chat template.
+
+        Args:
+            messages: one conversation (a list of `{"role", "content"}`) or several.
+            sampling_params: as for `generate`.
+            use_tqdm: as for `generate`.
+            retention: as for `generate`.
+            budget: as for `generate`.
+
+        Raises:
+            ValueError: a conversation or setting is wrong; names the conversation's index.
+            EngineDeadError: the engine has failed.
+        """
+        several: Sequence[Any] = messages
+        if messages and isinstance(messages[0], Mapping):
+            several = [messages]
+        parts = [{"messages": _conversation(given, i)} for i, given in enumerate(several)]
+        return self._generate(parts, "messages", sampling_params, retention, budget, use_tqdm)
+
+    @overload
+    def score(  # type: ignore[overload-overlap]  # a str is a Sequence[str], too
+        self,
+        context: str | Sequence[int],
+        continuation: str | Sequence[int],
+        *,
+        use_tqdm: bool = True,
+        retention: RetentionSpec | None = None,
+        budget: Budget | None = None,
+    ) -> ScoreOutput: ...
+
+    @overload
+    def score(
+        self,
+        context: Sequence[str] | Sequence[Sequence[int]],
+        continuation: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        use_tqdm: bool = True,
+        retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
+        budget: Budget | Sequence[Budget | None] | None = None,
+    ) -> list[ScoreOutput]: ...
+
+    def score(
+        self,
+        context: Any,
+        continuation: Any,
+        *,
+        use_tqdm: bool = True,
+        retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
+        budget: Budget | Sequence[Budget | None] | None = None,
+    ) -> ScoreOutput | list[ScoreOutput]:
+        """Log-probabilities of continuations, given contexts whose KV went through retention.
+
+        Args:
+            context: text or token ids, or a list of them.
+            continuation: text or token ids, or a list with one for each context.
+            use_tqdm: as for `generate`.
+            retention: as for `generate`.
+            budget: as for `generate`.
+
+        Raises:
+            ValueError: an input or setting is wrong; names the index.
+            EngineDeadError: the engine has failed.
+        """
+        contexts, continuations = (
+            _as_list(context, "context"),
+            _as_list(continuation, "continuation"),
+        )
+        if len(contexts) != len(continuations):
+            raise ValueError(
+                f"continuation has {len(continuations)} entries for {len(contexts)} contexts; "
+                "it needs one for each"
+            )
+        parts = []
+        for i, (before, after) in enumerate(zip(contexts, continuations, strict=True)):
+            known = _prompt(after, i, "continuation")
+            scored = known.get("prompt", known.get("prompt_token_ids"))
+            parts.append({**_prompt(before, i, "context"), "score_continuation": scored})
+        requests = self._requests(parts, None, retention, budget)
+        outputs = cast("list[ScoreOutput]", self._run(requests, "context", use_tqdm))
+        return outputs[0] if _is_single(context) and _is_single(continuation) else outputs
+
+    def report(self) -> EngineReport:
+        """Measurements since the start, or since the last `reset_stats`."""
+        return self._client.report()
+
+    def reset_stats(self) -> None:
+        """Start the measurements anew."""
+        self._client.reset_stats()
+
+    def shutdown(self) -> None:
+        """Stop the engine and release what it holds; calling it again does nothing."""
+        self._client.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def _generate(
+        self,
+        parts: list[dict[str, Any]],
+        what: str,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        retention: RetentionSpec | Sequence[RetentionSpec | None] | None,
+        budget: Budget | Sequence[Budget | None] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        requests = self._requests(parts, sampling_params, retention, budget)
+        return cast("list[RequestOutput]", self._run(requests, what, use_tqdm))
+
+    def _requests(
+        self,
+        parts: list[dict[str, Any]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        retention: RetentionSpec | Sequence[RetentionSpec | None] | None,
+        budget: Budget | Sequence[Budget | None] | None,
+    ) -> list[EngineRequest]:
+        count = len(parts)
+        sampling = _one_each(sampling_params, SamplingParams, count, "sampling_params")
+        retentions = _one_each(retention, (str, Mapping, Retention), count, "retention")
+        budgets = _one_each(budget, (int, str), count, "budget")
+        return [
+            EngineRequest(
+                request_id=str(next(self._ids)),
+                sampling_params=sampling[i] or SamplingParams(),
+                retention=retentions[i],
+                budget=budgets[i],
+                **part,
+            )
+            for i, part in enumerate(parts)
+        ]
+
+    def _run(self, requests: list[EngineRequest], what: str, use_tqdm: bool) -> list[Output]:
+        """Hand requests to the engine and wait for all of them."""
+        index = {request.request_id: i for i, request in enumerate(requests)}
+        outputs: dict[str, Output] = {}
+        with self._turn, _progress(len(requests), use_tqdm) as advance:
+            try:
+                for rejection in self._client.submit(requests):
+                    raise ValueError(f"{what}[{index[rejection.request_id]}]: {rejection.error}")
+                while len(outputs) < len(requests):
+                    for output in self._client.poll(POLL_SECONDS):
+                        if output.request_id in index:  # else: the rest of a call that failed
+                            outputs[output.request_id] = output
+                            advance()
+            except BaseException as error:
+                if not isinstance(error, EngineDeadError):
+                    self._client.abort(index.keys() - outputs.keys())
+                raise
+        return [outputs[request_id] for request_id in index]
+
+
+@contextmanager
+def _progress(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, nothing anywhere else; yields what counts one more."""
+    if not wanted or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("requests", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _is_single(value: Any) -> bool:
+    """Whether a prompt stands alone: text, a mapping, or a plain list of token ids."""
+    if isinstance(value, (str, Mapping)):
+        return True
+    return isinstance(value, Sequence) and bool(value) and isinstance(value[0], Integral)
+
+
+def _as_list(value: Any, name: str) -> list[Any]:
+    if _is_single(value):
+        return [value]
+    if not isinstance(value, Sequence):
+        raise ValueError(f"{name} must be text, token ids, or a list of these, not {value!r}")
+    return list(value)
+
+
+def _prompt(prompt: Any, index: int, name: str = "prompts") -> dict[str, Any]:
+    """One prompt as keyword arguments of `EngineRequest`."""
+    if isinstance(prompt, Mapping):
+        check_keys(prompt, ("prompt", "prompt_token_ids"), f"{name}[{index}]")
+        given = [value for value in prompt.values() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"{name}[{index}] needs either prompt or prompt_token_ids")
+        prompt = given[0]
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if isinstance(prompt, Sequence) and all(isinstance(token, Integral) for token in prompt):
+        return {"prompt_token_ids": tuple(int(token) for token in prompt)}
+    raise ValueError(f"{name}[{index}] must be text or a list of token ids, not {prompt!r}")
+
+
+def _conversation(messages: Any, index: int) -> tuple[Message, ...]:
+    try:
+        return tuple(check_messages(messages))
+    except ValueError as error:
+        raise ValueError(f"messages[{index}]: {error}") from None
+
+
+def _one_each(value: Any, kinds: type | tuple[type, ...], count: int, name: str) -> Sequence[Any]:
+    """One value for each of `count` requests, from one for all or a list."""
+    if value is None or isinstance(value, kinds):
+        return [value] * count
+    if not isinstance(value, Sequence) or len(value) != count:
+        raise ValueError(
+            f"{name} must be one value, or a list with one for each of {count} prompts"
+        )
+    for i, one in enumerate(value):
+        if one is not None and not isinstance(one, kinds):
+            raise ValueError(f"{name}[{i}]: cannot be {one!r}")
+    return list(value)

@@ -1,0 +1,193 @@
+"""Where the ranks of a replica run: (pipeline, tensor) to the bundles of one placement group.
+
+The ranks of one stage (its tensor group) exchange activations in every layer, so they belong on one
+node; stages exchange one tensor per step and may span nodes. A bundle always lies on one node while
+a placement group has one strategy for all its bundles. So each *stage* is one bundle, with room for
+its whole tensor group, in one PACK group: the node constraint holds per stage, and the replica is
+reserved as a whole or not at all (a group per stage could leave two replicas holding half of their
+stages each). Without tensor parallelism that is one bundle per rank. Only where no node is large
+enough for a tensor group does every rank get a bundle of its own.
+
+Data parallelism is one placement group per replica, so that replicas start, fail and move alone.
+"""
+
+import logging
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.mesh import MeshLayout
+
+logger = logging.getLogger(__name__)
+
+# A bundle must ask for something. Ranks on CPUs share a node's cores by their thread counts, and an
+# application that holds Ray's CPUs (a Serve replica, a Data task) must not keep its engine out.
+CPU_SHARE = 0.01
+DEFAULT_TIMEOUT_SECONDS = 120.0
+_PATIENCE_SECONDS = 1  # a cluster that has room grants it at once
+
+Strategy = Literal["PACK", "SPREAD"]
+
+
+class PlacementError(RuntimeError):
+    """The cluster cannot hold the replica; the message says what was asked and what there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementPlan:
+    """What one replica asks of the cluster.
+
+    `bundle_of_rank[r]` is the index of the bundle that rank `r` runs in; `rank_gpus` is 1 or 0.
+    """
+
+    bundles: tuple[dict[str, float], ...]
+    bundle_of_rank: tuple[int, ...]
+    rank_gpus: int
+    strategy: Strategy = "PACK"
+
+    def __str__(self) -> str:
+        kinds = Counter(_show(bundle) for bundle in self.bundles)
+        return ", ".join(f"{count} x {{{kind}}}" for kind, count in kinds.items())
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """The node of one rank."""
+
+    node_id: str
+    address: str
+    hostname: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Reserved room for one replica. Picklable; whoever reserved it calls `release`."""
+
+    plan: PlacementPlan
+    group: PlacementGroup
+
+    def places(self) -> list[RankPlace]:
+        """The node of every rank."""
+        nodes = {node["NodeID"]: node for node in ray.nodes()}
+        node_of_bundle = ray.util.placement_group_table(self.group)["bundles_to_node_id"]
+        ranks = [nodes[node_of_bundle[bundle]] for bundle in self.plan.bundle_of_rank]
+        return [
+            RankPlace(node["NodeID"], node["NodeManagerAddress"], node["NodeManagerHostname"])
+            for node in ranks
+        ]
+
+    def rank_options(self, rank: int) -> dict[str, Any]:
+        """Options for the actor of a rank."""
+        bundle = self.plan.bundle_of_rank[rank]
+        return {
+            "num_cpus": CPU_SHARE,
+            "num_gpus": self.plan.rank_gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, bundle),
+        }
+
+    def companion_options(self) -> dict[str, Any]:
+        """Options for an actor that asks for nothing, lives beside rank 0 and dies with it all."""
+        return {
+            "num_cpus": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, 0),
+        }
+
+    def release(self) -> None:
+        """Give the room back, killing what still runs in it; calling it again does nothing."""
+        remove_placement_group(self.group)
+
+
+def uses_gpus(config: EngineConfig) -> bool:
+    """Whether the ranks need a GPU each; `auto` takes GPUs if the cluster has any."""
+    if config.device == "auto":
+        return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+    return config.device == "cuda"
+
+
+def plan_placement(
+    layout: MeshLayout, gpu: bool, largest_node_gpus: int = 0, strategy: Strategy = "PACK"
+) -> PlacementPlan:
+    """Bundles of one replica.
+
+    Args:
+        layout: tensor and pipeline sizes.
+        gpu: whether every rank needs a GPU.
+        largest_node_gpus: GPUs of the largest node; decides whether a tensor group fits on one.
+        strategy: PACK puts stages close together, SPREAD on different nodes where it can.
+    """
+    split = gpu and 1 <= largest_node_gpus < layout.tensor_size
+    if split:
+        logger.warning(
+            "tensor_parallel_size=%d exceeds the %d GPUs of the largest node: the ranks of a stage "
+            "will talk across nodes in every layer",
+            layout.tensor_size,
+            largest_node_gpus,
+        )
+    ranks_per_bundle = 1 if split else layout.tensor_size
+    bundle = {"CPU": round(CPU_SHARE * ranks_per_bundle, 4)}
+    if gpu:
+        bundle["GPU"] = float(ranks_per_bundle)
+    ranks = range(layout.world_size)
+    return PlacementPlan(
+        bundles=tuple(dict(bundle) for _ in range(layout.world_size // ranks_per_bundle)),
+        bundle_of_rank=tuple(rank // ranks_per_bundle for rank in ranks),
+        rank_gpus=int(gpu),
+        strategy=strategy,
+    )
+
+
+def reserve(
+    config: EngineConfig,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    strategy: Strategy = "PACK",
+) -> Placement:
+    """Reserve room for one replica, waiting for the cluster to free it or to grow.
+
+    Raises:
+        PlacementError: there is no room within `timeout_seconds`.
+    """
+    gpu = uses_gpus(config)
+    layout = MeshLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
+    node_gpus = [int(node["Resources"].get("GPU", 0)) for node in _alive_nodes()]
+    plan = plan_placement(layout, gpu, max(node_gpus, default=0), strategy)
+    group = placement_group([dict(b) for b in plan.bundles], strategy=plan.strategy)
+    if not group.wait(_PATIENCE_SECONDS):
+        logger.warning("waiting for the cluster to have room for %s", plan)
+        # Ray counts in whole seconds here.
+        if not group.wait(max(0, math.ceil(timeout_seconds) - _PATIENCE_SECONDS)):
+            message = _no_room(config, plan, timeout_seconds)
+            remove_placement_group(group)
+            raise PlacementError(message)
+    return Placement(plan, group)
+
+
+def _no_room(config: EngineConfig, plan: PlacementPlan, waited_seconds: float) -> str:
+    free = ray.available_resources()
+    nodes = "; ".join(
+        f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}): "
+        f"{_show(node['Resources']) or 'neither CPU nor GPU'}"
+        for node in _alive_nodes()
+    )
+    hint = "use device='cpu', smaller sizes, or add nodes" if plan.rank_gpus else "add nodes"
+    return (
+        f"the cluster has no room for tensor_parallel_size={config.tensor_parallel_size} x "
+        f"pipeline_parallel_size={config.pipeline_parallel_size} on "
+        f"device={'cuda' if plan.rank_gpus else 'cpu'} after {waited_seconds:g} s: asked for "
+        f"{plan}, each on one node; nodes: {nodes or 'none'}; free in all: "
+        f"{_show(free) or 'nothing'}; {hint}"
+    )
+
+
+def _alive_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _show(resources: dict[str, float]) -> str:
+    kinds = [(name, resources[name]) for name in ("CPU", "GPU") if resources.get(name)]
+    return ", ".join(f"{name}: {amount:g}" for name, amount in kinds)

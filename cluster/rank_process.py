@@ -1,0 +1,196 @@
+"""What runs in the process of one rank: its log, its threads, and the worker itself. No Ray here.
+
+`executor.RayExecutor` makes a `RankProcess` an actor. Starting takes two phases, because the
+address of the rendezvous is known only once rank 0 runs: first every process comes up and rank 0
+opens the store, then all of them start their workers together.
+"""
+
+import faulthandler
+import importlib
+import logging
+import os
+import pickle
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import psutil
+
+from saqqara.configs.paths import cache_dir
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
+
+if TYPE_CHECKING:
+    from saqqara.workers.mesh import MeshLayout
+
+logger = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class RankWorker(Protocol):
+    """What a rank runs: `workers.worker.Worker`, or a stand-in for it in tests."""
+
+    info: WorkerInfo
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run this rank's part of a plan."""
+        ...
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` if the pages are not all accounted for."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        ...
+
+
+WorkerFactory = Callable[
+    [EngineConfig, "MeshLayout", int, tuple[str, int] | None, str | None], RankWorker
+]
+"""Makes the worker of a rank from (config, layout, rank, store, log_file)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessInfo:
+    """A rank's process, as known before its worker has started."""
+
+    hostname: str
+    pid: int
+    num_threads: int
+
+
+class RankProcess:
+    """Holds one rank's worker. Calls come one at a time, in order.
+
+    Args:
+        rank: which rank this is.
+        log_file: where the rank logs: Python's logging, stderr (so also what C++ writes), crashes.
+        ranks_on_host: how many ranks share this host's cores.
+        num_threads: CPU threads of this rank; None: cores / ranks_on_host.
+    """
+
+    def __init__(
+        self, rank: int, log_file: str, ranks_on_host: int = 1, num_threads: int | None = None
+    ) -> None:
+        self.rank = rank
+        self.log_file = log_file
+        self.num_threads = num_threads or max(1, usable_cores() // ranks_on_host)
+        log_process_to(log_file)
+        self._worker: RankWorker | None = None
+        self._store: object | None = None
+
+    def facts(self) -> ProcessInfo:
+        """Host, process id and threads."""
+        return ProcessInfo(socket.gethostname(), os.getpid(), self.num_threads)
+
+    def open_store(self, host: str) -> tuple[str, int]:
+        """Open the rendezvous store on a free port; it lives as long as this process."""
+        from saqqara.workers.mesh import start_store
+
+        store = start_store(host)
+        self._store = store
+        return host, store.port
+
+    def start(
+        self,
+        config: EngineConfig,
+        layout: "MeshLayout",
+        store: tuple[str, int] | None,
+        address: str,
+        make_worker: WorkerFactory | None = None,
+    ) -> WorkerInfo:
+        """Load the shard and join the other ranks, which must start at the same time.
+
+        Args:
+            config: the engine's settings.
+            layout: tensor and pipeline sizes.
+            store: host and port of the rendezvous store; None for one rank.
+            address: this host's address among the ranks; gloo is told to use its interface.
+            make_worker: default: `saqqara.workers.worker.Worker`.
+        """
+        name = interface_of(address)
+        if name is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        if make_worker is None:
+            make_worker = importlib.import_module("saqqara.workers.worker").Worker
+            assert make_worker is not None
+        # The worker sets torch's threads. Ray sets OMP_NUM_THREADS to 1 for actors of few CPUs.
+        config = config.model_copy(update={"num_threads": self.num_threads})
+        try:
+            self._worker = make_worker(config, layout, self.rank, store, self.log_file)
+        except BaseException:
+            logger.exception("rank %d could not start", self.rank)
+            raise
+        info = replace(self._worker.info, log_file=self.log_file)
+        logger.info("rank %d has started with %d threads: %s", self.rank, self.num_threads, info)
+        return info
+
+    def execute(self, plan: bytes) -> StepResult:
+        """Run this rank's part of a pickled `StepPlan`."""
+        assert self._worker is not None, "execute before start"
+        try:
+            return self._worker.execute(pickle.loads(plan))
+        except BaseException:
+            logger.exception("rank %d failed", self.rank)
+            raise
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` if the pages are not all accounted for."""
+        assert self._worker is not None, "check_integrity before start"
+        self._worker.check_integrity()
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+
+def new_log_dir(config: EngineConfig) -> Path:
+    """The folder for the logs of an engine that starts now; not made here."""
+    if config.log_dir is not None:
+        return Path(config.log_dir).expanduser().absolute()
+    return cache_dir() / "logs" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+
+
+def log_process_to(path: str) -> None:
+    """Send this process's logging, warnings, stderr and crash traces to a file.
+
+    SIGUSR1 writes the stack of every thread there, which shows where a process hangs.
+    """
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    stream = file.open("a", buffering=1, encoding="utf-8")
+    os.dup2(stream.fileno(), 2)
+    faulthandler.enable(stream)
+    faulthandler.register(signal.SIGUSR1, stream, all_threads=True)
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, or the CPU quota of its container if lower."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an address, such as `lo` for 127.0.0.1, or None."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address.split("%")[0] == address for a in addresses):
+            return name
+    return None

@@ -1,0 +1,129 @@
+"""What a run did and what it took: the numbers behind every claim about memory and speed."""
+
+import math
+from collections import Counter
+
+from pydantic import BaseModel, ConfigDict
+
+from saqqara.workers.plan import WorkerMemory
+
+_BUCKET = 1.01  # durations are told apart to one percent
+
+
+class Latency(BaseModel):
+    """Distribution of a duration, in seconds; zeros when nothing was measured."""
+
+    model_config = ConfigDict(frozen=True)
+
+    count: int = 0
+    mean: float = 0.0
+    p50: float = 0.0
+    p99: float = 0.0
+
+
+class LatencyRecorder:
+    """Collects durations in buckets of one percent, so memory stays small however long it runs."""
+
+    def __init__(self) -> None:
+        self._buckets: Counter[int] = Counter()
+        self._sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Take in one duration."""
+        self._buckets[round(math.log(max(seconds, 1e-9), _BUCKET))] += 1
+        self._sum += seconds
+
+    def summary(self) -> Latency:
+        """Count, mean and quantiles so far."""
+        count = self._buckets.total()
+        if count == 0:
+            return Latency()
+        return Latency(
+            count=count, mean=self._sum / count, p50=self._quantile(0.5), p99=self._quantile(0.99)
+        )
+
+    def _quantile(self, share: float) -> float:
+        left = share * self._buckets.total()
+        for bucket in sorted(self._buckets):
+            left -= self._buckets[bucket]
+            if left <= 0:
+                break
+        return float(_BUCKET**bucket)
+
+
+class WorkerReport(BaseModel):
+    """One worker: its place, its pool and its bytes (peaks since start-up)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rank: int
+    pipeline_rank: int
+    tensor_rank: int
+    hostname: str
+    device: str
+    dtype: str
+    attention_backend: str
+    layers: tuple[int, int]
+    kv_heads: tuple[int, int]
+    num_pages: int
+    pages_free: int
+    page_tokens: int
+    page_bytes: int
+    memory: WorkerMemory
+
+
+class EngineReport(BaseModel):
+    """Measurements of one engine since its start or its last `reset_stats`.
+
+    Attributes:
+        requests: finished requests by reason (`stop`, `length`, `abort`, `error`).
+        wall_seconds: from the first request to the last output.
+        prefill_seconds, decode_seconds: summed over steps, the slowest worker of each step.
+        phase_seconds: the same for every phase that workers report.
+        kv_kept_bytes_peak: most bytes of pages that sequences held at one moment, on all workers.
+        kv_full_bytes_peak: what full retention would have held at that same moment.
+        kept_tokens_by_layer, dropped_tokens_by_layer: over all prefills, summed over kv heads.
+        pages_leaked: pages that are not free although no sequence is left; None while busy.
+        prefill_kv_bytes_peak, prefill_activation_bytes_peak, resident_bytes_peak: since start-up,
+            summed over workers.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    retention: str
+    requests: dict[str, int]
+    prompt_tokens: int
+    generation_tokens: int
+    scored_tokens: int
+    num_steps: int
+    num_preemptions: int
+    wall_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    phase_seconds: dict[str, float]
+    prompt_tokens_per_second: float
+    generation_tokens_per_second: float
+    time_to_first_token: Latency
+    inter_token_latency: Latency
+    e2e_latency: Latency
+    kv_kept_bytes_peak: int
+    kv_full_bytes_peak: int
+    kept_tokens_by_layer: tuple[int, ...]
+    dropped_tokens_by_layer: tuple[int, ...]
+    pages_leaked: int | None
+    prefill_kv_bytes_peak: int
+    prefill_activation_bytes_peak: int
+    resident_bytes_peak: int
+    workers: tuple[WorkerReport, ...]
+
+    @property
+    def num_requests(self) -> int:
+        """Finished requests, whatever the reason."""
+        return sum(self.requests.values())
+
+    @property
+    def kv_saved_share(self) -> float:
+        """Share of the KV bytes of full retention that was not needed, at the peak."""
+        full = self.kv_full_bytes_peak
+        return 1 - self.kv_kept_bytes_peak / full if full else 0.0

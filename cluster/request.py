@@ -1,0 +1,306 @@
+"""What is asked of the engine, what the scheduler knows about it, and what comes back."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from saqqara.compression.retention import Retention
+from saqqara.workers.plan import NewSequence, SamplingSpec
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+_INT64 = 2**63
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class SamplingParams(BaseModel):
+    """How one request is sampled; names, defaults and meaning are those of vLLM.
+
+    A bad value is a `ValueError` (pydantic's, one problem per line) that names the field and what
+    it may be. `max_tokens=None` means up to the engine's `max_model_len`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES, description="Completions per prompt.")
+    temperature: float = Field(default=1.0, ge=0, description="0: the most likely token, always.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Sample from this much mass.")
+    top_k: int = Field(default=0, ge=-1, description="Sample from the k best tokens; 0 or -1: all.")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="Least share of the best's.")
+    repetition_penalty: float = Field(default=1.0, gt=0, description="Over 1: fewer repetitions.")
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64, description="None: derived.")
+    max_tokens: int | None = Field(default=16, ge=1, description="Tokens to generate at most.")
+    min_tokens: int = Field(default=0, ge=0, description="Tokens before a stop is possible.")
+    stop: tuple[str, ...] = Field(
+        default=(), description="One string or several that end the text."
+    )
+    stop_token_ids: tuple[TokenId, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Best tokens beside the sampled one.",
+    )
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = Field(
+        default=None,
+        ge=-1,
+        description="Keep the prompt's last k tokens; -1: as many as leave room for max_tokens.",
+    )
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_list(cls, value: Any) -> Any:
+        if value is None:
+            return ()
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("stop_token_ids", mode="before")
+    @classmethod
+    def _stop_token_list(cls, value: Any) -> Any:
+        return () if value is None else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "" in self.stop:
+            raise ValueError("stop: every string must have at least one character")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be at most max_tokens={self.max_tokens}, not {self.min_tokens}"
+            )
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens must be at least 1, or -1, not 0")
+        return self
+
+    def spec(self, seed: int, eos_token_ids: tuple[int, ...] = ()) -> SamplingSpec:
+        """The part that the workers need; `eos_token_ids` are the model's."""
+        stops = () if self.ignore_eos else eos_token_ids
+        blocked = dict.fromkeys((*stops, *self.stop_token_ids)) if self.min_tokens > 0 else ()
+        return SamplingSpec(
+            temperature=self.temperature,
+            top_k=max(self.top_k, 0),
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=seed % _INT64,
+            min_tokens=self.min_tokens,
+            blocked_token_ids=tuple(blocked),
+            num_logprobs=self.logprobs,
+        )
+
+
+def invalid_field(error: ValidationError) -> str:
+    """The name of the first field that a pydantic error complains about ('' if none)."""
+    location = error.errors()[0]["loc"]
+    return str(location[0]) if location else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt as the engine takes it: tokenised, truncated, checked.
+
+    With `score_continuation` its tokens are scored after the prompt and nothing is generated.
+    A lower `priority` goes first; equal ones go in order of arrival.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    retention: Retention
+    priority: int = 0
+    score_continuation: tuple[int, ...] | None = None
+    arrival_time: float = 0.0
+    prompt: str | None = None
+
+
+class Status(Enum):
+    """Where a sequence stands: in the queue, in a prefill group, decoding, or done."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of a request while the scheduler has it.
+
+    `position` is logical: how many of the sequence's tokens have been fed (or are planned to be);
+    what the rows still keep of them is the ledger's business. `num_in_flight` counts the plans
+    that mention the sequence and are not absorbed yet, `num_sampling` those of them that sample it.
+    """
+
+    request: Request
+    index: int
+    arrival: int
+    spec: SamplingSpec
+    stop_token_ids: frozenset[int]
+    eos_token_ids: frozenset[int]
+    max_output_tokens: int
+
+    status: Status = Status.WAITING
+    slot: int | None = None
+    position: int = 0
+    output_token_ids: list[int] = field(default_factory=list)
+    scored_logprobs: list[float] = field(default_factory=list)
+    scored_ranks: list[int] = field(default_factory=list)
+    num_in_flight: int = 0
+    num_sampling: int = 0
+    num_preemptions: int = 0
+    num_refusals: int = 0
+    discarding: bool = False  # a worker refused it: what is still in flight of it is void
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Order of service: lower goes first and is preempted last."""
+        return (self.request.priority, self.arrival)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def is_score(self) -> bool:
+        """Whether it scores a continuation instead of generating one."""
+        return self.request.score_continuation is not None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.status is Status.FINISHED
+
+    @property
+    def known_after_prompt(self) -> tuple[int, ...] | list[int]:
+        """Tokens known to follow the prompt: the continuation, or those generated."""
+        continuation = self.request.score_continuation
+        return self.output_token_ids if continuation is None else continuation
+
+    @property
+    def num_replay(self) -> int:
+        """Tokens after the prompt that must be fed after a prefill before anything new is."""
+        known = len(self.known_after_prompt)
+        return known - 1 if self.is_score else known  # nothing follows a scored last token
+
+    @property
+    def num_to_feed(self) -> int:
+        """Tokens from `position` on that exist once the plans in flight have run."""
+        return self.prompt_tokens + self.num_replay + self.num_sampling - self.position
+
+    @property
+    def wants_sample(self) -> bool:
+        """Whether another token may be sampled beyond those in flight."""
+        room = self.max_output_tokens - len(self.output_token_ids) - self.num_sampling
+        return not self.is_score and room > 0
+
+    def new_sequence(self) -> NewSequence:
+        """What the workers are told when it takes its slot."""
+        assert self.slot is not None
+        tokens = (*self.request.prompt_token_ids, *self.known_after_prompt)
+        return NewSequence(
+            slot=self.slot,
+            token_ids=np.asarray(tokens, dtype=np.int32).tobytes(),
+            prompt_tokens=self.prompt_tokens,
+            sampling=self.spec,
+            retention=self.request.retention,
+            score=self.is_score,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log-probability of one token at one position; rank 1 is the most likely."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One completion so far: all of its text and tokens, not only what is new.
+
+    `logprobs[i]` maps token ids to their log-probability at the i-th token: the sampled one first,
+    then the best. `stop_reason` is the stop string or stop token id that ended it (None for EOS).
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    cumulative_logprob: float | None = None
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more tokens will come."""
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Times (Unix, in seconds) and events of one request."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A request's completions so far; `error` says why one finished with the reason `error`."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    metrics: RequestMetrics
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOutput:
+    """Log-probabilities of a continuation's tokens after a prompt whose KV was retained.
+
+    `ranks[i]` is 1 where greedy decoding would have chosen the token. A request that was aborted or
+    failed has `finish_reason` `abort` or `error` and the scores it had until then.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ranks: tuple[int, ...]
+    metrics: RequestMetrics
+    finish_reason: FinishReason = "stop"
+    error: str | None = None
+    finished: bool = True
+
+    @property
+    def sum(self) -> float:
+        """Log-probability of the continuation as a whole."""
+        return float(sum(self.logprobs))
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy decoding would have written exactly this continuation."""
+        return len(self.ranks) == len(self.token_ids) and all(rank == 1 for rank in self.ranks)

@@ -1,0 +1,85 @@
+"""Settings from outside (keyword arguments, YAML, flags) to checked objects, with clear errors."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from saqqara.configs.schema import EngineConfig, load_yaml
+
+from .request import SamplingParams
+
+SAMPLING_KEY = "sampling"
+
+
+def check_keys(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
+    """Raise a ValueError that names the first unknown key, with a close match if there is one.
+
+    Args:
+        given: the keys that somebody wrote.
+        known: the keys that there are.
+        where: what the keys belong to, put before the message.
+    """
+    known = sorted(known)
+    for key in given:
+        if key in known:
+            continue
+        close = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+        raise ValueError(f"{where}{': ' if where else ''}unknown key {key!r}; {hint}")
+
+
+def engine_config(settings: Mapping[str, Any], where: str = "") -> EngineConfig:
+    """Validate engine settings; None stands for a field's default.
+
+    Raises:
+        ValueError: in one line, which field is wrong and what would be right.
+    """
+    check_keys(settings, EngineConfig.model_fields, where)
+    try:
+        return EngineConfig(**{k: v for k, v in settings.items() if v is not None})
+    except ValidationError as error:
+        raise ValueError(validation_message(error)) from None
+
+
+def sampling_params(settings: Mapping[str, Any], where: str = "") -> SamplingParams:
+    """Validate sampling settings.
+
+    Raises:
+        ValueError: in one line, which field is wrong and what would be right.
+    """
+    check_keys(settings, SamplingParams.model_fields, where)
+    try:
+        return SamplingParams(**settings)
+    except ValidationError as error:
+        raise ValueError(validation_message(error)) from None
+
+
+def validation_message(error: ValidationError) -> str:
+    """The first problem of a pydantic error in one line: field, what is wrong, what was given."""
+    first = error.errors()[0]
+    # Members of a union come as further parts, such as budget.int; the field is what was written.
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "missing":
+        return f"{name} is required"
+    message = first["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    return f"{name}: {message[:1].lower()}{message[1:]} (got {first['input']!r})"
+
+
+def read_config_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Engine settings and sampling settings of a YAML file or preset.
+
+    Sampling settings stand under the key `sampling`; every other key is an engine setting.
+
+    Raises:
+        ValueError: an unknown key or an unreadable file, named.
+    """
+    settings = load_yaml(path)
+    sampling = settings.pop(SAMPLING_KEY, None) or {}
+    check_keys(settings, [*EngineConfig.model_fields, SAMPLING_KEY], f"config {path}")
+    if not isinstance(sampling, dict):
+        raise ValueError(f"config {path}: {SAMPLING_KEY} must be a mapping of sampling settings")
+    return settings, sampling

@@ -1,0 +1,140 @@
+"""A replica's ranks as Ray actors: they start in two phases, run plans in order, and die together.
+
+Most tests use `FakeWorker`, whose step is one all-reduce over the real mesh: what is tested is how
+processes are started, found dead and cleaned up. The last ones run the real worker.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from support.fake_worker import CRASH, DIE, RAISE, SLEEP, SLEEP_SECONDS, WRITE, FakeWorker
+
+from saqqara.cluster.executor import RayExecutor, WorkerDiedError
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.plan import StepPlan, WorkerInfo
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+NOTICE_SECONDS = 10.0  # Ray notices a death at once; the group then has 2 s to show who was first
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EngineConfig:
+    return EngineConfig(
+        model="-", executor="ray", device="cpu", tensor_parallel_size=2, log_dir=str(tmp_path)
+    )
+
+
+@pytest.fixture
+def executor(config: EngineConfig) -> Iterator[RayExecutor]:
+    executor = RayExecutor(config, make_worker=FakeWorker)
+    yield executor
+    executor.shutdown()
+    assert_gone(executor.workers)
+
+
+def test_ranks_start_run_plans_in_order_and_log_each_to_its_own_file(
+    executor: RayExecutor, tmp_path: Path
+) -> None:
+    workers = executor.workers
+    assert [w.rank for w in workers] == [0, 1]
+    assert [w.log_file for w in workers] == [str(tmp_path / f"rank-{r}.log") for r in (0, 1)]
+    assert len({w.pid for w in workers} | {os.getpid()}) == 3, "a process each"
+    cores = len(os.sched_getaffinity(0))
+    assert [w.num_pages for w in workers] == [max(1, cores // 2)] * 2, "threads: cores / ranks"
+    assert [w.attention_reason for w in workers] == ["lo", "lo"], "gloo's interface within a host"
+
+    futures = [executor.execute(StepPlan(step)) for step in range(20)]  # many in flight
+    for step, future in enumerate(futures):
+        results = future.result(timeout=30)
+        assert [(r.step, r.rank, r.pages_free) for r in results] == [(step, 0, 2), (step, 1, 2)]
+    executor.check_integrity()
+
+    executor.execute(StepPlan(99, free=(WRITE,))).result(timeout=30)
+    quiet, loud = ((tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1))
+    for line in ("from logging", "from C++", "from stderr"):
+        assert line in loud
+        assert line not in quiet
+    with pytest.raises(AssertionError, match="rank 1: page 7 has no owner"):
+        executor.check_integrity()
+    assert executor.execute(StepPlan(100)).result(timeout=30), "a failed check ends nothing"
+
+    last = executor.execute(StepPlan(101, free=(SLEEP,)))
+    executor.shutdown()
+    assert last.result(timeout=0)[1].step == 101, "shutdown finishes what was started"
+
+
+def test_a_killed_rank_ends_the_group_with_a_clear_error(
+    executor: RayExecutor, tmp_path: Path
+) -> None:
+    victim = executor.workers[1]
+    executor.execute(StepPlan(0)).result(timeout=30)
+    slow = executor.execute(StepPlan(1, free=(SLEEP,)))
+    queued = executor.execute(StepPlan(2))
+    time.sleep(SLEEP_SECONDS / 2)  # rank 0 waits in the all-reduce by now
+    os.kill(victim.pid, signal.SIGKILL)
+    started = time.monotonic()
+    for future in (slow, queued, executor.execute(StepPlan(3))):
+        with pytest.raises(WorkerDiedError) as error:
+            future.result(timeout=NOTICE_SECONDS)
+        assert error.value.rank == 1
+        assert error.value.log_file == str(tmp_path / "rank-1.log")
+        message = str(error.value)
+        for part in ("rank 1 of 2", victim.hostname, f"pid {victim.pid}", "died", "rank-1.log"):
+            assert part in message
+        assert "\n" not in message
+    assert time.monotonic() - started < NOTICE_SECONDS
+    with pytest.raises(WorkerDiedError):
+        executor.check_integrity()
+    assert_gone(executor.workers)
+
+
+def test_a_rank_that_dies_while_idle_is_noticed_by_the_next_step(executor: RayExecutor) -> None:
+    os.kill(executor.workers[0].pid, signal.SIGKILL)
+    with pytest.raises(WorkerDiedError, match="rank 0 of 2") as error:
+        executor.execute(StepPlan(0)).result(timeout=NOTICE_SECONDS)
+    assert error.value.rank == 0
+
+
+@pytest.mark.parametrize(
+    ("order", "what", "logged"),
+    [
+        (RAISE, "failed: KeyError: 'a bug of the worker'", "Traceback"),
+        (CRASH, "died", "Fatal Python error: Segmentation fault"),
+        (DIE, "died", "rank 1 has started"),
+    ],
+)
+def test_what_ended_a_rank_is_in_the_error_and_in_its_log(
+    executor: RayExecutor, order: int, what: str, logged: str
+) -> None:
+    with pytest.raises(WorkerDiedError) as error:
+        executor.execute(StepPlan(0, free=(order,))).result(timeout=NOTICE_SECONDS)
+    assert "rank 1 of 2" in str(error.value), "not rank 0, whose collective failed with it"
+    assert what in str(error.value)
+    assert error.value.log_file is not None
+    assert logged in Path(error.value.log_file).read_text()
+
+
+def test_a_setting_that_a_worker_refuses_is_the_users_value_error(config: EngineConfig) -> None:
+    before = ray.util.placement_group_table()
+    with pytest.raises(ValueError, match="seed must not be 13"):
+        RayExecutor(config.model_copy(update={"seed": 13}), make_worker=FakeWorker)
+    after = ray.util.placement_group_table()
+    new = [group for key, group in after.items() if key not in before]
+    assert [group["state"] for group in new] == ["REMOVED"]
+
+
+def assert_gone(workers: list[WorkerInfo], seconds: float = 10.0) -> None:
+    """No process of these ranks is left, and no placement group of this Ray is held."""
+    deadline = time.monotonic() + seconds
+    while any(psutil.pid_exists(worker.pid) for worker in workers):
+        assert time.monotonic() < deadline, "a rank outlives its group"
+        time.sleep(0.05)
+    states = {group["state"] for group in ray.util.placement_group_table().values()}
+    assert states <= {"REMOVED"}

@@ -1,0 +1,90 @@
+"""A replica is one placement group: a bundle per tensor group, all of them or none."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import ray
+
+from saqqara.cluster.placement import (
+    CPU_SHARE,
+    PlacementError,
+    plan_placement,
+    reserve,
+)
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.mesh import MeshLayout
+
+
+def test_a_tensor_group_is_one_bundle_so_it_lies_on_one_node() -> None:
+    plan = plan_placement(MeshLayout(tensor_size=2, pipeline_size=3), gpu=True, largest_node_gpus=8)
+    assert plan.bundles == ({"CPU": 2 * CPU_SHARE, "GPU": 2.0},) * 3
+    assert plan.bundle_of_rank == (0, 0, 1, 1, 2, 2)
+    assert plan.rank_gpus == 1
+
+
+def test_without_tensor_parallelism_there_is_a_bundle_per_rank() -> None:
+    plan = plan_placement(MeshLayout(tensor_size=1, pipeline_size=2), gpu=False)
+    assert plan.bundles == ({"CPU": CPU_SHARE},) * 2
+    assert plan.bundle_of_rank == (0, 1)
+    assert plan.rank_gpus == 0
+
+
+def test_a_tensor_group_larger_than_any_node_is_split_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plan = plan_placement(MeshLayout(tensor_size=4, pipeline_size=2), gpu=True, largest_node_gpus=2)
+    assert plan.bundles == ({"CPU": CPU_SHARE, "GPU": 1.0},) * 8
+    assert plan.bundle_of_rank == tuple(range(8))
+    assert "exceeds the 2 GPUs of the largest node" in caplog.text
+
+
+@pytest.mark.parametrize("layout", [MeshLayout(1, 1), MeshLayout(3, 1), MeshLayout(4, 3)])
+def test_every_rank_has_its_share_of_a_bundle(layout: MeshLayout) -> None:
+    plan = plan_placement(layout, gpu=True, largest_node_gpus=8)
+    for name, share in (("CPU", CPU_SHARE), ("GPU", 1.0)):
+        for index, bundle in enumerate(plan.bundles):
+            ranks = plan.bundle_of_rank.count(index)
+            assert bundle[name] == pytest.approx(ranks * share)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_reserve_and_release_leave_nothing_behind() -> None:
+    before = ray.available_resources()["CPU"]
+    placement = reserve(_config(tensor_parallel_size=2, pipeline_parallel_size=2))
+    places = placement.places()
+    assert len(places) == 4
+    assert len({place.node_id for place in places}) == 1
+    _wait_for(lambda: ray.available_resources()["CPU"] == pytest.approx(before - 4 * CPU_SHARE))
+    placement.release()
+    placement.release()
+    _wait_for(lambda: ray.available_resources()["CPU"] == pytest.approx(before))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_cluster_without_room_says_what_was_asked_and_what_there_is() -> None:
+    before = ray.available_resources()["CPU"]
+    with pytest.raises(PlacementError) as error:
+        reserve(
+            _config(tensor_parallel_size=4, pipeline_parallel_size=2, device="cuda"),
+            timeout_seconds=0.5,
+        )
+    message = str(error.value)
+    assert "tensor_parallel_size=4 x pipeline_parallel_size=2 on device=cuda" in message
+    assert "asked for 2 x {CPU: 0.04, GPU: 4}" in message
+    assert "CPU: 2" in message, "what there is"
+    assert "device='cpu'" in message, "what would be right"
+    _wait_for(lambda: ray.available_resources()["CPU"] == pytest.approx(before))
+
+
+def _config(**settings: Any) -> EngineConfig:
+    return EngineConfig(model="-", executor="ray", **{"device": "cpu", **settings})
+
+
+def _wait_for(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Ray's picture of free resources is a moment old."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still false after {seconds:g} s"
+        time.sleep(0.05)

@@ -1,0 +1,125 @@
+"""What may import what. The rules keep Ray at the edge and the parts usable on their own.
+
+`cluster` (decides) -> `workers` (compute) -> `compression` (what to keep), all -> `configs`.
+`evaluation` measures all of them; only the command line imports it.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import saqqara
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MAY_IMPORT = {
+    "configs": set(),
+    "compression": {"configs"},
+    "workers": {"compression", "configs"},
+    "cluster": {"workers", "compression", "configs"},
+    "evaluation": {"cluster", "workers", "compression", "configs"},
+}
+RAY_FILES = {
+    f"cluster/{name}.py" for name in ("controller", "executor", "placement", "jobs", "serve")
+}
+NO_TENSORS = {"cluster/scheduler.py", "cluster/ledger.py", "cluster/request.py"}
+GPU_PACKAGES = {"flash_attn", "triton"}
+
+SOURCES = sorted(
+    file.relative_to(ROOT).as_posix()
+    for folder in MAY_IMPORT
+    for file in ROOT.glob(f"{folder}/**/*.py")
+)
+
+
+def imports(source: str) -> Iterator[str]:
+    """Full names of the modules a file imports, wherever in it, relative ones resolved."""
+    package = ("saqqara", *Path(source).parent.parts)
+    for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def run_python(code: str) -> str:
+    """Run code in a fresh interpreter in the repository root, where bare names could be found."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded_by(module: str) -> set[str]:
+    """Top-level packages that `import module` loads."""
+    code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    return set(run_python(code).split())
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_dependencies_run_one_way(source: str) -> None:
+    folder = source.partition("/")[0]
+    extra = {"evaluation"} if source.startswith("cluster/cli") else set()
+    for module in imports(source):
+        top, _, rest = module.partition(".")
+        target = rest.partition(".")[0]
+        if top == "saqqara" and target in MAY_IMPORT:
+            assert target in {folder} | MAY_IMPORT[folder] | extra, f"{source} imports {module}"
+
+
+@pytest.mark.parametrize("source", sorted(set(SOURCES) - RAY_FILES))
+def test_ray_is_imported_at_the_edge_only(source: str) -> None:
+    assert "ray" not in {module.partition(".")[0] for module in imports(source)}
+
+
+@pytest.mark.parametrize("source", sorted(NO_TENSORS & set(SOURCES)))
+def test_the_scheduler_is_plain_python(source: str) -> None:
+    assert "torch" not in {module.partition(".")[0] for module in imports(source)}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_folders_are_never_imported_bare(source: str) -> None:
+    assert not set(MAY_IMPORT) & {module.partition(".")[0] for module in imports(source)}
+
+
+def test_importing_everything_loads_no_folder_bare() -> None:
+    modules = [
+        ".".join(("saqqara", *Path(source).with_suffix("").parts)).removesuffix(".__init__")
+        for source in SOURCES
+    ]
+    found = run_python(
+        "import importlib, sys\n"
+        f"for name in {modules}:\n"
+        "    try:\n"
+        "        importlib.import_module(name)\n"
+        "    except ModuleNotFoundError as error:\n"
+        f"        assert error.name in {GPU_PACKAGES}, (name, error)\n"
+        f"print(*{set(MAY_IMPORT)} & set(sys.modules))\n"
+    )
+    assert found.split() == []
+
+
+@pytest.mark.parametrize("module", ["saqqara.workers.worker", "saqqara.cluster.engine"])
+def test_the_engine_loads_without_ray(module: str) -> None:
+    assert "ray" not in loaded_by(module)
+
+
+def test_import_saqqara_is_light() -> None:
+    assert not {"ray", "torch", "transformers", "numpy"} & loaded_by("saqqara")
+
+
+def test_the_public_names_are_what_there_is() -> None:
+    assert sorted(saqqara.__all__) == ["LLM", "Retention", "SamplingParams", "__version__"]
+    assert set(saqqara.__all__) <= set(dir(saqqara))
+    for name in saqqara.__all__:
+        assert getattr(saqqara, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Engine'"):
+        saqqara.Engine  # noqa: B018

@@ -1,0 +1,263 @@
+"""The command line: where settings come from, and how mistakes are reported."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from support.fake_client import FakeClient
+from typer.testing import CliRunner, Result
+
+from saqqara import __version__
+from saqqara.cluster import cli_actions, jobs
+from saqqara.cluster.cli import app
+from saqqara.cluster.cli_options import Settings, with_settings
+from saqqara.cluster.request import SamplingParams
+from saqqara.configs.schema import CONFIG_DIR, EngineConfig
+
+runner = CliRunner()
+CLUSTER_PRESETS = sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """The command line sets up logging; tests after it should not notice."""
+    root, ours = logging.getLogger(), logging.getLogger("saqqara")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+
+
+def resolve(*arguments: str, sampling: bool = True) -> Settings:
+    """The settings that a command with these arguments gets."""
+    seen: list[Settings] = []
+
+    @with_settings(sampling=sampling)
+    def command(*, settings: Settings) -> None:
+        """A command."""
+        seen.append(settings)
+
+    small = typer.Typer()
+    small.command()(command)
+    result = runner.invoke(small, arguments)
+    assert result.exit_code == 0, result.stderr
+    return seen[0]
+
+
+def fails(*arguments: str, app: typer.Typer = app) -> str:
+    """Stderr of a command that must end with exit code 2 and no traceback."""
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+def test_the_command_line_overrides_yaml_which_overrides_defaults(tmp_path: Path) -> None:
+    config = tmp_path / "engine.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "model": "from-yaml",
+                "max_num_seqs": 7,
+                "retention": {"method": "pyramidkv", "window": 16},
+                "budget": "25%",
+                "sampling": {"max_tokens": 99, "stop": ["a", "b"]},
+            }
+        )
+    )
+    settings = resolve("--config", str(config), "--max-num-seqs", "9", "--max-tokens", "5")
+    assert settings.config.model == "from-yaml"
+    assert settings.config.max_num_seqs == 9
+    assert settings.config.page_tokens == EngineConfig(model="x").page_tokens
+    assert settings.config.retention == {"method": "pyramidkv", "window": 16}
+    assert settings.config.budget == "25%"
+    assert settings.sampling == SamplingParams(max_tokens=5, stop=("a", "b"))
+
+
+def test_every_setting_has_a_flag() -> None:
+    help_text = runner.invoke(app, ["batch", "--help"]).output
+    for name in EngineConfig.model_fields:
+        assert f"--{name.replace('_', '-')}" in help_text
+    for name in SamplingParams.model_fields:
+        assert f"--{'sampling-' if name == 'seed' else ''}{name.replace('_', '-')}" in help_text
+    help_text = runner.invoke(app, ["bench", "throughput", "--help"]).output
+    assert "--max-num-seqs" in help_text
+    assert "--temperature" not in help_text
+
+
+def test_flags_mean_what_yaml_would() -> None:
+    settings = resolve(
+        *("--model", "123", "--no-warmup", "--check-integrity", "--kv-memory-gib", "0.5"),
+        *("--retention", "{method: snapkv, window: 8}", "--budget", "64"),
+        *("--executor", "ray", "--pipeline-parallel-size", "2", "--layer-split", "16,14"),
+        *("--seed", "3", "--sampling-seed", "4", "--stop", "x", "--stop", "y: z"),
+        *("--stop-token-ids", "5,6", "--ignore-eos", "--max-tokens", "null"),
+    )
+    config, sampling = settings.config, settings.sampling
+    assert config.model == "123"
+    assert (config.warmup, config.check_integrity, config.kv_memory_gib) == (False, True, 0.5)
+    assert (config.retention, config.budget) == ({"method": "snapkv", "window": 8}, 64)
+    assert config.layer_split == (16, 14)
+    assert (config.seed, sampling.seed) == (3, 4)
+    assert sampling.stop == ("x", "y: z")
+    assert sampling.stop_token_ids == (5, 6)
+    assert (sampling.ignore_eos, sampling.max_tokens) == (True, None)
+
+
+@pytest.mark.parametrize("preset", CLUSTER_PRESETS)
+def test_presets_hold_settings_that_exist(preset: str) -> None:
+    assert resolve("--config", preset, "--model", "m").config.model == "m"
+
+
+def test_the_presets_of_the_readme() -> None:
+    config = resolve("--config", "ray-pp2", "--model", "m").config
+    assert (config.executor, config.pipeline_parallel_size) == ("ray", 2)
+    config = resolve("--config", "ray-tp2", "--model", "m").config
+    assert (config.executor, config.tensor_parallel_size) == ("ray", 2)
+    assert resolve("--config", "local", "--model", "m").config.executor == "local"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_num_seq": 3}, "unknown key 'max_num_seq'; did you mean 'max_num_seqs'?"),
+        ({"sampling": {"temprature": 1}}, "unknown key 'temprature'; did you mean 'temperature'?"),
+        ({"sampling": 3}, "sampling must be a mapping"),
+        ({"max_num_seqs": 0}, "max_num_seqs: input should be greater than or equal to 1 (got 0)"),
+        ([1], "must hold a mapping"),
+    ],
+)
+def test_a_wrong_config_file_is_one_line(tmp_path: Path, settings: Any, said: str) -> None:
+    config = tmp_path / "engine.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    stderr = fails("generate", "hello", "--model", "m", "--config", str(config))
+    assert said in stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "model is required"),
+        (["--model", "m", "--config", "nope"], "no file or preset 'nope'"),
+        (["--model", "m", "--dtype", "float99"], "dtype: input should be 'auto', 'float32'"),
+        (["--model", "m", "--temperature", "hot"], "temperature: "),
+        (["--model", "m", "--tensor-parallel-size", "2"], "needs executor='ray'"),
+        (["--model", "m", "--layer-split", "3,4"], "layer_split has 2 entries"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(arguments: list[str], said: str) -> None:
+    stderr = fails("generate", "hello", *arguments)
+    assert said in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_an_unknown_flag_is_an_error() -> None:
+    stderr = fails("generate", "hello", "--model", "m", "--max-num-seq", "3")
+    assert "--max-num-seq" in stderr
+    assert "--max-num-seqs" in stderr  # the close match
+
+
+def test_version() -> None:
+    assert runner.invoke(app, ["version"]).output.strip() == f"saqqara {__version__}"
+
+
+def test_an_unknown_log_level_is_an_error() -> None:
+    assert "debug, info" in fails("--log-level", "loud", "version")
+
+
+# Commands, with a fake engine ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    """The engine that commands get to talk to."""
+    client = FakeClient(max_prompt_tokens=20)
+
+    def launch(config: EngineConfig) -> FakeClient:
+        client.config = config
+        return client
+
+    monkeypatch.setattr(cli_actions, "launch", launch)
+    monkeypatch.setattr(jobs, "launch", launch)
+    return client
+
+
+def batch(folder: Path, *arguments: str) -> Result:
+    """Run `saqqara batch` over a file with two prompts and a bad line."""
+    lines = ['{"prompt": "one", "custom_id": "a"}', "bad", '{"prompt": "two"}']
+    (folder / "in.jsonl").write_text("\n".join(lines) + "\n")
+    files = [str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl")]
+    return runner.invoke(app, ["batch", *files, "--model", "m", *arguments])
+
+
+def test_generate_prints_the_answers_in_order(engine: FakeClient) -> None:
+    arguments = ["one", "two", "three", "--model", "m", "--max-tokens", "3"]
+    result = runner.invoke(app, ["generate", *arguments])
+    assert (result.exit_code, result.stdout) == (0, "eno\nowt\neer\n")
+    assert engine.closed
+    assert not any(request.stream for request in engine.submitted)
+
+
+def test_generate_reads_standard_input_and_streams(engine: FakeClient) -> None:
+    result = runner.invoke(app, ["generate", "--model", "m", "--chat"], input="hi")
+    assert (result.exit_code, result.stdout) == (0, "ih\n")
+    assert engine.submitted[0].stream
+    assert engine.submitted[0].messages == ({"role": "user", "content": "hi"},)
+
+
+def test_generate_says_which_prompt_is_wrong(engine: FakeClient) -> None:
+    stderr = fails("generate", "ok", "x" * 30, "--model", "m")
+    assert stderr == "error: prompt 2: prompt has 30 tokens; at most 20 fit\n"
+    assert engine.closed
+
+
+def test_batch_writes_results_summary_and_table(engine: FakeClient, tmp_path: Path) -> None:
+    result = batch(tmp_path, "--max-tokens", "2", "--retention", "snapkv", "--budget", "25%")
+    assert result.exit_code == 0, result.output
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
+    summary = json.loads((tmp_path / "out.jsonl.summary.json").read_text())
+    assert (summary["answered"], summary["errors"], summary["budget"]) == (2, 1, "25%")
+    assert "tokens/s out" in result.stdout
+    assert "snapkv 25%" in result.stdout
+    assert "1.0 of 4.0 MiB (25.0%)" in result.stdout
+    assert engine.config.retention == "snapkv"
+    assert engine.closed
+
+
+def test_batch_compares_with_another_run(engine: FakeClient, tmp_path: Path) -> None:
+    assert batch(tmp_path, "--return-token-ids").exit_code == 0
+    (tmp_path / "out.jsonl").rename(tmp_path / "first.jsonl")
+    result = batch(tmp_path, "--max-tokens", "2", "--compare", str(tmp_path / "first.jsonl"))
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "out.jsonl.summary.json").read_text())
+    assert summary["agreement"]["identical_share"] == 0.0
+    assert summary["agreement"]["common_prefix_share"] == pytest.approx(2 / 3)
+    assert "0 of 2" in result.stdout
+
+
+def test_batch_that_cannot_resume_says_why(engine: FakeClient, tmp_path: Path) -> None:
+    assert batch(tmp_path).exit_code == 0
+    result = batch(tmp_path, "--max-tokens", "2")
+    assert result.exit_code == 2
+    assert "sampling.max_tokens was 16 and is now 2" in result.stderr
+    assert batch(tmp_path, "--max-tokens", "2", "--overwrite").exit_code == 0
+
+
+def test_an_engine_that_dies_fails_the_batch(engine: FakeClient, tmp_path: Path) -> None:
+    engine.die_after = 1
+    engine.per_poll = 1
+    result = batch(tmp_path)
+    assert result.exit_code == 1
+    assert "error: rank 1 died; its log: /nowhere/rank-1.log" in result.stderr
+    assert engine.closed
+    engine.die_after = None
+    assert batch(tmp_path).exit_code == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3

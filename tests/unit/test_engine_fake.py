@@ -1,0 +1,566 @@
+"""The engine over a replica without a model: requests in, text, scores, times and reports out."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.fake_replica import (
+    PAGE_BYTES,
+    FakeReplica,
+    make_workers,
+    next_token,
+    token_logprob,
+)
+
+from saqqara.cluster.async_engine import AsyncEngine
+from saqqara.cluster.engine import Engine
+from saqqara.cluster.engine_loop import EngineDeadError
+from saqqara.cluster.metrics import MetricSpec
+from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput
+from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.models.spec import ModelSpec, RopeSpec
+
+EOS = 3
+Output = RequestOutput | ScoreOutput
+
+SPEC = ModelSpec(
+    family="llama",
+    vocab_size=128,
+    hidden_size=8,
+    intermediate_size=8,
+    num_layers=4,
+    num_query_heads=2,
+    num_kv_heads=2,
+    head_dim=4,
+    max_position=200,
+    rms_norm_eps=1e-5,
+    rope=RopeSpec(),
+    eos_token_ids=(EOS,),
+)
+
+
+class Ascii:
+    """A tokenizer backend in which a token is an ASCII character and 0 to 4 are special."""
+
+    eos_token_id = EOS
+    bos_token_id = 1
+    all_special_ids = (0, 1, 2, 3, 4)
+    added_tokens_decoder: Mapping[int, Any] = {}
+    chat_template = "yes"
+
+    def __len__(self) -> int:
+        return 128
+
+    def encode(self, text: str, add_special_tokens: bool, verbose: bool) -> list[int]:
+        return [1] * add_special_tokens + [ord(c) for c in text]
+
+    def decode(
+        self, ids: Sequence[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str:
+        return "".join(chr(i) if i > 4 else f"<{i}>" for i in ids)
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> list[int]:
+        return [ord(c) for m in messages for c in f"{m['role']}:{m['content']};"]
+
+
+def make_engine(
+    num_pages: int = 1000,
+    stages: Sequence[int] = (4,),
+    fail_at_step: int = -1,
+    lookahead: int = 1,
+    step_seconds: float = 0.0,
+    **settings: Any,
+) -> Engine:
+    config = EngineConfig.model_validate(
+        {"model": "fake", "max_num_seqs": 8, "executor": "ray", "check_integrity": True} | settings
+    )
+    replica = FakeReplica(
+        make_workers(num_pages, stages=stages),
+        fail_at_step=fail_at_step,
+        step_seconds=step_seconds,
+    )
+    return Engine(config, replica, Tokenizer(Ascii()), SPEC, lookahead=lookahead)
+
+
+def run(engine: Engine) -> list[Output]:
+    outputs: list[Output] = []
+    run_into(engine, outputs)
+    return outputs
+
+
+def run_into(engine: Engine, outputs: list[Output]) -> None:
+    while engine.has_unfinished():
+        outputs += engine.step()
+
+
+def finished(engine: Engine) -> dict[str, Any]:
+    return {o.request_id: o for o in run(engine) if o.finished}
+
+
+def continue_text(prompt: str, num_tokens: int) -> tuple[str, list[int]]:
+    """What the fake model says after a prompt, if nothing stops it."""
+    tokens = [1, *map(ord, prompt)]
+    start = len(tokens)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens))
+    return "".join(chr(t) for t in tokens[start:] if t > 4), tokens[start:]
+
+
+def greedy(**settings: Any) -> SamplingParams:
+    return SamplingParams.model_validate({"ignore_eos": True} | settings)
+
+
+# Generation
+
+
+def test_a_request_streams_its_text_and_ends() -> None:
+    engine = make_engine()
+    engine.add_request("r", "hello", greedy(max_tokens=6))
+    outputs = run(engine)
+    text, tokens = continue_text("hello", 6)
+    assert len(outputs) == 6
+    for num, output in enumerate(outputs, start=1):
+        assert isinstance(output, RequestOutput)
+        assert output.prompt == "hello"
+        assert output.prompt_token_ids == (1, *map(ord, "hello"))
+        [choice] = output.outputs
+        assert choice.token_ids == tuple(tokens[:num])
+        assert text.startswith(choice.text)
+        assert output.finished == (num == 6)
+    assert outputs[-1].outputs[0].text == text  # type: ignore[union-attr]
+    assert outputs[-1].outputs[0].finish_reason == "length"  # type: ignore[union-attr]
+    metrics = outputs[-1].metrics
+    assert metrics.first_token_time is not None
+    assert metrics.finished_time is not None
+    assert metrics.arrival_time < metrics.first_token_time < metrics.finished_time
+
+
+def test_without_stream_only_the_last_output_comes() -> None:
+    engine = make_engine()
+    engine.add_request("r", "hello", greedy(max_tokens=6), stream=False)
+    [output] = run(engine)
+    assert output.finished
+
+
+def test_prompts_may_be_text_ids_or_messages() -> None:
+    engine = make_engine()
+    engine.add_request("text", "hi", greedy())
+    engine.add_request("ids", [1, *map(ord, "hi")], greedy())
+    engine.add_request("chat", messages=[{"role": "user", "content": "hi"}])
+    outputs = finished(engine)
+    assert outputs["text"].outputs == outputs["ids"].outputs
+    assert outputs["ids"].prompt is None
+    assert outputs["chat"].prompt_token_ids == tuple(map(ord, "user:hi;"))
+
+
+def test_n_choices_are_one_request_with_seeds_in_a_row() -> None:
+    engine = make_engine()
+    engine.add_request("r", "hello", greedy(n=3, seed=40, max_tokens=2), stream=False)
+    [output] = run(engine)
+    assert isinstance(output, RequestOutput)
+    assert [choice.index for choice in output.outputs] == [0, 1, 2]
+    replica = engine._executor
+    assert isinstance(replica, FakeReplica)
+    assert [new.sampling.seed for plan in replica.plans for new in plan.new] == [40, 41, 42]
+    report = engine.report()
+    assert report.requests == {"length": 1}
+    assert report.prompt_tokens == 6  # once for all choices
+    assert report.generation_tokens == 6
+
+
+def test_a_default_seed_follows_from_the_engines_and_the_request_id() -> None:
+    seeds = []
+    for config_seed, request_id in [(0, "a"), (0, "a"), (0, "b"), (1, "a")]:
+        engine = make_engine(seed=config_seed)
+        engine.add_request(request_id, "x", SamplingParams())
+        run(engine)
+        seeds.append(engine._executor.plans[0].new[0].sampling.seed)  # type: ignore[attr-defined]
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds)) == 3
+
+
+@pytest.mark.parametrize("lookahead", [1, 2])
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_ends_the_text(lookahead: int, include: bool) -> None:
+    text, tokens = continue_text("stop here", 12)
+    stop = text[4:6]
+    end = text.index(stop) + 2
+    engine = make_engine(lookahead=lookahead)
+    params = greedy(max_tokens=12, stop=stop, include_stop_str_in_output=include)
+    engine.add_request("r", "stop here", params)
+    [choice] = finished(engine)["r"].outputs
+    assert choice.text == text[: end if include else end - 2]
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
+    assert choice.token_ids == tuple(tokens[: len(choice.token_ids)])
+    assert len(choice.token_ids) < 12
+
+
+def test_a_stop_string_waits_for_min_tokens() -> None:
+    text, _ = continue_text("abc", 8)
+    engine = make_engine()
+    engine.add_request("r", "abc", greedy(max_tokens=8, min_tokens=7, stop=[text[2]]))
+    [choice] = finished(engine)["r"].outputs
+    assert len(choice.token_ids) >= 8
+
+
+def test_a_stop_token_is_no_text_unless_asked_for() -> None:
+    _, tokens = continue_text("abc", 8)
+    stop = next(t for t in tokens if t > 4)
+    end = tokens.index(stop)
+    for include in (False, True):
+        engine = make_engine()
+        params = greedy(max_tokens=8, stop_token_ids=[stop], include_stop_str_in_output=include)
+        engine.add_request("r", "abc", params)
+        [choice] = finished(engine)["r"].outputs
+        assert choice.token_ids == tuple(tokens[: end + 1])
+        assert choice.stop_reason == stop
+        assert choice.text.endswith(chr(stop)) == include
+
+
+def test_logprobs_come_with_their_tokens() -> None:
+    engine = make_engine()
+    engine.add_request("r", "abc", greedy(max_tokens=3, logprobs=2))
+    [choice] = finished(engine)["r"].outputs
+    prompt = [1, *map(ord, "abc")]
+    total = 0.0
+    for place, token_id in enumerate(choice.token_ids):
+        logprob, rank = token_logprob([*prompt, *choice.token_ids[:place]], token_id)
+        entry = choice.logprobs[place]
+        assert next(iter(entry)) == token_id
+        assert (entry[token_id].logprob, entry[token_id].rank) == (logprob, rank)
+        assert set(entry) == {token_id, 0, 1}
+        assert entry[0].decoded_token == "<0>"
+        total += logprob
+    assert choice.cumulative_logprob == pytest.approx(total)
+
+
+def test_a_small_pool_changes_nothing_but_the_time() -> None:
+    prompts = [f"prompt {i}" for i in range(8)]
+    texts = []
+    for num_pages in (1000, 8 * 11):
+        engine = make_engine(num_pages)
+        for prompt in prompts:
+            engine.add_request(prompt, prompt, greedy(max_tokens=20))
+        outputs = finished(engine)
+        texts.append([outputs[p].outputs[0] for p in prompts])
+    assert texts[0] == texts[1]
+    report = engine.report()
+    assert report.num_preemptions > 0
+    assert sum(o.metrics.num_preemptions for o in outputs.values()) == report.num_preemptions
+
+
+# Scores
+
+
+def test_a_score_has_a_number_per_token() -> None:
+    engine = make_engine()
+    engine.add_score_request("s", "context", "answer")
+    [output] = run(engine)
+    assert isinstance(output, ScoreOutput)
+    tokens = [1, *map(ord, "contextanswer")]
+    expected = [token_logprob(tokens[:p], tokens[p]) for p in range(8, 14)]
+    assert output.token_ids == tuple(map(ord, "answer"))
+    assert output.logprobs == tuple(logprob for logprob, _ in expected)
+    assert output.ranks == tuple(rank for _, rank in expected)
+    assert output.sum == pytest.approx(sum(output.logprobs))
+    assert engine.report().scored_tokens == 6
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give either prompt or messages"),
+        ({"prompt": "a", "messages": []}, "give either prompt or messages"),
+        ({"prompt": []}, "prompt must have at least one token"),
+        ({"prompt": [1, 128]}, r"prompt\[1\]=128 is no token of the model; they are 0 to 127"),
+        ({"prompt": ["x"]}, r"prompt\[0\] must be a token id, not 'x'"),
+        ({"prompt": "a" * 300}, "prompt has 301 tokens; max_model_len=200"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\].content is missing"),
+        ({"prompt": "a", "retention": "snapkw"}, "snapkw"),
+        ({"prompt": "a", "retention": "snapkv", "budget": 1}, "budget"),
+        ({"prompt": "a", "budget": 64}, "budget"),
+    ],
+)
+def test_a_bad_request_costs_only_itself(arguments: dict[str, Any], message: str) -> None:
+    engine = make_engine()
+    engine.add_request("good", "hello", greedy(max_tokens=6))
+    engine.step()
+    with pytest.raises(ValueError, match=message):
+        engine.add_request("bad", **arguments)
+    with pytest.raises(ValueError, match="request_id 'good' is in use"):
+        engine.add_request("good", "again")
+    [choice] = finished(engine)["good"].outputs
+    assert choice.token_ids == tuple(continue_text("hello", 6)[1])
+    engine.add_request("bad", "is not in use")
+
+
+def test_long_prompts_are_truncated_when_asked() -> None:
+    engine = make_engine(max_model_len=50)
+    engine.add_request("k", "a" * 100 + "bc", greedy(truncate_prompt_tokens=3))
+    engine.add_request("fit", "a" * 100, greedy(truncate_prompt_tokens=-1, max_tokens=10))
+    with pytest.raises(ValueError, match="leaves nothing of the prompt"):
+        engine.add_request("none", "a", greedy(truncate_prompt_tokens=-1, max_tokens=50))
+    outputs = finished(engine)
+    assert outputs["k"].prompt_token_ids == tuple(map(ord, "abc"))
+    assert len(outputs["fit"].prompt_token_ids) == 40
+    assert len(outputs["fit"].outputs[0].token_ids) == 10
+
+
+def test_a_model_len_past_the_models_context_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_model_len=201 is more than the model's context"):
+        make_engine(max_model_len=201)
+
+
+def test_a_sequence_that_outgrows_the_pool_is_an_error_with_its_tokens() -> None:
+    engine = make_engine(num_pages=24)
+    engine.add_request("r", "ab", greedy(max_tokens=50))
+    output = finished(engine)["r"]
+    assert output.outputs[0].finish_reason == "error"
+    assert len(output.outputs[0].token_ids) == 10
+    assert "kv_memory_gib" in output.error
+
+
+def test_abort_returns_what_there_is() -> None:
+    engine = make_engine()
+    engine.add_request("r", "hello", greedy(max_tokens=100))
+    engine.add_score_request("s", "a" * 20, "b" * 20)
+    for _ in range(4):
+        engine.step()
+    engine.abort(["r", "unknown"])
+    engine.abort("s")
+    outputs = finished(engine)
+    assert outputs["r"].outputs[0].finish_reason == "abort"
+    assert outputs["r"].outputs[0].token_ids == tuple(continue_text("hello", 4)[1])
+    assert engine.report().pages_leaked == 0
+
+
+@pytest.mark.parametrize("num_steps", range(8))
+def test_what_comes_of_aborted_requests_later_is_ignored(num_steps: int) -> None:
+    engine = make_engine(stages=(2, 2), lookahead=2, prefill_quantum=1, max_prefill_tokens=12)
+    engine.add_request("first", "first", greedy(max_tokens=30))
+    engine.step()
+    for name in "abcd":
+        engine.add_request(name, name * 5, greedy(max_tokens=30), stream=False)
+    for _ in range(num_steps):
+        engine.step()
+    engine.abort(["a", "b", "c"])
+    outputs = finished(engine)
+    for name, reason in zip(["first", *"abcd"], ["length", *3 * ["abort"], "length"], strict=True):
+        assert outputs[name].outputs[0].finish_reason == reason
+    assert engine.report().pages_leaked == 0
+
+
+def test_restart_goes_on_after_a_worker_died() -> None:
+    engine = make_engine(stages=(2, 2), fail_at_step=7)
+    for name in ("one", "two", "three"):
+        engine.add_request(name, name, greedy(max_tokens=20))
+    outputs: list[Output] = []
+    with pytest.raises(RuntimeError, match="a worker died"):
+        run_into(engine, outputs)
+    assert engine.report().pages_leaked is None
+    with pytest.raises(RuntimeError, match="needs a restart"):
+        engine.step()
+    engine.restart(FakeReplica(make_workers(500)))
+    outputs += run(engine)
+    for name in ("one", "two", "three"):
+        seen = [o for o in outputs if o.request_id == name and isinstance(o, RequestOutput)]
+        # The client's stream goes on where it was.
+        assert [len(o.outputs[0].token_ids) for o in seen] == list(range(1, 21))
+        assert seen[-1].outputs[0].token_ids == tuple(continue_text(name, 20)[1])
+
+
+# Measurements
+
+
+def test_the_report_adds_up() -> None:
+    engine = make_engine(
+        retention={"method": "pyramidkv", "window": 3, "sinks": 1}, budget=12, max_num_seqs=4
+    )
+    for i in range(6):
+        engine.add_request(str(i), "a" * 39, greedy(max_tokens=5))
+    assert engine.report().pages_leaked is None
+    run(engine)
+    report = engine.report()
+    assert report.requests == {"length": 6}
+    assert report.num_requests == 6
+    assert (report.prompt_tokens, report.generation_tokens) == (240, 30)
+    assert report.time_to_first_token.count == 6
+    assert report.inter_token_latency.count == 24
+    assert report.e2e_latency.count == 6
+    assert 0 < report.e2e_latency.p50 <= report.e2e_latency.p99 <= 1.02 * report.wall_seconds
+    assert report.generation_tokens_per_second == pytest.approx(30 / report.wall_seconds)
+    assert (report.prefill_seconds, report.decode_seconds) == (0.5, 0.5 * report.num_steps)
+    layers = engine.retention.layer_tokens(40, 4)
+    assert report.kept_tokens_by_layer == tuple(6 * 2 * n for n in layers)
+    assert report.dropped_tokens_by_layer == tuple(6 * 2 * (40 - n) for n in layers)
+    assert report.pages_leaked == 0
+    # Four sequences of two heads with four tokens fed, in pages of four tokens.
+    kept = 4 * 2 * sum(-(-(n + 4) // 4) for n in layers)
+    assert report.kv_kept_bytes_peak == kept * PAGE_BYTES
+    assert report.kv_full_bytes_peak == 4 * 2 * 4 * 11 * PAGE_BYTES
+    assert 0 < report.kv_saved_share < 1
+    assert report.workers[0].pages_free == 1000
+    assert report.resident_bytes_peak == 11
+    assert Retention.parse(engine.retention).label == report.retention
+    assert report.model_validate_json(report.model_dump_json()) == report
+
+
+def test_reset_starts_the_measurements_anew() -> None:
+    engine = make_engine()
+    engine.add_request("r", "hello", greedy(max_tokens=6))
+    run(engine)
+    engine.reset_stats()
+    report = engine.report()
+    assert (report.num_requests, report.generation_tokens, report.wall_seconds) == (0, 0, 0.0)
+    assert report.kv_kept_bytes_peak == 0
+    assert report.time_to_first_token.count == 0
+
+
+def test_metrics_follow_the_engine() -> None:
+    engine = make_engine(retention="snapkv", budget=40)
+    engine.add_request("a", "hello", greedy(max_tokens=6))
+    engine.add_request("b", "a" * 59, greedy(max_tokens=6))
+    run(engine)
+    text = engine.metrics.render()
+    for line in [
+        'vllm:generation_tokens_total{model_name="fake"} 12.0',
+        'vllm:prompt_tokens_total{model_name="fake"} 66.0',
+        'vllm:request_success_total{finished_reason="length",model_name="fake"} 2.0',
+        'vllm:inter_token_latency_seconds_count{model_name="fake"} 10.0',
+        'vllm:num_requests_running{model_name="fake"} 0.0',
+        'vllm:kv_cache_usage_perc{model_name="fake"} 0.0',
+        'saqqara:kept_tokens_total{layer="3",method="snapkv",model_name="fake"} 92.0',
+        'saqqara:dropped_tokens_total{layer="3",method="snapkv",model_name="fake"} 40.0',
+        'saqqara:worker_memory_bytes{kind="weight",model_name="fake",worker="0"} 7.0',
+        'saqqara:pages_free{model_name="fake",worker="0"} 1000.0',
+    ]:
+        assert line in text
+
+
+def test_other_sinks_get_the_same_numbers() -> None:
+    total: dict[str, float] = {}
+
+    def inc(spec: MetricSpec, value: float, labels: tuple[str, ...]) -> None:
+        total[spec.name] = total.get(spec.name, 0) + value
+
+    def ignore(spec: MetricSpec, value: float, labels: tuple[str, ...]) -> None:
+        pass
+
+    sink = SimpleNamespace(inc=inc, set=ignore, observe=ignore)
+    config = EngineConfig.model_validate({"model": "fake"})
+    replica = FakeReplica(make_workers(100))
+    engine = Engine(config, replica, Tokenizer(Ascii()), SPEC, sinks=[sink])
+    engine.add_request("a", "hello", greedy(max_tokens=6))
+    run(engine)
+    assert total["vllm:generation_tokens"] == 6
+
+
+@pytest.mark.parametrize("check_integrity", [False, True])
+def test_integrity_is_checked_when_asked(check_integrity: bool) -> None:
+    engine = make_engine(check_integrity=check_integrity)
+    engine.add_request("r", "hello", greedy(max_tokens=3))
+    run(engine)
+    replica = engine._executor
+    assert isinstance(replica, FakeReplica)
+    assert replica.num_integrity_checks == (len(replica.plans) if check_integrity else 0)
+    engine.shutdown()
+    assert replica.is_shut_down
+
+
+# Async
+
+
+@pytest.fixture
+def async_engine() -> Any:
+    engine = AsyncEngine(make_engine())
+    yield engine
+    engine.shutdown()
+
+
+async def collect(engine: AsyncEngine, name: str, **params: Any) -> list[RequestOutput]:
+    return [output async for output in engine.generate(name, name, greedy(**params))]
+
+
+async def test_many_streams_at_once(async_engine: AsyncEngine) -> None:
+    names = [f"name {i}" for i in range(20)]
+    score = asyncio.create_task(async_engine.score("s", "context", "answer"))
+    streams = await asyncio.gather(*(collect(async_engine, n, max_tokens=5) for n in names))
+    assert len((await score).logprobs) == 6
+    for name, outputs in zip(names, streams, strict=True):
+        assert len(outputs) == 5
+        assert outputs[-1].outputs[0].token_ids == tuple(continue_text(name, 5)[1])
+    assert (await async_engine.report()).requests == {"length": 20, "stop": 1}
+
+
+async def test_leaving_a_stream_aborts_its_request(async_engine: AsyncEngine) -> None:
+    stream = async_engine.generate("r", "hello", greedy(max_tokens=190))
+    async for output in stream:
+        if len(output.outputs[0].token_ids) >= 2:
+            break
+    await stream.aclose()  # type: ignore[attr-defined]
+    while not (report := await async_engine.report()).requests:
+        await asyncio.sleep(0.01)
+    assert report.requests == {"abort": 1}
+    assert report.generation_tokens < 190
+
+
+async def test_cancelling_aborts_too(async_engine: AsyncEngine) -> None:
+    task = asyncio.create_task(collect(async_engine, "r", max_tokens=190))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(await collect(async_engine, "s", max_tokens=3)) == 3
+    assert (await async_engine.report()).requests == {"abort": 1, "length": 1}
+
+
+async def test_abort_ends_the_stream(async_engine: AsyncEngine) -> None:
+    outputs = []
+    async for output in async_engine.generate("r", "hello", greedy(max_tokens=190)):
+        outputs.append(output)
+        if len(outputs) == 1:
+            await async_engine.abort("r")
+    assert outputs[-1].outputs[0].finish_reason == "abort"
+
+
+async def test_a_bad_request_raises_for_itself_only(async_engine: AsyncEngine) -> None:
+    good = asyncio.create_task(collect(async_engine, "good", max_tokens=30))
+    with pytest.raises(ValueError, match="prompt has 300 tokens"):
+        async for _ in async_engine.generate("bad", [1] * 300):
+            pass
+    assert len(await good) == 30
+
+
+async def test_a_failure_reaches_every_waiter() -> None:
+    engine = AsyncEngine(make_engine(fail_at_step=4))
+    results = await asyncio.gather(
+        collect(engine, "a", max_tokens=50),
+        collect(engine, "b", max_tokens=50),
+        return_exceptions=True,
+    )
+    for result in results:
+        assert isinstance(result, EngineDeadError)
+        assert "a worker died" in str(result)
+        assert isinstance(result.__cause__, RuntimeError)
+    with pytest.raises(EngineDeadError, match="a worker died"):
+        await collect(engine, "c")
+    engine.shutdown()
+
+
+async def test_shutdown_ends_those_who_wait() -> None:
+    engine = AsyncEngine(make_engine(step_seconds=0.02))
+    task = asyncio.create_task(collect(engine, "a", max_tokens=190))
+    await asyncio.sleep(0.01)
+    await asyncio.to_thread(engine.shutdown)
+    with pytest.raises(EngineDeadError, match="shut down"):
+        await task
+    engine.shutdown()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        await collect(engine, "b")

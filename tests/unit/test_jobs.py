@@ -1,0 +1,383 @@
+"""A batch job: every line of the input gets exactly one record, whatever happens.
+
+The engine is a fake here, so that bad lines, kills and resumes can be tested by the hundred; the
+real engine under a batch job is in tests/ray.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.fake_client import FakeClient
+
+from saqqara.cluster.batch_input import BadLine, Row, RowParser
+from saqqara.cluster.batch_summary import BatchSummary
+from saqqara.cluster.client import EngineDeadError
+from saqqara.cluster.jobs import BatchJob, run_batch
+from saqqara.cluster.request import SamplingParams
+from saqqara.configs.schema import EngineConfig
+
+Records = list[dict[str, Any]]
+
+
+def make_job(folder: Path, lines: list[Any], **settings: Any) -> BatchJob:
+    """A job over these lines (objects become JSON) in `folder`."""
+    text = "".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines)
+    (folder / "in.jsonl").write_text(text, encoding="utf-8")
+    settings = {
+        "config": EngineConfig(model="models/fake", max_num_seqs=2),
+        "sampling": SamplingParams(max_tokens=4),
+    } | settings
+    return BatchJob(input=folder / "in.jsonl", output=folder / "out.jsonl", **settings)
+
+
+def records(job: BatchJob) -> Records:
+    """The output by input line; fails if a line has two records or one is torn."""
+    text = job.output.read_text(encoding="utf-8")
+    assert text == "" or text.endswith("\n")
+    found: Records = [json.loads(line) for line in text.splitlines()]
+    assert len({record["line"] for record in found}) == len(found)
+    return sorted(found, key=lambda record: int(record["line"]))
+
+
+def run(job: BatchJob, **client: Any) -> Records:
+    """Run a job to its end with a fake engine."""
+    summary = run_batch(job, FakeClient(**client))
+    assert summary.complete
+    return records(job)
+
+
+def parse(line: Any, **sampling: Any) -> Row:
+    """One line that must be a request."""
+    text = line if isinstance(line, str) else json.dumps(line)
+    row = RowParser("models/fake", sampling).parse(1, text)
+    assert isinstance(row, Row), row
+    return row
+
+
+def test_every_line_has_one_record_and_keeps_its_id(tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "hello", "custom_id": "a"},
+        "",
+        {"messages": [{"role": "user", "content": "chat"}]},
+        {"prompt": [1, 2, 3], "max_tokens": 2, "custom_id": "c"},
+    ]
+    first, chat, third = run(make_job(tmp_path, lines))
+    assert first == {
+        "line": 1,
+        "custom_id": "a",
+        "text": "olle",
+        "finish_reason": "length",
+        "usage": {"prompt_tokens": 5, "completion_tokens": 4},
+        "error": None,
+    }
+    assert (chat["line"], chat["custom_id"], chat["text"]) == (3, None, "tahc")
+    assert (third["line"], third["usage"]["completion_tokens"]) == (4, 2)
+
+
+def test_openai_lines_get_openai_records(tmp_path: Path) -> None:
+    chat = {"model": "fake", "messages": [{"role": "user", "content": "hey"}], "logprobs": True}
+    lines = [
+        {"custom_id": "x", "method": "POST", "url": "/v1/chat/completions", "body": chat},
+        {
+            "custom_id": "y",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": "models/fake", "prompt": "abc", "max_tokens": 2, "logprobs": 1},
+        },
+        {"custom_id": "z", "method": "POST", "url": "/v1/embeddings", "body": {}},
+    ]
+    x, y, z = run(make_job(tmp_path, lines, return_token_ids=True))
+    assert x["id"] == "batch_req_1"
+    assert (x["custom_id"], x["line"], x["error"]) == ("x", 1, None)
+    assert x["response"]["status_code"] == 200
+    body = x["response"]["body"]
+    assert body["object"] == "chat.completion"
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "yeh"}
+    assert body["choices"][0]["token_ids"] == [ord(c) for c in "yeh"]
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    content = body["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == ["y", "e", "h"]
+    body = y["response"]["body"]
+    assert (body["object"], body["choices"][0]["text"]) == ("text_completion", "cb")
+    assert body["choices"][0]["logprobs"]["token_logprobs"] == [-0.5, -0.5]
+    assert z["response"] is None
+    assert z["error"]["param"] == "url"
+    assert "/v1/chat/completions" in z["error"]["message"]
+
+
+WRAPPED = {"custom_id": "a", "method": "POST", "url": "/v1/completions"}
+CHAT = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "hint"),
+    [
+        ("{", None, "not JSON"),
+        ("[1]", None, "JSON object"),
+        ('{"prompt": NaN}', None, "NaN"),
+        ('{"prompt": "\\ud800"}', None, "surrogate"),
+        ("[" * 100_000, None, "not JSON"),
+        ({}, "prompt", "exactly one of"),
+        ({"prompt": "x", "messages": HELLO}, "prompt", "exactly one of"),
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": 5}, "prompt", "string or a list of token ids"),
+        ({"prompt": [1, "2"]}, "prompt", "list of token ids"),
+        ({"prompt_token_ids": []}, "prompt_token_ids", "list of token ids"),
+        ({"prompt": "x", "temprature": 1}, "temprature", "did you mean 'temperature'"),
+        ({"prompt": "x", "temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"prompt": "x", "temperature": "0.5"}, "temperature", "number"),
+        ({"prompt": "x", "max_tokens": True}, "max_tokens", "integer"),
+        ({"prompt": "x", "max_tokens": 2, "min_tokens": 3}, "min_tokens", "at most max_tokens"),
+        ({"prompt": "x", "retention": 3}, "retention", "name or an object"),
+        ({"prompt": "x", "budget": 0.5}, "budget", "25%"),
+        ({"prompt": "x", "custom_id": 7}, "custom_id", "string"),
+        ({"messages": []}, "messages", "at least one"),
+        ({"messages": [{"role": "user"}]}, "messages", "content"),
+        ({"method": "POST"}, "custom_id", "string"),
+        (WRAPPED, "body", "missing"),
+        ({**WRAPPED, "body": {}, "extra": 1}, "extra", "unknown key"),
+        ({**WRAPPED, "method": "GET", "body": {}}, "method", "POST"),
+        ({**WRAPPED, "body": {"prompt": "x", "best_of": 2}}, "best_of", "unknown key"),
+        ({**WRAPPED, "body": {"prompt": "x", "stream": True}}, "stream", "false"),
+        ({**WRAPPED, "body": {"prompt": "x", "model": "gpt"}}, "model", "models/fake"),
+        ({**WRAPPED, "body": {"messages": HELLO}}, "messages", "unknown key"),
+        ({**CHAT, "body": {"messages": HELLO, "top_logprobs": 2}}, "top_logprobs", "logprobs"),
+        ({**CHAT, "body": {"messages": HELLO, "logprobs": 2}}, "logprobs", "true or false"),
+    ],
+)
+def test_a_bad_line_says_what_is_wrong(line: Any, field: str | None, hint: str) -> None:
+    text = line if isinstance(line, str) else json.dumps(line)
+    bad = RowParser("models/fake", {}).parse(1, text)
+    assert isinstance(bad, BadLine)
+    assert bad.field == field
+    assert hint in bad.message
+    assert "\n" not in bad.message
+
+
+def test_bad_lines_cost_only_themselves(tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "one"},
+        "{broken",
+        {"prompt": "long" * 100, "custom_id": "too long"},
+        {"prompt": "crash"},
+        {"prompt": "two", "temperature": 9e99},
+        {"prompt": "three", "top_p": 2.0},
+    ]
+    done = run(make_job(tmp_path, lines), max_prompt_tokens=100, fail=["crash"])
+    assert [record["line"] for record in done] == [1, 2, 3, 4, 5, 6]
+    assert [record["error"] is None for record in done] == [True, False, False, False, True, False]
+    assert done[2]["custom_id"] == "too long"
+    assert done[2]["error"]["param"] == "prompt"
+    assert "at most 100" in done[2]["error"]["message"]
+    assert done[3]["error"]["code"] == "engine_error"
+    assert "pages do not fit" in done[3]["error"]["message"]
+
+
+def test_bytes_that_are_no_text_and_a_byte_order_mark(tmp_path: Path) -> None:
+    job = make_job(tmp_path, [])
+    job.input.write_bytes(b'\xef\xbb\xbf{"prompt": "bom"}\r\n\xff\xfe\n{"prompt": "last"}')
+    done = run(job)
+    assert [record["text"] for record in done] == ["mob", None, "tsal"]
+    assert "UTF-8" in done[1]["error"]["message"]
+
+
+def test_of_two_lines_with_one_id_the_first_counts(tmp_path: Path) -> None:
+    job = make_job(tmp_path, [{"prompt": c, "custom_id": "same"} for c in "ab"])
+    first, second = run(job)
+    assert first["text"] == "a"
+    assert second["error"]["param"] == "custom_id"
+    assert "line 1" in second["error"]["message"]
+
+
+def test_settings_of_a_line_go_before_the_jobs() -> None:
+    row = parse({"prompt": "x", "temperature": 0.5, "stop": "end"}, temperature=0.0, max_tokens=9)
+    params = row.request.sampling_params
+    assert (params.temperature, params.max_tokens, params.stop) == (0.5, 9, ("end",))
+    row = parse({"prompt": "x", "retention": {"method": "snapkv"}, "budget": "25%"})
+    assert (row.request.retention, row.request.budget) == ({"method": "snapkv"}, "25%")
+    body = {"messages": HELLO, "max_completion_tokens": 5, "logprobs": True, "top_logprobs": 2}
+    params = parse({**CHAT, "body": {**body, "seed": None}}).request.sampling_params
+    assert (params.max_tokens, params.logprobs, params.seed) == (5, 2, None)
+
+
+def test_content_in_parts_is_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    row = parse({"messages": [{"role": "user", "content": parts}]})
+    assert row.request.messages == ({"role": "user", "content": "a\nb"},)
+
+
+def test_rows_in_flight_are_bounded(tmp_path: Path) -> None:
+    job = make_job(tmp_path, [{"prompt": str(i)} for i in range(50)])
+    client = FakeClient()
+    run_batch(job, client)
+    assert client.max_waiting == 4  # twice max_num_seqs
+    client = FakeClient()
+    run_batch(make_job(tmp_path, [{"prompt": "x"}] * 50, max_in_flight=7, overwrite=True), client)
+    assert client.max_waiting == 7
+    assert not client.closed  # whoever brings a client also ends it
+
+
+def test_several_choices_and_token_ids(tmp_path: Path) -> None:
+    job = make_job(tmp_path, [{"prompt": "ab", "n": 2, "logprobs": 0}], return_token_ids=True)
+    (record,) = run(job)
+    assert record["token_ids"] == [98, 97]
+    assert [choice["text"] for choice in record["choices"]] == ["ba", "ba"]
+    assert record["usage"]["completion_tokens"] == 4
+    assert [entry["token_id"] for entry in record["logprobs"]] == [98, 97]
+
+
+# Resuming -----------------------------------------------------------------------------------------
+
+
+@given(answered=st.integers(0, 30), torn=st.integers(0, 200))
+def test_a_job_that_died_goes_on_where_it_stopped(
+    tmp_path_factory: pytest.TempPathFactory, answered: int, torn: int
+) -> None:
+    job = make_job(tmp_path_factory.mktemp("job"), [{"prompt": f"row {i}"} for i in range(20)])
+    if answered < 20:
+        with pytest.raises(EngineDeadError, match="rank 1 died"):
+            run_batch(job, FakeClient(die_after=answered, per_poll=1))
+    else:
+        run_batch(job, FakeClient())
+    # A kill may tear the last line anywhere.
+    with job.output.open("r+b") as file:
+        file.truncate(max(job.output.stat().st_size - torn, 0))
+    kept = job.output.read_bytes().count(b"\n")
+    client = FakeClient()
+    summary = run_batch(job, client)
+    assert summary.complete
+    assert summary.resumed == kept
+    assert len(client.submitted) == 20 - kept
+    assert [record["line"] for record in records(job)] == list(range(1, 21))
+
+
+def test_a_finished_job_does_nothing_again(tmp_path: Path) -> None:
+    job = make_job(tmp_path, [{"prompt": "x"}, "bad"])
+    run(job)
+    before = job.output.read_bytes()
+    client = FakeClient()
+    summary = run_batch(job, client)
+    assert summary.complete
+    assert (summary.resumed, summary.answered, summary.report) == (2, 0, None)
+    assert client.submitted == []
+    assert job.output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"sampling": SamplingParams(max_tokens=5)}, "sampling.max_tokens was 4 and is now 5"),
+        ({"config": EngineConfig(model="other")}, "model was 'models/fake' and is now 'other'"),
+        (
+            {"config": EngineConfig(model="models/fake", retention="snapkv", budget=64)},
+            "retention",
+        ),
+        ({"return_token_ids": True}, "return_token_ids"),
+    ],
+)
+def test_results_of_other_settings_are_not_mixed(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    lines = [{"prompt": "x"}]
+    run(make_job(tmp_path, lines))
+    changed = make_job(tmp_path, lines, **change)
+    with pytest.raises(ValueError, match="--overwrite") as error:
+        run_batch(changed, FakeClient())
+    assert named in str(error.value)
+    assert run(make_job(tmp_path, lines, **change, overwrite=True))[0]["error"] is None
+
+
+def test_settings_that_change_no_answer_may_change(tmp_path: Path) -> None:
+    job = make_job(tmp_path, [{"prompt": "x"}])
+    run(job)
+    other = EngineConfig(model="models/fake", max_num_seqs=9, page_tokens=8, executor="ray")
+    assert run_batch(make_job(tmp_path, [{"prompt": "x"}], config=other), FakeClient()).complete
+
+
+def test_a_changed_input_is_not_resumed(tmp_path: Path) -> None:
+    run(make_job(tmp_path, [{"prompt": "x"}]))
+    with pytest.raises(ValueError, match="the input file has changed"):
+        run_batch(make_job(tmp_path, [{"prompt": "y"}]), FakeClient())
+
+
+def test_files_that_are_not_a_jobs_are_left_alone(tmp_path: Path) -> None:
+    job = make_job(tmp_path, [{"prompt": "x"}])
+    job.output.write_text("precious\n")
+    with pytest.raises(ValueError, match="not a batch job's"):
+        run_batch(job, FakeClient())
+    assert job.output.read_text() == "precious\n"
+    same = BatchJob(job.input, job.input, job.config, job.sampling)
+    with pytest.raises(ValueError, match="is the input"):
+        run_batch(same, FakeClient())
+    with pytest.raises(ValueError, match="cannot read"):
+        run_batch(BatchJob(tmp_path / "no.jsonl", job.output, job.config, job.sampling))
+
+
+def test_a_damaged_output_is_an_error(tmp_path: Path) -> None:
+    job = make_job(tmp_path, [{"prompt": "x"}, {"prompt": "y"}])
+    run(job)
+    job.output.write_bytes(b"\0\0\0\n" + job.output.read_bytes())
+    with pytest.raises(ValueError, match=r"line 1 of .* is no batch result"):
+        run_batch(job, FakeClient())
+
+
+def test_two_jobs_cannot_write_one_file(tmp_path: Path) -> None:
+    job = make_job(tmp_path, [{"prompt": "x"}])
+    with job.output.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another job is writing"):
+            run_batch(job, FakeClient())
+
+
+KILLED = """
+import sys, time
+sys.path[:0] = {path!r}
+from pathlib import Path
+from support.fake_client import FakeClient
+from unit.test_jobs import make_job
+from saqqara.cluster.jobs import run_batch
+
+class Slow(FakeClient):
+    def poll(self, timeout_seconds=0.0):
+        time.sleep(0.005)
+        return super().poll(timeout_seconds)
+
+run_batch(make_job(Path(sys.argv[1]), [{{"prompt": f"row {{i}}"}} for i in range(2000)]), Slow())
+"""
+
+
+def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:
+    lines = [{"prompt": f"row {i}"} for i in range(2000)]
+    job = make_job(tmp_path, lines)
+    tests = str(Path(__file__).parents[1])
+    process = subprocess.Popen([sys.executable, "-c", KILLED.format(path=[tests]), str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 120
+        while not job.output.exists() or job.output.stat().st_size < 20_000:
+            assert process.poll() is None, "the job ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    summary = run_batch(job, FakeClient(per_poll=100))
+    assert 0 < summary.resumed < 2000
+    assert [record["line"] for record in records(job)] == list(range(1, 2001))
+
+
+def test_the_summary_is_json_that_can_be_read_back(tmp_path: Path) -> None:
+    summary = run_batch(make_job(tmp_path, [{"prompt": "x"}, "bad"]), FakeClient())
+    assert (summary.rows, summary.answered, summary.errors) == (2, 1, 1)
+    assert summary.integrity == "ok, no page leaked"
+    assert BatchSummary.model_validate_json(summary.model_dump_json()) == summary
