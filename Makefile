@@ -1,0 +1,45 @@
+# Everything runs from the project's own environment, .venv, which the first target that needs it
+# makes. PYTHON chooses the interpreter it is made with: make test PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+help: ## List the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
+
+demo: $(INSTALLED) ## Run 32 prompts on a local Ray with and without retention, and compare
+	$(BIN)/python benchmarks/demo.py
+
+test: $(INSTALLED) ## Run all tests
+	$(BIN)/pytest
+
+check: $(INSTALLED) ## Check format, lint and types, then run all tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	MYPYPATH=tests $(BIN)/mypy tests
+	$(MAKE) test
+
+format: $(INSTALLED) ## Format the code and fix what lint can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove caches and build outputs (the environment stays: rm -r .venv)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -type d -prune \
+	    -exec rm -rf {} +
+
+# torch comes first, at its pin and alone: the one big download, not repeated when a later
+# requirement fails.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Saqqara needs Python \
+	3.11 or newer, this is %d.%d; choose another one: make PYTHON=python3.12" \
+	% sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,serve]'
+	@touch $@

@@ -1,0 +1,299 @@
+// Causal attention of new tokens over the pages that their sequence kept, if any, and over the new
+// tokens up to themselves. Online softmax over tiles of 64 keys; weights in the element type,
+// everything else in fp32.
+
+#include <vector>
+
+#include "attention_tiles.h"
+
+namespace saqqara {
+namespace {
+
+// Memory of one thread; sized so that at D = 64 it stays in a 48 KiB first-level cache.
+struct alignas(64) Scratch {
+  uint32_t queries[kMaxDim * kTileRows];   // [word][row]
+  float scores[kTileKeys * kTileRows];     // [key][row], then the weights in words, in place
+  uint32_t values[kTileKeys * kMaxDim];    // [key word][dim]
+  float out[kMaxDim * kTileRows];          // [dim][row]
+};
+
+constexpr int kBlockDims = 8;  // dims of the output that are summed together
+
+inline int padded_dim(int dim) { return ceil_div(dim, 32) * 32; }
+
+// Words of consecutive values of each dim: to[key word][dim], zeros beyond the dims.
+template <class T>
+void pack_values(const typename T::Number* const* v_rows, int count, int dim, uint32_t* to);
+
+template <>
+void pack_values<Bf16>(const uint16_t* const* v_rows, int count, int dim, uint32_t* to) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                       8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int i = 0; i < count; i += 2) {
+    for (int d = 0; d < dim; d += 32, to += 32) {
+      const __mmask32 mask = first_halves(dim - d);
+      const __m512i a = _mm512_maskz_loadu_epi16(mask, v_rows[i] + d);
+      const __m512i b = _mm512_maskz_loadu_epi16(mask, v_rows[i + 1] + d);
+      _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low, b));
+      _mm512_store_si512(to + kLanes, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+}
+
+template <>
+void pack_values<Fp32>(const float* const* v_rows, int count, int dim, uint32_t* to) {
+  for (int i = 0; i < count; ++i) {
+    for (int d = 0; d < padded_dim(dim); d += kLanes, to += kLanes) {
+      _mm512_store_ps(to, _mm512_maskz_loadu_ps(first_lanes(dim - d), v_rows[i] + d));
+    }
+  }
+}
+
+// Scores of one tile of keys, to[key][row]; keys at or past a row's limit count as kLowest.
+// Returns the maxima of the rows in `maxima`.
+template <class T, int V>
+void score_tile(const typename T::Number* const* k_rows, int count, int words,
+                const uint32_t* queries, bool masked, const __m512i (&limits)[V], int64_t first,
+                float* to, __m512 (&maxima)[V]) {
+  for (int v = 0; v < V; ++v) maxima[v] = _mm512_set1_ps(kLowest);
+  for (int b = 0; b < count; b += kBlockKeys<V>) {
+    __m512 scores[kBlockKeys<V>][V];
+    score_block<T, V>(k_rows + b, queries, words, scores);
+#pragma GCC unroll 16
+    for (int i = 0; i < kBlockKeys<V>; ++i) {
+      const __m512i key = _mm512_set1_epi32(static_cast<int>(first) + b + i);
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) {
+        if (masked) {
+          const __mmask16 hidden = _mm512_cmple_epi32_mask(limits[v], key);
+          scores[i][v] = _mm512_mask_mov_ps(scores[i][v], hidden, _mm512_set1_ps(kLowest));
+        }
+        maxima[v] = _mm512_max_ps(maxima[v], scores[i][v]);
+        _mm512_store_ps(to + ((b + i) * V + v) * kLanes, scores[i][v]);
+      }
+    }
+  }
+}
+
+// Turns scores into weights 2^(factor * score - maximum), in place, in words of the element type:
+// word `i` of a row takes the place of the first score in it. Adds the weights to `sums`.
+template <class T, int V>
+void weigh_tile(float* scores, int count, float factor, const __m512 (&maxima)[V],
+                __m512 (&sums)[V]) {
+  const __m512 scale = _mm512_set1_ps(factor);
+  for (int i = 0; i < count; i += T::kPerWord) {
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      float* at = scores + (i * V + v) * kLanes;
+      const __m512 p = exp2(_mm512_fmsub_ps(_mm512_load_ps(at), scale, maxima[v]));
+      sums[v] = _mm512_add_ps(sums[v], p);
+      if constexpr (T::kPerWord == 2) {
+        const __m512 p2 =
+            exp2(_mm512_fmsub_ps(_mm512_load_ps(at + V * kLanes), scale, maxima[v]));
+        sums[v] = _mm512_add_ps(sums[v], p2);
+        _mm512_store_si512(at, T::pair(p, p2));
+      } else {
+        _mm512_store_ps(at, p);
+      }
+    }
+  }
+}
+
+// out[dim][row] = out * decay + sum over the tile's keys of weight * value; `decay` is null for
+// the first tile, where `out` holds nothing yet.
+template <class T, int V>
+void add_values(const float* weights, const uint32_t* values, int count, int dim,
+                const __m512* decay, float* out) {
+  const int64_t value_stride = padded_dim(dim);
+  for (int d = 0; d < dim; d += kBlockDims) {
+    __m512 sum[kBlockDims][V];
+    float* to = out + d * V * kLanes;
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlockDims; ++i) {
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) {
+        sum[i][v] = decay ? _mm512_mul_ps(_mm512_load_ps(to + (i * V + v) * kLanes), decay[v])
+                          : _mm512_setzero_ps();
+      }
+    }
+    const float* weight = weights;
+    const uint32_t* value = values + d;
+    for (int key = 0; key < count; key += T::kPerWord) {
+      __m512i p[V];
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) p[v] = _mm512_load_si512(weight + v * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlockDims; ++i) {
+        const __m512i word = _mm512_set1_epi32(static_cast<int>(value[i]));
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) sum[i][v] = T::mul_add(p[v], word, sum[i][v]);
+      }
+      weight += T::kPerWord * V * kLanes;
+      value += value_stride;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlockDims; ++i) {
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) _mm512_store_ps(to + (i * V + v) * kLanes, sum[i][v]);
+    }
+  }
+}
+
+// Writes the rows of a tile: out[dim][row] * scale[row], transposed.
+template <class T, int V>
+void store_rows(const float* out, const __m512 (&scale)[V],
+                const Rows<typename T::Number>& rows, int64_t first) {
+  for (int v = 0; v < V; ++v) {
+    for (int d = 0; d < rows.dim; d += kLanes) {
+      __m512 block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = _mm512_mul_ps(_mm512_load_ps(out + ((d + i) * V + v) * kLanes), scale[v]);
+      }
+      transpose(block);
+      for (int i = 0; i < kLanes && first + v * kLanes + i < rows.count; ++i) {
+        T::store(rows.row(first + v * kLanes + i) + d, block[i], rows.dim - d);
+      }
+    }
+  }
+}
+
+// One tile: rows `first` to `first + 16 V` of a sequence. Token t sees the keys before
+// num_hidden_from_none + t + 1, where num_hidden_from_none are the keys before its first token.
+template <class T, int V>
+void attend_tile(const Rows<const typename T::Number>& q, const Rows<typename T::Number>& out,
+                 int64_t first, const Keys<typename T::Number>& keys, int64_t num_before,
+                 float factor, Scratch& scratch) {
+  using Number = typename T::Number;
+  const int words = q.dim / T::kPerWord;
+  pack_queries<T, V>(q, first, scratch.queries);
+
+  alignas(64) int32_t limit[V * kLanes];
+  for (int i = 0; i < V * kLanes; ++i) {
+    const int64_t r = std::min(first + i, q.count - 1);
+    limit[i] = static_cast<int32_t>(num_before + r / q.group + 1);
+  }
+  const int64_t num_keys = limit[V * kLanes - 1];
+  __m512i limits[V];
+  __m512 row_max[V], row_sum[V];
+  for (int v = 0; v < V; ++v) {
+    limits[v] = _mm512_load_si512(limit + v * kLanes);
+    row_max[v] = _mm512_set1_ps(kLowest);
+    row_sum[v] = _mm512_setzero_ps();
+  }
+
+  for (int64_t key = 0; key < num_keys; key += kTileKeys) {
+    const Number *k_rows[kTileKeys], *v_rows[kTileKeys];
+    const int present = static_cast<int>(std::min<int64_t>(kTileKeys, num_keys - key));
+    // Whole blocks: keys past the end are the last one again, hidden by every row's limit.
+    const int count = static_cast<int>(ceil_div(present, kBlockKeys<V>)) * kBlockKeys<V>;
+    keys.locate(key, present, k_rows, v_rows);
+    std::fill(k_rows + present, k_rows + count, k_rows[present - 1]);
+    std::fill(v_rows + present, v_rows + count, v_rows[present - 1]);
+
+    __m512 tile_max[V], decay[V];
+    score_tile<T, V>(k_rows, count, words, scratch.queries, key + count > limit[0], limits, key,
+                     scratch.scores, tile_max);
+    for (int v = 0; v < V; ++v) {
+      const __m512 previous = row_max[v];
+      row_max[v] = _mm512_max_ps(previous, _mm512_mul_ps(tile_max[v], _mm512_set1_ps(factor)));
+      decay[v] = exp2(_mm512_sub_ps(previous, row_max[v]));
+      row_sum[v] = _mm512_mul_ps(row_sum[v], decay[v]);
+    }
+    weigh_tile<T, V>(scratch.scores, count, factor, row_max, row_sum);
+    pack_values<T>(v_rows, count, q.dim, scratch.values);
+    add_values<T, V>(scratch.scores, scratch.values, count, q.dim, key > 0 ? decay : nullptr,
+                     scratch.out);
+  }
+  for (int v = 0; v < V; ++v) row_sum[v] = _mm512_div_ps(_mm512_set1_ps(1.0f), row_sum[v]);
+  store_rows<T, V>(scratch.out, row_sum, out, first);
+}
+
+struct Arguments {
+  const void *q, *k, *v;
+  void* out;
+  const int32_t *cu_q, *cu_k;
+  const void *k_pages, *v_pages;
+  const int32_t *page_table, *kept;
+  int num_sequences, num_heads, group, dim, page_tokens, max_pages;
+  int64_t q_stride, k_stride, v_stride;
+  float scale;
+  int num_threads;
+};
+
+template <class T>
+void attend(const Arguments& a) {
+  using Number = typename T::Number;
+  const auto tiles = [&](int n) {
+    return ceil_div(int64_t(a.cu_q[n + 1] - a.cu_q[n]) * a.group, kTileRows);
+  };
+  std::vector<int64_t> first_task(a.num_sequences + 1, 0);
+  for (int n = 0; n < a.num_sequences; ++n) {
+    first_task[n + 1] = first_task[n] + tiles(n) * a.num_heads;
+  }
+  // Threads take tiles as they come free; a tile's result does not depend on who computes it. The
+  // tiles of one kv head follow each other, so that threads share its keys in the cache, and the
+  // longest come first, so that the last ones end together.
+#pragma omp parallel num_threads(a.num_threads)
+  {
+    Scratch scratch;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < first_task[a.num_sequences]; ++task) {
+      const int n = static_cast<int>(
+          std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin() - 1);
+      const int64_t head = (task - first_task[n]) / tiles(n);
+      const int64_t tile = tiles(n) - 1 - (task - first_task[n]) % tiles(n);
+      const int64_t num_rows = int64_t(a.cu_q[n + 1] - a.cu_q[n]) * a.group;
+      const int64_t num_fresh = a.cu_k[n + 1] - a.cu_k[n];
+      const int64_t num_kept = a.kept ? a.kept[n * a.num_heads + head] : 0;
+      const int64_t out_stride = int64_t(a.num_heads) * a.group * a.dim;
+      const Rows<const Number> q{
+          static_cast<const Number*>(a.q) + a.cu_q[n] * a.q_stride + head * a.group * a.dim,
+          a.q_stride, a.group, a.dim, num_rows};
+      const Rows<Number> out{
+          static_cast<Number*>(a.out) + a.cu_q[n] * out_stride + head * a.group * a.dim,
+          out_stride, a.group, a.dim, num_rows};
+      const Keys<Number> keys{
+          static_cast<const Number*>(a.k_pages),
+          static_cast<const Number*>(a.v_pages),
+          a.page_table + (n * a.num_heads + head) * a.max_pages,
+          a.page_tokens,
+          num_kept,
+          static_cast<const Number*>(a.k) + a.cu_k[n] * a.k_stride + head * a.dim,
+          static_cast<const Number*>(a.v) + a.cu_k[n] * a.v_stride + head * a.dim,
+          a.k_stride,
+          a.v_stride,
+          a.dim};
+      const int64_t num_before = num_kept + num_fresh - (a.cu_q[n + 1] - a.cu_q[n]);
+      const int64_t first = tile * kTileRows;
+      const float factor = a.scale * kLog2E;
+      const int64_t rows = num_rows - first;
+      const auto run = rows <= kLanes       ? attend_tile<T, 1>
+                       : rows <= 2 * kLanes ? attend_tile<T, 2>
+                                            : attend_tile<T, 3>;
+      run(q, out, first, keys, num_before, factor, scratch);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace saqqara
+
+extern "C" void saqqara_attend(int is_bf16, const void* q, const void* k, const void* v, void* out,
+                               const int32_t* cu_q, const int32_t* cu_k, const void* k_pages,
+                               const void* v_pages, const int32_t* page_table,
+                               const int32_t* kept, int num_sequences, int num_heads, int group,
+                               int dim, int page_tokens, int max_pages, int64_t q_stride,
+                               int64_t k_stride, int64_t v_stride, float scale,
+                               int num_threads) {
+  const saqqara::Arguments arguments{
+      q,    k,         v,           out,       cu_q,     cu_k,     k_pages,  v_pages, page_table,
+      kept, num_sequences, num_heads, group, dim, page_tokens, max_pages, q_stride, k_stride,
+      v_stride, scale, num_threads};
+  if (is_bf16) {
+    saqqara::attend<saqqara::Bf16>(arguments);
+  } else {
+    saqqara::attend<saqqara::Fp32>(arguments);
+  }
+}

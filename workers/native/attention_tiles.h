@@ -1,0 +1,122 @@
+// What prefill, extend and mass share: tiles of query rows that meet the keys of one kv head.
+//
+// A query row is one (token, query head) of the G heads that share a kv head; rows are numbered
+// token * G + head, so one tile works for any G. A tile has up to 48 rows, and rows lie in the
+// lanes of vectors: a key word is broadcast to all of them, keys need no repacking, and row maxima
+// and sums are plain lane-wise operations.
+
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace saqqara {
+
+constexpr int kMaxVectors = 3;                      // of rows in a tile
+constexpr int kTileRows = kMaxVectors * kLanes;     //
+constexpr int kTileKeys = 64;                       // scored before the softmax moves on
+constexpr int kMaxDim = 256;
+
+// Keys that are scored together: enough independent sums to hide the latency of mul_add, few
+// enough to stay in registers.
+template <int V>
+constexpr int kBlockKeys = V == 1 ? 16 : 8;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Query rows of one sequence and kv head.
+template <class Number>
+struct Rows {
+  Number* first;  // of token 0, head 0 of the group
+  int64_t token_stride;
+  int group;
+  int dim;
+  int64_t count;
+
+  Number* row(int64_t r) const { return first + r / group * token_stride + r % group * dim; }
+};
+
+// Keys and values of one sequence and kv head: first those kept in pages, then fresh ones.
+template <class Number>
+struct Keys {
+  const Number* k_pages;
+  const Number* v_pages;
+  const int32_t* page_table;
+  int64_t page_tokens;
+  int64_t num_kept;
+  const Number* k;
+  const Number* v;
+  int64_t k_stride;
+  int64_t v_stride;
+  int dim;
+
+  // Addresses of `count` keys and values from the one numbered `first`.
+  void locate(int64_t first, int count, const Number** k_rows, const Number** v_rows) const {
+    int i = 0;
+    while (i < count && first + i < num_kept) {
+      const int64_t page = page_table[(first + i) / page_tokens];
+      const int64_t offset = (first + i) % page_tokens;
+      const int64_t run = std::min({page_tokens - offset, num_kept - (first + i),
+                                    static_cast<int64_t>(count - i)});
+      for (int64_t j = 0; j < run; ++j, ++i) {
+        k_rows[i] = k_pages + (page * page_tokens + offset + j) * dim;
+        v_rows[i] = v_pages + (page * page_tokens + offset + j) * dim;
+      }
+    }
+    for (; i < count; ++i) {
+      k_rows[i] = k + (first + i - num_kept) * k_stride;
+      v_rows[i] = v + (first + i - num_kept) * v_stride;
+    }
+  }
+};
+
+// Lays the rows `first` to `first + 16 V` of a sequence into lanes: to[word][row]. Rows beyond the
+// last are zeros.
+template <class T, int V>
+void pack_queries(const Rows<const typename T::Number>& rows, int64_t first, uint32_t* to) {
+  const int words = rows.dim / T::kPerWord;
+  for (int v = 0; v < V; ++v) {
+    for (int w = 0; w < words; w += kLanes) {
+      __m512 block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t r = first + v * kLanes + i;
+        const __mmask16 mask = r < rows.count ? first_lanes(words - w) : __mmask16(0);
+        const auto* from = rows.row(std::min(r, rows.count - 1)) + w * T::kPerWord;
+        block[i] = _mm512_maskz_loadu_ps(mask, from);
+      }
+      transpose(block);
+      for (int i = 0; i < std::min(kLanes, words - w); ++i) {
+        _mm512_store_ps(to + ((w + i) * V + v) * kLanes, block[i]);
+      }
+    }
+  }
+}
+
+// scores[i][v] = the product of key i with the rows of vector v, unscaled.
+template <class T, int V>
+[[gnu::always_inline]] inline void score_block(const typename T::Number* const* k_rows,
+                                               const uint32_t* queries, int words,
+                                               __m512 (&scores)[kBlockKeys<V>][V]) {
+  const char* keys[kBlockKeys<V>];
+#pragma GCC unroll 16
+  for (int i = 0; i < kBlockKeys<V>; ++i) {
+    keys[i] = reinterpret_cast<const char*>(k_rows[i]);
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) scores[i][v] = _mm512_setzero_ps();
+  }
+  for (int64_t w = 0; w < words; ++w) {
+    __m512i q[V];
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) q[v] = _mm512_load_si512(queries + (w * V + v) * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kBlockKeys<V>; ++i) {
+      const __m512i key = _mm512_broadcastd_epi32(_mm_loadu_si32(keys[i] + w * 4));
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) scores[i][v] = T::mul_add(q[v], key, scores[i][v]);
+    }
+  }
+}
+
+}  // namespace saqqara
