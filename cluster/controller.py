@@ -244,32 +244,30 @@ class ControllerClient:
         self._log_file = log_file
         self._owns_ray = owns_ray
         self._closed = False
-        self._description: EngineDescription = self._get(actor.start.remote())
+        self._description: EngineDescription = self._call("start")
 
     def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
         """Queue requests; a bad one costs only itself and comes back as a `Rejection`."""
-        rejections: list[Rejection] = self._get(self._actor.submit.remote(list(requests)))
+        rejections: list[Rejection] = self._call("submit", list(requests))
         return rejections
 
     def poll(self, timeout_seconds: float = 0.0) -> list[RequestOutput | ScoreOutput]:
         """Outputs since the last call; waits up to `timeout_seconds` for the first."""
-        outputs: list[RequestOutput | ScoreOutput] = self._get(
-            self._actor.poll.remote(timeout_seconds)
-        )
+        outputs: list[RequestOutput | ScoreOutput] = self._call("poll", timeout_seconds)
         return outputs
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Stop these requests; unknown or finished ids are ignored."""
-        self._get(self._actor.abort.remote(list(request_ids)))
+        self._call("abort", list(request_ids))
 
     def report(self) -> EngineReport:
         """Measurements since the start or the last `reset_stats`."""
-        report: EngineReport = self._get(self._actor.report.remote())
+        report: EngineReport = self._call("report")
         return report
 
     def reset_stats(self) -> None:
         """Start the measurements anew."""
-        self._get(self._actor.reset_stats.remote())
+        self._call("reset_stats")
 
     def metrics_address(self) -> str | None:
         """Where /metrics is served, or None."""
@@ -284,6 +282,8 @@ class ControllerClient:
         if self._closed:
             return
         self._closed = True
+        if not ray.is_initialized():  # its end was the end of everything
+            return
         try:
             ray.get(self._actor.shutdown.remote(), timeout=_SHUTDOWN_SECONDS)
         except RayError as error:
@@ -293,11 +293,11 @@ class ControllerClient:
         if self._owns_ray:
             ray.shutdown()
 
-    def _get(self, call: Any) -> Any:
-        if self._closed:
+    def _call(self, method: str, *args: Any) -> Any:
+        if self._closed:  # a call to an actor would start another Ray
             raise EngineDeadError("the engine was shut down")
         try:
-            return ray.get(call)
+            return ray.get(getattr(self._actor, method).remote(*args))
         except RayTaskError as error:
             if isinstance(error.cause, EngineDeadError | PlacementError | ValueError):
                 raise error.cause from error

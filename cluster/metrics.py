@@ -212,6 +212,10 @@ class PrometheusSink:
         """
         assert self._server is None, "the metrics are already served"
         server, thread = prometheus_client.start_http_server(port, host, self.registry)
+        # Prometheus asks for OpenMetrics, in which prometheus_client (0.26) writes `_` for the `:`
+        # of a name; the plain text format keeps it.
+        app = server.get_app()
+        server.set_app(lambda environ, start: app({**environ, "HTTP_ACCEPT": "text/plain"}, start))
         self._server = (server, thread)
         return int(server.server_port)
 

@@ -4,6 +4,7 @@ The only place where torch.distributed is set up. Rank = pipeline_rank * tensor_
 """
 
 import math
+import socket
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -186,8 +187,16 @@ def _balanced_counts(num_layers: int, pipeline_size: int, head_layers: float) ->
 
 
 def start_store(host: str = "127.0.0.1") -> TCPStore:
-    """Start the rendezvous server of a replica on a free port (see `.port`); rank 0 keeps it."""
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    """Start the rendezvous server of a replica on a free port of `host`; rank 0 keeps it.
+
+    It listens on that address only (TCPStore by itself would listen on every interface).
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 class Mesh:

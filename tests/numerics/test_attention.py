@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saqqara.workers.attention.base import CuSeqlens, get_backend
 from saqqara.workers.attention.reference import ReferenceAttention
-from saqqara.workers.attention.sdpa import CPU_TILING, Tiling, TorchAttention
+from saqqara.workers.attention.sdpa import TorchAttention
+from saqqara.workers.attention.tiles import CPU_TILING, Tiling
 from saqqara.workers.kv.store import KVStore, KVView
 
 CPU = torch.device("cpu")

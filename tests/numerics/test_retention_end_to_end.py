@@ -50,7 +50,7 @@ def snapkv_loop(attention: Any, head: int, n: int) -> list[float]:
 
 
 def knorm_loop(keys: Any, head: int, n: int) -> list[float]:
-    return [-float(keys[head, j].double().pow(2).sum()) ** 0.5 for j in range(n - WINDOW)]
+    return [-(float(keys[head, j].double().pow(2).sum()) ** 0.5) for j in range(n - WINDOW)]
 
 
 def pyramid_loop(n: int) -> list[float]:

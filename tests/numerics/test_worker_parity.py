@@ -138,9 +138,7 @@ def test_worker_short_of_pages_refuses_and_holds_nothing(tmp_path: Path) -> None
     page_bytes = 4 * 2 * 16 * 4
     # Enough for all in two of the three layers, in the third only for the first two.
     pages = 2 * 3 * (9 + 1 + 2) + 3 * (9 + 1) + 2
-    worker = make_worker(
-        tmp_path, kv_memory_gib=(pages + 0.5) * page_bytes / 1024**3, warmup=False
-    )
+    worker = make_worker(tmp_path, kv_memory_gib=(pages + 0.5) * page_bytes / 1024**3, warmup=False)
     assert worker.info.num_pages == pages
     [expected] = run_greedy(worker, [short], 3)
     new = [new_sequence(0, long), new_sequence(1, short), new_sequence(2, refused)]

@@ -106,11 +106,16 @@ def test_a_killed_rank_fails_the_engine_with_its_name_and_log(client: Controller
 def test_a_killed_controller_fails_its_client_and_takes_its_ranks_along(
     client: ControllerClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    [process] = [p for p in psutil.process_iter(["name"]) if p.name() == "ray::Controller"]
-    process.kill()
+    # Other runs on this machine have controllers too: ours is a child of our ranks' raylet.
+    raylet = psutil.Process(client.describe().workers[0].pid).parent()
+    assert raylet is not None
+    [controller] = [p for p in raylet.children() if "ray::Controller" in " ".join(p.cmdline())]
+    controller.kill()
     with pytest.raises(EngineDeadError, match=f"the controller has died.*{CONTROLLER_LOG}"):
         client.poll(NOTICE_SECONDS)
     client.shutdown()
+    with pytest.raises(EngineDeadError, match="was shut down"):
+        client.poll()
     assert "the controller did not shut down cleanly" in caplog.text
     assert_gone(client)
 

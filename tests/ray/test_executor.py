@@ -14,10 +14,12 @@ import psutil
 import pytest
 import ray
 from support.fake_worker import CRASH, DIE, RAISE, SLEEP, SLEEP_SECONDS, WRITE, FakeWorker
+from support.plans import new_sequence
 
 from saqqara.cluster.executor import RayExecutor, WorkerDiedError
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.plan import StepPlan, WorkerInfo
+from saqqara.workers.plan import DecodeItem, PrefillGroup, StepPlan, WorkerInfo
+from saqqara.workers.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -128,6 +130,46 @@ def test_a_setting_that_a_worker_refuses_is_the_users_value_error(config: Engine
     after = ray.util.placement_group_table()
     new = [group for key, group in after.items() if key not in before]
     assert [group["state"] for group in new] == ["REMOVED"]
+
+
+@pytest.mark.parametrize(("tensor_size", "pipeline_size"), [(2, 1), (1, 2)])
+def test_the_real_worker_samples_over_two_ranks_what_it_samples_alone(
+    tiny_config: EngineConfig, tensor_size: int, pipeline_size: int
+) -> None:
+    plans = greedy_plans(prompt=list(range(20, 60)), num_layers=4, num_tokens=8)
+    alone = Worker.local(tiny_config)
+    expected = [alone.execute(plan).sampled for plan in plans]
+    alone.close()
+    assert sum(map(len, expected)) == 8
+
+    sizes = {"tensor_parallel_size": tensor_size, "pipeline_parallel_size": pipeline_size}
+    executor = RayExecutor(tiny_config.model_copy(update=sizes))
+    try:
+        futures = [executor.execute(plan) for plan in plans]  # all in flight at once
+        steps = [future.result(timeout=60) for future in futures]
+        executor.check_integrity()
+    finally:
+        executor.shutdown()
+    assert_gone(executor.workers)
+    layers = [(w.start_layer, w.stop_layer) for w in executor.workers]
+    heads = [(w.start_head, w.stop_head) for w in executor.workers]
+    assert layers == ([(0, 4)] * 2 if pipeline_size == 1 else [(0, 2), (2, 4)])
+    assert heads == ([(0, 2)] * 2 if tensor_size == 1 else [(0, 1), (1, 2)])
+    speaker = 0 if pipeline_size == 1 else 1  # tensor rank 0 of the last stage
+    assert [results[speaker].sampled for results in steps] == expected
+    assert all(not results[1 - speaker].sampled for results in steps)
+
+
+def greedy_plans(prompt: list[int], num_layers: int, num_tokens: int) -> list[StepPlan]:
+    """One sequence from its prefill to its end, written by hand."""
+    first = StepPlan(
+        0, new=(new_sequence(0, prompt),), prefill=(PrefillGroup((0,), 0, num_layers),)
+    )
+    decode = [
+        StepPlan(step, decode=(DecodeItem(0, len(prompt) + step - 1),))
+        for step in range(1, num_tokens)
+    ]
+    return [first, *decode, StepPlan(num_tokens, free=(0,))]
 
 
 def assert_gone(workers: list[WorkerInfo], seconds: float = 10.0) -> None:

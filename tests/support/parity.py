@@ -65,9 +65,7 @@ def make_reference(model: Any, prompts: list[list[int]], num_tokens: int) -> Ref
 def assert_greedy_parity(reference: Reference, ours: list[list[int]]) -> int:
     """Check every continuation; returns the number of ties."""
     ties = tokens = 0
-    for prompt, wanted, tokens_got in zip(
-        reference.prompts, reference.outputs, ours, strict=True
-    ):
+    for prompt, wanted, tokens_got in zip(reference.prompts, reference.outputs, ours, strict=True):
         got, expected = list(tokens_got), list(wanted[: len(tokens_got)])
         tokens += len(got)
         while got != expected:

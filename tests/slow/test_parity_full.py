@@ -1,0 +1,98 @@
+"""The whole parity promise on SmolLM2-135M-Instruct in fp32 (`make prove`).
+
+8 prompts of 100 to 2000 tokens, 64 new tokens each: through LocalExecutor alone and together, after
+preemption, as scores; and through Ray over tensor- and pipeline-parallel ranks.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.parity import (
+    Reference,
+    assert_greedy_parity,
+    english_prompts,
+    following_logits,
+    make_reference,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from saqqara import LLM, SamplingParams
+
+pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(1800)]
+LENGTHS = [100, 200, 350, 500, 750, 1000, 1500, 2000]
+NUM_TOKENS = 64
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+FULL_MODEL_ROWS = 90  # 30 layers x 3 kv heads
+
+
+@pytest.fixture(scope="module")
+def reference(demo_model: Path) -> Reference:
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    return make_reference(model, english_prompts(tokenizer, LENGTHS), NUM_TOKENS)
+
+
+def make_llm(demo_model: Path, **settings: Any) -> LLM:
+    return LLM(str(demo_model), dtype="float32", max_model_len=2304, **settings)
+
+
+@pytest.fixture(scope="module")
+def local(demo_model: Path) -> Iterator[LLM]:
+    with make_llm(demo_model, check_integrity=True) as llm:
+        yield llm
+
+
+def token_ids(outputs: list[Any]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_together(local: LLM, reference: Reference) -> None:
+    outputs = local.generate(prompt_token_ids=reference.prompts, sampling_params=GREEDY)
+    assert_greedy_parity(reference, token_ids(outputs))
+
+
+def test_alone(local: LLM, reference: Reference) -> None:
+    outputs = [
+        local.generate(prompt_token_ids=[prompt], sampling_params=GREEDY)[0]
+        for prompt in reference.prompts
+    ]
+    assert_greedy_parity(reference, token_ids(outputs))
+
+
+def test_scores(local: LLM, reference: Reference) -> None:
+    for prompt, continuation in zip(reference.prompts, reference.outputs, strict=True):
+        score = local.score(prompt, continuation)
+        fed = prompt + continuation[:-1]
+        logprobs = following_logits(reference.model, fed, len(continuation)).log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(continuation)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(score.logprobs), expected, atol=1e-3, rtol=0)
+
+
+def test_resumed(demo_model: Path, reference: Reference) -> None:
+    """Room for every prompt and one more page a row: all but a few must be resumed."""
+    pages = FULL_MODEL_ROWS * sum(-(-length // 16) + 1 for length in LENGTHS)
+    gib = pages * 16 * 2 * 64 * 4 / 1024**3
+    with make_llm(demo_model, kv_memory_gib=gib, check_integrity=True) as llm:
+        outputs = llm.generate(prompt_token_ids=reference.prompts, sampling_params=GREEDY)
+        assert llm.report().num_preemptions > 0
+    assert_greedy_parity(reference, token_ids(outputs))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("tensor", "pipeline"), [(2, 1), (3, 1), (1, 2), (2, 2)], ids=["tp2", "tp3", "pp2", "tp2-pp2"]
+)
+def test_through_ray(demo_model: Path, reference: Reference, tensor: int, pipeline: int) -> None:
+    with make_llm(
+        demo_model,
+        executor="ray",
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=pipeline,
+        check_integrity=True,
+    ) as llm:
+        outputs = llm.generate(prompt_token_ids=reference.prompts, sampling_params=GREEDY)
+        assert llm.report().pages_leaked == 0
+    assert_greedy_parity(reference, token_ids(outputs))

@@ -1,0 +1,395 @@
+// Attention of one query per sequence over the pages of its rows, at the speed of memory.
+//
+// Rows are cut into parts of 256 tokens, whatever else is in the batch, so that the result of a
+// row does not depend on its company. Threads take parts as they come free; a part reads its keys,
+// then its values, each once from memory for all query heads of the kv head; then the parts of
+// each row are merged by their log-sum-exp.
+
+#include <atomic>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "attention_tiles.h"
+
+namespace saqqara {
+namespace {
+
+#ifndef PFT
+#define PFT 32
+#endif
+#ifndef PFH
+#define PFH _MM_HINT_T0
+#endif
+constexpr int kPartTokens = 256;
+constexpr int kPrefetchTokens = PFT;  // how long before its use a row is requested from memory
+constexpr int kBlockVectors = 4;     // of the output, summed together: 64 dims
+constexpr int kBlockDims = kBlockVectors * kLanes;
+
+struct Arguments {
+  const void* q;
+  void* out;
+  float* mass;     // or null
+  float* weights;  // [N, H, G, max_length], needed for the mass
+  const void *k_pages, *v_pages;
+  const int32_t *page_table, *lengths;
+  int num_sequences, num_heads, group, dim, page_tokens, max_pages, max_length;
+  int64_t q_stride;
+  float scale;
+  int num_threads;
+};
+
+// Tokens `first` to `first + count` of a row, and where they lie, in the order in which they are
+// read: keys, values, then the first keys of the part that the thread does next.
+template <class Number>
+struct Part {
+  int64_t index;
+  int64_t row;
+  int64_t first;
+  int count;
+  int padded;  // whole vectors of scores; beyond the count, the last token again
+  const Number* rows[2 * kPartTokens + kPrefetchTokens];
+
+  const Number** keys() { return rows; }
+  const Number** values() { return rows + padded; }
+};
+
+// What a part contributes to its row, for each of the G query heads.
+struct Partial {
+  float maximum;  // of the scores, in powers of 2
+  float sum;      // of the weights 2^(score - maximum)
+};
+
+// Hands out the parts of all rows.
+template <class T>
+class Parts {
+ public:
+  using Number = typename T::Number;
+
+  explicit Parts(const Arguments& a) : a_(a) {
+    const int64_t num_rows = int64_t(a.num_sequences) * a.num_heads;
+    first_part_.resize(num_rows + 1, 0);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      first_part_[row + 1] = first_part_[row] + ceil_div(a.lengths[row], kPartTokens);
+    }
+  }
+
+  int64_t first_part(int64_t row) const { return first_part_[row]; }
+  int64_t count() const { return first_part_.back(); }
+
+  // Takes the next part; false if there is none.
+  bool take(Part<Number>& part) {
+    part.index = taken_.fetch_add(1, std::memory_order_relaxed);
+    if (part.index >= count()) return false;
+    const auto after = std::upper_bound(first_part_.begin(), first_part_.end(), part.index);
+    part.row = after - first_part_.begin() - 1;
+    part.first = (part.index - first_part_[part.row]) * kPartTokens;
+    part.count = std::min<int64_t>(kPartTokens, a_.lengths[part.row] - part.first);
+    part.padded = ceil_div(part.count, kLanes) * kLanes;
+    const Keys<Number> keys{static_cast<const Number*>(a_.k_pages),
+                            static_cast<const Number*>(a_.v_pages),
+                            a_.page_table + part.row * a_.max_pages,
+                            a_.page_tokens,
+                            a_.lengths[part.row],
+                            nullptr,
+                            nullptr,
+                            0,
+                            0,
+                            a_.dim};
+    keys.locate(part.first, part.count, part.keys(), part.values());
+    std::fill(part.keys() + part.count, part.keys() + part.padded, part.keys()[part.count - 1]);
+    std::fill(part.values() + part.count, part.values() + part.padded,
+              part.values()[part.count - 1]);
+    return true;
+  }
+
+ private:
+  const Arguments& a_;
+  std::vector<int64_t> first_part_;
+  std::atomic<int64_t> taken_{0};
+};
+
+inline void prefetch(const void* row, int bytes) {
+  for (int i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(row) + i, PFH);
+}
+
+// scores[head][token], unscaled. A key is VECTORS vectors of words; 0: any number, `vectors`, the
+// last of which has only the lanes `last`.
+template <class T, int VECTORS>
+void score_part(Part<typename T::Number>& part, const uint32_t* queries, int num_heads,
+                int vectors, __mmask16 last, float* scores) {
+  const typename T::Number* const* keys = part.keys();
+  const int num_vectors = VECTORS ? VECTORS : vectors;
+  for (int t = 0; t < part.padded; t += kLanes) {
+    for (int i = 0; i < kLanes; ++i) {
+      prefetch(keys[t + kPrefetchTokens + i], num_vectors * 64);
+    }
+    for (int g = 0; g < num_heads; ++g) {
+      __m512 sum[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) sum[i] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+      for (int c = 0; c < num_vectors; ++c) {
+        const __m512i q = _mm512_load_si512(queries + (g * num_vectors + c) * kLanes);
+        const __mmask16 mask = c + 1 < num_vectors ? first_lanes(kLanes) : last;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          const auto* at = keys[t + i] + c * kLanes * T::kPerWord;
+          const __m512i key =
+              VECTORS ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi32(mask, at);
+          sum[i] = T::mul_add(key, q, sum[i]);
+        }
+      }
+      _mm512_store_ps(scores + g * kPartTokens + t, sum_lanes(sum));
+    }
+  }
+}
+
+// Turns the scores of one head into weights, in place, in words of the element type; also writes
+// them as floats to `copy` unless that is null.
+template <class T>
+Partial weigh_part(float* scores, int count, float factor, float* copy) {
+  __m512 maximum = _mm512_set1_ps(kLowest);
+  for (int t = 0; t < count; t += kLanes) {
+    maximum = _mm512_mask_max_ps(maximum, first_lanes(count - t), maximum,
+                                 _mm512_load_ps(scores + t));
+  }
+  const float top = _mm512_reduce_max_ps(maximum) * factor;
+  __m512 sum = _mm512_setzero_ps();
+  const auto weigh = [&](int t) {
+    const __m512 exponent = _mm512_fmsub_ps(_mm512_load_ps(scores + t), _mm512_set1_ps(factor),
+                                            _mm512_set1_ps(top));
+    const __m512 weight = _mm512_maskz_mov_ps(first_lanes(count - t), exp2(exponent));
+    if (copy) _mm512_mask_storeu_ps(copy + t, first_lanes(count - t), weight);
+    sum = _mm512_add_ps(sum, weight);
+    return weight;
+  };
+  for (int t = 0; t < count; t += T::kPerWord * kLanes) {
+    if constexpr (T::kPerWord == 2) {
+      const __m512 first = weigh(t);
+      const __m512 second = t + kLanes < count ? weigh(t + kLanes) : _mm512_setzero_ps();
+      _mm512_store_si512(scores + t / 2, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    } else {
+      _mm512_store_ps(scores + t, weigh(t));
+    }
+  }
+  return {top, _mm512_reduce_add_ps(sum)};
+}
+
+// 64 dims of the values of one word's tokens, as words. The lanes of bf16 come out of order;
+// `store_dims` puts sums over them right.
+template <class T, bool FULL>
+[[gnu::always_inline]] inline void load_values(const typename T::Number* const* rows, int dims,
+                                               __m512i (&to)[kBlockVectors]) {
+  if constexpr (T::kPerWord == 2) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __mmask32 mask = FULL ? first_halves(32) : first_halves(dims - 32 * j);
+      const __m512i a = _mm512_maskz_loadu_epi16(mask, rows[0] + 32 * j);
+      const __m512i b = _mm512_maskz_loadu_epi16(mask, rows[1] + 32 * j);
+      to[2 * j] = _mm512_unpacklo_epi16(a, b);
+      to[2 * j + 1] = _mm512_unpackhi_epi16(a, b);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int j = 0; j < kBlockVectors; ++j) {
+      const __mmask16 mask = FULL ? first_lanes(kLanes) : first_lanes(dims - kLanes * j);
+      to[j] = _mm512_maskz_loadu_epi32(mask, rows[0] + kLanes * j);
+    }
+  }
+}
+
+template <class T>
+void store_dims(const __m512 (&sum)[kBlockVectors], float* to) {
+  if constexpr (T::kPerWord == 2) {
+    const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    for (int j = 0; j < kBlockVectors; j += 2) {
+      _mm512_storeu_ps(to + j * kLanes, _mm512_permutex2var_ps(sum[j], low, sum[j + 1]));
+      _mm512_storeu_ps(to + (j + 1) * kLanes, _mm512_permutex2var_ps(sum[j], high, sum[j + 1]));
+    }
+  } else {
+    for (int j = 0; j < kBlockVectors; ++j) _mm512_storeu_ps(to + j * kLanes, sum[j]);
+  }
+}
+
+// out[head][dim], dims padded to whole blocks: the weighted sums of HEADS heads over the part.
+template <class T, int HEADS, bool FULL>
+void add_part(Part<typename T::Number>& part, const float* weights, int dim, int64_t out_stride,
+              float* out) {
+  const typename T::Number* const* values = part.values();
+  const auto* words = reinterpret_cast<const char*>(weights);
+  for (int d = 0; d < dim; d += kBlockDims) {
+    __m512 sum[HEADS][kBlockVectors];
+#pragma GCC unroll 4
+    for (int g = 0; g < HEADS; ++g) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kBlockVectors; ++j) sum[g][j] = _mm512_setzero_ps();
+    }
+    for (int t = 0; t < part.count; t += T::kPerWord) {
+      const typename T::Number* rows[T::kPerWord];
+      for (int i = 0; i < T::kPerWord; ++i) {
+        rows[i] = values[t + i] + d;
+        prefetch(values[t + i + kPrefetchTokens] + d, kBlockDims * sizeof(typename T::Number));
+      }
+      __m512i value[kBlockVectors];
+      load_values<T, FULL>(rows, dim - d, value);
+#pragma GCC unroll 4
+      for (int g = 0; g < HEADS; ++g) {
+        const __m512i weight = _mm512_broadcastd_epi32(
+            _mm_loadu_si32(words + (g * kPartTokens + t / T::kPerWord) * sizeof(float)));
+#pragma GCC unroll 4
+        for (int j = 0; j < kBlockVectors; ++j) {
+          sum[g][j] = T::mul_add(value[j], weight, sum[g][j]);
+        }
+      }
+    }
+    for (int g = 0; g < HEADS; ++g) store_dims<T>(sum[g], out + g * out_stride + d);
+  }
+}
+
+template <class T, bool FULL>
+void add_part(int num_heads, Part<typename T::Number>& part, const float* weights, int dim,
+              int64_t out_stride, float* out) {
+  switch (num_heads) {
+    case 1: return add_part<T, 1, FULL>(part, weights, dim, out_stride, out);
+    case 2: return add_part<T, 2, FULL>(part, weights, dim, out_stride, out);
+    case 3: return add_part<T, 3, FULL>(part, weights, dim, out_stride, out);
+    default: return add_part<T, 4, FULL>(part, weights, dim, out_stride, out);
+  }
+}
+
+constexpr int kMaxHeads = 4;  // query heads that go through a part together
+
+// One part: its Partials, its unnormalised outputs [G, out_stride], its weights if wanted.
+template <class T>
+void attend_part(const Arguments& a, Part<typename T::Number>& part, Partial* partials,
+                 int64_t out_stride, float* out) {
+  using Number = typename T::Number;
+  alignas(64) uint32_t queries[kMaxHeads * kMaxDim];
+  alignas(64) float scores[kMaxHeads * kPartTokens];
+  const int words = a.dim / T::kPerWord;
+  const int vectors = ceil_div(words, kLanes);
+  const int64_t sequence = part.row / a.num_heads;
+  const int64_t head = part.row % a.num_heads;
+  const Number* q =
+      static_cast<const Number*>(a.q) + sequence * a.q_stride + head * a.group * a.dim;
+  for (int g = 0; g < a.group; g += kMaxHeads) {
+    const int num_heads = std::min(kMaxHeads, a.group - g);
+    for (int i = 0; i < num_heads; ++i) {
+      for (int c = 0; c < vectors; ++c) {
+        const auto* from = q + (g + i) * a.dim + c * kLanes * T::kPerWord;
+        _mm512_store_si512(queries + (i * vectors + c) * kLanes,
+                           _mm512_maskz_loadu_epi32(first_lanes(words - c * kLanes), from));
+      }
+    }
+    const __mmask16 last = first_lanes(words - (vectors - 1) * kLanes);
+    const auto score = words == 2 * kLanes   ? score_part<T, 2>
+                       : words == 4 * kLanes ? score_part<T, 4>
+                                             : score_part<T, 0>;
+    score(part, queries, num_heads, vectors, last, scores);
+    for (int i = 0; i < num_heads; ++i) {
+      float* copy = a.weights ? a.weights + (part.row * a.group + g + i) * a.max_length + part.first
+                              : nullptr;
+      partials[g + i] =
+          weigh_part<T>(scores + i * kPartTokens, part.count, a.scale * kLog2E, copy);
+    }
+    const auto add = a.dim % kBlockDims == 0 ? add_part<T, true> : add_part<T, false>;
+    add(num_heads, part, scores, a.dim, out_stride, out + g * out_stride);
+  }
+}
+
+// Merges the parts of a row: its outputs, and its mass if wanted.
+template <class T>
+void merge_row(const Arguments& a, int64_t row, int64_t num_parts, const Partial* partials,
+               int64_t out_stride, const float* parts) {
+  using Number = typename T::Number;
+  Number* out = static_cast<Number*>(a.out) + row * a.group * a.dim;
+  float* mass = a.mass ? a.mass + row * a.max_length : nullptr;
+  if (mass) std::fill(mass, mass + a.max_length, 0.0f);
+  for (int g = 0; g < a.group; ++g) {
+    float maximum = kLowest;
+    for (int64_t p = 0; p < num_parts; ++p) {
+      maximum = std::max(maximum, partials[p * a.group + g].maximum);
+    }
+    float sum = 0.0f;
+    for (int64_t p = 0; p < num_parts; ++p) {
+      const Partial& partial = partials[p * a.group + g];
+      sum += partial.sum * std::exp2(partial.maximum - maximum);
+    }
+    for (int d = 0; d < a.dim; d += kLanes) {
+      __m512 total = _mm512_setzero_ps();
+      for (int64_t p = 0; p < num_parts; ++p) {
+        const float share = std::exp2(partials[p * a.group + g].maximum - maximum) / sum;
+        total = _mm512_fmadd_ps(_mm512_loadu_ps(parts + (p * a.group + g) * out_stride + d),
+                                _mm512_set1_ps(share), total);
+      }
+      T::store(out + g * a.dim + d, total, a.dim - d);
+    }
+    if (!mass) continue;
+    const float* weights = a.weights + (row * a.group + g) * a.max_length;
+    for (int64_t t = 0; t < a.lengths[row]; ++t) {
+      const float top = partials[t / kPartTokens * a.group + g].maximum;
+      mass[t] += weights[t] * (std::exp2(top - maximum) / sum);
+    }
+  }
+}
+
+template <class T>
+void decode(const Arguments& a) {
+  Parts<T> parts(a);
+  const int64_t out_stride = ceil_div(a.dim, kBlockDims) * kBlockDims;
+  // Kept between calls, so that a step allocates nothing.
+  static thread_local std::vector<Partial> partials;
+  static thread_local std::vector<float> outputs;
+  partials.resize(std::max<size_t>(partials.size(), parts.count() * a.group));
+  outputs.resize(std::max<size_t>(outputs.size(), parts.count() * a.group * out_stride));
+  Partial* const partial = partials.data();
+  float* const output = outputs.data();
+#pragma omp parallel num_threads(a.num_threads)
+  {
+    Part<typename T::Number> storage[2];
+    auto *part = &storage[0], *next = &storage[1];
+    bool more = parts.take(*part);
+    while (more) {
+      more = parts.take(*next);
+      auto* const end = part->values() + part->padded;
+      if (more) {
+        std::copy_n(next->keys(), std::min(kPrefetchTokens, next->padded), end);
+        std::fill(end + std::min(kPrefetchTokens, next->padded), end + kPrefetchTokens,
+                  next->keys()[0]);
+      } else {
+        std::fill_n(end, kPrefetchTokens, end[-1]);
+      }
+      attend_part<T>(a, *part, partial + part->index * a.group, out_stride,
+                     output + part->index * a.group * out_stride);
+      std::swap(part, next);
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < int64_t(a.num_sequences) * a.num_heads; ++row) {
+      const int64_t first = parts.first_part(row);
+      merge_row<T>(a, row, parts.first_part(row + 1) - first, partial + first * a.group,
+                   out_stride, output + first * a.group * out_stride);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace saqqara
+
+extern "C" void saqqara_decode(int is_bf16, const void* q, void* out, float* mass, float* weights,
+                               const void* k_pages, const void* v_pages,
+                               const int32_t* page_table, const int32_t* lengths,
+                               int num_sequences, int num_heads, int group, int dim,
+                               int page_tokens, int max_pages, int max_length, int64_t q_stride,
+                               float scale, int num_threads) {
+  const saqqara::Arguments arguments{
+      q,         out,   mass,        weights,   k_pages,    v_pages,  page_table, lengths, num_sequences,
+      num_heads, group, dim, page_tokens, max_pages, max_length, q_stride, scale, num_threads};
+  if (is_bf16) {
+    saqqara::decode<saqqara::Bf16>(arguments);
+  } else {
+    saqqara::decode<saqqara::Fp32>(arguments);
+  }
+}
