@@ -215,6 +215,7 @@ class PrometheusSink:
         # Prometheus asks for OpenMetrics, in which prometheus_client (0.26) writes `_` for the `:`
         # of a name; the plain text format keeps it.
         app = server.get_app()
+        assert app is not None
         server.set_app(lambda environ, start: app({**environ, "HTTP_ACCEPT": "text/plain"}, start))
         self._server = (server, thread)
         return int(server.server_port)

@@ -1,1 +1,1 @@
-
+"""Settings of the engine, their presets, and the folders they live in."""

@@ -31,9 +31,9 @@ class EngineConfig(BaseModel):
         8192, ge=1, description="Prompt tokens concatenated into one prefill group."
     )
     prefill_quantum: int | None = Field(
-        None,
+        32768,
         ge=1,
-        description="Layers x tokens of prefill per step while others decode; default: no bound.",
+        description="Layers x tokens of prefill per step while others decode; none: no bound.",
     )
     max_extend_tokens: int = Field(
         1024, ge=1, description="Tokens replayed or scored per step in one `extend`."

@@ -62,9 +62,6 @@ class Model:
     def heads(self, slot: int, layer: int) -> list[list[int]]:
         return [self.rows[slot, layer, head] for head in range(self.store.num_heads)]
 
-    def is_empty(self, slot: int) -> bool:
-        return not any(row for (owner, _, _), row in self.rows.items() if owner == slot)
-
     def write(self, slot: int, layer: int, count: int, indices: list[list[int]] | None) -> bool:
         k, v = self.fresh(count)
         tensors = None if indices is None else _tensors(indices)
@@ -263,6 +260,33 @@ def test_compacting_a_fork_leaves_the_other_alone() -> None:
     assert model.snapshot() == before
     assert model.compact(2, 0, [[0, 1, 2, 3, 4, 5]])  # a prefix needs none
     model.check()
+    model.free(0)
+    model.fork(1, 0)
+    assert model.compact(0, 0, [[0, 1, 2, 3, 4, 6]])  # half of the second page stays in place
+    model.check()
+
+
+def test_copies_for_a_fork_need_free_pages() -> None:
+    model = Model(make_store(num_layers=1, num_heads=1, num_pages=2))
+    model.write(0, 0, 6, None)
+    model.fork(0, 1)
+    before = model.snapshot()
+    assert model.append([1], [1]) is None
+    assert model.snapshot() == before
+    model.free(0)
+    assert model.append([1], [1])
+    model.check()
+
+
+def test_compaction_may_use_the_pages_that_it_frees() -> None:
+    model = Model(make_store(num_layers=1, num_heads=1, num_pages=4))
+    model.write(0, 0, 6, None)
+    model.fork(0, 1)
+    model.append([1], [3])
+    assert model.store.pages_free == 0
+    assert model.compact(1, 0, [[1, 2, 3, 8]])  # rewrites a shared page, gives up two others
+    model.check()
+    assert model.store.pages_free == 1
 
 
 def test_appended_pages_do_not_show_old_values() -> None:
@@ -343,10 +367,12 @@ def subsets(draw: st.DrawFn, lengths: Sequence[int]) -> list[list[int]]:
         counts = [keep] * len(lengths)
     else:
         counts = [draw(st.integers(0, length)) for length in lengths]
-    return [
-        sorted(draw(st.permutations(range(length)))[:count])
-        for length, count in zip(lengths, counts, strict=True)
-    ]
+    chosen = []
+    for length, count in zip(lengths, counts, strict=True):
+        prefix = draw(st.integers(0, count))  # tokens that stay where they are
+        rest = draw(st.permutations(range(prefix, length)))[: count - prefix]
+        chosen.append([*range(prefix), *sorted(rest)])
+    return chosen
 
 
 @settings(
@@ -365,7 +391,10 @@ def test_random_operations(data: st.DataObject) -> None:
     store = model.store
     slots = range(len(store.table.kept))
     limit = store.table.max_row_tokens
-    operations = st.sampled_from(["write", "append", "append", "compact", "fork", "free"])
+    operations = st.sampled_from(
+        ["write", "append", "append", "compact", "compact", "fork", "free"]
+    )
+    model.write(0, 0, 2 * store.page_tokens + 1, None)
     for _ in range(data.draw(st.integers(1, 15))):
         before = model.snapshot()
         done = True
@@ -392,8 +421,7 @@ def test_random_operations(data: st.DataObject) -> None:
                 done = model.compact(slot, layer, data.draw(subsets(lengths)))
             case "fork":
                 source, target = data.draw(st.permutations(slots))[:2]
-                if not model.is_empty(target):
-                    continue
+                model.free(target)
                 model.fork(source, target)
             case "free":
                 model.free(data.draw(st.sampled_from(slots)))

@@ -1,5 +1,7 @@
 """The start-up log: what runs where, and how much fits."""
 
+from typing import Any
+
 from support.fake_replica import make_workers
 
 from saqqara.cluster.client import EngineDescription
@@ -7,9 +9,9 @@ from saqqara.cluster.launch import sequences_that_fit, start_lines
 from saqqara.configs.schema import EngineConfig
 
 
-def describe(num_pages: int, **settings: object) -> EngineDescription:
+def describe(num_pages: int, **settings: Any) -> EngineDescription:
     """An engine of 2 stages with 2 layers of 2 kv heads each."""
-    config = EngineConfig(model="m", max_model_len=64, **settings)  # type: ignore[arg-type]
+    config = EngineConfig(model="m", max_model_len=64, **settings)
     workers = tuple(make_workers(num_pages, stages=(2, 2)))
     return EngineDescription(config, workers, "/logs", "127.0.0.1:1234", 1.5)
 
@@ -19,7 +21,7 @@ def test_the_tightest_worker_says_how_many_sequences_fit() -> None:
     pages_each = 2 * 2 * -(-64 // page_tokens)  # layers x kv heads x pages of a row
     assert sequences_that_fit(describe(pages_each * 5 - 1), 64) == 4
     assert sequences_that_fit(describe(pages_each * 5), 64) == 5
-    half = describe(pages_each * 5, retention={"method": "streaming"}, budget=32)
+    half = describe(pages_each * 5, retention={"method": "streaming", "window": 8}, budget=32)
     assert sequences_that_fit(half, 64) == 10
 
 

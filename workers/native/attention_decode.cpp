@@ -109,22 +109,19 @@ class Parts {
   std::atomic<int64_t> taken_{0};
 };
 
-inline void prefetch(const void* row, int bytes) {
-  for (int i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(row) + i, PFH);
-}
+// Requests the cache line at an address.
+inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), PFH); }
 
 // scores[head][token], unscaled. A key is VECTORS vectors of words; 0: any number, `vectors`, the
 // last of which has only the lanes `last`.
-template <class T, int VECTORS>
-void score_part(Part<typename T::Number>& part, const uint32_t* queries, int num_heads,
-                int vectors, __mmask16 last, float* scores) {
+template <class T, int HEADS, int VECTORS>
+void score_part(Part<typename T::Number>& part, const uint32_t* queries, int vectors,
+                __mmask16 last, float* scores) {
   const typename T::Number* const* keys = part.keys();
   const int num_vectors = VECTORS ? VECTORS : vectors;
   for (int t = 0; t < part.padded; t += kLanes) {
-    for (int i = 0; i < kLanes; ++i) {
-      prefetch(keys[t + kPrefetchTokens + i], num_vectors * 64);
-    }
-    for (int g = 0; g < num_heads; ++g) {
+#pragma GCC unroll 4
+    for (int g = 0; g < HEADS; ++g) {
       __m512 sum[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) sum[i] = _mm512_setzero_ps();
@@ -134,7 +131,11 @@ void score_part(Part<typename T::Number>& part, const uint32_t* queries, int num
         const __mmask16 mask = c + 1 < num_vectors ? first_lanes(kLanes) : last;
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
-          const auto* at = keys[t + i] + c * kLanes * T::kPerWord;
+          const int offset = c * kLanes * T::kPerWord;
+          // Requests are spread over the heads: a burst of them would fill the queue of
+          // outstanding misses and hold up the loads behind it.
+          if (i % HEADS == g) prefetch(keys[t + i + kPrefetchTokens] + offset);
+          const auto* at = keys[t + i] + offset;
           const __m512i key =
               VECTORS ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi32(mask, at);
           sum[i] = T::mul_add(key, q, sum[i]);
@@ -230,7 +231,9 @@ void add_part(Part<typename T::Number>& part, const float* weights, int dim, int
       const typename T::Number* rows[T::kPerWord];
       for (int i = 0; i < T::kPerWord; ++i) {
         rows[i] = values[t + i] + d;
-        prefetch(values[t + i + kPrefetchTokens] + d, kBlockDims * sizeof(typename T::Number));
+        for (int j = 0; j < kBlockVectors / T::kPerWord; ++j) {
+          prefetch(values[t + i + kPrefetchTokens] + d + j * T::kPerWord * kLanes);
+        }
       }
       __m512i value[kBlockVectors];
       load_values<T, FULL>(rows, dim - d, value);
@@ -248,54 +251,51 @@ void add_part(Part<typename T::Number>& part, const float* weights, int dim, int
   }
 }
 
-template <class T, bool FULL>
-void add_part(int num_heads, Part<typename T::Number>& part, const float* weights, int dim,
-              int64_t out_stride, float* out) {
-  switch (num_heads) {
-    case 1: return add_part<T, 1, FULL>(part, weights, dim, out_stride, out);
-    case 2: return add_part<T, 2, FULL>(part, weights, dim, out_stride, out);
-    case 3: return add_part<T, 3, FULL>(part, weights, dim, out_stride, out);
-    default: return add_part<T, 4, FULL>(part, weights, dim, out_stride, out);
+// HEADS query heads, from the one numbered `first` of the group, through a part.
+template <class T, int HEADS>
+void attend_heads(const Arguments& a, Part<typename T::Number>& part, int first, Partial* partials,
+                  int64_t out_stride, float* out) {
+  using Number = typename T::Number;
+  alignas(64) uint32_t queries[HEADS * kMaxDim];
+  alignas(64) float scores[HEADS * kPartTokens];
+  const int words = a.dim / T::kPerWord;
+  const int vectors = ceil_div(words, kLanes);
+  const int64_t sequence = part.row / a.num_heads;
+  const int64_t head = part.row % a.num_heads * a.group + first;
+  const Number* q = static_cast<const Number*>(a.q) + sequence * a.q_stride + head * a.dim;
+  for (int g = 0; g < HEADS; ++g) {
+    for (int c = 0; c < vectors; ++c) {
+      const Number* from = q + g * a.dim + c * kLanes * T::kPerWord;
+      _mm512_store_si512(queries + (g * vectors + c) * kLanes,
+                         _mm512_maskz_loadu_epi32(first_lanes(words - c * kLanes), from));
+    }
   }
+  const auto score = words == 2 * kLanes   ? score_part<T, HEADS, 2>
+                     : words == 4 * kLanes ? score_part<T, HEADS, 4>
+                                           : score_part<T, HEADS, 0>;
+  score(part, queries, vectors, first_lanes(words - (vectors - 1) * kLanes), scores);
+  for (int g = 0; g < HEADS; ++g) {
+    const int64_t row = part.row * a.group + first + g;
+    float* copy = a.weights ? a.weights + row * a.max_length + part.first : nullptr;
+    partials[first + g] =
+        weigh_part<T>(scores + g * kPartTokens, part.count, a.scale * kLog2E, copy);
+  }
+  const auto add = a.dim % kBlockDims == 0 ? add_part<T, HEADS, true> : add_part<T, HEADS, false>;
+  add(part, scores, a.dim, out_stride, out + first * out_stride);
 }
-
-constexpr int kMaxHeads = 4;  // query heads that go through a part together
 
 // One part: its Partials, its unnormalised outputs [G, out_stride], its weights if wanted.
 template <class T>
 void attend_part(const Arguments& a, Part<typename T::Number>& part, Partial* partials,
                  int64_t out_stride, float* out) {
-  using Number = typename T::Number;
-  alignas(64) uint32_t queries[kMaxHeads * kMaxDim];
-  alignas(64) float scores[kMaxHeads * kPartTokens];
-  const int words = a.dim / T::kPerWord;
-  const int vectors = ceil_div(words, kLanes);
-  const int64_t sequence = part.row / a.num_heads;
-  const int64_t head = part.row % a.num_heads;
-  const Number* q =
-      static_cast<const Number*>(a.q) + sequence * a.q_stride + head * a.group * a.dim;
-  for (int g = 0; g < a.group; g += kMaxHeads) {
-    const int num_heads = std::min(kMaxHeads, a.group - g);
-    for (int i = 0; i < num_heads; ++i) {
-      for (int c = 0; c < vectors; ++c) {
-        const auto* from = q + (g + i) * a.dim + c * kLanes * T::kPerWord;
-        _mm512_store_si512(queries + (i * vectors + c) * kLanes,
-                           _mm512_maskz_loadu_epi32(first_lanes(words - c * kLanes), from));
-      }
-    }
-    const __mmask16 last = first_lanes(words - (vectors - 1) * kLanes);
-    const auto score = words == 2 * kLanes   ? score_part<T, 2>
-                       : words == 4 * kLanes ? score_part<T, 4>
-                                             : score_part<T, 0>;
-    score(part, queries, num_heads, vectors, last, scores);
-    for (int i = 0; i < num_heads; ++i) {
-      float* copy = a.weights ? a.weights + (part.row * a.group + g + i) * a.max_length + part.first
-                              : nullptr;
-      partials[g + i] =
-          weigh_part<T>(scores + i * kPartTokens, part.count, a.scale * kLog2E, copy);
-    }
-    const auto add = a.dim % kBlockDims == 0 ? add_part<T, true> : add_part<T, false>;
-    add(num_heads, part, scores, a.dim, out_stride, out + g * out_stride);
+  int first = 0;
+  for (; a.group - first >= 4; first += 4) {
+    attend_heads<T, 4>(a, part, first, partials, out_stride, out);
+  }
+  switch (a.group - first) {
+    case 3: return attend_heads<T, 3>(a, part, first, partials, out_stride, out);
+    case 2: return attend_heads<T, 2>(a, part, first, partials, out_stride, out);
+    case 1: return attend_heads<T, 1>(a, part, first, partials, out_stride, out);
   }
 }
 
