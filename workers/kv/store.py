@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .integrity import check_integrity
 from .pool import PagePool
 from .table import RowTable, spans
 
@@ -427,44 +428,13 @@ class KVStore:
             rows = tokens if source is None else tokens.index_select(0, source)
             stored.index_copy_(0, target, rows.view(-1, *stored.shape[1:]))
 
-    # -- proof ------------------------------------------------------------------------------
-
     def check_integrity(self) -> None:
         """Prove that every page is free, or owned by as many rows as its reference count says.
 
         Raises:
             AssertionError: what does not match.
         """
-        table, pool = self.table, self.pool
-        _require((table.kept >= 0).all(), "a row keeps fewer than 0 tokens")
-        too_long = np.argwhere(table.kept > table.max_row_tokens)
-        _require(not len(too_long), f"rows longer than {table.max_row_tokens}: {too_long[:5]}")
-        owned = table.flat_pages[table.used_entries(table.first_entry, table.kept)]
-        valid = (owned >= 0) & (owned < pool.num_pages)
-        _require(valid.all(), f"page ids out of range: {owned[~valid][:5]}")
-        references = np.bincount(owned, minlength=pool.num_pages)
-        wrong = np.flatnonzero(references != pool.refcount)
-        _require(
-            not len(wrong),
-            f"pages {wrong[:5]} have {references[wrong[:5]]} owners but reference counts"
-            f" {pool.refcount[wrong[:5]]}",
-        )
-        free = np.sort(pool.free_pages)
-        _require(
-            np.array_equal(free, np.flatnonzero(references == 0)),
-            f"{len(free)} pages on the free stack ({len(np.unique(free))} different), but"
-            f" {np.count_nonzero(references == 0)} pages have no owner",
-        )
-        _require(
-            pool.any_shared == bool((references > 1).any()),
-            f"any_shared is {pool.any_shared}, the tables say otherwise",
-        )
-        if table.mirrored:
-            same = np.array_equal(table.device_kept.cpu().numpy(), table.kept)
-            _require(same, "lengths on the device differ from the host's")
-            used = table.used_entries(table.first_entry, table.kept)
-            same = np.array_equal(table.device_pages.cpu().numpy().reshape(-1)[used], owned)
-            _require(same, "page tables on the device differ from the host's")
+        check_integrity(self.table, self.pool)
 
 
 def _counts(indices: Tensor | Sequence[Tensor]) -> NDArray[np.int32]:
@@ -493,8 +463,3 @@ def _first_moved(indices: Tensor | Sequence[Tensor]) -> NDArray[np.int32]:
         moved = np.flatnonzero(positions != np.arange(len(positions)))
         firsts.append(moved[0] if len(moved) else len(positions))
     return np.array(firsts, dtype=np.int32)
-
-
-def _require(condition: bool | np.bool_, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)

@@ -1,0 +1,48 @@
+"""Proof that every page has exactly the owners that the tables say."""
+
+import numpy as np
+
+from .pool import PagePool
+from .table import RowTable
+
+
+def check_integrity(table: RowTable, pool: PagePool) -> None:
+    """Check lengths, owners, reference counts, the free stack and the device's copies.
+
+    Raises:
+        AssertionError: what does not match.
+    """
+    _require((table.kept >= 0).all(), "a row keeps fewer than 0 tokens")
+    too_long = np.argwhere(table.kept > table.max_row_tokens)
+    _require(not len(too_long), f"rows longer than {table.max_row_tokens}: {too_long[:5]}")
+    owned = table.flat_pages[table.used_entries(table.first_entry, table.kept)]
+    valid = (owned >= 0) & (owned < pool.num_pages)
+    _require(valid.all(), f"page ids out of range: {owned[~valid][:5]}")
+    references = np.bincount(owned, minlength=pool.num_pages)
+    wrong = np.flatnonzero(references != pool.refcount)
+    _require(
+        not len(wrong),
+        f"pages {wrong[:5]} have {references[wrong[:5]]} owners but reference counts"
+        f" {pool.refcount[wrong[:5]]}",
+    )
+    free = np.sort(pool.free_pages)
+    _require(
+        np.array_equal(free, np.flatnonzero(references == 0)),
+        f"{len(free)} pages on the free stack ({len(np.unique(free))} different), but"
+        f" {np.count_nonzero(references == 0)} pages have no owner",
+    )
+    _require(
+        pool.any_shared == bool((references > 1).any()),
+        f"any_shared is {pool.any_shared}, the tables say otherwise",
+    )
+    if table.mirrored:
+        same = np.array_equal(table.device_kept.cpu().numpy(), table.kept)
+        _require(same, "lengths on the device differ from the host's")
+        used = table.used_entries(table.first_entry, table.kept)
+        same = np.array_equal(table.device_pages.cpu().numpy().reshape(-1)[used], owned)
+        _require(same, "page tables on the device differ from the host's")
+
+
+def _require(condition: bool | np.bool_, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
