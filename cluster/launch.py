@@ -57,8 +57,9 @@ def start_lines(engine: EngineDescription) -> list[str]:
 def _worker_line(w: WorkerInfo) -> str:
     return (
         f"rank {w.rank} on {w.hostname}: layers {w.start_layer} to {w.stop_layer - 1}, "
-        f"kv heads {w.start_head} to {w.stop_head - 1}, {w.device}, {w.dtype}, "
-        f"attention {w.attention_backend} ({w.attention_reason}), "
+        f"kv heads {w.start_head} to {w.stop_head - 1}, {w.device}, {w.dtype} "
+        f"({w.dtype_reason}), attention {w.attention_backend} ({w.attention_reason}), "
+        f"linear {w.linear_backend} ({w.linear_reason}), "
         f"weights {w.memory.weight_bytes / MIB:.0f} MiB, pool {w.memory.pool_bytes / MIB:.0f} MiB "
         f"= {w.num_pages} pages of {w.page_tokens} tokens"
     )

@@ -58,6 +58,9 @@ class EngineConfig(BaseModel):
     )
 
     attention_backend: str = "auto"
+    linear_backend: Literal["auto", "torch", "native"] = Field(
+        "auto", description="'native': our own bf16 CPU kernels, compiled once per machine."
+    )
     tensor_parallel_size: int = Field(1, ge=1)
     pipeline_parallel_size: int = Field(1, ge=1)
     layer_split: tuple[int, ...] | None = Field(

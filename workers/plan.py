@@ -191,6 +191,9 @@ class WorkerInfo:
     dtype: str
     attention_backend: str
     attention_reason: str
+    linear_backend: str
+    linear_reason: str
+    dtype_reason: str
     memory: WorkerMemory
     hostname: str
     pid: int

@@ -38,7 +38,8 @@ from .memory import (
     reuse_freed_memory,
 )
 from .mesh import Mesh, MeshLayout, head_shard, layer_split
-from .models.decoder import Decoder, DecoderLayer, chunks
+from .models.decoder import Decoder, choose_linear_backend, chunks
+from .models.layer import QKV, Layer, Places
 from .models.spec import load_spec
 from .models.weights import open_weights
 from .plan import (
@@ -64,13 +65,10 @@ HEAD_SHARE = 0.25
 
 @dataclass
 class ParkedPrefill:
-    """A prefill group between two layer ranges.
-
-    Hidden states are [T, E]; `angles` are the cosines and sines of the positions, [T, 1, D/2] each.
-    """
+    """A prefill group between two layer ranges: hidden states [T, E] and where they stand."""
 
     hidden_TE: Tensor
-    angles: tuple[Tensor, Tensor]
+    places: Places
     cu: CuSeqlens
 
     @property
@@ -81,7 +79,7 @@ class ParkedPrefill:
     @property
     def num_bytes(self) -> int:
         """Bytes that the group holds while it is parked."""
-        return self.hidden_TE.nbytes + sum(angle.nbytes for angle in self.angles)
+        return self.hidden_TE.nbytes + self.places.num_bytes
 
 
 class Worker:
@@ -117,6 +115,9 @@ class Worker:
         self.backend, backend_reason = get_backend(
             config.attention_backend, self.device, self.dtype
         )
+        linear_backend, linear_reason = choose_linear_backend(
+            config.linear_backend, self.device, self.dtype
+        )
         self.max_model_len = config.max_model_len or self.spec.max_position
         shards = [
             head_shard(self.spec.num_query_heads, self.spec.num_kv_heads, layout.tensor_size, t)
@@ -134,7 +135,13 @@ class Worker:
             config.model, self.spec, config.load_format, self.dtype, self.device, config.seed
         ) as source:
             self.decoder = Decoder(
-                self.spec, self.mesh, self.heads, self.layers, source, self.max_model_len
+                self.spec,
+                self.mesh,
+                self.heads,
+                self.layers,
+                source,
+                self.max_model_len,
+                linear_backend,
             )
         self.scale = self.spec.head_dim**-0.5
         self.slots = SlotTable(config.max_num_seqs, self.max_model_len + 1)
@@ -179,7 +186,10 @@ class Worker:
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
             attention_backend=self.backend.name,
-            attention_reason=f"{backend_reason}; dtype: {dtype_reason}",
+            attention_reason=backend_reason,
+            linear_backend=linear_backend,
+            linear_reason=linear_reason,
+            dtype_reason=dtype_reason,
             memory=self.meter.snapshot(0),
             hostname=os.uname().nodename,
             pid=os.getpid(),
@@ -288,15 +298,15 @@ class Worker:
         torch.cuda.reset_peak_memory_stats(self.device)
         hidden = torch.zeros(tokens, self.spec.hidden_size, dtype=self.dtype, device=self.device)
         length = min(tokens, self.max_model_len)
-        angles = self.decoder.rotary.lookup(self._to_device(np.arange(tokens) % length))
+        places = self.decoder.places(self._to_device(np.arange(tokens) % length))
         lengths = [length] * (tokens // length) + ([tokens % length] if tokens % length else [])
-        parked = ParkedPrefill(hidden, angles, CuSeqlens.of(lengths, self.device))
+        parked = ParkedPrefill(hidden, places, CuSeqlens.of(lengths, self.device))
         weights = self.decoder.layers[0]
         q, k, v = self._project_prompts(weights, parked)
         attended = self.backend.prefill(q, k, v, parked.cu, parked.cu, self.scale)
         self._mass(q[-64:], k[:length])
         for chunk in chunks(tokens, self.config.linear_chunk_tokens):
-            weights.finish(hidden[chunk], attended[chunk], self.mesh)
+            weights.finish(hidden[chunk], attended[chunk])
         if self.head is not None:
             self.decoder.logits(hidden[: self.config.max_num_seqs])
         peak = torch.cuda.max_memory_allocated(self.device)
@@ -349,8 +359,8 @@ class Worker:
     def _park(self, slots: tuple[int, ...], hidden_TE: Tensor) -> ParkedPrefill:
         lengths = [self.slots[slot].prompt_tokens for slot in slots]
         positions = np.concatenate([np.arange(n) for n in lengths])
-        angles = self.decoder.rotary.lookup(self._to_device(positions))
-        return ParkedPrefill(hidden_TE, angles, CuSeqlens.of(lengths, self.device))
+        places = self.decoder.places(self._to_device(positions))
+        return ParkedPrefill(hidden_TE, places, CuSeqlens.of(lengths, self.device))
 
     def _prefill_layer(self, layer: int, slots: tuple[int, ...], parked: ParkedPrefill) -> None:
         """Replace the parked hidden states by those after `layer`; keep what retention selects."""
@@ -361,7 +371,7 @@ class Worker:
         del q, k, v
         for chunk in chunks(parked.num_tokens, self.config.linear_chunk_tokens):
             hidden = parked.hidden_TE[chunk]
-            hidden.copy_(weights.finish(hidden, attended[chunk], self.mesh))
+            weights.finish(hidden, attended[chunk], out=hidden)
 
     def _prefill_last_layer(self, slots: tuple[int, ...], parked: ParkedPrefill) -> Tensor:
         """The model's last layer: queries and MLP only where the next token comes from, [N, E]."""
@@ -372,30 +382,31 @@ class Worker:
         one_each = CuSeqlens.of([1] * len(slots), self.device)
         attended = self.backend.prefill(q[last_N], k, v, one_each, parked.cu, self.scale)
         self._retain(layer, slots, parked, q, k, v)
-        return weights.finish(parked.hidden_TE[last_N], attended, self.mesh)
+        return weights.finish(parked.hidden_TE[last_N], attended)
 
-    def _project_prompts(
-        self, weights: DecoderLayer, parked: ParkedPrefill
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project_prompts(self, weights: Layer, parked: ParkedPrefill) -> QKV:
         """Queries [T, Hq, D], keys and values [T, H, D] of whole prompts, chunk by chunk."""
         num_tokens, dim = parked.num_tokens, self.spec.head_dim
         new = parked.hidden_TE.new_empty
-        q = new(num_tokens, len(self.heads.query), dim)
-        k = new(num_tokens, len(self.heads.kv), dim)
-        v = new(num_tokens, len(self.heads.kv), dim)
+        num_queries, num_keys = len(self.heads.query), len(self.heads.kv)
+        qkv = QKV(
+            new(num_tokens, num_queries, dim),
+            new(num_tokens, num_keys, dim),
+            new(num_tokens, num_keys, dim),
+        )
         for chunk in chunks(num_tokens, self.config.linear_chunk_tokens):
-            angles = (parked.angles[0][chunk], parked.angles[1][chunk])
-            q[chunk], k[chunk], v[chunk] = weights.project(parked.hidden_TE[chunk], angles)
+            hidden, places = parked.hidden_TE[chunk], parked.places.part(chunk)
+            weights.project(hidden, places, out=qkv.part(chunk))
         chunk_tokens = min(num_tokens, self.config.linear_chunk_tokens)
         self.meter.see_prefill(
-            kv_bytes=k.nbytes + v.nbytes + self._prefill_page_bytes(),
+            kv_bytes=qkv.k.nbytes + qkv.v.nbytes + self._prefill_page_bytes(),
             activation_bytes=(
                 sum(p.num_bytes for p in self._parked.values())
-                + 2 * q.nbytes  # queries + attention output
-                + chunk_tokens * weights.activation_bytes_per_token(q.itemsize)
+                + 2 * qkv.q.nbytes  # queries + attention output
+                + chunk_tokens * weights.activation_bytes_per_token(qkv.q.itemsize)
             ),
         )
-        return q, k, v
+        return qkv
 
     def _prefill_page_bytes(self) -> int:
         pages = sum(self.kv.pages_of(slot) for slots in self._parked for slot in slots)
@@ -464,11 +475,11 @@ class Worker:
             with self._timed("receive"):
                 hidden = self.mesh.recv_hidden(shape, self.dtype)
         with self._timed("decode"):
-            angles = self.decoder.rotary.lookup(self._to_device(batch.positions))
+            places = self.decoder.places(self._to_device(batch.positions))
             for index, weights in enumerate(self.decoder.layers):
-                q, k, v = weights.project(hidden, angles)
+                q, k, v = weights.project(hidden, places)
                 attended = batch.attend(self.kv, self.backend, index, q, k, v, self.scale)
-                hidden = weights.finish(hidden, attended, self.mesh)
+                hidden = weights.finish(hidden, attended, out=hidden)
         if self.mesh.is_last_stage:
             return hidden
         self.mesh.send_hidden(hidden)

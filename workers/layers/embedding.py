@@ -16,11 +16,17 @@ def read_vocab_rows(source: WeightSource, name: str, shard: VocabShard) -> torch
 
 @dataclass(slots=True)
 class VocabEmbedding:
-    """Token embedding; weight [size, E] holds the rows of `shard`."""
+    """Token embedding; weight [size, E] holds the rows of `shard`. If `tied` it is the head's."""
 
     weight: torch.Tensor
     shard: VocabShard
     mesh: Mesh
+    tied: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight, where it is not the head's."""
+        return 0 if self.tied else self.weight.nbytes
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids int64 [T] -> hidden states [T, E], the same on all tensor ranks."""
@@ -39,6 +45,11 @@ class LMHead:
     weight: torch.Tensor
     shard: VocabShard
     mesh: Mesh
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight."""
+        return self.weight.nbytes
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [S, E] -> logits fp32 [S, vocab_size] on every tensor rank."""

@@ -1,80 +1,59 @@
-"""The one decoder: Llama-class layers of one rank, computed chunk by chunk over packed tokens.
+"""The one decoder: Llama-class layers of one rank, with embedding and head where it has them.
 
-Nothing here knows about pages, batches or plans; `workers/worker.py` walks the layers.
+Nothing here knows about pages, batches or plans; `workers/worker.py` walks the layers. How a layer
+is computed is `layer.py` (torch) or `native_layer.py` (our CPU kernels).
 
-Shapes: T packed tokens, N sequences, S sampled positions, E hidden size, Hq local query heads,
-H local kv heads, D head dim, F local intermediate size, V padded vocabulary.
+Shapes: T packed tokens, S sampled positions, E hidden size, V vocabulary.
 """
 
-from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from saqqara.workers.layers.embedding import LMHead, VocabEmbedding, read_vocab_rows
 from saqqara.workers.layers.linear import Linear, column_parallel, row_parallel
 from saqqara.workers.layers.norm import rms_norm
-from saqqara.workers.layers.rotary import RotaryTable, rotate
-from saqqara.workers.mesh import HeadShard, Mesh, intermediate_shard, vocab_shard
+from saqqara.workers.layers.rotary import RotaryTable
+from saqqara.workers.mesh import HeadShard, Mesh, VocabShard, intermediate_shard, vocab_shard
 
+from .layer import Layer, LayerWeights, Places, TorchLayer
 from .spec import ModelSpec
 from .weights import WeightSource
 
 
-@dataclass(frozen=True)
-class DecoderLayer:
-    """Weights of one layer's shard and what they compute.
+class End(Protocol):
+    """The embedding (token ids to hidden states) or the head (hidden states to logits)."""
 
-    `qkv` maps E to (Hq + 2 H) D, `gate_up` E to 2 F; `output` and `down` give partial sums that
-    are reduced over the tensor group.
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight; 0 where it is another end's."""
+        ...
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """Int64 [T] -> [T, E], or [S, E] -> fp32 [S, V]."""
+        ...
+
+
+def choose_linear_backend(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """What computes the linear layers, `native` or `torch`, and why.
+
+    Raises:
+        ValueError: `native` is asked for and cannot be had.
     """
+    if name == "torch":
+        return "torch", "as set"
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        reason: str | None = f"it is for bfloat16 on a CPU, not {str(dtype)[6:]} on {device.type}"
+    else:
+        from saqqara.workers.native.build import unavailable_reason
 
-    num_query_heads: int
-    num_kv_heads: int
-    head_dim: int
-    eps: float
-    attention_norm: Tensor
-    qkv: Linear
-    query_norm: Tensor | None
-    key_norm: Tensor | None
-    output: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
-
-    def project(
-        self, hidden_TE: Tensor, angles: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [T, Hq, D], rotated keys and values [T, H, D] of hidden states.
-
-        `angles` are the cosines and sines of the tokens' positions, [T, 1, D/2] each.
-        """
-        qkv = self.qkv(rms_norm(hidden_TE, self.attention_norm, self.eps))
-        qkv = qkv.view(-1, self.num_query_heads + 2 * self.num_kv_heads, self.head_dim)
-        values = self.num_query_heads + self.num_kv_heads
-        q, k, v = (
-            qkv[:, : self.num_query_heads],
-            qkv[:, self.num_query_heads : values],
-            qkv[:, values:],
-        )
-        if self.query_norm is not None and self.key_norm is not None:
-            q = rms_norm(q, self.query_norm, self.eps)
-            k = rms_norm(k, self.key_norm, self.eps)
-        return rotate(q, *angles), rotate(k, *angles), v
-
-    def finish(self, hidden_TE: Tensor, attended_THD: Tensor, mesh: Mesh) -> Tensor:
-        """Hidden states after the layer, from those before it and the attention output."""
-        attended = attended_THD.reshape(attended_THD.shape[0], -1)
-        hidden = hidden_TE + mesh.all_reduce(self.output(attended))
-        gate, up = self.gate_up(rms_norm(hidden, self.mlp_norm, self.eps)).chunk(2, dim=-1)
-        return hidden + mesh.all_reduce(self.down(silu(gate).mul_(up)))
-
-    def activation_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of the largest temporaries of `project` or `finish`, per token of a chunk."""
-        hidden = self.attention_norm.shape[0]
-        project = hidden + 2 * self.qkv.weight.shape[0]  # normed + fused + rotated
-        finish = 3 * hidden + 2 * self.gate_up.weight.shape[0]  # hidden, sum, normed + gate-up, act
-        return max(project, finish) * itemsize
+        reason = unavailable_reason()
+    if reason is None:
+        return "native", "as set" if name == "native" else "auto: packed weights, fused layers"
+    if name == "native":
+        raise ValueError(f"linear_backend='native' cannot be had here: {reason}")
+    return "torch", f"auto: no native kernels ({reason})"
 
 
 class Decoder:
@@ -94,52 +73,79 @@ class Decoder:
         layer_range: range,
         source: WeightSource,
         max_position: int,
+        linear_backend: str = "torch",
     ) -> None:
         self.spec = spec
         self.mesh = mesh
         self.start_layer = layer_range.start
         self.stop_layer = layer_range.stop
         self.rotary = RotaryTable(spec.rope, spec.head_dim, max_position, source.device)
-        self.layers = tuple(_load_layer(spec, mesh, heads, source, n) for n in layer_range)
-        names = spec.family_flags.names
-        vocab = vocab_shard(spec.vocab_size, mesh.layout.tensor_size, mesh.tensor_rank)
-        self.embedding: VocabEmbedding | None = None
-        self.head: LMHead | None = None
+        self._native = linear_backend == "native"
+        self.layers = tuple(
+            self._compute(_load_layer(spec, mesh, heads, source, layer)) for layer in layer_range
+        )
+        self.embedding: End | None = None
+        self.head: End | None = None
         self.final_norm: Tensor | None = None
-        embedding_weight: Tensor | None = None
-        if mesh.is_first_stage or (mesh.is_last_stage and spec.tie_embeddings):
-            embedding_weight = read_vocab_rows(source, names.embedding, vocab)
-        if mesh.is_first_stage:
-            assert embedding_weight is not None
-            self.embedding = VocabEmbedding(embedding_weight, vocab, mesh)
         if mesh.is_last_stage:
-            tied = embedding_weight if spec.tie_embeddings else None
-            head_weight = read_vocab_rows(source, names.head, vocab) if tied is None else tied
-            self.head = LMHead(head_weight, vocab, mesh)
-            self.final_norm = source.read(names.final_norm)
+            self.final_norm = source.read(spec.family_flags.names.final_norm)
+        self._load_ends(source)
+
+    def _compute(self, weights: LayerWeights) -> Layer:
+        if self._native:
+            from .native_layer import NativeLayer
+
+            return NativeLayer(weights, self.rotary, self.mesh)
+        return TorchLayer(weights, self.mesh)
+
+    def _load_ends(self, source: WeightSource) -> None:
+        """Read embedding and head where this rank has them; a tied weight is read once."""
+        spec, mesh, names = self.spec, self.mesh, self.spec.family_flags.names
+        vocab = vocab_shard(spec.vocab_size, mesh.layout.tensor_size, mesh.tensor_rank)
+        if mesh.is_last_stage:
+            name = names.embedding if spec.tie_embeddings else names.head
+            weight = read_vocab_rows(source, name, vocab)
+            self.head, tied = self._make_head(weight, vocab)
+            if mesh.is_first_stage and spec.tie_embeddings:
+                self.embedding = tied
+        if mesh.is_first_stage and self.embedding is None:
+            weight = read_vocab_rows(source, names.embedding, vocab)
+            self.embedding = VocabEmbedding(weight, vocab, mesh)
+
+    def _make_head(self, weight: Tensor, vocab: VocabShard) -> tuple[End, End]:
+        """The head, and an embedding that shares its weight."""
+        if self._native:
+            from saqqara.workers.native.linear import PackedLinear
+
+            from .native_layer import NativeEmbedding, NativeHead
+
+            packed = PackedLinear(weight)
+            return (
+                NativeHead(packed, vocab, self.mesh),
+                NativeEmbedding(packed, vocab, self.mesh),
+            )
+        head = LMHead(weight, vocab, self.mesh)
+        return head, VocabEmbedding(weight, vocab, self.mesh, tied=True)
+
+    def places(self, positions_T: Tensor) -> Places:
+        """Positions int64 [T], with what the layers need to rotate queries and keys there."""
+        return Places(positions_T, None if self._native else self.rotary.lookup(positions_T))
 
     def logits(self, hidden_SE: Tensor) -> Tensor:
-        """Logits, fp32 [S, vocab_size], of the last layer's hidden states (last stage only)."""
+        """Logits, fp32 [S, V], of the last layer's hidden states (last stage only)."""
         assert self.head is not None
         assert self.final_norm is not None
         return self.head(rms_norm(hidden_SE, self.final_norm, self.spec.rms_norm_eps))
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights on this rank; a tied embedding counts once."""
-        tensors: list[Tensor] = []
-        for layer in self.layers:
-            tensors += [layer.attention_norm, layer.mlp_norm]
-            tensors += [norm for norm in (layer.query_norm, layer.key_norm) if norm is not None]
-            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
-                tensors += [t for t in (linear.weight, linear.bias) if t is not None]
-        tensors += [part.weight for part in (self.embedding, self.head) if part is not None]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
+        """Bytes of all weights on this rank."""
+        ends = (self.embedding, self.head)
+        return sum(part.num_bytes for part in (*self.layers, *ends) if part is not None)
 
 
 def _load_layer(
     spec: ModelSpec, mesh: Mesh, heads: HeadShard, source: WeightSource, layer: int
-) -> DecoderLayer:
+) -> LayerWeights:
     names, dim = spec.family_flags.names, spec.head_dim
     query = range(heads.query.start * dim, heads.query.stop * dim)
     kv = range(heads.kv.start * dim, heads.kv.stop * dim)
@@ -154,7 +160,7 @@ def _load_layer(
     def by_rows(part: str, columns: range, has_bias: bool) -> Linear:
         return row_parallel(source, name(part), columns, has_bias, mesh.tensor_rank)
 
-    return DecoderLayer(
+    return LayerWeights(
         num_query_heads=len(heads.query),
         num_kv_heads=len(heads.kv),
         head_dim=dim,

@@ -16,14 +16,18 @@ namespace saqqara {
 namespace {
 
 #ifndef PFT
-#define PFT 32
+#define PFT 4
 #endif
 #ifndef PFH
 #define PFH _MM_HINT_T0
 #endif
 constexpr int kPartTokens = 256;
-constexpr int kPrefetchTokens = PFT;  // how long before its use a row is requested from memory
-constexpr int kBlockVectors = 4;     // of the output, summed together: 64 dims
+constexpr int kChunkTokens = kLanes;  // read from one address
+constexpr int kMaxChunks = kPartTokens / kChunkTokens;
+constexpr int kPrefetchChunks = PFT;  // how long before its use a chunk is requested from memory
+constexpr int kMaxHeads = 3;        // query heads that go through a part together
+constexpr int kPatternWords = 8;    // of a key; a vector has those of two tokens
+constexpr int kBlockVectors = 4;    // of the output, summed together: 64 dims
 constexpr int kBlockDims = kBlockVectors * kLanes;
 
 struct Arguments {
@@ -39,19 +43,22 @@ struct Arguments {
   int num_threads;
 };
 
-// Tokens `first` to `first + count` of a row, and where they lie, in the order in which they are
-// read: keys, values, then the first keys of the part that the thread does next.
+// Tokens `first` to `first + count` of a row, and where each chunk of them lies, in the order in
+// which they are read: keys, values, then the first keys of the part that the thread does next.
+// Tokens of a chunk beyond the count lie there too, but mean nothing.
 template <class Number>
 struct Part {
   int64_t index;
   int64_t row;
   int64_t first;
   int count;
-  int padded;  // whole vectors of scores; beyond the count, the last token again
-  const Number* rows[2 * kPartTokens + kPrefetchTokens];
+  int num_chunks;
+  const Number* chunks[2 * kMaxChunks + kPrefetchChunks];
+  std::vector<Number> copies;  // of tokens whose pages are not whole chunks
 
-  const Number** keys() { return rows; }
-  const Number** values() { return rows + padded; }
+  const Number* const* keys() const { return chunks; }
+  const Number* const* values() const { return chunks + num_chunks; }
+  const Number** end() { return chunks + 2 * num_chunks; }
 };
 
 // What a part contributes to its row, for each of the G query heads.
@@ -85,21 +92,36 @@ class Parts {
     part.row = after - first_part_.begin() - 1;
     part.first = (part.index - first_part_[part.row]) * kPartTokens;
     part.count = std::min<int64_t>(kPartTokens, a_.lengths[part.row] - part.first);
-    part.padded = ceil_div(part.count, kLanes) * kLanes;
-    const Keys<Number> keys{static_cast<const Number*>(a_.k_pages),
-                            static_cast<const Number*>(a_.v_pages),
-                            a_.page_table + part.row * a_.max_pages,
-                            a_.page_tokens,
-                            a_.lengths[part.row],
-                            nullptr,
-                            nullptr,
-                            0,
-                            0,
-                            a_.dim};
-    keys.locate(part.first, part.count, part.keys(), part.values());
-    std::fill(part.keys() + part.count, part.keys() + part.padded, part.keys()[part.count - 1]);
-    std::fill(part.values() + part.count, part.values() + part.padded,
-              part.values()[part.count - 1]);
+    part.num_chunks = ceil_div(part.count, kChunkTokens);
+    const auto* k_pages = static_cast<const Number*>(a_.k_pages);
+    const auto* v_pages = static_cast<const Number*>(a_.v_pages);
+    const int32_t* pages = a_.page_table + part.row * a_.max_pages;
+    const Number** k_chunks = part.chunks;
+    const Number** v_chunks = part.chunks + part.num_chunks;
+    if (a_.page_tokens % kChunkTokens == 0) {
+      for (int i = 0; i < part.num_chunks; ++i) {
+        const int64_t token = part.first + i * kChunkTokens;
+        const int64_t page = pages[token / a_.page_tokens];
+        const int64_t at = (page * a_.page_tokens + token % a_.page_tokens) * a_.dim;
+        k_chunks[i] = k_pages + at;
+        v_chunks[i] = v_pages + at;
+      }
+      return true;
+    }
+    const int64_t chunk_numbers = int64_t(kChunkTokens) * a_.dim;
+    part.copies.resize(2 * kMaxChunks * chunk_numbers);
+    for (int i = 0; i < part.num_chunks; ++i) {
+      k_chunks[i] = part.copies.data() + i * chunk_numbers;
+      v_chunks[i] = k_chunks[i] + kMaxChunks * chunk_numbers;
+    }
+    for (int i = 0; i < part.count; ++i) {
+      const int64_t token = part.first + i;
+      const int64_t page = pages[token / a_.page_tokens];
+      const int64_t at = (page * a_.page_tokens + token % a_.page_tokens) * a_.dim;
+      Number* to = part.copies.data() + int64_t(i) * a_.dim;
+      std::copy_n(k_pages + at, a_.dim, to);
+      std::copy_n(v_pages + at, a_.dim, to + kMaxChunks * chunk_numbers);
+    }
     return true;
   }
 
@@ -112,36 +134,56 @@ class Parts {
 // Requests the cache line at an address.
 inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), PFH); }
 
-// scores[head][token], unscaled. A key is VECTORS vectors of words; 0: any number, `vectors`, the
-// last of which has only the lanes `last`.
-template <class T, int HEADS, int VECTORS>
-void score_part(Part<typename T::Number>& part, const uint32_t* queries, int vectors,
-                __mmask16 last, float* scores) {
-  const typename T::Number* const* keys = part.keys();
-  const int num_vectors = VECTORS ? VECTORS : vectors;
-  for (int t = 0; t < part.padded; t += kLanes) {
-#pragma GCC unroll 4
+// The same 8 words of two tokens, side by side.
+template <bool FULL>
+[[gnu::always_inline]] inline __m512i load_pattern(const void* low, const void* high,
+                                                   __mmask8 mask) {
+  const __m256i a = FULL ? _mm256_loadu_si256(static_cast<const __m256i*>(low))
+                         : _mm256_maskz_loadu_epi32(mask, low);
+  const __m256i b = FULL ? _mm256_loadu_si256(static_cast<const __m256i*>(high))
+                         : _mm256_maskz_loadu_epi32(mask, high);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+}
+
+// scores[head][token], unscaled. `queries` holds patterns, [pattern][head][8 words, twice].
+template <class T, int HEADS, bool FULL>
+void score_part(const Part<typename T::Number>& part, const uint32_t* queries, int dim,
+                float* scores) {
+  using Number = typename T::Number;
+  const int words = dim / T::kPerWord;
+  for (int n = 0; n < part.num_chunks; ++n) {
+    const Number* chunk = part.keys()[n];
+    const Number* ahead = part.keys()[n + kPrefetchChunks];
+    __m512 sum[HEADS][kChunkTokens / 2];
+#pragma GCC unroll 3
     for (int g = 0; g < HEADS; ++g) {
-      __m512 sum[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) sum[i] = _mm512_setzero_ps();
-#pragma GCC unroll 4
-      for (int c = 0; c < num_vectors; ++c) {
-        const __m512i q = _mm512_load_si512(queries + (g * num_vectors + c) * kLanes);
-        const __mmask16 mask = c + 1 < num_vectors ? first_lanes(kLanes) : last;
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          const int offset = c * kLanes * T::kPerWord;
-          // Requests are spread over the heads: a burst of them would fill the queue of
-          // outstanding misses and hold up the loads behind it.
-          if (i % HEADS == g) prefetch(keys[t + i + kPrefetchTokens] + offset);
-          const auto* at = keys[t + i] + offset;
-          const __m512i key =
-              VECTORS ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi32(mask, at);
-          sum[i] = T::mul_add(key, q, sum[i]);
-        }
+#pragma GCC unroll 8
+      for (int i = 0; i < kChunkTokens / 2; ++i) sum[g][i] = _mm512_setzero_ps();
+    }
+    for (int p = 0; p * kPatternWords < words; ++p) {
+      const __mmask8 mask = first_lanes(words - p * kPatternWords);
+      __m512i q[HEADS];
+#pragma GCC unroll 3
+      for (int g = 0; g < HEADS; ++g) {
+        q[g] = _mm512_load_si512(queries + (p * HEADS + g) * kLanes);
       }
-      _mm512_store_ps(scores + g * kPartTokens + t, sum_lanes(sum));
+      const Number* at = chunk + p * kPatternWords * T::kPerWord;
+      // Requests are spread over the work: a burst of them would fill the queue of outstanding
+      // misses and hold up the loads behind it. A line holds two patterns.
+      const Number* request =
+          ahead + (p & 1) * kChunkTokens / 2 * dim + (p / 2) * kLanes * T::kPerWord;
+#pragma GCC unroll 8
+      for (int i = 0; i < kChunkTokens / 2; ++i) {
+        prefetch(request + i * dim);
+        const int token = pair_token(i);
+        const __m512i key = load_pattern<FULL>(at + token * dim, at + (token + 4) * dim, mask);
+#pragma GCC unroll 3
+        for (int g = 0; g < HEADS; ++g) sum[g][i] = T::mul_add(key, q[g], sum[g][i]);
+      }
+    }
+#pragma GCC unroll 3
+    for (int g = 0; g < HEADS; ++g) {
+      _mm512_store_ps(scores + g * kPartTokens + n * kChunkTokens, sum_halves(sum[g]));
     }
   }
 }
@@ -180,14 +222,15 @@ Partial weigh_part(float* scores, int count, float factor, float* copy) {
 // 64 dims of the values of one word's tokens, as words. The lanes of bf16 come out of order;
 // `store_dims` puts sums over them right.
 template <class T, bool FULL>
-[[gnu::always_inline]] inline void load_values(const typename T::Number* const* rows, int dims,
+[[gnu::always_inline]] inline void load_values(const typename T::Number* first,
+                                               const typename T::Number* second, int dims,
                                                __m512i (&to)[kBlockVectors]) {
   if constexpr (T::kPerWord == 2) {
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       const __mmask32 mask = FULL ? first_halves(32) : first_halves(dims - 32 * j);
-      const __m512i a = _mm512_maskz_loadu_epi16(mask, rows[0] + 32 * j);
-      const __m512i b = _mm512_maskz_loadu_epi16(mask, rows[1] + 32 * j);
+      const __m512i a = _mm512_maskz_loadu_epi16(mask, first + 32 * j);
+      const __m512i b = _mm512_maskz_loadu_epi16(mask, second + 32 * j);
       to[2 * j] = _mm512_unpacklo_epi16(a, b);
       to[2 * j + 1] = _mm512_unpackhi_epi16(a, b);
     }
@@ -195,7 +238,7 @@ template <class T, bool FULL>
 #pragma GCC unroll 4
     for (int j = 0; j < kBlockVectors; ++j) {
       const __mmask16 mask = FULL ? first_lanes(kLanes) : first_lanes(dims - kLanes * j);
-      to[j] = _mm512_maskz_loadu_epi32(mask, rows[0] + kLanes * j);
+      to[j] = _mm512_maskz_loadu_epi32(mask, first + kLanes * j);
     }
   }
 }
@@ -216,34 +259,38 @@ void store_dims(const __m512 (&sum)[kBlockVectors], float* to) {
 
 // out[head][dim], dims padded to whole blocks: the weighted sums of HEADS heads over the part.
 template <class T, int HEADS, bool FULL>
-void add_part(Part<typename T::Number>& part, const float* weights, int dim, int64_t out_stride,
-              float* out) {
-  const typename T::Number* const* values = part.values();
-  const auto* words = reinterpret_cast<const char*>(weights);
+void add_part(const Part<typename T::Number>& part, const float* weights, int dim,
+              int64_t out_stride, float* out) {
+  using Number = typename T::Number;
   for (int d = 0; d < dim; d += kBlockDims) {
     __m512 sum[HEADS][kBlockVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 3
     for (int g = 0; g < HEADS; ++g) {
 #pragma GCC unroll 4
       for (int j = 0; j < kBlockVectors; ++j) sum[g][j] = _mm512_setzero_ps();
     }
-    for (int t = 0; t < part.count; t += T::kPerWord) {
-      const typename T::Number* rows[T::kPerWord];
-      for (int i = 0; i < T::kPerWord; ++i) {
-        rows[i] = values[t + i] + d;
-        for (int j = 0; j < kBlockVectors / T::kPerWord; ++j) {
-          prefetch(values[t + i + kPrefetchTokens] + d + j * T::kPerWord * kLanes);
-        }
-      }
-      __m512i value[kBlockVectors];
-      load_values<T, FULL>(rows, dim - d, value);
-#pragma GCC unroll 4
-      for (int g = 0; g < HEADS; ++g) {
-        const __m512i weight = _mm512_broadcastd_epi32(
-            _mm_loadu_si32(words + (g * kPartTokens + t / T::kPerWord) * sizeof(float)));
+    for (int n = 0; n < part.num_chunks; ++n) {
+      const Number* chunk = part.values()[n] + d;
+      const Number* ahead = part.values()[n + kPrefetchChunks] + d;
+      const int count = std::min(kChunkTokens, part.count - n * kChunkTokens);
+      const float* weight = weights + n * kChunkTokens / T::kPerWord;
+      for (int t = 0; t < count; t += T::kPerWord) {
+        const Number* first = chunk + t * dim;
+        const Number* second = t + 1 < count ? first + dim : first;  // whose weight is 0
 #pragma GCC unroll 4
         for (int j = 0; j < kBlockVectors; ++j) {
-          sum[g][j] = T::mul_add(value[j], weight, sum[g][j]);
+          prefetch(ahead + (t + j % T::kPerWord) * dim + j / T::kPerWord * T::kPerWord * kLanes);
+        }
+        __m512i value[kBlockVectors];
+        load_values<T, FULL>(first, second, dim - d, value);
+#pragma GCC unroll 3
+        for (int g = 0; g < HEADS; ++g) {
+          const __m512i word = _mm512_broadcastd_epi32(
+              _mm_loadu_si32(weight + g * kPartTokens + t / T::kPerWord));
+#pragma GCC unroll 4
+          for (int j = 0; j < kBlockVectors; ++j) {
+            sum[g][j] = T::mul_add(value[j], word, sum[g][j]);
+          }
         }
       }
     }
@@ -253,27 +300,26 @@ void add_part(Part<typename T::Number>& part, const float* weights, int dim, int
 
 // HEADS query heads, from the one numbered `first` of the group, through a part.
 template <class T, int HEADS>
-void attend_heads(const Arguments& a, Part<typename T::Number>& part, int first, Partial* partials,
-                  int64_t out_stride, float* out) {
+void attend_heads(const Arguments& a, const Part<typename T::Number>& part, int first,
+                  Partial* partials, int64_t out_stride, float* out) {
   using Number = typename T::Number;
-  alignas(64) uint32_t queries[HEADS * kMaxDim];
+  alignas(64) uint32_t queries[2 * HEADS * kMaxDim];
   alignas(64) float scores[HEADS * kPartTokens];
   const int words = a.dim / T::kPerWord;
-  const int vectors = ceil_div(words, kLanes);
   const int64_t sequence = part.row / a.num_heads;
   const int64_t head = part.row % a.num_heads * a.group + first;
   const Number* q = static_cast<const Number*>(a.q) + sequence * a.q_stride + head * a.dim;
-  for (int g = 0; g < HEADS; ++g) {
-    for (int c = 0; c < vectors; ++c) {
-      const Number* from = q + g * a.dim + c * kLanes * T::kPerWord;
-      _mm512_store_si512(queries + (g * vectors + c) * kLanes,
-                         _mm512_maskz_loadu_epi32(first_lanes(words - c * kLanes), from));
+  for (int p = 0; p * kPatternWords < words; ++p) {
+    const __mmask8 mask = first_lanes(words - p * kPatternWords);
+    for (int g = 0; g < HEADS; ++g) {
+      const Number* from = q + g * a.dim + p * kPatternWords * T::kPerWord;
+      _mm512_store_si512(queries + (p * HEADS + g) * kLanes,
+                         load_pattern<false>(from, from, mask));
     }
   }
-  const auto score = words == 2 * kLanes   ? score_part<T, HEADS, 2>
-                     : words == 4 * kLanes ? score_part<T, HEADS, 4>
-                                           : score_part<T, HEADS, 0>;
-  score(part, queries, vectors, first_lanes(words - (vectors - 1) * kLanes), scores);
+  const auto score = words % kPatternWords == 0 ? score_part<T, HEADS, true>
+                                                : score_part<T, HEADS, false>;
+  score(part, queries, a.dim, scores);
   for (int g = 0; g < HEADS; ++g) {
     const int64_t row = part.row * a.group + first + g;
     float* copy = a.weights ? a.weights + row * a.max_length + part.first : nullptr;
@@ -286,16 +332,19 @@ void attend_heads(const Arguments& a, Part<typename T::Number>& part, int first,
 
 // One part: its Partials, its unnormalised outputs [G, out_stride], its weights if wanted.
 template <class T>
-void attend_part(const Arguments& a, Part<typename T::Number>& part, Partial* partials,
+void attend_part(const Arguments& a, const Part<typename T::Number>& part, Partial* partials,
                  int64_t out_stride, float* out) {
-  int first = 0;
-  for (; a.group - first >= 4; first += 4) {
-    attend_heads<T, 4>(a, part, first, partials, out_stride, out);
-  }
-  switch (a.group - first) {
-    case 3: return attend_heads<T, 3>(a, part, first, partials, out_stride, out);
-    case 2: return attend_heads<T, 2>(a, part, first, partials, out_stride, out);
-    case 1: return attend_heads<T, 1>(a, part, first, partials, out_stride, out);
+  for (int first = 0; first < a.group; first += kMaxHeads) {
+    switch (a.group - first) {
+      case 1:
+        attend_heads<T, 1>(a, part, first, partials, out_stride, out);
+        break;
+      case 2:
+        attend_heads<T, 2>(a, part, first, partials, out_stride, out);
+        break;
+      default:
+        attend_heads<T, kMaxHeads>(a, part, first, partials, out_stride, out);
+    }
   }
 }
 
@@ -353,14 +402,9 @@ void decode(const Arguments& a) {
     bool more = parts.take(*part);
     while (more) {
       more = parts.take(*next);
-      auto* const end = part->values() + part->padded;
-      if (more) {
-        std::copy_n(next->keys(), std::min(kPrefetchTokens, next->padded), end);
-        std::fill(end + std::min(kPrefetchTokens, next->padded), end + kPrefetchTokens,
-                  next->keys()[0]);
-      } else {
-        std::fill_n(end, kPrefetchTokens, end[-1]);
-      }
+      const int ahead = more ? std::min(kPrefetchChunks, next->num_chunks) : 0;
+      std::copy_n(next->keys(), ahead, part->end());
+      std::fill_n(part->end() + ahead, kPrefetchChunks - ahead, part->values()[0]);
       attend_part<T>(a, *part, partial + part->index * a.group, out_stride,
                      output + part->index * a.group * out_stride);
       std::swap(part, next);

@@ -40,30 +40,27 @@ inline __m512 exp2(__m512 x) {
   return _mm512_scalef_ps(p, x);
 }
 
-// Lane j of the result is the sum of the 16 lanes of in[j]. Each round interleaves two vectors and
-// adds the halves; the rounds pair inputs by bits 2, 3, 0 and 1 of j so that lanes end in order.
-inline __m512 sum_lanes(const __m512 (&in)[kLanes]) {
-  __m512 a[8], b[4], c[2];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    const int j = i < 4 ? i : i + 4;
-    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(in[j], in[j + 4], 0x44),
-                         _mm512_shuffle_f32x4(in[j], in[j + 4], 0xee));
-  }
+// Sums 16 tokens' products that lie in the halves of 8 vectors: vector i has those of tokens
+// pair_token(i), low, and pair_token(i) + 4, high. Lane j of the result is the sum of token j. Each
+// round interleaves two vectors and adds the halves of what comes out.
+constexpr int pair_token(int i) { return i < 4 ? i : i + 4; }
+
+inline __m512 sum_halves(const __m512 (&in)[8]) {
+  __m512 a[4], b[2];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88),
-                         _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(in[i], in[i + 4], 0x88),
+                         _mm512_shuffle_f32x4(in[i], in[i + 4], 0xdd));
   }
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
-    c[i] = _mm512_add_ps(_mm512_unpacklo_ps(b[2 * i], b[2 * i + 1]),
-                         _mm512_unpackhi_ps(b[2 * i], b[2 * i + 1]));
+    b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]),
+                         _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
   }
-  const __m512d c0 = _mm512_castps_pd(c[0]);
-  const __m512d c1 = _mm512_castps_pd(c[1]);
-  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c0, c1)),
-                       _mm512_castpd_ps(_mm512_unpackhi_pd(c0, c1)));
+  const __m512d b0 = _mm512_castps_pd(b[0]);
+  const __m512d b1 = _mm512_castps_pd(b[1]);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(b0, b1)),
+                       _mm512_castpd_ps(_mm512_unpackhi_pd(b0, b1)));
 }
 
 // Transposes a 16 x 16 matrix of 32-bit words in place.

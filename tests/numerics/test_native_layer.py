@@ -1,0 +1,75 @@
+"""A worker on the native linear kernels computes what one on torch does, in bf16, for every family."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.plans import run_greedy
+from support.tiny import CONFIGS, VOCAB, save_tiny
+
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.native.build import unavailable_reason
+from saqqara.workers.plan import SampledToken, SamplingSpec
+from saqqara.workers.worker import Worker
+
+REASON = unavailable_reason()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
+ALL_LOGPROBS = SamplingSpec(temperature=0.0, num_logprobs=VOCAB)
+
+
+def make_worker(folder: Path, backend: str, dtype: str = "bfloat16") -> Worker:
+    return Worker.local(
+        EngineConfig(
+            model=str(folder),
+            dtype=dtype,
+            device="cpu",
+            max_num_seqs=4,
+            linear_backend=backend,
+            linear_chunk_tokens=16,
+        )
+    )
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, VOCAB, length).tolist() for length in (1, 33, 64)]
+
+
+def logprobs(worker: Worker) -> torch.Tensor:
+    """Of the first token after each prompt, fp32 [N, V]."""
+
+    def row(token: SampledToken) -> torch.Tensor:
+        assert token.logprobs is not None
+        values = torch.empty(VOCAB)
+        values[list(token.logprobs.top_ids)] = torch.tensor(token.logprobs.top_logprobs)
+        return values
+
+    outputs = run_greedy(worker, prompts(), 1, sampling=ALL_LOGPROBS)
+    return torch.stack([row(tokens[0]) for tokens in outputs])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_as_close_to_fp32_as_torch_is(name: str, tmp_path: Path) -> None:
+    """bf16 rounds at other places in the two, so each is held against fp32, not to the other."""
+    save_tiny(name, tmp_path)
+    exact = logprobs(make_worker(tmp_path, "torch", dtype="float32"))
+    torch_error = (logprobs(make_worker(tmp_path, "torch")) - exact).abs().mean()
+    native_error = (logprobs(make_worker(tmp_path, "native")) - exact).abs().mean()
+    assert native_error < 1.5 * torch_error + 1e-3, (native_error, torch_error)
+
+
+def test_batched_says_what_alone_says(tmp_path: Path) -> None:
+    save_tiny("llama-gqa", tmp_path)
+    worker = make_worker(tmp_path, "native")
+    together = run_greedy(worker, prompts(), 6)
+    alone = [run_greedy(worker, [prompt], 6)[0] for prompt in prompts()]
+    assert [[t.token_id for t in ts] for ts in alone] == [
+        [t.token_id for t in ts] for ts in together
+    ]
+
+
+def test_native_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
+    save_tiny("llama-gqa", tmp_path)
+    with pytest.raises(ValueError, match="linear_backend='native'.*float32"):
+        make_worker(tmp_path, "native", dtype="float32")

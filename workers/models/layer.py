@@ -1,0 +1,148 @@
+"""One decoder layer's shard: its weights, and how torch computes it.
+
+Shapes: T packed tokens, E hidden size, Hq local query heads, H local kv heads, D head dim,
+F local intermediate size.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+from torch.nn.functional import silu
+
+from saqqara.workers.layers.linear import Linear
+from saqqara.workers.layers.norm import rms_norm
+from saqqara.workers.layers.rotary import rotate
+from saqqara.workers.mesh import Mesh
+
+
+class Places(NamedTuple):
+    """Where tokens stand: positions int64 [T], and for layers that want them the angles there.
+
+    `angles` are what `RotaryTable.lookup` gives, fp32 [T, 1, D] each.
+    """
+
+    positions_T: Tensor
+    angles: tuple[Tensor, Tensor] | None = None
+
+    def part(self, tokens: slice) -> "Places":
+        """The places of some of the tokens."""
+        angles = self.angles and (self.angles[0][tokens], self.angles[1][tokens])
+        return Places(self.positions_T[tokens], angles)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.positions_T.nbytes + sum(angle.nbytes for angle in self.angles or ())
+
+
+class QKV(NamedTuple):
+    """Queries [T, Hq, D], keys [T, H, D] and values [T, H, D], the first two rotated."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def part(self, tokens: slice) -> "QKV":
+        """Views of some of the tokens."""
+        return QKV(self.q[tokens], self.k[tokens], self.v[tokens])
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Weights of one layer's shard.
+
+    `qkv` maps E to (Hq + 2 H) D, `gate_up` E to 2 F; `output` and `down` give partial sums that
+    are reduced over the tensor group.
+    """
+
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    attention_norm: Tensor
+    qkv: Linear
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights."""
+        norms = (self.attention_norm, self.mlp_norm, self.query_norm, self.key_norm)
+        linears = (self.qkv, self.output, self.gate_up, self.down)
+        return sum(n.nbytes for n in norms if n is not None) + sum(x.num_bytes for x in linears)
+
+
+class Layer(Protocol):
+    """What computes a layer around its attention."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights."""
+        ...
+
+    def project(self, hidden_TE: Tensor, places: Places, out: QKV | None = None) -> QKV:
+        """Queries, keys and values of hidden states; in `out` if given."""
+        ...
+
+    def finish(self, hidden_TE: Tensor, attended_THD: Tensor, out: Tensor | None = None) -> Tensor:
+        """Hidden states after the layer, from those before it and the attention output.
+
+        In `out` if given, which may be `hidden_TE`.
+        """
+        ...
+
+    def activation_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of the largest temporaries of `project` or `finish`, per token."""
+        ...
+
+
+class TorchLayer:
+    """Computes a layer with torch, on any device and in any dtype."""
+
+    def __init__(self, weights: LayerWeights, mesh: Mesh) -> None:
+        self._weights = weights
+        self._mesh = mesh
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights."""
+        return self._weights.num_bytes
+
+    def project(self, hidden_TE: Tensor, places: Places, out: QKV | None = None) -> QKV:
+        """See `Layer.project`."""
+        w = self._weights
+        assert places.angles is not None
+        qkv = w.qkv(rms_norm(hidden_TE, w.attention_norm, w.eps))
+        qkv = qkv.view(-1, w.num_query_heads + 2 * w.num_kv_heads, w.head_dim)
+        values = w.num_query_heads + w.num_kv_heads
+        q, k, v = qkv[:, : w.num_query_heads], qkv[:, w.num_query_heads : values], qkv[:, values:]
+        if w.query_norm is not None and w.key_norm is not None:
+            q, k = rms_norm(q, w.query_norm, w.eps), rms_norm(k, w.key_norm, w.eps)
+        rotated = QKV(rotate(q, *places.angles), rotate(k, *places.angles), v)
+        if out is None:
+            return rotated
+        for target, source in zip(out, rotated, strict=True):
+            target.copy_(source)
+        return out
+
+    def finish(self, hidden_TE: Tensor, attended_THD: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Layer.finish`."""
+        w = self._weights
+        attended = attended_THD.reshape(attended_THD.shape[0], -1)
+        hidden = hidden_TE + self._mesh.all_reduce(w.output(attended))
+        gate, up = w.gate_up(rms_norm(hidden, w.mlp_norm, w.eps)).chunk(2, dim=-1)
+        hidden += self._mesh.all_reduce(w.down(silu(gate).mul_(up)))
+        return hidden if out is None else out.copy_(hidden)
+
+    def activation_bytes_per_token(self, itemsize: int) -> int:
+        """See `Layer.activation_bytes_per_token`."""
+        w = self._weights
+        hidden = w.attention_norm.shape[0]
+        project = hidden + 2 * w.qkv.weight.shape[0]  # normed + fused + rotated
+        finish = 3 * hidden + 2 * w.gate_up.weight.shape[0]  # hidden, sum, normed + gate-up, act
+        return max(project, finish) * itemsize

@@ -1,0 +1,113 @@
+"""A decoder layer, and the ends of the model, on the native CPU kernels (bf16).
+
+Weights are packed once and the originals go, so memory does not double. A layer is two calls
+around attention.
+
+Shapes: T packed tokens, S sampled positions, E hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from saqqara.workers.layers.rotary import RotaryTable
+from saqqara.workers.mesh import Mesh, VocabShard
+from saqqara.workers.native.linear import Finish, Mlp, PackedLinear, Projection, RMSNorm
+
+from .layer import QKV, LayerWeights, Places
+
+
+class NativeLayer:
+    """Computes a layer with `native.linear`; see `layer.Layer`."""
+
+    def __init__(self, weights: LayerWeights, rotary: RotaryTable, mesh: Mesh) -> None:
+        w = weights
+        self._mesh = mesh
+        self._shapes = [(n, w.head_dim) for n in (w.num_query_heads, w.num_kv_heads)]
+        qkv = PackedLinear(w.qkv.weight, w.qkv.bias, RMSNorm(w.attention_norm, w.eps))
+        self._projection = Projection(
+            qkv,
+            w.num_query_heads,
+            w.num_kv_heads,
+            rotary.cos,
+            rotary.sin,
+            w.query_norm,
+            w.key_norm,
+        )
+        self._output = PackedLinear(w.output.weight, w.output.bias)
+        mlp_norm = RMSNorm(w.mlp_norm, w.eps)
+        gate_up = PackedLinear(w.gate_up.weight, w.gate_up.bias, mlp_norm, gated=True)
+        self._mlp = Mlp(gate_up, PackedLinear(w.down.weight, w.down.bias))
+        self._finish = Finish(self._output, self._mlp)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        linears = (self._projection.qkv, self._output, self._mlp.gate_up, self._mlp.down)
+        return sum(linear.num_bytes for linear in linears)
+
+    def project(self, hidden_TE: Tensor, places: Places, out: QKV | None = None) -> QKV:
+        """See `Layer.project`."""
+        if out is None:
+            queries, keys = self._shapes
+            new, rows = hidden_TE.new_empty, len(hidden_TE)
+            out = QKV(new(rows, *queries), new(rows, *keys), new(rows, *keys))
+        self._projection(hidden_TE, places.positions_T, *out)
+        return out
+
+    def finish(self, hidden_TE: Tensor, attended_THD: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Layer.finish`."""
+        if self._mesh.layout.tensor_size == 1:
+            return self._finish(hidden_TE, attended_THD, out)
+        hidden = self._mesh.all_reduce(self._output(attended_THD.flatten(1)))
+        hidden += hidden_TE
+        hidden += self._mesh.all_reduce(self._mlp(hidden))
+        return hidden if out is None else out.copy_(hidden)
+
+    def activation_bytes_per_token(self, itemsize: int) -> int:
+        """See `Layer.activation_bytes_per_token`."""
+        gate_up = self._mlp.gate_up
+        finish = 2 * gate_up.num_inputs + gate_up.num_outputs  # hidden, normed + activated
+        return max(self._projection.qkv.num_outputs + gate_up.num_inputs, finish) * itemsize
+
+
+@dataclass(frozen=True)
+class NativeHead:
+    """Logits of the whole vocabulary; see `layers.embedding.LMHead`."""
+
+    packed: PackedLinear
+    shard: VocabShard
+    mesh: Mesh
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed weight."""
+        return self.packed.num_bytes
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden [S, E] -> logits fp32 [S, V] on every tensor rank."""
+        logits = self.mesh.all_gather_last(self.packed.logits(hidden))
+        return logits[..., : self.shard.vocab_size]
+
+
+@dataclass(frozen=True)
+class NativeEmbedding:
+    """Token embedding that reads the rows of a tied, packed head."""
+
+    packed: PackedLinear
+    shard: VocabShard
+    mesh: Mesh
+
+    @property
+    def num_bytes(self) -> int:
+        """The weight is the head's."""
+        return 0
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """token_ids int64 [T] -> hidden states [T, E], the same on all tensor ranks."""
+        if self.mesh.layout.tensor_size == 1:
+            return self.packed.rows(token_ids)
+        local = token_ids - self.shard.start
+        foreign = (local < 0) | (local >= self.shard.stop - self.shard.start)
+        hidden = self.packed.rows(local.masked_fill(foreign, 0))
+        return self.mesh.all_reduce(hidden.masked_fill_(foreign[:, None], 0))
