@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test check prove format clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
@@ -23,6 +23,9 @@ check: $(INSTALLED) ## Check format, lint and types, then run all tests
 	$(BIN)/mypy
 	MYPYPATH=tests $(BIN)/mypy tests
 	$(MAKE) test
+
+prove: $(INSTALLED) ## The longer proofs: parity on the real model, also through Ray (10 minutes)
+	$(BIN)/pytest -m slow tests/slow
 
 format: $(INSTALLED) ## Format the code and fix what lint can fix
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""A worker on the native linear kernels computes what one on torch does, in bf16, for every family."""
+"""The native linear kernels against torch in bf16, a whole worker at a time, for every family."""
 
 from pathlib import Path
 
@@ -71,5 +71,5 @@ def test_batched_says_what_alone_says(tmp_path: Path) -> None:
 
 def test_native_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
     save_tiny("llama-gqa", tmp_path)
-    with pytest.raises(ValueError, match="linear_backend='native'.*float32"):
+    with pytest.raises(ValueError, match=r"linear_backend=.native.*float32"):
         make_worker(tmp_path, "native", dtype="float32")

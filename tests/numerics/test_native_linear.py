@@ -4,6 +4,8 @@ Where the kernels may differ from a formula, the bound is derived; what they pro
 themselves (batches, threads, shards, fused or not) is exact.
 """
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ def assert_product(y: Tensor, x: Tensor, w: Tensor, added: Tensor | float = 0.0)
 
 
 @pytest.fixture
-def threads():
+def threads() -> Iterator[Callable[[int], None]]:
     """Sets the number of threads; the test's end restores it."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
@@ -173,7 +175,9 @@ def run_layer(layer: tuple[Projection, Finish], hidden: Tensor, positions: Tenso
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_a_row_has_the_same_bits_in_every_batch(num_threads: int, threads) -> None:
+def test_a_row_has_the_same_bits_in_every_batch(
+    num_threads: int, threads: Callable[[int], None]
+) -> None:
     """Also with every number of threads: the rows alone are computed by one."""
     layer, head = make_layer(), PackedLinear(weight(333, 80))
     hidden = randn(max(BATCHES), 80)

@@ -9,7 +9,7 @@
 namespace saqqara {
 namespace {
 
-// Memory of one thread; sized so that at D = 64 it stays in a 48 KiB first-level cache.
+// Memory of one thread; what is used of it at D = 64 are 58 KiB.
 struct alignas(64) Scratch {
   uint32_t queries[kMaxDim * kTileRows];   // [word][row]
   float scores[kTileKeys * kTileRows];     // [key][row], then the weights in words, in place
@@ -21,56 +21,32 @@ constexpr int kBlockDims = 8;  // dims of the output that are summed together
 
 inline int padded_dim(int dim) { return ceil_div(dim, 32) * 32; }
 
-// Words of consecutive values of each dim: to[key word][dim], zeros beyond the dims.
+// Words of consecutive values of each dim: to[key word][dim], zeros beyond the dims. Values past
+// the count, whose weights are 0, are the last one again.
 template <class T>
-void pack_values(const typename T::Number* const* v_rows, int count, int dim, uint32_t* to);
-
-template <>
-void pack_values<Bf16>(const uint16_t* const* v_rows, int count, int dim, uint32_t* to) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
-                                       8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  for (int i = 0; i < count; i += 2) {
-    for (int d = 0; d < dim; d += 32, to += 32) {
-      const __mmask32 mask = first_halves(dim - d);
-      const __m512i a = _mm512_maskz_loadu_epi16(mask, v_rows[i] + d);
-      const __m512i b = _mm512_maskz_loadu_epi16(mask, v_rows[i + 1] + d);
-      _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low, b));
-      _mm512_store_si512(to + kLanes, _mm512_permutex2var_epi16(a, high, b));
+void pack_values(const Tokens<typename T::Number>& values, int64_t first, int count, int padded,
+                 uint32_t* to) {
+  const typename T::Number* rows[kTileKeys];
+  values.locate(first, count, rows);
+  std::fill(rows + count, rows + padded, rows[count - 1]);
+  const int dim = values.dim;
+  if constexpr (T::kPerWord == 2) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int i = 0; i < padded; i += 2) {
+      for (int d = 0; d < dim; d += 32, to += 32) {
+        const __mmask32 mask = first_halves(dim - d);
+        const __m512i a = _mm512_maskz_loadu_epi16(mask, rows[i] + d);
+        const __m512i b = _mm512_maskz_loadu_epi16(mask, rows[i + 1] + d);
+        _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low, b));
+        _mm512_store_si512(to + kLanes, _mm512_permutex2var_epi16(a, high, b));
+      }
     }
-  }
-}
-
-template <>
-void pack_values<Fp32>(const float* const* v_rows, int count, int dim, uint32_t* to) {
-  for (int i = 0; i < count; ++i) {
-    for (int d = 0; d < padded_dim(dim); d += kLanes, to += kLanes) {
-      _mm512_store_ps(to, _mm512_maskz_loadu_ps(first_lanes(dim - d), v_rows[i] + d));
-    }
-  }
-}
-
-// Scores of one tile of keys, to[key][row]; keys at or past a row's limit count as kLowest.
-// Returns the maxima of the rows in `maxima`.
-template <class T, int V>
-void score_tile(const typename T::Number* const* k_rows, int count, int words,
-                const uint32_t* queries, bool masked, const __m512i (&limits)[V], int64_t first,
-                float* to, __m512 (&maxima)[V]) {
-  for (int v = 0; v < V; ++v) maxima[v] = _mm512_set1_ps(kLowest);
-  for (int b = 0; b < count; b += kBlockKeys<V>) {
-    __m512 scores[kBlockKeys<V>][V];
-    score_block<T, V>(k_rows + b, queries, words, scores);
-#pragma GCC unroll 16
-    for (int i = 0; i < kBlockKeys<V>; ++i) {
-      const __m512i key = _mm512_set1_epi32(static_cast<int>(first) + b + i);
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) {
-        if (masked) {
-          const __mmask16 hidden = _mm512_cmple_epi32_mask(limits[v], key);
-          scores[i][v] = _mm512_mask_mov_ps(scores[i][v], hidden, _mm512_set1_ps(kLowest));
-        }
-        maxima[v] = _mm512_max_ps(maxima[v], scores[i][v]);
-        _mm512_store_ps(to + ((b + i) * V + v) * kLanes, scores[i][v]);
+  } else {
+    for (int i = 0; i < padded; ++i) {
+      for (int d = 0; d < padded_dim(dim); d += kLanes, to += kLanes) {
+        _mm512_store_ps(to, _mm512_maskz_loadu_ps(first_lanes(dim - d), rows[i] + d));
       }
     }
   }
@@ -159,51 +135,36 @@ void store_rows(const float* out, const __m512 (&scale)[V],
   }
 }
 
-// One tile: rows `first` to `first + 16 V` of a sequence. Token t sees the keys before
-// num_hidden_from_none + t + 1, where num_hidden_from_none are the keys before its first token.
+// One tile: rows `first` to `first + 16 V` of a sequence, whose token t sees the keys before
+// num_before + t + 1.
 template <class T, int V>
 void attend_tile(const Rows<const typename T::Number>& q, const Rows<typename T::Number>& out,
-                 int64_t first, const Keys<typename T::Number>& keys, int64_t num_before,
-                 float factor, Scratch& scratch) {
-  using Number = typename T::Number;
-  const int words = q.dim / T::kPerWord;
+                 int64_t first, const Tokens<typename T::Number>& keys,
+                 const Tokens<typename T::Number>& values, int64_t num_before, float factor,
+                 Scratch& scratch) {
   pack_queries<T, V>(q, first, scratch.queries);
-
-  alignas(64) int32_t limit[V * kLanes];
-  for (int i = 0; i < V * kLanes; ++i) {
-    const int64_t r = std::min(first + i, q.count - 1);
-    limit[i] = static_cast<int32_t>(num_before + r / q.group + 1);
-  }
-  const int64_t num_keys = limit[V * kLanes - 1];
-  __m512i limits[V];
+  alignas(64) int32_t limits[V * kLanes];
+  row_limits<V>(q, first, num_before, limits);
   __m512 row_max[V], row_sum[V];
   for (int v = 0; v < V; ++v) {
-    limits[v] = _mm512_load_si512(limit + v * kLanes);
     row_max[v] = _mm512_set1_ps(kLowest);
     row_sum[v] = _mm512_setzero_ps();
   }
-
+  const int64_t num_keys = limits[V * kLanes - 1];
   for (int64_t key = 0; key < num_keys; key += kTileKeys) {
-    const Number *k_rows[kTileKeys], *v_rows[kTileKeys];
-    const int present = static_cast<int>(std::min<int64_t>(kTileKeys, num_keys - key));
-    // Whole blocks: keys past the end are the last one again, hidden by every row's limit.
-    const int count = static_cast<int>(ceil_div(present, kBlockKeys<V>)) * kBlockKeys<V>;
-    keys.locate(key, present, k_rows, v_rows);
-    std::fill(k_rows + present, k_rows + count, k_rows[present - 1]);
-    std::fill(v_rows + present, v_rows + count, v_rows[present - 1]);
-
+    const int count = static_cast<int>(std::min<int64_t>(kTileKeys, num_keys - key));
     __m512 tile_max[V], decay[V];
-    score_tile<T, V>(k_rows, count, words, scratch.queries, key + count > limit[0], limits, key,
-                     scratch.scores, tile_max);
+    const int padded =
+        score_tile<T, V>(keys, key, count, scratch.queries, limits, scratch.scores, tile_max);
     for (int v = 0; v < V; ++v) {
       const __m512 previous = row_max[v];
       row_max[v] = _mm512_max_ps(previous, _mm512_mul_ps(tile_max[v], _mm512_set1_ps(factor)));
       decay[v] = exp2(_mm512_sub_ps(previous, row_max[v]));
       row_sum[v] = _mm512_mul_ps(row_sum[v], decay[v]);
     }
-    weigh_tile<T, V>(scratch.scores, count, factor, row_max, row_sum);
-    pack_values<T>(v_rows, count, q.dim, scratch.values);
-    add_values<T, V>(scratch.scores, scratch.values, count, q.dim, key > 0 ? decay : nullptr,
+    weigh_tile<T, V>(scratch.scores, padded, factor, row_max, row_sum);
+    pack_values<T>(values, key, count, padded, scratch.values);
+    add_values<T, V>(scratch.scores, scratch.values, padded, q.dim, key > 0 ? decay : nullptr,
                      scratch.out);
   }
   for (int v = 0; v < V; ++v) row_sum[v] = _mm512_div_ps(_mm512_set1_ps(1.0f), row_sum[v]);
@@ -254,25 +215,23 @@ void attend(const Arguments& a) {
       const Rows<Number> out{
           static_cast<Number*>(a.out) + a.cu_q[n] * out_stride + head * a.group * a.dim,
           out_stride, a.group, a.dim, num_rows};
-      const Keys<Number> keys{
-          static_cast<const Number*>(a.k_pages),
-          static_cast<const Number*>(a.v_pages),
-          a.page_table + (n * a.num_heads + head) * a.max_pages,
-          a.page_tokens,
-          num_kept,
-          static_cast<const Number*>(a.k) + a.cu_k[n] * a.k_stride + head * a.dim,
-          static_cast<const Number*>(a.v) + a.cu_k[n] * a.v_stride + head * a.dim,
-          a.k_stride,
-          a.v_stride,
-          a.dim};
+      const auto tokens = [&](const void* pages, const void* fresh, int64_t stride) {
+        return Tokens<Number>{static_cast<const Number*>(pages),
+                              a.page_table + (n * a.num_heads + head) * a.max_pages,
+                              a.page_tokens,
+                              num_kept,
+                              static_cast<const Number*>(fresh) + a.cu_k[n] * stride + head * a.dim,
+                              stride,
+                              a.dim};
+      };
+      const auto keys = tokens(a.k_pages, a.k, a.k_stride);
+      const auto values = tokens(a.v_pages, a.v, a.v_stride);
       const int64_t num_before = num_kept + num_fresh - (a.cu_q[n + 1] - a.cu_q[n]);
       const int64_t first = tile * kTileRows;
-      const float factor = a.scale * kLog2E;
-      const int64_t rows = num_rows - first;
-      const auto run = rows <= kLanes       ? attend_tile<T, 1>
-                       : rows <= 2 * kLanes ? attend_tile<T, 2>
-                                            : attend_tile<T, 3>;
-      run(q, out, first, keys, num_before, factor, scratch);
+      with_vectors(num_rows - first, [&](auto vectors) {
+        attend_tile<T, vectors>(q, out, first, keys, values, num_before, a.scale * kLog2E,
+                                scratch);
+      });
     }
   }
 }

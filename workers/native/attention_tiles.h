@@ -8,14 +8,15 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 
 namespace saqqara {
 
-constexpr int kMaxVectors = 3;                      // of rows in a tile
-constexpr int kTileRows = kMaxVectors * kLanes;     //
-constexpr int kTileKeys = 64;                       // scored before the softmax moves on
+constexpr int kMaxVectors = 3;  // of rows in a tile
+constexpr int kTileRows = kMaxVectors * kLanes;
+constexpr int kTileKeys = 128;  // scored before the softmax moves on
 constexpr int kMaxDim = 256;
 
 // Keys that are scored together: enough independent sums to hide the latency of mul_add, few
@@ -37,39 +38,45 @@ struct Rows {
   Number* row(int64_t r) const { return first + r / group * token_stride + r % group * dim; }
 };
 
-// Keys and values of one sequence and kv head: first those kept in pages, then fresh ones.
+// Keys, or values, of one sequence and kv head: first those kept in pages, then fresh ones.
 template <class Number>
-struct Keys {
-  const Number* k_pages;
-  const Number* v_pages;
+struct Tokens {
+  const Number* pages;
   const int32_t* page_table;
   int64_t page_tokens;
   int64_t num_kept;
-  const Number* k;
-  const Number* v;
-  int64_t k_stride;
-  int64_t v_stride;
+  const Number* fresh;
+  int64_t fresh_stride;
   int dim;
 
-  // Addresses of `count` keys and values from the one numbered `first`.
-  void locate(int64_t first, int count, const Number** k_rows, const Number** v_rows) const {
+  // Addresses of `count` tokens from the one numbered `first`.
+  void locate(int64_t first, int count, const Number** rows) const {
     int i = 0;
     while (i < count && first + i < num_kept) {
       const int64_t page = page_table[(first + i) / page_tokens];
       const int64_t offset = (first + i) % page_tokens;
-      const int64_t run = std::min({page_tokens - offset, num_kept - (first + i),
-                                    static_cast<int64_t>(count - i)});
-      for (int64_t j = 0; j < run; ++j, ++i) {
-        k_rows[i] = k_pages + (page * page_tokens + offset + j) * dim;
-        v_rows[i] = v_pages + (page * page_tokens + offset + j) * dim;
+      const Number* from = pages + (page * page_tokens + offset) * dim;
+      const int64_t left = std::min<int64_t>(num_kept - first, count) - i;
+      for (int64_t run = std::min(page_tokens - offset, left); run > 0; --run, from += dim) {
+        rows[i++] = from;
       }
     }
-    for (; i < count; ++i) {
-      k_rows[i] = k + (first + i - num_kept) * k_stride;
-      v_rows[i] = v + (first + i - num_kept) * v_stride;
-    }
+    for (; i < count; ++i) rows[i] = fresh + (first + i - num_kept) * fresh_stride;
   }
 };
+
+// Calls `f` with the number of vectors, as a constant, that a tile needs for its first rows of
+// `num_rows` left.
+template <class F>
+void with_vectors(int64_t num_rows, F f) {
+  if (num_rows <= kLanes) {
+    f(std::integral_constant<int, 1>{});
+  } else if (num_rows <= 2 * kLanes) {
+    f(std::integral_constant<int, 2>{});
+  } else {
+    f(std::integral_constant<int, 3>{});
+  }
+}
 
 // Lays the rows `first` to `first + 16 V` of a sequence into lanes: to[word][row]. Rows beyond the
 // last are zeros.
@@ -117,6 +124,48 @@ template <class T, int V>
       for (int v = 0; v < V; ++v) scores[i][v] = T::mul_add(q[v], key, scores[i][v]);
     }
   }
+}
+
+// The first `count` of 16 V limits: row r sees the keys before num_before + its token + 1.
+template <int V, class Number>
+void row_limits(const Rows<Number>& rows, int64_t first, int64_t num_before, int32_t* limits) {
+  for (int i = 0; i < V * kLanes; ++i) {
+    const int64_t r = std::min(first + i, rows.count - 1);
+    limits[i] = static_cast<int32_t>(num_before + r / rows.group + 1);
+  }
+}
+
+// Scores keys `first` to `first + count`, to[key][row], up to whole blocks of keys, and sets
+// `maxima` to the largest of each row. Keys at or past a row's limit score kLowest. Returns the
+// keys scored.
+template <class T, int V>
+int score_tile(const Tokens<typename T::Number>& keys, int64_t first, int count,
+               const uint32_t* queries, const int32_t* limits, float* to, __m512 (&maxima)[V]) {
+  const typename T::Number* rows[kTileKeys];
+  keys.locate(first, count, rows);
+  const int padded = ceil_div(count, kBlockKeys<V>) * kBlockKeys<V>;
+  std::fill(rows + count, rows + padded, rows[count - 1]);
+  const bool masked = first + padded > limits[0];  // the first row has the lowest limit
+  for (int v = 0; v < V; ++v) maxima[v] = _mm512_set1_ps(kLowest);
+  for (int b = 0; b < padded; b += kBlockKeys<V>) {
+    __m512 scores[kBlockKeys<V>][V];
+    score_block<T, V>(rows + b, queries, keys.dim / T::kPerWord, scores);
+#pragma GCC unroll 16
+    for (int i = 0; i < kBlockKeys<V>; ++i) {
+      const __m512i key = _mm512_set1_epi32(static_cast<int>(first) + b + i);
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) {
+        if (masked) {
+          const __m512i limit = _mm512_load_si512(limits + v * kLanes);
+          const __mmask16 hidden = _mm512_cmple_epi32_mask(limit, key);
+          scores[i][v] = _mm512_mask_mov_ps(scores[i][v], hidden, _mm512_set1_ps(kLowest));
+        }
+        maxima[v] = _mm512_max_ps(maxima[v], scores[i][v]);
+        _mm512_store_ps(to + ((b + i) * V + v) * kLanes, scores[i][v]);
+      }
+    }
+  }
+  return padded;
 }
 
 }  // namespace saqqara

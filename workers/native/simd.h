@@ -63,6 +63,19 @@ inline __m512 sum_halves(const __m512 (&in)[8]) {
                        _mm512_castpd_ps(_mm512_unpackhi_pd(b0, b1)));
 }
 
+// Lane j of the result is the sum of the lanes of in[j].
+inline __m512 sum_lanes(const __m512 (&in)[kLanes]) {
+  __m512 halves[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 low = in[pair_token(i)];
+    const __m512 high = in[pair_token(i) + 4];
+    halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x44),
+                              _mm512_shuffle_f32x4(low, high, 0xee));
+  }
+  return sum_halves(halves);
+}
+
 // Transposes a 16 x 16 matrix of 32-bit words in place.
 inline void transpose(__m512 (&r)[kLanes]) {
   __m512 t[kLanes];

@@ -1,0 +1,70 @@
+"""Known tokens through one rank's layers: decode steps, and extensions (resume, scoring).
+
+Shapes: T fed tokens, E hidden size.
+"""
+
+from collections import deque
+
+from torch import Tensor
+
+from .batch import DecodeBatch
+from .plan import DecodeItem
+from .shard import Shard
+from .slots import Target
+
+
+class Decode:
+    """Feeds the decode items of plans through the layers of a shard."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._awaited: deque[list[Target]] = deque()
+
+    def run(self, items: tuple[DecodeItem, ...]) -> Tensor | None:
+        """Feed the items' tokens.
+
+        Returns:
+            Hidden states [T, E] on the last stage, tokens in the order of `items`; else None.
+        """
+        if not items:
+            return None
+        shard = self._shard
+        batch = self._reserve(items)
+        if shard.decoder.embedding is not None:
+            self._receive_tokens({item.slot for item in items})
+            hidden = shard.decoder.embedding(shard.to_device(shard.slots.feed(items)))
+        else:
+            hidden = shard.receive_hidden(batch.num_tokens)
+        with shard.timed("decode"):
+            places = shard.decoder.places(shard.to_device(batch.positions))
+            for index, layer in enumerate(shard.decoder.layers):
+                q, k, v = layer.project(hidden, places)
+                attended = batch.attend(shard.kv, shard.backend, index, q, k, v, shard.scale)
+                hidden = layer.finish(hidden, attended, out=hidden)
+        if shard.mesh.is_last_stage:
+            return hidden
+        shard.mesh.send_hidden(hidden)
+        return None
+
+    def expect(self, targets: list[Target]) -> None:
+        """Note that the last stage will send the tokens of these targets (first stage only)."""
+        self._awaited.append(targets)
+
+    def _reserve(self, items: tuple[DecodeItem, ...]) -> DecodeBatch:
+        """Reserve pages for the items' tokens; refuse from the end what does not fit."""
+        shard = self._shard
+        fitting = [item for item in items if item.slot not in shard.refused]
+        while (batch := DecodeBatch.reserve(shard.kv, items, fitting, shard.device)) is None:
+            shard.refuse(fitting.pop().slot)
+        return batch
+
+    def _receive_tokens(self, slots: set[int]) -> None:
+        """Take in sampled tokens from the last stage, up to the newest that `slots` need."""
+        shard = self._shard
+        needed = [i for i, ts in enumerate(self._awaited) if any(t.slot in slots for t in ts)]
+        for _ in range(max(needed, default=-1) + 1):
+            targets = self._awaited.popleft()
+            with shard.timed("receive"):
+                tokens = shard.mesh.recv_tokens(len(targets)).tolist()
+            for target, token in zip(targets, tokens, strict=True):
+                shard.slots.put_token(target, token)

@@ -1,0 +1,185 @@
+"""What one rank holds: its part of the model, of the KV pages, and its place in the mesh.
+
+`Worker` executes plans on it, `prefill.Prefill` and `decode.Decode` are the two ways through its
+layers.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saqqara.configs.schema import EngineConfig
+
+from .attention.base import get_backend
+from .kv.store import KVStore
+from .memory import (
+    MemoryMeter,
+    choose_device,
+    choose_dtype,
+    pool_pages,
+    reuse_freed_memory,
+)
+from .mesh import Mesh, MeshLayout, head_shard, layer_split
+from .models.decoder import Decoder, choose_linear_backend
+from .models.spec import load_spec
+from .models.weights import open_weights
+from .plan import WorkerInfo
+from .slots import SlotTable
+from .step_size import measure_step
+
+logger = logging.getLogger(__name__)
+
+# The head runs for sampled positions only, so in a step that also prefills it costs a part of what
+# its weights, counted in layers, would suggest.
+HEAD_SHARE = 0.25
+
+
+class Shard:
+    """Everything that lives as long as its worker; arguments and errors as `Worker`'s.
+
+    Attributes:
+        layers: numbers of this rank's layers in the whole model.
+        heads: this rank's query and kv heads.
+        refused: slots whose tokens did not fit; this rank holds nothing of them.
+        seconds: time spent in the current step, by phase.
+    """
+
+    def __init__(
+        self, config: EngineConfig, layout: MeshLayout, rank: int, store: tuple[str, int] | None
+    ) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.spec = load_spec(config.model)
+        self.device = choose_device(config, rank)
+        if self.device.type == "cpu":
+            reuse_freed_memory()
+        self.dtype, self._dtype_reason = choose_dtype(config, self.device)
+        self.backend, self._attention_reason = get_backend(
+            config.attention_backend, self.device, self.dtype
+        )
+        self._linear_backend, self._linear_reason = choose_linear_backend(
+            config.linear_backend, self.device, self.dtype
+        )
+        self.max_model_len = config.max_model_len or self.spec.max_position
+        self.scale = self.spec.head_dim**-0.5
+        all_heads = [
+            head_shard(self.spec.num_query_heads, self.spec.num_kv_heads, layout.tensor_size, t)
+            for t in range(layout.tensor_size)
+        ]
+        self.heads = all_heads[layout.tensor_rank(rank)]
+        self.layers = layer_split(
+            self.spec.num_layers,
+            layout.pipeline_size,
+            HEAD_SHARE * self.spec.head_layers,
+            config.layer_split,
+        )[layout.pipeline_rank(rank)]
+        self.mesh = Mesh(layout, rank, self.spec.num_kv_heads, self.device, store)
+        self.decoder = self._load_decoder()
+        self.slots = SlotTable(config.max_num_seqs, self.max_model_len + 1)
+        self.meter = MemoryMeter(self.decoder.weight_bytes())
+        self.refused: set[int] = set()
+        self.seconds: dict[str, float] = {}
+        self.kv = self._make_pool(sum(len(heads.kv) for heads in all_heads))
+        self.meter.pool_bytes = self.kv.num_pages * self.kv.page_bytes
+
+    def _load_decoder(self) -> Decoder:
+        config = self.config
+        with open_weights(
+            config.model, self.spec, config.load_format, self.dtype, self.device, config.seed
+        ) as source:
+            return Decoder(
+                self.spec,
+                self.mesh,
+                self.heads,
+                self.layers,
+                source,
+                self.max_model_len,
+                self._linear_backend,
+            )
+
+    def _make_pool(self, heads_of_all_ranks: int) -> KVStore:
+        config, spec = self.config, self.spec
+        num_pages = pool_pages(
+            config,
+            self.device,
+            page_bytes=config.page_tokens * spec.kv_bytes_per_row_token(self.dtype),
+            local_rows=len(self.layers) * len(self.heads.kv),
+            all_rows=spec.num_layers * heads_of_all_ranks,
+            max_row_tokens=self.max_model_len,
+            step_bytes=measure_step(self) if self.device.type == "cuda" else 0,
+        )
+        return KVStore(
+            num_layers=len(self.layers),
+            num_heads=len(self.heads.kv),
+            num_slots=config.max_num_seqs,
+            num_pages=num_pages,
+            page_tokens=config.page_tokens,
+            max_row_tokens=self.max_model_len,
+            head_dim=spec.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def info(self, hostname: str, pid: int, log_file: str | None) -> WorkerInfo:
+        """What the scheduler and the start-up log want to know."""
+        return WorkerInfo(
+            rank=self.mesh.rank,
+            pipeline_rank=self.mesh.pipeline_rank,
+            tensor_rank=self.mesh.tensor_rank,
+            start_layer=self.layers.start,
+            stop_layer=self.layers.stop,
+            start_head=self.heads.kv.start,
+            stop_head=self.heads.kv.stop,
+            num_pages=self.kv.num_pages,
+            page_tokens=self.config.page_tokens,
+            page_bytes=self.kv.page_bytes,
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            dtype_reason=self._dtype_reason,
+            attention_backend=self.backend.name,
+            attention_reason=self._attention_reason,
+            linear_backend=self._linear_backend,
+            linear_reason=self._linear_reason,
+            memory=self.meter.snapshot(0),
+            hostname=hostname,
+            pid=pid,
+            log_file=log_file,
+        )
+
+    def free(self, slot: int) -> None:
+        """Take back a slot and all its pages."""
+        self.kv.free(slot)
+        self.slots.free(slot)
+        self.refused.discard(slot)
+
+    def refuse(self, slot: int) -> None:
+        """Give up a slot whose tokens do not fit; the scheduler will requeue its sequence."""
+        logger.warning("rank %d is short of pages and refuses slot %d", self.mesh.rank, slot)
+        self.kv.free(slot)
+        self.refused.add(slot)
+
+    def receive_hidden(self, num_tokens: int) -> Tensor:
+        """Hidden states [T, E] from the stage before."""
+        with self.timed("receive"):
+            return self.mesh.recv_hidden((num_tokens, self.spec.hidden_size), self.dtype)
+
+    def to_device(self, values: NDArray[np.integer]) -> Tensor:
+        """An int64 tensor of these numbers on this rank's device."""
+        return torch.from_numpy(values.astype(np.int64)).to(self.device, non_blocking=True)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to a phase of this step."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
