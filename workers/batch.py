@@ -1,6 +1,7 @@
 """The decode part of a plan on one worker: whose pages the new tokens go to, and who attends how.
 
-Shapes: T fed tokens in plan order, Hq local query heads, H local kv heads, D head dim.
+Shapes: T fed tokens in plan order, E hidden size, Hq local query heads, H local kv heads, D head
+dim.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .attention.base import AttentionBackend, CuSeqlens
 from .kv.store import AppendPlan, KVStore, KVView
+from .models.layer import Layer, Places
 from .plan import DecodeItem
 
 
@@ -75,34 +77,50 @@ class DecodeBatch:
         self,
         kv: KVStore,
         backend: AttentionBackend,
-        layer: int,
-        q_THD: Tensor,
-        k_THD: Tensor,
-        v_THD: Tensor,
+        index: int,
+        layer: Layer,
+        hidden_TE: Tensor,
+        places: Places,
         scale: float,
     ) -> Tensor:
-        """Store the new keys and values [T, H, D] and attend with the queries, [T, Hq, D].
+        """Project, store the new keys and values, and attend, [T, Hq, D].
 
-        `layer` counts this worker's layers from 0. Rows of refused slots come out as zeros.
+        `index` counts this worker's layers from 0. Rows of refused slots come out as zeros.
         """
-        if self.append is None:
-            return torch.zeros_like(q_THD)
         if self.rows is None:
-            kv.append(self.append, layer, k_THD, v_THD)
-            return _decode(backend, q_THD, kv.decode_view(self.append, layer), scale)
-        q, k, v = q_THD[self.rows], k_THD[self.rows], v_THD[self.rows]
-        kv.append(self.append, layer, k, v)
+            assert self.append is not None
+            refs = self.append.refs[index]
+            q = layer.project_append(hidden_TE, places, kv.k_tokens, kv.v_tokens, refs)
+            return _decode(backend, q, kv.decode_view(self.append, index), scale)
+        qkv = layer.project(hidden_TE, places)
+        attended = torch.zeros_like(qkv.q)
+        if self.append is not None:
+            q, k, v = (x[self.rows] for x in qkv)
+            attended[self.rows] = self._attend_rows(kv, backend, index, q, k, v, scale)
+        return attended
+
+    def _attend_rows(
+        self,
+        kv: KVStore,
+        backend: AttentionBackend,
+        index: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Store and attend for the sequences that are fed, the single ones first."""
+        assert self.append is not None
+        kv.append(self.append, index, k, v)
         n = self.num_single
         parts = []
         if n:
-            view = _narrow(kv.decode_view(self.append, layer), slice(0, n))
+            view = _narrow(kv.decode_view(self.append, index), slice(0, n))
             parts.append(_decode(backend, q[:n], view, scale))
         if self.cu is not None:
-            view = _narrow(kv.extend_view(self.append, layer), slice(n, None))
+            view = _narrow(kv.extend_view(self.append, index), slice(n, None))
             parts.append(backend.extend(q[n:], k[n:], v[n:], self.cu, view, scale))
-        attended = torch.zeros_like(q_THD)
-        attended[self.rows] = torch.cat(parts)
-        return attended
+        return torch.cat(parts)
 
 
 def _decode(backend: AttentionBackend, q: Tensor, view: KVView, scale: float) -> Tensor:

@@ -38,8 +38,9 @@ class Decode:
         with shard.timed("decode"):
             places = shard.decoder.places(shard.to_device(batch.positions))
             for index, layer in enumerate(shard.decoder.layers):
-                q, k, v = layer.project(hidden, places)
-                attended = batch.attend(shard.kv, shard.backend, index, q, k, v, shard.scale)
+                attended = batch.attend(
+                    shard.kv, shard.backend, index, layer, hidden, places, shard.scale
+                )
                 hidden = layer.finish(hidden, attended, out=hidden)
         if shard.mesh.is_last_stage:
             return hidden

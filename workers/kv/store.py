@@ -111,8 +111,8 @@ class KVStore:
         self.table = RowTable(
             num_slots, num_layers, num_heads, max_row_tokens, page_tokens, device, mirrored
         )
-        self._k_tokens = self.pool.k_pages.view(-1, head_dim)
-        self._v_tokens = self.pool.v_pages.view(-1, head_dim)
+        self.k_tokens = self.pool.k_pages.view(-1, head_dim)
+        self.v_tokens = self.pool.v_pages.view(-1, head_dim)
 
     @property
     def num_pages(self) -> int:
@@ -287,8 +287,8 @@ class KVStore:
         """Store the new keys and values of one layer, [T, H, D] in the order of the plan."""
         dim = k.shape[-1]
         refs = plan.refs[layer].view(-1)
-        self._k_tokens.index_copy_(0, refs, k.reshape(-1, dim))
-        self._v_tokens.index_copy_(0, refs, v.reshape(-1, dim))
+        self.k_tokens.index_copy_(0, refs, k.reshape(-1, dim))
+        self.v_tokens.index_copy_(0, refs, v.reshape(-1, dim))
 
     def view(
         self,
@@ -373,7 +373,7 @@ class KVStore:
         if len(shared) > pool.num_free + np.count_nonzero(pool.refcount[surplus] == 1):
             return False
         source = self._tokens_to_move(slot, layer, indices, start, counts)
-        k, v = self._k_tokens.index_select(0, source), self._v_tokens.index_select(0, source)
+        k, v = self.k_tokens.index_select(0, source), self.v_tokens.index_select(0, source)
         pool.release(surplus)
         if len(shared):
             old = table.flat_pages[shared]

@@ -89,6 +89,20 @@ class Layer(Protocol):
         """Queries, keys and values of hidden states; in `out` if given."""
         ...
 
+    def project_append(
+        self, hidden_TE: Tensor, places: Places, k_tokens: Tensor, v_tokens: Tensor, refs_TH: Tensor
+    ) -> Tensor:
+        """Queries [T, Hq, D]; keys and values go straight to pages.
+
+        Args:
+            hidden_TE: [T, E].
+            places: of the T tokens.
+            k_tokens: all pages of keys, token by token, [P', D].
+            v_tokens: the same of values.
+            refs_TH: int64 [T, H], the rows of `k_tokens` and `v_tokens` to write.
+        """
+        ...
+
     def finish(self, hidden_TE: Tensor, attended_THD: Tensor, out: Tensor | None = None) -> Tensor:
         """Hidden states after the layer, from those before it and the attention output.
 
@@ -129,6 +143,16 @@ class TorchLayer:
         for target, source in zip(out, rotated, strict=True):
             target.copy_(source)
         return out
+
+    def project_append(
+        self, hidden_TE: Tensor, places: Places, k_tokens: Tensor, v_tokens: Tensor, refs_TH: Tensor
+    ) -> Tensor:
+        """See `Layer.project_append`."""
+        q, k, v = self.project(hidden_TE, places)
+        refs, dim = refs_TH.flatten(), k.shape[-1]
+        k_tokens.index_copy_(0, refs, k.reshape(-1, dim))
+        v_tokens.index_copy_(0, refs, v.reshape(-1, dim))
+        return q
 
     def finish(self, hidden_TE: Tensor, attended_THD: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Layer.finish`."""

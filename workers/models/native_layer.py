@@ -55,6 +55,14 @@ class NativeLayer:
         self._projection(hidden_TE, places.positions_T, *out)
         return out
 
+    def project_append(
+        self, hidden_TE: Tensor, places: Places, k_tokens: Tensor, v_tokens: Tensor, refs_TH: Tensor
+    ) -> Tensor:
+        """See `Layer.project_append`."""
+        q = hidden_TE.new_empty(len(hidden_TE), *self._shapes[0])
+        self._projection(hidden_TE, places.positions_T, q, k_tokens, v_tokens, refs_TH)
+        return q
+
     def finish(self, hidden_TE: Tensor, attended_THD: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Layer.finish`."""
         if self._mesh.layout.tensor_size == 1:

@@ -15,32 +15,29 @@
 namespace saqqara {
 namespace {
 
-#ifndef PFT
-#define PFT 4
-#endif
-#ifndef PFH
-#define PFH _MM_HINT_T0
-#endif
 constexpr int kPartTokens = 256;
 constexpr int kChunkTokens = kLanes;  // read from one address
 constexpr int kMaxChunks = kPartTokens / kChunkTokens;
-constexpr int kPrefetchChunks = PFT;  // how long before its use a chunk is requested from memory
+constexpr int kPrefetchChunks = 2;  // how long before its use a chunk is requested from memory
 constexpr int kMaxHeads = 3;        // query heads that go through a part together
 constexpr int kPatternWords = 8;    // of a key; a vector has those of two tokens
 constexpr int kBlockVectors = 4;    // of the output, summed together: 64 dims
 constexpr int kBlockDims = kBlockVectors * kLanes;
 
+// As `_Decode` in workers/attention/cpu.py.
 struct Arguments {
   const void* q;
   void* out;
-  float* mass;     // or null
-  float* weights;  // [N, H, G, max_length], needed for the mass
-  const void *k_pages, *v_pages;
-  const int32_t *page_table, *lengths;
+  float* mass;     // [N, H, max_length], or null
+  float* weights;  // [N, H, G, max_length], for the mass
+  const void* k_pages;
+  const void* v_pages;
+  const int32_t* page_table;
+  const int32_t* lengths;
+  int64_t q_stride;  // numbers between tokens
   int num_sequences, num_heads, group, dim, page_tokens, max_pages, max_length;
-  int64_t q_stride;
+  int is_bf16, num_threads;
   float scale;
-  int num_threads;
 };
 
 // Tokens `first` to `first + count` of a row, and where each chunk of them lies, in the order in
@@ -74,7 +71,7 @@ class Parts {
   using Number = typename T::Number;
 
   explicit Parts(const Arguments& a) : a_(a) {
-    const int64_t num_rows = int64_t(a.num_sequences) * a.num_heads;
+    const int64_t num_rows = a.num_sequences * a.num_heads;
     first_part_.resize(num_rows + 1, 0);
     for (int64_t row = 0; row < num_rows; ++row) {
       first_part_[row + 1] = first_part_[row] + ceil_div(a.lengths[row], kPartTokens);
@@ -132,7 +129,7 @@ class Parts {
 };
 
 // Requests the cache line at an address.
-inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), PFH); }
+inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
 
 // The same 8 words of two tokens, side by side.
 template <bool FULL>
@@ -194,14 +191,14 @@ template <class T>
 Partial weigh_part(float* scores, int count, float factor, float* copy) {
   __m512 maximum = _mm512_set1_ps(kLowest);
   for (int t = 0; t < count; t += kLanes) {
-    maximum = _mm512_mask_max_ps(maximum, first_lanes(count - t), maximum,
-                                 _mm512_load_ps(scores + t));
+    maximum =
+        _mm512_mask_max_ps(maximum, first_lanes(count - t), maximum, _mm512_load_ps(scores + t));
   }
   const float top = _mm512_reduce_max_ps(maximum) * factor;
   __m512 sum = _mm512_setzero_ps();
   const auto weigh = [&](int t) {
-    const __m512 exponent = _mm512_fmsub_ps(_mm512_load_ps(scores + t), _mm512_set1_ps(factor),
-                                            _mm512_set1_ps(top));
+    const __m512 exponent =
+        _mm512_fmsub_ps(_mm512_load_ps(scores + t), _mm512_set1_ps(factor), _mm512_set1_ps(top));
     const __m512 weight = _mm512_maskz_mov_ps(first_lanes(count - t), exp2(exponent));
     if (copy) _mm512_mask_storeu_ps(copy + t, first_lanes(count - t), weight);
     sum = _mm512_add_ps(sum, weight);
@@ -285,8 +282,8 @@ void add_part(const Part<typename T::Number>& part, const float* weights, int di
         load_values<T, FULL>(first, second, dim - d, value);
 #pragma GCC unroll 3
         for (int g = 0; g < HEADS; ++g) {
-          const __m512i word = _mm512_broadcastd_epi32(
-              _mm_loadu_si32(weight + g * kPartTokens + t / T::kPerWord));
+          const __m512i word =
+              _mm512_broadcastd_epi32(_mm_loadu_si32(weight + g * kPartTokens + t / T::kPerWord));
 #pragma GCC unroll 4
           for (int j = 0; j < kBlockVectors; ++j) {
             sum[g][j] = T::mul_add(value[j], word, sum[g][j]);
@@ -313,12 +310,11 @@ void attend_heads(const Arguments& a, const Part<typename T::Number>& part, int 
     const __mmask8 mask = first_lanes(words - p * kPatternWords);
     for (int g = 0; g < HEADS; ++g) {
       const Number* from = q + g * a.dim + p * kPatternWords * T::kPerWord;
-      _mm512_store_si512(queries + (p * HEADS + g) * kLanes,
-                         load_pattern<false>(from, from, mask));
+      _mm512_store_si512(queries + (p * HEADS + g) * kLanes, load_pattern<false>(from, from, mask));
     }
   }
-  const auto score = words % kPatternWords == 0 ? score_part<T, HEADS, true>
-                                                : score_part<T, HEADS, false>;
+  const auto score =
+      words % kPatternWords == 0 ? score_part<T, HEADS, true> : score_part<T, HEADS, false>;
   score(part, queries, a.dim, scores);
   for (int g = 0; g < HEADS; ++g) {
     const int64_t row = part.row * a.group + first + g;
@@ -352,10 +348,9 @@ void attend_part(const Arguments& a, const Part<typename T::Number>& part, Parti
 template <class T>
 void merge_row(const Arguments& a, int64_t row, int64_t num_parts, const Partial* partials,
                int64_t out_stride, const float* parts) {
-  using Number = typename T::Number;
-  Number* out = static_cast<Number*>(a.out) + row * a.group * a.dim;
+  auto* out = static_cast<typename T::Number*>(a.out) + row * a.group * a.dim;
   float* mass = a.mass ? a.mass + row * a.max_length : nullptr;
-  if (mass) std::fill(mass, mass + a.max_length, 0.0f);
+  if (mass) std::fill_n(mass, a.max_length, 0.0f);
   for (int g = 0; g < a.group; ++g) {
     float maximum = kLowest;
     for (int64_t p = 0; p < num_parts; ++p) {
@@ -366,20 +361,21 @@ void merge_row(const Arguments& a, int64_t row, int64_t num_parts, const Partial
       const Partial& partial = partials[p * a.group + g];
       sum += partial.sum * std::exp2(partial.maximum - maximum);
     }
-    for (int d = 0; d < a.dim; d += kLanes) {
-      __m512 total = _mm512_setzero_ps();
-      for (int64_t p = 0; p < num_parts; ++p) {
-        const float share = std::exp2(partials[p * a.group + g].maximum - maximum) / sum;
-        total = _mm512_fmadd_ps(_mm512_loadu_ps(parts + (p * a.group + g) * out_stride + d),
-                                _mm512_set1_ps(share), total);
+    __m512 total[kMaxDim / kLanes] = {};
+    for (int64_t p = 0; p < num_parts; ++p) {
+      const float share = std::exp2(partials[p * a.group + g].maximum - maximum) / sum;
+      const float* part = parts + (p * a.group + g) * out_stride;
+      for (int d = 0; d < a.dim; d += kLanes) {
+        total[d / kLanes] =
+            _mm512_fmadd_ps(_mm512_loadu_ps(part + d), _mm512_set1_ps(share), total[d / kLanes]);
       }
-      T::store(out + g * a.dim + d, total, a.dim - d);
+      if (!mass) continue;
+      const float* weights = a.weights + (row * a.group + g) * a.max_length;
+      const int64_t end = std::min<int64_t>((p + 1) * kPartTokens, a.lengths[row]);
+      for (int64_t t = p * kPartTokens; t < end; ++t) mass[t] += weights[t] * share;
     }
-    if (!mass) continue;
-    const float* weights = a.weights + (row * a.group + g) * a.max_length;
-    for (int64_t t = 0; t < a.lengths[row]; ++t) {
-      const float top = partials[t / kPartTokens * a.group + g].maximum;
-      mass[t] += weights[t] * (std::exp2(top - maximum) / sum);
+    for (int d = 0; d < a.dim; d += kLanes) {
+      T::store(out + g * a.dim + d, total[d / kLanes], a.dim - d);
     }
   }
 }
@@ -388,7 +384,7 @@ template <class T>
 void decode(const Arguments& a) {
   Parts<T> parts(a);
   const int64_t out_stride = ceil_div(a.dim, kBlockDims) * kBlockDims;
-  // Kept between calls, so that a step allocates nothing.
+  // Kept between calls: what a step needs again and again.
   static thread_local std::vector<Partial> partials;
   static thread_local std::vector<float> outputs;
   partials.resize(std::max<size_t>(partials.size(), parts.count() * a.group));
@@ -411,10 +407,10 @@ void decode(const Arguments& a) {
     }
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < int64_t(a.num_sequences) * a.num_heads; ++row) {
+    for (int64_t row = 0; row < a.num_sequences * a.num_heads; ++row) {
       const int64_t first = parts.first_part(row);
-      merge_row<T>(a, row, parts.first_part(row + 1) - first, partial + first * a.group,
-                   out_stride, output + first * a.group * out_stride);
+      merge_row<T>(a, row, parts.first_part(row + 1) - first, partial + first * a.group, out_stride,
+                   output + first * a.group * out_stride);
     }
   }
 }
@@ -422,18 +418,10 @@ void decode(const Arguments& a) {
 }  // namespace
 }  // namespace saqqara
 
-extern "C" void saqqara_decode(int is_bf16, const void* q, void* out, float* mass, float* weights,
-                               const void* k_pages, const void* v_pages,
-                               const int32_t* page_table, const int32_t* lengths,
-                               int num_sequences, int num_heads, int group, int dim,
-                               int page_tokens, int max_pages, int max_length, int64_t q_stride,
-                               float scale, int num_threads) {
-  const saqqara::Arguments arguments{
-      q,         out,   mass,        weights,   k_pages,    v_pages,  page_table, lengths, num_sequences,
-      num_heads, group, dim, page_tokens, max_pages, max_length, q_stride, scale, num_threads};
-  if (is_bf16) {
-    saqqara::decode<saqqara::Bf16>(arguments);
+extern "C" void saqqara_decode(const saqqara::Arguments* arguments) {
+  if (arguments->is_bf16) {
+    saqqara::decode<saqqara::Bf16>(*arguments);
   } else {
-    saqqara::decode<saqqara::Fp32>(arguments);
+    saqqara::decode<saqqara::Fp32>(*arguments);
   }
 }

@@ -14,15 +14,17 @@ namespace {
 
 constexpr int kSpanKeys = 256;  // of one unit of work
 
+// As `_Mass` in workers/attention/cpu.py.
 struct Arguments {
-  const void *q, *k;
+  const void* q;
+  const void* k;
   const float* query_weights;  // [w], or null: all 1
   float* mass;                 // [H, n]
+  int64_t q_stride, k_stride;  // numbers between tokens
   int64_t num_queries, num_keys;
   int num_heads, group, dim;
-  int64_t q_stride, k_stride;
+  int is_bf16, num_threads;
   float scale;
-  int num_threads;
 };
 
 // For the rows of one tile: either the maximum of the scaled scores and the sum of the weights over
@@ -46,8 +48,8 @@ struct Window {
   }
 
   Tokens<Number> keys(int64_t head) const {
-    return {nullptr, nullptr, 1, 0, static_cast<const Number*>(a.k) + head * a.dim, a.k_stride,
-            a.dim};
+    return {nullptr,    nullptr, 1, 0, static_cast<const Number*>(a.k) + head * a.dim,
+            a.k_stride, a.dim};
   }
 
   // Calls f(first key, keys, scores[key][row], maxima) for each tile of keys of a span, with the
@@ -78,23 +80,22 @@ struct Window {
       row_max[v] = _mm512_set1_ps(kLowest);
       row_sum[v] = _mm512_setzero_ps();
     }
-    score_span<V>(head, tile, span,
-                  [&](int64_t, int count, const float* scores, const __m512(&maxima)[V]) {
-                    for (int v = 0; v < V; ++v) {
-                      const __m512 previous = row_max[v];
-                      row_max[v] = _mm512_max_ps(previous, _mm512_mul_ps(maxima[v], factor));
-                      row_sum[v] = _mm512_mul_ps(row_sum[v],
-                                                 exp2(_mm512_sub_ps(previous, row_max[v])));
-                    }
-                    for (int i = 0; i < count; ++i) {
+    score_span<V>(
+        head, tile, span, [&](int64_t, int count, const float* scores, const __m512(&maxima)[V]) {
+          for (int v = 0; v < V; ++v) {
+            const __m512 previous = row_max[v];
+            row_max[v] = _mm512_max_ps(previous, _mm512_mul_ps(maxima[v], factor));
+            row_sum[v] = _mm512_mul_ps(row_sum[v], exp2(_mm512_sub_ps(previous, row_max[v])));
+          }
+          for (int i = 0; i < count; ++i) {
 #pragma GCC unroll 3
-                      for (int v = 0; v < V; ++v) {
-                        const __m512 score = _mm512_load_ps(scores + (i * V + v) * kLanes);
-                        row_sum[v] = _mm512_add_ps(
-                            row_sum[v], exp2(_mm512_fmsub_ps(score, factor, row_max[v])));
-                      }
-                    }
-                  });
+            for (int v = 0; v < V; ++v) {
+              const __m512 score = _mm512_load_ps(scores + (i * V + v) * kLanes);
+              row_sum[v] =
+                  _mm512_add_ps(row_sum[v], exp2(_mm512_fmsub_ps(score, factor, row_max[v])));
+            }
+          }
+        });
     for (int v = 0; v < V; ++v) {
       _mm512_store_ps(to.maximum + v * kLanes, row_max[v]);
       _mm512_store_ps(to.sum + v * kLanes, row_sum[v]);
@@ -134,27 +135,25 @@ struct Window {
       share[v] = _mm512_load_ps(rows.sum + v * kLanes);
     }
     float* mass = a.mass + head * a.num_keys;
-    score_span<V>(head, tile, span,
-                  [&](int64_t key, int count, const float* scores, const __m512(&)[V]) {
-                    for (int i = 0; i < count; i += kLanes) {
-                      __m512 sum[kLanes];
-                      for (int j = 0; j < kLanes; ++j) {
-                        sum[j] = _mm512_setzero_ps();
-                        if (i + j >= count) continue;
+    score_span<V>(
+        head, tile, span, [&](int64_t key, int count, const float* scores, const __m512(&)[V]) {
+          for (int i = 0; i < count; i += kLanes) {
+            __m512 sum[kLanes];
+            for (int j = 0; j < kLanes; ++j) {
+              sum[j] = _mm512_setzero_ps();
+              if (i + j >= count) continue;
 #pragma GCC unroll 3
-                        for (int v = 0; v < V; ++v) {
-                          const __m512 score =
-                              _mm512_load_ps(scores + ((i + j) * V + v) * kLanes);
-                          const __m512 weight = exp2(_mm512_fmsub_ps(score, factor, row_max[v]));
-                          sum[j] = _mm512_fmadd_ps(weight, share[v], sum[j]);
-                        }
-                      }
-                      const __mmask16 mask = first_lanes(count - i);
-                      const __m512 before = _mm512_maskz_loadu_ps(mask, mass + key + i);
-                      _mm512_mask_storeu_ps(mass + key + i, mask,
-                                            _mm512_add_ps(before, sum_lanes(sum)));
-                    }
-                  });
+              for (int v = 0; v < V; ++v) {
+                const __m512 score = _mm512_load_ps(scores + ((i + j) * V + v) * kLanes);
+                const __m512 weight = exp2(_mm512_fmsub_ps(score, factor, row_max[v]));
+                sum[j] = _mm512_fmadd_ps(weight, share[v], sum[j]);
+              }
+            }
+            const __mmask16 mask = first_lanes(count - i);
+            const __m512 before = _mm512_maskz_loadu_ps(mask, mass + key + i);
+            _mm512_mask_storeu_ps(mass + key + i, mask, _mm512_add_ps(before, sum_lanes(sum)));
+          }
+        });
   }
 };
 
@@ -187,8 +186,7 @@ void mass(const Arguments& a) {
       std::fill_n(first, std::min<int64_t>(kSpanKeys, a.num_keys - span * kSpanKeys), 0.0f);
       for (int64_t tile = 0; tile < window.num_tiles; ++tile) {
         with_vectors(rows_left(tile), [&](auto vectors) {
-          window.template add_mass<vectors>(head, tile, span,
-                                            rows[head * window.num_tiles + tile]);
+          window.template add_mass<vectors>(head, tile, span, rows[head * window.num_tiles + tile]);
         });
       }
     }
@@ -198,16 +196,10 @@ void mass(const Arguments& a) {
 }  // namespace
 }  // namespace saqqara
 
-extern "C" void saqqara_mass(int is_bf16, const void* q, const void* k, const float* query_weights,
-                             float* mass, int64_t num_queries, int64_t num_keys, int num_heads,
-                             int group, int dim, int64_t q_stride, int64_t k_stride, float scale,
-                             int num_threads) {
-  const saqqara::Arguments arguments{q,         k,     query_weights, mass,     num_queries,
-                                     num_keys,  num_heads, group,     dim,      q_stride,
-                                     k_stride,  scale, num_threads};
-  if (is_bf16) {
-    saqqara::mass<saqqara::Bf16>(arguments);
+extern "C" void saqqara_mass(const saqqara::Arguments* arguments) {
+  if (arguments->is_bf16) {
+    saqqara::mass<saqqara::Bf16>(*arguments);
   } else {
-    saqqara::mass<saqqara::Fp32>(arguments);
+    saqqara::mass<saqqara::Fp32>(*arguments);
   }
 }

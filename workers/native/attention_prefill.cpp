@@ -11,10 +11,10 @@ namespace {
 
 // Memory of one thread; what is used of it at D = 64 are 58 KiB.
 struct alignas(64) Scratch {
-  uint32_t queries[kMaxDim * kTileRows];   // [word][row]
-  float scores[kTileKeys * kTileRows];     // [key][row], then the weights in words, in place
-  uint32_t values[kTileKeys * kMaxDim];    // [key word][dim]
-  float out[kMaxDim * kTileRows];          // [dim][row]
+  uint32_t queries[kMaxDim * kTileRows];  // [word][row]
+  float scores[kTileKeys * kTileRows];    // [key][row], then the weights in words, in place
+  uint32_t values[kTileKeys * kMaxDim];   // [key word][dim]
+  float out[kMaxDim * kTileRows];         // [dim][row]
 };
 
 constexpr int kBlockDims = 8;  // dims of the output that are summed together
@@ -65,8 +65,7 @@ void weigh_tile(float* scores, int count, float factor, const __m512 (&maxima)[V
       const __m512 p = exp2(_mm512_fmsub_ps(_mm512_load_ps(at), scale, maxima[v]));
       sums[v] = _mm512_add_ps(sums[v], p);
       if constexpr (T::kPerWord == 2) {
-        const __m512 p2 =
-            exp2(_mm512_fmsub_ps(_mm512_load_ps(at + V * kLanes), scale, maxima[v]));
+        const __m512 p2 = exp2(_mm512_fmsub_ps(_mm512_load_ps(at + V * kLanes), scale, maxima[v]));
         sums[v] = _mm512_add_ps(sums[v], p2);
         _mm512_store_si512(at, T::pair(p, p2));
       } else {
@@ -118,8 +117,8 @@ void add_values(const float* weights, const uint32_t* values, int count, int dim
 
 // Writes the rows of a tile: out[dim][row] * scale[row], transposed.
 template <class T, int V>
-void store_rows(const float* out, const __m512 (&scale)[V],
-                const Rows<typename T::Number>& rows, int64_t first) {
+void store_rows(const float* out, const __m512 (&scale)[V], const Rows<typename T::Number>& rows,
+                int64_t first) {
   for (int v = 0; v < V; ++v) {
     for (int d = 0; d < rows.dim; d += kLanes) {
       __m512 block[kLanes];
@@ -171,16 +170,22 @@ void attend_tile(const Rows<const typename T::Number>& q, const Rows<typename T:
   store_rows<T, V>(scratch.out, row_sum, out, first);
 }
 
+// As `_Attend` in workers/attention/cpu.py.
 struct Arguments {
-  const void *q, *k, *v;
+  const void* q;
+  const void* k;
+  const void* v;
   void* out;
-  const int32_t *cu_q, *cu_k;
-  const void *k_pages, *v_pages;
-  const int32_t *page_table, *kept;
+  const int32_t* cu_q;
+  const int32_t* cu_k;
+  const void* k_pages;  // the rest null where nothing was kept
+  const void* v_pages;
+  const int32_t* page_table;
+  const int32_t* kept;
+  int64_t q_stride, k_stride, v_stride;  // numbers between tokens
   int num_sequences, num_heads, group, dim, page_tokens, max_pages;
-  int64_t q_stride, k_stride, v_stride;
+  int is_bf16, num_threads;
   float scale;
-  int num_threads;
 };
 
 template <class T>
@@ -201,8 +206,8 @@ void attend(const Arguments& a) {
     Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < first_task[a.num_sequences]; ++task) {
-      const int n = static_cast<int>(
-          std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin() - 1);
+      const int n = static_cast<int>(std::upper_bound(first_task.begin(), first_task.end(), task) -
+                                     first_task.begin() - 1);
       const int64_t head = (task - first_task[n]) / tiles(n);
       const int64_t tile = tiles(n) - 1 - (task - first_task[n]) % tiles(n);
       const int64_t num_rows = int64_t(a.cu_q[n + 1] - a.cu_q[n]) * a.group;
@@ -213,8 +218,8 @@ void attend(const Arguments& a) {
           static_cast<const Number*>(a.q) + a.cu_q[n] * a.q_stride + head * a.group * a.dim,
           a.q_stride, a.group, a.dim, num_rows};
       const Rows<Number> out{
-          static_cast<Number*>(a.out) + a.cu_q[n] * out_stride + head * a.group * a.dim,
-          out_stride, a.group, a.dim, num_rows};
+          static_cast<Number*>(a.out) + a.cu_q[n] * out_stride + head * a.group * a.dim, out_stride,
+          a.group, a.dim, num_rows};
       const auto tokens = [&](const void* pages, const void* fresh, int64_t stride) {
         return Tokens<Number>{static_cast<const Number*>(pages),
                               a.page_table + (n * a.num_heads + head) * a.max_pages,
@@ -229,8 +234,7 @@ void attend(const Arguments& a) {
       const int64_t num_before = num_kept + num_fresh - (a.cu_q[n + 1] - a.cu_q[n]);
       const int64_t first = tile * kTileRows;
       with_vectors(num_rows - first, [&](auto vectors) {
-        attend_tile<T, vectors>(q, out, first, keys, values, num_before, a.scale * kLog2E,
-                                scratch);
+        attend_tile<T, vectors>(q, out, first, keys, values, num_before, a.scale * kLog2E, scratch);
       });
     }
   }
@@ -239,20 +243,10 @@ void attend(const Arguments& a) {
 }  // namespace
 }  // namespace saqqara
 
-extern "C" void saqqara_attend(int is_bf16, const void* q, const void* k, const void* v, void* out,
-                               const int32_t* cu_q, const int32_t* cu_k, const void* k_pages,
-                               const void* v_pages, const int32_t* page_table,
-                               const int32_t* kept, int num_sequences, int num_heads, int group,
-                               int dim, int page_tokens, int max_pages, int64_t q_stride,
-                               int64_t k_stride, int64_t v_stride, float scale,
-                               int num_threads) {
-  const saqqara::Arguments arguments{
-      q,    k,         v,           out,       cu_q,     cu_k,     k_pages,  v_pages, page_table,
-      kept, num_sequences, num_heads, group, dim, page_tokens, max_pages, q_stride, k_stride,
-      v_stride, scale, num_threads};
-  if (is_bf16) {
-    saqqara::attend<saqqara::Bf16>(arguments);
+extern "C" void saqqara_attend(const saqqara::Arguments* arguments) {
+  if (arguments->is_bf16) {
+    saqqara::attend<saqqara::Bf16>(*arguments);
   } else {
-    saqqara::attend<saqqara::Fp32>(arguments);
+    saqqara::attend<saqqara::Fp32>(*arguments);
   }
 }

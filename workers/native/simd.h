@@ -70,8 +70,8 @@ inline __m512 sum_lanes(const __m512 (&in)[kLanes]) {
   for (int i = 0; i < 8; ++i) {
     const __m512 low = in[pair_token(i)];
     const __m512 high = in[pair_token(i) + 4];
-    halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x44),
-                              _mm512_shuffle_f32x4(low, high, 0xee));
+    halves[i] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x44), _mm512_shuffle_f32x4(low, high, 0xee));
   }
   return sum_halves(halves);
 }
@@ -122,9 +122,9 @@ struct Bf16 {
 
   // The word of two weights for every lane, from the floats of each.
   static __m512i pair(__m512 first, __m512 second) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
-                                           24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
-                                           16, 0);
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
   }
 
