@@ -144,6 +144,28 @@ def throughput(
     bench_throughput(settings.config, workload, json_file)
 
 
+@bench.command()
+@with_settings(sampling=False)
+def profile(
+    num_requests: Annotated[int, typer.Option(min=1, help="Prompts, random token ids.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per prompt.")] = 64,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT.json", help="Write every span here, for Perfetto."),
+    ] = None,
+    *,
+    settings: Settings,
+) -> None:
+    """Show where a step's time goes, part by part."""
+    from saqqara.evaluation.throughput import Workload
+
+    from .cli_actions import bench_profile
+
+    workload = Workload(None, num_requests, prompt_tokens, new_tokens)
+    bench_profile(settings.config, workload, trace)
+
+
 @app.command()
 def fetch_demo_model(
     cache: Annotated[

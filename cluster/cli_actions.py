@@ -10,6 +10,7 @@ from rich.console import Console
 
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.agreement import compare_results
+from saqqara.evaluation.profile import profile, profile_table, write_trace
 from saqqara.evaluation.throughput import Workload, measure, throughput_table
 
 from .batch_files import write_json
@@ -103,6 +104,14 @@ def bench_throughput(config: EngineConfig, workload: Workload, json_file: Path |
     console().print(throughput_table(result))
     if json_file is not None:
         write_json(json_file, result)
+
+
+def bench_profile(config: EngineConfig, workload: Workload, trace: Path | None) -> None:
+    """Profile an engine, print where the time goes, and write a trace."""
+    rows, spans = profile(config, workload)
+    console().print(profile_table(rows))
+    if trace is not None:
+        write_trace(spans, trace)
 
 
 def console() -> Console:

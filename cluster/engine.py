@@ -51,34 +51,38 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """One worker in this process, without Ray; a step runs inside `execute`."""
+    """One worker in this process, without Ray; a step runs inside `execute`.
+
+    Attributes:
+        worker: the worker.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         from saqqara.workers.worker import Worker
 
-        self._worker = Worker.local(config)
+        self.worker = Worker.local(config)
 
     @property
     def workers(self) -> list[WorkerInfo]:
         """The worker."""
-        return [self._worker.info]
+        return [self.worker.info]
 
     def execute(self, plan: StepPlan) -> "Future[list[StepResult]]":
         """Run a step; the future is done."""
         future: Future[list[StepResult]] = Future()
         try:
-            future.set_result([self._worker.execute(plan)])
+            future.set_result([self.worker.execute(plan)])
         except Exception as error:
             future.set_exception(error)
         return future
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` if a page has not exactly the owners it should have."""
-        self._worker.check_integrity()
+        self.worker.check_integrity()
 
     def shutdown(self) -> None:
         """Release what the worker holds outside its memory."""
-        self._worker.close()
+        self.worker.close()
 
 
 class Engine:

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .attention.base import AttentionBackend, CuSeqlens
+from .attention.base import CuSeqlens
 from .kv.store import AppendPlan, KVStore, KVView
-from .models.layer import Layer, Places
+from .models.layer import QKV, Layer, Places
 from .plan import DecodeItem
+from .shard import Shard
 
 
 @dataclass(frozen=True)
@@ -74,57 +75,47 @@ class DecodeBatch:
         return cls(positions, append, rows, len(single), cu)
 
     def attend(
-        self,
-        kv: KVStore,
-        backend: AttentionBackend,
-        index: int,
-        layer: Layer,
-        hidden_TE: Tensor,
-        places: Places,
-        scale: float,
+        self, shard: Shard, index: int, layer: Layer, hidden_TE: Tensor, places: Places
     ) -> Tensor:
         """Project, store the new keys and values, and attend, [T, Hq, D].
 
         `index` counts this worker's layers from 0. Rows of refused slots come out as zeros.
         """
+        part, kv = shard.clock.part, shard.kv
         if self.rows is None:
             assert self.append is not None
-            refs = self.append.refs[index]
-            q = layer.project_append(hidden_TE, places, kv.k_tokens, kv.v_tokens, refs)
-            return _decode(backend, q, kv.decode_view(self.append, index), scale)
-        qkv = layer.project(hidden_TE, places)
+            with part("project"):
+                refs = self.append.refs[index]
+                q = layer.project_append(hidden_TE, places, kv.k_tokens, kv.v_tokens, refs)
+            with part("attention"):
+                return _decode(shard, q, kv.decode_view(self.append, index))
+        with part("project"):
+            qkv = layer.project(hidden_TE, places)
         attended = torch.zeros_like(qkv.q)
         if self.append is not None:
-            q, k, v = (x[self.rows] for x in qkv)
-            attended[self.rows] = self._attend_rows(kv, backend, index, q, k, v, scale)
+            with part("attention"):
+                attended[self.rows] = self._attend_rows(shard, index, qkv)
         return attended
 
-    def _attend_rows(
-        self,
-        kv: KVStore,
-        backend: AttentionBackend,
-        index: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def _attend_rows(self, shard: Shard, index: int, qkv: QKV) -> Tensor:
         """Store and attend for the sequences that are fed, the single ones first."""
         assert self.append is not None
+        q, k, v = (x[self.rows] for x in qkv)
+        kv, n = shard.kv, self.num_single
         kv.append(self.append, index, k, v)
-        n = self.num_single
         parts = []
         if n:
             view = _narrow(kv.decode_view(self.append, index), slice(0, n))
-            parts.append(_decode(backend, q[:n], view, scale))
+            parts.append(_decode(shard, q[:n], view))
         if self.cu is not None:
             view = _narrow(kv.extend_view(self.append, index), slice(n, None))
-            parts.append(backend.extend(q[n:], k[n:], v[n:], self.cu, view, scale))
+            new = (q[n:], k[n:], v[n:])
+            parts.append(shard.backend.extend(*new, self.cu, view, shard.scale))
         return torch.cat(parts)
 
 
-def _decode(backend: AttentionBackend, q: Tensor, view: KVView, scale: float) -> Tensor:
-    attended = backend.decode(q, view, scale)
+def _decode(shard: Shard, q: Tensor, view: KVView) -> Tensor:
+    attended = shard.backend.decode(q, view, shard.scale)
     assert isinstance(attended, Tensor), "no mass was asked for"
     return attended
 

@@ -29,19 +29,19 @@ class Decode:
         if not items:
             return None
         shard = self._shard
-        batch = self._reserve(items)
+        with shard.clock.phase("reserve"):
+            batch = self._reserve(items)
         if shard.decoder.embedding is not None:
             self._receive_tokens({item.slot for item in items})
             hidden = shard.decoder.embedding(shard.to_device(shard.slots.feed(items)))
         else:
             hidden = shard.receive_hidden(batch.num_tokens)
-        with shard.timed("decode"):
+        with shard.clock.phase("decode"):
             places = shard.decoder.places(shard.to_device(batch.positions))
             for index, layer in enumerate(shard.decoder.layers):
-                attended = batch.attend(
-                    shard.kv, shard.backend, index, layer, hidden, places, shard.scale
-                )
-                hidden = layer.finish(hidden, attended, out=hidden)
+                attended = batch.attend(shard, index, layer, hidden, places)
+                with shard.clock.part("finish"):
+                    hidden = layer.finish(hidden, attended, out=hidden)
         if shard.mesh.is_last_stage:
             return hidden
         shard.mesh.send_hidden(hidden)
@@ -65,7 +65,7 @@ class Decode:
         needed = [i for i, ts in enumerate(self._awaited) if any(t.slot in slots for t in ts)]
         for _ in range(max(needed, default=-1) + 1):
             targets = self._awaited.popleft()
-            with shard.timed("receive"):
+            with shard.clock.phase("receive"):
                 tokens = shard.mesh.recv_tokens(len(targets)).tolist()
             for target, token in zip(targets, tokens, strict=True):
                 shard.slots.put_token(target, token)

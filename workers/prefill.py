@@ -82,7 +82,7 @@ class Prefill:
         if start >= stop:
             return {}
         parked, finals = self._parked[slots], {}
-        with shard.timed("prefill"):
+        with shard.clock.phase("prefill"):
             for layer in range(start, min(stop, shard.spec.num_layers - 1)):
                 self._layer(layer, slots, parked)
             if stop == shard.spec.num_layers:
@@ -114,13 +114,18 @@ class Prefill:
         """Replace the parked hidden states by those after `layer`; keep what retention selects."""
         shard = self._shard
         weights = shard.decoder.layers[layer - shard.layers.start]
-        qkv = self._project(weights, parked)
-        attended = shard.backend.prefill(*qkv, parked.cu, parked.cu, shard.scale)
-        self._retain(layer, slots, parked, qkv)
+        part = shard.clock.part
+        with part("project"):
+            qkv = self._project(weights, parked)
+        with part("attention"):
+            attended = shard.backend.prefill(*qkv, parked.cu, parked.cu, shard.scale)
+        with part("retain"):
+            self._retain(layer, slots, parked, qkv)
         del qkv
-        for chunk in chunks(parked.num_tokens, shard.config.linear_chunk_tokens):
-            hidden = parked.hidden_TE[chunk]
-            weights.finish(hidden, attended[chunk], out=hidden)
+        with part("finish"):
+            for chunk in chunks(parked.num_tokens, shard.config.linear_chunk_tokens):
+                hidden = parked.hidden_TE[chunk]
+                weights.finish(hidden, attended[chunk], out=hidden)
 
     def _last_layer(self, slots: tuple[int, ...], parked: ParkedPrefill) -> Tensor:
         """The model's last layer: queries and MLP only where the next token comes from, [N, E]."""

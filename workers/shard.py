@@ -5,9 +5,6 @@ layers.
 """
 
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor
 from saqqara.configs.schema import EngineConfig
 
 from .attention.base import get_backend
+from .clock import StepClock
 from .kv.store import KVStore
 from .memory import (
     MemoryMeter,
@@ -47,7 +45,7 @@ class Shard:
         layers: numbers of this rank's layers in the whole model.
         heads: this rank's query and kv heads.
         refused: slots whose tokens did not fit; this rank holds nothing of them.
-        seconds: time spent in the current step, by phase.
+        clock: time spent in the current step, by phase.
     """
 
     def __init__(
@@ -85,7 +83,7 @@ class Shard:
         self.slots = SlotTable(config.max_num_seqs, self.max_model_len + 1)
         self.meter = MemoryMeter(self.decoder.weight_bytes())
         self.refused: set[int] = set()
-        self.seconds: dict[str, float] = {}
+        self.clock = StepClock()
         self.kv = self._make_pool(sum(len(heads.kv) for heads in all_heads))
         self.meter.pool_bytes = self.kv.num_pages * self.kv.page_bytes
 
@@ -167,19 +165,9 @@ class Shard:
 
     def receive_hidden(self, num_tokens: int) -> Tensor:
         """Hidden states [T, E] from the stage before."""
-        with self.timed("receive"):
+        with self.clock.phase("receive"):
             return self.mesh.recv_hidden((num_tokens, self.spec.hidden_size), self.dtype)
 
     def to_device(self, values: NDArray[np.integer]) -> Tensor:
         """An int64 tensor of these numbers on this rank's device."""
         return torch.from_numpy(values.astype(np.int64)).to(self.device, non_blocking=True)
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time spent inside to a phase of this step."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - started
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent

