@@ -28,7 +28,7 @@ class EngineConfig(BaseModel):
     )
     max_num_seqs: int = Field(64, ge=1, description="Sequences that hold a slot at once.")
     max_prefill_tokens: int = Field(
-        8192, ge=1, description="Prompt tokens concatenated into one prefill group."
+        2048, ge=1, description="Prompt tokens concatenated into one prefill group."
     )
     prefill_quantum: int | None = Field(
         32768,
