@@ -33,7 +33,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def weight(columns: int, inputs: int, seed: int = 1) -> Tensor:
-    return (randn(columns, inputs, seed=seed).float() * inputs**-0.5).bfloat16()
+    return randn(columns, inputs, seed=seed).float().mul(inputs**-0.5).bfloat16()
 
 
 def assert_product(y: Tensor, x: Tensor, w: Tensor, added: Tensor | float = 0.0) -> None:
@@ -117,11 +117,11 @@ def test_gated(inputs: int, outputs: int, has_bias: bool) -> None:
     x, w = randn(20, inputs) * 2, weight(2 * outputs, inputs)
     bias = randn(2 * outputs, seed=2) if has_bias else None
     y = PackedLinear(w, bias, gated=True)(x)
-    added = 0.0 if bias is None else bias.double()
+    added = torch.zeros(()) if bias is None else bias.double()
     gate, up = (x.double() @ w.double().T + added).chunk(2, dim=-1)
     activated = gate * torch.sigmoid(gate)
     exact = activated * up
-    error = (inputs + 1) * 2.0**-23 * (x.double().abs() @ w.double().abs().T + abs(added))
+    error = (inputs + 1) * 2.0**-23 * (x.double().abs() @ w.double().abs().T + added.abs())
     gate_error, up_error = error.chunk(2, dim=-1)
     bound = 1.1 * gate_error * up.abs() + up_error * activated.abs()
     bound += (BF16 + 2.0**-20) * exact.abs()
@@ -258,7 +258,7 @@ def test_rope(head_dim: int, has_norm: bool) -> None:
     qkv, positions = randn(rows, 7 * head_dim), torch.arange(rows) * 9
     got = [torch.empty(rows, count, head_dim).bfloat16() for count in heads]
     project.rope_append(qkv, positions, *got)
-    q, k, v = qkv.view(rows, 7, head_dim).split(heads, dim=1)
+    q, k, v = torch.split(qkv.view(rows, 7, head_dim), heads, dim=1)
     for result, x, scale in zip(got[:2], (q, k), norms, strict=True):
         normed = x if scale is None else rms_norm(x, scale, norm.eps)
         cos, sin = angles.cos()[positions], angles.sin()[positions]

@@ -120,7 +120,7 @@ class CpuAttention:
         _check(scale, q, k, v)
         q, k, v = _heads_together(q), _heads_together(k), _heads_together(v)
         (_, num_query_heads, dim), num_heads = q.shape, k.shape[1]
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         arguments = _Attend(
             q=q.data_ptr(),
             k=k.data_ptr(),
@@ -167,7 +167,7 @@ class CpuAttention:
         _check(scale, q)
         q = _heads_together(q)
         (num_sequences, num_heads), (_, num_query_heads, dim) = view.lengths.shape, q.shape
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         arguments = _Decode(
             q=q.data_ptr(),
             out=out.data_ptr(),

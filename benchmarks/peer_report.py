@@ -1,0 +1,164 @@
+"""Figures of `peers.py`: medians over rounds, ratios, agreement, tables and the picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from rich.table import Table
+
+from saqqara.evaluation.agreement import answer_agreement
+
+GIB = 2**30
+BUSY_SHARE = 0.05  # of the machine: above it, a figure is marked as disturbed
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One engine's answer to one workload in one round."""
+
+    workload: str
+    engine: str
+    round: int
+    wall_seconds: float
+    prefill_seconds: float
+    output_token_ids: list[list[int]]
+    peak_rss_bytes: int
+    foreign_cpu_share: float
+
+    @property
+    def at(self) -> tuple[str, str]:
+        """Workload and engine."""
+        return self.workload, self.engine
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Generated tokens by the time after the last first token."""
+        seconds = self.wall_seconds - self.prefill_seconds
+        return sum(map(len, self.output_token_ids)) / seconds if seconds > 0 else float("nan")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.wall_seconds:.1f} s (prefill {self.prefill_seconds:.1f} s, "
+            f"decode {self.decode_tokens_per_second:.0f} tok/s, "
+            f"{self.peak_rss_bytes / GIB:.1f} GiB, foreign CPU {self.foreign_cpu_share:.0%})"
+        )
+
+
+def is_ours(engine: str) -> bool:
+    """Whether an engine is Saqqara."""
+    return engine.startswith("saqqara:")
+
+
+def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Figures by workload: of each engine, ratios to ours, and agreement of each pair.
+
+    Times and rates are medians over the rounds, memory and foreign CPU the largest. A ratio is the
+    median wall time of an engine over that of one of ours. Answers are those of the first round.
+    """
+    result: dict[str, Any] = {}
+    for workload in dict.fromkeys(sample.workload for sample in samples):
+        here = [sample for sample in samples if sample.workload == workload]
+        by_engine = {
+            name: [sample for sample in here if sample.engine == name]
+            for name in dict.fromkeys(sample.engine for sample in here)
+        }
+        engines = {name: _figures(of_engine) for name, of_engine in by_engine.items()}
+        answers = {name: of_engine[0].output_token_ids for name, of_engine in by_engine.items()}
+        result[workload] = {
+            "engines": engines,
+            "ratios": {
+                ours: {
+                    name: figures["wall_seconds"] / engines[ours]["wall_seconds"]
+                    for name, figures in engines.items()
+                    if name != ours
+                }
+                for ours in filter(is_ours, engines)
+            },
+            "agreement": {
+                a: {b: answer_agreement(answers[a], answers[b]).to_dict() for b in answers}
+                for a in answers
+            },
+            "output_token_ids": answers,
+        }
+    return result
+
+
+def _figures(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Of one engine on one workload."""
+    return {
+        "rounds": len(samples),
+        "wall_seconds": median(s.wall_seconds for s in samples),
+        "prefill_seconds": median(s.prefill_seconds for s in samples),
+        "decode_tokens_per_second": median(s.decode_tokens_per_second for s in samples),
+        "peak_rss_bytes": max(s.peak_rss_bytes for s in samples),
+        "foreign_cpu_share": max(s.foreign_cpu_share for s in samples),
+        "same_answers_in_all_rounds": all(
+            s.output_token_ids == samples[0].output_token_ids for s in samples
+        ),
+        "wall_seconds_of_rounds": [s.wall_seconds for s in samples],
+        "prefill_seconds_of_rounds": [s.prefill_seconds for s in samples],
+    }
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """One table for each workload, with figures, ratios to each of ours, and agreement."""
+    return [
+        _table(result["workloads"][name], figures) for name, figures in result["results"].items()
+    ]
+
+
+def _table(workload: dict[str, Any], figures: dict[str, Any]) -> Table:
+    engines: dict[str, Any] = figures["engines"]
+    reference = next(iter(engines))
+    title = "{name}: {num_requests} x {prompt_tokens} in, {new_tokens} out".format(**workload)
+    table = Table(
+        "engine",
+        title=title,
+        caption=f"x NAME: wall time over that of saqqara:NAME; agreement with {reference}; "
+        f"*: more than {BUSY_SHARE:.0%} of the machine was busy with something else",
+    )
+    columns = ["wall s", "low - high", "prefill s", "decode tok/s", "GiB"]
+    columns += [f"x {ours.removeprefix('saqqara:')}" for ours in figures["ratios"]]
+    for column in [*columns, "same prefix", "same answers"]:
+        table.add_column(column, justify="right")
+    for name, one in engines.items():
+        walls = one["wall_seconds_of_rounds"]
+        agreement = figures["agreement"][name][reference]
+        mark = "*" if one["foreign_cpu_share"] > BUSY_SHARE else ""
+        cells = [f"{one['wall_seconds']:.2f}{mark}", f"{min(walls):.2f} - {max(walls):.2f}"]
+        cells += [f"{one['prefill_seconds']:.2f}", f"{one['decode_tokens_per_second']:.0f}"]
+        cells.append(f"{one['peak_rss_bytes'] / GIB:.2f}")
+        cells += [f"{ratios.get(name, 1.0):.2f}" for ratios in figures["ratios"].values()]
+        cells.append(f"{agreement['common_prefix_share']:.0%}")
+        cells.append(f"{agreement['identical']} of {agreement['answers']}")
+        table.add_row(name, *cells)
+    return table
+
+
+def plot(path: Path, result: dict[str, Any]) -> None:
+    """Wall seconds of each engine as bars, prefill and the rest apart, one panel a workload."""
+    found = result["results"]
+    if not found:
+        return
+    figure, panels = plt.subplots(1, len(found), figsize=(5.5 * len(found), 5), squeeze=False)
+    for panel, (name, figures) in zip(panels[0], found.items(), strict=True):
+        engines = figures["engines"]
+        labels = list(engines)[::-1]
+        prefill = [engines[label]["prefill_seconds"] for label in labels]
+        wall = [engines[label]["wall_seconds"] for label in labels]
+        colours = ["C0" if is_ours(label) else "C7" for label in labels]
+        rest = [a - b for a, b in zip(wall, prefill, strict=True)]
+        panel.barh(labels, prefill, color=colours)
+        bars = panel.barh(labels, rest, left=prefill, color=colours, alpha=0.5)
+        panel.bar_label(bars, [f"{seconds:.1f}" for seconds in wall], padding=3)
+        panel.set(title=name, xlabel="seconds: prefill (dark), decode (light)")
+        panel.margins(x=0.15)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
