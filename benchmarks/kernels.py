@@ -8,13 +8,16 @@ product. Shapes are SmolLM2-135M's (9 query heads, 3 kv heads, head dim 64), bf1
 
 The kernels, the torch backend and the limits take turns, so that whatever else the machine does
 meets all of them. A figure is the median over the rounds, with the lower quartile of the time
-beside it. Keys and values of decode rotate through enough layers to come from memory, not cache.
+beside it. Rounds in which a core was taken from the process do not count, as long as others are
+left; `clean` says how many those are. Keys and values of decode rotate through enough layers to
+come from memory, not cache.
 """
 
 import argparse
 import itertools
 import json
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -175,41 +178,62 @@ def make_limits() -> dict[str, tuple[float, Call]]:
     }
 
 
-def measure(calls: dict[str, Call], rounds: int) -> dict[str, tuple[float, float]]:
-    """Lower quartile and median of the seconds of each call."""
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one call over the rounds that count, and how many of them were undisturbed."""
+
+    seconds: Sequence[float]
+    clean: int
+
+    def rates(self, work: float) -> dict[str, float]:
+        """Milliseconds, and work per nanosecond: median and lower quartile of the time."""
+        quartile, median = np.quantile(self.seconds, [0.25, 0.5]).tolist()
+        return {
+            "median_ms": median * 1e3,
+            "quartile_ms": quartile * 1e3,
+            "median_rate": work / median / 1e9,
+            "quartile_rate": work / quartile / 1e9,
+            "clean": self.clean,
+        }
+
+
+def preemptions() -> int:
+    """How often a core was taken from this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def measure(calls: dict[str, Call], rounds: int) -> dict[str, Times]:
+    """Time each call once per round, after a round to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
+    clean: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(-1, rounds):
         for name, call in calls.items():
             time.sleep(REST_SECONDS)
-            started = time.perf_counter()
+            before, started = preemptions(), time.perf_counter()
             call()
-            seconds[name].append(time.perf_counter() - started)
-    quantiles = {name: np.quantile(times[1:], [0.25, 0.5]) for name, times in seconds.items()}
-    return {name: (float(low), float(mid)) for name, (low, mid) in quantiles.items()}
+            elapsed = time.perf_counter() - started
+            if round_ >= 0:
+                seconds[name].append(elapsed)
+                if preemptions() == before:
+                    clean[name].append(elapsed)
+    return {name: Times(clean[name] or seconds[name], len(clean[name])) for name in calls}
 
 
 def run(case: Case, backends: Sequence[AttentionBackend], rounds: int) -> dict[str, object]:
-    """Measure one case: seconds, rates, and the share of the limit, by backend."""
+    """Measure one case: times, rates and the share of the limit, by backend."""
     limit_work, limit = make_limits()[case.unit]
     calls: dict[str, Call] = {backend.name: partial(case.call, backend) for backend in backends}
     times = measure({"limit": limit} | calls, rounds)
-    limit_low, limit_mid = (limit_work / seconds for seconds in times.pop("limit"))
+    bound = times.pop("limit").rates(limit_work)
+    rates = {name: taken.rates(case.work) for name, taken in times.items()}
+    for rate in rates.values():
+        rate["share_of_limit"] = rate["median_rate"] / bound["median_rate"]
     return {
         "case": case.name,
         "unit": case.unit,
         "work": case.work,
-        "limit": {"median": limit_mid / 1e9, "quartile": limit_low / 1e9},
-        "backends": {
-            name: {
-                "median_ms": mid * 1e3,
-                "quartile_ms": low * 1e3,
-                "median_rate": case.work / mid / 1e9,
-                "quartile_rate": case.work / low / 1e9,
-                "share_of_limit": case.work / mid / limit_mid,
-                "quartile_share_of_limit": case.work / low / limit_low,
-            }
-            for name, (low, mid) in times.items()
-        },
+        "limit": bound,
+        "backends": rates,
     }
 
 
@@ -220,10 +244,10 @@ def print_row(result: dict[str, object]) -> None:
     assert isinstance(backends, dict)
     cells = "".join(
         f"{b['median_ms']:9.2f} ({b['quartile_ms']:.2f})".rjust(20)
-        + f"{b['median_rate']:7.1f} {b['share_of_limit']:5.0%}"
+        + f"{b['clean']:4.0f}{b['median_rate']:7.1f} {b['share_of_limit']:5.0%}"
         for b in backends.values()
     )
-    print(f"{result['case']:30}{limit['median']:7.1f} {result['unit']:8}{cells}", flush=True)
+    print(f"{result['case']:30}{limit['median_rate']:7.1f} {result['unit']:8}{cells}", flush=True)
 
 
 def main() -> None:
@@ -236,8 +260,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     backends: list[AttentionBackend] = [CpuAttention(), TorchAttention()]
-    print(f"{options.threads} threads; ms: median (lower quartile); rate; share of the limit")
-    columns = "".join(f"{f'{b.name}: ms':>20}{'rate share':>13}" for b in backends)
+    print(f"{options.threads} threads; ms: median (lower quartile); clean; rate; share of limit")
+    columns = "".join(f"{f'{b.name}: ms':>20}{'clean  rate share':>17}" for b in backends)
     print(f"{'':30}{'limit':>7} {'':8}{columns}")
     results = []
     with torch.inference_mode():

@@ -5,7 +5,7 @@ import os
 import subprocess
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ import psutil
 
 SAMPLE_SECONDS = 0.5  # between two looks at an engine's memory
 STOP_SECONDS = 20.0
+LOW_MEMORY_BYTES = 3 * 2**29  # 1.5 GiB: less must be left to the rest of the machine
 
 
 class EngineFailedError(RuntimeError):
@@ -112,6 +113,11 @@ class EngineProcess:
         self._process.stdout.close()
         self._log.close()
 
+    def _kill(self) -> None:
+        for process in process_tree(self._top):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
     def _read(self) -> dict[str, Any]:
         """The next line, while the memory of the process tree is watched."""
         assert self._process.stdout is not None
@@ -120,15 +126,15 @@ class EngineProcess:
         peak = 0
         while not line.done():
             peak = max(peak, sum(map(rss_bytes, process_tree(self._top))))
-            try:
-                line.result(timeout=SAMPLE_SECONDS)
-            except TimeoutError:
-                if time.perf_counter() > deadline:
-                    for process in process_tree(self._top):
-                        process.kill()
-                    raise EngineFailedError(
-                        f"no answer in {self.timeout_seconds:.0f} s; its log: {self.log}"
-                    ) from None
+            if psutil.virtual_memory().available < LOW_MEMORY_BYTES:
+                self._kill()
+                raise EngineFailedError("stopped: the machine was running out of memory")
+            if time.perf_counter() > deadline:
+                self._kill()
+                raise EngineFailedError(
+                    f"no answer in {self.timeout_seconds:.0f} s; its log: {self.log}"
+                )
+            wait([line], timeout=SAMPLE_SECONDS)
         if not line.result():
             raise EngineFailedError(f"it has ended; its log: {self.log}")
         reply: dict[str, Any] = json.loads(line.result())

@@ -277,8 +277,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--engines",
         default=",".join(FAST),
-        help="with commas between: saqqara:METHOD[@BUDGET][/FIELD=VALUE...], or a peer with "
-        "options of its runner, PEER[/OPTION=VALUE...]; peers: " + ", ".join(PEERS),
+        help="with commas between: saqqara:METHOD[@BUDGET][/FIELD=VALUE...], or a peer, which may "
+        "have options of its runner: PEER[/OPTION=VALUE...]; peers: " + ", ".join(PEERS),
     )
     parser.add_argument("--rounds", type=int, default=3, help="calls of each engine per workload")
     parser.add_argument("--slow-rounds", type=int, help="of slow engines; default: as the others")

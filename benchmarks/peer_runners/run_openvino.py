@@ -119,7 +119,7 @@ if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--kept-share", type=float, help="evict to this share of the prompt")
     options.add_argument("--kv-precision", default="bf16", help="bf16, or u8 (its default)")
-    options.add_argument("--cache-gb", type=int, default=4, help="most memory for keys and values")
+    options.add_argument("--cache-gb", type=int, default=2, help="most memory for keys and values")
     options.add_argument("--max-num-batched-tokens", type=int, help="default: its own")
     given = options.parse_args()
     serve(lambda: OpenVino(given), ["openvino-genai", "openvino"])

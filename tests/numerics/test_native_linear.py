@@ -258,7 +258,7 @@ def test_rope(head_dim: int, has_norm: bool) -> None:
     qkv, positions = randn(rows, 7 * head_dim), torch.arange(rows) * 9
     got = [torch.empty(rows, count, head_dim).bfloat16() for count in heads]
     project.rope_append(qkv, positions, *got)
-    q, k, v = torch.split(qkv.view(rows, 7, head_dim), heads, dim=1)
+    q, k, v = torch.split(qkv.view(rows, 7, head_dim), list(heads), dim=1)
     for result, x, scale in zip(got[:2], (q, k), norms, strict=True):
         normed = x if scale is None else rms_norm(x, scale, norm.eps)
         cos, sin = angles.cos()[positions], angles.sin()[positions]
