@@ -184,7 +184,7 @@ def test_decode(
     page_tokens: int,
 ) -> None:
     """Rows of any length, down to none, that differ between heads; ends of pages and parts."""
-    ends = [0, 1, 15, 16, 17, 255, 256, 257, 600]
+    ends = [0, 1, 15, 16, 17, 511, 512, 513, 1100]
     lengths = [
         [ends[(n + 3 * head) % len(ends)] for head in range(num_heads)] for n in range(len(ends))
     ]

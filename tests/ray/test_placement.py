@@ -66,7 +66,7 @@ def test_reserve_and_release_leave_nothing_behind() -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_cluster_without_room_says_what_was_asked_and_what_there_is() -> None:
-    before = ray.available_resources()["CPU"]
+    before = ray.cluster_resources()["CPU"]
     with pytest.raises(PlacementError) as error:
         reserve(
             _config(tensor_parallel_size=4, pipeline_parallel_size=2, device="cuda"),
