@@ -42,7 +42,9 @@ CPU, DTYPE = torch.device("cpu"), torch.bfloat16
 READ_BYTES = 128 << 20  # of one plain read; several times the last-level cache
 KV_BYTES = 128 << 20  # that decode rotates through, at least
 GEMM_SIZE = 1024
-REST_SECONDS = 0.01  # before each call: a process that has slept is not interrupted at once
+REST_SECONDS = 0.01  # before each turn: a process that has slept is not interrupted at once
+TURN_SECONDS = 0.005  # about how long a turn takes, in as many calls as fit
+MAX_CALLS = 30  # of a turn; like the layers of a step
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def make_cases() -> Iterator[Case]:
 
 def make_limits() -> dict[str, tuple[float, Call]]:
     """Work and call of what bounds each unit."""
-    memory = itertools.cycle(torch.ones(2, READ_BYTES // 8, dtype=torch.int64))
+    memory = itertools.cycle(torch.arange(2 * READ_BYTES // 8).view(2, -1))
     a, b = randn(GEMM_SIZE, GEMM_SIZE), randn(GEMM_SIZE, GEMM_SIZE)
     return {
         "GB/s": (READ_BYTES, lambda: next(memory).sum()),
@@ -202,20 +204,30 @@ def preemptions() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
+def take_turn(call: Call, num_calls: int) -> tuple[float, bool]:
+    """Seconds per call of a turn, and whether it was undisturbed."""
+    time.sleep(REST_SECONDS)
+    call()  # wakes the other threads, which have slept as well
+    before, started = preemptions(), time.perf_counter()
+    for _ in range(num_calls):
+        call()
+    elapsed = time.perf_counter() - started
+    return elapsed / num_calls, preemptions() == before
+
+
 def measure(calls: dict[str, Call], rounds: int) -> dict[str, Times]:
-    """Time each call once per round, after a round to warm up."""
+    """Time a turn of each call per round."""
+    num_calls = {}
+    for name, call in calls.items():
+        fastest = min(take_turn(call, 1)[0] for _ in range(3))
+        num_calls[name] = min(MAX_CALLS, max(1, round(TURN_SECONDS / fastest)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     clean: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(-1, rounds):
-        for name, call in calls.items():
-            time.sleep(REST_SECONDS)
-            before, started = preemptions(), time.perf_counter()
-            call()
-            elapsed = time.perf_counter() - started
-            if round_ >= 0:
-                seconds[name].append(elapsed)
-                if preemptions() == before:
-                    clean[name].append(elapsed)
+    for _, (name, call) in itertools.product(range(rounds), calls.items()):
+        elapsed, undisturbed = take_turn(call, num_calls[name])
+        seconds[name].append(elapsed)
+        if undisturbed:
+            clean[name].append(elapsed)
     return {name: Times(clean[name] or seconds[name], len(clean[name])) for name in calls}
 
 

@@ -68,7 +68,7 @@ class PagePool:
         """Take `count` free pages, one reference each; returns their ids, int32 [count]."""
         assert 0 <= count <= self.num_free, f"{count} pages wanted, {self.num_free} are free"
         start = self.num_free - count
-        pages = self._stack[start : self.num_free].copy()
+        pages = self._stack[start : self.num_free][::-1].copy()  # ascending, so read in order
         self.num_free = start
         self.refcount[pages] = 1
         self._num_refs += count
@@ -109,7 +109,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory would get no huge pages
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

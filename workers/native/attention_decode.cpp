@@ -1,27 +1,22 @@
 // Attention of one query per sequence over the pages of its rows, at the speed of memory.
 //
-// Rows are cut into parts of 256 tokens, whatever else is in the batch, so that the result of a
+// Rows are cut into parts of 512 tokens, whatever else is in the batch, so that the result of a
 // row does not depend on its company. Threads take parts as they come free; a part reads its keys,
 // then its values, each once from memory for all query heads of the kv head; then the parts of
 // each row are merged by their log-sum-exp.
 
-#include <atomic>
 #include <cmath>
 #include <utility>
 #include <vector>
 
-#include "attention_tiles.h"
+#include "attention_parts.h"
 
 namespace saqqara {
 namespace {
 
-constexpr int kPartTokens = 256;
-constexpr int kChunkTokens = kLanes;  // read from one address
-constexpr int kMaxChunks = kPartTokens / kChunkTokens;
-constexpr int kPrefetchChunks = 2;  // how long before its use a chunk is requested from memory
-constexpr int kMaxHeads = 3;        // query heads that go through a part together
-constexpr int kPatternWords = 8;    // of a key; a vector has those of two tokens
-constexpr int kBlockVectors = 4;    // of the output, summed together: 64 dims
+constexpr int kMaxHeads = 3;      // query heads that go through a part together
+constexpr int kPatternWords = 8;  // of a key; a vector has those of two tokens
+constexpr int kBlockVectors = 4;  // of the output, summed together: 64 dims
 constexpr int kBlockDims = kBlockVectors * kLanes;
 
 // As `_Decode` in workers/attention/cpu.py.
@@ -40,92 +35,10 @@ struct Arguments {
   float scale;
 };
 
-// Tokens `first` to `first + count` of a row, and where each chunk of them lies, in the order in
-// which they are read: keys, values, then the first keys of the part that the thread does next.
-// Tokens of a chunk beyond the count lie there too, but mean nothing.
-template <class Number>
-struct Part {
-  int64_t index;
-  int64_t row;
-  int64_t first;
-  int count;
-  int num_chunks;
-  const Number* chunks[2 * kMaxChunks + kPrefetchChunks];
-  std::vector<Number> copies;  // of tokens whose pages are not whole chunks
-
-  const Number* const* keys() const { return chunks; }
-  const Number* const* values() const { return chunks + num_chunks; }
-  const Number** end() { return chunks + 2 * num_chunks; }
-};
-
 // What a part contributes to its row, for each of the G query heads.
 struct Partial {
   float maximum;  // of the scores, in powers of 2
   float sum;      // of the weights 2^(score - maximum)
-};
-
-// Hands out the parts of all rows.
-template <class T>
-class Parts {
- public:
-  using Number = typename T::Number;
-
-  explicit Parts(const Arguments& a) : a_(a) {
-    const int64_t num_rows = a.num_sequences * a.num_heads;
-    first_part_.resize(num_rows + 1, 0);
-    for (int64_t row = 0; row < num_rows; ++row) {
-      first_part_[row + 1] = first_part_[row] + ceil_div(a.lengths[row], kPartTokens);
-    }
-  }
-
-  int64_t first_part(int64_t row) const { return first_part_[row]; }
-  int64_t count() const { return first_part_.back(); }
-
-  // Takes the next part; false if there is none.
-  bool take(Part<Number>& part) {
-    part.index = taken_.fetch_add(1, std::memory_order_relaxed);
-    if (part.index >= count()) return false;
-    const auto after = std::upper_bound(first_part_.begin(), first_part_.end(), part.index);
-    part.row = after - first_part_.begin() - 1;
-    part.first = (part.index - first_part_[part.row]) * kPartTokens;
-    part.count = std::min<int64_t>(kPartTokens, a_.lengths[part.row] - part.first);
-    part.num_chunks = ceil_div(part.count, kChunkTokens);
-    const auto* k_pages = static_cast<const Number*>(a_.k_pages);
-    const auto* v_pages = static_cast<const Number*>(a_.v_pages);
-    const int32_t* pages = a_.page_table + part.row * a_.max_pages;
-    const Number** k_chunks = part.chunks;
-    const Number** v_chunks = part.chunks + part.num_chunks;
-    if (a_.page_tokens % kChunkTokens == 0) {
-      for (int i = 0; i < part.num_chunks; ++i) {
-        const int64_t token = part.first + i * kChunkTokens;
-        const int64_t page = pages[token / a_.page_tokens];
-        const int64_t at = (page * a_.page_tokens + token % a_.page_tokens) * a_.dim;
-        k_chunks[i] = k_pages + at;
-        v_chunks[i] = v_pages + at;
-      }
-      return true;
-    }
-    const int64_t chunk_numbers = int64_t(kChunkTokens) * a_.dim;
-    part.copies.resize(2 * kMaxChunks * chunk_numbers);
-    for (int i = 0; i < part.num_chunks; ++i) {
-      k_chunks[i] = part.copies.data() + i * chunk_numbers;
-      v_chunks[i] = k_chunks[i] + kMaxChunks * chunk_numbers;
-    }
-    for (int i = 0; i < part.count; ++i) {
-      const int64_t token = part.first + i;
-      const int64_t page = pages[token / a_.page_tokens];
-      const int64_t at = (page * a_.page_tokens + token % a_.page_tokens) * a_.dim;
-      Number* to = part.copies.data() + int64_t(i) * a_.dim;
-      std::copy_n(k_pages + at, a_.dim, to);
-      std::copy_n(v_pages + at, a_.dim, to + kMaxChunks * chunk_numbers);
-    }
-    return true;
-  }
-
- private:
-  const Arguments& a_;
-  std::vector<int64_t> first_part_;
-  std::atomic<int64_t> taken_{0};
 };
 
 // Requests the cache line at an address.
@@ -382,7 +295,10 @@ void merge_row(const Arguments& a, int64_t row, int64_t num_parts, const Partial
 
 template <class T>
 void decode(const Arguments& a) {
-  Parts<T> parts(a);
+  using Number = typename T::Number;
+  const int64_t num_rows = a.num_sequences * a.num_heads;
+  Parts<Number> parts({static_cast<const Number*>(a.k_pages), static_cast<const Number*>(a.v_pages),
+                       a.page_table, a.lengths, num_rows, a.max_pages, a.page_tokens, a.dim});
   const int64_t out_stride = ceil_div(a.dim, kBlockDims) * kBlockDims;
   // Kept between calls: what a step needs again and again.
   static thread_local std::vector<Partial> partials;
@@ -393,21 +309,21 @@ void decode(const Arguments& a) {
   float* const output = outputs.data();
 #pragma omp parallel num_threads(a.num_threads)
   {
-    Part<typename T::Number> storage[2];
+    Part<Number> storage[2];
     auto *part = &storage[0], *next = &storage[1];
-    bool more = parts.take(*part);
-    while (more) {
-      more = parts.take(*next);
-      const int ahead = more ? std::min(kPrefetchChunks, next->num_chunks) : 0;
+    for (bool more = parts.take(*part); more; std::swap(part, next)) {
+      // Takes the next part early, to request its keys; but leaves the last ones to who is free.
+      const bool early = parts.left() >= a.num_threads && parts.take(*next);
+      const int ahead = early ? std::min(kPrefetchChunks, next->num_chunks) : 0;
       std::copy_n(next->keys(), ahead, part->end());
       std::fill_n(part->end() + ahead, kPrefetchChunks - ahead, part->values()[0]);
       attend_part<T>(a, *part, partial + part->index * a.group, out_stride,
                      output + part->index * a.group * out_stride);
-      std::swap(part, next);
+      more = early || parts.take(*next);
     }
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.num_sequences * a.num_heads; ++row) {
+    for (int64_t row = 0; row < num_rows; ++row) {
       const int64_t first = parts.first_part(row);
       merge_row<T>(a, row, parts.first_part(row + 1) - first, partial + first * a.group, out_stride,
                    output + first * a.group * out_stride);

@@ -27,11 +27,10 @@ struct Arguments {
   float scale;
 };
 
-// For the rows of one tile: either the maximum of the scaled scores and the sum of the weights over
-// a span of keys, or the maximum over all keys and the factor that normalises the weights.
+// What the rows of one tile need for their weights, 2^(scaled score - maximum) * share.
 struct alignas(64) RowStatistics {
   float maximum[kTileRows];
-  float sum[kTileRows];
+  float share[kTileRows];  // over one span, before merging: the sum of the weights without it
 };
 
 template <class T>
@@ -98,7 +97,7 @@ struct Window {
         });
     for (int v = 0; v < V; ++v) {
       _mm512_store_ps(to.maximum + v * kLanes, row_max[v]);
-      _mm512_store_ps(to.sum + v * kLanes, row_sum[v]);
+      _mm512_store_ps(to.share + v * kLanes, row_sum[v]);
     }
   }
 
@@ -108,7 +107,7 @@ struct Window {
     for (int i = 0; i < kTileRows; ++i) {
       const int64_t row = tile * kTileRows + i;
       if (row >= a.num_queries * a.group) {
-        merged.maximum[i] = merged.sum[i] = 0.0f;
+        merged.maximum[i] = merged.share[i] = 0.0f;
         continue;
       }
       // Spans that a row does not see hold no statistics of it.
@@ -117,10 +116,10 @@ struct Window {
       float maximum = kLowest, sum = 0.0f;
       for (int64_t s = 0; s < num_seen; ++s) maximum = std::max(maximum, spans[s].maximum[i]);
       for (int64_t s = 0; s < num_seen; ++s) {
-        sum += spans[s].sum[i] * std::exp2(spans[s].maximum[i] - maximum);
+        sum += spans[s].share[i] * std::exp2(spans[s].maximum[i] - maximum);
       }
       merged.maximum[i] = maximum;
-      merged.sum[i] = (a.query_weights ? a.query_weights[row / a.group] : 1.0f) / sum;
+      merged.share[i] = (a.query_weights ? a.query_weights[row / a.group] : 1.0f) / sum;
     }
     return merged;
   }
@@ -132,7 +131,7 @@ struct Window {
     __m512 row_max[V], share[V];
     for (int v = 0; v < V; ++v) {
       row_max[v] = _mm512_load_ps(rows.maximum + v * kLanes);
-      share[v] = _mm512_load_ps(rows.sum + v * kLanes);
+      share[v] = _mm512_load_ps(rows.share + v * kLanes);
     }
     float* mass = a.mass + head * a.num_keys;
     score_span<V>(

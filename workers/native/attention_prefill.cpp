@@ -1,5 +1,5 @@
 // Causal attention of new tokens over the pages that their sequence kept, if any, and over the new
-// tokens up to themselves. Online softmax over tiles of 64 keys; weights in the element type,
+// tokens up to themselves. Online softmax over tiles of keys; weights in the element type,
 // everything else in fp32.
 
 #include <vector>

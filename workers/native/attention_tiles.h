@@ -126,7 +126,8 @@ template <class T, int V>
   }
 }
 
-// The first `count` of 16 V limits: row r sees the keys before num_before + its token + 1.
+// Limits of the rows `first` to `first + 16 V`: token t sees the keys before num_before + t + 1.
+// Rows beyond the last have its limit.
 template <int V, class Number>
 void row_limits(const Rows<Number>& rows, int64_t first, int64_t num_before, int32_t* limits) {
   for (int i = 0; i < V * kLanes; ++i) {
