@@ -21,6 +21,7 @@ from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.clock import Span
 from saqqara.workers.models.spec import load_spec
+from saqqara.workers.worker import Worker
 
 from .throughput import Workload
 
@@ -55,7 +56,22 @@ def profile(config: EngineConfig, workload: Workload) -> tuple[list[Row], list[S
     sampling = SamplingParams(temperature=0.0, max_tokens=workload.new_tokens, ignore_eos=True)
     for number, prompt in enumerate(workload.token_ids(config)):
         engine.add_request(str(number), prompt, sampling, stream=False)
-    spans = executor.worker.trace()
+    rows, spans = profile_steps(engine, executor.worker)
+    engine.shutdown()
+    return rows, spans
+
+
+def profile_steps(engine: Engine, worker: Worker) -> tuple[list[Row], list[Span]]:
+    """Step an engine until it has nothing to do, and time every part of every step.
+
+    Args:
+        engine: with its requests.
+        worker: its only one, in this process; it goes on tracing afterwards.
+
+    Returns:
+        Where the time went, and every single span (for `write_trace`).
+    """
+    spans = worker.trace()
     seconds: dict[tuple[str, str], float] = defaultdict(float)
     steps: dict[str, int] = defaultdict(int)
     seen = 0
@@ -68,9 +84,8 @@ def profile(config: EngineConfig, workload: Workload) -> tuple[list[Row], list[S
         steps[kind] += 1
         for phase, part, took in _parts(new):
             seconds[kind, f"{phase} {part}".strip()] += took
-        worker = sum(span.seconds for span in new if span.name == "total")
-        seconds[kind, "host"] += spent - worker
-    engine.shutdown()
+        in_worker = sum(span.seconds for span in new if span.name == "total")
+        seconds[kind, "host"] += spent - in_worker
     rows = [Row(kind, part, took, steps[kind]) for (kind, part), took in seconds.items()]
     return rows, spans
 
