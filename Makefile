@@ -22,6 +22,7 @@ check: $(INSTALLED) ## Check format, lint and types, then run all tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	MYPYPATH=tests $(BIN)/mypy tests
+	MYPYPATH=benchmarks:benchmarks/peer_runners $(BIN)/mypy benchmarks
 	$(MAKE) test
 
 prove: $(INSTALLED) ## The longer proofs: parity on the real model, also through Ray (10 minutes)

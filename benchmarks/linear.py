@@ -139,7 +139,7 @@ class Model:
     def _torch_project(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         qkv = linear(rms_norm(self.hidden, layer.norm, EPS), layer.raw["qkv"])
         heads = qkv.view(-1, QUERY_HEADS + 2 * KV_HEADS, HEAD_DIM)
-        q, k, v = heads.split((QUERY_HEADS, KV_HEADS, KV_HEADS), dim=1)
+        q, k, v = torch.split(heads, [QUERY_HEADS, KV_HEADS, KV_HEADS], dim=1)
         return rotate(q, *self.angles), rotate(k, *self.angles), v
 
     def _torch_finish(self, layer: Layer) -> Tensor:

@@ -42,7 +42,10 @@ class Answers:
 class Engine(Protocol):
     """A loaded engine."""
 
-    settings: Mapping[str, Any]
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What it runs with, for the report."""
+        ...
 
     def prepare(self, prompts: Prompts, new_tokens: int) -> None:
         """What depends on the lengths and is not timed."""

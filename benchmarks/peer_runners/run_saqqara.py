@@ -13,7 +13,8 @@ class Saqqara:
     """`LLM` with the LocalExecutor, in this process."""
 
     def __init__(self, model: str, threads: int, settings: dict[str, Any]) -> None:
-        self.llm = LLM(**{"model": model, "num_threads": threads, "dtype": "bfloat16"} | settings)
+        common: dict[str, Any] = {"model": model, "num_threads": threads, "dtype": "bfloat16"}
+        self.llm = LLM(**common | settings)
         self.settings = settings
 
     def prepare(self, prompts: Prompts, new_tokens: int) -> None:
