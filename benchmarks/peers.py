@@ -71,6 +71,7 @@ PEERS = {
     "openvino-evict25": Peer("openvino", "run_openvino.py", ("--kept-share", "0.25")),
     "transformers": Peer("transformers", "run_transformers.py"),
     "transformers-cb": Peer("transformers", "run_transformers.py", ("--continuous",)),
+    "deepspeed": Peer("deepspeed", "run_deepspeed.py"),
     "kvpress-pyramidkv25": Peer("kvpress", "run_kvpress.py", ("--kept-share", "0.25")),
 }
 OURS = ("saqqara:full", "saqqara:pyramidkv@25%", "saqqara:snapkv@25%")

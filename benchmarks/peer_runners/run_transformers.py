@@ -24,7 +24,7 @@ class Generate:
 
     def __init__(self, model: str, threads: int) -> None:
         self.model = load_model(model, threads)
-        self.settings = {"attn_implementation": "sdpa", "device_map": "cpu"}
+        self.settings: dict[str, Any] = {"attn_implementation": "sdpa", "device_map": "cpu"}
 
     def prepare(self, prompts: Prompts, new_tokens: int) -> None:
         """Nothing depends on the lengths."""
