@@ -106,8 +106,13 @@ def _figures(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
+def plain(ours: Sequence[str]) -> list[str]:
+    """Those of our engines that others are held against: without settings of their own, if any."""
+    return [name for name in ours if "/" not in name] or list(ours[:1])
+
+
 def tables(result: dict[str, Any]) -> list[Table]:
-    """One table for each workload, with figures, ratios to each of ours, and agreement."""
+    """One table for each workload, with figures, ratios to ours (see `plain`), and agreement."""
     return [
         _table(result["workloads"][name], figures) for name, figures in result["results"].items()
     ]
@@ -118,15 +123,16 @@ def _table(workload: dict[str, Any], figures: dict[str, Any]) -> Table:
     reference = next(iter(engines))
     title = "{name}: {num_requests} x {prompt_tokens} in, {new_tokens} out".format(**workload)
     table = Table(
-        "engine",
         title=title,
         caption=f"x NAME: wall time over that of saqqara:NAME; agreement with {reference}; "
         f"*: more than {BUSY_SHARE:.0%} of the machine was busy with something else",
     )
+    table.add_column("engine", overflow="fold")
+    shown = {ours: figures["ratios"][ours] for ours in plain(list(figures["ratios"]))}
     columns = ["wall s", "low - high", "prefill s", "decode tok/s", "GiB"]
-    columns += [f"x {ours.removeprefix('saqqara:')}" for ours in figures["ratios"]]
+    columns += [f"x {ours.removeprefix('saqqara:')}" for ours in shown]
     for column in [*columns, "same prefix", "same answers"]:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, one in engines.items():
         walls = one["wall_seconds_of_rounds"]
         agreement = figures["agreement"][name][reference]
@@ -134,7 +140,7 @@ def _table(workload: dict[str, Any], figures: dict[str, Any]) -> Table:
         cells = [f"{one['wall_seconds']:.2f}{mark}", f"{min(walls):.2f} - {max(walls):.2f}"]
         cells += [f"{one['prefill_seconds']:.2f}", f"{one['decode_tokens_per_second']:.0f}"]
         cells.append(f"{one['peak_rss_bytes'] / GIB:.2f}")
-        cells += [f"{ratios.get(name, 1.0):.2f}" for ratios in figures["ratios"].values()]
+        cells += [f"{ratios.get(name, 1.0):.2f}" for ratios in shown.values()]
         cells.append(f"{agreement['common_prefix_share']:.0%}")
         cells.append(f"{agreement['identical']} of {agreement['answers']}")
         table.add_row(name, *cells)

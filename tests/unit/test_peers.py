@@ -106,6 +106,14 @@ def test_table_and_picture(scripts: Any, summary: Any, tmp_path: Path) -> None:
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_variants_of_our_engine_are_held_against_the_plain_ones(scripts: Any) -> None:
+    plain = scripts["peer_report"].plain
+    ours = ["saqqara:full/executor=ray", "saqqara:full", "saqqara:pyramidkv@25%"]
+    assert plain(ours) == ["saqqara:full", "saqqara:pyramidkv@25%"]
+    assert plain(["saqqara:full/a=1", "saqqara:full/a=2"]) == ["saqqara:full/a=1"]
+    assert plain([]) == []
+
+
 def test_workloads_by_name_and_by_size(scripts: Any) -> None:
     first, second = scripts["peers"].parse_workloads("W3,2x64+8")
     assert (first.num_requests, first.prompt_tokens, first.new_tokens) == (8, 6144, 256)
