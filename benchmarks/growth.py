@@ -14,7 +14,7 @@ decode ms      wall time of a step in which all prompts get one token: the media
                round
 KV MiB         most bytes of KV pages at one moment: kept prompt tokens and new ones
 prefill KV MiB most bytes of keys and values that prefill holds: the pages, and one layer's fresh
-               keys and values of all prompts at full length
+               keys and values of all prompts at full length, because they share a step here
 
 A figure is the median over the rounds, the range beside it. The last two rows of a setting are the
 ratio of the longest to the shortest length, and the exponent `e` of a fit `value ~ length ** e`.
