@@ -94,7 +94,7 @@ class RecordingExecutor(LocalExecutor):
 
 
 class SteppedEngine:
-    """One loaded model in bfloat16 for many runs, with room for all prompts at full length.
+    """One loaded model in bfloat16 for many runs, with room for twice all prompts at full length.
 
     All prompts are prefilled in one step, so that afterwards all of them decode together.
 
@@ -109,14 +109,15 @@ class SteppedEngine:
         self.spec = load_spec(model)
         page_tokens = EngineConfig(model=model).page_tokens
         row_tokens = -(-max_model_len // page_tokens) * page_tokens
-        self.row_token_bytes = self.spec.kv_bytes_per_row_token(torch.bfloat16)
+        row_token_bytes = self.spec.kv_bytes_per_row_token(torch.bfloat16)
         rows = self.spec.num_layers * self.spec.num_kv_heads
-        pool_bytes = num_prompts * rows * row_tokens * self.row_token_bytes + SPARE_BYTES
+        slots = 2 * num_prompts  # the scheduler admits a prompt only while some pages stay free
+        pool_bytes = slots * rows * row_tokens * row_token_bytes + SPARE_BYTES
         self.config = EngineConfig(
             model=model,
             dtype="bfloat16",
             num_threads=num_threads,
-            max_num_seqs=num_prompts,
+            max_num_seqs=slots,
             max_model_len=max_model_len,
             max_prefill_tokens=num_prompts * max_model_len,
             kv_memory_gib=pool_bytes / GIB,
@@ -148,7 +149,9 @@ class SteppedEngine:
                 )
             )
         report = self._engine.report()
-        assert report.num_preemptions == 0, "the pool holds all prompts at full length"
+        prefills = [step.num_prefill for step in steps if step.num_prefill]
+        assert prefills == [len(prompts)], "the pool holds all prompts, and one step takes them"
+        assert report.num_preemptions == 0
         return Run(
             len(prompts), tuple(steps), report.kv_kept_bytes_peak, report.prefill_kv_bytes_peak
         )

@@ -125,7 +125,7 @@ def test_every_turn_of_a_call_is_counted(scripts: Any) -> None:
 
 def test_an_engine_stepped_by_hand(scripts: Any, demo_model: Path) -> None:
     engine = scripts["stepped"].SteppedEngine(str(demo_model), 1, 2, 96)
-    prompts = [list(range(1000, 1080)), list(range(2000, 2080))]
+    prompts = [list(range(1000, 1092)), list(range(2000, 2092))]
     full = engine.run(prompts, 4, "full", None)
     small = engine.run(prompts, 4, "pyramidkv", 48)
     rows = engine.profile(prompts, 4, "pyramidkv", 48)
@@ -133,12 +133,12 @@ def test_an_engine_stepped_by_hand(scripts: Any, demo_model: Path) -> None:
     # All prompts in one step, and then three in which both decode.
     for run in (full, small):
         assert [s.num_prefill for s in run.steps if s.num_prefill] == [2]
-        assert [s.positions for s in run.decode_steps] == [(80, 80), (81, 81), (82, 82)]
+        assert [s.positions for s in run.decode_steps] == [(92, 92), (93, 93), (94, 94)]
         assert min(run.decode_step_seconds, run.prefill_seconds) > 0
-    # Pages of 16 tokens: six for 83 tokens in each of 90 rows; the budget leaves fewer.
+    # Pages of 16 tokens: six for 95 tokens in each of 90 rows; the budget leaves fewer.
     row_page_bytes = 16 * 64 * 2 * 2
     assert full.kv_kept_bytes == 2 * 90 * 6 * row_page_bytes
-    kept_LH = Retention.parse("pyramidkv", 48).row_tokens(80, 30, 3)
+    kept_LH = Retention.parse("pyramidkv", 48).row_tokens(92, 30, 3)
     assert small.kv_kept_bytes == 2 * int(np.ceil((kept_LH + 3) / 16).sum()) * row_page_bytes
     assert small.prefill_kv_bytes < full.prefill_kv_bytes  # of this run, not of the one before
     assert {row.num_steps for row in rows if row.phase == "decode"} == {3}
