@@ -204,7 +204,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     backends: list[AttentionBackend] = [CpuAttention(), TorchAttention()]
     print(f"{options.threads} threads; ms: median (lower quartile); clean; rate; share of limit")
-    columns = "".join(f"{f'{b.name}: ms':>20}{'clean  rate share':>17}" for b in backends)
+    columns = "".join(f"{f'{b.name}: ms':>19}{'clean  rate share':>18}" for b in backends)
     print(f"{'':30}{'limit':>7} {'':8}{columns}")
     results = []
     with torch.inference_mode():
