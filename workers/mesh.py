@@ -138,6 +138,10 @@ def vocab_shard(vocab_size: int, tensor_size: int, tensor_rank: int) -> VocabSha
 def intermediate_shard(intermediate_size: int, tensor_size: int, tensor_rank: int) -> range:
     """The MLP channels of one tensor rank; uneven where needed, in multiples of 8 if possible.
 
+    The split does not make up for uneven heads: ranks meet after attention and again after the MLP,
+    so the slowest rank of each of the two counts, and a rank that waited for another's attention
+    would then be waited for.
+
     Raises:
         ValueError: fewer channels than ranks.
     """

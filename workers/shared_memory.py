@@ -88,7 +88,7 @@ def _lead(store: Store, rank: int, num_ranks: int, problem: str | None) -> _Outc
         answers += [json.loads(store.get(f"answer{other}")) for other in range(1, num_ranks)]
     finally:
         if memory is not None:
-            (SHARED_MEMORY_DIR / offer.name).unlink()
+            (SHARED_MEMORY_DIR / offer.name).unlink(missing_ok=True)
     reasons = [
         f"tensor rank {rank}: {reason}"
         for rank, answer in enumerate(answers)
