@@ -24,6 +24,7 @@ _PATIENCE_NANOSECONDS = 500_000_000
 # What an operation does; with the bytes of its piece the number that ranks compare.
 _SUM, _JOIN, _BROADCAST = range(3)
 _KINDS = 4
+_ADDED = (torch.bfloat16, torch.float32)
 
 
 class _Exchange(ctypes.Structure):
@@ -90,11 +91,14 @@ class Exchange:
         self.num_ranks = num_ranks
         self.slot_bytes = slot_bytes
         self._rank = rank
+        self._memory = memory  # keeps what the addresses point to
         # Only those that can be seen from here; a container may hide the others.
         self._process_ids = {r: p for r, p in enumerate(process_ids) if _is_running(p)}
         self._timeout_seconds = timeout_seconds
         self._number = 0  # of the operation that comes next
-        self._slots = memory[-2 * num_ranks * slot_bytes :].view(2, num_ranks, slot_bytes)
+        slots = memory[-2 * num_ranks * slot_bytes :].view(2, num_ranks, slot_bytes)
+        self._addresses = [[slot.data_ptr() for slot in buffer] for buffer in slots]
+        self._own = {dtype: slots[:, rank].view(dtype).unbind() for dtype in _ADDED}
         self._exchange = _Exchange(pointer(memory, torch.uint8), num_ranks, rank, slot_bytes)
         self._address = ctypes.addressof(self._exchange)
         self._who = c_int64()
@@ -105,17 +109,17 @@ class Exchange:
     @staticmethod
     def adds(dtype: torch.dtype) -> bool:
         """Whether `all_reduce` takes this dtype."""
-        return dtype in (torch.bfloat16, torch.float32)
+        return dtype in _ADDED
 
     def partial_like(self, x: Tensor) -> Tensor | None:
-        """A place like x in the shared memory; None if a slot is too small for it.
+        """A place like x, bf16 or fp32, in the shared memory; None if a slot is too small for it.
 
         What is written there is this rank's part of a sum if `all_reduce` of it is the next
         operation; until then it is this rank's own.
         """
         if x.nbytes > self.slot_bytes:
             return None
-        return self._slots[self._number % 2, self._rank, : x.nbytes].view(x.dtype).view(x.shape)
+        return self._own[x.dtype][self._number % 2][: x.numel()].view(x.shape)
 
     def all_reduce(self, x: Tensor, residual: Tensor | None, out: Tensor) -> None:
         """Write the sum of all ranks' x, plus `residual`, to `out`; bf16 or fp32, contiguous.
@@ -167,12 +171,12 @@ class Exchange:
                 self._fill(address + first, count)
             self._meet(_BROADCAST, count)
             if self._rank != root:
-                source = self._slots[self._number % 2, root].data_ptr()
+                source = self._addresses[self._number % 2][root]
                 ctypes.memmove(address + first, source, count)
             self._number += 1
 
     def _fill(self, source: int, count: int) -> None:
-        slot = self._slots[self._number % 2, self._rank].data_ptr()
+        slot = self._addresses[self._number % 2][self._rank]
         if source != slot:
             ctypes.memmove(slot, source, count)
 
