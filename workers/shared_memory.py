@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from saqqara.workers.native.exchange import Exchange
 
 SHARED_MEMORY_DIR = Path("/dev/shm")
-# A slot holds a few hundred tokens of a small model; it stays in the L2 cache between two layers.
+# Some 450 tokens of a hidden size of 576 in bf16; a quarter or the double is as fast.
 _SLOT_BYTES_PER_THREAD = 512 * 1024
 # Containers often have 64 MiB of shared memory in all.
 _MAX_BYTES = 16 * 1024 * 1024
