@@ -3,15 +3,24 @@
 The only place where torch.distributed is set up. Rank = pipeline_rank * tensor_size + tensor_rank.
 """
 
+import logging
 import math
 import socket
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in __all__
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in __all__
+
+from . import shared_memory
+
+if TYPE_CHECKING:
+    from .native.exchange import Exchange
+
+logger = logging.getLogger(__name__)
 
 _MAX_PENDING_SENDS = 8
 _CHANNEL_MULTIPLE = 8
@@ -129,6 +138,10 @@ def vocab_shard(vocab_size: int, tensor_size: int, tensor_rank: int) -> VocabSha
 def intermediate_shard(intermediate_size: int, tensor_size: int, tensor_rank: int) -> range:
     """The MLP channels of one tensor rank; uneven where needed, in multiples of 8 if possible.
 
+    The split does not make up for uneven heads: ranks meet after attention and again after the MLP,
+    so the slowest rank of each of the two counts, and a rank that waited for another's attention
+    would then be waited for.
+
     Raises:
         ValueError: fewer channels than ranks.
     """
@@ -200,7 +213,10 @@ def start_store(host: str = "127.0.0.1") -> TCPStore:
 
 
 class Mesh:
-    """The process groups of one rank. With one rank every operation is the identity.
+    """The process groups of one rank. With one rank a sum or a join is what went in.
+
+    On a CPU, the ranks of a stage that are on one host exchange what they can through memory that
+    they share; what that is and why is logged. Everything else goes over gloo or NCCL.
 
     Every rank of the replica must build its `Mesh` with the same arguments (but `rank`), and call
     collectives in the same order. Sends return at once; the tensor must not be changed afterwards.
@@ -235,6 +251,7 @@ class Mesh:
         self._replica_group: dist.ProcessGroup | None = None
         self._hidden_group: dist.ProcessGroup | None = None
         self._token_group: dist.ProcessGroup | None = None
+        self._exchange: Exchange | None = None
         self._pending: dict[str, deque[tuple[dist.Work, torch.Tensor]]] = {
             "hidden": deque(),
             "tokens": deque(),
@@ -250,9 +267,10 @@ class Mesh:
         self, store: tuple[str, int], num_kv_heads: int | None, timeout: timedelta
     ) -> None:
         layout = self.layout
+        rendezvous = TCPStore(*store, is_master=False, timeout=timeout)
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
-            store=TCPStore(*store, is_master=False, timeout=timeout),
+            store=rendezvous,
             rank=self.rank,
             world_size=layout.world_size,
             timeout=timeout,
@@ -281,6 +299,17 @@ class Mesh:
                 self._hidden_group = new_group(ranks) or self._hidden_group
                 # Tokens flow backwards; on the hidden states' own group they would wait for them.
                 self._token_group = new_group([ranks[0], ranks[-1]]) or self._token_group
+        if layout.tensor_size > 1 and self.device.type == "cpu":
+            self._share_memory(rendezvous, timeout.total_seconds())
+
+    def _share_memory(self, store: TCPStore, timeout_seconds: float) -> None:
+        """Let the ranks of this stage share memory if they can."""
+        own = PrefixStore(f"shared-memory/{self.pipeline_rank}", store)
+        size = self.layout.tensor_size
+        self._exchange, why = shared_memory.join(own, self.tensor_rank, size, timeout_seconds)
+        if self.tensor_rank == 0:
+            means = "gloo" if self._exchange is None else "shared memory"
+            logger.info("stage %d: tensor ranks talk over %s (%s)", self.pipeline_rank, means, why)
 
     @property
     def is_first_stage(self) -> bool:
@@ -292,16 +321,58 @@ class Mesh:
         """Whether this rank has the LM head."""
         return self.pipeline_rank == self.layout.pipeline_size - 1
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks of this stage, in place; returns `x`."""
-        return _sum(x, self._tensor_group)
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the ranks of this stage exchange sums through memory that they share."""
+        return self._exchange is not None
+
+    def piece_rows(self, x: torch.Tensor) -> int:
+        """Rows of x [T, E] that are summed over the ranks in one go; more go piece by piece."""
+        if self._exchange is None:
+            return max(1, len(x))
+        return max(1, self._exchange.slot_bytes // (x.shape[-1] * x.itemsize))
+
+    def partial_like(self, x: torch.Tensor) -> torch.Tensor:
+        """An uninitialised tensor like x, for this rank's part of a sum.
+
+        Where ranks share memory and x has at most `piece_rows`, it lies there, and `all_reduce` has
+        nothing to copy. It may be used until the next collective of this mesh.
+        """
+        partial = None
+        if self._exchange is not None and self._exchange.adds(x.dtype):
+            partial = self._exchange.partial_like(x)
+        return torch.empty_like(x) if partial is None else partial
+
+    def all_reduce(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum over the ranks of this stage, plus `residual`, rounded once; all get the same bits.
+
+        Args:
+            x: this rank's part; may be overwritten.
+            residual: like x and the same on all ranks, or None.
+            out: receives the sum and is returned; None for x, which then must not come from
+                `partial_like`. It may be `residual`.
+        """
+        target = x if out is None else out
+        if self._exchange is None or not self._exchange.adds(x.dtype):
+            return _sum(x, self._tensor_group, residual, target)
+        dense = target if target.is_contiguous() else torch.empty(x.shape, dtype=x.dtype)
+        residual = residual if residual is None else residual.contiguous()
+        self._exchange.all_reduce(x.contiguous(), residual, dense)
+        return target if dense is target else target.copy_(dense)
 
     def reduce_replicas(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that hold the same kv heads, in place; returns `x`."""
-        return _sum(x, self._replica_group)
+        return _sum(x, self._replica_group, None, x)
 
     def all_gather_last(self, x: torch.Tensor) -> torch.Tensor:
         """Join the equal shards [..., V/t] of this stage's ranks to [..., V]."""
+        if self._exchange is not None:
+            return self._exchange.all_gather_last(x)
         if self._tensor_group is None:
             return x
         shards = [torch.empty_like(x) for _ in range(self.layout.tensor_size)]
@@ -309,8 +380,10 @@ class Mesh:
         return torch.cat(shards, dim=-1)
 
     def broadcast(self, x: torch.Tensor, root: int = 0) -> torch.Tensor:
-        """Overwrite `x` with that of tensor rank `root` of this stage; returns `x`."""
-        if self._tensor_group is not None:
+        """Overwrite `x`, contiguous, with that of tensor rank `root` of this stage; returns `x`."""
+        if self._exchange is not None:
+            self._exchange.broadcast(x, root)
+        elif self._tensor_group is not None:
             source = self.layout.rank(self.pipeline_rank, root)
             dist.broadcast(x, src=source, group=self._tensor_group)
         return x
@@ -356,6 +429,7 @@ class Mesh:
         """Leave the process groups, dropping sends that nobody received."""
         for pending in self._pending.values():
             pending.clear()
+        self._exchange = None
         if self.layout.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -369,13 +443,17 @@ class Mesh:
         pending.append((work, x))
 
 
-def _sum(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    if group is None:
-        return x
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
-        # gloo would round at every hop; one rounding at the end instead.
-        wide = x.float()
-        dist.all_reduce(wide, group=group)
-        return x.copy_(wide)
-    dist.all_reduce(x, group=group)
-    return x
+def _sum(
+    x: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """`out` becomes the group's sum of x, plus the residual; x may be lost."""
+    if group is not None:
+        if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+            x = x.float()  # gloo would round at every hop; one rounding at the end instead
+        dist.all_reduce(x, group=group)
+    if residual is not None:
+        x = x.add_(residual)
+    return x if out is x else out.copy_(x)

@@ -1,4 +1,4 @@
-"""The mesh over real gloo processes: sums, joins, shared heads, and sends between stages.
+"""The mesh over real processes: sums, joins, shared heads, and sends between stages.
 
 Each test spawns its ranks once; a rank reports what it computed and the test compares it with the
 same computed in one process.
@@ -23,6 +23,7 @@ from saqqara.workers.mesh import (
     vocab_shard,
 )
 from saqqara.workers.models.weights import DummyWeights
+from saqqara.workers.native.build import unavailable_reason
 
 Task = Callable[[Mesh], Any]
 
@@ -38,6 +39,7 @@ def _run_rank(
     torch.set_num_threads(1)
     try:
         mesh = Mesh(layout, rank, num_kv_heads, store=("127.0.0.1", port), timeout_seconds=60.0)
+        assert mesh.shares_memory == (layout.tensor_size > 1 and unavailable_reason() is None)
         result = task(mesh)
         mesh.barrier()
         mesh.close()

@@ -1,6 +1,9 @@
 """The native linear kernels against torch in bf16, a whole worker at a time, for every family."""
 
+import multiprocessing as mp
+import traceback
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ from support.plans import run_greedy
 from support.tiny import CONFIGS, VOCAB, save_tiny
 
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers import shared_memory
+from saqqara.workers.mesh import MeshLayout, start_store
 from saqqara.workers.native.build import unavailable_reason
 from saqqara.workers.plan import SampledToken, SamplingSpec
 from saqqara.workers.worker import Worker
@@ -18,17 +23,21 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: 
 ALL_LOGPROBS = SamplingSpec(temperature=0.0, num_logprobs=VOCAB)
 
 
-def make_worker(folder: Path, backend: str, dtype: str = "bfloat16") -> Worker:
-    return Worker.local(
-        EngineConfig(
-            model=str(folder),
-            dtype=dtype,
-            device="cpu",
-            max_num_seqs=4,
-            linear_backend=backend,
-            linear_chunk_tokens=16,
-        )
+def make_config(
+    folder: Path, backend: str, dtype: str = "bfloat16", chunk: int = 16
+) -> EngineConfig:
+    return EngineConfig(
+        model=str(folder),
+        dtype=dtype,
+        device="cpu",
+        max_num_seqs=4,
+        linear_backend=backend,
+        linear_chunk_tokens=chunk,
     )
+
+
+def make_worker(folder: Path, backend: str, dtype: str = "bfloat16") -> Worker:
+    return Worker.local(make_config(folder, backend, dtype))
 
 
 def prompts() -> list[list[int]]:
@@ -67,6 +76,45 @@ def test_batched_says_what_alone_says(tmp_path: Path) -> None:
     assert [[t.token_id for t in ts] for ts in alone] == [
         [t.token_id for t in ts] for ts in together
     ]
+
+
+def _logprobs_of_rank(folder: Path, rank: int, port: int, results: "mp.Queue[Any]") -> None:
+    torch.set_num_threads(1)
+    shared_memory._SLOT_BYTES_PER_THREAD = 4096  # 98 prompt tokens are several pieces
+    try:
+        config = make_config(folder, "native", chunk=64)
+        worker = Worker(config, MeshLayout(tensor_size=2), rank, ("127.0.0.1", port))
+        mesh = worker._shard.mesh
+        assert mesh.shares_memory
+        assert mesh.piece_rows(torch.empty(1, worker.spec.hidden_size).bfloat16()) < 64
+        if rank == 0:
+            results.put(logprobs(worker).numpy())
+        else:
+            run_greedy(worker, prompts(), 1, sampling=ALL_LOGPROBS)
+        worker.close()
+    except BaseException:
+        results.put(traceback.format_exc())
+
+
+def test_two_ranks_are_as_close_to_fp32_as_one(tmp_path: Path) -> None:
+    """Each rank's part of a sum is rounded to bf16 once more than in one rank."""
+    save_tiny("llama-gqa", tmp_path)
+    exact = logprobs(make_worker(tmp_path, "torch", dtype="float32"))
+    alone = (logprobs(make_worker(tmp_path, "native")) - exact).abs().mean()
+    store, context = start_store(), mp.get_context("spawn")
+    results: mp.Queue[Any] = context.Queue()
+    processes = [
+        context.Process(target=_logprobs_of_rank, args=(tmp_path, rank, store.port, results))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    found = results.get(timeout=120)
+    for process in processes:
+        process.join(timeout=20)
+    assert isinstance(found, np.ndarray), found
+    error = (torch.from_numpy(found) - exact).abs().mean()
+    assert error < 2 * alone + 1e-3, (error, alone)
 
 
 def test_native_is_refused_where_it_cannot_be(tmp_path: Path) -> None:

@@ -90,6 +90,29 @@ def test_mlp_channels_are_covered(size: int, tensor_size: int) -> None:
         assert max(map(len, parts)) - min(map(len, parts)) <= 8
 
 
+def test_an_even_mlp_is_fastest_whatever_the_heads() -> None:
+    """Ranks meet after attention and after the MLP: the slowest rank of each counts.
+
+    SmolLM2-135M over two ranks, 2 + 1 kv heads, multiply-adds per token.
+    """
+    hidden, head_dim, kept_tokens = 576, 64, 1024
+    heads = [head_shard(9, 3, 2, rank) for rank in range(2)]
+    attention = [
+        shard.num_query_heads * head_dim * (2 * hidden + 2 * kept_tokens)  # q, o; scores, values
+        + shard.num_kv_heads * head_dim * 2 * hidden  # k, v
+        for shard in heads
+    ]
+
+    def slowest(first_channels: int) -> int:
+        channels = (first_channels, 1536 - first_channels)
+        return max(attention) + max(3 * hidden * count for count in channels)
+
+    even = len(intermediate_shard(1536, 2, 0))
+    assert slowest(even) == min(slowest(count) for count in range(8, 1536, 8))
+    total = sum(attention) + 3 * hidden * 1536
+    assert 0.75 * slowest(even) < total / 2 < slowest(even)
+
+
 def test_fewer_mlp_channels_than_ranks_is_an_error() -> None:
     with pytest.raises(ValueError, match="intermediate_size=3"):
         intermediate_shard(3, 4, 0)

@@ -158,10 +158,9 @@ class TorchLayer:
         """See `Layer.finish`."""
         w = self._weights
         attended = attended_THD.reshape(attended_THD.shape[0], -1)
-        hidden = hidden_TE + self._mesh.all_reduce(w.output(attended))
+        hidden = self._mesh.all_reduce(w.output(attended), residual=hidden_TE)
         gate, up = w.gate_up(rms_norm(hidden, w.mlp_norm, w.eps)).chunk(2, dim=-1)
-        hidden += self._mesh.all_reduce(w.down(silu(gate).mul_(up)))
-        return hidden if out is None else out.copy_(hidden)
+        return self._mesh.all_reduce(w.down(silu(gate).mul_(up)), residual=hidden, out=out)
 
     def activation_bytes_per_token(self, itemsize: int) -> int:
         """See `Layer.activation_bytes_per_token`."""

@@ -8,6 +8,7 @@ Shapes: T packed tokens, S sampled positions, E hidden size, V vocabulary.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from saqqara.workers.layers.rotary import RotaryTable
@@ -67,10 +68,20 @@ class NativeLayer:
         """See `Layer.finish`."""
         if self._mesh.layout.tensor_size == 1:
             return self._finish(hidden_TE, attended_THD, out)
-        hidden = self._mesh.all_reduce(self._output(attended_THD.flatten(1)))
-        hidden += hidden_TE
-        hidden += self._mesh.all_reduce(self._mlp(hidden))
-        return hidden if out is None else out.copy_(hidden)
+        out = torch.empty_like(hidden_TE) if out is None else out
+        attended = attended_THD.flatten(1)
+        for start in range(0, len(out), self._mesh.piece_rows(out)):
+            rows = slice(start, start + self._mesh.piece_rows(out))
+            self._finish_piece(hidden_TE[rows], attended[rows], out[rows])
+        return out
+
+    def _finish_piece(self, hidden: Tensor, attended: Tensor, out: Tensor) -> None:
+        """`finish` between the sums over ranks; the kernels write parts of sums where they go."""
+        mesh = self._mesh
+        partial = self._output(attended, out=mesh.partial_like(out))
+        mesh.all_reduce(partial, residual=hidden, out=out)
+        partial = self._mlp(out, out=mesh.partial_like(out))
+        mesh.all_reduce(partial, residual=out, out=out)
 
     def activation_bytes_per_token(self, itemsize: int) -> int:
         """See `Layer.activation_bytes_per_token`."""

@@ -128,6 +128,11 @@ struct Bf16 {
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
   }
 
+  static __m512 load(const Number* from, int count) {
+    const __m256i numbers = _mm256_maskz_loadu_epi16(first_lanes(count), from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+  }
+
   static void store(Number* to, __m512 x, int count) {
     _mm256_mask_storeu_epi16(to, first_lanes(count), (__m256i)_mm512_cvtneps_pbh(x));
   }
@@ -140,6 +145,10 @@ struct Fp32 {
 
   static __m512 mul_add(__m512i a, __m512i b, __m512 sum) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+  }
+
+  static __m512 load(const Number* from, int count) {
+    return _mm512_maskz_loadu_ps(first_lanes(count), from);
   }
 
   static void store(Number* to, __m512 x, int count) {
