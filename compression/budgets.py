@@ -1,9 +1,11 @@
 """How a budget spreads over the layers.
 
-A shape says how many tokens each layer would keep, as exact fractions that sum to the total;
-`settle` makes them integers. All numbers are tokens per kv head.
+A shape says how many tokens each layer (`profile`: each row, which is a kv head of a layer) would
+keep, as exact fractions that sum to the total; `settle` makes them integers. All numbers are tokens
+per kv head.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from fractions import Fraction
@@ -36,6 +38,96 @@ def pyramid(
     """
     if num_layers == 1:
         return [mean_tokens]
+    bottom, top = _ends(retention, mean_tokens, prompt_tokens)
+    step = (bottom - top) / (num_layers - 1)
+    return [bottom - layer * step for layer in range(num_layers)]
+
+
+def cosine(
+    retention: "Retention", mean_tokens: Fraction, prompt_tokens: int, num_layers: int
+) -> list[Fraction]:
+    """Give less to each layer than to the one below it, along half a cosine.
+
+    The lowest and the highest layer keep what they keep under `pyramid`. Between them layer l of L
+    lies at (cos(pi * l / (L - 1)) + 1) / 2 of the way from the highest's to the lowest's: the curve
+    of PyramidInfer (arXiv 2405.12532), which has `l / L`, so stretched that it ends at the top
+    layer; its mean is then the budget, with nothing to correct. A model of one layer gets the mean.
+    """
+    if num_layers == 1:
+        return [mean_tokens]
+    bottom, top = _ends(retention, mean_tokens, prompt_tokens)
+    return [top + (bottom - top) * part for part in _half_cosine(num_layers)]
+
+
+def _half_cosine(num_layers: int) -> list[Fraction]:
+    """From 1 down to 0; symmetric, so the mean is exactly 1/2.
+
+    In steps of 2^-32: every machine gets the same, whatever the last bit of its cosine.
+    """
+    parts = [(math.cos(math.pi * i / (num_layers - 1)) + 1) / 2 for i in range(num_layers // 2)]
+    lower = [Fraction(round(part * 2**32), 2**32) for part in parts]
+    middle = [Fraction(1, 2)] if num_layers % 2 else []
+    return [*lower, *middle, *(1 - part for part in reversed(lower))]
+
+
+def adaptive(
+    retention: "Retention", mean_tokens: Fraction, prompt_tokens: int, num_layers: int
+) -> list[Fraction]:
+    """Spread over the layers as the shape `mean` does; a layer's heads compete for what it has.
+
+    Ada-KV, arXiv 2407.11550; with `mean: pyramid` its Ada-PyramidKV. How a layer's tokens are
+    divided over its heads is up to their scores: see `select.compete`.
+    """
+    return MEANS[retention.mean](retention, mean_tokens, prompt_tokens, num_layers)
+
+
+def profile(
+    retention: "Retention",
+    mean_tokens: Fraction,
+    prompt_tokens: int,
+    layers: Sequence[int],
+    weights: Sequence[Sequence[Fraction]],
+) -> list[Fraction]:
+    """Give each head a small equal part of the budget and divide the rest by their measured scores.
+
+    HeadKV, arXiv 2410.19258, section 3.2. Besides the window, with b the mean of the rows, each
+    row keeps `b * (1 - 1 / head_beta)` and its share of all other tokens, which is its weight among
+    all weights. Rows are bounded by the prompt and by window and sinks, and what the bounds take or
+    give is redistributed by weight; only once all rows with a weight are full do those without get
+    more.
+
+    Args:
+        retention: the settings.
+        mean_tokens: mean tokens of these layers' rows.
+        prompt_tokens: length of the prompt.
+        layers: the layers that share the budget.
+        weights: of all layers' kv heads, [layers of the model][kv heads].
+
+    Returns:
+        One target per row, layer by layer.
+    """
+    flat = [weight for layer in layers for weight in weights[layer]]
+    total = mean_tokens * len(flat)
+    floor, cap = retention.window + retention.sinks, prompt_tokens
+    equal = (mean_tokens - retention.window) * (1 - 1 / Fraction(str(retention.head_beta)))
+    base = max(retention.window + equal, Fraction(floor))
+    num_weighted = sum(weight > 0 for weight in flat)
+    num_others = len(flat) - num_weighted
+    if num_weighted * cap + num_others * base < total:
+        rest = (total - num_weighted * cap) / num_others
+        return [Fraction(cap) if weight else rest for weight in flat]
+    amount = _shift([retention.window + equal] * len(flat), total, floor, cap, flat)
+    return [_bound(retention.window + equal + weight * amount, floor, cap) for weight in flat]
+
+
+MEANS = {"uniform": uniform, "pyramid": pyramid, "cosine": cosine}
+"""The shapes that `adaptive` can take its layers' budgets from."""
+
+
+def _ends(
+    retention: "Retention", mean_tokens: Fraction, prompt_tokens: int
+) -> tuple[Fraction, Fraction]:
+    """What the lowest and the highest layer of a pyramid keep; their mean is the mean."""
     window = retention.window
     context = mean_tokens - window
     least = max(Fraction(retention.sinks), context / Fraction(str(retention.beta)))
@@ -43,8 +135,7 @@ def pyramid(
     if most > prompt_tokens - window:
         most = Fraction(prompt_tokens - window)
         least = 2 * context - most
-    bottom, step = window + most, (most - least) / (num_layers - 1)
-    return [bottom - layer * step for layer in range(num_layers)]
+    return window + most, window + least
 
 
 def settle(targets: Sequence[Fraction], total: int, floor: int, cap: int) -> list[int]:
@@ -69,15 +160,30 @@ def settle(targets: Sequence[Fraction], total: int, floor: int, cap: int) -> lis
     return counts
 
 
-def _shift(targets: Sequence[Fraction], total: int, floor: int, cap: int) -> Fraction:
-    """Find the amount that, added to all targets, makes their bounded sum equal `total`."""
+def _shift(
+    targets: Sequence[Fraction],
+    total: int | Fraction,
+    floor: int,
+    cap: int,
+    weights: Sequence[Fraction] | None = None,
+) -> Fraction:
+    """Find the amount that makes the sum right once `weight` times it is added to each target.
+
+    That is the sum after bounding, which must equal `total`; weights are 1 by default.
+    """
+    weights = weights or [Fraction(1)] * len(targets)
+    pairs = list(zip(targets, weights, strict=True))
 
     def bounded_sum(shift: Fraction) -> Fraction:
-        return sum((_bound(target + shift, floor, cap) for target in targets), Fraction(0))
+        return sum(
+            (_bound(target + weight * shift, floor, cap) for target, weight in pairs), Fraction(0)
+        )
 
     # The sum grows with the shift, in straight lines between the shifts at which a target meets a
     # bound: find the line that crosses the total.
-    corners = sorted({bound - target for target in targets for bound in (floor, cap)})
+    corners = sorted(
+        {(bound - target) / weight for target, weight in pairs if weight for bound in (floor, cap)}
+    )
     right = bisect_left(corners, Fraction(total), key=bounded_sum)
     high, sum_high = corners[right], bounded_sum(corners[right])
     if sum_high == total:

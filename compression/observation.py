@@ -22,12 +22,15 @@ class Observation:
         queries: [w, Hq, D], the last w queries, or None when the method observes none.
         scale: factor on the dot products of the softmax.
         heads: global ids of the H local kv heads.
+        num_heads: kv heads of the whole model.
         group_size: query heads per kv head in the whole model (a rank that shares its kv heads
             with others holds fewer).
         mass_fn: (queries [w, Hq, D], keys [n, H, D]) -> [H, n] fp32, the sum over the queries and
             over the local query heads of each kv head of causal softmax attention.
         reduce_fn: sums partial [H, n] over the ranks that replicate these kv heads; None when no
             other rank holds them.
+        gather_heads_fn: joins the [H, m] of all ranks to [num_heads, m], each head once, in their
+            order and bit for bit the same on every rank; None when this rank holds all heads.
     """
 
     layer: int
@@ -38,9 +41,11 @@ class Observation:
     queries: Tensor | None
     scale: float
     heads: range
+    num_heads: int
     group_size: int
     mass_fn: Callable[[Tensor, Tensor], Tensor]
     reduce_fn: Callable[[Tensor], Tensor] | None = None
+    gather_heads_fn: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         assert 0 <= self.layer < self.num_layers
@@ -48,8 +53,27 @@ class Observation:
 
     def window_mass(self) -> Tensor:
         """Attention on each key, [H, n] fp32: mean over the window queries and the whole group."""
+        queries = self._queries()
+        return self._mass(queries) / (queries.shape[0] * self.group_size)
+
+    def total_mass(self) -> Tensor:
+        """Attention on each key, [H, n] fp32: sum over all queries, mean over the whole group."""
+        queries = self._queries()
+        assert queries.shape[0] == self.prompt_tokens, "the sum is over all queries"
+        return self._mass(queries) / self.group_size
+
+    def all_heads(self, x: Tensor) -> Tensor:
+        """[num_heads, m]: the `x` [H, m] of all ranks, the same bits on every rank."""
+        if self.gather_heads_fn is not None:
+            return self.gather_heads_fn(x)
+        assert len(self.heads) == self.num_heads, "other ranks hold heads, but cannot be asked"
+        return x
+
+    def _queries(self) -> Tensor:
         assert self.queries is not None, "the score observes queries, but the worker kept none"
-        mass = self.mass_fn(self.queries, self.keys)
-        if self.reduce_fn is not None:
-            mass = self.reduce_fn(mass)
-        return mass / (self.queries.shape[0] * self.group_size)
+        return self.queries
+
+    def _mass(self, queries: Tensor) -> Tensor:
+        """Attention on each key, summed over the queries and the whole group."""
+        mass = self.mass_fn(queries, self.keys)
+        return mass if self.reduce_fn is None else self.reduce_fn(mass)

@@ -1,12 +1,16 @@
 """The scores and budget shapes by name. Any score goes with any shape.
 
+(But for one thing: a score of scope `token` keeps the same in all heads of a layer, so no shape
+that lets heads differ goes with it.)
+
 To add a score: a function in `scores.py`, its line in `SCORES`, its oracle in
 `tests/numerics/test_retention_methods.py`. To add a shape: a function in `budgets.py`, its line in
-`SHAPES`. A setting that only it reads becomes a field of `Retention` and is named in its line. A
-name that users should find goes into `configs/retention/<name>.yaml`.
+`SHAPES`, its oracle there too if heads may differ. A setting that only it reads becomes a field of
+`Retention` and is named in its line. A name that users should find goes into
+`configs/retention/<name>.yaml`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
@@ -19,7 +23,7 @@ from .observation import Observation
 if TYPE_CHECKING:
     from .retention import Retention
 
-Scope = Literal["head", "layer", "token"]
+Scope = Literal["head", "token"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +33,13 @@ class ScoreMethod:
     Attributes:
         function: (observation, retention) -> [H, n - w] fp32; see `scores.py`.
         num_window_queries: (retention, prompt tokens) -> trailing queries that it looks at.
-        scope: what has to be known to select: one head, all heads of the layer, or their mean.
+        scope: "head": each head has its own scores; "token": all heads of a layer have the same,
+            which come from all of them.
         settings: fields of `Retention` that it reads, besides those of every budgeted method.
         min_window: smallest `window` that it can work with.
+        fixed_window: the only `window` that fits its definition; None: any from `min_window` up.
+        recent_tokens: (retention, tokens that a row keeps) -> how many of these are the prompt's
+            last, whatever their score; at least `window`.
     """
 
     function: "Callable[[Observation, Retention], Tensor]"
@@ -39,6 +47,8 @@ class ScoreMethod:
     scope: Scope = "head"
     settings: tuple[str, ...] = ()
     min_window: int = 0
+    fixed_window: int | None = None
+    recent_tokens: "Callable[[Retention, int], int]" = scores.keep_window
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +57,26 @@ class BudgetShape:
 
     Attributes:
         function: (retention, mean tokens, prompt tokens, layers) -> exact target of each layer;
-            see `budgets.py`.
+            see `budgets.py`. None where a shape has targets for rows only.
+        row_function: (retention, mean tokens, prompt tokens, layers that share the budget, weights
+            of all layers' heads) -> exact target of each row of these layers; see `budgets.py`.
         settings: fields of `Retention` that it reads, besides those of every budgeted method.
-        ragged: the heads of one layer may keep different numbers of tokens.
+        ragged: the heads of a layer divide its tokens by their scores, so how many each keeps is
+            known only once they are selected.
     """
 
-    function: "Callable[[Retention, Fraction, int, int], list[Fraction]]"
+    function: "Callable[[Retention, Fraction, int, int], list[Fraction]] | None"
+    row_function: (
+        "Callable[[Retention, Fraction, int, Sequence[int], Sequence[Sequence[Fraction]]], "
+        "list[Fraction]] | None"
+    ) = None
     settings: tuple[str, ...] = ()
     ragged: bool = False
+
+    @property
+    def heads_differ(self) -> bool:
+        """Whether the heads of one layer may keep different numbers of tokens."""
+        return self.ragged or self.row_function is not None
 
 
 SCORES = {
@@ -64,11 +86,22 @@ SCORES = {
     ),
     "knorm": ScoreMethod(scores.knorm),
     "random": ScoreMethod(scores.random, settings=("seed",)),
+    "h2o": ScoreMethod(
+        scores.h2o,
+        scores.observe_all,
+        settings=("recent_ratio",),
+        fixed_window=0,
+        recent_tokens=scores.keep_recent,
+    ),
+    "tova": ScoreMethod(scores.tova, scores.observe_window, scope="token", fixed_window=1),
 }
 
 SHAPES = {
     "uniform": BudgetShape(budgets.uniform),
     "pyramid": BudgetShape(budgets.pyramid, settings=("beta",)),
+    "cosine": BudgetShape(budgets.cosine, settings=("beta",)),
+    "adaptive": BudgetShape(budgets.adaptive, settings=("mean", "floor_ratio"), ragged=True),
+    "profile": BudgetShape(None, budgets.profile, settings=("profile", "head_beta")),
 }
 
 COMMON_SETTINGS = ("budget", "window", "sinks", "skip_layers")
@@ -89,6 +122,14 @@ def budget_shape(name: object) -> BudgetShape:
     return SHAPES[name]
 
 
-def settings_of(score: object, shape: object) -> tuple[str, ...]:
-    """The settings that a score with a shape takes, in the order of reports."""
-    return COMMON_SETTINGS + score_method(score).settings + budget_shape(shape).settings
+def settings_of(score: object, shape: object, mean: object = "uniform") -> tuple[str, ...]:
+    """The settings that a score with a shape takes, in the order of reports.
+
+    `mean` is the shape that `adaptive` takes its layers' budgets from; its settings count too.
+    """
+    settings = COMMON_SETTINGS + score_method(score).settings + budget_shape(shape).settings
+    if "mean" not in settings:
+        return settings
+    if not isinstance(mean, str) or mean not in budgets.MEANS:
+        raise ValueError(f"mean: unknown {mean!r}; known: {', '.join(sorted(budgets.MEANS))}")
+    return settings + SHAPES[mean].settings

@@ -13,8 +13,10 @@ import numpy as np
 
 from saqqara.configs.schema import CONFIG_DIR, load_yaml
 
-from .budgets import settle
+from .budgets import MEANS
+from .head_profile import HeadProfile
 from .registry import SCORES, SHAPES, budget_shape, score_method, settings_of
+from .rows import layer_tokens, row_tokens
 
 PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
@@ -32,7 +34,8 @@ class Retention:
     L * B tokens per kv head are kept. A prompt of at most B tokens is kept whole.
 
     Attributes:
-        method: name for reports and metrics: the preset's, or `<score>-<shape>`.
+        method: name for reports and metrics: the preset's, or `<score>-<shape>`, or
+            `<score>-adaptive-<mean>`.
         score: name in `registry.SCORES`; None (method `full`) keeps everything.
         shape: name in `registry.SHAPES`.
         budget: B in tokens, at least `window + sinks + 1`; exactly one of `budget` and `share`.
@@ -43,8 +46,17 @@ class Retention:
         skip_layers: layers that keep the whole prompt; the others' budgets shrink to make up.
         kernel_size: tokens that the score is pooled over, odd (snapkv).
         pooling: "max" or "avg" (snapkv).
-        beta: steepness, at least 1: the top layer keeps the beta-th part of the mean (pyramid).
+        beta: steepness, at least 1: the top layer keeps the beta-th part of the mean (pyramid,
+            cosine).
         seed: of the noise, a 64-bit integer from 0 (random).
+        recent_ratio: part of a row's tokens that are the prompt's last, from 0 to 1 (h2o).
+        mean: shape that gives each layer its mean: uniform, pyramid or cosine (adaptive).
+        floor_ratio: part of the budget besides the window that no head shares, from 0 to 1
+            (adaptive).
+        profile: measured scores of the model's heads; written as the path of a JSON file, or its
+            content, see `HeadProfile.read` (profile).
+        head_beta: at least 1: all but the head_beta-th part of the budget besides the window is
+            divided equally (profile).
 
     Raises:
         ValueError: a field is out of range, missing, or not read by the score and shape.
@@ -62,6 +74,11 @@ class Retention:
     pooling: str = "max"
     beta: float = 20.0
     seed: int = 0
+    recent_ratio: float = 0.5
+    mean: str = "uniform"
+    floor_ratio: float = 0.2
+    profile: HeadProfile | None = None
+    head_beta: float = 1.01
 
     def __post_init__(self) -> None:
         if (self.score is None) != (self.method == "full"):
@@ -76,12 +93,13 @@ class Retention:
     def _check_unread(self) -> None:
         read = {"method", "score"}
         if self.score is not None:
-            read |= {"shape", "share", *settings_of(self.score, self.shape)}
+            read |= {"shape", "share", *self._settings}
         for field in fields(self):
             if field.name not in read and getattr(self, field.name) != field.default:
                 raise ValueError(f"{field.name}: {self.method!r} takes no such setting")
 
     def _check_values(self, score: str) -> None:
+        self._check_pair(score)
         _check_integer("window", self.window, least=score_method(score).min_window)
         _check_integer("sinks", self.sinks, least=0)
         _check_integer("seed", self.seed, least=0)
@@ -92,8 +110,10 @@ class Retention:
             raise ValueError(f"kernel_size: must be odd, not {self.kernel_size}")
         if self.pooling not in ("max", "avg"):
             raise ValueError(f"pooling: must be 'max' or 'avg', not {self.pooling!r}")
-        if type(self.beta) not in (int, float) or not 1 <= self.beta < math.inf:
-            raise ValueError(f"beta: must be a number from 1 up, not {self.beta!r}")
+        _check_number("beta", self.beta, 1, math.inf)
+        _check_number("head_beta", self.head_beta, 1, math.inf)
+        _check_number("recent_ratio", self.recent_ratio, 0, 1)
+        _check_number("floor_ratio", self.floor_ratio, 0, 1)
         if type(self.skip_layers) is not tuple:
             raise ValueError(f"skip_layers: must be a list of layers, not {self.skip_layers!r}")
         for layer in self.skip_layers:
@@ -101,6 +121,23 @@ class Retention:
         if tuple(sorted(set(self.skip_layers))) != self.skip_layers:
             raise ValueError(f"skip_layers: must rise, each layer once: {self.skip_layers}")
         self._check_budget()
+
+    def _check_pair(self, score: str) -> None:
+        """What a score asks of the shape and the window, and `profile` of the user."""
+        method, shape = score_method(score), budget_shape(self.shape)
+        if method.scope == "token" and shape.heads_differ:
+            raise ValueError(
+                f"shape: {self.shape!r} lets heads keep different tokens, but score {score!r} has "
+                f"the same for all heads of a layer; take {', '.join(sorted(MEANS))}"
+            )
+        fixed = method.fixed_window
+        if fixed is not None and (type(self.window) is not int or self.window != fixed):
+            raise ValueError(f"window: must be {fixed} for score {score!r}, not {self.window!r}")
+        if self.shape == "profile" and not isinstance(self.profile, HeadProfile):
+            raise ValueError(
+                f"profile: {self.method!r} needs the path of a JSON file with measured scores of "
+                "the model's query heads, {'layer-head': [scores]}"
+            )
 
     def _check_budget(self) -> None:
         if (self.budget is None) == (self.share is None):
@@ -172,12 +209,17 @@ class Retention:
 
         own = preset.get("score"), preset.get("shape", "uniform")
         score, shape = given.pop("score", own[0]), given.pop("shape", own[1])
-        allowed = settings_of(score, shape)
+        own_mean = preset.get("mean", "uniform")
+        mean = given.get("mean", own_mean) if "mean" in settings_of(score, shape) else "uniform"
+        allowed = settings_of(score, shape, mean)
         inherited = {name: preset[name] for name in preset if name not in ("score", "shape")}
-        if (score, shape) != own:
+        if (score, shape, mean) != (*own, own_mean):
             # The name no longer says what is done, and some of its settings may not be read.
-            method = f"{score}-{shape}"
+            method = _composed_name(score, shape, mean)
             inherited = {name: inherited[name] for name in inherited if name in allowed}
+        fixed_window = score_method(score).fixed_window
+        if fixed_window is not None:
+            inherited["window"] = fixed_window
         settings = inherited | given
         for name in settings:
             if name not in allowed:
@@ -187,6 +229,8 @@ class Retention:
                 )
         if "budget" in settings:
             settings |= _read_budget(settings["budget"])
+        if settings.get("profile") is not None:
+            settings["profile"] = HeadProfile.read(settings["profile"])
         if isinstance(settings.get("skip_layers"), list):
             settings["skip_layers"] = tuple(settings["skip_layers"])
         return cls(method=method, score=score, shape=shape, **settings)
@@ -195,9 +239,11 @@ class Retention:
         """Every setting that has an effect, as JSON values; `parse` reads it back."""
         if self.score is None:
             return {"method": self.method}
-        settings = {name: getattr(self, name) for name in settings_of(self.score, self.shape)}
+        settings = {name: getattr(self, name) for name in self._settings}
         settings["budget"] = self._budget_text if self.budget is None else self.budget
         settings["skip_layers"] = list(self.skip_layers)
+        if self.profile is not None:
+            settings["profile"] = self.profile.to_dict()
         return {"method": self.method, "score": self.score, "shape": self.shape, **settings}
 
     @property
@@ -206,14 +252,23 @@ class Retention:
         if self.score is None:
             return self.method
         settings = self.to_dict()
+        named = {"budget", "mean"}
+        if score_method(self.score).fixed_window is not None:
+            named.add("window")
+        if self.profile is not None:
+            settings["profile"] = self.profile.digest
         changed = [
             f",{field.name}={settings[field.name]}"
             for field in fields(self)
-            if field.name in settings_of(self.score, self.shape)
-            and field.name != "budget"
+            if field.name in self._settings
+            and field.name not in named
             and getattr(self, field.name) != field.default
         ]
         return f"{self.method}@{self._budget_text}{''.join(changed)}".replace(" ", "")
+
+    @property
+    def _settings(self) -> tuple[str, ...]:
+        return settings_of(self.score, self.shape, self.mean)
 
     @property
     def _budget_text(self) -> str:
@@ -223,7 +278,7 @@ class Retention:
 
     @property
     def ragged(self) -> bool:
-        """Whether the heads of one layer may keep different numbers of tokens."""
+        """Whether how many tokens each head keeps is known only once they are selected."""
         return budget_shape(self.shape).ragged
 
     def num_window_queries(self, prompt_tokens: int) -> int:
@@ -231,6 +286,12 @@ class Retention:
         if self.score is None or not self.drops(prompt_tokens):
             return 0
         return score_method(self.score).num_window_queries(self, prompt_tokens)
+
+    def recent_tokens(self, kept_tokens: int) -> int:
+        """Count the last tokens of the prompt that a row of so many keeps whatever their score."""
+        if self.score is None:
+            return kept_tokens
+        return score_method(self.score).recent_tokens(self, kept_tokens)
 
     def drops(self, prompt_tokens: int) -> bool:
         """Whether any token of such a prompt is dropped."""
@@ -249,62 +310,28 @@ class Retention:
     def layer_tokens(self, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
         """Count the prompt tokens that each layer keeps per kv head (the mean, where ragged).
 
+        Not for shape `profile`, which has a budget for each head: see `row_tokens`.
+
         They sum to exactly `num_layers * budget_tokens(prompt_tokens)`, and each is at least
         `window + sinks` and at most the prompt, or the whole prompt.
 
         Raises:
             ValueError: `skip_layers` names no layer of the model, or takes more than the budget.
         """
-        return _layer_tokens(self, prompt_tokens, num_layers)
+        return layer_tokens(self, prompt_tokens, num_layers)
 
     def row_tokens(self, prompt_tokens: int, num_layers: int, num_heads: int) -> np.ndarray:
-        """Count the prompt tokens that each row keeps; expected values where ragged.
+        """Count the prompt tokens that each row keeps; the layer's mean where ragged.
+
+        They sum to exactly `num_layers * num_heads * budget_tokens(prompt_tokens)`.
 
         Returns:
             int32 [num_layers, num_heads], read-only.
 
         Raises:
-            ValueError: as `layer_tokens`.
+            ValueError: as `layer_tokens`; `profile` is of another model.
         """
-        return _row_tokens(self, prompt_tokens, num_layers, num_heads)
-
-
-@lru_cache(maxsize=8192)
-def _layer_tokens(retention: Retention, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
-    skipped = retention.skip_layers
-    if skipped and skipped[-1] >= num_layers:
-        raise ValueError(
-            f"skip_layers: {skipped[-1]} is no layer of this model, which has layers 0 to "
-            f"{num_layers - 1}"
-        )
-    budget = retention.budget_tokens(prompt_tokens)
-    if budget == prompt_tokens:
-        return (prompt_tokens,) * num_layers
-
-    layers = [layer for layer in range(num_layers) if layer not in skipped]
-    total = num_layers * budget - len(skipped) * prompt_tokens
-    floor = retention.window + retention.sinks
-    if not layers or total < len(layers) * floor:
-        least = math.ceil((len(skipped) * prompt_tokens + len(layers) * floor) / num_layers)
-        raise ValueError(
-            f"skip_layers: {len(skipped)} of {num_layers} layers keep all {prompt_tokens} tokens, "
-            f"which with the window and sinks of the others is more than budget {budget} allows; "
-            f"it takes a budget of at least {least}"
-        )
-    shape = budget_shape(retention.shape).function
-    targets = shape(retention, Fraction(total, len(layers)), prompt_tokens, len(layers))
-    counts = [prompt_tokens] * num_layers
-    for layer, count in zip(layers, settle(targets, total, floor, prompt_tokens), strict=True):
-        counts[layer] = count
-    return tuple(counts)
-
-
-@lru_cache(maxsize=8192)
-def _row_tokens(
-    retention: Retention, prompt_tokens: int, num_layers: int, num_heads: int
-) -> np.ndarray:
-    layers = np.array(_layer_tokens(retention, prompt_tokens, num_layers), dtype=np.int32)
-    return np.broadcast_to(layers[:, None], (num_layers, num_heads))
+        return row_tokens(self, prompt_tokens, num_layers, num_heads)
 
 
 @lru_cache(maxsize=1)
@@ -323,15 +350,23 @@ def _named_settings(name: object) -> dict[str, Any]:
         return settings
     if isinstance(name, str):
         score, _, shape = name.partition("-")
-        if score in SCORES and shape in SHAPES:
+        shape, _, mean = shape.partition("-")
+        if score in SCORES and shape in SHAPES and not mean:
             return {"score": score, "shape": shape}
+        if score in SCORES and shape == "adaptive" and mean in MEANS:
+            return {"score": score, "shape": shape, "mean": mean}
     raise ValueError(f"method: unknown {name!r}; known: {_known_names()}")
+
+
+def _composed_name(score: str, shape: str, mean: str) -> str:
+    """The name of a score with a shape, which `_named_settings` reads."""
+    return "-".join((score, shape) if mean == "uniform" else (score, shape, mean))
 
 
 def _known_names() -> str:
     return (
         f"{', '.join(_presets())}, or <score>-<shape> of scores {', '.join(sorted(SCORES))} and "
-        f"shapes {', '.join(sorted(SHAPES))}"
+        f"shapes {', '.join(sorted(SHAPES))} (adaptive also -<mean>: {', '.join(sorted(MEANS))})"
     )
 
 
@@ -351,3 +386,9 @@ def _read_budget(value: object) -> dict[str, int | float | None]:
 def _check_integer(name: str, value: object, least: int) -> None:
     if type(value) is not int or value < least:
         raise ValueError(f"{name}: must be an integer of at least {least}, not {value!r}")
+
+
+def _check_number(name: str, value: object, least: float, most: float) -> None:
+    if type(value) not in (int, float) or not least <= value < math.inf or value > most:  # type: ignore[operator]
+        bound = "up" if most == math.inf else f"to {most}"
+        raise ValueError(f"{name}: must be a number from {least} {bound}, not {value!r}")

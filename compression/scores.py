@@ -7,6 +7,8 @@ tokens) and the sinks (the first s) are kept whatever their score: `select.py` s
 Shapes: n prompt tokens, w window tokens, H local kv heads, Hq local query heads, D head dim.
 """
 
+import math
+from fractions import Fraction
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -72,6 +74,39 @@ def random(observation: Observation, retention: "Retention") -> Tensor:
     return (bits >> 8).float() * 2**-24  # an fp32 holds 24 bits exactly
 
 
+def h2o(observation: Observation, retention: "Retention") -> Tensor:
+    """Attention that a token gets from all queries of the prompt, as a sum over them.
+
+    Mean over the group's query heads. A row that keeps B tokens keeps the last
+    `int(recent_ratio * B)` and, of the others, the sinks and the heavy hitters: those of the
+    highest sum. The recent part takes the window's place (`window` is 0, so that it is exactly
+    that part), and every token has a score. Sinks count as heavy hitters; where sinks and recent
+    part are more than B, the recent part is what the sinks leave. With a shape that gives rows
+    different budgets, B is the row's; heads that compete for a layer's tokens (`adaptive`) keep
+    the recent part of their mean.
+
+    H2O, arXiv 2306.14048, section 4: at the end of a prefill, its greedy eviction of the token of
+    the lowest sum, taken for the whole prompt at once.
+    """
+    return observation.total_mass()
+
+
+def tova(observation: Observation, retention: "Retention") -> Tensor:
+    """Attention that the last query pays to a token, as a mean over all heads of the layer.
+
+    The same scores for every head, so all keep the same tokens. The last token is the window.
+
+    TOVA, arXiv 2401.06104, section 3.
+    """
+    num_context = observation.prompt_tokens - retention.window
+    heads = observation.all_heads(observation.window_mass()[:, :num_context])
+    # One head after the other: a rank with another sum order could select other tokens.
+    total = heads[0].clone()
+    for head in heads[1:]:
+        total += head
+    return (total / len(heads)).expand(len(observation.heads), num_context)
+
+
 def _mix32(bits: Bits) -> Bits:
     """Scramble the low 32 bits one to one (the finaliser of MurmurHash3)."""
     bits = bits & 0xFFFFFFFF
@@ -88,3 +123,19 @@ def observe_none(retention: "Retention", prompt_tokens: int) -> int:
 def observe_window(retention: "Retention", prompt_tokens: int) -> int:
     """Queries that a score needs which looks at the window's: w, or all of a shorter prompt."""
     return min(retention.window, prompt_tokens)
+
+
+def observe_all(retention: "Retention", prompt_tokens: int) -> int:
+    """Queries that a score needs which looks at all of them: n."""
+    return prompt_tokens
+
+
+def keep_window(retention: "Retention", kept_tokens: int) -> int:
+    """Last tokens that a row keeps whatever their score: the window."""
+    return retention.window
+
+
+def keep_recent(retention: "Retention", kept_tokens: int) -> int:
+    """Last tokens that a row keeps whatever their score: `recent_ratio` of it, after the sinks."""
+    recent = math.floor(Fraction(str(retention.recent_ratio)) * kept_tokens)
+    return min(recent, kept_tokens - retention.sinks)

@@ -1,7 +1,11 @@
 """From scores to the positions that are kept. Exact: given the scores there is one answer.
 
-Shapes: n prompt tokens, w window tokens, s sinks, H local kv heads.
+Shapes: n prompt tokens, w recent tokens (the window, or `h2o`'s recent part), s sinks, H local kv
+heads, K kv heads of the model.
 """
+
+import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -11,24 +15,85 @@ from .registry import score_method
 from .retention import Retention
 
 
-def select(retention: Retention, observation: Observation) -> Tensor | None:
+def select(retention: Retention, observation: Observation) -> Tensor | list[Tensor] | None:
     """Choose the prompt tokens that one layer keeps.
 
     Returns:
-        int64 [H, keep], ascending in each row, on the keys' device; None when the layer keeps all.
+        Positions, int64 and ascending, on the keys' device: [H, keep], or one [keep] per local
+        head where heads may differ; None when the layer keeps all.
 
     Raises:
-        ValueError: the budget cannot be met (see `Retention.layer_tokens`).
+        ValueError: the budget cannot be met (see `Retention.row_tokens`).
     """
-    num_tokens = observation.prompt_tokens
-    keep = retention.layer_tokens(num_tokens, observation.num_layers)[observation.layer]
-    if keep == num_tokens:
+    num_tokens, heads = observation.prompt_tokens, observation.heads
+    rows = retention.row_tokens(num_tokens, observation.num_layers, observation.num_heads)
+    keep = [int(count) for count in rows[observation.layer]]
+    if min(keep) == num_tokens:
         return None
     assert retention.score is not None
-    method = score_method(retention.score)
-    assert method.scope == "head"
-    scores = method.function(observation, retention)
-    return kept_positions(scores, keep, retention.window, retention.sinks)
+    scores = score_method(retention.score).function(observation, retention)
+    if retention.ragged:
+        return _compete_over_ranks(scores, keep[0], retention, observation)
+    mine = keep[heads.start : heads.stop]
+    if len(set(keep)) == 1:
+        return _kept(scores, mine[0], retention)
+    return [_kept(scores[i : i + 1], count, retention)[0] for i, count in enumerate(mine)]
+
+
+def _kept(scores: Tensor, keep: int, retention: Retention) -> Tensor:
+    """Positions [H, keep], given the scores of all tokens before the window."""
+    recent = retention.recent_tokens(keep)
+    context = scores[:, : scores.shape[1] + retention.window - recent]
+    return kept_positions(context, keep, recent, retention.sinks)
+
+
+def _compete_over_ranks(
+    scores: Tensor, keep: int, retention: Retention, observation: Observation
+) -> list[Tensor]:
+    """What the local heads keep when all of the model's heads compete.
+
+    No rank has to tell the others what it selected: all have the same bits of all heads' scores,
+    and from there on numbers are only compared, so all select the same.
+    """
+    recent = retention.recent_tokens(keep)
+    everyone = observation.all_heads(scores)
+    context = everyone[:, : scores.shape[1] + retention.window - recent]
+    floor = math.floor(Fraction(str(retention.floor_ratio)) * (keep - recent))
+    chosen = compete(context, keep, floor, recent, retention.sinks)
+    return chosen[observation.heads.start : observation.heads.stop]
+
+
+def compete(scores: Tensor, keep: int, floor: int, recent: int, sinks: int) -> list[Tensor]:
+    """Divide the tokens of one layer over its heads by their scores.
+
+    Each head keeps its recent tokens and sinks. Its best context tokens (sinks are the best) fill
+    its first `floor` slots; the rest of the layer's `K * (keep - recent)` slots go to the best
+    remaining tokens of all heads together. Of equal scores the later token wins, and of the same
+    token the lower head's.
+
+    Args:
+        scores: [K, n - recent], one column per context token (sinks included).
+        keep: mean tokens to keep per head, at least `recent + sinks` and at most n.
+        floor: context tokens that every head keeps.
+        recent: last tokens that are always kept.
+        sinks: first tokens that are always kept.
+
+    Returns:
+        One int64 [kept] per head, ascending; they sum to exactly `K * keep`.
+    """
+    num_heads, num_context = scores.shape
+    safe = max(floor - sinks, 0)
+    taken = torch.zeros(num_heads, num_context, dtype=torch.bool, device=scores.device)
+    taken[:, :sinks] = True
+    taken.scatter_(1, topk_positions(scores[:, sinks:], safe) + sinks, True)
+    # Best first; among equals the last column first, and in a column the lowest head.
+    order = scores.flip(1).T.reshape(-1).sort(descending=True, stable=True).indices
+    column, head = num_context - 1 - order // num_heads, order % num_heads
+    free = ~taken[head, column]
+    rest = num_heads * (keep - recent - max(floor, sinks))
+    taken[head[free][:rest], column[free][:rest]] = True
+    last = torch.arange(num_context, num_context + recent, device=scores.device)
+    return [torch.cat([row.nonzero().squeeze(1), last]) for row in taken]
 
 
 def kept_positions(scores: Tensor, keep: int, window: int, sinks: int) -> Tensor:

@@ -7,6 +7,7 @@ import logging
 import math
 import socket
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -432,6 +433,29 @@ class Mesh:
         self._exchange = None
         if self.layout.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    def gather_heads(self, x: torch.Tensor, heads: Sequence[range]) -> torch.Tensor:
+        """Join the rows [H, m] of this stage's ranks, one row per kv head, to those of all heads.
+
+        Args:
+            x: rows of this rank's heads; where ranks hold the same head, all have the same row.
+            heads: the kv heads of each tensor rank, in the order of the ranks.
+
+        Returns:
+            One row per head, each head once and in order; the same bits on every rank.
+        """
+        if self._tensor_group is None:
+            return x
+        padded = x.new_zeros(max(map(len, heads)), x.shape[1])
+        padded[: len(x)] = x
+        shards = [torch.empty_like(padded) for _ in heads]
+        dist.all_gather(shards, padded, group=self._tensor_group)
+        rows = {
+            head: row
+            for shard, held in zip(shards, heads, strict=True)
+            for head, row in zip(held, shard, strict=False)
+        }
+        return torch.stack([rows[head] for head in sorted(rows)])
 
     def _send(self, x: torch.Tensor, to: int, group: dist.ProcessGroup | None, kind: str) -> None:
         pending = self._pending[kind]

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from saqqara.compression.observation import Observation
 from saqqara.compression.select import select
 
 from .attention.base import CuSeqlens
 from .models.decoder import chunks
 from .models.layer import QKV, Layer, Places
+from .observe import Observer
 from .plan import PrefillGroup, StepPlan
 from .shard import Shard
 
@@ -46,6 +46,7 @@ class Prefill:
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
+        self._observer = Observer(shard)
         self._parked: dict[tuple[int, ...], ParkedPrefill] = {}
 
     @property
@@ -187,27 +188,9 @@ class Prefill:
         # The pages just written and the layer's fresh keys and values exist side by side.
         shard.meter.see_prefill(self._kv_bytes(qkv), 0)
 
-    def _select(self, layer: int, slot: int, prompt: QKV) -> Tensor | None:
-        """Positions that each kv head keeps, int64 [H, keep], or None for all."""
-        shard = self._shard
-        retention, num_tokens = shard.slots[slot].retention, len(prompt.k)
-        if not retention.drops(num_tokens):
+    def _select(self, layer: int, slot: int, prompt: QKV) -> Tensor | list[Tensor] | None:
+        """Positions that each kv head keeps, or None for all; see `select`."""
+        retention = self._shard.slots[slot].retention
+        if not retention.drops(len(prompt.k)):
             return None
-        window = retention.num_window_queries(num_tokens)
-        observation = Observation(
-            layer=layer,
-            num_layers=shard.spec.num_layers,
-            prompt_tokens=num_tokens,
-            keys=prompt.k,
-            values=prompt.v,
-            queries=prompt.q[num_tokens - window :] if window else None,
-            scale=shard.scale,
-            heads=shard.heads.kv,
-            group_size=shard.spec.group_size,
-            mass_fn=self._mass,
-            reduce_fn=shard.mesh.reduce_replicas if shard.heads.replicated else None,
-        )
-        return select(retention, observation)
-
-    def _mass(self, q_window: Tensor, keys: Tensor) -> Tensor:
-        return self._shard.backend.mass(q_window, keys, self._shard.scale)
+        return select(retention, self._observer.observe(layer, prompt, retention))

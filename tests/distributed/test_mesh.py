@@ -4,13 +4,13 @@ Each test spawns its ranks once; a rank reports what it computed and the test co
 same computed in one process.
 """
 
-import multiprocessing as mp
-import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from support.ranks import run_ranks
 
 from saqqara.workers.layers.embedding import LMHead, VocabEmbedding, read_vocab_rows
 from saqqara.workers.layers.linear import column_parallel, row_parallel
@@ -19,7 +19,6 @@ from saqqara.workers.mesh import (
     MeshLayout,
     head_shard,
     intermediate_shard,
-    start_store,
     vocab_shard,
 )
 from saqqara.workers.models.weights import DummyWeights
@@ -28,51 +27,37 @@ from saqqara.workers.native.build import unavailable_reason
 Task = Callable[[Mesh], Any]
 
 
-def _run_rank(
-    task: Task,
-    layout: MeshLayout,
-    rank: int,
-    num_kv_heads: int | None,
-    port: int,
-    results: "mp.Queue[tuple[int, Any]]",
-) -> None:
-    torch.set_num_threads(1)
-    try:
-        mesh = Mesh(layout, rank, num_kv_heads, store=("127.0.0.1", port), timeout_seconds=60.0)
-        assert mesh.shares_memory == (layout.tensor_size > 1 and unavailable_reason() is None)
-        result = task(mesh)
-        mesh.barrier()
-        mesh.close()
-    except BaseException:
-        result = RuntimeError(f"rank {rank}:\n{traceback.format_exc()}")
-    results.put((rank, result))
+def _run_task(
+    task: Task, layout: MeshLayout, num_kv_heads: int | None, rank: int, store: tuple[str, int]
+) -> Any:
+    mesh = Mesh(layout, rank, num_kv_heads, store=store, timeout_seconds=60.0)
+    assert mesh.shares_memory == (layout.tensor_size > 1 and unavailable_reason() is None)
+    result = task(mesh)
+    mesh.barrier()
+    mesh.close()
+    return result
 
 
 def run(task: Task, layout: MeshLayout, num_kv_heads: int | None = None) -> list[Any]:
     """What `task(mesh)` returns on each rank."""
-    store = start_store()
-    context = mp.get_context("spawn")
-    results: mp.Queue[tuple[int, Any]] = context.Queue()
-    ranks = range(layout.world_size)
-    processes = [
-        context.Process(
-            target=_run_rank, args=(task, layout, rank, num_kv_heads, store.port, results)
-        )
-        for rank in ranks
-    ]
-    for process in processes:
-        process.start()
-    try:
-        by_rank = dict(results.get(timeout=120) for _ in ranks)
-    finally:
-        for process in processes:
-            process.join(timeout=20)
-            if process.is_alive():
-                process.kill()
-    for rank in ranks:
-        if isinstance(by_rank[rank], RuntimeError):
-            raise by_rank[rank]
-    return [by_rank[rank] for rank in ranks]
+    return run_ranks(partial(_run_task, task, layout, num_kv_heads), layout.world_size)
+
+
+def _gather_heads(mesh: Mesh) -> list[list[float]]:
+    """Of 3 heads, row h is 100 * h + column, and 1000 more on each stage."""
+    size = mesh.layout.tensor_size
+    heads = [head_shard(6, 3, size, rank).kv for rank in range(size)]
+    whole = head_rows(mesh.pipeline_rank)
+    held = heads[mesh.tensor_rank]
+    mine = torch.tensor(whole)[held.start : held.stop]
+    gathered = mesh.gather_heads(mine, heads)
+    assert torch.equal(mesh.gather_heads(mine[:, 1:3], heads), gathered[:, 1:3]), "not contiguous"
+    rows: list[list[float]] = gathered.tolist()
+    return rows
+
+
+def head_rows(stage: int) -> list[list[float]]:
+    return [[1000.0 * stage + 100 * head + i for i in range(5)] for head in range(3)]
 
 
 def _collectives(mesh: Mesh) -> dict[str, Any]:
@@ -85,6 +70,7 @@ def _collectives(mesh: Mesh) -> dict[str, Any]:
     out["gather"] = mesh.all_gather_last(torch.full((2, 2), rank)).tolist()
     out["broadcast"] = mesh.broadcast(torch.tensor([rank, 7]), root=1).tolist()
     out["replicas"] = mesh.reduce_replicas(torch.tensor([float(rank + 1)])).tolist()
+    out["heads"] = _gather_heads(mesh)  # 2 + 1 on the two ranks of a stage
     return out
 
 
@@ -98,14 +84,16 @@ def test_collectives_stay_within_the_stage() -> None:
         assert out["gather"] == [[first, first, first + 1, first + 1]] * 2
         assert out["broadcast"] == [first + 1, 7]
         assert out["replicas"] == [rank + 1], "no head is shared: nothing is summed"
+        assert out["heads"] == head_rows(rank // 2)
 
 
-def _four_ranks(mesh: Mesh) -> dict[str, float]:
+def _four_ranks(mesh: Mesh) -> dict[str, Any]:
     values = [256.0, 1.0, 1.0, 1.0]
     return {
         "bfloat16": mesh.all_reduce(torch.tensor(values[mesh.rank], dtype=torch.bfloat16)).item(),
         "replicas": mesh.reduce_replicas(torch.tensor(10.0**mesh.rank)).item(),
         "all": mesh.all_reduce(torch.tensor(1.0)).item(),
+        "heads": _gather_heads(mesh),
     }
 
 
@@ -119,6 +107,7 @@ def test_ranks_that_share_a_kv_head_sum_among_themselves() -> None:
     results = run(_four_ranks, MeshLayout(tensor_size=4), num_kv_heads=3)
     assert [out["replicas"] for out in results] == [11, 11, 100, 1000]
     assert {out["all"] for out in results} == {4}
+    assert all(out["heads"] == head_rows(0) for out in results), "each head once"
     assert {out["bfloat16"] for out in results} == {260}
 
 

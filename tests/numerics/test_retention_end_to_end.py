@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers.plan import StepPlan
 from saqqara.workers.worker import Worker
 
 LAYERS, HEADS, GROUP = 3, 3, 2
@@ -93,13 +94,182 @@ def assert_selection(scores: list[float], got: list[int], keep: int, n: int) -> 
         assert abs(scores[j] - cut) <= NEAR_CUT * abs(cut), f"token {j} is far from the cut"
 
 
+def make_worker(folder: Path) -> Worker:
+    return Worker.local(
+        EngineConfig(model=str(folder), dtype="float32", device="cpu", max_num_seqs=4)
+    )
+
+
+def h2o_loop(attention: Any, head: int, n: int) -> list[float]:
+    """Attention of all queries on each token, the group's mean."""
+    group = attention[head * GROUP : (head + 1) * GROUP]
+    return [
+        sum(float(group[g, i, j]) for g in range(GROUP) for i in range(n)) / GROUP for j in range(n)
+    ]
+
+
+def tova_loop(attention: Any, n: int) -> list[float]:
+    """Attention of the last query on each token before it, the mean of all query heads."""
+    heads = HEADS * GROUP
+    return [sum(float(attention[h, n - 1, j]) for h in range(heads)) / heads for j in range(n - 1)]
+
+
+def assert_context(scores: list[float], got: list[int], keep: int, recent: int, n: int) -> None:
+    """Sinks and the recent tokens are there; of the rest, what differs is near the cut."""
+    assert len(got) == keep
+    assert got == sorted(set(got))
+    forced = {*range(SINKS), *range(n - recent, n)}
+    assert forced <= set(got)
+    free = sorted(set(range(n)) - forced, key=lambda j: (scores[j], j), reverse=True)
+    expected = set(free[: keep - len(forced)])
+    cut = min((scores[j] for j in expected), default=0.0)
+    for j in expected ^ (set(got) - forced):
+        assert abs(scores[j] - cut) <= NEAR_CUT * abs(cut), f"token {j} is far from the cut"
+
+
+@pytest.mark.parametrize("method", ["h2o", "tova"])
+def test_scores_of_all_queries_and_of_all_heads(method: str, tmp_path: Path) -> None:
+    save_tiny("llama-gqa", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    worker = make_worker(tmp_path)
+    retention = Retention.parse(method, BUDGET)
+    new = [new_sequence(slot, p, retention=retention) for slot, p in enumerate(prompts())]
+    worker.execute(prefill_plan(worker, new))
+    for slot, prompt in enumerate(prompts()):
+        n = len(prompt)
+        attention, cache = observe(model, prompt)
+        assert (worker.kv.kept(slot) == BUDGET).all()
+        for layer in range(LAYERS):
+            keys = cache[layer][0]
+            rows = [
+                positions_of(read_row(worker, slot, layer, head), keys[head])
+                for head in range(HEADS)
+            ]
+            for head, got in enumerate(rows):
+                if method == "h2o":
+                    scores = h2o_loop(attention[layer], head, n)
+                    assert_context(scores, got, BUDGET, BUDGET // 2, n)
+                else:
+                    assert got == rows[0], "all heads keep the same"
+                    assert_context(tova_loop(attention[layer], n), got, BUDGET, 1, n)
+
+
+@pytest.mark.parametrize("method", ["adakv", "ada-pyramidkv"])
+def test_heads_compete_for_the_tokens_of_their_layer(method: str, tmp_path: Path) -> None:
+    """With b = B - w: 0.2 b for each head by its own scores, the rest to the best of all."""
+    save_tiny("llama-gqa", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    worker = make_worker(tmp_path)
+    retention = Retention.parse({"method": method, "window": WINDOW, "budget": BUDGET})
+    new = [new_sequence(slot, p, retention=retention) for slot, p in enumerate(prompts())]
+    worker.execute(prefill_plan(worker, new))
+    differ = 0
+    for slot, prompt in enumerate(prompts()):
+        n = len(prompt)
+        attention, cache = observe(model, prompt)
+        kept = worker.kv.kept(slot)
+        assert int(kept.sum()) == LAYERS * HEADS * BUDGET
+        for layer in range(LAYERS):
+            total = int(kept[layer].sum())
+            real = pyramid_loop(n)[layer] if method == "ada-pyramidkv" else BUDGET
+            assert total % HEADS == 0
+            assert abs(total // HEADS - real) <= 1
+            differ += len(set(kept[layer].tolist())) > 1
+            assert_competition(
+                [snapkv_loop(attention[layer], head, n) for head in range(HEADS)],
+                [
+                    positions_of(read_row(worker, slot, layer, head), cache[layer][0][head])
+                    for head in range(HEADS)
+                ],
+                total // HEADS - WINDOW,
+                n,
+            )
+    assert differ, "no heads differ: the test would show nothing"
+
+
+def assert_competition(scores: list[list[float]], got: list[list[int]], mean: int, n: int) -> None:
+    """`mean` context tokens per head, of which a fifth by its own scores."""
+    floor = mean // 5
+    order = [
+        (float("inf") if j < SINKS else scores[head][j], j, -head)
+        for head in range(HEADS)
+        for j in range(n - WINDOW)
+    ]
+    order.sort(reverse=True)
+    expected: list[set[int]] = [set() for _ in scores]
+    for _, j, minus_head in order:
+        if len(expected[-minus_head]) < floor:
+            expected[-minus_head].add(j)
+    for _, j, minus_head in order:
+        if sum(map(len, expected)) < HEADS * mean:
+            expected[-minus_head].add(j)
+    window = set(range(n - WINDOW, n))
+    cuts = [min(scores[head][j] for j in expected[head]) for head in range(HEADS)]
+    for head, row in enumerate(got):
+        assert row == sorted(set(row))
+        assert window <= set(row)
+        for j in expected[head] ^ (set(row) - window):
+            value = scores[head][j]
+            assert any(abs(value - cut) <= NEAR_CUT * abs(cut) for cut in cuts)
+
+
+def test_a_profile_gives_each_head_its_own_budget(tmp_path: Path) -> None:
+    """Shares 1 : 2 : 3 of each layer; the pages hold the counts that were promised."""
+    save_tiny("llama-gqa", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    worker = make_worker(tmp_path)
+    profile = {
+        f"{layer}-{head}": [1.0 + head // GROUP]
+        for layer in range(LAYERS)
+        for head in range(HEADS * GROUP)
+    }
+    retention = Retention.parse(
+        {"method": "headkv", "window": WINDOW, "budget": BUDGET, "profile": profile}
+    )
+    new = [new_sequence(slot, p, retention=retention) for slot, p in enumerate(prompts())]
+    worker.execute(prefill_plan(worker, new))
+    for slot, prompt in enumerate(prompts()):
+        n = len(prompt)
+        attention, cache = observe(model, prompt)
+        kept = worker.kv.kept(slot)
+        assert kept.tolist() == retention.row_tokens(n, LAYERS, HEADS).tolist()
+        assert int(kept.sum()) == LAYERS * HEADS * BUDGET
+        assert (kept[:, 0] < kept[:, 2]).all()
+        for layer in range(LAYERS):
+            for head in range(HEADS):
+                got = positions_of(read_row(worker, slot, layer, head), cache[layer][0][head])
+                scores = [*snapkv_loop(attention[layer], head, n), *[0.0] * WINDOW]
+                assert_context(scores, got, int(kept[layer, head]), WINDOW, n)
+
+
+@pytest.mark.parametrize("method", ["h2o", "tova", "ada-pyramidkv"])
+def test_what_else_is_in_the_batch_changes_nothing(method: str, tmp_path: Path) -> None:
+    save_tiny("llama-gqa", tmp_path)
+    worker = make_worker(tmp_path)
+    retention = Retention.parse(method, 40)
+    sequences = [new_sequence(slot, p, retention=retention) for slot, p in enumerate(prompts())]
+    worker.execute(prefill_plan(worker, sequences))
+    rows = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+    together = {
+        (new.slot, *row): read_row(worker, new.slot, *row) for new in sequences for row in rows
+    }
+    worker.execute(StepPlan(1, free=tuple(new.slot for new in sequences)))
+    for new in sequences:
+        worker.execute(prefill_plan(worker, [new], step=2))
+        for row in rows:
+            alone = read_row(worker, new.slot, *row)
+            assert alone.shape == together[new.slot, *row].shape
+            # Linear layers of other sizes may round otherwise; another token is far off.
+            torch.testing.assert_close(alone, together[new.slot, *row], rtol=1e-4, atol=1e-4)
+        worker.check_integrity()
+        worker.execute(StepPlan(3, free=(new.slot,)))
+
+
 @pytest.mark.parametrize("method", ["snapkv", "pyramidkv", "knorm", "streaming"])
 def test_pages_hold_what_the_definition_keeps(method: str, tmp_path: Path) -> None:
     save_tiny("llama-gqa", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    worker = Worker.local(
-        EngineConfig(model=str(tmp_path), dtype="float32", device="cpu", max_num_seqs=4)
-    )
+    worker = make_worker(tmp_path)
     retention = Retention.parse({"method": method, "window": WINDOW, "budget": BUDGET})
     new = [new_sequence(slot, p, retention=retention) for slot, p in enumerate(prompts())]
     worker.execute(prefill_plan(worker, new))

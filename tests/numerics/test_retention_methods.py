@@ -2,26 +2,32 @@
 
 The oracles are plain fp32 loops that follow the definitions (docstrings in `compression/scores.py`)
 word by word and share no code with `compression/`. A new score needs its oracle and its settings
-here, a new shape nothing.
+here, a new shape its settings, and an oracle if the heads of a layer compete.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from threading import Barrier
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from saqqara.compression.observation import Observation
 from saqqara.compression.registry import SCORES, SHAPES
 from saqqara.compression.retention import Retention
-from saqqara.compression.select import kept_positions, select, topk_positions
+from saqqara.compression.select import compete, kept_positions, select, topk_positions
+from saqqara.workers.mesh import HeadShard, head_shard
 
 HEAD_DIM = 8
 SCALE = HEAD_DIM**-0.5
+LAYERS = 4
 
 
 @dataclass
@@ -77,9 +83,77 @@ def observe(
         queries=window[:, heads.start * group : heads.stop * group] if num_queries else None,
         scale=SCALE,
         heads=heads,
+        num_heads=num_heads,
         group_size=group,
         mass_fn=attention_mass,
     )
+
+
+def rows_of(retention: Retention, observation: Observation) -> list[list[int]] | None:
+    """What each local head keeps, by our code."""
+    chosen = select(retention, observation)
+    if chosen is None:
+        return None
+    rows = list(chosen)
+    assert all(row.dtype == torch.int64 for row in rows)
+    return [row.tolist() for row in rows]
+
+
+class Exchange:
+    """What ranks that run as threads show each other."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._barrier = Barrier(num_ranks, timeout=30)
+        self._shown: list[Any] = [None] * num_ranks
+
+    def show(self, rank: int, mine: Tensor) -> list[Tensor]:
+        """What every rank shows."""
+        self._shown[rank] = mine
+        self._barrier.wait()
+        shown = list(self._shown)
+        self._barrier.wait()
+        return shown
+
+
+def rows_of_ranks(
+    prompt: Prompt, retention: Retention, layer: int, num_ranks: int
+) -> list[tuple[HeadShard, list[list[int]]]]:
+    """What each of several tensor ranks keeps, with the heads that it holds."""
+    num_heads, num_query_heads = prompt.keys.shape[1], prompt.queries.shape[1]
+    held = [head_shard(num_query_heads, num_heads, num_ranks, rank) for rank in range(num_ranks)]
+    everyone = Exchange(num_ranks)
+    replicas = {mine.replica_group: Exchange(len(mine.replica_group)) for mine in held}
+
+    def run(rank: int) -> list[list[int]]:
+        mine = held[rank]
+
+        def gather(x: Tensor) -> Tensor:
+            rows = zip(held, everyone.show(rank, x), strict=True)
+            by_head = {head: row for h, x in rows for head, row in zip(h.kv, x, strict=True)}
+            return torch.stack([by_head[head] for head in range(num_heads)])
+
+        def reduce(x: Tensor) -> Tensor:
+            group = mine.replica_group
+            return torch.stack(replicas[group].show(group.index(rank), x)).sum(0)
+
+        whole = observe(prompt, retention, layer, LAYERS)
+        observation = replace(
+            whole,
+            keys=whole.keys[:, mine.kv.start : mine.kv.stop],
+            values=whole.values[:, mine.kv.start : mine.kv.stop],
+            queries=None
+            if whole.queries is None
+            else whole.queries[:, mine.query.start : mine.query.stop],
+            heads=mine.kv,
+            reduce_fn=reduce if mine.replicated else None,
+            gather_heads_fn=gather,
+        )
+        rows = rows_of(retention, observation)
+        assert rows is not None
+        return rows
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(zip(held, pool.map(run, range(num_ranks)), strict=True))
 
 
 def score(retention: Retention, observation: Observation) -> Tensor:
@@ -145,14 +219,39 @@ def random_oracle(prompt: Prompt, retention: Retention, layer: int, head: int) -
     return [scramble(key ^ scramble(j + 1)) // 2**8 / 2**24 for j in positions]
 
 
+def h2o_oracle(prompt: Prompt, retention: Retention, layer: int, head: int) -> list[float]:
+    group = prompt.queries.shape[1] // prompt.keys.shape[1]
+    total = [np.float32(0)] * prompt.num_tokens
+    for query_head in range(head * group, (head + 1) * group):
+        for i in range(prompt.num_tokens):
+            attention = attention_oracle(prompt, query_head, head, i)
+            for j in range(i + 1):
+                total[j] += attention[j] / np.float32(group)
+    return [float(x) for x in total]
+
+
+def tova_oracle(prompt: Prompt, retention: Retention, layer: int, head: int) -> list[float]:
+    num_query_heads, num_heads = prompt.queries.shape[1], prompt.keys.shape[1]
+    n = prompt.num_tokens
+    mean = [np.float32(0)] * n
+    for query_head in range(num_query_heads):
+        kv_head = query_head * num_heads // num_query_heads
+        attention = attention_oracle(prompt, query_head, kv_head, n - 1)
+        for j in range(n):
+            mean[j] += attention[j] / np.float32(num_query_heads)
+    return [float(x) for x in mean[: n - 1]]
+
+
 ORACLES = {
     "streaming": streaming_oracle,
+    "h2o": h2o_oracle,
+    "tova": tova_oracle,
     "snapkv": snapkv_oracle,
     "knorm": knorm_oracle,
     "random": random_oracle,
 }
 
-SETTINGS = [
+SETTINGS: list[dict[str, Any]] = [
     {"score": "streaming", "window": 4},
     {"score": "snapkv", "window": 8},
     {"score": "snapkv", "window": 1, "kernel_size": 1},
@@ -162,19 +261,49 @@ SETTINGS = [
     {"score": "knorm", "window": 0, "sinks": 0},
     {"score": "random", "window": 2},
     {"score": "random", "window": 2, "seed": 2**63 + 12345},
+    {"score": "h2o"},
+    {"score": "h2o", "sinks": 0, "recent_ratio": 0.2},
+    {"score": "tova"},
+    {"score": "tova", "sinks": 0},
 ]
 
 
+def profile(num_layers: int, seed: int = 0) -> dict[str, list[float]]:
+    """Scores of 6 query heads, which are 2 kv heads of three or 3 of two."""
+    scores = np.random.default_rng(seed).exponential(size=(num_layers, 6))
+    return {f"{i}-{j}": [float(scores[i, j])] for i in range(num_layers) for j in range(6)}
+
+
+SHAPE_SETTINGS: list[dict[str, Any]] = [
+    {"shape": "uniform"},
+    {"shape": "pyramid"},
+    {"shape": "cosine", "beta": 3},
+    {"shape": "adaptive"},
+    {"shape": "adaptive", "mean": "pyramid", "floor_ratio": 0.5},
+    {"shape": "adaptive", "mean": "cosine", "floor_ratio": 0},
+    {"shape": "profile", "profile": profile(LAYERS)},
+]
+
+
+def fits(score_name: str, shape: str) -> bool:
+    return SCORES[score_name].scope == "head" or not SHAPES[shape].heads_differ
+
+
 def cases() -> list[Retention]:
-    shapes = [shape for shape in SHAPES if not SHAPES[shape].ragged]
     return [
-        Retention.parse({**settings, "shape": shape, "budget": 16})
+        Retention.parse({**settings, **shape, "budget": 16})
         for settings in SETTINGS
-        for shape in shapes
+        for shape in SHAPE_SETTINGS
+        if fits(settings["score"], shape["shape"])
     ]
 
 
 every_case = pytest.mark.parametrize("retention", cases(), ids=lambda retention: retention.label)
+every_score = pytest.mark.parametrize(
+    "retention",
+    [retention for retention in cases() if retention.shape == "uniform"],
+    ids=lambda retention: retention.label,
+)
 
 
 def oracle_scores(prompt: Prompt, retention: Retention, layer: int = 0) -> list[list[float]]:
@@ -191,11 +320,61 @@ def oracle_positions(scores: list[float], keep: int, window: int, sinks: int) ->
     return sorted(kept + rest[: keep - len(kept)])
 
 
+def recent_oracle(retention: Retention, keep: int) -> int:
+    """The last tokens of a row: the window, or H2O's part of the row, which the sinks precede."""
+    if retention.score != "h2o":
+        return retention.window
+    return min(int(Fraction(str(retention.recent_ratio)) * keep), keep - retention.sinks)
+
+
+def competing_oracle(
+    scores: list[list[float]], keep: int, recent: int, retention: Retention
+) -> list[list[int]]:
+    """Each head's best up to its floor, then the best of all heads; scores of context tokens."""
+    num_heads, num_context = len(scores), len(scores[0])
+    floor = int(Fraction(str(retention.floor_ratio)) * (keep - recent))
+    order = [  # (score, token, minus head), so that the largest is the best
+        (math.inf if j < retention.sinks else scores[head][j], j, -head)
+        for head in range(num_heads)
+        for j in range(num_context)
+    ]
+    order.sort(reverse=True)
+    kept: list[list[int]] = [[] for _ in scores]
+    for _, j, minus_head in order:
+        if len(kept[-minus_head]) < floor:
+            kept[-minus_head].append(j)
+    slots = num_heads * (keep - recent) - sum(map(len, kept))
+    for _, j, minus_head in order:
+        if slots and j not in kept[-minus_head]:
+            kept[-minus_head].append(j)
+            slots -= 1
+    return [sorted(row) + list(range(num_context, num_context + recent)) for row in kept]
+
+
+def selection_oracle(
+    scores: list[list[float]], retention: Retention, layer: int, num_layers: int
+) -> list[list[int]] | None:
+    """What every head keeps, given the scores of all tokens before the window; None for all."""
+    n = len(scores[0]) + retention.window
+    keep = retention.row_tokens(n, num_layers, len(scores))[layer].tolist()
+    if keep == [n] * len(scores):
+        return None
+    recent = [recent_oracle(retention, count) for count in keep]
+    if retention.shape == "adaptive":
+        context = [row[: n - recent[0]] for row in scores]
+        return competing_oracle(context, keep[0], recent[0], retention)
+    return [
+        oracle_positions(row[: n - last], count, last, retention.sinks)
+        for row, count, last in zip(scores, keep, recent, strict=True)
+    ]
+
+
 def test_every_score_has_an_oracle() -> None:
     assert set(ORACLES) == set(SCORES) == {settings["score"] for settings in SETTINGS}
+    assert set(SHAPES) == {settings["shape"] for settings in SHAPE_SETTINGS}
 
 
-@every_case
+@every_score
 def test_scores_follow_the_definition(retention: Retention) -> None:
     prompt = random_prompt(40)
     for layer in (0, 3):
@@ -209,35 +388,33 @@ def test_scores_follow_the_definition(retention: Retention) -> None:
 @every_case
 def test_selection_is_exact_given_the_scores(retention: Retention) -> None:
     prompt = random_prompt(40)
-    for layer in range(4):
-        observation = observe(prompt, retention, layer, num_layers=4)
-        chosen = select(retention, observation)
-        keep = retention.layer_tokens(40, 4)[layer]
-        if keep == 40:
-            assert chosen is None
-            continue
-        assert chosen is not None
-        assert chosen.dtype == torch.int64
+    for layer in range(LAYERS):
+        observation = observe(prompt, retention, layer, LAYERS)
         scores = score(retention, observation).tolist()
-        assert chosen.tolist() == [
-            oracle_positions(row, keep, retention.window, retention.sinks) for row in scores
-        ]
+        expected = selection_oracle(scores, retention, layer, LAYERS)
+        assert rows_of(retention, observation) == expected
 
 
 @every_case
 def test_selection_end_to_end_differs_at_most_near_the_cut(retention: Retention) -> None:
     prompt = random_prompt(40, seed=1)
-    observation = observe(prompt, retention, layer=2, num_layers=4)
-    keep = retention.layer_tokens(40, 4)[2]
-    chosen = select(retention, observation)
+    chosen = rows_of(retention, observe(prompt, retention, layer=2, num_layers=LAYERS))
+    scores = oracle_scores(prompt, retention, 2)
+    expected = selection_oracle(scores, retention, 2, LAYERS)
     assert chosen is not None
-    for ours, scores in zip(chosen.tolist(), oracle_scores(prompt, retention, 2), strict=True):
-        expected = oracle_positions(scores, keep, retention.window, retention.sinks)
-        context = [j for j in expected if retention.sinks <= j < len(scores)]
-        cut = min((scores[j] for j in context), default=0.0)
-        for j in set(ours) ^ set(expected):
+    assert expected is not None
+    assert sum(map(len, chosen)) == sum(map(len, expected))
+    cuts = []
+    for row, kept in zip(scores, expected, strict=True):
+        recent = recent_oracle(retention, len(kept))
+        context = [row[j] for j in kept if retention.sinks <= j < 40 - recent]
+        cuts.append(min(context, default=0.0))
+    for head, row in enumerate(scores):
+        # Where heads compete, the cut may be that of another head.
+        near = cuts if retention.ragged else [cuts[head]]
+        for j in set(chosen[head]) ^ set(expected[head]):
             # 1e-5 is what the summation order may move a score by, and then some.
-            assert scores[j] == pytest.approx(cut, rel=1e-5)
+            assert any(row[j] == pytest.approx(cut, rel=1e-5) for cut in near)
 
 
 @given(
@@ -247,7 +424,7 @@ def test_selection_end_to_end_differs_at_most_near_the_cut(retention: Retention)
     sinks=st.integers(0, 5),
     budget=st.one_of(st.integers(1, 60), st.sampled_from(["5%", "25%", "62.5%", "100%"])),
     score_name=st.sampled_from(sorted(SCORES)),
-    shape=st.sampled_from([shape for shape in SHAPES if not SHAPES[shape].ragged]),
+    shape=st.sampled_from(SHAPE_SETTINGS),
 )
 def test_totals_window_sinks_and_order(
     num_tokens: int,
@@ -256,57 +433,63 @@ def test_totals_window_sinks_and_order(
     sinks: int,
     budget: int | str,
     score_name: str,
-    shape: str,
+    shape: dict[str, Any],
 ) -> None:
+    assume(fits(score_name, shape["shape"]))
     if isinstance(budget, int):
         budget += window + sinks
-    retention = Retention.parse(
-        {"score": score_name, "shape": shape, "window": window, "sinks": sinks}, budget
-    )
+    settings = {"score": score_name, "sinks": sinks, **shape}
+    fixed_window = SCORES[score_name].fixed_window
+    if fixed_window is None:
+        settings["window"] = window
+    else:
+        window = fixed_window
+    if "profile" in shape:
+        settings["profile"] = profile(num_layers, seed=num_tokens)
+    retention = Retention.parse(settings, budget)
     prompt = random_prompt(num_tokens)
+    expected = retention.row_tokens(num_tokens, num_layers, 2)
     total = 0
     for layer in range(num_layers):
-        chosen = select(retention, observe(prompt, retention, layer, num_layers))
-        if chosen is None:
-            total += num_tokens
-            continue
-        total += chosen.shape[1]
-        for row in chosen.tolist():
+        chosen = rows_of(retention, observe(prompt, retention, layer, num_layers))
+        kept = [num_tokens] * 2 if chosen is None else [len(row) for row in chosen]
+        assert sum(kept) == expected[layer].sum()
+        if not retention.ragged:
+            assert kept == expected[layer].tolist()
+        total += sum(kept)
+        for row in chosen or []:
             assert row == sorted(set(row))
-            assert row[0] >= 0
-            assert row[-1] < num_tokens
+            assert set(row) <= set(range(num_tokens))
             assert set(range(sinks)) <= set(row)
             assert set(range(num_tokens - window, num_tokens)) <= set(row)
-    assert total == num_layers * retention.budget_tokens(num_tokens)
+    assert total == 2 * num_layers * retention.budget_tokens(num_tokens)
 
 
 @every_case
 def test_a_budget_of_the_whole_prompt_drops_nothing(retention: Retention) -> None:
     for num_tokens in range(1, 17):
         prompt = random_prompt(num_tokens)
-        assert select(retention, observe(prompt, retention, 1, num_layers=3)) is None
+        assert select(retention, observe(prompt, retention, 1, LAYERS)) is None
     assert select(Retention.parse("full"), observe(prompt, Retention.parse("full"))) is None
 
 
 @every_case
 def test_selection_is_deterministic(retention: Retention) -> None:
     prompt = random_prompt(50)
-    first, second = (select(retention, observe(prompt, retention, 1, 3)) for _ in range(2))
+    first, second = (rows_of(retention, observe(prompt, retention, 1, LAYERS)) for _ in range(2))
     assert first is not None
-    assert second is not None
-    assert torch.equal(first, second)
+    assert first == second
 
 
 @every_case
 def test_sharding_over_kv_heads_changes_nothing(retention: Retention) -> None:
-    prompt = random_prompt(50, num_heads=3)
-    whole = select(retention, observe(prompt, retention, 2, 3))
-    shards = [
-        select(retention, observe(prompt, retention, 2, 3, heads))
-        for heads in (range(2), range(2, 3))
-    ]
+    """2 + 1 heads on two ranks; on four, the first two share a head and its two query heads."""
+    prompt = random_prompt(50, num_heads=3, group=2)
+    whole = rows_of(retention, observe(prompt, retention, 2, LAYERS))
     assert whole is not None
-    assert torch.equal(whole, torch.cat([shard for shard in shards if shard is not None]))
+    for num_ranks in (2, 4):
+        for held, rows in rows_of_ranks(prompt, retention, 2, num_ranks):
+            assert rows == whole[held.kv.start : held.kv.stop]
 
 
 def test_replicas_of_a_kv_head_add_up_their_scores() -> None:
@@ -324,16 +507,19 @@ def test_replicas_of_a_kv_head_add_up_their_scores() -> None:
 
 def test_streaming_keeps_the_sinks_and_the_last_tokens() -> None:
     retention = Retention.parse({"method": "streaming", "budget": 10, "window": 3})
-    chosen = select(retention, observe(random_prompt(100), retention))
-    assert chosen is not None
-    assert chosen.tolist() == [[0, 1, 2, 3, 94, 95, 96, 97, 98, 99]] * 2
+    chosen = rows_of(retention, observe(random_prompt(100), retention))
+    assert chosen == [[0, 1, 2, 3, 94, 95, 96, 97, 98, 99]] * 2
 
 
 def test_skipped_layers_keep_everything_and_the_others_pay_for_it() -> None:
     retention = Retention.parse({"method": "knorm", "budget": 25, "window": 8, "skip_layers": [1]})
     prompt = random_prompt(41)
-    kept = [select(retention, observe(prompt, retention, layer, 3)) for layer in range(3)]
-    assert [41 if chosen is None else chosen.shape[1] for chosen in kept] == [17, 41, 17]
+    kept = [rows_of(retention, observe(prompt, retention, layer, 3)) for layer in range(3)]
+    assert [[41] if rows is None else sorted({*map(len, rows)}) for rows in kept] == [
+        [17],
+        [41],
+        [17],
+    ]
 
 
 def test_average_pooling_counts_zeros_beyond_the_edges() -> None:
@@ -394,3 +580,54 @@ def test_sinks_and_window_are_kept_whatever_the_scores() -> None:
     assert kept_positions(scores[:, :5], keep=6, window=3, sinks=1).tolist() == [[0, 2, 4, 5, 6, 7]]
     # A broken score must not break the shape: not a number counts as the best.
     assert kept_positions(scores, keep=3, window=1, sinks=1).tolist() == [[0, 5, 6]]
+
+
+def test_heads_that_compete_keep_what_they_deserve() -> None:
+    """Head 0 has the better scores; head 1 keeps its floor, its sink and the recent tokens."""
+    scores = torch.tensor([[0.0, 9.0, 8.0, 7.0, 6.0, 5.0], [0.0, 1.0, 4.0, 2.0, 3.0, 0.5]])
+    rows = compete(scores, keep=5, floor=2, recent=2, sinks=1)
+    assert [row.tolist() for row in rows] == [[0, 1, 2, 3, 6, 7], [0, 2, 6, 7]]
+    # A floor below the sinks is met by them, and all is free beyond.
+    rows = compete(scores, keep=5, floor=0, recent=2, sinks=1)
+    assert [row.tolist() for row in rows] == [[0, 1, 2, 3, 4, 6, 7], [0, 6, 7]]
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([-math.inf, -1.0, 0.0, -0.0, 2.5, 1e30]), min_size=9, max_size=9),
+        min_size=1,
+        max_size=4,
+    ),
+    keep=st.integers(5, 11),
+    floor_ratio=st.sampled_from([0, 0.2, 0.5, 1]),
+)
+def test_ties_of_competing_heads_go_to_the_later_token_then_the_lower_head(
+    rows: list[list[float]], keep: int, floor_ratio: float
+) -> None:
+    """Sinks 3, recent 2, context 9."""
+    retention = Retention.parse(
+        {"score": "knorm", "shape": "adaptive", "window": 2, "sinks": 3}
+        | {"floor_ratio": floor_ratio, "budget": 6}
+    )
+    floor = int(Fraction(str(floor_ratio)) * (keep - 2))
+    ours = compete(torch.tensor(rows), keep, floor, recent=2, sinks=3)
+    assert [row.tolist() for row in ours] == competing_oracle(rows, keep, 2, retention)
+
+
+def test_h2o_keeps_half_recent_and_half_heavy_hitters() -> None:
+    """A key that all queries love is a heavy hitter; no other may take a recent token's place."""
+    prompt = random_prompt(60, num_heads=1, group=1)
+    prompt.queries[:, :, 0] = 4.0
+    prompt.keys[:, :, 0] = 0.0
+    prompt.keys[[7, 11, 30], :, 0] = 9.0
+    retention = Retention.parse({"method": "h2o", "budget": 6, "sinks": 0})
+    assert rows_of(retention, observe(prompt, retention)) == [[7, 11, 30, 57, 58, 59]]
+    sinks = Retention.parse({"method": "h2o", "budget": 6, "sinks": 2})
+    assert rows_of(sinks, observe(prompt, sinks)) == [[0, 1, 7, 57, 58, 59]]
+
+
+def test_tova_keeps_the_same_tokens_in_all_heads() -> None:
+    retention = Retention.parse("tova", 20)
+    rows = rows_of(retention, observe(random_prompt(60, num_heads=3), retention))
+    assert rows is not None
+    assert rows == [rows[0]] * 3

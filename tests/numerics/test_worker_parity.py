@@ -159,12 +159,25 @@ def test_worker_short_of_pages_refuses_and_holds_nothing(tmp_path: Path) -> None
     assert last.pages_free == worker.info.num_pages
 
 
-@pytest.mark.parametrize("method", ["streaming", "snapkv", "pyramidkv", "knorm", "random"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "streaming",
+        "snapkv",
+        "pyramidkv",
+        "knorm",
+        "random",
+        "h2o",
+        "tova",
+        "adakv",
+        "snapkv-cosine",
+    ],
+)
 def test_budget_at_least_prompt_is_full(method: str, tmp_path: Path) -> None:
     save_tiny("llama-gqa", tmp_path)
     worker = make_worker(tmp_path)
     full = run_greedy(worker, prompts(), NUM_TOKENS)
-    retention = Retention.parse({"method": method, "budget": 64, "window": 8})
+    retention = Retention.parse(method, 64)
     kept = run_greedy(worker, prompts(), NUM_TOKENS, retention=retention)
     assert kept == full
 

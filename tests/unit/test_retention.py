@@ -1,6 +1,7 @@
 """Retention settings: how they are written, what is refused, and how budgets spread over layers."""
 
 import json
+import math
 import pickle
 from fractions import Fraction
 from typing import Any
@@ -15,7 +16,20 @@ from saqqara.compression.registry import SCORES, SHAPES
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import CONFIG_DIR
 
-PRESETS = ["full", "knorm", "pyramidkv", "random", "snapkv", "streaming"]
+PRESETS = [
+    "ada-pyramidkv",
+    "adakv",
+    "full",
+    "h2o",
+    "headkv",
+    "knorm",
+    "pyramidkv",
+    "random",
+    "snapkv",
+    "streaming",
+    "tova",
+]
+PROFILE = {"0-0": [1.0], "0-1": [2.0]}
 
 
 def test_a_name_and_a_budget_are_all_it_takes() -> None:
@@ -29,6 +43,8 @@ def test_a_name_and_a_budget_are_all_it_takes() -> None:
 def test_every_preset_is_known_by_its_file_name() -> None:
     assert sorted(file.stem for file in (CONFIG_DIR / "retention").glob("*.yaml")) == PRESETS
     for name in PRESETS:
+        if name == "headkv":
+            continue  # needs a profile: see below
         retention = Retention.parse(name, None if name == "full" else "25%")
         assert retention.method == name
         # A label names what departs from the defaults of the fields: nothing does.
@@ -49,10 +65,16 @@ def test_nothing_means_full() -> None:
 def test_any_score_goes_with_any_shape() -> None:
     for score in SCORES:
         for shape in SHAPES:
-            by_name = Retention.parse(f"{score}-{shape}", "25%")
-            by_fields = Retention.parse({"score": score, "shape": shape, "budget": "25%"})
+            if SCORES[score].scope == "token" and SHAPES[shape].heads_differ:
+                continue
+            more = {"profile": PROFILE} if shape == "profile" else {}
+            by_name = Retention.parse({"method": f"{score}-{shape}", "budget": "25%", **more})
+            by_fields = Retention.parse({"score": score, "shape": shape, "budget": "25%", **more})
             assert by_name == by_fields
             assert (by_name.score, by_name.shape) == (score, shape)
+            for mean in ("uniform", "pyramid", "cosine") if shape == "adaptive" else ():
+                spread = Retention.parse(f"{score}-adaptive-{mean}", "25%")
+                assert (spread.score, spread.shape, spread.mean) == (score, shape, mean)
 
 
 def test_another_score_or_shape_takes_the_name_away() -> None:
@@ -64,6 +86,43 @@ def test_another_score_or_shape_takes_the_name_away() -> None:
     assert norms.method == "knorm-pyramid"
     same = Retention.parse({"method": "pyramidkv", "score": "snapkv", "budget": 128})
     assert same.method == "pyramidkv"
+    level = Retention.parse({"method": "ada-pyramidkv", "mean": "uniform", "budget": 128})
+    assert (level.label, level.beta) == ("snapkv-adaptive@128", 20)
+    steep = Retention.parse({"method": "adakv", "mean": "pyramid", "beta": 5, "budget": 128})
+    assert steep.label == "snapkv-adaptive-pyramid@128,beta=5"
+    assert Retention.parse({"method": "ada-pyramidkv", "shape": "uniform"}, 128) == flat
+
+
+def test_a_score_may_fix_the_window() -> None:
+    """`h2o`'s recent part takes its place, `tova` looks at one query; another score frees it."""
+    for score, window in [("h2o", 0), ("tova", 1)]:
+        for spec in (score, {"method": score, "window": window}, {"score": score}):
+            retention = Retention.parse(spec, 64)
+            assert retention.window == window
+            assert Retention.parse(retention.to_dict()) == retention
+        changed = Retention.parse({"method": "snapkv", "score": score}, 64)
+        assert (changed.window, changed.label) == (window, f"{score}-uniform@64")
+        back = Retention.parse({"method": score, "score": "snapkv"}, 64)
+        assert (back.window, back.label) == (32, "snapkv-uniform@64")
+    assert Retention.parse({"method": "h2o", "sinks": 0}, 64).num_window_queries(500) == 500
+    assert Retention.parse("tova", 64).num_window_queries(500) == 1
+
+
+@pytest.mark.parametrize(
+    ("ratio", "sinks", "kept", "recent"),
+    [
+        (0.5, 4, 64, 32),
+        (0.5, 4, 65, 32),
+        (0.29, 0, 100, 29),  # which in floating point would be 28.999999999999996
+        (0.5, 4, 6, 2),  # what the sinks leave
+        (0, 0, 64, 0),
+        (1, 4, 64, 60),
+    ],
+)
+def test_recent_part(ratio: float, sinks: int, kept: int, recent: int) -> None:
+    retention = Retention.parse({"method": "h2o", "sinks": sinks, "recent_ratio": ratio}, 64)
+    assert retention.recent_tokens(kept) == recent
+    assert Retention.parse("snapkv", 64).recent_tokens(kept) == 32
 
 
 def test_label_tells_departures_from_the_defaults() -> None:
@@ -114,16 +173,18 @@ def test_budgets_as_users_write_them(
         ("snapkv", 0.25, "budget: must be tokens or a share such as '25%', not 0.25"),
         ("snapkv", True, "budget: must be tokens or a share such as '25%', not True"),
         ({"method": "snapkv", "budget": 64}, 128, "budget: given twice, as 64 and as 128"),
-        ("pyramid", 256, "method: unknown 'pyramid'; known: full, knorm, pyramidkv, random"),
-        ("snapkv-cubic", 256, "method: unknown 'snapkv-cubic'; .* shapes pyramid, uniform"),
+        ("pyramid", 256, "method: unknown 'pyramid'; known: ada-pyramidkv, adakv, full, h2o"),
+        ("snapkv-cubic", 256, "method: unknown 'snapkv-cubic'; .* shapes adaptive, cosine, pro"),
+        ("snapkv-uniform-pyramid", 256, "method: unknown 'snapkv-uniform-pyramid'"),
+        ("snapkv-adaptive-cubic", 256, "method: unknown .*adaptive also -<mean>: cosine"),
         ("../schema", 256, "method: unknown '../schema'"),
         ("", None, "method: unknown ''"),
         ({"method": ["snapkv"]}, 256, r"method: unknown \['snapkv'\]"),
-        ({"budget": 256}, None, "method: missing; known: full"),
-        ({"score": "best"}, 256, "score: unknown 'best'; known: knorm, random, snapkv"),
+        ({"budget": 256}, None, "method: missing; known: ada-pyramidkv"),
+        ({"score": "best"}, 256, "score: unknown 'best'; known: h2o, knorm, random, snapkv"),
         ({"score": ["knorm"]}, 256, r"score: unknown \['knorm'\]"),
         ({"method": "snapkv", "score": None}, 256, "score: unknown None"),
-        ({"method": "snapkv", "shape": "cubic"}, 256, "shape: unknown 'cubic'; known: pyramid"),
+        ({"method": "snapkv", "shape": "cubic"}, 256, "shape: unknown 'cubic'; known: adaptive, "),
         ({"method": "knorm", "windows": 8}, 256, "windows: not a .*; allowed: method, .* window"),
         ({"method": "knorm", "beta": 20}, 256, "beta: not a setting of score 'knorm' with shape"),
         ({"method": "snapkv", "seed": 1}, 256, "seed: not a setting of score 'snapkv'"),
@@ -139,6 +200,27 @@ def test_budgets_as_users_write_them(
         ({"method": "pyramidkv", "beta": 0.5}, 256, "beta: must be a number from 1 up"),
         ({"method": "pyramidkv", "beta": float("nan")}, 256, "beta: must be a number from 1 up"),
         ({"method": "pyramidkv", "beta": "20"}, 256, "beta: must be a number from 1 up"),
+        ({"method": "adakv", "mean": "cubic"}, 256, "mean: unknown 'cubic'; known: cosine, pyr"),
+        ({"method": "adakv", "mean": ["uniform"]}, 256, r"mean: unknown \['uniform'\]"),
+        ({"method": "adakv", "beta": 5}, 256, "beta: not a setting of score 'snapkv' with shape"),
+        ({"method": "snapkv", "mean": "uniform"}, 256, "mean: not a setting of score 'snapkv'"),
+        ({"method": "adakv", "floor_ratio": 1.1}, 256, "floor_ratio: must be a number from 0 to 1"),
+        ({"method": "h2o", "recent_ratio": -0.1}, 256, "recent_ratio: must be a number from 0 to"),
+        ({"method": "h2o", "recent_ratio": "half"}, 256, "recent_ratio: must be a number from 0"),
+        ({"method": "h2o", "window": 32}, 256, "window: must be 0 for score 'h2o', not 32"),
+        ({"method": "tova", "window": True}, 256, "window: must be 1 for score 'tova', not True"),
+        ({"method": "tova", "kernel_size": 3}, 256, "kernel_size: not a setting of score 'tova'"),
+        ({"method": "tova", "shape": "adaptive"}, 256, "shape: 'adaptive' lets heads .* 'tova'"),
+        ("tova-profile", 256, "shape: 'profile' lets heads .* take cosine, pyramid, uniform"),
+        ("headkv", 256, "profile: 'headkv' needs the path of a JSON file with measured scores"),
+        ({"method": "headkv", "profile": 3}, 256, "profile: must be the path of a JSON file"),
+        ({"method": "headkv", "profile": "no.json"}, 256, "profile: no.json: cannot be read"),
+        ({"method": "snapkv", "profile": "no.json"}, 256, "profile: not a setting of score"),
+        (
+            {"method": "headkv", "head_beta": 0.9, "profile": {"0-0": [1]}},
+            256,
+            "head_beta: must be a number from 1 up, not 0.9",
+        ),
         ({"method": "random", "seed": -1}, 256, "seed: must be an integer of at least 0"),
         ({"method": "random", "seed": 2**64}, 256, r"seed: must be below 2\*\*64"),
         ({"method": "knorm", "skip_layers": 1}, 256, "skip_layers: must be a list of layers"),
@@ -165,7 +247,17 @@ def test_a_retention_is_valid_however_it_is_made() -> None:
 
 settings = st.fixed_dictionaries(
     {
-        "method": st.sampled_from(["snapkv-uniform", "pyramidkv", "snapkv-pyramid"]),
+        "method": st.sampled_from(
+            [
+                "snapkv-uniform",
+                "pyramidkv",
+                "snapkv-pyramid",
+                "snapkv-cosine",
+                "adakv",
+                "ada-pyramidkv",
+                "knorm-adaptive-cosine",
+            ]
+        ),
         "budget": st.one_of(
             st.integers(40, 10_000),
             st.decimals(min_value="0.001", max_value=100, places=3).map(lambda share: f"{share}%"),
@@ -211,7 +303,14 @@ def test_budget_of_a_prompt(budget: int | str, prompt_tokens: int, expected: int
 
 
 def test_queries_are_asked_for_only_where_a_score_looks_at_them() -> None:
-    for name, num_queries in [("snapkv", 32), ("streaming", 0), ("knorm", 0), ("random", 0)]:
+    for name, num_queries in [
+        ("snapkv", 32),
+        ("streaming", 0),
+        ("knorm", 0),
+        ("random", 0),
+        ("h2o", 101),
+        ("tova", 1),
+    ]:
         retention = Retention.parse(name, 100)
         assert retention.num_window_queries(101) == num_queries
         assert retention.num_window_queries(100) == 0  # nothing will be dropped
@@ -280,8 +379,21 @@ def test_pyramid_budgets(
         assert tokens[0] > tokens[-1]
 
 
+def test_cosine_lies_between_the_ends_of_the_pyramid() -> None:
+    """c_min = 224 / 20 = 11.2, c_max = 448 - c_min, and a half cosine from one to the other."""
+    exact = [32 + 11.2 + 425.6 * (math.cos(math.pi * layer / 4) + 1) / 2 for layer in range(5)]
+    tokens = Retention.parse("snapkv-cosine", 256).layer_tokens(2000, 5)
+    assert sum(tokens) == 5 * 256
+    assert all(abs(count - value) < 1 for count, value in zip(tokens, exact, strict=True))
+    pyramid = Retention.parse("pyramidkv", 256).layer_tokens(2000, 5)
+    assert (tokens[0], tokens[-1]) == (pyramid[0], pyramid[-1])
+    assert tokens[1] > pyramid[1]
+    assert tokens[3] < pyramid[3]
+    assert Retention.parse("snapkv-cosine", 256).layer_tokens(2000, 1) == (256,)
+
+
 @given(
-    shape=st.sampled_from(sorted(SHAPES)),
+    shape=st.sampled_from(sorted(set(SHAPES) - {"profile"})),
     num_layers=st.integers(1, 40),
     prompt_tokens=st.integers(1, 3000),
     budget=st.one_of(st.integers(9, 1000), st.sampled_from(["1%", "10%", "33.3%", "100%"])),

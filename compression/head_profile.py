@@ -1,0 +1,147 @@
+"""How much each head of a model matters, measured beforehand: what the `profile` shape reads."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+KEY = re.compile(r"(0|[1-9]\d*)-(0|[1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class HeadProfile:
+    """The importance of every query head of one model.
+
+    A value: hashable and picklable, with the numbers inside, so it travels without its file.
+
+    Attributes:
+        scores: [layers][query heads], finite, from 0 up, not all 0. They need not sum to one.
+        digest: short name of these scores, for labels.
+
+    Raises:
+        ValueError: the scores are none of that; names `profile`.
+    """
+
+    scores: tuple[tuple[float, ...], ...]
+    digest: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        numbers = [score for layer in self.scores for score in layer]
+        if len({len(layer) for layer in self.scores}) != 1 or not numbers:
+            raise ValueError("profile: every layer must have scores of the same number of heads")
+        if not all(math.isfinite(score) and score >= 0 for score in numbers) or not any(numbers):
+            raise ValueError("profile: the scores must be finite, from 0 up, and not all 0")
+        digest = hashlib.blake2b(repr(self.scores).encode(), digest_size=4).hexdigest()
+        object.__setattr__(self, "digest", digest)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @classmethod
+    def read(cls, source: object) -> Self:
+        """Read a profile as users give it.
+
+        Args:
+            source: path of a JSON file, or its content: {"layer-head": [scores]} with layers and
+                query heads counted from 0, every head of every layer present. A head's scores
+                (say, one per measured prompt) are averaged.
+
+        Raises:
+            ValueError: not that; names the file and the key.
+        """
+        if isinstance(source, Mapping):
+            return cls(_table("profile", source))
+        if not isinstance(source, str | PathLike):
+            raise ValueError(
+                "profile: must be the path of a JSON file {'layer-head': [scores]}, not "
+                f"{type(source).__name__} {source!r}"
+            )
+        file = Path(source).expanduser()
+        name = f"profile: {file}"
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{name}: cannot be read ({error.strerror})") from error
+        except ValueError as error:  # neither JSON nor text
+            raise ValueError(f"{name}: is not JSON ({error})") from error
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{name}: must hold an object {{'layer-head': [scores]}}")
+        return cls(_table(name, content))
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """The content of a file that reads back as this profile."""
+        return {
+            f"{layer}-{head}": [score]
+            for layer, heads in enumerate(self.scores)
+            for head, score in enumerate(heads)
+        }
+
+    def weights(self, num_layers: int, num_heads: int) -> tuple[tuple[Fraction, ...], ...]:
+        """Scores [num_layers][num_heads] of the kv heads: each the sum over its query heads.
+
+        Raises:
+            ValueError: the profile is of another model.
+        """
+        return _weights(self, num_layers, num_heads)
+
+
+@lru_cache(maxsize=16)
+def _weights(
+    profile: HeadProfile, num_layers: int, num_heads: int
+) -> tuple[tuple[Fraction, ...], ...]:
+    layers, query_heads = len(profile.scores), len(profile.scores[0])
+    if layers != num_layers or query_heads % num_heads:
+        raise ValueError(
+            f"profile: has {layers} layers of {query_heads} query heads, which is no profile of "
+            f"this model of {num_layers} layers with {num_heads} kv heads"
+        )
+    group = query_heads // num_heads
+    return tuple(
+        tuple(
+            sum(map(Fraction, scores[i : i + group]), Fraction(0))
+            for i in range(0, len(scores), group)
+        )
+        for scores in profile.scores
+    )
+
+
+def _table(name: str, content: Mapping[Any, Any]) -> tuple[tuple[float, ...], ...]:
+    """Mean scores [layers][query heads] of the content of a profile."""
+    means: dict[tuple[int, int], float] = {}
+    for key, scores in content.items():
+        match = KEY.fullmatch(key) if isinstance(key, str) else None
+        if match is None:
+            raise ValueError(f"{name}: key {key!r} must be '<layer>-<head>', such as '0-2'")
+        means[int(match[1]), int(match[2])] = _mean(f"{name}: key {key!r}", scores)
+    if not means:
+        raise ValueError(f"{name}: holds no head; it needs a key '<layer>-<head>' for each")
+    layers, heads = (1 + max(numbers) for numbers in zip(*means, strict=True))
+    for layer, head in _pairs(layers, heads):
+        if (layer, head) not in means:
+            raise ValueError(
+                f"{name}: key '{layer}-{head}' is missing; with {layers} layers and {heads} heads "
+                "every one needs its scores"
+            )
+    if not any(means.values()):
+        raise ValueError(f"{name}: all scores are 0")
+    return tuple(tuple(means[layer, head] for head in range(heads)) for layer in range(layers))
+
+
+def _mean(name: str, scores: object) -> float:
+    if not isinstance(scores, list | tuple) or not scores:
+        raise ValueError(f"{name}: must be a list of scores, not {scores!r}")
+    for score in scores:
+        if type(score) not in (int, float) or not 0 <= score < math.inf:
+            raise ValueError(f"{name}: scores must be finite numbers from 0 up, not {score!r}")
+    return math.fsum(scores) / len(scores)
+
+
+def _pairs(layers: int, heads: int) -> Iterable[tuple[int, int]]:
+    return ((layer, head) for layer in range(layers) for head in range(heads))

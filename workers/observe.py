@@ -1,0 +1,54 @@
+"""What a rank shows a retention method of one prompt in one layer.
+
+Shapes: n prompt tokens, w window queries, Hq local query heads, H local kv heads, D head dim,
+K kv heads of the model, m any columns.
+"""
+
+from torch import Tensor
+
+from saqqara.compression.observation import Observation
+from saqqara.compression.retention import Retention
+
+from .mesh import head_shard
+from .models.layer import QKV
+from .shard import Shard
+
+
+class Observer:
+    """Makes the observations of one rank; what needs other ranks is asked for over its mesh."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        spec, tensor_size = shard.spec, shard.mesh.layout.tensor_size
+        self._kv_heads_of_ranks = [
+            head_shard(spec.num_query_heads, spec.num_kv_heads, tensor_size, rank).kv
+            for rank in range(tensor_size)
+        ]
+
+    def observe(self, layer: int, prompt: QKV, retention: Retention) -> Observation:
+        """One prompt at the end of one layer, for a retention that drops some of its tokens."""
+        shard, num_tokens = self._shard, len(prompt.k)
+        num_queries = retention.num_window_queries(num_tokens)
+        return Observation(
+            layer=layer,
+            num_layers=shard.spec.num_layers,
+            prompt_tokens=num_tokens,
+            keys=prompt.k,
+            values=prompt.v,
+            queries=prompt.q[num_tokens - num_queries :] if num_queries else None,
+            scale=shard.scale,
+            heads=shard.heads.kv,
+            num_heads=shard.spec.num_kv_heads,
+            group_size=shard.spec.group_size,
+            mass_fn=self._mass,
+            reduce_fn=shard.mesh.reduce_replicas if shard.heads.replicated else None,
+            gather_heads_fn=self._gather_heads if shard.mesh.layout.tensor_size > 1 else None,
+        )
+
+    def _mass(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Attention [H, n] that the keys get from the last queries, summed over each group."""
+        return self._shard.backend.mass(queries, keys, self._shard.scale)
+
+    def _gather_heads(self, x: Tensor) -> Tensor:
+        """Join the [H, m] of this stage's ranks to [K, m]."""
+        return self._shard.mesh.gather_heads(x, self._kv_heads_of_ranks)
