@@ -15,13 +15,16 @@ def select(retention: Retention, observation: Observation) -> Tensor | None:
     """Choose the prompt tokens that one layer keeps.
 
     Returns:
-        int64 [H, keep], ascending in each row, on the keys' device; None when the layer keeps all.
+        int64 [H, keep], ascending in each row, on the keys' device; None when the layer keeps all
+        that the observation shows.
 
     Raises:
         ValueError: the budget cannot be met (see `Retention.layer_tokens`).
     """
     num_tokens = observation.prompt_tokens
-    keep = retention.layer_tokens(num_tokens, observation.num_layers)[observation.layer]
+    keep = retention.layer_tokens(observation.original_tokens, observation.num_layers)[
+        observation.layer
+    ]
     if keep == num_tokens:
         return None
     assert retention.score is not None

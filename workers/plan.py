@@ -157,6 +157,8 @@ class StepResult:
 
     `sampled` and `scored` come from tensor rank 0 of the last stage only. `refused` names slots
     whose keys and values did not fit: this worker wrote nothing for them and holds nothing of them.
+    `prefill_layer_tokens` counts the tokens that prefill took through each of this worker's layers,
+    summed over the layers.
     """
 
     step: int
@@ -166,6 +168,7 @@ class StepResult:
     kept: tuple[KeptCounts, ...] = ()
     refused: tuple[int, ...] = ()
     pages_free: int = 0
+    prefill_layer_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     memory: WorkerMemory = field(default_factory=WorkerMemory)
 

@@ -1,7 +1,8 @@
 """Prompts on their way through one rank's layers: layer-major, packed, retained layer by layer.
 
 A prompt's keys and values exist at full length only while their layer is computed; then retention
-picks what is written to pages.
+picks what is written to pages. Where a retention propagates, only the tokens that a layer selects
+go on to the next; they keep their positions.
 
 Shapes: T packed tokens, N sequences, E hidden size, Hq local query heads, H local kv heads,
 D head dim.
@@ -19,12 +20,16 @@ from .attention.base import CuSeqlens
 from .models.decoder import chunks
 from .models.layer import QKV, Layer, Places
 from .plan import PrefillGroup, StepPlan
+from .propagation import PropagatingPrompt, surviving_rows
 from .shard import Shard
 
 
 @dataclass
 class ParkedPrefill:
-    """A prefill group between two layer ranges: hidden states [T, E] and where they stand."""
+    """A prefill group between two layer ranges: hidden states [T, E] and where they stand.
+
+    `cu` delimits each prompt's tokens that are still on their way, in the order of their positions.
+    """
 
     hidden_TE: Tensor
     places: Places
@@ -40,6 +45,10 @@ class ParkedPrefill:
         """Bytes that the group holds while it is parked."""
         return self.hidden_TE.nbytes + self.places.num_bytes
 
+    def narrow(self, rows_T: Tensor, places: Places, cu: CuSeqlens) -> None:
+        """Go on with these rows only."""
+        self.hidden_TE, self.places, self.cu = self.hidden_TE[rows_T], places, cu
+
 
 class Prefill:
     """Takes prefill groups through the layers of a shard, one range at a time."""
@@ -47,11 +56,17 @@ class Prefill:
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
         self._parked: dict[tuple[int, ...], ParkedPrefill] = {}
+        self._layer_tokens = 0
 
     @property
     def parked_bytes(self) -> int:
         """Bytes of the groups between two ranges."""
         return sum(parked.num_bytes for parked in self._parked.values())
+
+    def take_layer_tokens(self) -> int:
+        """Tokens that went through a layer, summed over the layers, since the last call."""
+        taken, self._layer_tokens = self._layer_tokens, 0
+        return taken
 
     def drop(self, slot: int) -> None:
         """Forget the group of a freed slot; a group is given up half-way only as a whole."""
@@ -75,8 +90,7 @@ class Prefill:
         if group.start_layer == 0 and shard.mesh.is_first_stage:
             self._parked[slots] = self._embed(slots)
         elif self._is_handed_over(group):
-            num_tokens = sum(shard.slots[slot].prompt_tokens for slot in slots)
-            self._parked[slots] = self._park(slots, shard.receive_hidden(num_tokens))
+            self._parked[slots] = self._receive(slots)
         start = max(group.start_layer, shard.layers.start)
         stop = min(group.stop_layer, shard.layers.stop)
         if start >= stop:
@@ -90,7 +104,7 @@ class Prefill:
         if stop == shard.layers.stop:
             del self._parked[slots]
             if not shard.mesh.is_last_stage:
-                shard.mesh.send_hidden(parked.hidden_TE)
+                self._send(slots, parked)
         return finals
 
     def _is_handed_over(self, group: PrefillGroup) -> bool:
@@ -101,14 +115,42 @@ class Prefill:
         shard = self._shard
         assert shard.decoder.embedding is not None
         tokens = np.concatenate([shard.slots.prompt(slot) for slot in slots])
-        return self._park(slots, shard.decoder.embedding(shard.to_device(tokens)))
+        hidden_TE = shard.decoder.embedding(shard.to_device(tokens))
+        return self._park(hidden_TE, self._all_positions(slots), self._lengths(slots, 0))
 
-    def _park(self, slots: tuple[int, ...], hidden_TE: Tensor) -> ParkedPrefill:
+    def _send(self, slots: tuple[int, ...], parked: ParkedPrefill) -> None:
+        """Hand a group over to the next stage, with its positions if those are not all."""
+        mesh = self._shard.mesh
+        if self._lengths(slots, self._shard.layers.stop) != self._lengths(slots, 0):
+            mesh.send_hidden(parked.places.positions_T)
+        mesh.send_hidden(parked.hidden_TE)
+
+    def _receive(self, slots: tuple[int, ...]) -> ParkedPrefill:
+        """Take a group over from the stage before; see `_send`."""
         shard = self._shard
-        lengths = [shard.slots[slot].prompt_tokens for slot in slots]
-        positions = np.concatenate([np.arange(n) for n in lengths])
-        places = shard.decoder.places(shard.to_device(positions))
+        lengths = self._lengths(slots, shard.layers.start)
+        if lengths != self._lengths(slots, 0):
+            positions_T = shard.receive_positions(sum(lengths))
+        else:
+            positions_T = self._all_positions(slots)
+        return self._park(shard.receive_hidden(sum(lengths)), positions_T, lengths)
+
+    def _park(self, hidden_TE: Tensor, positions_T: Tensor, lengths: list[int]) -> ParkedPrefill:
+        shard = self._shard
+        places = shard.decoder.places(positions_T)
         return ParkedPrefill(hidden_TE, places, CuSeqlens.of(lengths, shard.device))
+
+    def _all_positions(self, slots: tuple[int, ...]) -> Tensor:
+        """Positions of whole prompts, int64 [T]."""
+        return self._shard.to_device(
+            np.concatenate([np.arange(n) for n in self._lengths(slots, 0)])
+        )
+
+    def _lengths(self, slots: tuple[int, ...], layer: int) -> list[int]:
+        """How many tokens of each prompt enter a layer."""
+        shard, num_layers = self._shard, self._shard.spec.num_layers
+        held = [shard.slots[slot] for slot in slots]
+        return [s.retention.entering_tokens(s.prompt_tokens, num_layers)[layer] for s in held]
 
     def _layer(self, layer: int, slots: tuple[int, ...], parked: ParkedPrefill) -> None:
         """Replace the parked hidden states by those after `layer`; keep what retention selects."""
@@ -121,7 +163,11 @@ class Prefill:
             attended = shard.backend.prefill(*qkv, parked.cu, parked.cu, shard.scale)
         with part("retain"):
             self._retain(layer, slots, parked, qkv)
+        with part("propagate"):
+            rows_T = self._propagate(layer, slots, parked, qkv)
         del qkv
+        if rows_T is not None:
+            attended = attended[rows_T]
         with part("finish"):
             for chunk in chunks(parked.num_tokens, shard.config.linear_chunk_tokens):
                 hidden = parked.hidden_TE[chunk]
@@ -141,10 +187,41 @@ class Prefill:
         self._retain(layer, slots, parked, qkv)
         return weights.finish(parked.hidden_TE[last_N], attended)
 
+    def _propagate(
+        self, layer: int, slots: tuple[int, ...], parked: ParkedPrefill, qkv: QKV
+    ) -> Tensor | None:
+        """Narrow the group to the tokens that go on; returns their rows, or None for all."""
+        shard, entered = self._shard, list(parked.cu.lengths)
+        going_on = self._lengths(slots, layer + 1)
+        if going_on == entered:
+            return None
+        prompts = [
+            PropagatingPrompt(
+                propagate=shard.slots[slot].retention.propagate,
+                prompt_tokens=shard.slots[slot].prompt_tokens,
+                num_kept=num_kept,
+                first_row=start,
+                qkv=qkv.part(slice(start, stop)),
+            )
+            for slot, num_kept, start, stop in zip(
+                slots, going_on, parked.cu.host[:-1], parked.cu.host[1:], strict=True
+            )
+        ]
+        rows_T = surviving_rows(shard, prompts)
+        places = shard.decoder.places(parked.places.positions_T[rows_T])
+        bytes_before = parked.hidden_TE.nbytes
+        parked.narrow(rows_T, places, CuSeqlens.of(going_on, shard.device))
+        # The hidden states before and after exist side by side.
+        shard.meter.see_prefill(
+            self._kv_bytes(qkv), self.parked_bytes + bytes_before + 2 * qkv.q.nbytes
+        )
+        return rows_T
+
     def _project(self, weights: Layer, parked: ParkedPrefill) -> QKV:
         """Queries, keys and values of whole prompts, chunk by chunk."""
         shard = self._shard
         num_tokens, dim = parked.num_tokens, shard.spec.head_dim
+        self._layer_tokens += num_tokens
         num_queries, num_keys = len(shard.heads.query), len(shard.heads.kv)
         new = parked.hidden_TE.new_empty
         qkv = QKV(
@@ -188,12 +265,13 @@ class Prefill:
         shard.meter.see_prefill(self._kv_bytes(qkv), 0)
 
     def _select(self, layer: int, slot: int, prompt: QKV) -> Tensor | None:
-        """Positions that each kv head keeps, int64 [H, keep], or None for all."""
-        shard = self._shard
-        retention, num_tokens = shard.slots[slot].retention, len(prompt.k)
-        if not retention.drops(num_tokens):
+        """Which of the tokens that entered each kv head keeps, int64 [H, keep]; None for all."""
+        shard, held = self._shard, self._shard.slots[slot]
+        retention, num_tokens = held.retention, len(prompt.k)
+        keep = retention.layer_tokens(held.prompt_tokens, shard.spec.num_layers)[layer]
+        if keep == num_tokens:
             return None
-        window = retention.num_window_queries(num_tokens)
+        window = min(retention.num_window_queries(held.prompt_tokens), num_tokens)
         observation = Observation(
             layer=layer,
             num_layers=shard.spec.num_layers,
@@ -206,6 +284,7 @@ class Prefill:
             group_size=shard.spec.group_size,
             mass_fn=self._mass,
             reduce_fn=shard.mesh.reduce_replicas if shard.heads.replicated else None,
+            dropped_tokens=held.prompt_tokens - num_tokens,
         )
         return select(retention, observation)
 

@@ -15,7 +15,8 @@ from saqqara.compression.registry import SCORES, SHAPES
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import CONFIG_DIR
 
-PRESETS = ["full", "knorm", "pyramidkv", "random", "snapkv", "streaming"]
+BUDGETED = ["fastkv", "knorm", "pyramidkv", "random", "snapkv", "streaming"]
+UNBUDGETED = ["full", *(f"pyramidinfer{size}" for size in ("", "-13b", "-70b", "-7b", "-steep"))]
 
 
 def test_a_name_and_a_budget_are_all_it_takes() -> None:
@@ -27,12 +28,20 @@ def test_a_name_and_a_budget_are_all_it_takes() -> None:
 
 
 def test_every_preset_is_known_by_its_file_name() -> None:
-    assert sorted(file.stem for file in (CONFIG_DIR / "retention").glob("*.yaml")) == PRESETS
-    for name in PRESETS:
-        retention = Retention.parse(name, None if name == "full" else "25%")
+    files = sorted(file.stem for file in (CONFIG_DIR / "retention").glob("*.yaml"))
+    assert files == sorted(BUDGETED + UNBUDGETED)
+    departures = {  # a label names what departs from the defaults of the fields
+        "fastkv": ",window=8+once(window=8)",
+        "pyramidinfer-13b": "(rho=0.8,interval=2)",
+        "pyramidinfer-70b": "(interval=3)",
+        "pyramidinfer-steep": "(rho=0.7)",
+    }
+    for name in BUDGETED + UNBUDGETED:
+        retention = Retention.parse(name, "25%" if name in BUDGETED else None)
         assert retention.method == name
-        # A label names what departs from the defaults of the fields: nothing does.
-        assert retention.label == ("full" if name == "full" else f"{name}@25%")
+        at = "@25%" if name in BUDGETED else ""
+        assert retention.label == f"{name}{at}{departures.get(name, '')}"
+        assert Retention.parse(json.loads(json.dumps(retention.to_dict()))) == retention
 
 
 def test_nothing_means_full() -> None:
@@ -114,12 +123,16 @@ def test_budgets_as_users_write_them(
         ("snapkv", 0.25, "budget: must be tokens or a share such as '25%', not 0.25"),
         ("snapkv", True, "budget: must be tokens or a share such as '25%', not True"),
         ({"method": "snapkv", "budget": 64}, 128, "budget: given twice, as 64 and as 128"),
-        ("pyramid", 256, "method: unknown 'pyramid'; known: full, knorm, pyramidkv, random"),
+        (
+            "pyramid",
+            256,
+            "method: unknown 'pyramid'; known: fastkv, full, knorm, once, pyramidinfer",
+        ),
         ("snapkv-cubic", 256, "method: unknown 'snapkv-cubic'; .* shapes pyramid, uniform"),
         ("../schema", 256, "method: unknown '../schema'"),
         ("", None, "method: unknown ''"),
         ({"method": ["snapkv"]}, 256, r"method: unknown \['snapkv'\]"),
-        ({"budget": 256}, None, "method: missing; known: full"),
+        ({"budget": 256}, None, "method: missing; known: fastkv, full"),
         ({"score": "best"}, 256, "score: unknown 'best'; known: knorm, random, snapkv"),
         ({"score": ["knorm"]}, 256, r"score: unknown \['knorm'\]"),
         ({"method": "snapkv", "score": None}, 256, "score: unknown None"),
