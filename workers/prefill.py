@@ -2,18 +2,21 @@
 
 A prompt's keys and values exist at full length only while their layer is computed; then retention
 picks what is written to pages. Where a retention propagates, only the tokens that a layer selects
-go on to the next; they keep their positions.
+go on to the next; they keep their positions. Sequences that share a prefill are computed once, as
+their leader, and retained each by its own method.
 
 Shapes: T packed tokens, N sequences, E hidden size, Hq local query heads, H local kv heads,
 D head dim.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from saqqara.compression.observation import Observation
+from saqqara.compression.retention import Retention
 from saqqara.compression.select import select
 
 from .attention.base import CuSeqlens
@@ -28,9 +31,11 @@ from .shard import Shard
 class ParkedPrefill:
     """A prefill group between two layer ranges: hidden states [T, E] and where they stand.
 
-    `cu` delimits each prompt's tokens that are still on their way, in the order of their positions.
+    `families` has the slots by their leader. `cu` delimits each leader's tokens that are still on
+    their way, in the order of their positions.
     """
 
+    families: dict[int, list[int]]
     hidden_TE: Tensor
     places: Places
     cu: CuSeqlens
@@ -98,13 +103,14 @@ class Prefill:
         parked, finals = self._parked[slots], {}
         with shard.clock.phase("prefill"):
             for layer in range(start, min(stop, shard.spec.num_layers - 1)):
-                self._layer(layer, slots, parked)
+                self._layer(layer, parked)
             if stop == shard.spec.num_layers:
-                finals = dict(zip(slots, self._last_layer(slots, parked), strict=True))
+                last = zip(parked.families.values(), self._last_layer(parked), strict=True)
+                finals = {slot: hidden_E for family, hidden_E in last for slot in family}
         if stop == shard.layers.stop:
             del self._parked[slots]
             if not shard.mesh.is_last_stage:
-                self._send(slots, parked)
+                self._send(parked)
         return finals
 
     def _is_handed_over(self, group: PrefillGroup) -> bool:
@@ -112,47 +118,51 @@ class Prefill:
         return group.start_layer < self._shard.layers.start <= group.stop_layer
 
     def _embed(self, slots: tuple[int, ...]) -> ParkedPrefill:
-        shard = self._shard
+        shard, families = self._shard, self._shard.slots.families(slots)
         assert shard.decoder.embedding is not None
-        tokens = np.concatenate([shard.slots.prompt(slot) for slot in slots])
+        tokens = np.concatenate([shard.slots.prompt(slot) for slot in families])
         hidden_TE = shard.decoder.embedding(shard.to_device(tokens))
-        return self._park(hidden_TE, self._all_positions(slots), self._lengths(slots, 0))
+        return self._park(families, hidden_TE, self._all_positions(families), 0)
 
-    def _send(self, slots: tuple[int, ...], parked: ParkedPrefill) -> None:
+    def _send(self, parked: ParkedPrefill) -> None:
         """Hand a group over to the next stage, with its positions if those are not all."""
-        mesh = self._shard.mesh
-        if self._lengths(slots, self._shard.layers.stop) != self._lengths(slots, 0):
+        mesh, leaders = self._shard.mesh, parked.families
+        if self._lengths(leaders, self._shard.layers.stop) != self._lengths(leaders, 0):
             mesh.send_hidden(parked.places.positions_T)
         mesh.send_hidden(parked.hidden_TE)
 
     def _receive(self, slots: tuple[int, ...]) -> ParkedPrefill:
         """Take a group over from the stage before; see `_send`."""
-        shard = self._shard
-        lengths = self._lengths(slots, shard.layers.start)
-        if lengths != self._lengths(slots, 0):
+        shard, families = self._shard, self._shard.slots.families(slots)
+        lengths = self._lengths(families, shard.layers.start)
+        if lengths != self._lengths(families, 0):
             positions_T = shard.receive_positions(sum(lengths))
         else:
-            positions_T = self._all_positions(slots)
-        return self._park(shard.receive_hidden(sum(lengths)), positions_T, lengths)
+            positions_T = self._all_positions(families)
+        hidden_TE = shard.receive_hidden(sum(lengths))
+        return self._park(families, hidden_TE, positions_T, shard.layers.start)
 
-    def _park(self, hidden_TE: Tensor, positions_T: Tensor, lengths: list[int]) -> ParkedPrefill:
+    def _park(
+        self, families: dict[int, list[int]], hidden_TE: Tensor, positions_T: Tensor, layer: int
+    ) -> ParkedPrefill:
+        """The group as it enters a layer."""
         shard = self._shard
-        places = shard.decoder.places(positions_T)
-        return ParkedPrefill(hidden_TE, places, CuSeqlens.of(lengths, shard.device))
+        cu = CuSeqlens.of(self._lengths(families, layer), shard.device)
+        return ParkedPrefill(families, hidden_TE, shard.decoder.places(positions_T), cu)
 
-    def _all_positions(self, slots: tuple[int, ...]) -> Tensor:
+    def _all_positions(self, leaders: Iterable[int]) -> Tensor:
         """Positions of whole prompts, int64 [T]."""
         return self._shard.to_device(
-            np.concatenate([np.arange(n) for n in self._lengths(slots, 0)])
+            np.concatenate([np.arange(n) for n in self._lengths(leaders, 0)])
         )
 
-    def _lengths(self, slots: tuple[int, ...], layer: int) -> list[int]:
+    def _lengths(self, leaders: Iterable[int], layer: int) -> list[int]:
         """How many tokens of each prompt enter a layer."""
         shard, num_layers = self._shard, self._shard.spec.num_layers
-        held = [shard.slots[slot] for slot in slots]
+        held = [shard.slots[slot] for slot in leaders]
         return [s.retention.entering_tokens(s.prompt_tokens, num_layers)[layer] for s in held]
 
-    def _layer(self, layer: int, slots: tuple[int, ...], parked: ParkedPrefill) -> None:
+    def _layer(self, layer: int, parked: ParkedPrefill) -> None:
         """Replace the parked hidden states by those after `layer`; keep what retention selects."""
         shard = self._shard
         weights = shard.decoder.layers[layer - shard.layers.start]
@@ -162,9 +172,9 @@ class Prefill:
         with part("attention"):
             attended = shard.backend.prefill(*qkv, parked.cu, parked.cu, shard.scale)
         with part("retain"):
-            self._retain(layer, slots, parked, qkv)
+            self._retain(layer, parked, qkv)
         with part("propagate"):
-            rows_T = self._propagate(layer, slots, parked, qkv)
+            rows_T = self._propagate(layer, parked, qkv)
         del qkv
         if rows_T is not None:
             attended = attended[rows_T]
@@ -173,26 +183,24 @@ class Prefill:
                 hidden = parked.hidden_TE[chunk]
                 weights.finish(hidden, attended[chunk], out=hidden)
 
-    def _last_layer(self, slots: tuple[int, ...], parked: ParkedPrefill) -> Tensor:
+    def _last_layer(self, parked: ParkedPrefill) -> Tensor:
         """The model's last layer: queries and MLP only where the next token comes from, [N, E]."""
         shard = self._shard
         layer = shard.spec.num_layers - 1
         weights = shard.decoder.layers[layer - shard.layers.start]
         qkv = self._project(weights, parked)
         last_N = parked.cu.device[1:].long() - 1
-        one_each = CuSeqlens.of([1] * len(slots), shard.device)
+        one_each = CuSeqlens.of([1] * len(parked.families), shard.device)
         attended = shard.backend.prefill(
             qkv.q[last_N], qkv.k, qkv.v, one_each, parked.cu, shard.scale
         )
-        self._retain(layer, slots, parked, qkv)
+        self._retain(layer, parked, qkv)
         return weights.finish(parked.hidden_TE[last_N], attended)
 
-    def _propagate(
-        self, layer: int, slots: tuple[int, ...], parked: ParkedPrefill, qkv: QKV
-    ) -> Tensor | None:
+    def _propagate(self, layer: int, parked: ParkedPrefill, qkv: QKV) -> Tensor | None:
         """Narrow the group to the tokens that go on; returns their rows, or None for all."""
         shard, entered = self._shard, list(parked.cu.lengths)
-        going_on = self._lengths(slots, layer + 1)
+        going_on = self._lengths(parked.families, layer + 1)
         if going_on == entered:
             return None
         prompts = [
@@ -204,7 +212,7 @@ class Prefill:
                 qkv=qkv.part(slice(start, stop)),
             )
             for slot, num_kept, start, stop in zip(
-                slots, going_on, parked.cu.host[:-1], parked.cu.host[1:], strict=True
+                parked.families, going_on, parked.cu.host[:-1], parked.cu.host[1:], strict=True
             )
         ]
         rows_T = surviving_rows(shard, prompts)
@@ -249,20 +257,29 @@ class Prefill:
         pages = sum(kv.pages_of(slot) for slots in self._parked for slot in slots)
         return qkv.k.nbytes + qkv.v.nbytes + pages * kv.page_bytes
 
-    def _retain(self, layer: int, slots: tuple[int, ...], parked: ParkedPrefill, qkv: QKV) -> None:
-        """Write to pages what each prompt's retention method keeps of this layer."""
-        shard = self._shard
-        bounds = parked.cu.host
-        for slot, start, stop in zip(slots, bounds[:-1], bounds[1:], strict=True):
+    def _retain(self, layer: int, parked: ParkedPrefill, qkv: QKV) -> None:
+        """Write to pages what each sequence's retention method keeps of this layer."""
+        bounds = zip(parked.cu.host[:-1], parked.cu.host[1:], strict=True)
+        for family, (start, stop) in zip(parked.families.values(), bounds, strict=True):
             prompt = qkv.part(slice(start, stop))
-            # On every rank, refused or not: some scores are reduced over ranks.
-            indices = self._select(layer, slot, prompt)
-            if slot in shard.refused:
-                continue
-            if not shard.kv.write(slot, layer - shard.layers.start, prompt.k, prompt.v, indices):
-                shard.refuse(slot)
+            chosen: dict[Retention, Tensor | None] = {}
+            for slot in family:
+                retention = self._shard.slots[slot].retention
+                # On every rank, refused or not: some scores are reduced over ranks.
+                if retention not in chosen:
+                    chosen[retention] = self._select(layer, slot, prompt)
+                self._write(layer, slot, prompt, chosen[retention])
         # The pages just written and the layer's fresh keys and values exist side by side.
-        shard.meter.see_prefill(self._kv_bytes(qkv), 0)
+        self._shard.meter.see_prefill(self._kv_bytes(qkv), 0)
+
+    def _write(self, layer: int, slot: int, prompt: QKV, indices: Tensor | None) -> None:
+        """Write the chosen tokens, [H, keep], of one layer to a slot's pages, if they fit."""
+        shard = self._shard
+        local_layer = layer - shard.layers.start
+        if slot in shard.refused:
+            return
+        if not shard.kv.write(slot, local_layer, prompt.k, prompt.v, indices):
+            shard.refuse(slot)
 
     def _select(self, layer: int, slot: int, prompt: QKV) -> Tensor | None:
         """Which of the tokens that entered each kv head keeps, int64 [H, keep]; None for all."""
