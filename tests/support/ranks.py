@@ -53,6 +53,7 @@ def _run_job(job: Job, port: int, rank: int) -> RankRun:
         results.append(worker.execute(plan))
         worker.check_integrity()
     run = RankRun(results, worker.info.num_pages)
+    worker._shard.mesh.barrier()  # who leaves first drops what the next stage has not received
     worker.close()
     return run
 
@@ -76,7 +77,7 @@ def run_on_ranks(jobs: Sequence[Job]) -> list[list[RankRun]]:
     try:
         by_rank: dict[int, Any] = {}
         while len(by_rank) < num_ranks:
-            rank, answer = answers.get(timeout=120)
+            rank, answer = answers.get(timeout=300)
             if isinstance(answer, RuntimeError):
                 raise answer
             by_rank[rank] = answer
