@@ -7,7 +7,7 @@ Pure Python over the ledger's integers: no tensors, no clock, no I/O. Two method
 from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import islice
 
 import numpy as np
 
@@ -23,28 +23,11 @@ from saqqara.workers.plan import (
 )
 
 from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
+from .group import Group
 from .ledger import Ints, Ledger
 from .request import FinishReason, Request, Sequence, Status
 from .seats import Seats
 from .waiting import SharedPrompts, WaitingQueue
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """Prompts on their way through the layers together; the next plan starts at `next_layer`.
-
-    `layer_tokens` are computed in each layer: prompts that are shared count once.
-    """
-
-    sequences: list[Sequence]
-    slots: tuple[int, ...]
-    layer_tokens: tuple[int, ...]
-    next_layer: int = 0
-
-    def stop_within(self, quantum: int) -> int:
-        """Where a range of at most `quantum` layers x tokens stops; it has at least one layer."""
-        sums = accumulate(self.layer_tokens[self.next_layer :])
-        return self.next_layer + max(1, sum(total <= quantum for total in sums))
 
 
 @dataclass(slots=True)
@@ -116,7 +99,7 @@ class Scheduler:
         self._seats = Seats(workers, self.max_num_seqs)
         self._stages = sorted({(w.start_layer, w.stop_layer) for w in workers})
         self._flights: deque[tuple[StepPlan, _Draft]] = deque()
-        self._groups: list[_Group] = []
+        self._groups: list[Group] = []
         self._running: dict[int, Sequence] = {}  # by arrival; least recently planned first
 
     @property
@@ -373,7 +356,7 @@ class Scheduler:
         for group in list(self._groups):
             self._plan_range(draft, group)
 
-    def _plan_range(self, draft: _Draft, group: _Group) -> None:
+    def _plan_range(self, draft: _Draft, group: Group) -> None:
         stage = next(i for i, (_, stop) in enumerate(self._stages) if group.next_layer < stop)
         if stage in draft.busy_stages:
             return
@@ -389,7 +372,7 @@ class Scheduler:
         if stop_layer == self._stages[-1][1]:
             self._end_group(draft, group)
 
-    def _end_group(self, draft: _Draft, group: _Group) -> None:
+    def _end_group(self, draft: _Draft, group: Group) -> None:
         self._groups.remove(group)
         for slot, sequence in zip(group.slots, group.sequences, strict=True):
             if sequence.is_finished or sequence.discarding:
@@ -429,14 +412,7 @@ class Scheduler:
         for leader, *followers in families:
             draft.new.append(leader.new_sequence())
             draft.new += [s.new_sequence(shares_prefill_with=_slot(leader)) for s in followers]
-        leaders = [family[0] for family in families]
-        num_layers = self._stages[-1][1]
-        entering = [
-            s.request.retention.entering_tokens(s.prompt_tokens, num_layers) for s in leaders
-        ]
-        members = [sequence for family in families for sequence in family]
-        slots = tuple(_slot(s) for s in members)
-        group = _Group(members, slots, tuple(map(sum, zip(*entering, strict=True))))
+        group = Group.of(families, num_layers=self._stages[-1][1])
         self._groups.append(group)
         self._plan_range(draft, group)
 

@@ -48,12 +48,14 @@ class SharedPrompts:
     """Finds, among sequences at the front of the queue, those that can share a prefill."""
 
     def __init__(self, sequences: Many[Sequence]) -> None:
-        self._by_prompt: defaultdict[int, list[Sequence]] = defaultdict(list)
-        for sequence in sequences:
-            self._by_prompt[sequence.prompt_hash].append(sequence)
+        self._sequences = sequences
+        self._by_prompt: defaultdict[int, list[Sequence]] = defaultdict(list)  # when first asked
 
     def followers(self, leader: Sequence) -> list[Sequence]:
         """Those that still wait, by their place in the queue, without the leader itself."""
+        if not self._by_prompt:
+            for sequence in self._sequences:
+                self._by_prompt[sequence.prompt_hash].append(sequence)
         return [
             sequence
             for sequence in self._by_prompt[leader.prompt_hash]

@@ -227,6 +227,14 @@ def test_requests_that_can_never_be_served_are_refused(request_: Request, messag
     assert run.scheduler.is_idle
 
 
+def test_a_layer_that_the_model_lacks_is_refused() -> None:
+    run = make_run(make_workers(100))
+    far = Retention.parse({"propagate": {"kind": "once", "layer": 4}})
+    with pytest.raises(ValueError, match=r"^propagate.layer: 4 is no layer of this model"):
+        add(run, make_request(retention=far))
+    assert run.scheduler.is_idle
+
+
 def test_a_sequence_that_outgrows_the_pool_ends_with_an_error() -> None:
     # 8 rows of 4-token pages: 24 pages hold 12 tokens, the prompt and 9 more.
     run = make_run(make_workers(24))
