@@ -24,6 +24,7 @@ from saqqara.workers.plan import DecodeItem, PrefillGroup, SampledToken, Samplin
 from saqqara.workers.worker import Worker
 
 LAYERS, HEADS = 6, 3
+TOKEN_BYTES = 2 * 16 * 4  # key and value of one token in one row, head_dim 16, fp32
 ALL_LOGPROBS = SamplingSpec(temperature=0.0, num_logprobs=VOCAB)
 NUM_TOKENS = 5
 # fp32 with another order of summation through six layers: logits of size ~10 agree to about 1e-5.
@@ -167,6 +168,20 @@ def test_batched_equals_alone_and_layer_ranges_equal_one(tiny: tuple[Path, Any])
         assert parked == [per_token * count for count in entered[1:]] + [0]
         worker.execute(StepPlan(LAYERS, free=slots))
         worker.check_integrity()
+
+
+def test_the_meter_sees_fewer_keys_in_every_layer(tiny: tuple[Path, Any]) -> None:
+    """At its peak a rank holds one layer's fresh keys and values and the pages written so far."""
+    folder, _ = tiny
+    worker = make_worker(folder, page_tokens=1)
+    [prompt] = prompts((70,))
+    retention = propagating("every-other")
+    new = new_sequence(0, prompt, retention=retention)
+    memory = worker.execute(prefill_plan(worker, [new])).memory
+    entered = retention.entering_tokens(len(prompt), LAYERS)
+    peak = max(entered[layer] + sum(entered[: layer + 1]) for layer in range(LAYERS))
+    assert memory.prefill_kv_bytes_peak == peak * HEADS * TOKEN_BYTES
+    assert memory.parked_activation_bytes == 0
 
 
 def test_a_budget_on_top_cuts_what_entered(tiny: tuple[Path, Any]) -> None:
