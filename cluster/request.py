@@ -164,6 +164,10 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    prompt_hash: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_hash = hash(self.request.prompt_token_ids)
 
     @property
     def key(self) -> tuple[int, int]:
@@ -208,7 +212,17 @@ class Sequence:
         room = self.max_output_tokens - len(self.output_token_ids) - self.num_sampling
         return not self.is_score and room > 0
 
-    def new_sequence(self) -> NewSequence:
+    def can_share_prefill(self, other: "Sequence") -> bool:
+        """Whether prefill computes the same for both, however each of them is retained then."""
+        ours, theirs = self.request, other.request
+        if ours.prompt_token_ids is not theirs.prompt_token_ids and (
+            self.prompt_hash != other.prompt_hash
+            or ours.prompt_token_ids != theirs.prompt_token_ids
+        ):
+            return False
+        return ours.retention.propagate == theirs.retention.propagate
+
+    def new_sequence(self, shares_prefill_with: int | None = None) -> NewSequence:
         """What the workers are told when it takes its slot."""
         assert self.slot is not None
         tokens = (*self.request.prompt_token_ids, *self.known_after_prompt)
@@ -219,6 +233,7 @@ class Sequence:
             sampling=self.spec,
             retention=self.request.retention,
             score=self.is_score,
+            shares_prefill_with=shares_prefill_with,
         )
 
 

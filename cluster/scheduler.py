@@ -23,20 +23,11 @@ from saqqara.workers.plan import (
 )
 
 from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
+from .group import Group
 from .ledger import Ints, Ledger
 from .request import FinishReason, Request, Sequence, Status
 from .seats import Seats
-from .waiting import WaitingQueue
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """Prompts on their way through the layers together; the next plan starts at `next_layer`."""
-
-    sequences: list[Sequence]
-    slots: tuple[int, ...]
-    num_tokens: int
-    next_layer: int = 0
+from .waiting import SharedPrompts, WaitingQueue
 
 
 @dataclass(slots=True)
@@ -71,7 +62,8 @@ class Scheduler:
         workers: every rank's shard, by rank.
         max_num_seqs: slots.
         max_model_len: most tokens of a sequence, prompt and output together.
-        max_prefill_tokens: prompt tokens of one prefill group (a longer prompt goes alone).
+        max_prefill_tokens: prompt tokens of one prefill group (a longer prompt goes alone). A
+            prompt that several sequences share counts once.
         prefill_quantum: layers x tokens of prefill per step while others decode; None: no bound.
         max_extend_tokens: tokens replayed or scored per step, all sequences together.
         lookahead: steps of a sequence that may be in flight. With 2 the results of a step are
@@ -107,7 +99,7 @@ class Scheduler:
         self._seats = Seats(workers, self.max_num_seqs)
         self._stages = sorted({(w.start_layer, w.stop_layer) for w in workers})
         self._flights: deque[tuple[StepPlan, _Draft]] = deque()
-        self._groups: list[_Group] = []
+        self._groups: list[Group] = []
         self._running: dict[int, Sequence] = {}  # by arrival; least recently planned first
 
     @property
@@ -364,15 +356,14 @@ class Scheduler:
         for group in list(self._groups):
             self._plan_range(draft, group)
 
-    def _plan_range(self, draft: _Draft, group: _Group) -> None:
+    def _plan_range(self, draft: _Draft, group: Group) -> None:
         stage = next(i for i, (_, stop) in enumerate(self._stages) if group.next_layer < stop)
         if stage in draft.busy_stages:
             return
         draft.busy_stages.add(stage)
         start_layer, stop_layer = group.next_layer, self._stages[stage][1]
         if self.prefill_quantum is not None and self._running:
-            num_layers = max(1, self.prefill_quantum // group.num_tokens)
-            stop_layer = min(stop_layer, start_layer + num_layers)
+            stop_layer = min(stop_layer, group.stop_within(self.prefill_quantum))
         draft.prefill.append(PrefillGroup(group.slots, start_layer, stop_layer))
         group.next_layer = stop_layer
         self.ledger.advance_prefill(group.slots, stop_layer)
@@ -381,7 +372,7 @@ class Scheduler:
         if stop_layer == self._stages[-1][1]:
             self._end_group(draft, group)
 
-    def _end_group(self, draft: _Draft, group: _Group) -> None:
+    def _end_group(self, draft: _Draft, group: Group) -> None:
         self._groups.remove(group)
         for slot, sequence in zip(group.slots, group.sequences, strict=True):
             if sequence.is_finished or sequence.discarding:
@@ -408,37 +399,59 @@ class Scheduler:
         if 0 in draft.busy_stages or len(self._groups) >= self.num_stages:
             return
         while (head := self._waiting.head) is not None and head.num_in_flight == 0:
-            members = self._form_group(head)
-            if members:
-                for sequence in members:
-                    draft.new.append(sequence.new_sequence())
-                slots = tuple(_slot(s) for s in members)
-                group = _Group(members, slots, sum(s.prompt_tokens for s in members))
-                self._groups.append(group)
-                self._plan_range(draft, group)
+            families = self._form_group(head)
+            if families:
+                self._start_group(draft, families)
                 return
             if self.ledger.num_held > 0:
                 return
             need = self._seats.need(head, head.num_replay)
             self.finish(head, "error", error=self._seats.too_large(need))
 
-    def _form_group(self, head: Sequence) -> list[Sequence]:
-        """Seat the head and, as far as there is room, those behind it with the same retention."""
-        members: list[Sequence] = []
+    def _start_group(self, draft: _Draft, families: list[list[Sequence]]) -> None:
+        for leader, *followers in families:
+            draft.new.append(leader.new_sequence())
+            draft.new += [s.new_sequence(shares_prefill_with=_slot(leader)) for s in followers]
+        group = Group.of(families, num_layers=self._stages[-1][1])
+        self._groups.append(group)
+        self._plan_range(draft, group)
+
+    def _form_group(self, head: Sequence) -> list[list[Sequence]]:
+        """Seat the head and, as far as there is room, those behind it with the same retention.
+
+        Each brings along those that can share its prefill, whatever their retention; they cost
+        room, but no prefill.
+
+        Returns:
+            families: a leader, which is computed, and its followers.
+        """
+        families: list[list[Sequence]] = []
         tokens_left = self.max_prefill_tokens
-        for sequence in list(islice(self._waiting, 2 * self.max_num_seqs)):
-            if sequence.request.retention != head.request.retention or sequence.num_in_flight:
+        front = list(islice(self._waiting, 2 * self.max_num_seqs))
+        shared = SharedPrompts(front)
+        for sequence in front:
+            is_seated = sequence.status is not Status.WAITING
+            is_like_head = sequence.request.retention == head.request.retention
+            if is_seated or not is_like_head or sequence.num_in_flight:
                 continue
-            if members and sequence.prompt_tokens > tokens_left:
+            if families and sequence.prompt_tokens > tokens_left:
                 break
             if not self._seats.has_room(sequence):
                 break
-            self._waiting.remove(sequence)
-            self._seats.take(sequence)
-            sequence.status = Status.PREFILL
-            members.append(sequence)
+            self._seat(sequence)
+            families.append([sequence])
             tokens_left -= sequence.prompt_tokens
-        return members
+            for follower in shared.followers(sequence):
+                if self._seats.has_room(follower):
+                    self._seat(follower)
+                    families[-1].append(follower)
+        return families
+
+    def _seat(self, sequence: Sequence) -> None:
+        """Give a waiting sequence a slot, for a prefill that starts in this plan."""
+        self._waiting.remove(sequence)
+        self._seats.take(sequence)
+        sequence.status = Status.PREFILL
 
     # Leaving --------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ class Observation:
     Attributes:
         layer: layer number in the whole model, from 0.
         num_layers: layers of the whole model.
-        prompt_tokens: n, the prompt's length.
+        prompt_tokens: n, the prompt's length, or how many of its tokens entered the layer.
         keys: [n, H, D], rotated at their positions.
         values: [n, H, D].
         queries: [w, Hq, D], the last w queries, or None when the method observes none.
@@ -31,6 +31,7 @@ class Observation:
             other rank holds them.
         gather_heads_fn: joins the [H, m] of all ranks to [num_heads, m], each head once, in their
             order and bit for bit the same on every rank; None when this rank holds all heads.
+        dropped_tokens: tokens of the prompt that did not enter the layer (`propagate`).
     """
 
     layer: int
@@ -46,10 +47,16 @@ class Observation:
     mass_fn: Callable[[Tensor, Tensor], Tensor]
     reduce_fn: Callable[[Tensor], Tensor] | None = None
     gather_heads_fn: Callable[[Tensor], Tensor] | None = None
+    dropped_tokens: int = 0
 
     def __post_init__(self) -> None:
         assert 0 <= self.layer < self.num_layers
         assert self.keys.shape[:2] == (self.prompt_tokens, len(self.heads))
+
+    @property
+    def original_tokens(self) -> int:
+        """The length of the whole prompt, which budgets are counted from."""
+        return self.prompt_tokens + self.dropped_tokens
 
     def window_mass(self) -> Tensor:
         """Attention on each key, [H, n] fp32: mean over the window queries and the whole group."""

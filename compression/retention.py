@@ -15,6 +15,7 @@ from saqqara.configs.schema import CONFIG_DIR, load_yaml
 
 from .budgets import MEANS
 from .head_profile import HeadProfile
+from .propagate import KINDS, Propagate
 from .registry import SCORES, SHAPES, budget_shape, score_method, settings_of
 from .rows import layer_tokens, row_tokens
 
@@ -33,10 +34,16 @@ class Retention:
     fixed by the original prompt and raised to `window + sinks + 1`. Over all L layers exactly
     L * B tokens per kv head are kept. A prompt of at most B tokens is kept whole.
 
+    With `propagate` only some tokens enter the upper layers (`Propagate.survivors`). Without a
+    score a layer keeps what entered it. With a score it keeps the smaller of what entered it and
+    what the budget, spread over the layers as if all entered, gives it: less than L * B in all
+    where fewer enter a layer than its budget.
+
     Attributes:
         method: name for reports and metrics: the preset's, or `<score>-<shape>`, or
             `<score>-adaptive-<mean>`.
-        score: name in `registry.SCORES`; None (method `full`) keeps everything.
+        score: name in `registry.SCORES`; None keeps everything (method `full`, or with
+            `propagate` all that enters a layer).
         shape: name in `registry.SHAPES`.
         budget: B in tokens, at least `window + sinks + 1`; exactly one of `budget` and `share`.
         share: B as a part of the prompt, in (0, 1]; written "25%".
@@ -57,6 +64,7 @@ class Retention:
             content, see `HeadProfile.read` (profile).
         head_beta: at least 1: all but the head_beta-th part of the budget besides the window is
             divided equally (profile).
+        propagate: which hidden states go on to the next layer; None: all.
 
     Raises:
         ValueError: a field is out of range, missing, or not read by the score and shape.
@@ -79,19 +87,20 @@ class Retention:
     floor_ratio: float = 0.2
     profile: HeadProfile | None = None
     head_beta: float = 1.01
+    propagate: Propagate | None = None
 
     def __post_init__(self) -> None:
-        if (self.score is None) != (self.method == "full"):
+        if (self.score is None and self.propagate is None) != (self.method == "full"):
             raise ValueError(
                 f"score: method {self.method!r} cannot have score {self.score!r}; 'full', and only "
-                "'full', has none"
+                "'full', has neither a score nor propagate"
             )
         self._check_unread()
         if self.score is not None:
             self._check_values(self.score)
 
     def _check_unread(self) -> None:
-        read = {"method", "score"}
+        read = {"method", "score", "propagate"}
         if self.score is not None:
             read |= {"shape", "share", *self._settings}
         for field in fields(self):
@@ -199,33 +208,38 @@ class Retention:
     @classmethod
     def _from_settings(cls, given: dict[str, Any]) -> "Retention":
         method = given.pop("method", None)
-        if method is None and given.get("score") is None:
+        if method is None and given.get("score") is None and given.get("propagate") is None:
             raise ValueError(f"method: missing; known: {_known_names()}")
-        preset = {} if method is None else _named_settings(method)
-        if method is not None and preset["score"] is None:
+        preset = {"score": None} if method is None else _named_settings(method)
+        if method == "full":
             if given:
                 raise ValueError(f"{next(iter(given))}: {method!r} keeps all and takes no settings")
             return cls()
+        propagate, is_own = _read_propagate(preset, given)
+        method = method if is_own else None
+        if preset["score"] is None and given.get("score") is None:
+            return cls._without_score(method, propagate, given)
 
         own = preset.get("score"), preset.get("shape", "uniform")
         score, shape = given.pop("score", own[0]), given.pop("shape", own[1])
         own_mean = preset.get("mean", "uniform")
         mean = given.get("mean", own_mean) if "mean" in settings_of(score, shape) else "uniform"
         allowed = settings_of(score, shape, mean)
-        inherited = {name: preset[name] for name in preset if name not in ("score", "shape")}
-        if (score, shape, mean) != (*own, own_mean):
+        named = ("score", "shape", "propagate")
+        inherited = {name: preset[name] for name in preset if name not in named}
+        if (score, shape, mean) != (*own, own_mean) or method is None:
             # The name no longer says what is done, and some of its settings may not be read.
             method = _composed_name(score, shape, mean)
             inherited = {name: inherited[name] for name in inherited if name in allowed}
         fixed_window = score_method(score).fixed_window
         if fixed_window is not None:
             inherited["window"] = fixed_window
-        settings = inherited | given
+        settings: dict[str, Any] = inherited | given
         for name in settings:
             if name not in allowed:
                 raise ValueError(
                     f"{name}: not a setting of score {score!r} with shape {shape!r}; allowed: "
-                    f"{', '.join(('method', 'score', 'shape', *allowed))}"
+                    f"{', '.join(('method', 'score', 'shape', *allowed, 'propagate'))}"
                 )
         if "budget" in settings:
             settings |= _read_budget(settings["budget"])
@@ -233,24 +247,43 @@ class Retention:
             settings["profile"] = HeadProfile.read(settings["profile"])
         if isinstance(settings.get("skip_layers"), list):
             settings["skip_layers"] = tuple(settings["skip_layers"])
-        return cls(method=method, score=score, shape=shape, **settings)
+        return cls(method=method, score=score, shape=shape, propagate=propagate, **settings)
+
+    @classmethod
+    def _without_score(
+        cls, method: str | None, propagate: Propagate | None, given: dict[str, Any]
+    ) -> "Retention":
+        """What only propagates; its settings may stand beside `method`."""
+        if propagate is None:
+            raise ValueError("propagate: without it and a score all is kept: use method 'full'")
+        given = {name: value for name, value in given.items() if name != "score"}
+        method = propagate.kind if method is None else method
+        if "budget" in given:
+            raise ValueError(
+                f"budget: {method!r} keeps what enters each layer and takes none; a score (such as "
+                "'snapkv') beside it does"
+            )
+        return cls(method=method, propagate=Propagate.parse(given, propagate))
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting that has an effect, as JSON values; `parse` reads it back."""
+        propagate = {} if self.propagate is None else {"propagate": self.propagate.to_dict()}
         if self.score is None:
-            return {"method": self.method}
+            return {"method": self.method, **propagate}
         settings = {name: getattr(self, name) for name in self._settings}
         settings["budget"] = self._budget_text if self.budget is None else self.budget
         settings["skip_layers"] = list(self.skip_layers)
         if self.profile is not None:
             settings["profile"] = self.profile.to_dict()
-        return {"method": self.method, "score": self.score, "shape": self.shape, **settings}
+        names = {"method": self.method, "score": self.score, "shape": self.shape}
+        return {**names, **settings, **propagate}
 
     @property
     def label(self) -> str:
         """Short name for reports: method@budget, and what departs from the fields' defaults."""
+        departures = "" if self.propagate is None else self.propagate.departures
         if self.score is None:
-            return self.method
+            return f"{self.method}{departures}"
         settings = self.to_dict()
         named = {"budget", "mean"}
         if score_method(self.score).fixed_window is not None:
@@ -264,7 +297,8 @@ class Retention:
             and field.name not in named
             and getattr(self, field.name) != field.default
         ]
-        return f"{self.method}@{self._budget_text}{''.join(changed)}".replace(" ", "")
+        label = f"{self.method}@{self._budget_text}{''.join(changed)}".replace(" ", "")
+        return label if self.propagate is None else f"{label}+{self.propagate.kind}{departures}"
 
     @property
     def _settings(self) -> tuple[str, ...]:
@@ -294,11 +328,14 @@ class Retention:
         return score_method(self.score).recent_tokens(self, kept_tokens)
 
     def drops(self, prompt_tokens: int) -> bool:
-        """Whether any token of such a prompt is dropped."""
+        """Whether the budget drops any token of such a prompt (propagation may drop more)."""
         return self.budget_tokens(prompt_tokens) < prompt_tokens
 
     def budget_tokens(self, prompt_tokens: int) -> int:
-        """B for such a prompt: mean tokens kept per layer and kv head, at most the prompt's."""
+        """B for such a prompt: mean tokens kept per layer and kv head, at most the prompt's.
+
+        With `propagate` it is an upper bound of the mean.
+        """
         if self.score is None:
             return prompt_tokens
         if self.budget is not None:
@@ -313,12 +350,24 @@ class Retention:
         Not for shape `profile`, which has a budget for each head: see `row_tokens`.
 
         They sum to exactly `num_layers * budget_tokens(prompt_tokens)`, and each is at least
-        `window + sinks` and at most the prompt, or the whole prompt.
+        `window + sinks` and at most the prompt, or the whole prompt. With `propagate` each is at
+        most what enters the layer: the smaller of the two, so the sum may be smaller.
 
         Raises:
-            ValueError: `skip_layers` names no layer of the model, or takes more than the budget.
+            ValueError: `skip_layers` or `propagate.layer` names no layer of the model, or
+                `skip_layers` takes more than the budget.
         """
         return layer_tokens(self, prompt_tokens, num_layers)
+
+    def entering_tokens(self, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
+        """Count the tokens of such a prompt that prefill takes through each layer.
+
+        Raises:
+            ValueError: `propagate.layer` names no layer of the model.
+        """
+        if self.propagate is None:
+            return (prompt_tokens,) * num_layers
+        return self.propagate.survivors(prompt_tokens, num_layers)
 
     def row_tokens(self, prompt_tokens: int, num_layers: int, num_heads: int) -> np.ndarray:
         """Count the prompt tokens that each row keeps; the layer's mean where ragged.
@@ -348,6 +397,8 @@ def _named_settings(name: object) -> dict[str, Any]:
         if "score" not in settings:
             raise ValueError(f"score: missing in configs/retention/{name}.yaml")
         return settings
+    if isinstance(name, str) and name in KINDS:
+        return {"score": None, "propagate": {"kind": name}}
     if isinstance(name, str):
         score, _, shape = name.partition("-")
         shape, _, mean = shape.partition("-")
@@ -363,10 +414,25 @@ def _composed_name(score: str, shape: str, mean: str) -> str:
     return "-".join((score, shape) if mean == "uniform" else (score, shape, mean))
 
 
+def _read_propagate(preset: dict[str, Any], given: dict[str, Any]) -> tuple[Propagate | None, bool]:
+    """The stage that a preset and the settings beside it mean, taken out of `given`.
+
+    The second value says whether the preset's name may stay: not if another kind replaces its own.
+    """
+    own = preset.get("propagate")
+    base = None if own is None else Propagate.parse(own)
+    if "propagate" not in given:
+        return base, True
+    spec = given.pop("propagate")
+    propagate = None if spec is None else Propagate.parse(spec, base)
+    return propagate, base is None or (propagate is not None and propagate.kind == base.kind)
+
+
 def _known_names() -> str:
     return (
-        f"{', '.join(_presets())}, or <score>-<shape> of scores {', '.join(sorted(SCORES))} and "
-        f"shapes {', '.join(sorted(SHAPES))} (adaptive also -<mean>: {', '.join(sorted(MEANS))})"
+        f"{', '.join(sorted({*_presets(), *KINDS}))}, or <score>-<shape> of scores "
+        f"{', '.join(sorted(SCORES))} and shapes {', '.join(sorted(SHAPES))} "
+        f"(adaptive also -<mean>: {', '.join(sorted(MEANS))})"
     )
 
 

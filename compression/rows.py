@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 @lru_cache(maxsize=8192)
 def layer_tokens(retention: "Retention", prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
     """See `Retention.layer_tokens`."""
+    entering = retention.entering_tokens(prompt_tokens, num_layers)
     layers, total = _shared_budget(retention, prompt_tokens, num_layers)
     if not layers:
-        return (prompt_tokens,) * num_layers
+        return entering
     shape = budget_shape(retention.shape).function
     assert shape is not None, f"shape {retention.shape!r} has rows, not layers"
     targets = shape(retention, Fraction(total, len(layers)), prompt_tokens, len(layers))
@@ -30,7 +31,7 @@ def layer_tokens(retention: "Retention", prompt_tokens: int, num_layers: int) ->
     floor = retention.window + retention.sinks
     for layer, count in zip(layers, settle(targets, total, floor, prompt_tokens), strict=True):
         counts[layer] = count
-    return tuple(counts)
+    return tuple(map(min, counts, entering))
 
 
 @lru_cache(maxsize=8192)
@@ -53,6 +54,8 @@ def row_tokens(
         floor = retention.window + retention.sinks
         counts = settle(targets, total * num_heads, floor, prompt_tokens)
         rows[shared] = np.reshape(counts, (len(shared), num_heads))
+    entering = np.array(retention.entering_tokens(prompt_tokens, num_layers), dtype=np.int32)
+    np.minimum(rows, entering[:, None], out=rows)
     rows.setflags(write=False)
     return rows
 

@@ -20,13 +20,15 @@ def select(retention: Retention, observation: Observation) -> Tensor | list[Tens
 
     Returns:
         Positions, int64 and ascending, on the keys' device: [H, keep], or one [keep] per local
-        head where heads may differ; None when the layer keeps all.
+        head where heads may differ; None when the layer keeps all that the observation shows.
 
     Raises:
         ValueError: the budget cannot be met (see `Retention.row_tokens`).
     """
     num_tokens, heads = observation.prompt_tokens, observation.heads
-    rows = retention.row_tokens(num_tokens, observation.num_layers, observation.num_heads)
+    rows = retention.row_tokens(
+        observation.original_tokens, observation.num_layers, observation.num_heads
+    )
     keep = [int(count) for count in rows[observation.layer]]
     if min(keep) == num_tokens:
         return None

@@ -390,12 +390,18 @@ class Mesh:
         return x
 
     def send_hidden(self, x: torch.Tensor) -> None:
-        """Send hidden states to this rank's counterpart in the next stage, without waiting."""
+        """Send hidden states, or positions, to this rank's counterpart in the next stage.
+
+        It returns without waiting.
+        """
         assert not self.is_last_stage, "the last stage has no next stage"
         self._send(x, self.rank + self.layout.tensor_size, self._hidden_group, "hidden")
 
     def recv_hidden(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Receive hidden states from this rank's counterpart in the stage before."""
+        """Receive hidden states, or positions, from this rank's counterpart in the stage before.
+
+        They come in the order in which they were sent.
+        """
         assert not self.is_first_stage, "the first stage has no stage before it"
         x = torch.empty(shape, dtype=dtype, device=self.device)
         dist.recv(x, src=self.rank - self.layout.tensor_size, group=self._hidden_group)

@@ -25,10 +25,15 @@ class Observer:
             for rank in range(tensor_size)
         ]
 
-    def observe(self, layer: int, prompt: QKV, retention: Retention) -> Observation:
-        """One prompt at the end of one layer, for a retention that drops some of its tokens."""
+    def observe(
+        self, layer: int, prompt: QKV, retention: Retention, original_tokens: int
+    ) -> Observation:
+        """The tokens of a prompt that entered one layer, for a retention that drops some of them.
+
+        `original_tokens` is the length of the whole prompt.
+        """
         shard, num_tokens = self._shard, len(prompt.k)
-        num_queries = retention.num_window_queries(num_tokens)
+        num_queries = min(retention.num_window_queries(original_tokens), num_tokens)
         return Observation(
             layer=layer,
             num_layers=shard.spec.num_layers,
@@ -43,6 +48,7 @@ class Observer:
             mass_fn=self._mass,
             reduce_fn=shard.mesh.reduce_replicas if shard.heads.replicated else None,
             gather_heads_fn=self._gather_heads if shard.mesh.layout.tensor_size > 1 else None,
+            dropped_tokens=original_tokens - num_tokens,
         )
 
     def _mass(self, queries: Tensor, keys: Tensor) -> Tensor:

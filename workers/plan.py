@@ -42,6 +42,10 @@ class NewSequence:
     tokens that are already known (generated before a preemption, or the continuation to score),
     which later `DecodeItem`s replay through `extend`. With `score`, every known token after the
     prompt gets its log-probability and nothing is sampled.
+
+    With `shares_prefill_with` the sequence has the same prompt, and the same propagation, as the
+    sequence of that slot, its leader, which precedes it among the new ones and in its prefill
+    group. It is not computed again, but retained by its own method: it takes pages only.
     """
 
     slot: int
@@ -50,6 +54,7 @@ class NewSequence:
     sampling: SamplingSpec
     retention: Retention
     score: bool = False
+    shares_prefill_with: int | None = None
 
     def tokens(self) -> np.ndarray:
         """The known tokens, int32 [n]."""
@@ -62,7 +67,8 @@ class PrefillGroup:
 
     Layer numbers are those of the whole model. A group keeps its slots (and their order) from its
     first range, which starts at layer 0, to its last, which stops at the model's last layer; there
-    each sequence without known tokens after its prompt is sampled.
+    each sequence without known tokens after its prompt is sampled. Sequences that share a prefill
+    follow their leader.
     """
 
     slots: tuple[int, ...]
@@ -157,6 +163,8 @@ class StepResult:
 
     `sampled` and `scored` come from tensor rank 0 of the last stage only. `refused` names slots
     whose keys and values did not fit: this worker wrote nothing for them and holds nothing of them.
+    `prefill_layer_tokens` counts the tokens that prefill took through each of this worker's layers,
+    summed over the layers.
     """
 
     step: int
@@ -166,6 +174,7 @@ class StepResult:
     kept: tuple[KeptCounts, ...] = ()
     refused: tuple[int, ...] = ()
     pages_free: int = 0
+    prefill_layer_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     memory: WorkerMemory = field(default_factory=WorkerMemory)
 

@@ -1,17 +1,21 @@
 """Prompts on their way through one rank's layers: layer-major, packed, retained layer by layer.
 
 A prompt's keys and values exist at full length only while their layer is computed; then retention
-picks what is written to pages.
+picks what is written to pages. Where a retention propagates, only the tokens that a layer selects
+go on to the next; they keep their positions. Sequences that share a prefill are computed once, as
+their leader, and retained each by its own method.
 
 Shapes: T packed tokens, N sequences, E hidden size, Hq local query heads, H local kv heads,
 D head dim.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
+from saqqara.compression.retention import Retention
 from saqqara.compression.select import select
 
 from .attention.base import CuSeqlens
@@ -19,13 +23,21 @@ from .models.decoder import chunks
 from .models.layer import QKV, Layer, Places
 from .observe import Observer
 from .plan import PrefillGroup, StepPlan
+from .propagation import PropagatingPrompt, surviving_rows
 from .shard import Shard
+
+Selection = Tensor | list[Tensor] | None
 
 
 @dataclass
 class ParkedPrefill:
-    """A prefill group between two layer ranges: hidden states [T, E] and where they stand."""
+    """A prefill group between two layer ranges: hidden states [T, E] and where they stand.
 
+    `families` has the slots by their leader. `cu` delimits each leader's tokens that are still on
+    their way, in the order of their positions.
+    """
+
+    families: dict[int, list[int]]
     hidden_TE: Tensor
     places: Places
     cu: CuSeqlens
@@ -40,6 +52,10 @@ class ParkedPrefill:
         """Bytes that the group holds while it is parked."""
         return self.hidden_TE.nbytes + self.places.num_bytes
 
+    def narrow(self, rows_T: Tensor, places: Places, cu: CuSeqlens) -> None:
+        """Go on with these rows only."""
+        self.hidden_TE, self.places, self.cu = self.hidden_TE[rows_T], places, cu
+
 
 class Prefill:
     """Takes prefill groups through the layers of a shard, one range at a time."""
@@ -48,11 +64,17 @@ class Prefill:
         self._shard = shard
         self._observer = Observer(shard)
         self._parked: dict[tuple[int, ...], ParkedPrefill] = {}
+        self._layer_tokens = 0
 
     @property
     def parked_bytes(self) -> int:
         """Bytes of the groups between two ranges."""
         return sum(parked.num_bytes for parked in self._parked.values())
+
+    def take_layer_tokens(self) -> int:
+        """Tokens that went through a layer, summed over the layers, since the last call."""
+        taken, self._layer_tokens = self._layer_tokens, 0
+        return taken
 
     def drop(self, slot: int) -> None:
         """Forget the group of a freed slot; a group is given up half-way only as a whole."""
@@ -76,8 +98,7 @@ class Prefill:
         if group.start_layer == 0 and shard.mesh.is_first_stage:
             self._parked[slots] = self._embed(slots)
         elif self._is_handed_over(group):
-            num_tokens = sum(shard.slots[slot].prompt_tokens for slot in slots)
-            self._parked[slots] = self._park(slots, shard.receive_hidden(num_tokens))
+            self._parked[slots] = self._receive(slots)
         start = max(group.start_layer, shard.layers.start)
         stop = min(group.stop_layer, shard.layers.stop)
         if start >= stop:
@@ -85,13 +106,14 @@ class Prefill:
         parked, finals = self._parked[slots], {}
         with shard.clock.phase("prefill"):
             for layer in range(start, min(stop, shard.spec.num_layers - 1)):
-                self._layer(layer, slots, parked)
+                self._layer(layer, parked)
             if stop == shard.spec.num_layers:
-                finals = dict(zip(slots, self._last_layer(slots, parked), strict=True))
+                last = zip(parked.families.values(), self._last_layer(parked), strict=True)
+                finals = {slot: hidden_E for family, hidden_E in last for slot in family}
         if stop == shard.layers.stop:
             del self._parked[slots]
             if not shard.mesh.is_last_stage:
-                shard.mesh.send_hidden(parked.hidden_TE)
+                self._send(parked)
         return finals
 
     def _is_handed_over(self, group: PrefillGroup) -> bool:
@@ -99,19 +121,51 @@ class Prefill:
         return group.start_layer < self._shard.layers.start <= group.stop_layer
 
     def _embed(self, slots: tuple[int, ...]) -> ParkedPrefill:
-        shard = self._shard
+        shard, families = self._shard, self._shard.slots.families(slots)
         assert shard.decoder.embedding is not None
-        tokens = np.concatenate([shard.slots.prompt(slot) for slot in slots])
-        return self._park(slots, shard.decoder.embedding(shard.to_device(tokens)))
+        tokens = np.concatenate([shard.slots.prompt(slot) for slot in families])
+        hidden_TE = shard.decoder.embedding(shard.to_device(tokens))
+        return self._park(families, hidden_TE, self._all_positions(families), 0)
 
-    def _park(self, slots: tuple[int, ...], hidden_TE: Tensor) -> ParkedPrefill:
+    def _send(self, parked: ParkedPrefill) -> None:
+        """Hand a group over to the next stage, with its positions if those are not all."""
+        mesh, leaders = self._shard.mesh, parked.families
+        if self._lengths(leaders, self._shard.layers.stop) != self._lengths(leaders, 0):
+            mesh.send_hidden(parked.places.positions_T)
+        mesh.send_hidden(parked.hidden_TE)
+
+    def _receive(self, slots: tuple[int, ...]) -> ParkedPrefill:
+        """Take a group over from the stage before; see `_send`."""
+        shard, families = self._shard, self._shard.slots.families(slots)
+        lengths = self._lengths(families, shard.layers.start)
+        if lengths != self._lengths(families, 0):
+            positions_T = shard.receive_positions(sum(lengths))
+        else:
+            positions_T = self._all_positions(families)
+        hidden_TE = shard.receive_hidden(sum(lengths))
+        return self._park(families, hidden_TE, positions_T, shard.layers.start)
+
+    def _park(
+        self, families: dict[int, list[int]], hidden_TE: Tensor, positions_T: Tensor, layer: int
+    ) -> ParkedPrefill:
+        """The group as it enters a layer."""
         shard = self._shard
-        lengths = [shard.slots[slot].prompt_tokens for slot in slots]
-        positions = np.concatenate([np.arange(n) for n in lengths])
-        places = shard.decoder.places(shard.to_device(positions))
-        return ParkedPrefill(hidden_TE, places, CuSeqlens.of(lengths, shard.device))
+        cu = CuSeqlens.of(self._lengths(families, layer), shard.device)
+        return ParkedPrefill(families, hidden_TE, shard.decoder.places(positions_T), cu)
 
-    def _layer(self, layer: int, slots: tuple[int, ...], parked: ParkedPrefill) -> None:
+    def _all_positions(self, leaders: Iterable[int]) -> Tensor:
+        """Positions of whole prompts, int64 [T]."""
+        return self._shard.to_device(
+            np.concatenate([np.arange(n) for n in self._lengths(leaders, 0)])
+        )
+
+    def _lengths(self, leaders: Iterable[int], layer: int) -> list[int]:
+        """How many tokens of each prompt enter a layer."""
+        shard, num_layers = self._shard, self._shard.spec.num_layers
+        held = [shard.slots[slot] for slot in leaders]
+        return [s.retention.entering_tokens(s.prompt_tokens, num_layers)[layer] for s in held]
+
+    def _layer(self, layer: int, parked: ParkedPrefill) -> None:
         """Replace the parked hidden states by those after `layer`; keep what retention selects."""
         shard = self._shard
         weights = shard.decoder.layers[layer - shard.layers.start]
@@ -121,31 +175,64 @@ class Prefill:
         with part("attention"):
             attended = shard.backend.prefill(*qkv, parked.cu, parked.cu, shard.scale)
         with part("retain"):
-            self._retain(layer, slots, parked, qkv)
+            self._retain(layer, parked, qkv)
+        with part("propagate"):
+            rows_T = self._propagate(layer, parked, qkv)
         del qkv
+        if rows_T is not None:
+            attended = attended[rows_T]
         with part("finish"):
             for chunk in chunks(parked.num_tokens, shard.config.linear_chunk_tokens):
                 hidden = parked.hidden_TE[chunk]
                 weights.finish(hidden, attended[chunk], out=hidden)
 
-    def _last_layer(self, slots: tuple[int, ...], parked: ParkedPrefill) -> Tensor:
+    def _last_layer(self, parked: ParkedPrefill) -> Tensor:
         """The model's last layer: queries and MLP only where the next token comes from, [N, E]."""
         shard = self._shard
         layer = shard.spec.num_layers - 1
         weights = shard.decoder.layers[layer - shard.layers.start]
         qkv = self._project(weights, parked)
         last_N = parked.cu.device[1:].long() - 1
-        one_each = CuSeqlens.of([1] * len(slots), shard.device)
+        one_each = CuSeqlens.of([1] * len(parked.families), shard.device)
         attended = shard.backend.prefill(
             qkv.q[last_N], qkv.k, qkv.v, one_each, parked.cu, shard.scale
         )
-        self._retain(layer, slots, parked, qkv)
+        self._retain(layer, parked, qkv)
         return weights.finish(parked.hidden_TE[last_N], attended)
+
+    def _propagate(self, layer: int, parked: ParkedPrefill, qkv: QKV) -> Tensor | None:
+        """Narrow the group to the tokens that go on; returns their rows, or None for all."""
+        shard, entered = self._shard, list(parked.cu.lengths)
+        going_on = self._lengths(parked.families, layer + 1)
+        if going_on == entered:
+            return None
+        prompts = [
+            PropagatingPrompt(
+                propagate=shard.slots[slot].retention.propagate,
+                prompt_tokens=shard.slots[slot].prompt_tokens,
+                num_kept=num_kept,
+                first_row=start,
+                qkv=qkv.part(slice(start, stop)),
+            )
+            for slot, num_kept, start, stop in zip(
+                parked.families, going_on, parked.cu.host[:-1], parked.cu.host[1:], strict=True
+            )
+        ]
+        rows_T = surviving_rows(shard, prompts)
+        places = shard.decoder.places(parked.places.positions_T[rows_T])
+        bytes_before = parked.hidden_TE.nbytes
+        parked.narrow(rows_T, places, CuSeqlens.of(going_on, shard.device))
+        # The hidden states before and after exist side by side.
+        shard.meter.see_prefill(
+            self._kv_bytes(qkv), self.parked_bytes + bytes_before + 2 * qkv.q.nbytes
+        )
+        return rows_T
 
     def _project(self, weights: Layer, parked: ParkedPrefill) -> QKV:
         """Queries, keys and values of whole prompts, chunk by chunk."""
         shard = self._shard
         num_tokens, dim = parked.num_tokens, shard.spec.head_dim
+        self._layer_tokens += num_tokens
         num_queries, num_keys = len(shard.heads.query), len(shard.heads.kv)
         new = parked.hidden_TE.new_empty
         qkv = QKV(
@@ -173,24 +260,35 @@ class Prefill:
         pages = sum(kv.pages_of(slot) for slots in self._parked for slot in slots)
         return qkv.k.nbytes + qkv.v.nbytes + pages * kv.page_bytes
 
-    def _retain(self, layer: int, slots: tuple[int, ...], parked: ParkedPrefill, qkv: QKV) -> None:
-        """Write to pages what each prompt's retention method keeps of this layer."""
-        shard = self._shard
-        bounds = parked.cu.host
-        for slot, start, stop in zip(slots, bounds[:-1], bounds[1:], strict=True):
+    def _retain(self, layer: int, parked: ParkedPrefill, qkv: QKV) -> None:
+        """Write to pages what each sequence's retention method keeps of this layer."""
+        bounds = zip(parked.cu.host[:-1], parked.cu.host[1:], strict=True)
+        for family, (start, stop) in zip(parked.families.values(), bounds, strict=True):
             prompt = qkv.part(slice(start, stop))
-            # On every rank, refused or not: some scores are reduced over ranks.
-            indices = self._select(layer, slot, prompt)
-            if slot in shard.refused:
-                continue
-            if not shard.kv.write(slot, layer - shard.layers.start, prompt.k, prompt.v, indices):
-                shard.refuse(slot)
+            chosen: dict[Retention, Selection] = {}
+            for slot in family:
+                retention = self._shard.slots[slot].retention
+                # On every rank, refused or not: some scores are reduced over ranks.
+                if retention not in chosen:
+                    chosen[retention] = self._select(layer, slot, prompt)
+                self._write(layer, slot, prompt, chosen[retention])
         # The pages just written and the layer's fresh keys and values exist side by side.
-        shard.meter.see_prefill(self._kv_bytes(qkv), 0)
+        self._shard.meter.see_prefill(self._kv_bytes(qkv), 0)
 
-    def _select(self, layer: int, slot: int, prompt: QKV) -> Tensor | list[Tensor] | None:
-        """Positions that each kv head keeps, or None for all; see `select`."""
-        retention = self._shard.slots[slot].retention
-        if not retention.drops(len(prompt.k)):
+    def _write(self, layer: int, slot: int, prompt: QKV, indices: Selection) -> None:
+        """Write the chosen tokens of one layer to a slot's pages, if they fit."""
+        shard = self._shard
+        local_layer = layer - shard.layers.start
+        if slot in shard.refused:
+            return
+        if not shard.kv.write(slot, local_layer, prompt.k, prompt.v, indices):
+            shard.refuse(slot)
+
+    def _select(self, layer: int, slot: int, prompt: QKV) -> Selection:
+        """Which of the tokens that entered each kv head keeps, or None for all; see `select`."""
+        spec, held = self._shard.spec, self._shard.slots[slot]
+        rows = held.retention.row_tokens(held.prompt_tokens, spec.num_layers, spec.num_kv_heads)
+        if rows[layer].min() == len(prompt.k):
             return None
-        return select(retention, self._observer.observe(layer, prompt, retention))
+        observation = self._observer.observe(layer, prompt, held.retention, held.prompt_tokens)
+        return select(held.retention, observation)

@@ -168,6 +168,11 @@ class Shard:
         with self.clock.phase("receive"):
             return self.mesh.recv_hidden((num_tokens, self.spec.hidden_size), self.dtype)
 
+    def receive_positions(self, num_tokens: int) -> Tensor:
+        """Positions, int64 [T], of the hidden states that the stage before sends next."""
+        with self.clock.phase("receive"):
+            return self.mesh.recv_hidden((num_tokens,), torch.int64)
+
     def to_device(self, values: NDArray[np.integer]) -> Tensor:
         """An int64 tensor of these numbers on this rank's device."""
         return torch.from_numpy(values.astype(np.int64)).to(self.device, non_blocking=True)

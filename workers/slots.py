@@ -12,7 +12,10 @@ from .plan import DecodeItem, NewSequence, PrefillGroup, SamplingSpec, StepPlan
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The sequence that holds a slot. `ticket` tells it from earlier holders of the same slot."""
+    """The sequence that holds a slot. `ticket` tells it from earlier holders of the same slot.
+
+    `leader` is the slot whose prompt is prefilled for it: its own, unless it shares a prefill.
+    """
 
     ticket: int
     prompt_tokens: int
@@ -20,6 +23,7 @@ class Slot:
     sampling: SamplingSpec
     retention: Retention
     score: bool
+    leader: int
 
     @property
     def samples_after_prefill(self) -> bool:
@@ -56,6 +60,11 @@ class SlotTable:
     def add(self, new: NewSequence) -> None:
         """Give a free slot to a sequence."""
         assert new.slot not in self._slots, f"slot {new.slot} is taken"
+        leader = new.slot if new.shares_prefill_with is None else new.shares_prefill_with
+        if leader != new.slot:
+            ahead = self._slots[leader]
+            assert ahead.leader == leader, f"slot {leader} leads slot {new.slot}, but follows"
+            assert ahead.prompt_tokens == new.prompt_tokens, "another prompt cannot be shared"
         tokens = new.tokens()
         self.tokens[new.slot, : len(tokens)] = tokens
         self._slots[new.slot] = Slot(
@@ -65,12 +74,21 @@ class SlotTable:
             new.sampling,
             new.retention,
             new.score,
+            leader,
         )
         self._next_ticket += 1
 
     def free(self, slot: int) -> None:
         """Take the slot back."""
         del self._slots[slot]
+
+    def families(self, slots: tuple[int, ...]) -> dict[int, list[int]]:
+        """The slots of a prefill group by their leader, which comes first among its own."""
+        by_leader: dict[int, list[int]] = {}
+        for slot in slots:
+            by_leader.setdefault(self._slots[slot].leader, []).append(slot)
+        assert all(leader == family[0] for leader, family in by_leader.items())
+        return by_leader
 
     def put_token(self, target: Target, token_id: int) -> None:
         """Record a sampled token, unless the slot has changed hands since."""

@@ -111,6 +111,7 @@ class Worker:
             kept=self._kept(plan),
             refused=tuple(sorted(shard.refused - already_refused)),
             pages_free=shard.kv.pages_free,
+            prefill_layer_tokens=self._prefill.take_layer_tokens(),
             seconds=shard.clock.seconds,
             memory=shard.meter.snapshot(self._prefill.parked_bytes),
         )

@@ -176,6 +176,7 @@ class FakeReplica:
         self.num_integrity_checks = 0
         self.is_shut_down = False
         self.plans: list[StepPlan] = []
+        self.prefilled_tokens = 0  # of prompts, computed to the end
 
     @property
     def workers(self) -> list[WorkerInfo]:
@@ -205,6 +206,7 @@ class FakeReplica:
         for new in plan.new:
             assert new.slot not in self.slots, f"slot {new.slot} is taken"
             self.slots[new.slot] = FakeSlot(new, new.tokens().tolist())
+            self._check_leader(new)
         self._check_stages(plan.prefill)
         ended = [slot for group in plan.prefill for slot in self._prefill(group)]
         kept = {worker.info.rank: self._kept(worker, plan.prefill) for worker in self.fakes}
@@ -255,8 +257,14 @@ class FakeReplica:
     def _prefill(self, group: PrefillGroup) -> list[int]:
         """Run a range; returns the slots that are through."""
         assert group.start_layer < group.stop_layer <= self.num_layers
-        retentions = {self.slots[slot].new.retention for slot in group.slots}
-        assert len(retentions) == 1, "a group shares its retention"
+        retentions = {s.retention for s in self._leaders(group)}
+        assert len(retentions) == 1, "those that are computed in a group share their retention"
+        assert {s.slot for s in self._leaders(group)} >= {
+            self.slots[slot].new.shares_prefill_with for slot in group.slots
+        } - {None}, "leaders are in the group"
+        self.prefilled_tokens += sum(s.prompt_tokens for s in self._leaders(group)) * (
+            group.stop_layer == self.num_layers
+        )
         for slot in group.slots:
             held = self.slots[slot]
             assert held.prefilled_layers == group.start_layer, "ranges follow each other"
@@ -277,6 +285,22 @@ class FakeReplica:
         for slot in group.slots:
             self.slots[slot].fed = self.slots[slot].new.prompt_tokens
         return list(group.slots)
+
+    def _leaders(self, group: PrefillGroup) -> list[NewSequence]:
+        """The sequences of a group that are computed."""
+        new = [self.slots[slot].new for slot in group.slots]
+        return [n for n in new if n.shares_prefill_with is None]
+
+    def _check_leader(self, new: NewSequence) -> None:
+        if new.shares_prefill_with is None:
+            return
+        leader = self.slots[new.shares_prefill_with].new
+        assert leader.shares_prefill_with is None, "a leader follows nobody"
+        assert self.slots[leader.slot].prefilled_layers == 0, "a leader is new, too"
+        length = 4 * new.prompt_tokens
+        assert leader.prompt_tokens == new.prompt_tokens
+        assert leader.token_ids[:length] == new.token_ids[:length], "they have the same prompt"
+        assert leader.retention.propagate == new.retention.propagate
 
     def _counts(self, new: NewSequence, layer: int) -> list[int]:
         """Tokens that each head of a layer keeps of the prompt."""

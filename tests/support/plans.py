@@ -23,11 +23,18 @@ def new_sequence(
     sampling: SamplingSpec = GREEDY,
     retention: Retention | None = None,
     score: bool = False,
+    shares_prefill_with: int | None = None,
 ) -> NewSequence:
     """A sequence with `known` tokens after its prompt."""
     tokens = np.array(prompt + (known or []), dtype=np.int32).tobytes()
     return NewSequence(
-        slot, tokens, len(prompt), sampling, retention or Retention.parse(None), score
+        slot,
+        tokens,
+        len(prompt),
+        sampling,
+        retention or Retention.parse(None),
+        score,
+        shares_prefill_with,
     )
 
 

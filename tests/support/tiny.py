@@ -51,13 +51,17 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def save_tiny(name: str, folder: Path, tokenizer_of: Path | None = None) -> Any:
+def save_tiny(
+    name: str, folder: Path, tokenizer_of: Path | None = None, num_layers: int | None = None
+) -> Any:
     """Save a random model of that configuration (fp32); returns the transformers model.
 
     With `tokenizer_of` it has the tokenizer, and the vocabulary size, of that model.
     """
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIGS[name])
+    if num_layers is not None:
+        config.num_hidden_layers = num_layers
     if tokenizer_of is not None:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
         tokenizer.save_pretrained(folder)

@@ -16,12 +16,11 @@ from saqqara.compression.registry import SCORES, SHAPES
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import CONFIG_DIR
 
-PRESETS = [
+BUDGETED = [
     "ada-pyramidkv",
     "adakv",
-    "full",
+    "fastkv",
     "h2o",
-    "headkv",
     "knorm",
     "pyramidkv",
     "random",
@@ -29,6 +28,8 @@ PRESETS = [
     "streaming",
     "tova",
 ]
+NEED_A_PROFILE = ["headkv"]
+UNBUDGETED = ["full", *(f"pyramidinfer{size}" for size in ("", "-13b", "-70b", "-7b", "-steep"))]
 PROFILE = {"0-0": [1.0], "0-1": [2.0]}
 
 
@@ -41,14 +42,20 @@ def test_a_name_and_a_budget_are_all_it_takes() -> None:
 
 
 def test_every_preset_is_known_by_its_file_name() -> None:
-    assert sorted(file.stem for file in (CONFIG_DIR / "retention").glob("*.yaml")) == PRESETS
-    for name in PRESETS:
-        if name == "headkv":
-            continue  # needs a profile: see below
-        retention = Retention.parse(name, None if name == "full" else "25%")
+    files = sorted(file.stem for file in (CONFIG_DIR / "retention").glob("*.yaml"))
+    assert files == sorted(BUDGETED + NEED_A_PROFILE + UNBUDGETED)
+    departures = {  # a label names what departs from the defaults of the fields
+        "fastkv": ",window=8+once(window=8)",
+        "pyramidinfer-13b": "(rho=0.8,interval=2)",
+        "pyramidinfer-70b": "(interval=3)",
+        "pyramidinfer-steep": "(rho=0.7)",
+    }
+    for name in BUDGETED + UNBUDGETED:
+        retention = Retention.parse(name, "25%" if name in BUDGETED else None)
         assert retention.method == name
-        # A label names what departs from the defaults of the fields: nothing does.
-        assert retention.label == ("full" if name == "full" else f"{name}@25%")
+        at = "@25%" if name in BUDGETED else ""
+        assert retention.label == f"{name}{at}{departures.get(name, '')}"
+        assert Retention.parse(json.loads(json.dumps(retention.to_dict()))) == retention
 
 
 def test_nothing_means_full() -> None:

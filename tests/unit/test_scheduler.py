@@ -29,6 +29,9 @@ from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 FULL = Retention.parse("full")
 PYRAMID = Retention.parse({"method": "pyramidkv", "budget": 12, "window": 3, "sinks": 1})
 RAGGED = RaggedRetention(method="ragged", score="snapkv", budget=12, window=3)
+ONCE = Retention.parse(
+    {"propagate": {"kind": "once", "layer": 0, "keep": 0.3, "window": 2, "sinks": 1}}
+)
 EOS = 5
 
 
@@ -139,7 +142,9 @@ def check(sequence: Sequence, max_model_len: int = 256) -> None:
 
 def random_request(rng: random.Random, name: str, longest: int = 40) -> Request:
     prompt = [rng.randrange(128) for _ in range(rng.randint(1, longest))]
-    retention = rng.choice([FULL, PYRAMID, RAGGED])
+    if rng.random() < 0.3:
+        prompt = [rng.randrange(3)] * 17  # one that others have, too
+    retention = rng.choice([FULL, PYRAMID, RAGGED, ONCE])
     score = None
     if rng.random() < 0.2:
         score = tuple(rng.randrange(128) for _ in range(rng.randint(1, 20)))
@@ -219,6 +224,14 @@ def test_requests_that_can_never_be_served_are_refused(request_: Request, messag
     run = make_run(make_workers(8 * 11), max_model_len=50)
     with pytest.raises(ValueError, match=message):
         add(run, request_)
+    assert run.scheduler.is_idle
+
+
+def test_a_layer_that_the_model_lacks_is_refused() -> None:
+    run = make_run(make_workers(100))
+    far = Retention.parse({"propagate": {"kind": "once", "layer": 4}})
+    with pytest.raises(ValueError, match=r"^propagate.layer: 4 is no layer of this model"):
+        add(run, make_request(retention=far))
     assert run.scheduler.is_idle
 
 
@@ -383,6 +396,138 @@ def test_waiting_goes_by_priority_then_arrival() -> None:
     run.finish()
     order = [e.sequence.request.request_id for e in run.events if isinstance(e, Finished)]
     assert order == ["b", "d", "a", "c"]
+
+
+# Shared prefill
+
+
+def test_choices_of_one_prompt_are_prefilled_once() -> None:
+    run = make_run(make_workers(1000))
+    request = make_request(prompt=[1] * 10, ignore_eos=True)
+    sequences = [add(run, request) for _ in range(4)]
+    other = add(run, make_request("other", [2] * 10, ignore_eos=True))
+    run.finish()
+    for sequence in [*sequences, other]:
+        check(sequence)
+    [plan] = [p for p in run.replica.plans if p.new]
+    assert [n.shares_prefill_with for n in plan.new] == [None, 0, 0, 0, None]
+    assert [g.slots for g in plan.prefill] == [(0, 1, 2, 3, 4)]
+    assert run.replica.prefilled_tokens == 20
+
+
+def test_a_follower_may_have_another_retention_and_be_a_score() -> None:
+    """Behind it in the queue, other prompts wait for their own turn."""
+    run = make_run(make_workers(1000), max_prefill_tokens=10)
+    leader = add(run, make_request("a", [1] * 10, PYRAMID))
+    stranger = add(run, make_request("b", [2] * 10, PYRAMID))
+    followers = [
+        add(run, make_request("c", [1] * 10, FULL)),
+        add(run, make_request("d", [1] * 10, RAGGED)),
+        add(run, make_request("e", [1] * 10, FULL, score=(3, 4, 5))),
+        add(run, make_request("f", [1] * 10, PYRAMID)),
+    ]
+    alone = add(run, make_request("g", [1] * 10, ONCE))  # computes other hidden states
+    twin = add(run, make_request("h", [1] * 10, ONCE))
+    run.finish()
+    for sequence in [leader, stranger, *followers, alone, twin]:
+        check(sequence)
+    news = [[n.shares_prefill_with is None for n in p.new] for p in run.replica.plans if p.new]
+    assert news == [[True, False, False, False, False], [True], [True, False]]
+    assert run.replica.prefilled_tokens == 30
+
+
+def test_a_follower_without_room_waits_for_a_prefill_of_its_own() -> None:
+    # 8 rows of 4-token pages: the leader takes 24 pages at once, a second one finds 16 left.
+    run = make_run(make_workers(8 * 5))
+    requests = [make_request(str(i), [1] * 11, max_tokens=3, ignore_eos=True) for i in range(2)]
+    small = make_request("small", [1] * 11, PYRAMID, max_tokens=1)
+    sequences = [add(run, r) for r in [*requests, small]]
+    run.finish()
+    for sequence in sequences:
+        check(sequence)
+        assert sequence.num_preemptions == 0
+    assert all(n.shares_prefill_with is None for p in run.replica.plans for n in p.new)
+    assert run.replica.prefilled_tokens == 33
+
+
+def test_a_slot_is_room_too() -> None:
+    run = make_run(make_workers(1000), max_num_seqs=3)
+    sequences = [add(run, make_request(str(i), [1] * 10)) for i in range(5)]
+    run.finish()
+    for sequence in sequences:
+        check(sequence)
+    assert [len(p.new) for p in run.replica.plans if p.new] == [3, 2]
+
+
+def test_followers_go_on_when_their_leader_is_aborted_half_way() -> None:
+    run = make_run(make_workers(1000), prefill_quantum=10)
+    busy = add(run, make_request("busy", [2], max_tokens=30, ignore_eos=True))
+    run.step()
+    leader = add(run, make_request("leader", [1] * 10))
+    follower = add(run, make_request("follower", [1] * 10))
+    run.step()
+    run.step()
+    assert leader.status is follower.status is Status.PREFILL
+    run.scheduler.finish(leader, "abort")
+    run.finish()
+    assert leader.finish_reason == "abort"
+    assert not leader.output_token_ids
+    check(follower)
+    check(busy)
+    assert run.replica.prefilled_tokens == 11
+
+
+def test_a_refused_leader_does_no_harm_to_its_followers() -> None:
+    """Ragged leaders ask more of a rank than was expected; what follows them is exact."""
+    run = make_run(uneven_workers(27), max_num_seqs=3)
+    pairs = []
+    for i in range(6):
+        prompt = [i + 20] * 30
+        for retention in (RAGGED, PYRAMID):
+            request = make_request(f"{i}{retention.method}", prompt, retention, max_tokens=2)
+            pairs.append(add(run, request))
+    run.finish()
+    led = [n for p in run.replica.plans for n in p.new if n.shares_prefill_with is not None]
+    assert led, "some were shared"
+    assert any(
+        leader.num_refusals > 0 == follower.num_refusals
+        for leader, follower in zip(pairs[::2], pairs[1::2], strict=True)
+    )
+    for sequence in pairs:
+        check(sequence)
+
+
+def test_a_preempted_follower_resumes_alone() -> None:
+    run = make_run(make_workers(8 * 6), max_extend_tokens=3)
+    request = make_request(prompt=[1] * 4, max_tokens=12, ignore_eos=True)
+    sequences = [add(run, request) for _ in range(3)]
+    run.finish()
+    for sequence in sequences:
+        check(sequence)
+    assert sequences[2].num_preemptions >= 1
+    first, *resumed = [p.new for p in run.replica.plans if p.new]
+    assert [n.shares_prefill_with for n in first] == [None, 0, 0]
+    assert resumed
+    assert all(len(n.token_ids) > 4 * n.prompt_tokens for new in resumed for n in new)
+
+
+def test_the_quantum_counts_what_is_computed() -> None:
+    """Shared prompts count once, and propagation leaves fewer tokens for the upper layers."""
+    run = make_run(make_workers(1000, stages=(5,)), prefill_quantum=40)
+    busy = add(run, make_request("busy", [2], max_tokens=30, ignore_eos=True))
+    run.step()
+    add(run, make_request("a", [1] * 20, ONCE))
+    add(run, make_request("b", [1] * 20, ONCE))
+    run.finish()
+    check(busy)
+    ranges = [
+        (g.start_layer, g.stop_layer)
+        for p in run.replica.plans
+        for g in p.prefill
+        if len(g.slots) == 2
+    ]
+    assert ONCE.entering_tokens(20, 5) == (20, 6, 6, 6, 6)
+    assert ranges == [(0, 4), (4, 5)]
 
 
 # Refusals and aborts

@@ -1,0 +1,237 @@
+"""Propagation: from some layers on, only the selected tokens' hidden states travel upwards.
+
+Settings and token counts, without tensors: how many tokens enter each layer follows from the
+prompt's length alone, so the scheduler plans with the same numbers that the workers compute.
+`survivors.py` picks the tokens.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+KINDS = {
+    "pyramidinfer": (
+        "rho",
+        "interval",
+        "recent_ratio",
+        "min_context",
+        "distance_weight",
+        "sinks",
+    ),
+    "once": ("layer", "keep", "window", "kernel_size", "pooling", "sinks"),
+}
+"""The settings that each kind reads, in the order of reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class Propagate:
+    """Which tokens' hidden states go on to the next layer.
+
+    A value: frozen, hashable, picklable, valid once made. Make one with `Propagate.parse`. A field
+    that the kind does not read has its default, so equal behaviour compares equal.
+
+    Layer l stores keys and values of the tokens that entered it; its attention output and MLP, and
+    all layers above it, are computed for the tokens that it selects only. Tokens keep their
+    positions.
+
+    `pyramidinfer` (Yang et al., arXiv 2405.12532, ACL 2024) selects a little in every layer; `once`
+    (FastKV, Jo et al., arXiv 2502.01068) selects in one layer at about the middle.
+
+    Attributes:
+        kind: "pyramidinfer" or "once".
+        rho: part of the context that the highest layers pass on; layer l of L passes
+            `rho + (1 - rho) * (cos(pi * l / L) + 1) / 2` (pyramidinfer).
+        interval: only layers that it divides select (pyramidinfer).
+        recent_ratio: part of the *original* prompt that is recent: with the last token always
+            kept, and whose queries score the others (pyramidinfer).
+        min_context: context tokens; a selection that would leave no more is not made
+            (pyramidinfer).
+        distance_weight: weight of the last query, the first of the recent ones having 1
+            (pyramidinfer).
+        layer: the layer that selects, from 0; or the part of the layers that see the whole prompt,
+            in (0, 1], the last of which selects (once).
+        keep: part of the prompt that goes on, window and sinks included, in (0, 1) (once).
+        window: last tokens, always kept, whose queries score the others (once).
+        kernel_size: tokens that the score is pooled over, odd (once).
+        pooling: "max" or "avg" (once).
+        sinks: first tokens of the prompt, always kept.
+
+    Raises:
+        ValueError: a field is out of range or not read by the kind; named `propagate.<field>`.
+    """
+
+    kind: str = "pyramidinfer"
+    rho: float = 0.9
+    interval: int = 1
+    recent_ratio: float = 0.2
+    min_context: int = 64
+    distance_weight: float = 1.2
+    layer: int | float = 0.5
+    keep: float = 0.2
+    window: int = 32
+    kernel_size: int = 7
+    pooling: str = "max"
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        read = _settings_of(self.kind)
+        for field in fields(self):
+            if field.name not in ("kind", *read) and getattr(self, field.name) != field.default:
+                raise ValueError(f"propagate.{field.name}: {self.kind!r} takes no such setting")
+        _check_integer("interval", self.interval, least=1)
+        _check_integer("sinks", self.sinks, least=0)
+        _check_integer("min_context", self.min_context, least=self.sinks)
+        _check_integer("window", self.window, least=1)
+        _check_integer("kernel_size", self.kernel_size, least=1)
+        _check_number("rho", self.rho, 0 < _number(self.rho) <= 1, "a number above 0 and up to 1")
+        _check_number(
+            "recent_ratio",
+            self.recent_ratio,
+            0 <= _number(self.recent_ratio) < 1,
+            "a number from 0 and below 1",
+        )
+        _check_number(
+            "distance_weight",
+            self.distance_weight,
+            0 < _number(self.distance_weight) < math.inf,
+            "a number above 0",
+        )
+        _check_number("keep", self.keep, 0 < _number(self.keep) < 1, "a number above 0 and below 1")
+        if type(self.layer) is int:
+            _check_integer("layer", self.layer, least=0)
+        else:
+            _check_number(
+                "layer",
+                self.layer,
+                0 < _number(self.layer) <= 1,
+                "a layer from 0, or a part of the layers above 0 and up to 1",
+            )
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"propagate.kernel_size: must be odd, not {self.kernel_size}")
+        if self.pooling not in ("max", "avg"):
+            raise ValueError(f"propagate.pooling: must be 'max' or 'avg', not {self.pooling!r}")
+
+    @classmethod
+    def parse(
+        cls, spec: "str | Mapping[str, Any] | Propagate", base: "Propagate | None" = None
+    ) -> "Propagate":
+        """Read a setting as users write it: a kind, or a mapping of settings with `kind`.
+
+        Settings that the mapping leaves out, `kind` included, are those of `base` where it is of
+        the same kind, else the defaults.
+
+        Raises:
+            ValueError: an unknown kind or setting, or a value out of range; names the field.
+        """
+        if isinstance(spec, Propagate):
+            return spec
+        if isinstance(spec, str):
+            spec = {"kind": spec}
+        if not isinstance(spec, Mapping):
+            raise ValueError(
+                f"propagate: must be a kind ({', '.join(KINDS)}) or a mapping of settings, not "
+                f"{type(spec).__name__} {spec!r}"
+            )
+        kind = spec.get("kind", base.kind if base is not None else None)
+        allowed = ("kind", *_settings_of(kind))
+        for name in spec:
+            if name not in allowed:
+                raise ValueError(
+                    f"propagate.{name}: not a setting of {kind!r}; allowed: {', '.join(allowed)}"
+                )
+        inherited = base.to_dict() if base is not None and base.kind == kind else {}
+        return cls(**{**inherited, **spec})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting that has an effect, as JSON values; `parse` reads it back."""
+        return {name: getattr(self, name) for name in ("kind", *KINDS[self.kind])}
+
+    @property
+    def departures(self) -> str:
+        """What departs from the fields' defaults, such as "(rho=0.7)"; "" for nothing."""
+        changed = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in fields(self)
+            if field.name != "kind" and getattr(self, field.name) != field.default
+        ]
+        return f"({','.join(changed)})" if changed else ""
+
+    def recent_tokens(self, prompt_tokens: int) -> int:
+        """Last tokens that every selection keeps and whose queries score the others."""
+        if self.kind == "once":
+            return min(self.window, prompt_tokens)
+        return 1 + _part(self.recent_ratio, prompt_tokens)
+
+    def survivors(self, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
+        """Count the tokens that enter each layer; all enter layer 0, and they never grow.
+
+        Raises:
+            ValueError: `layer` is no layer of the model.
+        """
+        return _survivors(self, prompt_tokens, num_layers)
+
+    def passed_on(self, entered: int, prompt_tokens: int, layer: int, num_layers: int) -> int:
+        """Count the tokens, of `entered` that enter `layer`, whose hidden states leave it."""
+        if self.kind == "once":
+            if layer != self._selecting_layer(num_layers):
+                return entered
+            wanted = max(_part(self.keep, prompt_tokens), self.window + self.sinks)
+            return min(wanted, entered)
+        recent = self.recent_tokens(prompt_tokens)
+        context = entered - recent
+        if context <= 0 or layer % self.interval:
+            return entered
+        kept = _part(self._ratio(layer, num_layers), context)
+        return recent + kept if kept > self.min_context else entered
+
+    def _ratio(self, layer: int, num_layers: int) -> float:
+        return self.rho + (1 - self.rho) * (math.cos(math.pi * layer / num_layers) + 1) / 2
+
+    def _selecting_layer(self, num_layers: int) -> int:
+        if type(self.layer) is int:
+            if self.layer >= num_layers:
+                raise ValueError(
+                    f"propagate.layer: {self.layer} is no layer of this model, which has layers 0 "
+                    f"to {num_layers - 1}"
+                )
+            return self.layer
+        return max(1, _part(self.layer, num_layers)) - 1
+
+
+@lru_cache(maxsize=8192)
+def _survivors(propagate: Propagate, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
+    counts = [prompt_tokens]
+    for layer in range(num_layers - 1):
+        counts.append(propagate.passed_on(counts[-1], prompt_tokens, layer, num_layers))
+    return tuple(counts)
+
+
+def _part(ratio: float, count: int) -> int:
+    """`int(ratio * count)`, but 29 for 0.29 * 100, which in floating point is just below.
+
+    Rounding first also makes hosts agree whose C libraries differ in the last bit of a cosine.
+    """
+    return int(round(ratio * count, 9))
+
+
+def _settings_of(kind: object) -> tuple[str, ...]:
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"propagate.kind: unknown {kind!r}; known: {', '.join(KINDS)}")
+    return KINDS[kind]
+
+
+def _number(value: object) -> float:
+    """The value if it is a number, else NaN, which lies in no range."""
+    return float(value) if isinstance(value, int | float) and type(value) is not bool else math.nan
+
+
+def _check_number(name: str, value: object, is_right: bool, what: str) -> None:
+    if not is_right:
+        raise ValueError(f"propagate.{name}: must be {what}, not {value!r}")
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"propagate.{name}: must be an integer of at least {least}, not {value!r}")

@@ -1,0 +1,131 @@
+"""Prefill over ranks: propagating groups, and sequences that share a prompt, equal one rank's.
+
+All ranks of a stage select the same tokens, and stages hand over positions.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.plans import new_sequence, run_greedy
+from support.rank_plans import Job, RankRun, run_on_ranks, sampled_tokens
+from support.tiny import VOCAB, save_tiny
+
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.mesh import MeshLayout, head_shard
+from saqqara.workers.plan import DecodeItem, NewSequence, PrefillGroup, StepPlan
+from saqqara.workers.worker import Worker
+
+LAYERS, HEADS, NUM_TOKENS = 6, 3, 4
+PYRAMID = Retention.parse(
+    {"propagate": {"kind": "pyramidinfer", "rho": 0.5, "min_context": 8, "recent_ratio": 0.2}}
+)
+SNAPKV = Retention.parse({"method": "snapkv", "budget": 20, "window": 8})
+KNORM = Retention.parse({"method": "knorm-pyramid", "budget": "40%", "window": 8})
+ONCE = Retention.parse({"propagate": {"kind": "once", "layer": 1, "keep": 0.4, "window": 6}})
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(3, VOCAB, length).tolist() for length in (70, 9, 41)]
+
+
+def make_plans(new: list[NewSequence], splits: list[int]) -> list[StepPlan]:
+    """Prefill in ranges that end at `splits`, then greedy decode, then free."""
+    slots = tuple(n.slot for n in new)
+    plans: list[StepPlan] = []
+    for start, stop in zip([0, *splits], [*splits, LAYERS], strict=True):
+        group = PrefillGroup(slots, start, stop)
+        plans.append(StepPlan(len(plans), new=() if plans else tuple(new), prefill=(group,)))
+    for step in range(NUM_TOKENS - 1):
+        items = tuple(DecodeItem(n.slot, n.prompt_tokens + step) for n in new)
+        plans.append(StepPlan(len(plans), decode=items))
+    return [*plans, StepPlan(len(plans), free=slots)]
+
+
+def make_new(retention: Retention) -> list[NewSequence]:
+    return [new_sequence(slot, p, retention=retention) for slot, p in enumerate(prompts())]
+
+
+def make_shared() -> list[NewSequence]:
+    """One prompt with three retentions, and another prompt behind it."""
+    first, _, other = prompts()
+    return [
+        new_sequence(0, first),
+        new_sequence(1, first, retention=SNAPKV, shares_prefill_with=0),
+        new_sequence(2, first, retention=KNORM, shares_prefill_with=0),
+        new_sequence(3, other),
+    ]
+
+
+# 3 kv heads on 2 ranks are 2 + 1; on 4 ranks one is shared by two.
+CASES = {
+    "pp2": (MeshLayout(pipeline_size=2), [2, 3], make_new(PYRAMID)),
+    "tp2": (MeshLayout(tensor_size=2), [], make_new(PYRAMID)),
+    "pp2xtp2": (MeshLayout(tensor_size=2, pipeline_size=2), [3], make_new(ONCE)),
+    "tp4": (MeshLayout(tensor_size=4), [4], make_new(PYRAMID)),
+    "shared-pp2": (MeshLayout(pipeline_size=2), [1, 3], make_shared()),
+}
+
+
+def make_config(folder: Path, layout: MeshLayout) -> EngineConfig:
+    return EngineConfig(
+        model=str(folder),
+        dtype="float32",
+        device="cpu",
+        max_num_seqs=4,
+        page_tokens=4,
+        kv_memory_gib=0.01,
+        layer_split=(3, 3) if layout.pipeline_size == 2 else None,
+        pipeline_parallel_size=layout.pipeline_size,
+        tensor_parallel_size=layout.tensor_size,
+        executor="ray",
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deep")
+    save_tiny("llama-gqa", folder, num_layers=LAYERS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, list[RankRun]]:
+    """What the ranks of every case did."""
+    jobs = [
+        Job(make_config(folder, layout), layout, make_plans(new, splits))
+        for layout, splits, new in CASES.values()
+    ]
+    return dict(zip(CASES, run_on_ranks(jobs), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_together_equal_one(case: str, folder: Path, runs: dict[str, list[RankRun]]) -> None:
+    layout, _, new = CASES[case]
+    alone = Worker.local(make_config(folder, MeshLayout()))
+    expected = [
+        run_greedy(alone, [n.tokens().tolist()], NUM_TOKENS, retention=n.retention)[0] for n in new
+    ]
+    got = sampled_tokens(runs[case])
+    assert [[t.token_id for t in got[slot]] for slot in range(len(new))] == [
+        [t.token_id for t in tokens] for tokens in expected
+    ]
+    leaders = [n for n in new if n.shares_prefill_with is None]
+    entered = np.sum(
+        [n.retention.entering_tokens(n.prompt_tokens, LAYERS) for n in leaders], axis=0
+    )
+    per_stage = LAYERS // layout.pipeline_size
+    for rank, run in enumerate(runs[case]):
+        start = layout.pipeline_rank(rank) * per_stage
+        computed = sum(result.prefill_layer_tokens for result in run.results)
+        assert computed == entered[start : start + per_stage].sum()
+        assert run.results[-1].pages_free == run.num_pages
+        heads = head_shard(6, HEADS, layout.tensor_size, layout.tensor_rank(rank)).kv
+        kept = [kept for result in run.results for kept in result.kept]
+        assert len(kept) == len(new)
+        for counts, n in zip(kept, new, strict=True):
+            rows = np.frombuffer(counts.counts, dtype=np.int32).reshape(per_stage, len(heads))
+            wanted = n.retention.layer_tokens(n.prompt_tokens, LAYERS)[start : start + per_stage]
+            assert (rows == np.array(wanted)[:, None]).all()

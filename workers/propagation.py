@@ -1,0 +1,107 @@
+"""Which packed rows of a prefill group go on to the next layer, the same on every tensor rank.
+
+Shapes: T packed tokens, m tokens of one prompt that entered the layer, r recent ones of them, Hq
+local query heads, H local kv heads, K kv heads of the whole model, D head dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from saqqara.compression.propagate import Propagate
+from saqqara.compression.survivors import query_weights, surviving_tokens, token_scores
+
+from .mesh import Mesh, head_shard
+from .models.layer import QKV
+from .models.spec import ModelSpec
+from .shard import Shard
+
+
+@dataclass(frozen=True)
+class PropagatingPrompt:
+    """One prompt in a layer: what it selects by, and where its tokens lie.
+
+    Attributes:
+        propagate: None for a prompt that passes everything on.
+        prompt_tokens: length of the whole prompt.
+        num_kept: tokens that go on, at most the m that entered.
+        first_row: packed row of its first token.
+        qkv: of the tokens that entered: [m, Hq, D], [m, H, D], [m, H, D].
+    """
+
+    propagate: Propagate | None
+    prompt_tokens: int
+    num_kept: int
+    first_row: int
+    qkv: QKV
+
+    @property
+    def num_entered(self) -> int:
+        """Tokens that entered the layer, m."""
+        return len(self.qkv.k)
+
+    @property
+    def selects(self) -> bool:
+        """Whether some tokens do not go on."""
+        return self.num_kept < self.num_entered
+
+    @property
+    def num_recent(self) -> int:
+        """Last tokens, which go on and whose queries score the others, r."""
+        assert self.propagate is not None
+        return self.propagate.recent_tokens(self.prompt_tokens)
+
+
+def surviving_rows(shard: Shard, prompts: Sequence[PropagatingPrompt]) -> Tensor:
+    """Packed rows, int64 [T'], of all prompts' tokens that go on, in order.
+
+    Scores cross the tensor group once; keys and values never do.
+    """
+    selecting = [prompt for prompt in prompts if prompt.selects]
+    masses_Hm = torch.cat([_mass(shard, prompt) for prompt in selecting], dim=1)
+    masses_Km = gather_heads(shard.mesh, shard.spec, masses_Hm)
+    chosen = iter(torch.split(masses_Km, [prompt.num_entered for prompt in selecting], dim=1))
+    rows = [
+        _select(prompt, next(chosen), shard.spec.group_size)
+        if prompt.selects
+        else torch.arange(prompt.num_entered, device=shard.device)
+        for prompt in prompts
+    ]
+    return torch.cat([p.first_row + r for p, r in zip(prompts, rows, strict=True)])
+
+
+def gather_heads(mesh: Mesh, spec: ModelSpec, masses_Hm: Tensor) -> Tensor:
+    """The masses of all kv heads, [K, m], with the same bits on every rank of the stage.
+
+    Each is summed, in the order of the ranks, over the ranks that hold a part of its query heads.
+    """
+    size = mesh.layout.tensor_size
+    if size == 1:
+        return masses_Hm
+    held = [head_shard(spec.num_query_heads, spec.num_kv_heads, size, t).kv for t in range(size)]
+    most, num_tokens = max(map(len, held)), masses_Hm.shape[1]
+    padded = pad(masses_Hm, (0, 0, 0, most - len(masses_Hm)))
+    by_rank = mesh.all_gather_last(padded.flatten()).view(size, most, num_tokens)
+    whole = masses_Hm.new_zeros(spec.num_kv_heads, num_tokens)
+    for heads, masses in zip(held, by_rank, strict=True):
+        whole[heads.start : heads.stop] += masses[: len(heads)]
+    return whole
+
+
+def _mass(shard: Shard, prompt: PropagatingPrompt) -> Tensor:
+    """Attention of the recent queries on each key, [H, m] fp32, on this rank's heads."""
+    assert prompt.propagate is not None
+    queries = prompt.qkv.q[prompt.num_entered - prompt.num_recent :]
+    weights = query_weights(prompt.propagate, prompt.num_recent, shard.device)
+    return shard.backend.mass(queries, prompt.qkv.k, shard.scale, weights)
+
+
+def _select(prompt: PropagatingPrompt, masses_Km: Tensor, group_size: int) -> Tensor:
+    """Places, int64 [kept], of one prompt's survivors among the tokens that entered."""
+    propagate, recent = prompt.propagate, prompt.num_recent
+    assert propagate is not None
+    scores = token_scores(propagate, masses_Km, recent, group_size)
+    return surviving_tokens(scores, prompt.num_kept, recent, propagate.sinks)
