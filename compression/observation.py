@@ -1,9 +1,12 @@
 """What a retention method may look at: one sequence at the end of one layer's prefill.
 
+At a compaction while decoding it is some rows of one layer (see `decode_stage.select_stored`): each
+row stands for a kv head, the stored tokens for the prompt.
+
 Shapes: n prompt tokens, w window queries, H local kv heads, Hq local query heads, D head dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,13 +24,14 @@ class Observation:
         values: [n, H, D].
         queries: [w, Hq, D], the last w queries, or None when the method observes none.
         scale: factor on the dot products of the softmax.
-        heads: global ids of the H local kv heads.
+        heads: global ids of the H local kv heads (of each row, at a compaction).
         group_size: query heads per kv head in the whole model (a rank that shares its kv heads
             with others holds fewer).
         mass_fn: (queries [w, Hq, D], keys [n, H, D]) -> [H, n] fp32, the sum over the queries and
             over the local query heads of each kv head of causal softmax attention.
         reduce_fn: sums partial [H, n] over the ranks that replicate these kv heads; None when no
             other rank holds them.
+        compaction: 0 at prefill, then the number of this compaction of the sequence, from 1.
     """
 
     layer: int
@@ -37,10 +41,11 @@ class Observation:
     values: Tensor
     queries: Tensor | None
     scale: float
-    heads: range
+    heads: Sequence[int]
     group_size: int
     mass_fn: Callable[[Tensor, Tensor], Tensor]
     reduce_fn: Callable[[Tensor], Tensor] | None = None
+    compaction: int = 0
 
     def __post_init__(self) -> None:
         assert 0 <= self.layer < self.num_layers

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .retention import Retention
 
 Scope = Literal["head", "layer", "token"]
+AtDecode = Literal["none", "window queries", "last query", "accumulated mass"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class ScoreMethod:
         scope: what has to be known to select: one head, all heads of the layer, or their mean.
         settings: fields of `Retention` that it reads, besides those of every budgeted method.
         min_window: smallest `window` that it can work with.
+        at_decode: what it observes of the tokens that a sequence decodes, besides their keys, so
+            that it can compact rows (`decode_stage.py`); None where it cannot.
     """
 
     function: "Callable[[Observation, Retention], Tensor]"
@@ -39,6 +42,7 @@ class ScoreMethod:
     scope: Scope = "head"
     settings: tuple[str, ...] = ()
     min_window: int = 0
+    at_decode: AtDecode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +62,16 @@ class BudgetShape:
 
 
 SCORES = {
-    "streaming": ScoreMethod(scores.streaming),
+    "streaming": ScoreMethod(scores.streaming, at_decode="none"),
     "snapkv": ScoreMethod(
-        scores.snapkv, scores.observe_window, settings=("kernel_size", "pooling"), min_window=1
+        scores.snapkv,
+        scores.observe_window,
+        settings=("kernel_size", "pooling"),
+        min_window=1,
+        at_decode="window queries",
     ),
-    "knorm": ScoreMethod(scores.knorm),
-    "random": ScoreMethod(scores.random, settings=("seed",)),
+    "knorm": ScoreMethod(scores.knorm, at_decode="none"),
+    "random": ScoreMethod(scores.random, settings=("seed",), at_decode="none"),
 }
 
 SHAPES = {
@@ -71,7 +79,7 @@ SHAPES = {
     "pyramid": BudgetShape(budgets.pyramid, settings=("beta",)),
 }
 
-COMMON_SETTINGS = ("budget", "window", "sinks", "skip_layers")
+COMMON_SETTINGS = ("budget", "window", "sinks", "skip_layers", "decode")
 """What every budgeted method reads."""
 
 

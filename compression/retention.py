@@ -14,6 +14,7 @@ import numpy as np
 from saqqara.configs.schema import CONFIG_DIR, load_yaml
 
 from .budgets import settle
+from .decode_stage import DecodeStage
 from .registry import SCORES, SHAPES, budget_shape, score_method, settings_of
 
 PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
@@ -45,6 +46,7 @@ class Retention:
         pooling: "max" or "avg" (snapkv).
         beta: steepness, at least 1: the top layer keeps the beta-th part of the mean (pyramid).
         seed: of the noise, a 64-bit integer from 0 (random).
+        decode: compact rows while decoding (`decode_stage.py`); None: they grow without bound.
 
     Raises:
         ValueError: a field is out of range, missing, or not read by the score and shape.
@@ -62,6 +64,7 @@ class Retention:
     pooling: str = "max"
     beta: float = 20.0
     seed: int = 0
+    decode: DecodeStage | None = None
 
     def __post_init__(self) -> None:
         if (self.score is None) != (self.method == "full"):
@@ -74,6 +77,8 @@ class Retention:
             self._check_values(self.score)
 
     def _check_unread(self) -> None:
+        if self.score is None and self.decode is not None:
+            raise ValueError("decode: 'full' keeps every token, so there is nothing to compact")
         read = {"method", "score"}
         if self.score is not None:
             read |= {"shape", "share", *settings_of(self.score, self.shape)}
@@ -100,7 +105,19 @@ class Retention:
             _check_integer("skip_layers", layer, least=0)
         if tuple(sorted(set(self.skip_layers))) != self.skip_layers:
             raise ValueError(f"skip_layers: must rise, each layer once: {self.skip_layers}")
+        self._check_decode(score)
         self._check_budget()
+
+    def _check_decode(self, score: str) -> None:
+        if self.decode is None:
+            return
+        if not isinstance(self.decode, DecodeStage):
+            raise ValueError(f"decode: must be a DecodeStage, not {self.decode!r}")
+        if score_method(score).at_decode is None:
+            able = sorted(name for name, method in SCORES.items() if method.at_decode is not None)
+            raise ValueError(
+                f"decode: score {score!r} cannot compact rows; those that can: {', '.join(able)}"
+            )
 
     def _check_budget(self) -> None:
         if (self.budget is None) == (self.share is None):
@@ -161,11 +178,16 @@ class Retention:
 
     @classmethod
     def _from_settings(cls, given: dict[str, Any]) -> "Retention":
+        given |= {"decode": DecodeStage.parse(given.pop("decode", None))}
+        if given["decode"] is None:
+            del given["decode"]
         method = given.pop("method", None)
         if method is None and given.get("score") is None:
             raise ValueError(f"method: missing; known: {_known_names()}")
         preset = {} if method is None else _named_settings(method)
         if method is not None and preset["score"] is None:
+            if "decode" in given:
+                return cls(decode=given["decode"])  # which says what is wrong with it
             if given:
                 raise ValueError(f"{next(iter(given))}: {method!r} keeps all and takes no settings")
             return cls()
@@ -187,6 +209,8 @@ class Retention:
                 )
         if "budget" in settings:
             settings |= _read_budget(settings["budget"])
+        if "decode" in inherited and "decode" not in given:
+            settings["decode"] = DecodeStage.parse(inherited["decode"])
         if isinstance(settings.get("skip_layers"), list):
             settings["skip_layers"] = tuple(settings["skip_layers"])
         return cls(method=method, score=score, shape=shape, **settings)
@@ -198,6 +222,10 @@ class Retention:
         settings = {name: getattr(self, name) for name in settings_of(self.score, self.shape)}
         settings["budget"] = self._budget_text if self.budget is None else self.budget
         settings["skip_layers"] = list(self.skip_layers)
+        if self.decode is None:
+            del settings["decode"]
+        else:
+            settings["decode"] = self.decode.to_dict()
         return {"method": self.method, "score": self.score, "shape": self.shape, **settings}
 
     @property
@@ -206,6 +234,8 @@ class Retention:
         if self.score is None:
             return self.method
         settings = self.to_dict()
+        if self.decode is not None:
+            settings["decode"] = self.decode.slack_pages
         changed = [
             f",{field.name}={settings[field.name]}"
             for field in fields(self)
@@ -238,13 +268,17 @@ class Retention:
 
     def budget_tokens(self, prompt_tokens: int) -> int:
         """B for such a prompt: mean tokens kept per layer and kv head, at most the prompt's."""
+        return min(self.budget_of(prompt_tokens), prompt_tokens)
+
+    def budget_of(self, prompt_tokens: int) -> int:
+        """B for such a prompt, also where the prompt is shorter than that."""
         if self.score is None:
             return prompt_tokens
         if self.budget is not None:
-            return min(self.budget, prompt_tokens)
+            return self.budget
         exact = Fraction(str(self.share)) * prompt_tokens
         rounded = math.floor(exact + Fraction(1, 2))
-        return min(max(rounded, self._least_budget), prompt_tokens)
+        return max(rounded, self._least_budget)
 
     def layer_tokens(self, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
         """Count the prompt tokens that each layer keeps per kv head (the mean, where ragged).

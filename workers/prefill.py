@@ -178,6 +178,8 @@ class Prefill:
         bounds = parked.cu.host
         for slot, start, stop in zip(slots, bounds[:-1], bounds[1:], strict=True):
             prompt = qkv.part(slice(start, stop))
+            next_position = shard.slots[slot].prompt_tokens
+            shard.rings.store(slot, layer - shard.layers.start, prompt.q, next_position)
             # On every rank, refused or not: some scores are reduced over ranks.
             indices = self._select(layer, slot, prompt)
             if slot in shard.refused:

@@ -97,7 +97,7 @@ class Worker:
             self._prefill.drop(slot)
             shard.free(slot)
         for new in plan.new:
-            shard.slots.add(new)
+            shard.add(new)
         targets = shard.slots.samples(plan, shard.spec.num_layers)
         already_refused = frozenset(shard.refused)
         finals = self._prefill.run(plan)
@@ -112,7 +112,7 @@ class Worker:
             refused=tuple(sorted(shard.refused - already_refused)),
             pages_free=shard.kv.pages_free,
             seconds=shard.clock.seconds,
-            memory=shard.meter.snapshot(self._prefill.parked_bytes),
+            memory=shard.meter.snapshot(self._prefill.parked_bytes, shard.rings.num_bytes),
         )
 
     def trace(self) -> list[Span]:

@@ -7,7 +7,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Sequence as Many
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -23,12 +23,15 @@ from support.fake_replica import (
 from saqqara.cluster.events import Event, Finished, NewToken, Preempted, Prefilled
 from saqqara.cluster.request import Request, SamplingParams, Sequence, Status
 from saqqara.cluster.scheduler import Scheduler
+from saqqara.compression.decode_stage import DecodeStage
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
 FULL = Retention.parse("full")
 PYRAMID = Retention.parse({"method": "pyramidkv", "budget": 12, "window": 3, "sinks": 1})
 RAGGED = RaggedRetention(method="ragged", score="snapkv", budget=12, window=3)
+COMPACTED = Retention.parse(PYRAMID.to_dict() | {"decode": {"slack_pages": 1}})
+COMPACTED_RAGGED = replace(RAGGED, decode=DecodeStage(2))
 EOS = 5
 
 
@@ -139,7 +142,7 @@ def check(sequence: Sequence, max_model_len: int = 256) -> None:
 
 def random_request(rng: random.Random, name: str, longest: int = 40) -> Request:
     prompt = [rng.randrange(128) for _ in range(rng.randint(1, longest))]
-    retention = rng.choice([FULL, PYRAMID, RAGGED])
+    retention = rng.choice([FULL, PYRAMID, RAGGED, COMPACTED, COMPACTED_RAGGED])
     score = None
     if rng.random() < 0.2:
         score = tuple(rng.randrange(128) for _ in range(rng.randint(1, 20)))
@@ -534,7 +537,7 @@ def test_whatever_the_setting_every_request_gets_its_tokens(setting: Setting) ->
 @pytest.mark.parametrize("lookahead", [1, 2])
 @pytest.mark.parametrize("stages", [(4,), (2, 2), (2, 1, 1)])
 def test_two_hundred_requests_through_a_small_pool(stages: tuple[int, ...], lookahead: int) -> None:
-    setting = Setting(1, stages, ((0, 2),), 40, lookahead, 60, 64, 12)
+    setting = Setting(1, stages, ((0, 2),), 28, lookahead, 60, 64, 12)
     run, sequences = run_random(setting, num_requests=200)
     check_all(sequences)
     assert all(s.finish_reason != "error" for s in sequences)
