@@ -65,7 +65,7 @@ def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 
 def kept_positions(worker: Worker, slow: SlowLlama, slot: int) -> list[list[list[int]]]:
     """Which of the keys that the loops ever saw lie in each row, by layer and head."""
-    rows = []
+    rows: list[list[list[int]]] = []
     for layer in range(LAYERS):
         rows.append([])
         for head in range(HEADS):

@@ -169,7 +169,8 @@ class SlowLlama:
         x = x + w["self_attn.o_proj.weight"] @ torch.cat(attended)
         normed = self._norm(x, w["post_attention_layernorm.weight"])
         gate = torch.nn.functional.silu(w["mlp.gate_proj.weight"] @ normed)
-        return x + w["mlp.down_proj.weight"] @ (gate * (w["mlp.up_proj.weight"] @ normed))
+        x += w["mlp.down_proj.weight"] @ (gate * (w["mlp.up_proj.weight"] @ normed))
+        return x
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return x / torch.sqrt(x.pow(2).mean() + self.config.rms_norm_eps) * weight
@@ -179,12 +180,11 @@ class SlowLlama:
         theta = self.config.rope_parameters["rope_theta"]
         angles = position * theta ** (-torch.arange(half, dtype=torch.float64) / half)
         first, second = x[:half], x[half:]
-        return torch.cat(
-            [
-                first * angles.cos() - second * angles.sin(),
-                second * angles.cos() + first * angles.sin(),
-            ]
-        )
+        turned = [
+            first * angles.cos() - second * angles.sin(),
+            second * angles.cos() + first * angles.sin(),
+        ]
+        return torch.cat(turned)
 
     def _next(self, x: Tensor) -> int:
         normed = self._norm(x, self.weights["model.norm.weight"])

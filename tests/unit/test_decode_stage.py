@@ -136,7 +136,7 @@ def test_a_ring_holds_the_last_queries_of_its_slot() -> None:
         assert writes is not None
         for layer in range(2):
             rings.append(writes, layer, queries + layer)
-        for slot, new in zip(slots.tolist(), queries.split(counts.tolist()), strict=True):
+        for slot, new in zip(slots.tolist(), torch.split(queries, counts.tolist()), strict=True):
             if slot in seen:
                 seen[slot] += list(new)
         for slot, size in sizes.items():
@@ -283,3 +283,26 @@ def test_long_outputs_fit_a_pool_that_never_has_to_refuse(score: tuple[int, ...]
             assert sequence.output_token_ids == tokens[-90:]
         else:
             assert len(sequence.scored_logprobs) == 90
+
+
+def test_what_a_compaction_returns_is_given_away_in_the_next_plan_not_in_its_own() -> None:
+    """Within a plan, prompts are written before rows are compacted."""
+    # 8 rows: 3 pages each after prefill, 5 at the peak (12 + 8 tokens), 4 right after it.
+    workers = make_workers(8 * (4 + 3))
+    scheduler = Scheduler(workers, max_num_seqs=2, max_model_len=256)
+    replica = FakeReplica(workers)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    first, second = (
+        Request(name, tuple(range(16)), params, retention("streaming"), 0) for name in "ab"
+    )
+    scheduler.add(first, params.spec(0))
+    fed, started = 0, None
+    while (done := step(scheduler, replica)) is not None:
+        plan, results = done
+        assert not any(result.refused for result in results)
+        fed += len(plan.decode) if started is None else 0
+        if fed == 5 and started is None:
+            scheduler.add(second, params.spec(0))
+        if plan.new and plan.step > 0 and started is None:
+            started = fed
+    assert started == 9  # the first token after the compaction, which came with the eighth
