@@ -126,4 +126,5 @@ def num_ring_queries(retention: "Retention") -> int:
         return 0
     assert retention.score is not None
     observed = score_method(retention.score).at_decode
-    return {"window queries": retention.window, "last query": 1}.get(observed or "none", 0)
+    assert observed is not None, "checked by Retention"
+    return {"none": 0, "window queries": retention.window, "last query": 1}[observed]

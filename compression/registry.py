@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .retention import Retention
 
 Scope = Literal["head", "layer", "token"]
-AtDecode = Literal["none", "window queries", "last query", "accumulated mass"]
+AtDecode = Literal["none", "window queries", "last query"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,9 @@ class ScoreMethod:
         scope: what has to be known to select: one head, all heads of the layer, or their mean.
         settings: fields of `Retention` that it reads, besides those of every budgeted method.
         min_window: smallest `window` that it can work with.
-        at_decode: what it observes of the tokens that a sequence decodes, besides their keys, so
-            that it can compact rows (`decode_stage.py`); None where it cannot.
+        at_decode: what it must be shown of the tokens that a sequence decodes, besides their keys,
+            to compact rows (`decode_stage.py`): nothing, the queries of the last `window` tokens,
+            or that of the last one. None: it cannot compact, so it takes no `decode` setting.
     """
 
     function: "Callable[[Observation, Retention], Tensor]"

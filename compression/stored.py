@@ -23,14 +23,13 @@ def select_stored(retention: Retention, observation: Observation, keep: int) -> 
 
     Args:
         retention: with a decode stage.
-        observation: R rows of n stored tokens each, as `heads`.
+        observation: R rows of n stored tokens each, as `heads`; all of one sequence, and all its
+            local heads in order, where the score's scope is more than a head.
         keep: tokens that stay in each row, at least `window + sinks`.
 
     Returns:
         int64 [R, keep], places in storage, ascending in each row.
     """
     assert retention.score is not None
-    method = score_method(retention.score)
-    assert method.scope == "head", "rows are selected one by one"
-    scores = method.function(observation, retention)
+    scores = score_method(retention.score).function(observation, retention)
     return kept_positions(scores, keep, retention.window, retention.sinks)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saqqara.compression.decode_stage import num_ring_queries
 from saqqara.compression.observation import Observation
+from saqqara.compression.registry import score_method
 from saqqara.compression.retention import Retention
 from saqqara.compression.stored import select_stored
 
@@ -48,13 +49,22 @@ def compact(shard: Shard, items: tuple[DecodeItem, ...]) -> None:
         return
     together: dict[tuple[object, ...], list[_Firing]] = defaultdict(list)
     for number, f in enumerate(firing):
-        # Ranks that share kv heads reduce their scores, in an order that refusals cannot change.
-        alone = number if shard.heads.replicated else -1
+        alone = number if _asks_ranks(shard, f.retention) else -1
         together[f.retention, f.compaction, alone].append(f)
     with shard.clock.phase("compact"):
         for group in together.values():
             for index in range(len(shard.layers)):
                 _compact_layer(shard, index, group)
+
+
+def _asks_ranks(shard: Shard, retention: Retention) -> bool:
+    """Whether the score of a row depends on what other rows or ranks hold.
+
+    Such sequences are selected one by one, in the same order on every rank.
+    """
+    assert retention.score is not None
+    scope = score_method(retention.score).scope
+    return scope != "head" or (shard.heads.replicated and num_ring_queries(retention) > 0)
 
 
 def _firing(shard: Shard, item: DecodeItem) -> _Firing | None:
@@ -73,62 +83,82 @@ def _firing(shard: Shard, item: DecodeItem) -> _Firing | None:
 def _compact_layer(shard: Shard, index: int, group: list[_Firing]) -> None:
     """Compact one local layer of sequences of one retention."""
     present = [f for f in group if f.slot not in shard.refused]
-    if len(present) < len(group) and shard.heads.replicated:
-        _join_reduction(shard, index, group[0])
     if not present:
+        if _asks_ranks(shard, group[0].retention):
+            _join_others(shard, index, group[0])
         return
+    retention, slack = present[0].retention, shard.cycles[present[0].slot].slack
     slots = np.array([f.slot for f in present], dtype=np.int64)
     lengths = shard.kv.table.kept[slots, index]  # [N, H]
     for length in np.unique(lengths).tolist():
         number, heads = np.nonzero(lengths == length)
         rows = Rows(index, slots[number], heads)
-        observation = _observe(shard, rows, present, number)
-        slack = shard.cycles[present[0].slot].slack
-        indices = select_stored(present[0].retention, observation, length - slack)
+        k_RND, v_RND = read_rows(shard.kv, rows)
+        queries = None
+        if num_ring_queries(retention):
+            queries = _queries(shard, index, present)[torch.from_numpy(number), heads]
+        observation = _observation(shard, index, present[0], heads, k_RND, v_RND, queries)
+        indices = select_stored(retention, observation, length - slack)
         if not compact_rows(shard.kv, rows, indices):
             for slot in np.unique(rows.slots).tolist():
                 shard.refuse(slot)
             return
 
 
-def _observe(shard: Shard, rows: Rows, firing: list[_Firing], number: Ints) -> Observation:
-    """What a score may look at; `number` [R] says which of `firing` each row belongs to."""
-    k_RND, v_RND = read_rows(shard.kv, rows)
-    queries = None
-    if num_ring_queries(firing[0].retention):
-        slots = np.array([f.slot for f in firing], dtype=np.int64)
-        stops = np.array([f.next_position for f in firing], dtype=np.int64)
-        ring = shard.rings.read(slots, rows.layer, stops)  # [N, w, Hq, D]
-        ring = ring.view(*ring.shape[:2], len(shard.heads.kv), -1, ring.shape[-1])
-        grouped = ring.transpose(1, 2)  # [N, H, w, G, D]
-        chosen = grouped[torch.from_numpy(number), torch.from_numpy(rows.heads)]
-        queries = chosen.transpose(0, 1).flatten(1, 2)  # [w, R G, D]
+def _queries(shard: Shard, index: int, firing: list[_Firing]) -> Tensor:
+    """The remembered queries of one local layer by kv head, [N, H, w, G, D]."""
+    slots = np.array([f.slot for f in firing], dtype=np.int64)
+    stops = np.array([f.next_position for f in firing], dtype=np.int64)
+    ring = shard.rings.read(slots, index, stops)  # [N, w, Hq, D]
+    grouped = ring.view(*ring.shape[:2], len(shard.heads.kv), -1, ring.shape[-1])
+    return grouped.transpose(1, 2)
+
+
+def _observation(
+    shard: Shard,
+    index: int,
+    first: _Firing,
+    heads: Ints,
+    k_RND: Tensor,
+    v_RND: Tensor,
+    queries_RWGD: Tensor | None,
+) -> Observation:
+    """What a score may look at: rows of one local layer, each with the local kv head `heads[i]`."""
+    queries = None if queries_RWGD is None else queries_RWGD.transpose(0, 1).flatten(1, 2)
     return Observation(
-        layer=shard.layers[rows.layer],
+        layer=shard.layers[index],
         num_layers=shard.spec.num_layers,
         prompt_tokens=k_RND.shape[1],
         keys=k_RND.transpose(0, 1),
         values=v_RND.transpose(0, 1),
         queries=queries,
         scale=shard.scale,
-        heads=(shard.heads.kv.start + rows.heads).tolist(),
+        heads=(shard.heads.kv.start + heads).tolist(),
         group_size=shard.spec.group_size,
         mass_fn=lambda q, k: rows_mass(q, k, shard.scale),
         reduce_fn=shard.mesh.reduce_replicas if shard.heads.replicated else None,
-        compaction=firing[0].compaction,
+        compaction=first.compaction,
     )
 
 
-def _join_reduction(shard: Shard, index: int, refused: _Firing) -> None:
-    """Add nothing to the scores of a slot that this rank, but maybe not its replicas, refused."""
-    if num_ring_queries(refused.retention) == 0:
-        return
-    spec, heads = shard.spec, shard.heads.kv
-    kept = refused.retention.row_tokens(refused.prompt_tokens, spec.num_layers, spec.num_kv_heads)[
-        shard.layers[index], heads.start
-    ]
-    length = int(kept) + shard.cycles[refused.slot].most
-    shard.mesh.reduce_replicas(torch.zeros(len(heads), length, device=shard.device))
+def _join_others(shard: Shard, index: int, refused: _Firing) -> None:
+    """Answer the ranks that select for a slot that this one refused and holds nothing of.
+
+    They wait for its part of the scores. What they make of it does not matter: the sequence will
+    start anew.
+    """
+    retention, heads = refused.retention, shard.heads.kv
+    counts = retention.row_tokens(
+        refused.prompt_tokens, shard.spec.num_layers, shard.spec.num_kv_heads
+    )
+    cycle = shard.cycles[refused.slot]
+    length = int(counts[shard.layers[index], heads.start]) + cycle.most
+    dim, group = shard.spec.head_dim, len(shard.heads.query) // len(heads)
+    nothing = torch.zeros(len(heads), length, dim, device=shard.device)
+    queries = torch.zeros(len(heads), num_ring_queries(retention), group, dim, device=shard.device)
+    local = np.arange(len(heads))
+    observation = _observation(shard, index, refused, local, nothing, nothing, queries)
+    select_stored(retention, observation, length - cycle.slack)
 
 
 def rows_mass(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -6,7 +6,7 @@ tokens that the last stage sampled on the way, are compared with one process.
 
 import multiprocessing as mp
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Outcome:
 
     tokens: list[tuple[int, int]]
     rows: dict[tuple[int, int, int], Any]
+    refused: list[int] = field(default_factory=list)
 
 
 def run_plans(worker: Worker) -> Outcome:
@@ -70,6 +71,20 @@ def run_plans(worker: Worker) -> Outcome:
     return Outcome(tokens, rows)
 
 
+def run_short_of_pages(worker: Worker, rank: int) -> list[int]:
+    """Go on where `run_plans` ended; returns the slots that were refused.
+
+    The first step ends with a compaction; what it returned is taken away on rank 1.
+    """
+    refused: list[int] = []
+    for step in range(2 * SLACK_PAGES * PAGE):
+        if step == 1 and rank == 1:
+            worker.kv.pool.allocate(worker.kv.pages_free)
+        items = tuple(DecodeItem(slot, n + NUM_STEPS + step) for slot, n in ((0, 45), (1, 30)))
+        refused += worker.execute(StepPlan(step, decode=items)).refused
+    return refused
+
+
 CASES = {
     "two stages": ("llama-gqa", MeshLayout(1, 2)),
     "two and one kv heads": ("llama-gqa", MeshLayout(2, 1)),
@@ -99,6 +114,7 @@ def _run_rank(
             config = config_of(name, folder)
             worker = Worker(config, layout, rank, store=("127.0.0.1", ports[case]))
             outcome[case] = run_plans(worker)
+            outcome[case].refused = run_short_of_pages(worker, rank)
             worker.close()
     except BaseException:
         outcome = RuntimeError(f"rank {rank}:\n{traceback.format_exc()}")
@@ -151,3 +167,12 @@ def test_sharded_equals_one_rank(
     assert [o.tokens for o in outcomes[case] if o.tokens] == [expected.tokens]
     mean = np.mean([len(row) for row in expected.rows.values()])
     assert 20 <= mean < 20 + SLACK_PAGES * PAGE
+
+
+def test_a_rank_that_refused_a_sequence_does_not_hold_up_its_replicas(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    """They wait for its part of the scores, until the scheduler takes the sequence away."""
+    first, second = outcomes["one kv head on both ranks"]
+    assert first.refused == []
+    assert second.refused == [1]  # what it held is enough for the other one

@@ -269,8 +269,8 @@ def test_long_outputs_through_a_small_pool_are_unchanged(tmp_path: Path, demo_mo
     """Preempted and resumed with a decode stage; ownership is proved after every step."""
     save_tiny("llama-gqa", tmp_path, tokenizer_of=demo_model)
     rng = np.random.default_rng(0)
-    texts = [rng.integers(20, 40_000, rng.integers(5, 60)).tolist() for _ in range(16)]
-    sampling = SamplingParams(temperature=0.8, seed=3, max_tokens=60, ignore_eos=True)
+    texts = [rng.integers(20, 40_000, rng.integers(5, 60)).tolist() for _ in range(10)]
+    sampling = SamplingParams(temperature=0.8, seed=3, max_tokens=45, ignore_eos=True)
     settings: dict[str, Any] = {
         "dtype": "float32",
         "device": "cpu",
@@ -281,14 +281,14 @@ def test_long_outputs_through_a_small_pool_are_unchanged(tmp_path: Path, demo_mo
     }
     page_gib = 2 * 16 * 4 * PAGE / 1024**3
     rows = LAYERS * HEADS
-    # 9 pages a row are more than the lowest layer's share: about six sequences at a time.
-    with LLM(str(tmp_path), kv_memory_gib=6 * rows * 7 * page_gib, **settings) as llm:
+    # A row has 5 pages on average when it is compacted, and 7 before: four sequences at a time.
+    with LLM(str(tmp_path), kv_memory_gib=4 * rows * 7 * page_gib, **settings) as llm:
         got = llm.generate(prompt_token_ids=texts, sampling_params=sampling)
         report = llm.report()
     assert report.num_preemptions > 0
     assert report.pages_leaked == 0
     with LLM(str(tmp_path), max_num_seqs=1, **settings) as llm:
-        for number in range(0, 16, 3):
+        for number in range(1, 10, 3):
             [alone] = llm.generate(prompt_token_ids=[texts[number]], sampling_params=sampling)
             assert alone.outputs[0].token_ids == got[number].outputs[0].token_ids
         [scored] = llm.score([texts[0]], [texts[1]])
