@@ -2,8 +2,9 @@
 
 Only sequences whose retention needs them have a ring. A ring of w queries takes as much memory as
 w * G / 2 tokens of KV in each row. Rings are not charged to the page pool: they all lie in one
-buffer, which doubles on demand (so with one w it never holds more than `2 * max_num_seqs * w`
-queries per layer) and goes when the last ring is closed. `WorkerMemory.ring_bytes` reports it.
+buffer, which grows on demand (with one w to at most `max_num_seqs * w` queries per layer, which on
+a GPU is set aside before the pool is sized) and goes when the last ring is closed.
+`WorkerMemory.ring_bytes` reports it.
 
 Shapes: T packed tokens, N sequences, L local layers, Hq local query heads, D head dim, w queries of
 a ring, C queries of the whole buffer.
@@ -71,7 +72,8 @@ class QueryRings:
         capacity = self._buffer.shape[1]
         if start + num_queries > capacity:
             num_layers, _, num_heads, dim = self._buffer.shape
-            more = max(start + num_queries, 2 * capacity) - capacity
+            doubled = min(2 * capacity, len(self._size_S) * num_queries)
+            more = max(start + num_queries, doubled) - capacity
             added = self._buffer.new_zeros(num_layers, more, num_heads, dim)
             self._buffer = torch.cat([self._buffer, added], dim=1)
         self._start_S[slot], self._size_S[slot] = start, num_queries
