@@ -225,7 +225,11 @@ class Ledger:
         return kept
 
     def usage(self) -> Usage:
-        """Bytes held by sequences where their prefill has ended, against full retention's."""
+        """Bytes held by sequences where their prefill has ended, against full retention's.
+
+        These are the bytes between steps. Within a step that compacts, the last token may take one
+        more page in each row.
+        """
         slots = np.flatnonzero(self._held_S)
         exact_NW = self._exact_SW[slots]
         kept_NW = self._pages(slots, self._grown(slots, self._fed_S[slots]))
