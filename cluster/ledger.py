@@ -6,6 +6,12 @@ row every `page_tokens` tokens, and in between as many as rows cross a page boun
 is tabulated per slot and worker (`_crossings`), so the cost of a step's appends is two look-ups per
 sequence, however many layers and heads there are.
 
+Under a decode-stage retention all rows of a sequence shrink together, too, after numbers of fed
+tokens that are known (`compression.decode_stage.Cycle`): then pages are a function of how many
+tokens rows have *grown* by. A step that compacts appends first, so it is charged what it holds at
+its peak, and `settle`, at the end of the plan, gives back what the compaction returns. The ring of
+queries that such a sequence may have lies outside the pool and is not charged here.
+
 Shapes: S slots, L layers, H kv heads of the model, W workers, P page_tokens, N slots of a step.
 """
 
@@ -15,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from saqqara.compression.decode_stage import Cycle, cycle_of, grown
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import WorkerInfo
 
@@ -29,12 +36,14 @@ class Demand:
 
     `rows` int32 [L, H] expected kept tokens; `base` int64 [W] pages after prefill; `crossings`
     int64 [W, P] pages that the first k < P tokens after the prompt add. Exact unless `ragged`.
+    `cycle` says when rows are compacted while decoding; None: never.
     """
 
     rows: NDArray[np.int32]
     base: Ints
     crossings: Ints
     ragged: bool
+    cycle: Cycle | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +59,7 @@ class Ledger:
 
     A slot is charged its expected pages (and those of the tokens it must replay) from `admit` on,
     exact pages from `set_kept` on, and every append when it is planned. Plans run in order, so the
-    charges at any moment are what the workers will hold once the last plan has run.
+    charges at any moment between plans are what the workers will hold once the last plan has run.
     """
 
     def __init__(self, workers: Sequence[WorkerInfo], num_slots: int) -> None:
@@ -74,6 +83,9 @@ class Ledger:
         self._prompt_S = np.zeros(num_slots, dtype=np.int64)
         self._fed_S = np.zeros(num_slots, dtype=np.int64)
         self._reserved_S = np.zeros(num_slots, dtype=np.int64)
+        self._grace_S = np.zeros(num_slots, dtype=np.int64)
+        self._slack_S = np.zeros(num_slots, dtype=np.int64)  # 0: rows are never compacted
+        self._returned_W = np.zeros(num_workers, dtype=np.int64)  # by compactions of this plan
         self._layers_S = np.zeros(num_slots, dtype=np.int64)  # prefilled so far
         self._held_S = np.zeros(num_slots, dtype=np.bool_)
         self._ragged_S = np.zeros(num_slots, dtype=np.bool_)
@@ -104,7 +116,9 @@ class Ledger:
         return self._demands[key]
 
     def pages_needed(self, demand: Demand, more_tokens: int = 0) -> Ints:
-        """Pages, int64 [W], of a prompt followed by `more_tokens` fed tokens."""
+        """Pages, int64 [W], that a prompt needs at most while `more_tokens` are fed after it."""
+        if demand.cycle is not None:
+            more_tokens = min(more_tokens, demand.cycle.most)
         cycles, rest = divmod(more_tokens, self.page_tokens)
         need: Ints = demand.base + cycles * self._rows_W + demand.crossings[:, rest]
         return need
@@ -116,6 +130,8 @@ class Ledger:
         self._ragged_S[slot] = demand.ragged
         self._prompt_S[slot] = prompt_tokens
         self._reserved_S[slot] = reserve_tokens
+        if demand.cycle is not None:
+            self._grace_S[slot], self._slack_S[slot] = demand.cycle.grace, demand.cycle.slack
         self._kept_SLH[slot] = demand.rows
         self._base_SW[slot] = demand.base
         self._rows_SW[slot] = self._rows_W
@@ -130,6 +146,7 @@ class Ledger:
             per_slot[slot] = False
         for counts in (self._prompt_S, self._fed_S, self._reserved_S, self._layers_S):
             counts[slot] = 0
+        self._grace_S[slot] = self._slack_S[slot] = 0
         self._kept_SLH[slot] = 0
 
     def advance_prefill(self, slots: Sequence[int], stop_layer: int) -> None:
@@ -159,24 +176,47 @@ class Ledger:
         self._refused_S[slot] = True
 
     def append_cost(self, slots: Ints, num_tokens: Ints) -> Ints:
-        """Pages, int64 [N, W], that feeding `num_tokens` [N] tokens would add to `slots` [N]."""
-        now, after = self._appended(slots, num_tokens)
-        cost: Ints = self._pages(slots, after) - self._pages(slots, now)
+        """Pages, int64 [N, W], that feeding `num_tokens` [N] tokens adds to `slots` [N] at most.
+
+        With a decode stage no more may be fed at once than there is `room` for.
+        """
+        now = self._charged_tokens(slots, self._fed_S[slots])
+        cost: Ints = self._pages(slots, self._peak(slots, num_tokens)) - self._pages(slots, now)
         return cost
 
     def append(self, slots: Ints, num_tokens: Ints) -> None:
         """Charge the tokens that a step feeds; the caller has checked that they fit."""
         self.free -= self.append_cost(slots, num_tokens).sum(axis=0)
-        self._fed_S[slots] += num_tokens
         assert self.free.min() >= 0, f"pages were promised twice: {self.free.tolist()} free"
+        peak = self._peak(slots, num_tokens)
+        self._fed_S[slots] += num_tokens
+        compacted = self._slack_S[slots] > 0
+        if compacted.any():
+            slots, peak = slots[compacted], peak[compacted]
+            after = self._charged_tokens(slots, self._fed_S[slots])
+            returned_NW = self._pages(slots, peak) - self._pages(slots, after)
+            self._returned_W += returned_NW.sum(axis=0)
+
+    def settle(self) -> None:
+        """Give back what the compactions of the plan that is now complete return."""
+        self.free += self._returned_W
+        self._returned_W[:] = 0
+
+    def room(self, slot: int) -> int | None:
+        """Tokens that one step may feed: those up to the next compaction; None: any number."""
+        if self._slack_S[slot] == 0:
+            return None
+        cycle = Cycle(int(self._grace_S[slot]), int(self._slack_S[slot]))
+        return cycle.room(int(self._fed_S[slot]))
 
     def is_exact(self, slot: int) -> bool:
         """Whether every worker has reported what its prefill kept."""
         return bool(self._exact_SW[slot].all())
 
     def kept(self, slot: int) -> NDArray[np.int32]:
-        """Tokens kept per row now, int32 [L, H]: those of the prompt plus those fed since."""
-        kept: NDArray[np.int32] = self._kept_SLH[slot] + self._fed_S[slot].astype(np.int32)
+        """Tokens kept per row now, int32 [L, H]: those of the prompt plus those grown since."""
+        more = self._grown(np.array([slot]), self._fed_S[slot]).astype(np.int32)
+        kept: NDArray[np.int32] = self._kept_SLH[slot] + more
         return kept
 
     def kept_of_prompt(self, slot: int) -> NDArray[np.int32]:
@@ -185,10 +225,14 @@ class Ledger:
         return kept
 
     def usage(self) -> Usage:
-        """Bytes held by sequences where their prefill has ended, against full retention's."""
+        """Bytes held by sequences where their prefill has ended, against full retention's.
+
+        These are the bytes between steps. Within a step that compacts, the last token may take one
+        more page in each row.
+        """
         slots = np.flatnonzero(self._held_S)
         exact_NW = self._exact_SW[slots]
-        kept_NW = self._pages(slots, self._fed_S[slots])
+        kept_NW = self._pages(slots, self._grown(slots, self._fed_S[slots]))
         tokens_N = self._prompt_S[slots] + self._fed_S[slots]
         full_NW = -(-tokens_N // self.page_tokens)[:, None] * self._rows_SW[slots]
         kept_W = (kept_NW * exact_NW).sum(axis=0)
@@ -204,7 +248,8 @@ class Ledger:
         if self._refused_S.any():
             return np.full(len(self.workers), -1, dtype=np.int64)
         ended_SW = self._layers_S[slots, None] >= [w.stop_layer for w in self.workers]
-        pages_W: Ints = (self._pages(slots, self._fed_S[slots]) * ended_SW).sum(axis=0)
+        grown_S = self._grown(slots, self._fed_S[slots])
+        pages_W: Ints = (self._pages(slots, grown_S) * ended_SW).sum(axis=0)
         for slot in slots[~ended_SW.all(axis=1)]:
             for rank, worker in enumerate(self.workers):
                 stop_layer = int(self._layers_S[slot])
@@ -227,19 +272,34 @@ class Ledger:
                 f"worker {rank} has {free} free pages, the ledger says {expected}"
             )
 
-    def _appended(self, slots: Ints, num_tokens: Ints) -> tuple[Ints, Ints]:
-        """Tokens charged for before and after an append, int64 [N] each."""
-        fed, reserved = self._fed_S[slots], self._reserved_S[slots]
-        return np.maximum(fed, reserved), np.maximum(fed + num_tokens, reserved)
+    def _grown(self, slots: Ints, fed_tokens: Ints) -> Ints:
+        """Tokens by which rows of slots [N] outgrow what prefill kept, once so many are fed [N]."""
+        return grown(fed_tokens, self._grace_S[slots], self._slack_S[slots])
+
+    def _charged_tokens(self, slots: Ints, fed_tokens: Ints) -> Ints:
+        """Growth, int64 [N], that slots [N] are charged for between plans, once so many are fed."""
+        reserved, slack = self._reserved_S[slots], self._slack_S[slots]
+        most = np.where(slack > 0, self._grace_S[slots] + slack, reserved)
+        held = self._grown(slots, fed_tokens)
+        # What is still to be replayed may need as much as rows ever grow by.
+        charged: Ints = np.where(fed_tokens < reserved, np.minimum(reserved, most), held)
+        return charged
+
+    def _peak(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """Growth, int64 [N], that must be charged while a step feeds `num_tokens` [N]."""
+        fed = self._fed_S[slots]
+        fed_peak = self._grown(slots, fed) + num_tokens
+        peak: Ints = np.maximum(fed_peak, self._charged_tokens(slots, fed))
+        return peak
 
     def _charged(self, slot: int) -> Ints:
-        tokens = max(self._fed_S[slot], self._reserved_S[slot])
-        pages: Ints = self._pages(np.array([slot]), np.array([tokens]))[0]
+        slots = np.array([slot])
+        pages: Ints = self._pages(slots, self._charged_tokens(slots, self._fed_S[slots]))[0]
         return pages
 
-    def _pages(self, slots: Ints, fed_tokens: Ints) -> Ints:
-        """Pages, int64 [N, W], of slots [N] that were fed these numbers of tokens [N]."""
-        cycles_N, rest_N = fed_tokens // self.page_tokens, fed_tokens % self.page_tokens
+    def _pages(self, slots: Ints, grown_tokens: Ints) -> Ints:
+        """Pages, int64 [N, W], of slots [N] whose rows grew by these numbers of tokens [N]."""
+        cycles_N, rest_N = grown_tokens // self.page_tokens, grown_tokens % self.page_tokens
         pages: Ints = self._base_SW[slots] + cycles_N[:, None] * self._rows_SW[slots]
         return pages + self._crossings_SWP[slots, :, rest_N]
 
@@ -267,4 +327,5 @@ class Ledger:
                 most = mine.size * -(-prompt_tokens // self.page_tokens)
                 base[rank] = min(int(per_layer.sum()), most)
         ragged = retention.ragged and retention.drops(prompt_tokens)
-        return Demand(rows=rows, base=base, crossings=crossings, ragged=ragged)
+        cycle = cycle_of(retention, prompt_tokens, self.page_tokens)
+        return Demand(rows=rows, base=base, crossings=crossings, ragged=ragged, cycle=cycle)

@@ -113,7 +113,7 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "saqqara:worker_memory_bytes",
         "gauge",
-        "Bytes on a worker: weights, pool, parked activations, peaks, resident.",
+        "Bytes on a worker: weights, pool, parked activations, query rings, peaks, resident.",
         labels=("worker", "kind"),
     ),
 )

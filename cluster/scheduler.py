@@ -205,6 +205,7 @@ class Scheduler:
         self._advance_groups(draft)
         if num_preempted == 0:
             self._admit(draft)
+        self.ledger.settle()
         if draft.is_empty():
             return None
         draft.num_held = self.ledger.num_held
@@ -329,7 +330,7 @@ class Scheduler:
             if not ready or sequence.num_in_flight >= self.lookahead:
                 continue
             if num > 1:
-                num = min(num, extend_left)
+                num = min(num, extend_left, self._most_at_once(sequence, num))
                 extend_left -= num
                 if num == 0:
                     continue
@@ -338,6 +339,18 @@ class Scheduler:
             if len(chosen) == most:
                 break
         return chosen, np.array(num_tokens, dtype=np.int64)
+
+    def _most_at_once(self, sequence: Sequence, num_tokens: int) -> int:
+        """How many of these known tokens one step may feed.
+
+        A compaction depends on the tokens before it, so no step spans one. A resumed sequence with
+        a decode stage is replayed token by token, by the very steps that it was decoded with;
+        scoring feeds pieces that end where rows are compacted, which is the same but for rounding.
+        """
+        room = self.ledger.room(_slot(sequence))
+        if room is None:
+            return num_tokens
+        return room if sequence.is_score else 1
 
     def _plan_decode_item(self, draft: _Draft, sequence: Sequence, num_tokens: int) -> None:
         slot = _slot(sequence)

@@ -1,9 +1,12 @@
 """What a retention method may look at: one sequence at the end of one layer's prefill.
 
+At a compaction while decoding it is some rows of one layer (see `decode_stage.select_stored`): each
+row stands for a kv head, the stored tokens for the prompt.
+
 Shapes: n prompt tokens, w window queries, H local kv heads, Hq local query heads, D head dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,7 +24,7 @@ class Observation:
         values: [n, H, D].
         queries: [w, Hq, D], the last w queries, or None when the method observes none.
         scale: factor on the dot products of the softmax.
-        heads: global ids of the H local kv heads.
+        heads: global ids of the H local kv heads (of each row, at a compaction).
         num_heads: kv heads of the whole model.
         group_size: query heads per kv head in the whole model (a rank that shares its kv heads
             with others holds fewer).
@@ -32,6 +35,7 @@ class Observation:
         gather_heads_fn: joins the [H, m] of all ranks to [num_heads, m], each head once, in their
             order and bit for bit the same on every rank; None when this rank holds all heads.
         dropped_tokens: tokens of the prompt that did not enter the layer (`propagate`).
+        compaction: 0 at prefill, then the number of this compaction of the sequence, from 1.
     """
 
     layer: int
@@ -41,13 +45,14 @@ class Observation:
     values: Tensor
     queries: Tensor | None
     scale: float
-    heads: range
+    heads: Sequence[int]
     num_heads: int
     group_size: int
     mass_fn: Callable[[Tensor, Tensor], Tensor]
     reduce_fn: Callable[[Tensor], Tensor] | None = None
     gather_heads_fn: Callable[[Tensor], Tensor] | None = None
     dropped_tokens: int = 0
+    compaction: int = 0
 
     def __post_init__(self) -> None:
         assert 0 <= self.layer < self.num_layers

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .retention import Retention
 
 Scope = Literal["head", "token"]
+AtDecode = Literal["none", "window queries", "last query"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,9 @@ class ScoreMethod:
         fixed_window: the only `window` that fits its definition; None: any from `min_window` up.
         recent_tokens: (retention, tokens that a row keeps) -> how many of these are the prompt's
             last, whatever their score; at least `window`.
+        at_decode: what it must be shown of the tokens that a sequence decodes, besides their keys,
+            to compact rows (`decode_stage.py`): nothing, the queries of the last `window` tokens,
+            or that of the last one. None: it cannot compact, so it takes no `decode` setting.
     """
 
     function: "Callable[[Observation, Retention], Tensor]"
@@ -49,6 +53,7 @@ class ScoreMethod:
     min_window: int = 0
     fixed_window: int | None = None
     recent_tokens: "Callable[[Retention, int], int]" = scores.keep_window
+    at_decode: AtDecode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +85,16 @@ class BudgetShape:
 
 
 SCORES = {
-    "streaming": ScoreMethod(scores.streaming),
+    "streaming": ScoreMethod(scores.streaming, at_decode="none"),
     "snapkv": ScoreMethod(
-        scores.snapkv, scores.observe_window, settings=("kernel_size", "pooling"), min_window=1
+        scores.snapkv,
+        scores.observe_window,
+        settings=("kernel_size", "pooling"),
+        min_window=1,
+        at_decode="window queries",
     ),
-    "knorm": ScoreMethod(scores.knorm),
-    "random": ScoreMethod(scores.random, settings=("seed",)),
+    "knorm": ScoreMethod(scores.knorm, at_decode="none"),
+    "random": ScoreMethod(scores.random, settings=("seed",), at_decode="none"),
     "h2o": ScoreMethod(
         scores.h2o,
         scores.observe_all,
@@ -93,7 +102,13 @@ SCORES = {
         fixed_window=0,
         recent_tokens=scores.keep_recent,
     ),
-    "tova": ScoreMethod(scores.tova, scores.observe_window, scope="token", fixed_window=1),
+    "tova": ScoreMethod(
+        scores.tova,
+        scores.observe_window,
+        scope="token",
+        fixed_window=1,
+        at_decode="last query",
+    ),
 }
 
 SHAPES = {
@@ -104,7 +119,7 @@ SHAPES = {
     "profile": BudgetShape(None, budgets.profile, settings=("profile", "head_beta")),
 }
 
-COMMON_SETTINGS = ("budget", "window", "sinks", "skip_layers")
+COMMON_SETTINGS = ("budget", "window", "sinks", "skip_layers", "decode")
 """What every budgeted method reads."""
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from saqqara.configs.schema import CONFIG_DIR, load_yaml
 
 from .budgets import MEANS
+from .decode_stage import DecodeStage
 from .head_profile import HeadProfile
 from .propagate import KINDS, Propagate
 from .registry import SCORES, SHAPES, budget_shape, score_method, settings_of
@@ -65,6 +66,7 @@ class Retention:
         head_beta: at least 1: all but the head_beta-th part of the budget besides the window is
             divided equally (profile).
         propagate: which hidden states go on to the next layer; None: all.
+        decode: compact rows while decoding (`decode_stage.py`); None: they grow without bound.
 
     Raises:
         ValueError: a field is out of range, missing, or not read by the score and shape.
@@ -88,6 +90,7 @@ class Retention:
     profile: HeadProfile | None = None
     head_beta: float = 1.01
     propagate: Propagate | None = None
+    decode: DecodeStage | None = None
 
     def __post_init__(self) -> None:
         if (self.score is None and self.propagate is None) != (self.method == "full"):
@@ -100,6 +103,10 @@ class Retention:
             self._check_values(self.score)
 
     def _check_unread(self) -> None:
+        if self.score is None and self.decode is not None:
+            raise ValueError(
+                f"decode: {self.method!r} has no score, so nothing tells which tokens to drop"
+            )
         read = {"method", "score", "propagate"}
         if self.score is not None:
             read |= {"shape", "share", *self._settings}
@@ -129,6 +136,7 @@ class Retention:
             _check_integer("skip_layers", layer, least=0)
         if tuple(sorted(set(self.skip_layers))) != self.skip_layers:
             raise ValueError(f"skip_layers: must rise, each layer once: {self.skip_layers}")
+        self._check_decode(score)
         self._check_budget()
 
     def _check_pair(self, score: str) -> None:
@@ -146,6 +154,17 @@ class Retention:
             raise ValueError(
                 f"profile: {self.method!r} needs the path of a JSON file with measured scores of "
                 "the model's query heads, {'layer-head': [scores]}"
+            )
+
+    def _check_decode(self, score: str) -> None:
+        if self.decode is None:
+            return
+        if not isinstance(self.decode, DecodeStage):
+            raise ValueError(f"decode: must be a DecodeStage, not {self.decode!r}")
+        if score_method(score).at_decode is None:
+            able = sorted(name for name, method in SCORES.items() if method.at_decode is not None)
+            raise ValueError(
+                f"decode: score {score!r} cannot compact rows; those that can: {', '.join(able)}"
             )
 
     def _check_budget(self) -> None:
@@ -207,11 +226,16 @@ class Retention:
 
     @classmethod
     def _from_settings(cls, given: dict[str, Any]) -> "Retention":
+        given |= {"decode": DecodeStage.parse(given.pop("decode", None))}
+        if given["decode"] is None:
+            del given["decode"]
         method = given.pop("method", None)
         if method is None and given.get("score") is None and given.get("propagate") is None:
             raise ValueError(f"method: missing; known: {_known_names()}")
         preset = {"score": None} if method is None else _named_settings(method)
         if method == "full":
+            if "decode" in given:
+                return cls(decode=given["decode"])  # which says what is wrong with it
             if given:
                 raise ValueError(f"{next(iter(given))}: {method!r} keeps all and takes no settings")
             return cls()
@@ -245,6 +269,8 @@ class Retention:
             settings |= _read_budget(settings["budget"])
         if settings.get("profile") is not None:
             settings["profile"] = HeadProfile.read(settings["profile"])
+        if "decode" in inherited and "decode" not in given:
+            settings["decode"] = DecodeStage.parse(inherited["decode"])
         if isinstance(settings.get("skip_layers"), list):
             settings["skip_layers"] = tuple(settings["skip_layers"])
         return cls(method=method, score=score, shape=shape, propagate=propagate, **settings)
@@ -275,6 +301,10 @@ class Retention:
         settings["skip_layers"] = list(self.skip_layers)
         if self.profile is not None:
             settings["profile"] = self.profile.to_dict()
+        if self.decode is None:
+            del settings["decode"]
+        else:
+            settings["decode"] = self.decode.to_dict()
         names = {"method": self.method, "score": self.score, "shape": self.shape}
         return {**names, **settings, **propagate}
 
@@ -290,6 +320,8 @@ class Retention:
             named.add("window")
         if self.profile is not None:
             settings["profile"] = self.profile.digest
+        if self.decode is not None:
+            settings["decode"] = self.decode.slack_pages
         changed = [
             f",{field.name}={settings[field.name]}"
             for field in fields(self)
@@ -336,13 +368,17 @@ class Retention:
 
         With `propagate` it is an upper bound of the mean.
         """
+        return min(self.budget_of(prompt_tokens), prompt_tokens)
+
+    def budget_of(self, prompt_tokens: int) -> int:
+        """B for such a prompt, also where the prompt is shorter than that."""
         if self.score is None:
             return prompt_tokens
         if self.budget is not None:
-            return min(self.budget, prompt_tokens)
+            return self.budget
         exact = Fraction(str(self.share)) * prompt_tokens
         rounded = math.floor(exact + Fraction(1, 2))
-        return min(max(rounded, self._least_budget), prompt_tokens)
+        return max(rounded, self._least_budget)
 
     def layer_tokens(self, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
         """Count the prompt tokens that each layer keeps per kv head (the mean, where ragged).

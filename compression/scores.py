@@ -62,13 +62,16 @@ def random(observation: Observation, retention: "Retention") -> Tensor:
     """Uniform noise in [0, 1): the baseline that every method must beat.
 
     A pure function of (seed, layer, global kv head, position), so neither sharding nor the rest of
-    the batch changes what is kept. The window is not observed, only kept.
+    the batch changes what is kept. At a compaction the position is the place in storage, and the
+    number of the compaction is a further argument. The window is not observed, only kept.
     """
     num_context = observation.prompt_tokens - retention.window
     device = observation.keys.device
-    heads = torch.arange(observation.heads.start, observation.heads.stop, device=device)
+    heads = torch.tensor(list(observation.heads), device=device)
     positions = torch.arange(num_context, device=device)
     layer_key = _mix32(_mix32(_mix32(retention.seed >> 32) ^ retention.seed) ^ observation.layer)
+    if observation.compaction:
+        layer_key = _mix32(layer_key ^ observation.compaction)
     head_keys = _mix32(heads ^ layer_key)
     bits = _mix32(head_keys.unsqueeze(1) ^ _mix32(positions + 1))
     return (bits >> 8).float() * 2**-24  # an fp32 holds 24 bits exactly

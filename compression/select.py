@@ -26,6 +26,7 @@ def select(retention: Retention, observation: Observation) -> Tensor | list[Tens
         ValueError: the budget cannot be met (see `Retention.row_tokens`).
     """
     num_tokens, heads = observation.prompt_tokens, observation.heads
+    assert isinstance(heads, range), "a prompt is observed with all of the rank's heads"
     rows = retention.row_tokens(
         observation.original_tokens, observation.num_layers, observation.num_heads
     )
@@ -62,7 +63,7 @@ def _compete_over_ranks(
     context = everyone[:, : scores.shape[1] + retention.window - recent]
     floor = math.floor(Fraction(str(retention.floor_ratio)) * (keep - recent))
     chosen = compete(context, keep, floor, recent, retention.sinks)
-    return chosen[observation.heads.start : observation.heads.stop]
+    return [chosen[head] for head in observation.heads]
 
 
 def compete(scores: Tensor, keep: int, floor: int, recent: int, sinks: int) -> list[Tensor]:

@@ -16,6 +16,7 @@ from .attention.base import CuSeqlens
 from .kv.store import AppendPlan, KVStore, KVView
 from .models.layer import QKV, Layer, Places
 from .plan import DecodeItem
+from .rings import RingWrites
 from .shard import Shard
 
 
@@ -27,6 +28,7 @@ class DecodeBatch:
     In `append` the single ones come first. `rows` says which fed tokens those are, in that order;
     None where that is the plan's own order and nobody is left out. Tokens of refused slots are in
     the batch, because other ranks count on its size, but attend to nothing and are not stored.
+    `rings` says which queries are remembered for compactions; None where no sequence needs any.
     """
 
     positions: NDArray[np.int64]
@@ -34,6 +36,7 @@ class DecodeBatch:
     rows: Tensor | None
     num_single: int
     cu: CuSeqlens | None
+    rings: RingWrites | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -87,15 +90,21 @@ class DecodeBatch:
             with part("project"):
                 refs = self.append.refs[index]
                 q = layer.project_append(hidden_TE, places, kv.k_tokens, kv.v_tokens, refs)
+                self._remember(shard, index, q)
             with part("attention"):
                 return _decode(shard, q, kv.decode_view(self.append, index))
         with part("project"):
             qkv = layer.project(hidden_TE, places)
+            self._remember(shard, index, qkv.q)
         attended = torch.zeros_like(qkv.q)
         if self.append is not None:
             with part("attention"):
                 attended[self.rows] = self._attend_rows(shard, index, qkv)
         return attended
+
+    def _remember(self, shard: Shard, index: int, q: Tensor) -> None:
+        if self.rings is not None:
+            shard.rings.append(self.rings, index, q)
 
     def _attend_rows(self, shard: Shard, index: int, qkv: QKV) -> Tensor:
         """Store and attend for the sequences that are fed, the single ones first."""

@@ -4,10 +4,13 @@ Shapes: T fed tokens, E hidden size.
 """
 
 from collections import deque
+from dataclasses import replace
 
+import numpy as np
 from torch import Tensor
 
 from .batch import DecodeBatch
+from .compaction import compact
 from .plan import DecodeItem
 from .shard import Shard
 from .slots import Target
@@ -42,10 +45,11 @@ class Decode:
                 attended = batch.attend(shard, index, layer, hidden, places)
                 with shard.clock.part("finish"):
                     hidden = layer.finish(hidden, attended, out=hidden)
-        if shard.mesh.is_last_stage:
-            return hidden
-        shard.mesh.send_hidden(hidden)
-        return None
+        if not shard.mesh.is_last_stage:
+            shard.mesh.send_hidden(hidden)
+        if shard.cycles:
+            compact(shard, items)
+        return hidden if shard.mesh.is_last_stage else None
 
     def expect(self, targets: list[Target]) -> None:
         """Note that the last stage will send the tokens of these targets (first stage only)."""
@@ -57,7 +61,11 @@ class Decode:
         fitting = [item for item in items if item.slot not in shard.refused]
         while (batch := DecodeBatch.reserve(shard.kv, items, fitting, shard.device)) is None:
             shard.refuse(fitting.pop().slot)
-        return batch
+        if not shard.rings.num_open:
+            return batch
+        slots = np.array([item.slot for item in items], dtype=np.int64)
+        counts = np.array([item.num_tokens for item in items], dtype=np.int64)
+        return replace(batch, rings=shard.rings.writes(slots, counts, batch.positions))
 
     def _receive_tokens(self, slots: set[int]) -> None:
         """Take in sampled tokens from the last stage, up to the newest that `slots` need."""

@@ -9,7 +9,6 @@ from torch import Tensor
 from saqqara.compression.observation import Observation
 from saqqara.compression.retention import Retention
 
-from .mesh import head_shard
 from .models.layer import QKV
 from .shard import Shard
 
@@ -19,11 +18,6 @@ class Observer:
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
-        spec, tensor_size = shard.spec, shard.mesh.layout.tensor_size
-        self._kv_heads_of_ranks = [
-            head_shard(spec.num_query_heads, spec.num_kv_heads, tensor_size, rank).kv
-            for rank in range(tensor_size)
-        ]
 
     def observe(
         self, layer: int, prompt: QKV, retention: Retention, original_tokens: int
@@ -47,14 +41,10 @@ class Observer:
             group_size=shard.spec.group_size,
             mass_fn=self._mass,
             reduce_fn=shard.mesh.reduce_replicas if shard.heads.replicated else None,
-            gather_heads_fn=self._gather_heads if shard.mesh.layout.tensor_size > 1 else None,
+            gather_heads_fn=shard.gather_heads if shard.mesh.layout.tensor_size > 1 else None,
             dropped_tokens=original_tokens - num_tokens,
         )
 
     def _mass(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Attention [H, n] that the keys get from the last queries, summed over each group."""
         return self._shard.backend.mass(queries, keys, self._shard.scale)
-
-    def _gather_heads(self, x: Tensor) -> Tensor:
-        """Join the [H, m] of this stage's ranks to [K, m]."""
-        return self._shard.mesh.gather_heads(x, self._kv_heads_of_ranks)

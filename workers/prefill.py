@@ -267,18 +267,19 @@ class Prefill:
             prompt = qkv.part(slice(start, stop))
             chosen: dict[Retention, Selection] = {}
             for slot in family:
-                retention = self._shard.slots[slot].retention
+                held = self._shard.slots[slot]
+                local_layer = layer - self._shard.layers.start
+                self._shard.rings.store(slot, local_layer, prompt.q, held.prompt_tokens)
                 # On every rank, refused or not: some scores are reduced over ranks.
-                if retention not in chosen:
-                    chosen[retention] = self._select(layer, slot, prompt)
-                self._write(layer, slot, prompt, chosen[retention])
+                if held.retention not in chosen:
+                    chosen[held.retention] = self._select(layer, slot, prompt)
+                self._write(local_layer, slot, prompt, chosen[held.retention])
         # The pages just written and the layer's fresh keys and values exist side by side.
         self._shard.meter.see_prefill(self._kv_bytes(qkv), 0)
 
-    def _write(self, layer: int, slot: int, prompt: QKV, indices: Selection) -> None:
+    def _write(self, local_layer: int, slot: int, prompt: QKV, indices: Selection) -> None:
         """Write the chosen tokens of one layer to a slot's pages, if they fit."""
         shard = self._shard
-        local_layer = layer - shard.layers.start
         if slot in shard.refused:
             return
         if not shard.kv.write(slot, local_layer, prompt.k, prompt.v, indices):

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saqqara.compression.decode_stage import Cycle, cycle_of, num_ring_queries
+from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 
 from .attention.base import get_backend
@@ -27,7 +29,8 @@ from .mesh import Mesh, MeshLayout, head_shard, layer_split
 from .models.decoder import Decoder, choose_linear_backend
 from .models.spec import load_spec
 from .models.weights import open_weights
-from .plan import WorkerInfo
+from .plan import NewSequence, WorkerInfo
+from .rings import QueryRings
 from .slots import SlotTable
 from .step_size import measure_step
 
@@ -45,6 +48,7 @@ class Shard:
         layers: numbers of this rank's layers in the whole model.
         heads: this rank's query and kv heads.
         refused: slots whose tokens did not fit; this rank holds nothing of them.
+        cycles: when the rows of a slot are compacted, for the slots with a decode stage.
         clock: time spent in the current step, by phase.
     """
 
@@ -72,6 +76,7 @@ class Shard:
             for t in range(layout.tensor_size)
         ]
         self.heads = all_heads[layout.tensor_rank(rank)]
+        self._kv_heads_of_ranks = [heads.kv for heads in all_heads]
         self.layers = layer_split(
             self.spec.num_layers,
             layout.pipeline_size,
@@ -83,9 +88,18 @@ class Shard:
         self.slots = SlotTable(config.max_num_seqs, self.max_model_len + 1)
         self.meter = MemoryMeter(self.decoder.weight_bytes())
         self.refused: set[int] = set()
+        self.cycles: dict[int, Cycle] = {}
         self.clock = StepClock()
         self.kv = self._make_pool(sum(len(heads.kv) for heads in all_heads))
         self.meter.pool_bytes = self.kv.num_pages * self.kv.page_bytes
+        self.rings = QueryRings(
+            config.max_num_seqs,
+            len(self.layers),
+            len(self.heads.query),
+            self.spec.head_dim,
+            self.dtype,
+            self.device,
+        )
 
     def _load_decoder(self) -> Decoder:
         config = self.config
@@ -111,7 +125,7 @@ class Shard:
             local_rows=len(self.layers) * len(self.heads.kv),
             all_rows=spec.num_layers * heads_of_all_ranks,
             max_row_tokens=self.max_model_len,
-            step_bytes=measure_step(self) if self.device.type == "cuda" else 0,
+            step_bytes=measure_step(self) + self._ring_bytes() if self.device.type == "cuda" else 0,
         )
         return KVStore(
             num_layers=len(self.layers),
@@ -124,6 +138,13 @@ class Shard:
             dtype=self.dtype,
             device=self.device,
         )
+
+    def _ring_bytes(self) -> int:
+        """Bytes of every slot's ring under the engine's own retention."""
+        retention = Retention.parse(self.config.retention, self.config.budget)
+        query_bytes = len(self.heads.query) * self.spec.head_dim * self.dtype.itemsize
+        num_queries = self.config.max_num_seqs * num_ring_queries(retention)
+        return num_queries * len(self.layers) * query_bytes
 
     def info(self, hostname: str, pid: int, log_file: str | None) -> WorkerInfo:
         """What the scheduler and the start-up log want to know."""
@@ -151,8 +172,18 @@ class Shard:
             log_file=log_file,
         )
 
+    def add(self, new: NewSequence) -> None:
+        """Give a free slot to a sequence."""
+        self.slots.add(new)
+        cycle = cycle_of(new.retention, new.prompt_tokens, self.config.page_tokens)
+        if cycle is not None:
+            self.cycles[new.slot] = cycle
+            self.rings.open(new.slot, num_ring_queries(new.retention))
+
     def free(self, slot: int) -> None:
         """Take back a slot and all its pages."""
+        self.cycles.pop(slot, None)
+        self.rings.close(slot)
         self.kv.free(slot)
         self.slots.free(slot)
         self.refused.discard(slot)
@@ -172,6 +203,10 @@ class Shard:
         """Positions, int64 [T], of the hidden states that the stage before sends next."""
         with self.clock.phase("receive"):
             return self.mesh.recv_hidden((num_tokens,), torch.int64)
+
+    def gather_heads(self, x: Tensor) -> Tensor:
+        """Join the [H, m] of this stage's ranks to one row per kv head of the model, in order."""
+        return self.mesh.gather_heads(x, self._kv_heads_of_ranks)
 
     def to_device(self, values: NDArray[np.integer]) -> Tensor:
         """An int64 tensor of these numbers on this rank's device."""

@@ -97,7 +97,7 @@ class Worker:
             self._prefill.drop(slot)
             shard.free(slot)
         for new in plan.new:
-            shard.slots.add(new)
+            shard.add(new)
         targets = shard.slots.samples(plan, shard.spec.num_layers)
         already_refused = frozenset(shard.refused)
         finals = self._prefill.run(plan)
@@ -113,7 +113,7 @@ class Worker:
             pages_free=shard.kv.pages_free,
             prefill_layer_tokens=self._prefill.take_layer_tokens(),
             seconds=shard.clock.seconds,
-            memory=shard.meter.snapshot(self._prefill.parked_bytes),
+            memory=shard.meter.snapshot(self._prefill.parked_bytes, shard.rings.num_bytes),
         )
 
     def trace(self) -> list[Span]:

@@ -212,6 +212,8 @@ class FakeReplica:
         kept = {worker.info.rank: self._kept(worker, plan.prefill) for worker in self.fakes}
         for item in plan.decode:
             self._decode(item)
+        for item in plan.decode:
+            self._compact(item)
         sampled, scored = self._read_out(plan, ended)
         last = len(self.stages) - 1
         return [
@@ -339,6 +341,26 @@ class FakeReplica:
         for worker in self.fakes:
             more = dict.fromkeys(worker.rows.get(item.slot, {}), item.num_tokens)
             worker.try_add(item.slot, more)
+
+    def _compact(self, item: DecodeItem) -> None:
+        """Cut rows back that have grown by the slack beyond their target, counted one by one."""
+        held = self.slots[item.slot]
+        retention, prompt_tokens = held.new.retention, held.new.prompt_tokens
+        if retention.decode is None:
+            return
+        assert retention.budget is not None
+        slack = retention.decode.slack_pages * self._infos[0].page_tokens
+        most = max(retention.budget - prompt_tokens, 0) + slack
+        grown = 0
+        for position in range(prompt_tokens, held.fed):
+            if grown == most:
+                assert position <= item.position, "a step spans a compaction"
+                grown -= slack
+            grown += 1
+        if grown == most:
+            for worker in self.fakes:
+                rows = worker.rows.get(item.slot, {})
+                rows.update({row: length - slack for row, length in rows.items()})
 
     def _read_out(
         self, plan: StepPlan, ended: list[int]

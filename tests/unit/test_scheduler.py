@@ -7,7 +7,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Sequence as Many
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -23,6 +23,7 @@ from support.fake_replica import (
 from saqqara.cluster.events import Event, Finished, NewToken, Preempted, Prefilled
 from saqqara.cluster.request import Request, SamplingParams, Sequence, Status
 from saqqara.cluster.scheduler import Scheduler
+from saqqara.compression.decode_stage import DecodeStage
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
@@ -32,6 +33,8 @@ RAGGED = RaggedRetention(method="ragged", score="snapkv", budget=12, window=3)
 ONCE = Retention.parse(
     {"propagate": {"kind": "once", "layer": 0, "keep": 0.3, "window": 2, "sinks": 1}}
 )
+COMPACTED = Retention.parse(PYRAMID.to_dict() | {"decode": {"slack_pages": 1}})
+COMPACTED_RAGGED = replace(RAGGED, decode=DecodeStage(2))
 EOS = 5
 
 
@@ -144,7 +147,7 @@ def random_request(rng: random.Random, name: str, longest: int = 40) -> Request:
     prompt = [rng.randrange(128) for _ in range(rng.randint(1, longest))]
     if rng.random() < 0.3:
         prompt = [rng.randrange(3)] * 17  # one that others have, too
-    retention = rng.choice([FULL, PYRAMID, RAGGED, ONCE])
+    retention = rng.choice([FULL, PYRAMID, RAGGED, ONCE, COMPACTED, COMPACTED_RAGGED])
     score = None
     if rng.random() < 0.2:
         score = tuple(rng.randrange(128) for _ in range(rng.randint(1, 20)))
@@ -679,7 +682,7 @@ def test_whatever_the_setting_every_request_gets_its_tokens(setting: Setting) ->
 @pytest.mark.parametrize("lookahead", [1, 2])
 @pytest.mark.parametrize("stages", [(4,), (2, 2), (2, 1, 1)])
 def test_two_hundred_requests_through_a_small_pool(stages: tuple[int, ...], lookahead: int) -> None:
-    setting = Setting(1, stages, ((0, 2),), 40, lookahead, 60, 64, 12)
+    setting = Setting(1, stages, ((0, 2),), 28, lookahead, 60, 64, 12)
     run, sequences = run_random(setting, num_requests=200)
     check_all(sequences)
     assert all(s.finish_reason != "error" for s in sequences)

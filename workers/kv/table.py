@@ -97,6 +97,14 @@ class RowTable:
         if self.mirrored:
             self.device_kept[slot, layer] = self.to_device(kept)
 
+    def set_rows_kept(
+        self, slots: NDArray[np.int64], layer: int, heads: NDArray[np.int64], kept: int
+    ) -> None:
+        """Set the length of the rows `(slots[i], layer, heads[i])` of one layer."""
+        self.kept[slots, layer, heads] = kept
+        if self.mirrored:
+            self.device_kept[self.to_device(slots), layer, self.to_device(heads)] = kept
+
     def copy_slot(self, source: int, target: int) -> None:
         """Give the rows of one slot the pages and lengths of another's."""
         self.pages[target] = self.pages[source]

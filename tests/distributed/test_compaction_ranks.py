@@ -1,0 +1,178 @@
+"""Ranks that share a model compact its rows exactly as one rank does.
+
+Each case spawns its ranks once. They run the same plans; what each stores at the end, and the
+tokens that the last stage sampled on the way, are compared with one process.
+"""
+
+import multiprocessing as mp
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.plans import new_sequence, prefill_plan
+from support.tiny import VOCAB, save_tiny
+
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.mesh import MeshLayout, start_store
+from saqqara.workers.plan import DecodeItem, StepPlan
+from saqqara.workers.worker import Worker
+
+PAGE, SLACK_PAGES = 4, 2
+NUM_STEPS = 31
+METHODS = ("pyramidkv", "snapkv", "random")
+
+
+@dataclass
+class Outcome:
+    """Sampled tokens by slot, and rows (slot, layer, kv head) of the whole model, keys with values.
+
+    `rows` are numpy arrays: tensors would be shared between processes, which may end too early.
+    """
+
+    tokens: list[tuple[int, int]]
+    rows: dict[tuple[int, int, int], Any]
+    refused: list[int] = field(default_factory=list)
+
+
+def run_plans(worker: Worker) -> Outcome:
+    """Sequences of every method at once; their compactions coincide for some and not for others."""
+    rng = np.random.default_rng(0)
+    new = []
+    for slot, prompt_tokens in enumerate((45, 30, 33)):
+        settings = {"method": METHODS[slot], "budget": 20, "window": 8, "sinks": 2}
+        retention = Retention.parse(settings | {"decode": {"slack_pages": SLACK_PAGES}})
+        prompt = (3 + rng.permutation(VOCAB - 3)[:prompt_tokens]).tolist()
+        new.append(new_sequence(slot, prompt, retention=retention))
+    results = [worker.execute(prefill_plan(worker, [n])) for n in new]
+    for step in range(NUM_STEPS):
+        # The last one rests now and then, so that not all rows are compacted together.
+        items = [
+            DecodeItem(n.slot, n.prompt_tokens + (step if n.slot < 2 else step - step // 4))
+            for n in new
+            if n.slot < 2 or step % 4 != 3
+        ]
+        results.append(worker.execute(StepPlan(step, decode=tuple(items))))
+        worker.check_integrity()
+    info = worker.info
+    rows = {
+        (n.slot, layer, head): torch.cat(
+            worker.kv.read(n.slot, layer - info.start_layer, head - info.start_head), dim=1
+        ).numpy()
+        for n in new
+        for layer in range(info.start_layer, info.stop_layer)
+        for head in range(info.start_head, info.stop_head)
+    }
+    tokens = [(s.slot, s.token_id) for r in results for s in r.sampled]
+    return Outcome(tokens, rows)
+
+
+def run_short_of_pages(worker: Worker, rank: int) -> list[int]:
+    """Go on where `run_plans` ended; returns the slots that were refused.
+
+    The first step ends with a compaction; what it returned is taken away on rank 1.
+    """
+    refused: list[int] = []
+    for step in range(2 * SLACK_PAGES * PAGE):
+        if step == 1 and rank == 1:
+            worker.kv.pool.allocate(worker.kv.pages_free)
+        items = tuple(DecodeItem(slot, n + NUM_STEPS + step) for slot, n in ((0, 45), (1, 30)))
+        refused += worker.execute(StepPlan(step, decode=items)).refused
+    return refused
+
+
+CASES = {
+    "two stages": ("llama-gqa", MeshLayout(1, 2)),
+    "two and one kv heads": ("llama-gqa", MeshLayout(2, 1)),
+    "one kv head on both ranks": ("llama-mqa", MeshLayout(2, 1)),
+}
+
+
+def config_of(name: str, folder: Path) -> EngineConfig:
+    return EngineConfig(
+        model=str(folder / name),
+        dtype="float32",
+        device="cpu",
+        max_num_seqs=4,
+        page_tokens=PAGE,
+        num_threads=1,
+        kv_memory_gib=0.01,
+    )
+
+
+def _run_rank(
+    rank: int, folder: Path, ports: dict[str, int], results: "mp.Queue[tuple[int, Any]]"
+) -> None:
+    torch.set_num_threads(1)
+    outcome: Any = {}
+    try:
+        for case, (name, layout) in CASES.items():
+            config = config_of(name, folder)
+            worker = Worker(config, layout, rank, store=("127.0.0.1", ports[case]))
+            outcome[case] = run_plans(worker)
+            outcome[case].refused = run_short_of_pages(worker, rank)
+            worker.close()
+    except BaseException:
+        outcome = RuntimeError(f"rank {rank}:\n{traceback.format_exc()}")
+    results.put((rank, outcome))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    for name in ("llama-gqa", "llama-mqa"):
+        save_tiny(name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, list[Outcome]]:
+    """What both ranks of every case end with; one pair of processes runs all cases."""
+    stores = {case: start_store() for case in CASES}
+    ports = {case: store.port for case, store in stores.items()}
+    context = mp.get_context("spawn")
+    results: mp.Queue[tuple[int, Any]] = context.Queue()
+    processes = [
+        context.Process(target=_run_rank, args=(rank, folder, ports, results)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        by_rank = dict(results.get(timeout=120) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(timeout=20)
+            if process.is_alive():
+                process.kill()
+    for rank in range(2):
+        if isinstance(by_rank[rank], RuntimeError):
+            raise by_rank[rank]
+    return {case: [by_rank[0][case], by_rank[1][case]] for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_equals_one_rank(
+    case: str, folder: Path, outcomes: dict[str, list[Outcome]]
+) -> None:
+    expected = run_plans(Worker.local(config_of(CASES[case][0], folder)))
+    for outcome in outcomes[case]:
+        for row, stored in outcome.rows.items():
+            # Sums over ranks are in another order; another kept token would differ by about 1.
+            np.testing.assert_allclose(stored, expected.rows[row], atol=2e-3, rtol=0)
+    assert {row for o in outcomes[case] for row in o.rows} == expected.rows.keys()
+    assert [o.tokens for o in outcomes[case] if o.tokens] == [expected.tokens]
+    mean = np.mean([len(row) for row in expected.rows.values()])
+    assert 20 <= mean < 20 + SLACK_PAGES * PAGE
+
+
+def test_a_rank_that_refused_a_sequence_does_not_hold_up_its_replicas(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    """They wait for its part of the scores, until the scheduler takes the sequence away."""
+    first, second = outcomes["one kv head on both ranks"]
+    assert first.refused == []
+    assert second.refused == [1]  # what it held is enough for the other one

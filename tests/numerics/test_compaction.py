@@ -1,0 +1,300 @@
+"""Rows are compacted while decoding exactly as the definition, written as loops over lists, says.
+
+`support/slow_decode.py` is that definition. Greedy tokens and kept positions are compared after
+every fed token; the engine computes in fp32, the loops in float64, and the random model's choices
+are far apart compared with that.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.plans import new_sequence, prefill_plan, run_greedy
+from support.slow_decode import Rule, SlowLlama
+from support.tiny import VOCAB, save_tiny
+
+from saqqara import LLM, SamplingParams
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.plan import DecodeItem, NewSequence, StepPlan
+from saqqara.workers.worker import Worker
+
+LAYERS, HEADS, PAGE = 3, 3, 4
+WINDOW, SINKS, BUDGET, SLACK_PAGES = 8, 2, 20, 2
+SLACK = SLACK_PAGES * PAGE
+METHODS = ["streaming", "snapkv", "pyramidkv", "knorm", "random"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A tiny Llama in which long texts have their place, and its folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = save_tiny("llama-gqa", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    return model, folder
+
+
+def make_worker(folder: Path, **settings: Any) -> Worker:
+    defaults = {"dtype": "float32", "device": "cpu", "max_num_seqs": 8, "page_tokens": PAGE}
+    return Worker.local(EngineConfig(model=str(folder), **{**defaults, **settings}))
+
+
+def retention_of(method: str, **settings: Any) -> Retention:
+    return Retention.parse(
+        {"method": method, "budget": BUDGET, "window": WINDOW, "sinks": SINKS}
+        | {"decode": {"slack_pages": SLACK_PAGES}}
+        | settings
+    )
+
+
+def rule_of(retention: Retention, prompt_tokens: int) -> Rule:
+    counts = retention.layer_tokens(prompt_tokens, LAYERS)
+    assert retention.score is not None
+    assert retention.decode is not None
+    slack = retention.decode.slack_pages * PAGE
+    return Rule(retention.score, list(counts), BUDGET, WINDOW, SINKS, slack)
+
+
+def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """No token comes twice: in the lowest layer its keys would differ by a rotation only."""
+    rng = np.random.default_rng(seed)
+    return [(3 + rng.permutation(VOCAB - 3)[:length]).tolist() for length in lengths]
+
+
+def kept_positions(worker: Worker, slow: SlowLlama, slot: int) -> list[list[list[int]]]:
+    """Which of the keys that the loops ever saw lie in each row, by layer and head."""
+    rows: list[list[list[int]]] = []
+    for layer in range(LAYERS):
+        rows.append([])
+        for head in range(HEADS):
+            stored, _ = worker.kv.read(slot, layer, head)
+            distance = torch.cdist(stored.double(), torch.stack(slow.heads[layer][head].all_keys))
+            assert float(distance.min(dim=1).values.max()) < 1e-3
+            rows[-1].append(distance.argmin(dim=1).tolist())
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("method", "prompt_tokens", "slack_pages"),
+    # With one page of slack the first compaction still looks at queries of the prompt.
+    [(m, n, 2) for m in METHODS for n in (45, 5)] + [("snapkv", 45, 1), ("pyramidkv", 21, 1)],
+)
+def test_tokens_and_kept_positions_are_those_of_the_definition(
+    method: str, prompt_tokens: int, slack_pages: int, model: tuple[Any, Path]
+) -> None:
+    hf, folder = model
+    [prompt] = prompts([prompt_tokens])
+    retention = retention_of(method, decode={"slack_pages": slack_pages})
+    slow = SlowLlama(hf, rule_of(retention, prompt_tokens))
+    worker = make_worker(folder)
+    result = worker.execute(
+        prefill_plan(worker, [new_sequence(0, prompt, retention=retention)], step=1)
+    )
+    token = slow.generate(prompt, 1)[0]
+    for step in range(max(BUDGET - prompt_tokens, 0) + 3 * slack_pages * PAGE + 3):
+        assert [s.token_id for s in result.sampled] == [token]
+        expected = [[[e.position for e in h.kept] for h in heads] for heads in slow.heads]
+        assert kept_positions(worker, slow, 0) == expected
+        position = prompt_tokens + step
+        token = slow.feed(token, position)
+        result = worker.execute(StepPlan(step + 2, decode=(DecodeItem(0, position),)))
+        worker.check_integrity()
+    assert all(head.num_compactions == 3 for heads in slow.heads for head in heads)
+
+
+def stored(worker: Worker, slot: int) -> torch.Tensor:
+    """All keys and values of a slot, row after row."""
+    rows = [worker.kv.read(slot, layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+    return torch.cat([torch.cat(row, dim=1) for row in rows])
+
+
+def run_alone(
+    worker: Worker, prompt: list[int], retention: Retention, num_steps: int, slot: int = 0
+) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens of `num_steps` decode steps, and what the slot stores then; frees it."""
+    result = worker.execute(prefill_plan(worker, [new_sequence(slot, prompt, retention=retention)]))
+    tokens = [result.sampled[0].token_id]
+    for step in range(num_steps):
+        item = DecodeItem(slot, len(prompt) + step)
+        tokens.append(worker.execute(StepPlan(step, decode=(item,))).sampled[0].token_id)
+    rows = stored(worker, slot)
+    worker.execute(StepPlan(num_steps, free=(slot,)))
+    return tokens, rows
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batched_equals_alone(method: str, model: tuple[Any, Path]) -> None:
+    """Sequences that fire together and apart, of the same and of another retention, fed alike."""
+    worker = make_worker(model[1])
+    retention, other = retention_of(method), retention_of("snapkv", decode={"slack_pages": 1})
+    settings = [retention, retention, retention, other, Retention.parse("full")]
+    num_steps = BUDGET + 2 * SLACK
+    lengths = [45, 30, 5, 33, 20]
+    texts = [text[: n + num_steps] for text, n in zip(prompts([100] * 5), lengths, strict=True)]
+    batch = [
+        new_sequence(slot, text[:n], text[n:], retention=r)
+        for slot, (text, n, r) in enumerate(zip(texts, lengths, settings, strict=True))
+    ]
+
+    def run(new: list[NewSequence]) -> tuple[list[int], list[torch.Tensor]]:
+        worker.execute(prefill_plan(worker, new))
+        for step in range(num_steps):
+            items = tuple(
+                DecodeItem(n.slot, n.prompt_tokens + step, sample=step == num_steps - 1)
+                for n in reversed(new)
+            )
+            result = worker.execute(StepPlan(step, decode=items))
+            worker.check_integrity()
+        assert (result.memory.ring_bytes > 0) == any(n.retention.score == "snapkv" for n in new)
+        rows = [stored(worker, n.slot) for n in new]
+        worker.execute(StepPlan(num_steps, free=tuple(n.slot for n in new)))
+        return [s.token_id for s in reversed(result.sampled)], rows
+
+    tokens, rows = run(batch)
+    assert worker.kv.pages_free == worker.kv.num_pages
+    assert worker.execute(StepPlan(99)).memory.ring_bytes == 0
+    for slot, new in enumerate(batch):
+        [token], [alone] = run([new])
+        assert token == tokens[slot]
+        # fp32 summed in another order; another kept token would differ by about 1.
+        torch.testing.assert_close(rows[slot], alone, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "knorm"])
+def test_rows_stay_bounded_and_pages_return_at_once(method: str, model: tuple[Any, Path]) -> None:
+    worker = make_worker(model[1])
+    [prompt] = prompts([60])
+    retention = retention_of(method)
+    new = new_sequence(0, prompt, retention=retention)
+    worker.execute(prefill_plan(worker, [new]))
+    after_prefill = worker.kv.kept(0)
+    for step in range(600):
+        item = DecodeItem(0, len(prompt) + step)
+        result = worker.execute(StepPlan(step, decode=(item,)))
+        kept = worker.kv.kept(0)
+        assert (kept == after_prefill + (step + 1) % SLACK).all()
+        held = int((-(-kept // PAGE)).sum())
+        assert result.pages_free == worker.info.num_pages - held
+        if step % 50 == 0:
+            worker.check_integrity()
+    worker.check_integrity()
+
+
+def test_a_resumed_sequence_goes_on_as_if_never_interrupted(model: tuple[Any, Path]) -> None:
+    """Its known tokens are fed one by one, beside a neighbour that decodes on."""
+    worker = make_worker(model[1])
+    prompt, neighbour = prompts([45, 33], seed=4)
+    retention = retention_of("snapkv")
+    tokens, rows = run_alone(worker, prompt, retention, 3 * SLACK)
+    known = tokens[: 2 * SLACK + 3]
+    new = [
+        new_sequence(3, prompt, known, retention=retention),
+        new_sequence(1, neighbour, retention=retention),
+    ]
+    worker.execute(prefill_plan(worker, new))
+    resumed = []
+    for step in range(3 * SLACK):
+        sample = step >= len(known) - 1
+        items = (DecodeItem(1, 33 + step), DecodeItem(3, 45 + step, sample=sample))
+        result = worker.execute(StepPlan(step, decode=items))
+        resumed += [s.token_id for s in result.sampled if s.slot == 3]
+    assert known + resumed == tokens
+    torch.testing.assert_close(stored(worker, 3), rows, atol=1e-3, rtol=0)
+
+
+def test_pieces_that_end_at_compactions_equal_single_tokens(model: tuple[Any, Path]) -> None:
+    """What scoring does. A piece that spans a compaction is a bug of the scheduler."""
+    worker = make_worker(model[1])
+    prompt, text = prompts([45, 3 * SLACK + 1], seed=5)
+    retention = retention_of("snapkv")
+    scores: list[list[float]] = []
+    rows = []
+    for pieces in ([1] * 3 * SLACK, [SLACK, 3, SLACK - 3, 1, SLACK - 1]):
+        new = new_sequence(0, prompt, text, retention=retention, score=True)
+        scores.append(
+            [x for s in worker.execute(prefill_plan(worker, [new])).scored for x in s.logprobs]
+        )
+        position = len(prompt)
+        for num in pieces:
+            item = DecodeItem(0, position, num, sample=False)
+            result = worker.execute(StepPlan(0, decode=(item,)))
+            worker.check_integrity()
+            scores[-1] += [x for s in result.scored for x in s.logprobs]
+            position += num
+        rows.append(stored(worker, 0))
+        worker.execute(StepPlan(0, free=(0,)))
+    torch.testing.assert_close(*map(torch.tensor, scores), atol=1e-3, rtol=0)
+    torch.testing.assert_close(*rows, atol=1e-3, rtol=0)
+    new = new_sequence(0, prompt, text, retention=retention, score=True)
+    worker.execute(prefill_plan(worker, [new]))
+    with pytest.raises(AssertionError, match="spans a compaction"):
+        worker.execute(StepPlan(0, decode=(DecodeItem(0, len(prompt), SLACK + 1, sample=False),)))
+
+
+def test_pages_that_are_shared_are_left_alone(model: tuple[Any, Path]) -> None:
+    """A fork keeps its rows while the other's are compacted, which needs room or is refused."""
+    worker = make_worker(model[1])
+    [prompt] = prompts([45])
+    worker.execute(prefill_plan(worker, [new_sequence(0, prompt, retention=retention_of("knorm"))]))
+    worker.kv.fork(0, 5)
+    before = stored(worker, 5)
+    for step in range(SLACK):
+        worker.execute(StepPlan(step, decode=(DecodeItem(0, len(prompt) + step),)))
+        worker.check_integrity()
+    assert worker.kv.kept(0).sum() == LAYERS * HEADS * BUDGET
+    assert torch.equal(stored(worker, 5), before)
+    worker.kv.fork(0, 6)
+    for step in range(SLACK, 2 * SLACK - 1):
+        worker.execute(StepPlan(step, decode=(DecodeItem(0, len(prompt) + step),)))
+    worker.kv.pool.allocate(worker.kv.pages_free)  # somebody else takes all the others
+    result = worker.execute(
+        StepPlan(2 * SLACK, decode=(DecodeItem(0, len(prompt) + 2 * SLACK - 1),))
+    )
+    assert result.refused == (0,)
+    assert worker.kv.pages_of(0) == 0
+    assert not result.sampled
+
+
+def test_a_full_sequence_costs_no_ring(model: tuple[Any, Path]) -> None:
+    worker = make_worker(model[1])
+    for retention in (Retention.parse("full"), retention_of("knorm")):
+        run_greedy(worker, prompts([20]), 3, retention=retention)
+    worker.execute(
+        prefill_plan(worker, [new_sequence(0, prompts([9])[0], retention=retention_of("snapkv"))])
+    )
+    ring = LAYERS * WINDOW * 6 * 16 * 4  # layers, queries, heads, head_dim, fp32
+    assert worker.execute(StepPlan(9)).memory.ring_bytes == ring
+
+
+def test_long_outputs_through_a_small_pool_are_unchanged(tmp_path: Path, demo_model: Path) -> None:
+    """Preempted and resumed with a decode stage; ownership is proved after every step."""
+    save_tiny("llama-gqa", tmp_path, tokenizer_of=demo_model)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(20, 40_000, rng.integers(5, 60)).tolist() for _ in range(10)]
+    sampling = SamplingParams(temperature=0.8, seed=3, max_tokens=45, ignore_eos=True)
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "device": "cpu",
+        "max_model_len": 256,
+        "page_tokens": PAGE,
+        "retention": retention_of("pyramidkv").to_dict(),
+        "check_integrity": True,
+    }
+    page_gib = 2 * 16 * 4 * PAGE / 1024**3
+    rows = LAYERS * HEADS
+    # A row has 5 pages on average when it is compacted, and 7 before: four sequences at a time.
+    with LLM(str(tmp_path), kv_memory_gib=4 * rows * 7 * page_gib, **settings) as llm:
+        got = llm.generate(prompt_token_ids=texts, sampling_params=sampling)
+        report = llm.report()
+    assert report.num_preemptions > 0
+    assert report.pages_leaked == 0
+    with LLM(str(tmp_path), max_num_seqs=1, **settings) as llm:
+        for number in range(1, 10, 3):
+            [alone] = llm.generate(prompt_token_ids=[texts[number]], sampling_params=sampling)
+            assert alone.outputs[0].token_ids == got[number].outputs[0].token_ids
+        [scored] = llm.score([texts[0]], [texts[1]])
+        assert len(scored.logprobs) == len(texts[1])

@@ -1,0 +1,191 @@
+"""Decode-stage retention by its definition: a Llama that attends over lists, one head at a time.
+
+Everything is done in float64 with torch operations on single vectors and lists. It shares no code
+with the engine, and takes only the weights from transformers.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Entry:
+    """A kept token of one head."""
+
+    position: int
+    key: Tensor
+    value: Tensor
+
+
+@dataclass
+class Head:
+    """What one kv head keeps, how much it kept after prefill, and what it has ever seen."""
+
+    kept: list[Entry] = field(default_factory=list)
+    recent_queries: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+    target: int = 0
+    num_compactions: int = 0
+    all_keys: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The retention in plain numbers; `counts[layer]` tokens are kept of a prompt that is cut."""
+
+    score: str
+    counts: list[int]
+    budget: int
+    window: int
+    sinks: int
+    slack_tokens: int
+    kernel: int = 7
+    seed: int = 0
+
+
+def _scramble(x: int) -> int:
+    """MurmurHash3's 32-bit finaliser."""
+    x = x % 2**32
+    x = (x ^ x // 2**16) * 0x85EBCA6B % 2**32
+    x = (x ^ x // 2**13) * 0xC2B2AE35 % 2**32
+    return x ^ x // 2**16
+
+
+class SlowLlama:
+    """One sequence through the layers of a transformers Llama, token after token."""
+
+    def __init__(self, model: Any, rule: Rule) -> None:
+        self.config = model.config
+        self.weights = {name: w.double() for name, w in model.state_dict().items()}
+        self.rule = rule
+        self.group = self.config.num_attention_heads // self.config.num_key_value_heads
+        self.heads = [
+            [Head() for _ in range(self.config.num_key_value_heads)]
+            for _ in range(self.config.num_hidden_layers)
+        ]
+
+    def generate(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """Greedy tokens after a prompt; `after_step` is called after each fed token."""
+        output = [self._prefill(prompt)]
+        while len(output) < num_tokens:
+            output.append(self.feed(output[-1], len(prompt) + len(output) - 1))
+        return output
+
+    def feed(self, token: int, position: int) -> int:
+        """Decode one token; then compact the rows that are full. Returns the next token."""
+        x = self.weights["model.embed_tokens.weight"][token]
+        for layer in range(len(self.heads)):
+            x = self._layer(layer, x, position)
+        for layer, heads in enumerate(self.heads):
+            for number, head in enumerate(heads):
+                if len(head.kept) == head.target + self.rule.slack_tokens:
+                    head.num_compactions += 1
+                    self._cut(layer, number, head.target)
+        return self._next(x)
+
+    def _prefill(self, prompt: list[int]) -> int:
+        x = self.weights["model.embed_tokens.weight"][0]
+        for position, token in enumerate(prompt):
+            x = self.weights["model.embed_tokens.weight"][token]
+            for layer in range(len(self.heads)):
+                x = self._layer(layer, x, position)
+        for layer, heads in enumerate(self.heads):
+            for number, head in enumerate(heads):
+                if len(prompt) > self.rule.budget:
+                    head.target = self.rule.counts[layer]
+                    self._cut(layer, number, head.target)
+                else:
+                    head.target = self.rule.budget
+        return self._next(x)
+
+    def _cut(self, layer: int, number: int, keep: int) -> None:
+        """Keep the sinks, the window, and the best of the others; of equal ones the later."""
+        rule, head = self.rule, self.heads[layer][number]
+        n = len(head.kept)
+        scores = self._scores(layer, number)
+        middle = list(range(rule.sinks, n - rule.window))
+        middle.sort(key=lambda j: (scores[j], j), reverse=True)
+        chosen = sorted(middle[: keep - rule.sinks - rule.window])
+        places = [*range(rule.sinks), *chosen, *range(n - rule.window, n)]
+        assert len(places) == keep
+        head.kept = [head.kept[j] for j in places]
+
+    def _scores(self, layer: int, number: int) -> list[float]:
+        """The score of every kept token that lies before the window."""
+        rule, head = self.rule, self.heads[layer][number]
+        places = range(len(head.kept) - rule.window)
+        if rule.score == "streaming":
+            return [float(j) for j in places]
+        if rule.score == "knorm":
+            return [-float(head.kept[j].key.pow(2).sum().sqrt()) for j in places]
+        if rule.score == "random":
+            return [float(self._noise(layer, number, j)) for j in places]
+        assert rule.score == "snapkv"
+        mean = [0.0] * len(head.kept)
+        queries = head.recent_queries[-rule.window :]
+        assert len(queries) == rule.window
+        for position, group in queries:
+            seen = [e.key for e in head.kept if e.position <= position]
+            for query in group:
+                for j, weight in enumerate(self._attention(query, seen).tolist()):
+                    mean[j] += weight / (rule.window * len(group))
+        reach = rule.kernel // 2
+        near = [[mean[i] for i in range(j - reach, j + reach + 1) if i in places] for j in places]
+        return [max(values) for values in near]
+
+    def _noise(self, layer: int, number: int, place: int) -> int:
+        key = _scramble(_scramble(_scramble(self.rule.seed // 2**32) ^ self.rule.seed) ^ layer)
+        if self.heads[layer][number].num_compactions:
+            key = _scramble(key ^ self.heads[layer][number].num_compactions)
+        return _scramble(_scramble(number ^ key) ^ _scramble(place + 1)) // 256
+
+    def _attention(self, query: Tensor, keys: list[Tensor]) -> Tensor:
+        return torch.softmax(torch.stack(keys) @ query / math.sqrt(len(query)), dim=0)
+
+    def _layer(self, layer: int, x: Tensor, position: int) -> Tensor:
+        w = {
+            name.split(f"layers.{layer}.")[1]: tensor
+            for name, tensor in self.weights.items()
+            if f"layers.{layer}." in name
+        }
+        normed = self._norm(x, w["input_layernorm.weight"])
+        dim = self.config.head_dim
+        q = (w["self_attn.q_proj.weight"] @ normed).view(-1, dim)
+        k = (w["self_attn.k_proj.weight"] @ normed).view(-1, dim)
+        v = (w["self_attn.v_proj.weight"] @ normed).view(-1, dim)
+        attended = []
+        for number, head in enumerate(self.heads[layer]):
+            key = self._rotate(k[number], position)
+            head.kept.append(Entry(position, key, v[number]))
+            head.all_keys.append(key)
+            mine = range(number * self.group, (number + 1) * self.group)
+            queries = [self._rotate(q[i], position) for i in mine]
+            head.recent_queries = [*head.recent_queries[-self.rule.window :], (position, queries)]
+            keys, values = [e.key for e in head.kept], torch.stack([e.value for e in head.kept])
+            attended += [self._attention(query, keys) @ values for query in queries]
+        x = x + w["self_attn.o_proj.weight"] @ torch.cat(attended)
+        normed = self._norm(x, w["post_attention_layernorm.weight"])
+        gate = torch.nn.functional.silu(w["mlp.gate_proj.weight"] @ normed)
+        x += w["mlp.down_proj.weight"] @ (gate * (w["mlp.up_proj.weight"] @ normed))
+        return x
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x / torch.sqrt(x.pow(2).mean() + self.config.rms_norm_eps) * weight
+
+    def _rotate(self, x: Tensor, position: int) -> Tensor:
+        half = len(x) // 2
+        theta = self.config.rope_parameters["rope_theta"]
+        angles = position * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        first, second = x[:half], x[half:]
+        turned = [
+            first * angles.cos() - second * angles.sin(),
+            second * angles.cos() + first * angles.sin(),
+        ]
+        return torch.cat(turned)
+
+    def _next(self, x: Tensor) -> int:
+        normed = self._norm(x, self.weights["model.norm.weight"])
+        return int((self.weights["lm_head.weight"] @ normed).argmax())

@@ -1,0 +1,311 @@
+"""Decode-stage retention, counted: when rows are compacted, and what they are charged until then.
+
+Plain loops that feed one token at a time are the oracle of the closed forms.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.fake_replica import FakeReplica, make_workers, next_token
+
+from saqqara.cluster.ledger import Ledger
+from saqqara.cluster.request import Request, SamplingParams
+from saqqara.cluster.scheduler import Scheduler
+from saqqara.compression.decode_stage import DecodeStage, cycle_of, num_ring_queries
+from saqqara.compression.retention import Retention
+from saqqara.workers.compaction import rows_mass
+from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
+from saqqara.workers.rings import QueryRings
+
+BUDGET = 12
+
+
+def retention(method: str = "pyramidkv", slack_pages: int = 2) -> Retention:
+    settings = {"method": method, "budget": BUDGET, "window": 3, "sinks": 1}
+    return Retention.parse(settings | {"decode": {"slack_pages": slack_pages}})
+
+
+def lengths_of_a_row(kept: int, target: int, slack: int, num_fed: int) -> list[tuple[int, int]]:
+    """Length of a row before and after each of the fed tokens' steps ends."""
+    lengths = []
+    for _ in range(num_fed):
+        kept += 1
+        peak = kept
+        if kept == target + slack:
+            kept = target
+        lengths.append((peak, kept))
+    return lengths
+
+
+@given(
+    prompt_tokens=st.integers(1, 40),
+    slack_pages=st.integers(1, 3),
+    page_tokens=st.integers(1, 5),
+)
+def test_rows_grow_by_the_slack_and_fall_back_to_their_target(
+    prompt_tokens: int, slack_pages: int, page_tokens: int
+) -> None:
+    settings = retention(slack_pages=slack_pages)
+    cycle = cycle_of(settings, prompt_tokens, page_tokens)
+    assert cycle is not None
+    slack = slack_pages * page_tokens
+    for kept in set(settings.layer_tokens(prompt_tokens, 4)):
+        # A prompt that was kept whole grows up to the budget first.
+        target = kept if prompt_tokens > BUDGET else BUDGET
+        num_compactions = 0
+        before = kept
+        for fed, (peak, after) in enumerate(lengths_of_a_row(kept, target, slack, 100), start=1):
+            assert kept + cycle.grown(fed - 1) == before
+            assert 1 <= cycle.room(fed - 1) == target + slack - before
+            assert cycle.fires(fed) == (after < peak)
+            num_compactions += after < peak
+            assert cycle.num_compactions(fed) == num_compactions
+            assert peak <= kept + cycle.most == target + slack
+            before = after
+        assert not cycle.fires(0)
+        assert num_compactions > 0
+
+
+def test_the_setting_is_read_written_and_named() -> None:
+    settings = {"method": "snapkv", "budget": 64, "decode": {"slack_pages": 3}}
+    parsed = Retention.parse(settings)
+    assert parsed.decode == DecodeStage(3)
+    assert parsed.label == "snapkv@64,decode=3"
+    assert parsed.to_dict()["decode"] == {"slack_pages": 3}
+    assert Retention.parse(parsed.to_dict()) == parsed
+    assert hash(Retention.parse(parsed.to_dict())) == hash(parsed)
+    assert Retention.parse(parsed, budget=80).decode == DecodeStage(3)
+    assert Retention.parse(settings | {"decode": True}).decode == DecodeStage(4)
+    off = Retention.parse({"method": "snapkv", "budget": 64})
+    for value in (None, False):
+        assert Retention.parse(settings | {"decode": value}) == off
+    assert "decode" not in off.to_dict()
+    assert Retention.parse({"method": "full", "decode": False}) == Retention()
+
+
+@pytest.mark.parametrize(
+    ("method", "decode", "message"),
+    [
+        ("full", True, "decode: 'full' keeps every token, so there is nothing to compact"),
+        ("snapkv", {"slack_pages": 0}, "decode.slack_pages: must be an integer of at least 1"),
+        ("snapkv", {"slack_pages": 1.5}, "decode.slack_pages: must be an integer of at least 1"),
+        ("snapkv", {"slack_pages": True}, "decode.slack_pages: must be an integer of at least 1"),
+        ("snapkv", {"slack": 2}, "decode.slack: not a setting; allowed: slack_pages"),
+        ("snapkv", 4, "decode: must be a mapping such as"),
+    ],
+)
+def test_bad_settings_are_named(method: str, decode: object, message: str) -> None:
+    budget = {} if method == "full" else {"budget": 64}
+    with pytest.raises(ValueError, match=message):
+        Retention.parse({"method": method, "decode": decode} | budget)
+
+
+def test_only_scores_that_look_at_queries_need_rings() -> None:
+    sizes = {m: num_ring_queries(retention(m)) for m in ("snapkv", "knorm", "streaming", "random")}
+    assert sizes == {"snapkv": 3, "knorm": 0, "streaming": 0, "random": 0}
+    assert num_ring_queries(Retention.parse({"method": "snapkv", "budget": 64})) == 0
+
+
+# Rings
+
+
+def test_a_ring_holds_the_last_queries_of_its_slot() -> None:
+    rings = QueryRings(4, 2, 3, 5, torch.float32, torch.device("cpu"))
+    sizes = {0: 4, 2: 3, 3: 1}
+    seen: dict[int, list[torch.Tensor]] = {slot: [] for slot in sizes}
+    generator = torch.Generator().manual_seed(0)
+    for slot, size in sizes.items():
+        rings.open(slot, size)
+        prompt = torch.randn(slot + 1, 3, 5, generator=generator)
+        for layer in range(2):
+            rings.store(slot, layer, prompt + layer, slot + 1)
+        seen[slot] += list(prompt)
+    rings.open(1, 0)
+    for step in range(12):
+        slots, counts = np.array([3, 1, 0, 2]), np.array([1, 2, 1 + step % 5, 1])
+        positions = np.concatenate(
+            [
+                len(seen.get(s, [])) + np.arange(c)
+                for s, c in zip(slots.tolist(), counts.tolist(), strict=True)
+            ]
+        )
+        queries = torch.randn(int(counts.sum()), 3, 5, generator=generator)
+        writes = rings.writes(slots, counts, positions)
+        assert writes is not None
+        for layer in range(2):
+            rings.append(writes, layer, queries + layer)
+        for slot, new in zip(slots.tolist(), torch.split(queries, counts.tolist()), strict=True):
+            if slot in seen:
+                seen[slot] += list(new)
+        for slot, size in sizes.items():
+            if len(seen[slot]) >= size:
+                got = rings.read(np.array([slot]), 1, np.array([len(seen[slot])]))
+                assert torch.equal(got[0], torch.stack(seen[slot][-size:]) + 1)
+    assert rings.writes(np.array([1]), np.array([1]), np.array([0])) is None
+
+
+def test_rings_share_a_buffer_that_is_used_again_and_given_back() -> None:
+    rings = QueryRings(6, 1, 1, 2, torch.float32, torch.device("cpu"))
+    for slot in range(4):
+        rings.open(slot, 4)
+    most = rings.num_bytes
+    assert most == 4 * 4 * 2 * 4  # rings, queries, numbers, bytes
+    rings.close(1)
+    rings.open(5, 4)
+    assert rings.num_bytes == most
+    for slot in (1, 4):
+        rings.open(slot, 4)
+    assert rings.num_bytes == most / 4 * 6
+    for slot in range(6):
+        rings.close(slot)
+    rings.close(0)  # it has none any more
+    assert rings.num_bytes == 0
+    assert rings.num_open == 0
+
+
+def test_mass_of_many_rows_is_that_of_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, group, window, num_keys, dim = 5, 2, 4, 9, 6
+    q = torch.randn(window, rows * group, dim, generator=generator, dtype=torch.float64)
+    k = torch.randn(num_keys, rows, dim, generator=generator, dtype=torch.float64)
+    expected = torch.zeros(rows, num_keys, dtype=torch.float64)
+    for row in range(rows):
+        for i in range(window):
+            last = num_keys - window + i
+            for g in range(group):
+                scores = k[: last + 1, row] @ q[i, row * group + g] * 0.3
+                expected[row, : last + 1] += torch.softmax(scores, dim=0)
+    got = rows_mass(q.float(), k.float(), 0.3)
+    assert got.dtype == torch.float32
+    # fp32 against float64: sums of 8 weights of at most 1.
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+
+
+# Ledger and scheduler
+
+
+def pages_of(rows: np.ndarray, worker: WorkerInfo) -> int:
+    mine = rows[worker.start_layer : worker.stop_layer, worker.start_head : worker.stop_head]
+    return sum(-(-int(length) // worker.page_tokens) for length in mine.ravel())
+
+
+@given(
+    prompt_tokens=st.integers(1, 40),
+    slack_pages=st.integers(1, 3),
+    page_tokens=st.sampled_from([1, 3, 4]),
+    reserved=st.integers(0, 40),
+    pieces=st.lists(st.integers(1, 5), max_size=40),
+)
+def test_a_step_is_charged_its_peak_and_settled_for_what_stays(
+    prompt_tokens: int, slack_pages: int, page_tokens: int, reserved: int, pieces: list[int]
+) -> None:
+    workers = make_workers(
+        10_000, stages=(3, 2), head_ranges=((0, 2), (2, 3)), page_tokens=page_tokens
+    )
+    ledger = Ledger(workers, 2)
+    settings = retention(slack_pages=slack_pages)
+    demand = ledger.demand(settings, prompt_tokens)
+    ledger.admit(1, demand, prompt_tokens, reserved)
+    ledger.advance_prefill([1], 5)
+    rows = settings.row_tokens(prompt_tokens, 5, 3).copy()
+    slack = slack_pages * page_tokens
+    grace = 0 if prompt_tokens > BUDGET else BUDGET - prompt_tokens
+    limit = rows + grace + slack
+    most = [pages_of(np.minimum(limit, rows + reserved), w) for w in workers]
+    assert ledger.pages_needed(demand, reserved).tolist() == most
+    assert (10_000 - ledger.free).tolist() == most
+    fed = 0
+    for piece in pieces:
+        num = min(piece, ledger.room(1) or 0)
+        assert num >= 1
+        rows += num
+        slots, nums = np.array([1]), np.array([num])
+        held = 10_000 - ledger.free
+        assert (held + ledger.append_cost(slots, nums)[0]).tolist() == [
+            max(pages_of(rows, w), h) for w, h in zip(workers, held.tolist(), strict=True)
+        ]
+        ledger.append(slots, nums)
+        fed += num
+        peak = [pages_of(rows, w) for w in workers]
+        assert ((10_000 - ledger.free) >= peak).all()
+        if (rows == limit).all():
+            rows -= slack
+        assert not (rows >= limit).any()
+        ledger.settle()
+        assert (ledger.kept(1) == rows).all()
+        stays = [pages_of(rows, w) for w in workers]
+        assert ledger.allocated().tolist() == stays
+        if fed >= reserved:
+            assert (10_000 - ledger.free).tolist() == stays
+        else:
+            assert (10_000 - ledger.free).tolist() == most
+    ledger.release(1)
+    assert (ledger.free == 10_000).all()
+    assert ledger.room(1) is None
+
+
+def step(scheduler: Scheduler, replica: FakeReplica) -> tuple[StepPlan, list[StepResult]] | None:
+    plan = scheduler.schedule()
+    if plan is None:
+        return None
+    results = replica.run(plan)
+    scheduler.absorb(plan, results)
+    return plan, results
+
+
+@pytest.mark.parametrize("score", [None, tuple(range(90))])
+def test_long_outputs_fit_a_pool_that_never_has_to_refuse(score: tuple[int, ...] | None) -> None:
+    """Pages are counted at their peak: workers, which append before they compact, never refuse."""
+    # 8 rows of at most 12 + 8 tokens on average (26 in the lowest layer), in pages of 4.
+    workers = make_workers(8 * 6 * 3)
+    scheduler = Scheduler(workers, max_num_seqs=8, max_model_len=256, max_extend_tokens=7)
+    replica = FakeReplica(workers)
+    sequences = []
+    for number in range(12):
+        prompt = tuple((number * 7 + i) % 128 for i in range(3 + 4 * number))
+        params = SamplingParams(max_tokens=90, ignore_eos=True)
+        request = Request(str(number), prompt, params, retention(), 0, score)
+        sequences.append(scheduler.add(request, params.spec(0)))
+    refused, most_items = 0, 0
+    while (done := step(scheduler, replica)) is not None:
+        refused += sum(len(result.refused) for result in done[1])
+        most_items = max(most_items, *(i.num_tokens for i in done[0].decode), 0)
+    assert refused == 0
+    assert scheduler.is_idle
+    # What scoring will feed is charged from the start, so only generation preempts.
+    assert (sum(s.num_preemptions for s in sequences) > 0) == (score is None)
+    # Generated tokens are replayed one by one, scored ones fed in pieces.
+    assert (most_items == 1) == (score is None)
+    for sequence in sequences:
+        if score is None:
+            tokens = list(sequence.request.prompt_token_ids)
+            for _ in range(90):
+                tokens.append(next_token(tokens))
+            assert sequence.output_token_ids == tokens[-90:]
+        else:
+            assert len(sequence.scored_logprobs) == 90
+
+
+def test_what_a_compaction_returns_is_given_away_in_the_next_plan_not_in_its_own() -> None:
+    """Within a plan, prompts are written before rows are compacted."""
+    # 8 rows: 3 pages each after prefill, 5 at the peak (12 + 8 tokens), 4 right after it.
+    workers = make_workers(8 * (4 + 3))
+    scheduler = Scheduler(workers, max_num_seqs=2, max_model_len=256)
+    replica = FakeReplica(workers)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    first, second = (
+        Request(name, tuple(range(16)), params, retention("streaming"), 0) for name in "ab"
+    )
+    scheduler.add(first, params.spec(0))
+    fed, started = 0, None
+    while (done := step(scheduler, replica)) is not None:
+        plan, results = done
+        assert not any(result.refused for result in results)
+        fed += len(plan.decode) if started is None else 0
+        if fed == 5 and started is None:
+            scheduler.add(second, params.spec(0))
+        if plan.new and plan.step > 0 and started is None:
+            started = fed
+    assert started == 9  # the first token after the compaction, which came with the eighth

@@ -1,0 +1,86 @@
+"""Reading and compacting rows of one layer of many slots at once.
+
+Shapes: R rows of one layer, n stored tokens of each, D head dim.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .store import KVStore
+from .table import spans
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Different rows of one local layer: row i is `(slots[i], layer, heads[i])`, int64 [R] each."""
+
+    layer: int
+    slots: NDArray[np.int64]
+    heads: NDArray[np.int64]
+
+    def pages(self, kv: KVStore, num_pages: int) -> Tensor:
+        """The first pages of each row, int64 [R, num_pages] on the device."""
+        slots, heads = kv.table.to_device(self.slots), kv.table.to_device(self.heads)
+        return kv.table.device_pages[slots, self.layer, heads, :num_pages].long()
+
+
+def read_rows(kv: KVStore, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Copies of the keys and values that rows of one length keep, [R, n, D] each, in order."""
+    kept = kv.table.kept[rows.slots, rows.layer, rows.heads]
+    length = int(kept[0])
+    assert (kept == length).all(), f"rows of different lengths: {kept}"
+    pages = rows.pages(kv, -(-length // kv.page_tokens))
+    k, v = (
+        x.index_select(0, pages.view(-1)).view(len(kept), -1, x.shape[-1])[:, :length]
+        for x in (kv.pool.k_pages, kv.pool.v_pages)
+    )
+    return k, v
+
+
+def compact_rows(kv: KVStore, rows: Rows, indices: Tensor) -> bool:
+    """Keep only some tokens of rows of one length, in place; surplus pages are free at once.
+
+    Args:
+        kv: the store.
+        rows: which rows.
+        indices: storage positions that each keeps, ascending, int64 [R, keep].
+
+    Returns:
+        False, with nothing changed, if pages that are shared with other slots would have to be
+        copied and the free ones do not suffice.
+    """
+    table, pool, page_tokens = kv.table, kv.pool, kv.page_tokens
+    first = table.first_entry[rows.slots, rows.layer, rows.heads]
+    kept = table.kept[rows.slots, rows.layer, rows.heads]
+    num_rows, keep = indices.shape
+    assert (kept == kept[0]).all(), f"rows of different lengths: {kept}"
+    assert 0 < keep <= kept[0], f"{keep} of {kept[0]} tokens"
+    num_used, num_keep = -(-int(kept[0]) // page_tokens), -(-keep // page_tokens)
+    entries = (first[:, None] + np.arange(num_keep)).reshape(-1)
+    surplus = table.flat_pages[spans(first + num_keep, np.full(num_rows, num_used - num_keep))]
+    shared = entries[:0]
+    if pool.any_shared:
+        shared = entries[pool.refcount[table.flat_pages[entries]] > 1]
+        if len(shared) > pool.num_free + np.count_nonzero(pool.refcount[surplus] == 1):
+            return False
+
+    # Pages are filled up with their last token, so that no stale NaN stays in them.
+    last = indices[:, -1:].expand(-1, num_keep * page_tokens - keep)
+    places = torch.cat([indices, last], dim=1)
+    column = places // page_tokens
+    source = (rows.pages(kv, num_used).gather(1, column) - column) * page_tokens + places
+    k, v = (x.index_select(0, source.view(-1)) for x in (kv.k_tokens, kv.v_tokens))
+    pool.release(surplus)
+    if len(shared):
+        old = table.flat_pages[shared]
+        table.set_pages(shared, pool.allocate(len(shared)))
+        pool.release(old)
+    target = table.to_device(table.flat_pages[entries].astype(np.int64))
+    for stored, tokens in ((pool.k_pages, k), (pool.v_pages, v)):
+        stored.index_copy_(0, target, tokens.view(-1, *stored.shape[1:]))
+    table.set_rows_kept(rows.slots, rows.layer, rows.heads, keep)
+    return True
