@@ -18,7 +18,7 @@ from saqqara.compression.retention import Retention
 
 from .chat_frame import ChatFrame
 from .haystack import Haystack, Split
-from .needle import haystack_room
+from .prompt_maker import haystack_room, settings_of
 from .result import Outcome, Result
 from .session import Session
 
@@ -88,12 +88,4 @@ class AgreementTask:
                 outcomes.append(
                     Outcome(retention.label, sample, group, self.prompt_tokens, share, details)
                 )
-        settings = {
-            "prompt_tokens": self.prompt_tokens,
-            "max_tokens": self.max_tokens,
-            "num_samples": self.num_samples,
-            "seed": self.seed,
-            "haystack": None if self.haystack is None else str(self.haystack),
-            "split": self.split,
-        }
-        return session.result(self.name, settings, outcomes)
+        return session.result(self.name, settings_of(self), outcomes)

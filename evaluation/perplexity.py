@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .chat_frame import ChatFrame
 from .haystack import Haystack, Split
+from .prompt_maker import settings_of
 from .result import Outcome, Result
 from .session import Session
 
@@ -74,12 +75,4 @@ class PerplexityTask:
             for sample, outputs in enumerate(scored)
             for retention, output in zip(session.retentions, outputs, strict=True)
         ]
-        settings = {
-            "context_tokens": self.context_tokens,
-            "continuation_tokens": self.continuation_tokens,
-            "stride": self.stride,
-            "num_samples": self.num_samples,
-            "haystack": None if self.haystack is None else str(self.haystack),
-            "split": self.split,
-        }
-        return session.result(self.name, settings, outcomes)
+        return session.result(self.name, settings_of(self), outcomes)

@@ -106,9 +106,7 @@ class Session:
             model=self.config.model,
             settings={**settings, "engine": engine},
             retentions={one.label: one.to_dict() for one in self.retentions},
-            kept_shares={
-                one.label: kept_share(one, lengths, self.spec) for one in self.retentions
-            },
+            kept_shares={one.label: kept_share(one, lengths, self.spec) for one in self.retentions},
             full_kv_bytes=sum(full_bytes(n, self.spec, self.config.dtype) for n in lengths)
             / max(len(lengths), 1),
             outcomes=tuple(outcomes),

@@ -10,7 +10,7 @@ from .interval import Estimate, bootstrapped, proportion
 from .result import Outcome, Result
 
 Figures = Callable[[Sequence[Outcome], Sequence[Outcome]], dict[str, tuple[Estimate, str]]]
-"""Of a setting's outcomes and of full's on the same prompts: by name, estimate and number format."""
+"""Of a setting's and full's outcomes on the same prompts: by name, estimate and number format."""
 
 MIB = 2**20
 MAX_GROUP_COLUMNS = 8

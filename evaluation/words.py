@@ -2,15 +2,15 @@
 
 import numpy as np
 
-ADJECTIVES = tuple(
+_ADJECTIVES = (
     "amber ancient bitter bold brave brisk broad calm clever coarse copper crisp curious damp "
     "distant dusty eager early empty faint fierce gentle golden grand hidden hollow humble idle "
     "iron ivory jolly keen lively lonely lucky mellow misty modest narrow noble odd pale patient "
     "plain polite proud quiet rapid rare rough royal rusty scarlet sharp silent silver simple slow "
     "smooth solid steep stern sturdy subtle sunny sweet swift tame tender tidy tiny vast velvet "
-    "violet vivid warm weary wild wise young".split()
+    "violet vivid warm weary wild wise young"
 )
-NOUNS = tuple(
+_NOUNS = (
     "acorn anchor apple apron arrow badger bakery banjo barrel basket beacon beetle bicycle "
     "blanket bottle bridge bucket butter cabin camel candle canoe carpet castle cellar cherry "
     "circus clover cobbler compass coral cottage cousin cradle cricket crown curtain daisy desert "
@@ -23,8 +23,11 @@ NOUNS = tuple(
     "pumpkin puppy quilt rabbit raven ribbon river rooster saddle sailor salmon sandal shepherd "
     "shovel sparrow spider spoon squirrel stable statue sugar sunset swan tailor teapot temple "
     "thistle thunder tiger timber tomato tower tulip tunnel turtle umbrella valley velvet village "
-    "violin volcano waffle wagon walnut walrus whistle willow window winter wizard zebra".split()
+    "violin volcano waffle wagon walnut walrus whistle willow window winter wizard zebra"
 )
+
+ADJECTIVES = tuple(_ADJECTIVES.split())
+NOUNS = tuple(_NOUNS.split())
 
 
 def draw_key(generator: np.random.Generator) -> str:
