@@ -9,7 +9,6 @@ from saqqara.compression.retention import Retention
 from saqqara.workers.models.spec import ModelSpec
 
 DEFAULT_METHODS = "pyramidkv,snapkv,streaming,knorm,random"
-DEFAULT_BUDGETS = "25%"
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -42,7 +41,7 @@ def parse_grid(methods: str, budgets: str) -> list[Retention]:
     """
     entries = _flow_list(methods, "methods")
     sizes = _flow_list(budgets, "budgets")
-    settings = []
+    settings: list[Retention] = []
     for entry in entries:
         if not isinstance(entry, (str, dict)):
             raise ValueError(f"methods: {entry!r} is neither a name nor a mapping of settings")

@@ -185,7 +185,7 @@ def read_records(file: Path, limit: int) -> list[Record]:
     Raises:
         ValueError: the file cannot be read, or a line is no record; names the line.
     """
-    found = []
+    found: list[Record] = []
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):

@@ -7,14 +7,12 @@ official scripts, the docstring says so.
 import difflib
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_CHINESE_PUNCTUATION = (
-    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～“”‘’、《》「」『』【】…—"  # noqa: RUF001
-)
 
 
 def words_of(text: str) -> list[str]:
@@ -27,8 +25,8 @@ def characters_of(text: str) -> list[str]:
 
     The official scripts cut Chinese text into words with a dictionary.
     """
-    dropped = {*string.punctuation, *_CHINESE_PUNCTUATION}
-    return [c for c in text.lower() if not c.isspace() and c not in dropped]
+    # Unicode's categories of separators, control characters, punctuation and symbols.
+    return [c for c in text.lower() if unicodedata.category(c)[0] not in "ZCPS"]
 
 
 def f1(answer: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
