@@ -110,7 +110,9 @@ def draw(found: AttentionMaps) -> Figure:
             for at, label in enumerate(labels):
                 marks[at, list(found.kept[label][layer][head])] = 1
             if labels:
-                below.imshow(marks, cmap="Greys", vmin=0, vmax=1.2, aspect="auto")
+                below.imshow(
+                    marks, cmap="Greys", vmin=0, vmax=1.2, aspect="auto", interpolation="nearest"
+                )
             below.set_yticks(range(len(labels)), labels if head == 0 else [], fontsize=6)
             below.tick_params(labelsize=6)
     figure.suptitle("attention (query down, key across); below: tokens kept", fontsize=9)

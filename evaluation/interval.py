@@ -15,7 +15,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value and the 95% interval around it; `num_samples` are the prompts it is taken over."""
+    """A value and the 95% interval around it; `num_samples` are the prompts it is taken over.
+
+    Where one prompt cannot give an interval, its ends are NaN.
+    """
 
     value: float
     low: float
@@ -24,6 +27,8 @@ class Estimate:
 
     def text(self, form: str) -> str:
         """`value [low, high]`, each number written in that format, such as `.1%`."""
+        if math.isnan(self.low):
+            return f"{self.value:{form}} [one prompt]"
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
@@ -64,8 +69,10 @@ def bootstrapped(
     if not values:
         raise ValueError("values: a mean needs at least one value")
     array = np.asarray(values, dtype=np.float64)
+    centre = float(statistic(array.mean(keepdims=True))[0])
+    if len(array) == 1:
+        return Estimate(centre, math.nan, math.nan, 1)
     draws = np.random.default_rng(seed).integers(len(array), size=(NUM_RESAMPLES, len(array)))
     means = array[draws].mean(axis=1)
     low, high = np.quantile(statistic(means), [0.025, 0.975])
-    centre = statistic(array.mean(keepdims=True))
-    return Estimate(float(centre[0]), float(low), float(high), len(array))
+    return Estimate(centre, float(low), float(high), len(array))

@@ -100,8 +100,8 @@ def quality_curve(result: Result) -> Figure:
         )
         estimates = [main_figure(row)[1] for row in mine]
         values = [estimate.value for estimate in estimates]
-        below = [max(e.value - e.low, 0.0) for e in estimates]
-        above = [max(e.high - e.value, 0.0) for e in estimates]
+        below = np.nan_to_num([max(e.value - e.low, 0.0) for e in estimates])
+        above = np.nan_to_num([max(e.high - e.value, 0.0) for e in estimates])
         kept = [100 * row.kept_share for row in mine]
         panel.errorbar(kept, values, [below, above], marker="o", capsize=3, label=series)
     panel.set_xlabel("keys and values kept, % of full")
@@ -117,7 +117,7 @@ def pyramid(settings: Sequence[Retention], prompt_tokens: int, spec: ModelSpec) 
     figure, panels = _panels(len(settings), width=2.9, height=3.4)
     for panel, setting in zip(panels, settings, strict=False):
         kept = setting.row_tokens(prompt_tokens, spec.num_layers, spec.num_kv_heads)
-        image = panel.imshow(kept, aspect="auto", origin="lower", cmap="viridis", vmin=0)
+        image = panel.imshow(kept, aspect="auto", origin="lower", vmin=0, vmax=prompt_tokens)
         figure.colorbar(image, ax=panel)
         panel.set_title(f"{setting.label}: {kept.mean():.0f} of {prompt_tokens}", fontsize=9)
         panel.set_xlabel("kv head")

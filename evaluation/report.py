@@ -139,10 +139,8 @@ def _is_done(session: Session, name: str, task: Task, folder: Path) -> bool:
     if not file.exists():
         return False
     found = Result.read(file)
-    wanted = session.result(task.name, settings_of(task), [])
-    for field in ("task", "model", "settings", "retentions"):
-        now = json.loads(json.dumps(getattr(wanted, field)))
-        if getattr(found, field) != now:
+    for field, wanted in session.identity(task.name, settings_of(task)).items():
+        if getattr(found, field) != json.loads(json.dumps(wanted)):
             raise ValueError(
                 f"out: {file} was made with other {field}; give another folder, or remove the file"
             )

@@ -14,6 +14,8 @@ from .grid import full_bytes, kept_share, with_full
 from .result import Outcome, Result
 
 TokenIds = Sequence[int]
+ENGINE_SETTINGS = ("tokenizer", "load_format", "dtype", "attention_backend", "linear_backend")
+"""Settings of the engine that may change answers."""
 
 
 class Session:
@@ -94,21 +96,24 @@ class Session:
         _check(outputs)
         return [outputs[at : at + num] for at in range(0, len(outputs), num)]
 
-    def result(self, task: str, settings: Mapping[str, Any], outcomes: list[Outcome]) -> Result:
-        """A task's outcomes with what they were made with."""
-        lengths = [o.prompt_tokens for o in outcomes if o.retention == "full"]
-        engine = {
-            name: getattr(self.config, name)
-            for name in ("tokenizer", "load_format", "dtype", "attention_backend", "linear_backend")
+    def identity(self, task: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What a result depends on: the fields of `Result` that are known before it is there."""
+        engine = {name: getattr(self.config, name) for name in ENGINE_SETTINGS}
+        return {
+            "task": task,
+            "model": self.config.model,
+            "settings": {**settings, "engine": engine},
+            "retentions": {one.label: one.to_dict() for one in self.retentions},
         }
+
+    def result(self, task: str, settings: Mapping[str, Any], outcomes: list[Outcome]) -> Result:
+        """A task's outcomes (at least one) with what they were made with."""
+        lengths = [o.prompt_tokens for o in outcomes if o.retention == "full"]
+        num_bytes = sum(full_bytes(n, self.spec, self.config.dtype) for n in lengths)
         return Result(
-            task=task,
-            model=self.config.model,
-            settings={**settings, "engine": engine},
-            retentions={one.label: one.to_dict() for one in self.retentions},
+            **self.identity(task, settings),
             kept_shares={one.label: kept_share(one, lengths, self.spec) for one in self.retentions},
-            full_kv_bytes=sum(full_bytes(n, self.spec, self.config.dtype) for n in lengths)
-            / max(len(lengths), 1),
+            full_kv_bytes=num_bytes / len(lengths),
             outcomes=tuple(outcomes),
         )
 

@@ -13,7 +13,6 @@ Figures = Callable[[Sequence[Outcome], Sequence[Outcome]], dict[str, tuple[Estim
 """Of a setting's and full's outcomes on the same prompts: by name, estimate and number format."""
 
 MIB = 2**20
-MAX_GROUP_COLUMNS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +107,19 @@ def tables(result: Result) -> list[Table]:
     """The summary for people: split by group first (if there are several), then the whole."""
     found = []
     if len(result.groups) > 1:
-        found.append(_table(f"{result.task}, by group, with 95% intervals", group_cells(result)))
+        cells = group_cells(result)
+        if len(cells[0]) > len(cells):  # more groups than settings read better downwards
+            cells = [list(column) for column in zip(*cells, strict=True)]
+        found.append(_table(f"{result.task}, by group, with 95% intervals", cells))
     found.append(_table(f"{result.task}, with 95% intervals", overall_cells(result)))
     return found
 
 
 def _table(title: str, cells: list[list[str]]) -> Table:
-    # Many groups read better downwards.
-    if len(cells[0]) > MAX_GROUP_COLUMNS:
-        cells = [list(column) for column in zip(*cells, strict=True)]
-    table = Table(cells[0][0], title=title)
+    table = Table(title=title)
+    table.add_column(cells[0][0], no_wrap=True)
     for name in cells[0][1:]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in cells[1:]:
         table.add_row(*row)
     return table
