@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -63,12 +64,12 @@ class Haystack:
 
     @classmethod
     def load(cls, tokenizer: Tokenizer, folder: Path | None, split: Split) -> "Haystack":
-        """Read and encode a half.
+        """Read and encode a half; the last few are remembered, for reports of many tasks.
 
         Raises:
             ValueError: as `read_text` and `half`.
         """
-        return cls.of_text(tokenizer, half(read_text(folder), split))
+        return _load(tokenizer, folder, split)
 
     @classmethod
     def of_text(cls, tokenizer: Tokenizer, text: str) -> "Haystack":
@@ -113,3 +114,8 @@ class Haystack:
             out += [*self.token_ids[done:boundary], *pieces[at][1]]
             done = boundary
         return [*out, *self.token_ids[done:]]
+
+
+@lru_cache(maxsize=4)
+def _load(tokenizer: Tokenizer, folder: Path | None, split: Split) -> Haystack:
+    return Haystack.of_text(tokenizer, half(read_text(folder), split))

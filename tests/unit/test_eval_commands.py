@@ -18,7 +18,10 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.attention_map import attention_maps, draw
 from saqqara.evaluation.kept_positions import kept_positions
 from saqqara.evaluation.plots import png
-from saqqara.evaluation.result import Result
+from saqqara.evaluation.report import ReportPlan, merge
+from saqqara.evaluation.result import Outcome, Result
+from saqqara.evaluation.ruler import RulerTask
+from saqqara.evaluation.ruler_tasks import TASKS
 from saqqara.evaluation.session import Session
 
 runner = CliRunner()
@@ -142,35 +145,62 @@ def test_a_report_goes_on_where_it_was(
 ) -> None:
     def report(*more: str) -> str:
         arguments = ["eval", "report", "--out", str(tmp_path), "--model", str(demo_model)]
-        arguments += ["--tasks", "needle,ruler,agreement", "--length", "512"]
+        arguments += ["--tasks", "needle,agreement", "--length", "300"]
         run = runner.invoke(app, [*arguments, "--num-samples", "1", *more])
         assert run.exit_code in (0, 2), run.output
         return run.stderr if run.exit_code else run.stdout
 
-    grid = ("--methods", "snapkv", "--budgets", "25%,50%")
+    grid = ("--retention", "snapkv@25%")
     assert "report.html" in report(*grid)
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 6  # two curves and maps, a curve, the pyramid
+    assert page.count("data:image/png;base64,") == 4  # a curve, maps, a curve, the pyramid
     assert 'src="http' not in page
     assert "<link" not in page
-    assert all(label in page for label in ("full", "snapkv@25%", "snapkv@50%"))
-    num_cells = len(list(tmp_path.glob("*.json")))
-    assert num_cells == 1 + 7 + 1
-
+    assert all(label in page for label in ("full", "snapkv@25%"))
+    assert sorted(file.stem for file in tmp_path.glob("*.json")) == ["agreement", "needle"]
     assert len(engines) == 1
     report(*grid)
     assert len(engines) == 1  # nothing was missing, so no engine was started
 
-    (tmp_path / "ruler-niah_single.json").unlink()
+    (tmp_path / "needle.json").unlink()
     report(*grid)
     assert len(engines) == 2
-    assert len(engines[1].submitted) == 3  # one prompt under three settings
+    assert len(engines[1].submitted) == 5 * 2  # a prompt at each depth under two settings
     assert (tmp_path / "report.html").read_text() == page
 
     said = report(*grid, "--seed", "1")
     assert "was made with other settings" in said
     assert "was made with other retentions" in report("--methods", "knorm")
     assert len(engines) == 2
+
+
+def test_a_report_has_a_cell_for_each_kind_of_question() -> None:
+    cells = ReportPlan(length=512, num_samples=3, seed=7).cells()
+    assert [*cells] == ["needle", *(f"ruler-{name}" for name in TASKS), "perplexity", "agreement"]
+    assert cells["ruler-niah_single"] == RulerTask(
+        ("niah_single",), (512,), 3, seed=7, split="report"
+    )
+
+
+def test_merged_cells_count_every_prompt_once() -> None:
+    def part(group: str, tokens: int, kept: float, scores: list[float]) -> Result:
+        outcomes = tuple(
+            Outcome("full", sample, group, tokens, score) for sample, score in enumerate(scores)
+        )
+        full = {"full": Retention().to_dict()}
+        return Result("ruler", "m", {}, full, {"full": kept}, tokens * 10.0, outcomes)
+
+    one, two = part("a", 100, 0.5, [1.0, 0.0]), part("b", 300, 1.0, [1.0, 1.0])
+    merged = merge([one, two])
+    assert [(o.sample, o.group) for o in merged.outcomes] == [
+        (0, "a"),
+        (1, "a"),
+        (2, "b"),
+        (3, "b"),
+    ]
+    assert merged.kept_shares["full"] == (200 * 0.5 + 600) / 800
+    assert merged.full_kv_bytes == 2000.0
+    assert merge([one]) is one
 
 
 # Attention, on a tiny random model ----------------------------------------------------------------
