@@ -29,12 +29,12 @@ ZETA = 2.0
 MAX_CODES = 2000
 
 _VARIABLES = "Variables are assigned in the text below. Keep track of them.\n\n"
-_MANY_QUESTION = "\n\nWhat are the magic numbers of {keys}? Name all {num}."
+_MANY_QUESTION = "\n\nWhat are the magic numbers of {keys}?"
 _MANY_ANSWER = "The magic numbers of {keys} are"
-_VALUES_QUESTION = "\n\nWhat are all the magic numbers of {key}? There are {num}."
+_VALUES_QUESTION = "\n\nWhat are all the magic numbers of {key}?"
 _VALUES_ANSWER = "The magic numbers of {key} are"
 _TRACE_QUESTION = "\n\nWhich {num} variables have the value {value}? Follow every assignment."
-_TRACE_ANSWER = "The variables with the value {value} are"
+_TRACE_ANSWER = "The variables with the value {value} are: VAR"
 _COMMON = "Below is a numbered list of words. Some words come much more often than others.\n\n"
 _COMMON_QUESTION = "\n\nWhich {num} words come most often in the list?"
 _COMMON_ANSWER = "The {num} words that come most often are:"
@@ -98,12 +98,12 @@ def _needles(
 
 def _needle_ask(asked: list[str], num_values: int) -> tuple[str, str]:
     if num_values > 1:
-        question = _VALUES_QUESTION.format(key=asked[0], num=num_values)
+        question = _VALUES_QUESTION.format(key=asked[0])
         return question, _VALUES_ANSWER.format(key=asked[0])
     if len(asked) == 1:
         return QUESTION.format(key=asked[0]), ANSWER.format(key=asked[0])
     keys = ", ".join(asked[:-1]) + f" and {asked[-1]}"
-    return _MANY_QUESTION.format(keys=keys, num=len(asked)), _MANY_ANSWER.format(keys=keys)
+    return _MANY_QUESTION.format(keys=keys), _MANY_ANSWER.format(keys=keys)
 
 
 def variable_tracking(
@@ -114,7 +114,10 @@ def variable_tracking(
         names = [name.upper() for name in _different(lambda: draw_code(generator, 5), NUM_HOPS + 1)]
         value = str(int(generator.integers(10_000, 100_000)))
         sources = [value, *(f"VAR {name}" for name in names)]
-        facts = [f"\nVAR {name} = {source}\n" for name, source in zip(names, sources, strict=False)]
+        facts = [
+            f"\nRemember this: VAR {name} = {source}\n"
+            for name, source in zip(names, sources, strict=False)
+        ]
         depths = sorted(generator.random(len(facts)).tolist())
         texts = (
             _TRACE_QUESTION.format(num=len(names), value=value),
