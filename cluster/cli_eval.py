@@ -179,7 +179,8 @@ def perplexity(
     ),
     continuation_tokens: Annotated[int, typer.Option(min=1, help="Scored tokens.")] = 128,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="From window to window; default: side by side.")
+        int | None,
+        typer.Option(min=1, help="From window to window; default: spread over the text."),
     ] = None,
     num_samples: NumSamples = 10,
     retention: Retentions = None,

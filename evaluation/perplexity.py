@@ -17,7 +17,8 @@ class PerplexityTask:
     Attributes:
         context_tokens: of each window, the BOS token included where the model has one.
         continuation_tokens: of each window, all scored.
-        stride: tokens from one window's start to the next; None sets windows side by side.
+        stride: tokens from one window's start to the next; None spreads them over the half
+            of the text, side by side where it is short.
         num_samples: windows at most.
         haystack: folder with texts, or None for the topics of `pydoc`.
         split: the half of the text.
@@ -42,7 +43,8 @@ class PerplexityTask:
         """
         num_context = self.context_tokens - len(bos)
         size = num_context + self.continuation_tokens
-        starts = range(0, len(hay.token_ids) - size + 1, self.stride or size)[: self.num_samples]
+        stride = self.stride or max(size, len(hay.token_ids) // self.num_samples)
+        starts = range(0, len(hay.token_ids) - size + 1, stride)[: self.num_samples]
         if num_context < 1 or not starts:
             raise ValueError(
                 f"context_tokens: a window of {self.context_tokens} and "

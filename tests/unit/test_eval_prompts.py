@@ -209,6 +209,8 @@ def test_perplexity_windows() -> None:
     assert all(len(context) == 20 and len(rest) == 5 for context, rest in windows)
     assert all(rest[0] == context[-1] + 1 for context, rest in windows)
     assert windows[0][1] == (21, 22, 23, 24, 25)
+    spread = PerplexityTask(20, 5, num_samples=2).windows(hay, ())
+    assert [context[0] for context, _ in spread] == [1, 51]
     with_bos = task.windows(hay, (0,))
     assert with_bos[0] == ((0, *range(1, 20)), tuple(range(20, 25)))
     close = PerplexityTask(20, 5, stride=10, num_samples=3).windows(hay, ())
