@@ -1,4 +1,4 @@
-"""The command line: `saqqara {generate,batch,bench,fetch-demo-model,version}`.
+"""The command line: `saqqara {generate,batch,bench,eval,fetch-demo-model,version}`.
 
 Exit codes: 0 done, 1 something failed, 2 the user's input is wrong (one line says what), 130
 interrupted.
@@ -13,6 +13,7 @@ import typer
 
 from saqqara import __version__
 
+from .cli_eval import evaluation
 from .cli_options import Settings, errors_in_one_line, with_settings
 
 logger = logging.getLogger("saqqara")
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
+app.add_typer(evaluation, name="eval")
 
 
 @app.callback()

@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -61,19 +61,24 @@ def errors_in_one_line() -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
-def with_settings(sampling: bool = True) -> Callable[[Command], Command]:
+def with_settings(
+    sampling: bool = True, without: Collection[str] = ()
+) -> Callable[[Command], Command]:
     """Give a command `--config` and a flag per setting; it receives them as `settings`.
 
     Args:
         sampling: whether the command also has flags for `SamplingParams`.
+        without: fields of `EngineConfig` that get no flag, because the command has its own.
     """
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command).parameters
-        flags = [_config_flag(), *_flags(EngineConfig.model_fields, ENGINE_PREFIX, "Engine")]
+        fields = {n: f for n, f in EngineConfig.model_fields.items() if n not in without}
+        flags = [_config_flag(), *_flags(fields, ENGINE_PREFIX, "Engine")]
         if sampling:
-            fields = SamplingParams.model_fields
-            flags += _flags(fields, SAMPLING_PREFIX, "Sampling", EngineConfig.model_fields)
+            flags += _flags(
+                SamplingParams.model_fields, SAMPLING_PREFIX, "Sampling", EngineConfig.model_fields
+            )
 
         @functools.wraps(command)
         def wrapped(**given: Any) -> None:

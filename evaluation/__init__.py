@@ -1,1 +1,1 @@
-"""Measures the engine: speed, memory, and how far answers agree."""
+"""Measures the engine: speed, memory, and the quality of what retention settings keep."""

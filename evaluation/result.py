@@ -1,0 +1,94 @@
+"""What an evaluation found, prompt by prompt: enough to make every table and plot again."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saqqara.compression.retention import Retention
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one prompt went under one retention setting.
+
+    Attributes:
+        retention: label of the setting.
+        sample: number of the prompt, the same under every setting.
+        group: what tables are split by: a length, a task, a data set.
+        prompt_tokens: length of the prompt (of the context, where a continuation is scored).
+        score: the task's figure; see the task.
+        details: plain values that explain the score, such as the answer.
+    """
+
+    retention: str
+    sample: int
+    group: str
+    prompt_tokens: int
+    score: float
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All outcomes of one task.
+
+    Attributes:
+        task: name of the task.
+        model: folder or hub id.
+        settings: everything else that the outcomes depend on, as JSON values.
+        retentions: label and settings of each setting, `full` first.
+        kept_shares: by label, the share of the prompts' keys and values that is kept: expected
+            tokens, not counting that pages are filled up.
+        full_kv_bytes: mean bytes of a prompt's keys and values under full retention.
+        outcomes: by prompt, then by setting.
+    """
+
+    task: str
+    model: str
+    settings: Mapping[str, Any]
+    retentions: Mapping[str, Mapping[str, Any]]
+    kept_shares: Mapping[str, float]
+    full_kv_bytes: float
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of the settings, `full` first."""
+        return list(self.retentions)
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups, in the order in which they first come."""
+        return list(dict.fromkeys(outcome.group for outcome in self.outcomes))
+
+    def of(self, label: str, group: str | None = None) -> list[Outcome]:
+        """The outcomes of one setting (in one group), in the order of the prompts."""
+        mine = (o for o in self.outcomes if o.retention == label)
+        return [outcome for outcome in mine if group in (None, outcome.group)]
+
+    def retention(self, label: str) -> Retention:
+        """One of the settings."""
+        return Retention.parse(dict(self.retentions[label]))
+
+    def write(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """Read what `write` wrote.
+
+        Raises:
+            ValueError: the file is not a result.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            outcomes = tuple(Outcome(**outcome) for outcome in data.pop("outcomes"))
+            return cls(outcomes=outcomes, **data)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not the result of an evaluation: {error}") from None
