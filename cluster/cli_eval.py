@@ -283,6 +283,31 @@ def attention(
 
 @evaluation.command()
 @eval_settings
+def calibrate(
+    out: Annotated[Path, typer.Option(metavar="PROFILE.json", help="Write the profile here.")],
+    context_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each context.")] = 1024,
+    num_samples: Annotated[int, typer.Option(min=1, help="Contexts of each kind.")] = 8,
+    haystack: HaystackFolder = None,
+    split: SplitName = "tune",
+    *,
+    settings: Settings,
+) -> None:
+    """Measure how much a model needs each kv head, for budgets by head (`recommended`)."""
+    from saqqara.evaluation.calibrate import Calibration, write_profile
+
+    calibration = Calibration(
+        context_tokens=context_tokens,
+        num_samples=num_samples,
+        seed=settings.config.seed,
+        haystack=haystack,
+        split=_split(split),
+    )
+    write_profile(calibration.run(settings.config), out)
+    typer.echo(out)
+
+
+@evaluation.command()
+@eval_settings
 def report(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Results, pictures and report.html; resumed.")

@@ -12,6 +12,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
+from saqqara.configs.schema import CONFIG_DIR
+
 KEY = re.compile(r"(0|[1-9]\d*)-(0|[1-9]\d*)")
 
 
@@ -49,7 +51,7 @@ class HeadProfile:
         """Read a profile as users give it.
 
         Args:
-            source: path of a JSON file, or its content: {"layer-head": [scores]} with layers and
+            source: name of a profile in `configs/profiles/`, path of a JSON file, or its content: {"layer-head": [scores]} with layers and
                 query heads counted from 0, every head of every layer present. A head's scores
                 (say, one per measured prompt) are averaged.
 
@@ -64,6 +66,9 @@ class HeadProfile:
                 f"{type(source).__name__} {source!r}"
             )
         file = Path(source).expanduser()
+        shipped = CONFIG_DIR / "profiles" / f"{source}.json"
+        if not file.exists() and shipped.exists():
+            file = shipped
         name = f"profile: {file}"
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -100,7 +105,8 @@ def _weights(
     if layers != num_layers or query_heads % num_heads:
         raise ValueError(
             f"profile: has {layers} layers of {query_heads} query heads, which is no profile of "
-            f"this model of {num_layers} layers with {num_heads} kv heads"
+            f"this model of {num_layers} layers with {num_heads} kv heads (`saqqara eval "
+            "calibrate` measures one)"
         )
     group = query_heads // num_heads
     return tuple(

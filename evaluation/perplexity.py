@@ -59,11 +59,20 @@ class PerplexityTask:
             for start in starts
         ]
 
+    def session_windows(
+        self, session: Session
+    ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The windows of the task's own text, in the tokens of the session's model.
+
+        Raises:
+            ValueError: as `windows` and `Haystack.load`.
+        """
+        hay = Haystack.load(session.tokenizer, self.haystack, self.split)
+        return self.windows(hay, ChatFrame.plain(session.tokenizer).before)
+
     def run(self, session: Session) -> Result:
         """Score every window; the score is the mean negative log-likelihood in nats per token."""
-        hay = Haystack.load(session.tokenizer, self.haystack, self.split)
-        windows = self.windows(hay, ChatFrame.plain(session.tokenizer).before)
-        contexts, continuations = zip(*windows, strict=True)
+        contexts, continuations = zip(*self.session_windows(session), strict=True)
         scored = session.scores(contexts, continuations)
         outcomes = [
             Outcome(

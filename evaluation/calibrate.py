@@ -1,0 +1,162 @@
+"""How much a model needs the keys and values of each kv head: the profile of the `profile` shape.
+
+Each row (layer, kv head) in turn keeps next to nothing of a context while all others keep it whole,
+and known tokens that follow are scored. A row's importance is what its loss does to the
+probabilities of these tokens: half the mean square of the change of their log-probability, which is
+the Kullback-Leibler divergence to second order, estimated at tokens that the text draws. A plain
+difference of losses would need many times the text: its noise has no sign.
+
+The tokens are of two kinds: continuations of plain text, which ask for whatever helps to predict,
+and the answers to needle questions, which ask for copying from far away. Both matter to users, and
+only few heads matter to either; each kind's importances are first divided by their sum.
+
+Retrieval heads: Wu et al., arXiv 2404.15574; budgets by head: HeadKV, arXiv 2410.19258, whose
+profile counts how often a head attends most to a needle's tokens. This one measures what the
+model's output loses, so heads that matter to prediction in other ways count, too.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saqqara.compression.head_profile import HeadProfile
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig
+
+from .haystack import Split
+from .needle import needle_question
+from .perplexity import PerplexityTask
+from .prompt_maker import PromptMaker
+from .session import Session, TokenIds
+
+Floats = NDArray[np.float64]
+
+KEPT_TOKENS = 64  # of the row that is cut: window, sinks and a few more
+WINDOW, SINKS = 32, 4
+TEXT_WEIGHT = 0.8
+POWER = 0.7
+"""Importances fall over four orders of magnitude; a power below one leaves the middle something."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What is measured.
+
+    Attributes:
+        context_tokens: of each context that goes through retention.
+        continuation_tokens: of each plain text, scored.
+        num_samples: contexts of each kind.
+        seed: of the needles.
+        haystack: folder with texts, or None for the topics of `pydoc`.
+        split: the half of the text.
+    """
+
+    context_tokens: int = 1024
+    continuation_tokens: int = 96
+    num_samples: int = 8
+    seed: int = 0
+    haystack: Path | None = None
+    split: Split = "tune"
+
+    def run(self, config: EngineConfig) -> HeadProfile:
+        """Measure every row of a model.
+
+        Raises:
+            ValueError: the context is too short to cut, or the text too short.
+            RuntimeError: the engine failed.
+        """
+        least = 2 * KEPT_TOKENS
+        if self.context_tokens < least:
+            raise ValueError(f"context_tokens: must be at least {least}, not {self.context_tokens}")
+        with Session(config, []) as session:
+            num_layers, num_heads = session.spec.num_layers, session.spec.num_kv_heads
+            cuts = [
+                without_row(row, num_layers, num_heads, self.context_tokens)
+                for row in range(num_layers * num_heads)
+            ]
+            session.retentions = (Retention(), *cuts)
+            texts = importances(session, *self._texts(session))
+            needles = importances(session, *self._needles(session))
+            rows = combine(texts, needles).reshape(num_layers, num_heads)
+            group = session.spec.num_query_heads // num_heads
+        return HeadProfile(tuple(tuple(float(x) for x in np.repeat(r, group)) for r in rows))
+
+    def _texts(self, session: Session) -> tuple[list[TokenIds], list[TokenIds]]:
+        """Contexts and continuations of plain text."""
+        task = PerplexityTask(
+            context_tokens=self.context_tokens,
+            continuation_tokens=self.continuation_tokens,
+            num_samples=self.num_samples,
+            haystack=self.haystack,
+            split=self.split,
+        )
+        windows = task.session_windows(session)
+        return [context for context, _ in windows], [tokens for _, tokens in windows]
+
+    def _needles(self, session: Session) -> tuple[list[TokenIds], list[TokenIds]]:
+        """Needle questions of the same length, and their answers."""
+        maker = PromptMaker.load(session.tokenizer, self.haystack, self.split)
+        generator = np.random.default_rng(self.seed)
+        depths = (np.arange(self.num_samples) + 0.5) / self.num_samples
+        questions = [
+            needle_question(maker, self.context_tokens, float(depth), generator)
+            for depth in depths
+        ]
+        answers = [maker.encode(f" {question.references[0]}") for question in questions]
+        return [question.token_ids for question in questions], list(answers)
+
+
+def without_row(row: int, num_layers: int, num_heads: int, prompt_tokens: int) -> Retention:
+    """Keep a prompt of that length whole in all rows but one, which keeps about `KEPT_TOKENS`."""
+    num_rows = num_layers * num_heads
+    # The budget is a mean over rows, so the one row may keep up to num_rows - 1 tokens more.
+    budget = -(-((num_rows - 1) * prompt_tokens + KEPT_TOKENS) // num_rows)
+    table = {
+        f"{layer}-{head}": [float(layer * num_heads + head != row)]
+        for layer in range(num_layers)
+        for head in range(num_heads)
+    }
+    return Retention.parse(
+        {
+            "score": "streaming",
+            "shape": "profile",
+            "profile": table,
+            "head_beta": 1,
+            "window": WINDOW,
+            "sinks": SINKS,
+            "budget": budget,
+        }
+    )
+
+
+def importances(
+    session: Session, contexts: Sequence[TokenIds], continuations: Sequence[TokenIds]
+) -> Floats:
+    """What the loss of each row changes, float64 [rows]; the session's first setting is `full`."""
+    total = np.zeros(len(session.retentions) - 1)
+    num_tokens = 0
+    for outputs in session.scores(contexts, continuations):
+        full, *cut = (np.array(output.logprobs) for output in outputs)
+        total += [float(((other - full) ** 2).sum()) / 2 for other in cut]
+        num_tokens += len(full)
+    return total / num_tokens
+
+
+def combine(texts: Floats, needles: Floats) -> Floats:
+    """One importance per row out of the two kinds, damped."""
+    shares = TEXT_WEIGHT * texts / texts.sum() + (1 - TEXT_WEIGHT) * needles / needles.sum()
+    damped: Floats = shares**POWER
+    return damped / damped.sum()
+
+
+def write_profile(profile: HeadProfile, file: Path) -> None:
+    """Write a profile as `HeadProfile.read` takes it, one head a line."""
+    lines = [f'"{key}": [{scores[0]:.6f}]' for key, scores in profile.to_dict().items()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    HeadProfile.read(json.loads(text))
+    file.write_text(text, encoding="utf-8")

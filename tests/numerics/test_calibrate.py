@@ -1,0 +1,79 @@
+"""Calibration finds which heads a model needs: a head whose output goes nowhere matters nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.tiny import save_tiny
+
+from saqqara.compression.head_profile import HeadProfile
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig
+from saqqara.evaluation.calibrate import (
+    KEPT_TOKENS,
+    Calibration,
+    combine,
+    importances,
+    without_row,
+    write_profile,
+)
+from saqqara.evaluation.session import Session
+
+NUM_LAYERS, NUM_HEADS, HEAD_DIM = 3, 3, 16
+MUTE = 1, 2  # layer, kv head
+
+
+def test_a_mute_head_has_no_importance(tmp_path: Path, demo_model: Path) -> None:
+    model = save_tiny("llama-gqa", tmp_path, tokenizer_of=demo_model)
+    layer, head = MUTE
+    with torch.no_grad():  # its two query heads no longer reach the hidden states
+        columns = slice(2 * head * HEAD_DIM, 2 * (head + 1) * HEAD_DIM)
+        model.model.layers[layer].self_attn.o_proj.weight[:, columns] = 0
+    model.save_pretrained(tmp_path)
+    generator = np.random.default_rng(0)
+    contexts, continuations = (generator.integers(0, 999, (2, n)).tolist() for n in (160, 8))
+    cuts = [without_row(row, NUM_LAYERS, NUM_HEADS, 160) for row in range(NUM_LAYERS * NUM_HEADS)]
+    config = EngineConfig(model=str(tmp_path), dtype="float32", kv_memory_gib=0.1, max_num_seqs=16)
+    with Session(config, cuts) as session:
+        found = importances(session, contexts, continuations).reshape(NUM_LAYERS, NUM_HEADS)
+    assert found[MUTE] == pytest.approx(0, abs=1e-9)
+    found[MUTE] = np.inf
+    assert found.min() > 1e-6
+
+
+@pytest.mark.parametrize("row", [0, 5, 89])
+def test_one_row_is_cut_and_the_others_are_whole(row: int) -> None:
+    kept = without_row(row, 30, 3, 1024).row_tokens(1024, 30, 3).reshape(-1)
+    assert KEPT_TOKENS <= kept[row] < KEPT_TOKENS + 90
+    assert (np.delete(kept, row) == 1024).all()
+
+
+def test_both_kinds_count_by_their_shares() -> None:
+    texts, needles = np.array([1.0, 0.0, 3.0]), np.array([0.0, 50.0, 50.0])
+    combined = combine(texts, needles)
+    assert combined.sum() == pytest.approx(1)
+    shares = np.array([0.8 * 0.25, 0.2 * 0.5, 0.8 * 0.75 + 0.2 * 0.5])
+    assert combined == pytest.approx(shares**0.7 / (shares**0.7).sum())
+    assert combine(10 * texts, needles) == pytest.approx(combined)
+
+
+def test_a_written_profile_reads_back(tmp_path: Path) -> None:
+    profile = HeadProfile(((0.25, 0.5), (0.125, 0.0625)))
+    write_profile(profile, tmp_path / "new" / "profile.json")
+    assert HeadProfile.read(tmp_path / "new" / "profile.json") == profile
+
+
+def test_the_shipped_profile_is_found_by_its_name() -> None:
+    retention = Retention.parse("recommended", "25%")
+    assert retention.profile == HeadProfile.read("SmolLM2-135M-Instruct")
+    kept = retention.row_tokens(2048, 30, 3)
+    assert kept.sum() == 30 * 3 * 512
+    assert kept.max() > 4 * kept.min()
+    with pytest.raises(ValueError, match="no profile of this model of 32 layers .* calibrate"):
+        retention.row_tokens(2048, 32, 8)
+
+
+def test_short_contexts_are_refused(demo_model: Path) -> None:
+    with pytest.raises(ValueError, match="context_tokens: must be at least 128, not 100"):
+        Calibration(context_tokens=100).run(EngineConfig(model=str(demo_model)))
