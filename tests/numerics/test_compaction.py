@@ -25,7 +25,7 @@ from saqqara.workers.worker import Worker
 LAYERS, HEADS, PAGE = 3, 3, 4
 WINDOW, SINKS, BUDGET, SLACK_PAGES = 8, 2, 20, 2
 SLACK = SLACK_PAGES * PAGE
-METHODS = ["streaming", "snapkv", "pyramidkv", "knorm", "random"]
+METHODS = ["streaming", "snapkv", "pyramidkv", "knorm", "random", "tova"]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,9 @@ def make_worker(folder: Path, **settings: Any) -> Worker:
 
 
 def retention_of(method: str, **settings: Any) -> Retention:
+    window = 1 if method == "tova" else WINDOW
     return Retention.parse(
-        {"method": method, "budget": BUDGET, "window": WINDOW, "sinks": SINKS}
+        {"method": method, "budget": BUDGET, "window": window, "sinks": SINKS}
         | {"decode": {"slack_pages": SLACK_PAGES}}
         | settings
     )
@@ -56,7 +57,7 @@ def rule_of(retention: Retention, prompt_tokens: int) -> Rule:
     assert retention.score is not None
     assert retention.decode is not None
     slack = retention.decode.slack_pages * PAGE
-    return Rule(retention.score, list(counts), BUDGET, WINDOW, SINKS, slack)
+    return Rule(retention.score, list(counts), BUDGET, retention.window, SINKS, slack)
 
 
 def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
@@ -149,7 +150,9 @@ def test_batched_equals_alone(method: str, model: tuple[Any, Path]) -> None:
             )
             result = worker.execute(StepPlan(step, decode=items))
             worker.check_integrity()
-        assert (result.memory.ring_bytes > 0) == any(n.retention.score == "snapkv" for n in new)
+        assert (result.memory.ring_bytes > 0) == any(
+            n.retention.score in ("snapkv", "tova") for n in new
+        )
         rows = [stored(worker, n.slot) for n in new]
         worker.execute(StepPlan(num_steps, free=tuple(n.slot for n in new)))
         return [s.token_id for s in reversed(result.sampled)], rows

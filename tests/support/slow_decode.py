@@ -21,7 +21,7 @@ class Entry:
     value: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Head:
     """What one kv head keeps, how much it kept after prefill, and what it has ever seen."""
 
@@ -80,10 +80,10 @@ class SlowLlama:
         for layer in range(len(self.heads)):
             x = self._layer(layer, x, position)
         for layer, heads in enumerate(self.heads):
-            for number, head in enumerate(heads):
-                if len(head.kept) == head.target + self.rule.slack_tokens:
-                    head.num_compactions += 1
-                    self._cut(layer, number, head.target)
+            full = [h for h in heads if len(h.kept) == h.target + self.rule.slack_tokens]
+            for head in full:
+                head.num_compactions += 1
+            self._cut(layer, full)
         return self._next(x)
 
     def _prefill(self, prompt: list[int]) -> int:
@@ -93,25 +93,24 @@ class SlowLlama:
             for layer in range(len(self.heads)):
                 x = self._layer(layer, x, position)
         for layer, heads in enumerate(self.heads):
-            for number, head in enumerate(heads):
-                if len(prompt) > self.rule.budget:
-                    head.target = self.rule.counts[layer]
-                    self._cut(layer, number, head.target)
-                else:
-                    head.target = self.rule.budget
+            is_cut = len(prompt) > self.rule.budget
+            for head in heads:
+                head.target = self.rule.counts[layer] if is_cut else self.rule.budget
+            self._cut(layer, heads if is_cut else [])
         return self._next(x)
 
-    def _cut(self, layer: int, number: int, keep: int) -> None:
+    def _cut(self, layer: int, heads: list[Head]) -> None:
         """Keep the sinks, the window, and the best of the others; of equal ones the later."""
-        rule, head = self.rule, self.heads[layer][number]
-        n = len(head.kept)
-        scores = self._scores(layer, number)
-        middle = list(range(rule.sinks, n - rule.window))
-        middle.sort(key=lambda j: (scores[j], j), reverse=True)
-        chosen = sorted(middle[: keep - rule.sinks - rule.window])
-        places = [*range(rule.sinks), *chosen, *range(n - rule.window, n)]
-        assert len(places) == keep
-        head.kept = [head.kept[j] for j in places]
+        rule = self.rule
+        of_head = [self._scores(layer, self.heads[layer].index(head)) for head in heads]
+        for head, scores in zip(heads, of_head, strict=True):
+            n = len(head.kept)
+            middle = list(range(rule.sinks, n - rule.window))
+            middle.sort(key=lambda j: (scores[j], j), reverse=True)
+            chosen = sorted(middle[: head.target - rule.sinks - rule.window])
+            places = [*range(rule.sinks), *chosen, *range(n - rule.window, n)]
+            assert len(places) == head.target
+            head.kept = [head.kept[j] for j in places]
 
     def _scores(self, layer: int, number: int) -> list[float]:
         """The score of every kept token that lies before the window."""
@@ -123,6 +122,13 @@ class SlowLlama:
             return [-float(head.kept[j].key.pow(2).sum().sqrt()) for j in places]
         if rule.score == "random":
             return [float(self._noise(layer, number, j)) for j in places]
+        if rule.score == "tova":
+            mean = [0.0] * len(head.kept)
+            queries = [(h, q) for h in self.heads[layer] for q in h.recent_queries[-1][1]]
+            for other, query in queries:
+                for j, weight in enumerate(self._attention(query, [e.key for e in other.kept])):
+                    mean[j] += float(weight) / len(queries)
+            return mean
         assert rule.score == "snapkv"
         mean = [0.0] * len(head.kept)
         queries = head.recent_queries[-rule.window :]
