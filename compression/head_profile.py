@@ -51,9 +51,9 @@ class HeadProfile:
         """Read a profile as users give it.
 
         Args:
-            source: name of a profile in `configs/profiles/`, path of a JSON file, or its content: {"layer-head": [scores]} with layers and
-                query heads counted from 0, every head of every layer present. A head's scores
-                (say, one per measured prompt) are averaged.
+            source: name of a profile in `configs/profiles/`; path of a JSON file; or its content:
+                {"layer-head": [scores]} with layers and query heads counted from 0, every head of
+                every layer present. A head's scores (say, one per measured prompt) are averaged.
 
         Raises:
             ValueError: not that; names the file and the key.

@@ -246,7 +246,7 @@ class Retention:
 
         own = preset.get("score"), preset.get("shape", "uniform")
         score, shape = given.pop("score", own[0]), given.pop("shape", own[1])
-        own_mean = preset.get("mean", "uniform")
+        own_mean: Any = preset.get("mean", "uniform")
         mean = given.get("mean", own_mean) if "mean" in settings_of(score, shape) else "uniform"
         allowed = settings_of(score, shape, mean)
         named = ("score", "shape", "propagate")

@@ -103,8 +103,7 @@ class Calibration:
         generator = np.random.default_rng(self.seed)
         depths = (np.arange(self.num_samples) + 0.5) / self.num_samples
         questions = [
-            needle_question(maker, self.context_tokens, float(depth), generator)
-            for depth in depths
+            needle_question(maker, self.context_tokens, float(depth), generator) for depth in depths
         ]
         answers = [maker.encode(f" {question.references[0]}") for question in questions]
         return [question.token_ids for question in questions], list(answers)
@@ -143,7 +142,8 @@ def importances(
         full, *cut = (np.array(output.logprobs) for output in outputs)
         total += [float(((other - full) ** 2).sum()) / 2 for other in cut]
         num_tokens += len(full)
-    return total / num_tokens
+    mean: Floats = total / num_tokens
+    return mean
 
 
 def combine(texts: Floats, needles: Floats) -> Floats:

@@ -59,9 +59,7 @@ class PerplexityTask:
             for start in starts
         ]
 
-    def session_windows(
-        self, session: Session
-    ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    def session_windows(self, session: Session) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """The windows of the task's own text, in the tokens of the session's model.
 
         Raises:

@@ -70,7 +70,7 @@ def test_the_shipped_profile_is_found_by_its_name() -> None:
     kept = retention.row_tokens(2048, 30, 3)
     assert kept.sum() == 30 * 3 * 512
     assert kept.max() > 4 * kept.min()
-    with pytest.raises(ValueError, match="no profile of this model of 32 layers .* calibrate"):
+    with pytest.raises(ValueError, match=r"no profile of this model of 32 layers .* calibrate"):
         retention.row_tokens(2048, 32, 8)
 
 

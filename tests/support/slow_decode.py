@@ -124,10 +124,10 @@ class SlowLlama:
             return [float(self._noise(layer, number, j)) for j in places]
         if rule.score == "tova":
             mean = [0.0] * len(head.kept)
-            queries = [(h, q) for h in self.heads[layer] for q in h.recent_queries[-1][1]]
-            for other, query in queries:
+            last = [(h, q) for h in self.heads[layer] for q in h.recent_queries[-1][1]]
+            for other, query in last:
                 for j, weight in enumerate(self._attention(query, [e.key for e in other.kept])):
-                    mean[j] += float(weight) / len(queries)
+                    mean[j] += float(weight) / len(last)
             return mean
         assert rule.score == "snapkv"
         mean = [0.0] * len(head.kept)
