@@ -149,8 +149,9 @@ def importances(
 def combine(texts: Floats, needles: Floats) -> Floats:
     """One importance per row out of the two kinds, damped."""
     shares = TEXT_WEIGHT * texts / texts.sum() + (1 - TEXT_WEIGHT) * needles / needles.sum()
-    damped: Floats = shares**POWER
-    return damped / damped.sum()
+    damped = shares**POWER
+    combined: Floats = damped / damped.sum()
+    return combined
 
 
 def write_profile(profile: HeadProfile, file: Path) -> None:
