@@ -310,11 +310,15 @@ class Retention:
 
     @property
     def label(self) -> str:
-        """Short name for reports: method@budget, and what departs from the fields' defaults."""
+        """Short name for reports: method@budget, and what departs from the preset or defaults."""
         departures = "" if self.propagate is None else self.propagate.departures
         if self.score is None:
             return f"{self.method}{departures}"
         settings = self.to_dict()
+        preset = _presets().get(self.method, {})
+        usual = {k: tuple(v) if isinstance(v, list) else v for k, v in preset.items()}
+        if "profile" in usual:
+            usual["profile"] = HeadProfile.read(usual["profile"])
         named = {"budget", "mean"}
         if score_method(self.score).fixed_window is not None:
             named.add("window")
@@ -327,7 +331,7 @@ class Retention:
             for field in fields(self)
             if field.name in self._settings
             and field.name not in named
-            and getattr(self, field.name) != field.default
+            and getattr(self, field.name) != usual.get(field.name, field.default)
         ]
         label = f"{self.method}@{self._budget_text}{''.join(changed)}".replace(" ", "")
         return label if self.propagate is None else f"{label}+{self.propagate.kind}{departures}"

@@ -88,7 +88,7 @@ def test_the_setting_is_read_written_and_named() -> None:
 @pytest.mark.parametrize(
     ("method", "decode", "message"),
     [
-        ("full", True, "decode: 'full' keeps every token, so there is nothing to compact"),
+        ("full", True, "decode: 'full' has no score, so nothing tells which tokens to drop"),
         ("snapkv", {"slack_pages": 0}, "decode.slack_pages: must be an integer of at least 1"),
         ("snapkv", {"slack_pages": 1.5}, "decode.slack_pages: must be an integer of at least 1"),
         ("snapkv", {"slack_pages": True}, "decode.slack_pages: must be an integer of at least 1"),

@@ -24,6 +24,8 @@ BUDGETED = [
     "knorm",
     "pyramidkv",
     "random",
+    "recommended",
+    "recommended-adaptive",
     "snapkv",
     "streaming",
     "tova",
@@ -44,8 +46,8 @@ def test_a_name_and_a_budget_are_all_it_takes() -> None:
 def test_every_preset_is_known_by_its_file_name() -> None:
     files = sorted(file.stem for file in (CONFIG_DIR / "retention").glob("*.yaml"))
     assert files == sorted(BUDGETED + NEED_A_PROFILE + UNBUDGETED)
-    departures = {  # a label names what departs from the defaults of the fields
-        "fastkv": ",window=8+once(window=8)",
+    departures = {  # a stage is named with what departs from the defaults of its fields
+        "fastkv": "+once(window=8)",
         "pyramidinfer-13b": "(rho=0.8,interval=2)",
         "pyramidinfer-70b": "(interval=3)",
         "pyramidinfer-steep": "(rho=0.7)",
@@ -180,7 +182,7 @@ def test_budgets_as_users_write_them(
         ("snapkv", 0.25, "budget: must be tokens or a share such as '25%', not 0.25"),
         ("snapkv", True, "budget: must be tokens or a share such as '25%', not True"),
         ({"method": "snapkv", "budget": 64}, 128, "budget: given twice, as 64 and as 128"),
-        ("pyramid", 256, "method: unknown 'pyramid'; known: ada-pyramidkv, adakv, full, h2o"),
+        ("pyramid", 256, "method: unknown 'pyramid'; known: ada-pyramidkv, adakv, fastkv, full"),
         ("snapkv-cubic", 256, "method: unknown 'snapkv-cubic'; .* shapes adaptive, cosine, pro"),
         ("snapkv-uniform-pyramid", 256, "method: unknown 'snapkv-uniform-pyramid'"),
         ("snapkv-adaptive-cubic", 256, "method: unknown .*adaptive also -<mean>: cosine"),
