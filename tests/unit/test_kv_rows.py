@@ -16,7 +16,7 @@ from saqqara.workers.kv.store import KVStore
 SLOTS, LAYERS, HEADS, DIM = 4, 2, 3, 2
 
 
-def make_store(page_tokens: int, mirrored: bool, num_pages: int = 400) -> KVStore:
+def make_store(page_tokens: int, mirrored: bool, num_pages: int = 800) -> KVStore:
     return KVStore(
         num_layers=LAYERS,
         num_heads=HEADS,
