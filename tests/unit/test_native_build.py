@@ -70,7 +70,7 @@ build._build()
 
 def test_shares_the_thread_pool_of_torch(sources: Path) -> None:
     """One OpenMP runtime is mapped, torch's own."""
-    build.library()
+    build.load_library()
     torch.ones(1 << 20).sum()
     maps = Path("/proc/self/maps").read_text().splitlines()
     runtimes = {line.split()[-1] for line in maps if "omp" in Path(line.split()[-1]).name}
@@ -84,7 +84,7 @@ def test_a_broken_source_is_a_reason(sources: Path) -> None:
     assert reason is not None
     assert "answer.cpp:1:" in reason
     with pytest.raises(build.NativeUnavailableError, match=r"answer\.cpp:1:"):
-        build.library()
+        build.load_library()
 
 
 def test_no_compiler_is_a_reason(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:

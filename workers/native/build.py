@@ -46,7 +46,7 @@ def unavailable_reason() -> str | None:
     return library_or_reason if isinstance(library_or_reason, str) else None
 
 
-def library() -> ctypes.CDLL:
+def load_library() -> ctypes.CDLL:
     """The loaded kernels.
 
     Raises:
@@ -66,7 +66,7 @@ def function(
     Raises:
         NativeUnavailableError: the kernels cannot be used here.
     """
-    kernel = library()[name]
+    kernel = load_library()[name]
     kernel.argtypes = tuple(argument_types)
     kernel.restype = result_type
     return kernel
