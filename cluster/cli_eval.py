@@ -317,6 +317,9 @@ def report(
     ] = "needle,ruler,perplexity,agreement",
     length: Annotated[int, typer.Option(min=1, help="Prompt length in tokens.")] = 2048,
     num_samples: NumSamples = 10,
+    num_needles: Annotated[
+        int | None, typer.Option(min=1, help="Prompts per needle depth. [default: num-samples]")
+    ] = None,
     retention: Retentions = None,
     methods: Methods = None,
     budgets: Budgets = None,
@@ -332,7 +335,9 @@ def report(
     from .cli_actions import console
 
     seed = settings.config.seed
-    plan = ReportPlan(_names(tasks), length, num_samples, seed, haystack, _split(split))
+    plan = ReportPlan(
+        _names(tasks), length, num_samples, num_needles, seed, haystack, _split(split)
+    )
     compared = _retentions(retention, methods, budgets, default_budgets="10%,25%,50%")
     results, page = run_report(settings.config, compared, plan, out)
     for result in results:

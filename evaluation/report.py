@@ -1,7 +1,8 @@
 """A whole report on retention settings: several tasks, cell by cell, and one page that shows them.
 
 A cell is one task (of RULER, one kind of question). Its outcomes are in a JSON file of its own, and
-a cell whose file is there is not run again, so a report that was stopped goes on where it was.
+a setting that a cell's file has is not run again, so a report that was stopped goes on where it
+was, and settings can be added to it.
 """
 
 import json
@@ -39,7 +40,8 @@ class ReportPlan:
     Attributes:
         kinds: of tasks, of `KINDS`.
         length: of prompts (of contexts, for perplexity), in tokens.
-        num_samples: prompts per needle depth, per RULER task, and of the other tasks.
+        num_samples: prompts per RULER task, and of each other task.
+        num_needles: prompts per needle depth; None for `num_samples`.
         seed: of all that is drawn.
         haystack: folder with texts, or None for the topics of `pydoc`.
         split: the half of the text.
@@ -48,6 +50,7 @@ class ReportPlan:
     kinds: tuple[str, ...] = KINDS
     length: int = 2048
     num_samples: int = 10
+    num_needles: int | None = None
     seed: int = 0
     haystack: Path | None = None
     split: Split = "report"
@@ -65,7 +68,8 @@ class ReportPlan:
         common: dict[str, Any] = {**text, "num_samples": self.num_samples, "seed": self.seed}
         found: dict[str, Task] = {}
         if "needle" in self.kinds:
-            found["needle"] = NeedleTask(lengths=(self.length,), **common)
+            needles = {**common, "num_samples": self.num_needles or self.num_samples}
+            found["needle"] = NeedleTask(lengths=(self.length,), **needles)
         if "ruler" in self.kinds:
             for task in TASKS:
                 found[f"ruler-{task}"] = RulerTask((task,), (self.length,), **common)
@@ -91,16 +95,17 @@ def run_report(
     cells = plan.cells()
     results: dict[str, list[Result]] = {}
     with Session(config, retentions) as session:
-        missing = [
-            name for name, task in cells.items() if not _is_done(session, name, task, folder)
-        ]
-        logger.info("%d of %d cells are to be run", len(missing), len(cells))
+        done = {name: _done(session, task, _file(folder, name)) for name, task in cells.items()}
+        missing = {name: _missing(session, result) for name, result in done.items()}
+        logger.info("%d of %d cells are to be run", sum(map(bool, missing.values())), len(cells))
         for name, task in cells.items():
-            file = folder / f"{name}.json"
-            if name in missing:
-                task.run(session).write(file)
+            file, result = _file(folder, name), done[name]
+            if missing[name]:
+                added = task.run(session.comparing(missing[name]))
+                (added if result is None else result.joined(added)).write(file)
                 logger.info("%s: written to %s", name, file)
-            results.setdefault(task.name, []).append(Result.read(file))
+            asked = Result.read(file).only([one.label for one in session.retentions])
+            results.setdefault(task.name, []).append(asked)
         merged = [merge(parts) for parts in results.values()]
         pictures = _pictures(merged, session, plan.length)
     for name, picture in pictures.items():
@@ -133,18 +138,34 @@ def merge(parts: Sequence[Result]) -> Result:
     )
 
 
-def _is_done(session: Session, name: str, task: Task, folder: Path) -> bool:
-    """Whether a cell's file is there; an error if it is not what would be written now."""
-    file = folder / f"{name}.json"
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
+
+
+def _done(session: Session, task: Task, file: Path) -> Result | None:
+    """What a cell's file holds, or None; an error if it was made with other settings."""
     if not file.exists():
-        return False
+        return None
     found = Result.read(file)
-    for field, wanted in session.identity(task.name, settings_of(task)).items():
-        if getattr(found, field) != json.loads(json.dumps(wanted)):
-            raise ValueError(
-                f"out: {file} was made with other {field}; give another folder, or remove the file"
-            )
-    return True
+    wanted = json.loads(json.dumps(session.identity(task.name, settings_of(task))))
+    retentions = wanted.pop("retentions")
+    wrong = [field for field, value in wanted.items() if getattr(found, field) != value]
+    if any(
+        found.retentions[label] != retentions.get(label, found.retentions[label])
+        for label in found.labels
+    ):
+        wrong.append("retentions")
+    if wrong:
+        raise ValueError(
+            f"out: {file} was made with other {wrong[0]}; give another folder, or remove the file"
+        )
+    return found
+
+
+def _missing(session: Session, result: Result | None) -> list[Retention]:
+    """The settings whose outcomes a cell lacks."""
+    there = [] if result is None else result.labels
+    return [one for one in session.retentions if one.label not in there]
 
 
 def _pictures(results: Sequence[Result], session: Session, length: int) -> dict[str, bytes]:

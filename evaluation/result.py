@@ -1,8 +1,8 @@
 """What an evaluation found, prompt by prompt: enough to make every table and plot again."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Result:
         kept_shares: by label, the share of the prompts' keys and values that is kept: expected
             tokens, not counting that pages are filled up.
         full_kv_bytes: mean bytes of a prompt's keys and values under full retention.
-        outcomes: by prompt, then by setting.
+        outcomes: by prompt, then by setting; settings that were added later come after those.
     """
 
     task: str
@@ -71,6 +71,26 @@ class Result:
     def retention(self, label: str) -> Retention:
         """One of the settings."""
         return Retention.parse(dict(self.retentions[label]))
+
+    def only(self, labels: Sequence[str]) -> "Result":
+        """The outcomes of some settings, in the order of `labels`."""
+        return replace(
+            self,
+            retentions={label: self.retentions[label] for label in labels},
+            kept_shares={label: self.kept_shares[label] for label in labels},
+            outcomes=tuple(o for o in self.outcomes if o.retention in labels),
+        )
+
+    def joined(self, other: "Result") -> "Result":
+        """These outcomes and those of the settings that only `other` has, on the same prompts."""
+        added = [label for label in other.labels if label not in self.retentions]
+        more = other.only(added)
+        return replace(
+            self,
+            retentions={**self.retentions, **more.retentions},
+            kept_shares={**self.kept_shares, **more.kept_shares},
+            outcomes=self.outcomes + more.outcomes,
+        )
 
     def write(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""

@@ -1,6 +1,7 @@
 """One engine for several tasks: prompts in, answers or scores of every retention setting out."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from types import TracebackType
 from typing import Any, Self
 
@@ -46,6 +47,16 @@ class Session:
         if self._llm is None:
             self._llm = LLM(**self.config.model_dump())
         return self._llm
+
+    def comparing(self, retentions: Sequence[Retention]) -> "Session":
+        """A view of this session, on the same engine, that compares `full` and some settings.
+
+        It is not to be closed: the engine is this session's.
+        """
+        view = copy(self)
+        view._llm = self.llm
+        view.retentions = with_full(retentions)
+        return view
 
     def answers(
         self, prompts: Sequence[TokenIds], max_tokens: Sequence[int]

@@ -170,8 +170,25 @@ def test_a_report_goes_on_where_it_was(
 
     said = report(*grid, "--seed", "1")
     assert "was made with other settings" in said
-    assert "was made with other retentions" in report("--methods", "knorm")
     assert len(engines) == 2
+
+    # A setting that is added is run alone, with full, which it is compared with.
+    both = Result.read(tmp_path / "needle.json")
+    report("--retention", "knorm@25%")
+    assert len(engines) == 3
+    methods = {one.retention.label for one in engines[2].submitted if one.retention}
+    assert methods == {"full", "knorm@25%"}
+    more = Result.read(tmp_path / "needle.json")
+    assert more.only(both.labels) == both
+    assert more.labels == [*both.labels, "knorm@25%"]
+    assert len(more.of("knorm@25%")) == 5
+    assert (tmp_path / "report.html").read_text() != page
+    report(*grid)
+    assert (tmp_path / "report.html").read_text() == page
+
+    changed = (tmp_path / "needle.json").read_text().replace('"window": 32', '"window": 16')
+    (tmp_path / "needle.json").write_text(changed)
+    assert "was made with other retentions" in report(*grid)
 
 
 def test_a_report_has_a_cell_for_each_kind_of_question() -> None:
