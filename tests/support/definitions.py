@@ -280,7 +280,8 @@ class Rules:
     """A method by its definition (`slow_llama.Definition`).
 
     `score` None keeps all that enters. Rows keep the last `window` tokens, or `recent_part` of
-    what they keep where that is given. With `compete` the heads of a layer share what it has.
+    what they keep where that is given. With `compete` the heads of a layer share what it has, and
+    `floor` of its mean is safe for each.
     """
 
     score: Score | None
@@ -290,6 +291,7 @@ class Rules:
     budget: int = 0
     recent_part: Fraction | None = None
     compete: bool = False
+    floor: Fraction = Fraction(1, 5)
     propagate: PassOn = all_go_on
     num_heads: int = 3
 
@@ -322,7 +324,7 @@ class Rules:
             self.score(stored, head)[: lengths[head] - recent[head]] for head in range(len(keep))
         ]
         if self.compete and not stored.compaction:
-            floor = int(Fraction(1, 5) * (keep[0] - recent[0]))
+            floor = int(self.floor * (keep[0] - recent[0]))
             slots = sum(keep) - sum(recent)
             chosen = competing(scores, floor, slots, self.sinks, cuts)
         else:

@@ -109,6 +109,9 @@ METHODS: dict[str, Method] = {
     "recommended-adaptive": _row(SMOOTH, compete=True),
     # Composed: a score with another shape than its preset's.
     "snapkv-cosine": _row(SNAPKV, spread=half_cosine),
+    "snapkv-adaptive": _row(
+        SNAPKV, extra={"floor_ratio": 0.9}, compete=True, floor=Fraction(9, 10)
+    ),
     "tova-pyramid": Method({}, _windowed(last_query, window=1, spread=pyramid), decode=True),
     "h2o-adaptive": Method({}, _windowed(heavy_hitters, window=0, recent_part=_HALF, compete=True)),
     "random-adaptive": _row(noise(), compete=True),
