@@ -3,11 +3,11 @@
 (But for one thing: a score of scope `token` keeps the same in all heads of a layer, so no shape
 that lets heads differ goes with it.)
 
-To add a score: a function in `scores.py`, its line in `SCORES`, its oracle in
-`tests/numerics/test_retention_methods.py`. To add a shape: a function in `budgets.py`, its line in
-`SHAPES`, its oracle there too if heads may differ. A setting that only it reads becomes a field of
-`Retention` and is named in its line. A name that users should find goes into
-`configs/retention/<name>.yaml`.
+To add a score: a function in `scores.py`, its line in `SCORES`, its definition as slow loops in
+`tests/support/definitions.py` and a row in `tests/support/methods.py`. To add a shape: a function
+in `budgets.py`, its line in `SHAPES`, and its definition and row there, too. A setting that only it
+reads becomes a field of `Retention` and is named in its line. A name that users should find goes
+into `configs/retention/<name>.yaml`.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,12 +1,12 @@
-"""Ranks that share a model compact its rows exactly as one rank does.
+"""Ranks that hold the same kv head compact its rows together, each with a part of the scores.
 
-Each case spawns its ranks once. They run the same plans; what each stores at the end, and the
-tokens that the last stage sampled on the way, are compared with one process.
+Both run the same plans; what each stores at the end, and the tokens that were sampled on the way,
+are compared with one process. Other layouts are in `numerics/test_method_suite.py`.
 """
 
-import multiprocessing as mp
-import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from support.plans import new_sequence, prefill_plan
+from support.ranks import Store, run_ranks
 from support.tiny import VOCAB, save_tiny
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.mesh import MeshLayout, start_store
+from saqqara.workers.mesh import MeshLayout
 from saqqara.workers.plan import DecodeItem, StepPlan
 from saqqara.workers.worker import Worker
 
@@ -85,16 +86,12 @@ def run_short_of_pages(worker: Worker, rank: int) -> list[int]:
     return refused
 
 
-CASES = {
-    "two stages": ("llama-gqa", MeshLayout(1, 2)),
-    "two and one kv heads": ("llama-gqa", MeshLayout(2, 1)),
-    "one kv head on both ranks": ("llama-mqa", MeshLayout(2, 1)),
-}
+LAYOUT = MeshLayout(tensor_size=2)
 
 
-def config_of(name: str, folder: Path) -> EngineConfig:
+def config_of(folder: Path) -> EngineConfig:
     return EngineConfig(
-        model=str(folder / name),
+        model=str(folder),
         dtype="float32",
         device="cpu",
         max_num_seqs=4,
@@ -104,75 +101,43 @@ def config_of(name: str, folder: Path) -> EngineConfig:
     )
 
 
-def _run_rank(
-    rank: int, folder: Path, ports: dict[str, int], results: "mp.Queue[tuple[int, Any]]"
-) -> None:
-    torch.set_num_threads(1)
-    outcome: Any = {}
-    try:
-        for case, (name, layout) in CASES.items():
-            config = config_of(name, folder)
-            worker = Worker(config, layout, rank, store=("127.0.0.1", ports[case]))
-            outcome[case] = run_plans(worker)
-            outcome[case].refused = run_short_of_pages(worker, rank)
-            worker.close()
-    except BaseException:
-        outcome = RuntimeError(f"rank {rank}:\n{traceback.format_exc()}")
-    results.put((rank, outcome))
+def _run_rank(folder: Path, rank: int, stores: Sequence[Store]) -> Outcome:
+    worker = Worker(config_of(folder), LAYOUT, rank, stores[0])
+    outcome = run_plans(worker)
+    outcome.refused = run_short_of_pages(worker, rank)
+    worker.close()
+    return outcome
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    for name in ("llama-gqa", "llama-mqa"):
-        save_tiny(name, folder / name)
+    save_tiny("llama-mqa", folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder: Path) -> dict[str, list[Outcome]]:
-    """What both ranks of every case end with; one pair of processes runs all cases."""
-    stores = {case: start_store() for case in CASES}
-    ports = {case: store.port for case, store in stores.items()}
-    context = mp.get_context("spawn")
-    results: mp.Queue[tuple[int, Any]] = context.Queue()
-    processes = [
-        context.Process(target=_run_rank, args=(rank, folder, ports, results)) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        by_rank = dict(results.get(timeout=120) for _ in processes)
-    finally:
-        for process in processes:
-            process.join(timeout=20)
-            if process.is_alive():
-                process.kill()
-    for rank in range(2):
-        if isinstance(by_rank[rank], RuntimeError):
-            raise by_rank[rank]
-    return {case: [by_rank[0][case], by_rank[1][case]] for case in CASES}
+def outcomes(folder: Path) -> list[Outcome]:
+    """What both ranks end with."""
+    return run_ranks(partial(_run_rank, folder), LAYOUT.world_size)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_sharded_equals_one_rank(
-    case: str, folder: Path, outcomes: dict[str, list[Outcome]]
-) -> None:
-    expected = run_plans(Worker.local(config_of(CASES[case][0], folder)))
-    for outcome in outcomes[case]:
+def test_replicas_of_a_kv_head_equal_one_rank(folder: Path, outcomes: list[Outcome]) -> None:
+    expected = run_plans(Worker.local(config_of(folder)))
+    for outcome in outcomes:
+        assert outcome.rows.keys() == expected.rows.keys()
         for row, stored in outcome.rows.items():
             # Sums over ranks are in another order; another kept token would differ by about 1.
             np.testing.assert_allclose(stored, expected.rows[row], atol=2e-3, rtol=0)
-    assert {row for o in outcomes[case] for row in o.rows} == expected.rows.keys()
-    assert [o.tokens for o in outcomes[case] if o.tokens] == [expected.tokens]
+    assert [o.tokens for o in outcomes if o.tokens] == [expected.tokens]
     mean = np.mean([len(row) for row in expected.rows.values()])
     assert 20 <= mean < 20 + SLACK_PAGES * PAGE
 
 
 def test_a_rank_that_refused_a_sequence_does_not_hold_up_its_replicas(
-    outcomes: dict[str, list[Outcome]],
+    outcomes: list[Outcome],
 ) -> None:
     """They wait for its part of the scores, until the scheduler takes the sequence away."""
-    first, second = outcomes["one kv head on both ranks"]
+    first, second = outcomes
     assert first.refused == []
     assert second.refused == [1]  # what it held is enough for the other one

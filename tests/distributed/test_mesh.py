@@ -4,13 +4,13 @@ Each test spawns its ranks once; a rank reports what it computed and the test co
 same computed in one process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from support.ranks import run_ranks
+from support.ranks import Store, run_ranks
 
 from saqqara.workers.layers.embedding import LMHead, VocabEmbedding, read_vocab_rows
 from saqqara.workers.layers.linear import column_parallel, row_parallel
@@ -28,9 +28,9 @@ Task = Callable[[Mesh], Any]
 
 
 def _run_task(
-    task: Task, layout: MeshLayout, num_kv_heads: int | None, rank: int, store: tuple[str, int]
+    task: Task, layout: MeshLayout, num_kv_heads: int | None, rank: int, stores: Sequence[Store]
 ) -> Any:
-    mesh = Mesh(layout, rank, num_kv_heads, store=store, timeout_seconds=60.0)
+    mesh = Mesh(layout, rank, num_kv_heads, store=stores[0], timeout_seconds=60.0)
     assert mesh.shares_memory == (layout.tensor_size > 1 and unavailable_reason() is None)
     result = task(mesh)
     mesh.barrier()

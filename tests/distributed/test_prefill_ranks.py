@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.plans import new_sequence, run_greedy
-from support.rank_plans import Job, RankRun, run_on_ranks, sampled_tokens
+from support.ranks import Job, RankRun, run_on_ranks, sampled_tokens
 from support.tiny import VOCAB, save_tiny
 
 from saqqara.compression.retention import Retention

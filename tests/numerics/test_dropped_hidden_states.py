@@ -1,8 +1,8 @@
 """Propagation saves prefill work: hidden states of unselected tokens are gone, and nothing else.
 
-The oracle (`support/slow_propagation.py`) walks the layers of a transformers model with loops and
-drops hidden states by the published definition. The real worker must say the same, alone, in a
-batch, in layer ranges, over several ranks, and after a preemption.
+The oracle (`support/slow_llama.py`) walks the layers of a transformers model with loops and drops
+hidden states by the published definition (`support/definitions.py`). The real worker must say the
+same, alone, in a batch, in layer ranges, and after a preemption.
 """
 
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.definitions import Rules, once, pyramidinfer
 from support.plans import new_sequence, prefill_plan, run_greedy
-from support.slow_propagation import NEAR_CUT, SlowModel
+from support.slow_llama import NEAR_CUT, SlowLlama, Weights
 from support.tiny import VOCAB, save_tiny
 from torch import Tensor
 
@@ -41,6 +42,20 @@ STAGES = {
 
 def propagating(name: str) -> Retention:
     return Retention.parse({"propagate": STAGES[name]})
+
+
+def slow_llama(model: Any, retention: Retention) -> SlowLlama:
+    assert retention.propagate is not None
+    settings = retention.propagate.to_dict()
+    definition = once(settings) if settings["kind"] == "once" else pyramidinfer(settings)
+    return SlowLlama(Weights(model), Rules(None, propagate=definition))
+
+
+def stored(slow: SlowLlama, layer: int, head: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [m, D] of one row of the oracle."""
+    row = slow.rows[layer][head]
+    keys, values = [entry.key for entry in row], [entry.value for entry in row]
+    return torch.stack(keys).float(), torch.stack(values).float()
 
 
 def prompts(lengths: tuple[int, ...] = (70, 9, 41)) -> list[list[int]]:
@@ -74,20 +89,21 @@ def test_the_worker_says_what_a_loop_that_drops_hidden_states_says(
 ) -> None:
     folder, model = tiny
     retention = propagating(name)
-    assert retention.propagate is not None
     worker = make_worker(folder, attention_backend=attention_backend, linear_chunk_tokens=16)
     outputs = run_greedy(worker, prompts(), NUM_TOKENS, sampling=ALL_LOGPROBS, retention=retention)
     num_dropped = 0
     for prompt, tokens in zip(prompts(), outputs, strict=True):
-        slow = SlowModel(model, retention.propagate.to_dict())
+        slow = slow_llama(model, retention)
         expected, logits = slow.greedy(prompt, NUM_TOKENS)
-        assert slow.closest > NEAR_CUT, "the prompt is no test: rounding decides what is dropped"
-        stored = [len(layer.positions) - NUM_TOKENS + 1 for layer in slow.layers]
-        assert stored == list(retention.layer_tokens(len(prompt), LAYERS))
-        num_dropped += LAYERS * len(prompt) - sum(stored)
+        assert slow.cuts.closest > NEAR_CUT, (
+            "the prompt is no test: rounding decides what is dropped"
+        )
+        entered = [len(rows[0]) - NUM_TOKENS + 1 for rows in slow.rows]
+        assert entered == list(retention.layer_tokens(len(prompt), LAYERS))
+        num_dropped += LAYERS * len(prompt) - sum(entered)
         assert [t.token_id for t in tokens] == expected
         torch.testing.assert_close(
-            all_logprobs(tokens), logits.log_softmax(-1), atol=TOLERANCE, rtol=0
+            all_logprobs(tokens), logits.float().log_softmax(-1), atol=TOLERANCE, rtol=0
         )
     assert num_dropped > 0
 
@@ -97,19 +113,17 @@ def test_pages_hold_the_tokens_that_entered(name: str, tiny: tuple[Path, Any]) -
     """Keys are rotated at their original positions: they equal the oracle's, which never moves."""
     folder, model = tiny
     retention = propagating(name)
-    assert retention.propagate is not None
     worker = make_worker(folder)
     [prompt] = prompts((70,))
     result = worker.execute(prefill_plan(worker, [new_sequence(0, prompt, retention=retention)]))
     counts = np.frombuffer(result.kept[0].counts, dtype=np.int32).reshape(LAYERS, HEADS)
     assert (counts == retention.row_tokens(len(prompt), LAYERS, HEADS)).all()
-    slow = SlowModel(model, retention.propagate.to_dict())
+    slow = slow_llama(model, retention)
     slow.prefill(prompt)
-    for number, layer in enumerate(slow.layers):
+    for layer in range(LAYERS):
         for head in range(HEADS):
-            keys, values = worker.kv.read(0, number, head)
-            torch.testing.assert_close(keys, layer.keys[:, head], atol=TOLERANCE, rtol=1e-4)
-            torch.testing.assert_close(values, layer.values[:, head], atol=TOLERANCE, rtol=1e-4)
+            got = worker.kv.read(0, layer, head)
+            torch.testing.assert_close(got, stored(slow, layer, head), atol=TOLERANCE, rtol=1e-4)
 
 
 def test_fewer_tokens_are_computed(tiny: tuple[Path, Any], monkeypatch: Any) -> None:
@@ -190,20 +204,20 @@ def test_a_budget_on_top_cuts_what_entered(tiny: tuple[Path, Any]) -> None:
     [prompt] = prompts((70,))
     spec = {"method": "streaming", "budget": 50, "window": 4, "propagate": STAGES["pyramidinfer"]}
     retention = Retention.parse(spec)
-    assert retention.propagate is not None
     worker = make_worker(folder)
     worker.execute(prefill_plan(worker, [new_sequence(0, prompt, retention=retention)]))
-    slow = SlowModel(model, retention.propagate.to_dict())
+    slow = slow_llama(model, retention)
     slow.prefill(prompt)
     counts = retention.layer_tokens(len(prompt), LAYERS)
     entered = retention.entering_tokens(len(prompt), LAYERS)
     assert counts == tuple(min(50, count) for count in entered)
     assert min(entered) < 50 < max(entered)
-    for number, (keep, layer) in enumerate(zip(counts, slow.layers, strict=True)):
-        expected = torch.cat([layer.keys[:4], layer.keys[len(layer.keys) - keep + 4 :]])
+    for layer, keep in enumerate(counts):
         for head in range(HEADS):
-            keys, _ = worker.kv.read(0, number, head)
-            torch.testing.assert_close(keys, expected[:, head], atol=TOLERANCE, rtol=1e-4)
+            entered_keys, _ = stored(slow, layer, head)
+            expected = torch.cat([entered_keys[:4], entered_keys[len(entered_keys) - keep + 4 :]])
+            keys, _ = worker.kv.read(0, layer, head)
+            torch.testing.assert_close(keys, expected, atol=TOLERANCE, rtol=1e-4)
     worker.check_integrity()
 
 
@@ -211,7 +225,6 @@ def test_scores_and_resumed_tokens_follow_what_was_kept(tiny: tuple[Path, Any]) 
     """Teacher-forced tokens stand at their own positions, after rows of different lengths."""
     folder, model = tiny
     retention = propagating("pyramidinfer")
-    assert retention.propagate is not None
     worker = make_worker(folder)
     context, continuation = prompts()[0], prompts()[2][:7]
     new = new_sequence(3, context, continuation, retention=retention, score=True)
@@ -223,11 +236,11 @@ def test_scores_and_resumed_tokens_follow_what_was_kept(tiny: tuple[Path, Any]) 
     for step, item in enumerate(items):
         results.append(worker.execute(StepPlan(step + 1, decode=(item,))))
     got = [logprob for r in results for s in r.scored for logprob in s.logprobs]
-    slow = SlowModel(model, retention.propagate.to_dict())
+    slow = slow_llama(model, retention)
     rows = [slow.prefill(context)]
     for place, token in enumerate(continuation[:-1]):
         rows.append(slow.decode(token, len(context) + place))
-    table = torch.stack(rows).log_softmax(-1)
+    table = torch.stack(rows).float().log_softmax(-1)
     expected = table.gather(1, torch.tensor(continuation)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(got), expected, atol=TOLERANCE, rtol=0)
 

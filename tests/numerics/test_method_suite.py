@@ -1,0 +1,199 @@
+"""Every retention method, in every arrangement, keeps what its definition says.
+
+The table is `support/methods.py`; the definitions are slow loops in float64. Greedy tokens and all
+stored keys and values are compared: alone, together with sequences of all other methods in one
+batch, and sharded over ranks; at prefill, and for methods that have one in the decode stage, after
+some compactions. A new method is one row of the table.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.arrangements import (
+    LAYOUTS,
+    Outcome,
+    config_of,
+    is_looked_at,
+    is_run,
+    run_all_layouts,
+    run_cases,
+)
+from support.methods import HEADS, LAYERS, METHODS, QUERY_HEADS, SLACK, Case, cases_of
+from support.ranks import run_ranks
+from support.slow_llama import NEAR_CUT, Entry, SlowLlama, Weights
+from support.tiny import VOCAB, save_tiny
+
+from saqqara.compression.registry import SCORES, SHAPES
+from saqqara.configs.schema import CONFIG_DIR
+from saqqara.workers.mesh import MeshLayout
+from saqqara.workers.worker import Worker
+
+LENGTHS = (58, 7)
+SEED = 17  # no selection of its prompts is near its cut
+ARRANGEMENTS = ("alone", "batched", *LAYOUTS)
+# fp32 against float64 through four layers and some tens of tokens; of keys and values of size 1 to
+# 10. The keys of another token would differ by about 1.
+TOLERANCE = 2e-3
+
+
+def make_cases() -> list[Case]:
+    # No token comes twice: in the lowest layer its keys would differ by a rotation only.
+    rng = np.random.default_rng(SEED)
+    prompts = [(3 + rng.permutation(VOCAB - 3)[:length]).tolist() for length in LENGTHS]
+    return [
+        case
+        for name, row in METHODS.items()
+        for decode in (False, True)[: 1 + row.decode]
+        for case in cases_of(name, decode, prompts)
+    ]
+
+
+CASES = make_cases()
+RUNS = list(
+    dict.fromkeys(
+        (case.method, case.decode, arrangement)
+        for case in CASES
+        for arrangement in ARRANGEMENTS
+        if is_run(case, arrangement)
+    )
+)
+
+
+class Oracle(Outcome):
+    """What the definitions say; each case is worked out when it is first asked for."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._weights = Weights(model)
+        self.slow: dict[Case, SlowLlama] = {}
+
+    def know(self, case: Case) -> SlowLlama:
+        if case in self.slow:
+            return self.slow[case]
+        slack = SLACK if case.decode else None
+        slow = self.slow[case] = SlowLlama(self._weights, METHODS[case.method].rules, slack)
+
+        def look(fed: int) -> None:
+            if is_looked_at(case, fed):
+                for layer, rows in enumerate(slow.rows):
+                    for head, row in enumerate(rows):
+                        self.rows[case, fed, layer, head] = stacked(row)
+
+        self.tokens[case], _ = slow.greedy(list(case.prompt), case.num_steps + 1, look)
+        return slow
+
+
+def stacked(row: list[Entry]) -> Any:
+    return torch.stack([torch.cat([entry.key, entry.value]) for entry in row]).numpy()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("suite")
+    return folder, save_tiny("llama-gqa", folder, num_layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny: tuple[Path, Any]) -> Oracle:
+    return Oracle(tiny[1])
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: tuple[Path, Any]) -> Outcome:
+    worker = Worker.local(config_of(tiny[0], MeshLayout(), 1))
+    outcome = Outcome()
+    for case in CASES:
+        outcome.join(run_cases(worker, [case]))
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def batched(tiny: tuple[Path, Any]) -> Outcome:
+    return run_cases(Worker.local(config_of(tiny[0], MeshLayout(), len(CASES))), CASES)
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tiny: tuple[Path, Any]) -> dict[str, Outcome]:
+    """One set of processes runs all layouts, all methods at once in each."""
+    num_ranks = max(layout.world_size for layout in LAYOUTS.values())
+    task = partial(run_all_layouts, tiny[0], CASES)
+    joined = {name: Outcome() for name in LAYOUTS}
+    for found in run_ranks(task, num_ranks, len(LAYOUTS)):
+        for name, outcome in found.items():
+            joined[name].join(outcome)
+    return joined
+
+
+@pytest.mark.parametrize(
+    ("method", "decode", "arrangement"),
+    RUNS,
+    ids=[f"{name}-{'decode' if decode else 'prefill'}-{where}" for name, decode, where in RUNS],
+)
+def test_rows_and_tokens_are_those_of_the_definition(
+    method: str, decode: bool, arrangement: str, oracle: Oracle, request: pytest.FixtureRequest
+) -> None:
+    if arrangement in LAYOUTS:
+        outcome: Outcome = request.getfixturevalue("on_ranks")[arrangement]
+    else:
+        outcome = request.getfixturevalue(arrangement)
+    mine = [case for case in CASES if (case.method, case.decode) == (method, decode)]
+    assert mine
+    for case in mine:
+        slow = oracle.know(case)
+        closest = slow.cuts.closest
+        assert closest > NEAR_CUT, "rounding decides what is kept: take another prompt"
+        assert outcome.tokens[case] == oracle.tokens[case]
+        expected = {row: held for row, held in oracle.rows.items() if row[0] == case}
+        assert {row for row in outcome.rows if row[0] == case} == set(expected)
+        for row, held in expected.items():
+            got = outcome.rows[row]
+            assert got.shape == held.shape, row[1:]
+            np.testing.assert_allclose(got, held, atol=TOLERANCE, rtol=1e-4, err_msg=str(row[1:]))
+        if decode:
+            assert slow.num_compactions == (3 if case is mine[0] else 1)
+
+
+def test_the_cases_show_something(oracle: Oracle) -> None:
+    """All but `full` drop tokens; heads that compete or have a profile differ."""
+    for name, row in METHODS.items():
+        [case] = [case for case in CASES if case.method == name and not case.decode]
+        oracle.know(case)
+        kept = np.array(
+            [
+                [len(oracle.rows[case, 0, layer, head]) for head in range(HEADS)]
+                for layer in range(LAYERS)
+            ]
+        )
+        assert (kept.sum() < LAYERS * HEADS * len(case.prompt)) == (name != "full")
+        assert (kept != kept[:, :1]).any() == (row.rules.compete or "profile" in row.settings)
+        if row.budgeted and "propagate" not in row.settings:
+            assert kept.sum() == LAYERS * HEADS * case.retention.budget_of(len(case.prompt))
+
+
+def test_every_preset_score_and_shape_has_a_row() -> None:
+    presets = {file.stem for file in (CONFIG_DIR / "retention").glob("*.yaml")}
+    assert presets - METHODS.keys() == set(), "no row in tests/support/methods.py"
+    rows = [row.retention(name, decode=False) for name, row in METHODS.items()]
+    assert {row.score for row in rows} == {None, *SCORES}
+    assert {row.shape for row in rows} == set(SHAPES)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_without_a_decode_stage_are_refused_one(method: str) -> None:
+    """A method that learns to compact rows fails here until its row says so."""
+    row = METHODS[method]
+    if row.decode:
+        assert row.retention(method, decode=True).decode is not None
+    else:
+        with pytest.raises(ValueError, match="decode"):
+            row.retention(method, decode=True)
+
+
+def test_the_model_is_the_one_that_the_table_is_for(tiny: tuple[Path, Any]) -> None:
+    config = tiny[1].config
+    sizes = (config.num_hidden_layers, config.num_key_value_heads, config.num_attention_heads)
+    assert sizes == (LAYERS, HEADS, QUERY_HEADS)
