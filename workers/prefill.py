@@ -54,7 +54,7 @@ class ParkedPrefill:
 
     def narrow(self, rows_T: Tensor, places: Places, cu: CuSeqlens) -> None:
         """Go on with these rows only."""
-        self.hidden_TE, self.places, self.cu = self.hidden_TE[rows_T], places, cu
+        self.hidden_TE, self.places, self.cu = self.hidden_TE.index_select(0, rows_T), places, cu
 
 
 class Prefill:
@@ -182,7 +182,7 @@ class Prefill:
             rows_T = self._propagate(layer, parked, qkv, lse)
         del qkv, lse
         if rows_T is not None:
-            attended = attended[rows_T]
+            attended = attended.index_select(0, rows_T)  # on a CPU 8 times as fast as [rows_T]
         with part("finish"):
             for chunk in chunks(parked.num_tokens, shard.config.linear_chunk_tokens):
                 hidden = parked.hidden_TE[chunk]
