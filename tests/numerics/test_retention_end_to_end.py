@@ -94,10 +94,15 @@ def assert_selection(scores: list[float], got: list[int], keep: int, n: int) -> 
         assert abs(scores[j] - cut) <= NEAR_CUT * abs(cut), f"token {j} is far from the cut"
 
 
-def make_worker(folder: Path) -> Worker:
-    return Worker.local(
-        EngineConfig(model=str(folder), dtype="float32", device="cpu", max_num_seqs=4)
+def make_worker(folder: Path, attention_backend: str = "torch") -> Worker:
+    config = EngineConfig(
+        model=str(folder),
+        dtype="float32",
+        device="cpu",
+        max_num_seqs=4,
+        attention_backend=attention_backend,
     )
+    return Worker.local(config)
 
 
 def h2o_loop(attention: Any, head: int, n: int) -> list[float]:
@@ -127,11 +132,15 @@ def assert_context(scores: list[float], got: list[int], keep: int, recent: int, 
         assert abs(scores[j] - cut) <= NEAR_CUT * abs(cut), f"token {j} is far from the cut"
 
 
+@pytest.mark.parametrize("attention_backend", ["torch", "reference"])
 @pytest.mark.parametrize("method", ["h2o", "tova"])
-def test_scores_of_all_queries_and_of_all_heads(method: str, tmp_path: Path) -> None:
+def test_scores_of_all_queries_and_of_all_heads(
+    method: str, attention_backend: str, tmp_path: Path
+) -> None:
+    """The reference backend hands the log-sum-exps of prefill on to the scores."""
     save_tiny("llama-gqa", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    worker = make_worker(tmp_path)
+    worker = make_worker(tmp_path, attention_backend)
     retention = Retention.parse(method, BUDGET)
     new = [new_sequence(slot, p, retention=retention) for slot, p in enumerate(prompts())]
     worker.execute(prefill_plan(worker, new))
