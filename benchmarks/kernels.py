@@ -134,15 +134,21 @@ def extend_case(num_sequences: int, num_new: int, kept: int) -> Case:
     )
 
 
-def mass_case(window: int, length: int) -> Case:
-    """Attention of the last queries on every key; only the scores are counted."""
+def mass_case(window: int, length: int, context: bool = False) -> Case:
+    """Attention of the last queries on every key, or on those before, as after prefill.
+
+    Only the scores that are seen are counted, once.
+    """
     q, k = randn(window, QUERY_HEADS, HEAD_DIM), randn(length, KV_HEADS, HEAD_DIM)
-    flops = 2 * HEAD_DIM * QUERY_HEADS * window * length
+    cu_q, cu_k = CuSeqlens.of([window], CPU), CuSeqlens.of([length], CPU)
+    _, lse = CpuAttention().prefill(q, k, k, cu_q, cu_k, SCALE, return_lse=True)
+    num_columns = length - window if context else length
+    seen = window * num_columns if context else window * (length - window / 2)
     return Case(
-        f"mass of {window} on {length}",
+        f"mass of {window} on {num_columns}",
         "GFLOP/s",
-        flops,
-        lambda backend: backend.mass(q, k, SCALE),
+        2 * HEAD_DIM * QUERY_HEADS * seen,
+        lambda backend: backend.mass(q, k, SCALE, lse=lse, num_columns=num_columns),
     )
 
 
@@ -160,6 +166,8 @@ def make_cases() -> Iterator[Case]:
     yield extend_case(16, 32, 512)
     yield mass_case(32, 2048)
     yield mass_case(64, 6144)
+    yield mass_case(2048, 2048)
+    yield mass_case(1229, 6144, context=True)
 
 
 def run(case: Case, backends: Sequence[AttentionBackend], rounds: int) -> dict[str, object]:

@@ -2,7 +2,8 @@
 
 Every tensor rank selects from the same numbers by the same exact rule, so all have the same tokens.
 
-Shapes: m tokens that entered the layer, r recent ones of them, H kv heads of the whole model.
+Shapes: c context tokens of those that entered the layer, r recent ones after them, H kv heads of
+the whole model.
 """
 
 import torch
@@ -22,19 +23,19 @@ def query_weights(propagate: Propagate, num_queries: int, device: torch.device) 
     return torch.linspace(1, propagate.distance_weight, num_queries, device=device)
 
 
-def token_scores(propagate: Propagate, mass_Hm: Tensor, num_queries: int, group: int) -> Tensor:
-    """Scores of the context tokens, fp32 [m - r]: means over queries and all query heads.
+def token_scores(propagate: Propagate, mass_Hc: Tensor, num_queries: int, group: int) -> Tensor:
+    """Scores of the context tokens, fp32 [c]: means over queries and all query heads.
 
     Args:
         propagate: its kind decides the score. `pyramidinfer`: arXiv 2405.12532, the weighted mean
             itself. `once`: SnapKV's score (pooled over neighbours, per kv head), then the mean
             over kv heads, as FastKV (arXiv 2502.01068).
-        mass_Hm: attention on each key, [H, m], summed over the recent queries (with their weights)
-            and the query heads of each kv head.
+        mass_Hc: attention on the keys of the context, [H, c], summed over the recent queries (with
+            their weights) and the query heads of each kv head.
         num_queries: r.
         group: query heads of one kv head.
     """
-    context = mass_Hm[:, : mass_Hm.shape[1] - num_queries] / (num_queries * group)
+    context = mass_Hc / (num_queries * group)
     if propagate.kind == "once":
         pool = torch.max_pool1d if propagate.pooling == "max" else torch.avg_pool1d
         context = pool(context, propagate.kernel_size, stride=1, padding=propagate.kernel_size // 2)
@@ -45,7 +46,7 @@ def surviving_tokens(scores: Tensor, num_kept: int, num_recent: int, sinks: int)
     """The sinks, the best other context tokens, and the recent ones; of equal scores the later.
 
     Args:
-        scores: [m - r], one per context token, sinks included.
+        scores: [c], one per context token, sinks included.
         num_kept: tokens to keep in all, at least `num_recent + sinks`.
         num_recent: r.
         sinks: first tokens that are always kept.

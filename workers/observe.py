@@ -20,14 +20,25 @@ class Observer:
         self._shard = shard
 
     def observe(
-        self, layer: int, prompt: QKV, retention: Retention, original_tokens: int
+        self,
+        layer: int,
+        prompt: QKV,
+        lse: Tensor | None,
+        retention: Retention,
+        original_tokens: int,
     ) -> Observation:
         """The tokens of a prompt that entered one layer, for a retention that drops some of them.
 
-        `original_tokens` is the length of the whole prompt.
+        `lse` [n, Hq] is what prefill returned of all queries, None if it did not; `original_tokens`
+        is the length of the whole prompt.
         """
         shard, num_tokens = self._shard, len(prompt.k)
         num_queries = min(retention.num_window_queries(original_tokens), num_tokens)
+
+        def mass(queries: Tensor, keys: Tensor) -> Tensor:
+            window = None if lse is None else lse[num_tokens - num_queries :]
+            return shard.backend.mass(queries, keys, shard.scale, lse=window)
+
         return Observation(
             layer=layer,
             num_layers=shard.spec.num_layers,
@@ -39,12 +50,8 @@ class Observer:
             heads=shard.heads.kv,
             num_heads=shard.spec.num_kv_heads,
             group_size=shard.spec.group_size,
-            mass_fn=self._mass,
+            mass_fn=mass,
             reduce_fn=shard.mesh.reduce_replicas if shard.heads.replicated else None,
             gather_heads_fn=shard.gather_heads if shard.mesh.layout.tensor_size > 1 else None,
             dropped_tokens=original_tokens - num_tokens,
         )
-
-    def _mass(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Attention [H, n] that the keys get from the last queries, summed over each group."""
-        return self._shard.backend.mass(queries, keys, self._shard.scale)

@@ -54,7 +54,7 @@ class ParkedPrefill:
 
     def narrow(self, rows_T: Tensor, places: Places, cu: CuSeqlens) -> None:
         """Go on with these rows only."""
-        self.hidden_TE, self.places, self.cu = self.hidden_TE[rows_T], places, cu
+        self.hidden_TE, self.places, self.cu = self.hidden_TE.index_select(0, rows_T), places, cu
 
 
 class Prefill:
@@ -173,14 +173,16 @@ class Prefill:
         with part("project"):
             qkv = self._project(weights, parked)
         with part("attention"):
-            attended = shard.backend.prefill(*qkv, parked.cu, parked.cu, shard.scale)
+            attended, lse = shard.backend.prefill(
+                *qkv, parked.cu, parked.cu, shard.scale, return_lse=True
+            )
         with part("retain"):
-            self._retain(layer, parked, qkv)
+            self._retain(layer, parked, qkv, lse)
         with part("propagate"):
-            rows_T = self._propagate(layer, parked, qkv)
-        del qkv
+            rows_T = self._propagate(layer, parked, qkv, lse)
+        del qkv, lse
         if rows_T is not None:
-            attended = attended[rows_T]
+            attended = attended.index_select(0, rows_T)  # on a CPU 8 times as fast as [rows_T]
         with part("finish"):
             for chunk in chunks(parked.num_tokens, shard.config.linear_chunk_tokens):
                 hidden = parked.hidden_TE[chunk]
@@ -197,10 +199,12 @@ class Prefill:
         attended = shard.backend.prefill(
             qkv.q[last_N], qkv.k, qkv.v, one_each, parked.cu, shard.scale
         )
-        self._retain(layer, parked, qkv)
+        self._retain(layer, parked, qkv, None)
         return weights.finish(parked.hidden_TE[last_N], attended)
 
-    def _propagate(self, layer: int, parked: ParkedPrefill, qkv: QKV) -> Tensor | None:
+    def _propagate(
+        self, layer: int, parked: ParkedPrefill, qkv: QKV, lse: Tensor | None
+    ) -> Tensor | None:
         """Narrow the group to the tokens that go on; returns their rows, or None for all."""
         shard, entered = self._shard, list(parked.cu.lengths)
         going_on = self._lengths(parked.families, layer + 1)
@@ -213,6 +217,7 @@ class Prefill:
                 num_kept=num_kept,
                 first_row=start,
                 qkv=qkv.part(slice(start, stop)),
+                lse=None if lse is None else lse[start:stop],
             )
             for slot, num_kept, start, stop in zip(
                 parked.families, going_on, parked.cu.host[:-1], parked.cu.host[1:], strict=True
@@ -223,8 +228,9 @@ class Prefill:
         bytes_before = parked.hidden_TE.nbytes
         parked.narrow(rows_T, places, CuSeqlens.of(going_on, shard.device))
         # The hidden states before and after exist side by side.
+        lse_bytes = 0 if lse is None else lse.nbytes
         shard.meter.see_prefill(
-            self._kv_bytes(qkv), self.parked_bytes + bytes_before + 2 * qkv.q.nbytes
+            self._kv_bytes(qkv), self.parked_bytes + bytes_before + 2 * qkv.q.nbytes + lse_bytes
         )
         return rows_T
 
@@ -260,11 +266,15 @@ class Prefill:
         pages = sum(kv.pages_of(slot) for slots in self._parked for slot in slots)
         return qkv.k.nbytes + qkv.v.nbytes + pages * kv.page_bytes
 
-    def _retain(self, layer: int, parked: ParkedPrefill, qkv: QKV) -> None:
-        """Write to pages what each sequence's retention method keeps of this layer."""
+    def _retain(self, layer: int, parked: ParkedPrefill, qkv: QKV, lse: Tensor | None) -> None:
+        """Write to pages what each sequence's retention method keeps of this layer.
+
+        `lse` [T, Hq] is what prefill returned of all queries, None if it did not.
+        """
         bounds = zip(parked.cu.host[:-1], parked.cu.host[1:], strict=True)
         for family, (start, stop) in zip(parked.families.values(), bounds, strict=True):
             prompt = qkv.part(slice(start, stop))
+            prompt_lse = None if lse is None else lse[start:stop]
             chosen: dict[Retention, Selection] = {}
             for slot in family:
                 held = self._shard.slots[slot]
@@ -272,7 +282,7 @@ class Prefill:
                 self._shard.rings.store(slot, local_layer, prompt.q, held.prompt_tokens)
                 # On every rank, refused or not: some scores are reduced over ranks.
                 if held.retention not in chosen:
-                    chosen[held.retention] = self._select(layer, slot, prompt)
+                    chosen[held.retention] = self._select(layer, slot, prompt, prompt_lse)
                 self._write(local_layer, slot, prompt, chosen[held.retention])
         # The pages just written and the layer's fresh keys and values exist side by side.
         self._shard.meter.see_prefill(self._kv_bytes(qkv), 0)
@@ -285,11 +295,11 @@ class Prefill:
         if not shard.kv.write(slot, local_layer, prompt.k, prompt.v, indices):
             shard.refuse(slot)
 
-    def _select(self, layer: int, slot: int, prompt: QKV) -> Selection:
+    def _select(self, layer: int, slot: int, prompt: QKV, lse: Tensor | None) -> Selection:
         """Which of the tokens that entered each kv head keeps, or None for all; see `select`."""
         spec, held = self._shard.spec, self._shard.slots[slot]
         rows = held.retention.row_tokens(held.prompt_tokens, spec.num_layers, spec.num_kv_heads)
         if rows[layer].min() == len(prompt.k):
             return None
-        observation = self._observer.observe(layer, prompt, held.retention, held.prompt_tokens)
+        observation = self._observer.observe(layer, prompt, lse, held.retention, held.prompt_tokens)
         return select(held.retention, observation)

@@ -1,7 +1,7 @@
 """Which packed rows of a prefill group go on to the next layer, the same on every tensor rank.
 
-Shapes: T packed tokens, m tokens of one prompt that entered the layer, r recent ones of them, Hq
-local query heads, H local kv heads, K kv heads of the whole model, D head dim.
+Shapes: T packed tokens, m tokens of one prompt that entered the layer, r recent ones of them, c the
+m - r others, Hq local query heads, H local kv heads, K kv heads of the whole model, D head dim.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ class PropagatingPrompt:
         num_kept: tokens that go on, at most the m that entered.
         first_row: packed row of its first token.
         qkv: of the tokens that entered: [m, Hq, D], [m, H, D], [m, H, D].
+        lse: what prefill returned of their queries, [m, Hq] fp32; None if it did not.
     """
 
     propagate: Propagate | None
@@ -37,6 +38,7 @@ class PropagatingPrompt:
     num_kept: int
     first_row: int
     qkv: QKV
+    lse: Tensor | None
 
     @property
     def num_entered(self) -> int:
@@ -54,6 +56,11 @@ class PropagatingPrompt:
         assert self.propagate is not None
         return self.propagate.recent_tokens(self.prompt_tokens)
 
+    @property
+    def num_context(self) -> int:
+        """Tokens before the recent ones, from which it selects, c."""
+        return self.num_entered - self.num_recent
+
 
 def surviving_rows(shard: Shard, prompts: Sequence[PropagatingPrompt]) -> Tensor:
     """Packed rows, int64 [T'], of all prompts' tokens that go on, in order.
@@ -61,9 +68,9 @@ def surviving_rows(shard: Shard, prompts: Sequence[PropagatingPrompt]) -> Tensor
     Scores cross the tensor group once; keys and values never do.
     """
     selecting = [prompt for prompt in prompts if prompt.selects]
-    masses_Hm = torch.cat([_mass(shard, prompt) for prompt in selecting], dim=1)
-    masses_Km = gather_heads(shard.mesh, shard.spec, masses_Hm)
-    chosen = iter(torch.split(masses_Km, [prompt.num_entered for prompt in selecting], dim=1))
+    masses_Hc = torch.cat([_mass(shard, prompt) for prompt in selecting], dim=1)
+    masses_Kc = gather_heads(shard.mesh, shard.spec, masses_Hc)
+    chosen = iter(torch.split(masses_Kc, [prompt.num_context for prompt in selecting], dim=1))
     rows = [
         _select(prompt, next(chosen), shard.spec.group_size)
         if prompt.selects
@@ -73,35 +80,42 @@ def surviving_rows(shard: Shard, prompts: Sequence[PropagatingPrompt]) -> Tensor
     return torch.cat([p.first_row + r for p, r in zip(prompts, rows, strict=True)])
 
 
-def gather_heads(mesh: Mesh, spec: ModelSpec, masses_Hm: Tensor) -> Tensor:
-    """The masses of all kv heads, [K, m], with the same bits on every rank of the stage.
+def gather_heads(mesh: Mesh, spec: ModelSpec, masses_Hc: Tensor) -> Tensor:
+    """The masses of all kv heads, [K, c], with the same bits on every rank of the stage.
 
     Each is summed, in the order of the ranks, over the ranks that hold a part of its query heads.
     """
     size = mesh.layout.tensor_size
     if size == 1:
-        return masses_Hm
+        return masses_Hc
     held = [head_shard(spec.num_query_heads, spec.num_kv_heads, size, t).kv for t in range(size)]
-    most, num_tokens = max(map(len, held)), masses_Hm.shape[1]
-    padded = pad(masses_Hm, (0, 0, 0, most - len(masses_Hm)))
+    most, num_tokens = max(map(len, held)), masses_Hc.shape[1]
+    padded = pad(masses_Hc, (0, 0, 0, most - len(masses_Hc)))
     by_rank = mesh.all_gather_last(padded.flatten()).view(size, most, num_tokens)
-    whole = masses_Hm.new_zeros(spec.num_kv_heads, num_tokens)
+    whole = masses_Hc.new_zeros(spec.num_kv_heads, num_tokens)
     for heads, masses in zip(held, by_rank, strict=True):
         whole[heads.start : heads.stop] += masses[: len(heads)]
     return whole
 
 
 def _mass(shard: Shard, prompt: PropagatingPrompt) -> Tensor:
-    """Attention of the recent queries on each key, [H, m] fp32, on this rank's heads."""
+    """Attention of the recent queries on the context's keys, [H, c] fp32, on this rank's heads."""
     assert prompt.propagate is not None
-    queries = prompt.qkv.q[prompt.num_entered - prompt.num_recent :]
+    context = prompt.num_context
     weights = query_weights(prompt.propagate, prompt.num_recent, shard.device)
-    return shard.backend.mass(queries, prompt.qkv.k, shard.scale, weights)
+    return shard.backend.mass(
+        prompt.qkv.q[context:],
+        prompt.qkv.k,
+        shard.scale,
+        weights,
+        lse=None if prompt.lse is None else prompt.lse[context:],
+        num_columns=context,
+    )
 
 
-def _select(prompt: PropagatingPrompt, masses_Km: Tensor, group_size: int) -> Tensor:
+def _select(prompt: PropagatingPrompt, masses_Kc: Tensor, group_size: int) -> Tensor:
     """Places, int64 [kept], of one prompt's survivors among the tokens that entered."""
     propagate, recent = prompt.propagate, prompt.num_recent
     assert propagate is not None
-    scores = token_scores(propagate, masses_Km, recent, group_size)
+    scores = token_scores(propagate, masses_Kc, recent, group_size)
     return surviving_tokens(scores, prompt.num_kept, recent, propagate.sinks)

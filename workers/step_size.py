@@ -28,8 +28,10 @@ def measure_step(shard: "Shard") -> int:
     cu = CuSeqlens.of(lengths, shard.device)
     layer = shard.decoder.layers[0]
     q, k, v = layer.project(hidden, places)
-    attended = shard.backend.prefill(q, k, v, cu, cu, shard.scale)
-    shard.backend.mass(q[:length][-_WINDOW_QUERIES:], k[:length], shard.scale)
+    attended, lse = shard.backend.prefill(q, k, v, cu, cu, shard.scale, return_lse=True)
+    window = slice(max(length - _WINDOW_QUERIES, 0), length)
+    window_lse = None if lse is None else lse[window]
+    shard.backend.mass(q[window], k[:length], shard.scale, lse=window_lse)
     for chunk in chunks(tokens, config.linear_chunk_tokens):
         layer.finish(hidden[chunk], attended[chunk])
     if shard.decoder.head is not None:

@@ -101,6 +101,10 @@ def test_reference_is_the_textbook_formula() -> None:
     assert_close(ORACLE.prefill(q[5:], k, v, last, cu, SCALE), expected[5:], torch.float32)
     assert_close(ORACLE.mass(q, k, SCALE), weights.sum(dim=1), torch.float32)
     assert_close(ORACLE.mass(q[7:], k, SCALE), weights[:, 7:].sum(dim=1), torch.float32)
+    _, lse = ORACLE.prefill(q, k, v, cu, cu, SCALE, return_lse=True)
+    assert_close(lse, scores.logsumexp(dim=-1).T, torch.float32)
+    part = ORACLE.mass(q[7:], k, SCALE, lse=lse[7:], num_columns=5)
+    assert_close(part, weights[:, 7:, :5].sum(dim=1), torch.float32)
     # Decoding or extending over keys in pages is the same attention.
     view = make_view([[n] * num_heads], page_tokens=4)
     k, v = (randn(n, num_heads, HEAD_DIM, seed=i) for i in range(2))
@@ -255,6 +259,8 @@ def test_mass(
     weights = torch.linspace(1, 1.2, num_queries)
     weighted = backend.mass(q, k, SCALE, query_weights=weights)
     assert_close(weighted, ORACLE.mass(q, k, SCALE, query_weights=weights), torch.float32)
+    fewer = backend.mass(q, k, SCALE, query_weights=weights, num_columns=num_keys // 2)
+    assert torch.equal(fewer, weighted[:, : num_keys // 2])
 
 
 def test_queries_may_be_slices_of_a_fused_projection() -> None:

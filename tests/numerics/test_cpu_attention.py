@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saqqara.workers.attention.base import AttentionBackend, CuSeqlens
+from saqqara.workers.attention.base import CuSeqlens
 from saqqara.workers.attention.cpu import CpuAttention, unavailable_reason
 from saqqara.workers.attention.reference import ReferenceAttention
 from saqqara.workers.kv.store import KVStore, KVView
@@ -112,7 +112,7 @@ def assert_mass_close(actual: Tensor, expected: Tensor) -> None:
 
 
 def check_prefill(
-    backend: AttentionBackend,
+    backend: CpuAttention,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -121,10 +121,14 @@ def check_prefill(
     scale: float,
 ) -> Tensor:
     cu_q, cu_k = CuSeqlens.of(num_queries, CPU), CuSeqlens.of(num_keys, CPU)
-    out = backend.prefill(q, k, v, cu_q, cu_k, scale)
-    expected = ORACLE.prefill(q.float(), k.float(), v.float(), cu_q, cu_k, scale)
+    out, lse = backend.prefill(q, k, v, cu_q, cu_k, scale, return_lse=True)
+    expected, expected_lse = ORACLE.prefill(
+        q.float(), k.float(), v.float(), cu_q, cu_k, scale, return_lse=True
+    )
     assert out.dtype == q.dtype
     assert_close(out, expected, v.abs().max().item())
+    assert_close(lse, expected_lse, 0.0)
+    assert torch.equal(backend.prefill(q, k, v, cu_q, cu_k, scale), out)
     return out
 
 
@@ -236,36 +240,6 @@ def test_extend(
     assert_close(out, expected, 5.0)
 
 
-@heads
-@dtypes
-@pytest.mark.parametrize(("window", "num_keys"), [(1, 1), (8, 8), (32, 700), (64, 256), (5, 257)])
-def test_mass(
-    backend: CpuAttention,
-    num_query_heads: int,
-    num_heads: int,
-    dtype: torch.dtype,
-    window: int,
-    num_keys: int,
-) -> None:
-    """Sums to the number of queries; ends of spans (256 keys) and tiles."""
-    q = randn(window, num_query_heads, 64, dtype=dtype, seed=1)
-    k = randn(num_keys, num_heads, 64, dtype=dtype, seed=2)
-    mass = backend.mass(q, k, 0.125)
-    assert_mass_close(mass, ORACLE.mass(q.float(), k.float(), 0.125))
-    total = torch.full((num_heads,), window * num_query_heads / num_heads)
-    torch.testing.assert_close(mass.sum(dim=1), total, rtol=1e-5, atol=0)
-    weights = torch.linspace(0, 1, window)
-    weighted = backend.mass(q, k, 0.125, weights)
-    assert_mass_close(weighted, ORACLE.mass(q.float(), k.float(), 0.125, weights))
-
-
-@dims
-@dtypes
-def test_mass_with_any_head_dim(backend: CpuAttention, dim: int, dtype: torch.dtype) -> None:
-    q, k = randn(20, 6, dim, dtype=dtype), randn(150, 2, dim, dtype=dtype, seed=1)
-    assert_mass_close(backend.mass(q, k, 0.1), ORACLE.mass(q.float(), k.float(), 0.1))
-
-
 @dtypes
 def test_a_sequence_does_not_feel_its_batch(
     backend: CpuAttention, dtype: torch.dtype, threads: Callable[[int], None]
@@ -283,6 +257,7 @@ def test_a_sequence_does_not_feel_its_batch(
     extended = backend.extend(q, k, v, cu, view, 0.125)
     decoded, mass = backend.decode(decode_q, view, 0.125, return_mass=True)
     window_mass = backend.mass(q[-40:], k, 0.125)
+    _, lse = backend.prefill(q, k, v, cu, cu, 0.125, return_lse=True)
     threads(1)
     assert torch.equal(backend.mass(q[-40:], k, 0.125), window_mass)
     for n, count in enumerate(num_tokens):
@@ -296,8 +271,9 @@ def test_a_sequence_does_not_feel_its_batch(
             view.max_length,
             view.page_tokens,
         )
-        alone = backend.prefill(q[own], k[own], v[own], cu_n, cu_n, 0.125)
+        alone, lse_n = backend.prefill(q[own], k[own], v[own], cu_n, cu_n, 0.125, return_lse=True)
         assert torch.equal(alone, prefilled[own])
+        assert torch.equal(lse_n, lse[own])
         alone = backend.extend(q[own], k[own], v[own], cu_n, view_n, 0.125)
         assert torch.equal(alone, extended[own])
         alone, mass_n = backend.decode(decode_q[n : n + 1], view_n, 0.125, return_mass=True)

@@ -21,6 +21,7 @@ from saqqara import LLM, SamplingParams
 from saqqara.compression.retention import Retention
 from saqqara.compression.survivors import surviving_tokens
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers.attention.cpu import unavailable_reason
 from saqqara.workers.plan import DecodeItem, PrefillGroup, SampledToken, SamplingSpec, StepPlan
 from saqqara.workers.worker import Worker
 
@@ -30,6 +31,10 @@ ALL_LOGPROBS = SamplingSpec(temperature=0.0, num_logprobs=VOCAB)
 NUM_TOKENS = 5
 # fp32 with another order of summation through six layers: logits of size ~10 agree to about 1e-5.
 TOLERANCE = 2e-4
+NO_KERNELS = unavailable_reason(torch.device("cpu"), torch.float32)
+NATIVE = pytest.param(
+    "cpu", marks=pytest.mark.skipif(NO_KERNELS is not None, reason=f"no kernels: {NO_KERNELS}")
+)
 
 STAGES = {
     "pyramidinfer": {"kind": "pyramidinfer", "rho": 0.5, "min_context": 8, "recent_ratio": 0.2},
@@ -82,7 +87,7 @@ def all_logprobs(tokens: list[SampledToken]) -> Tensor:
     return rows
 
 
-@pytest.mark.parametrize("attention_backend", ["torch", "reference"])
+@pytest.mark.parametrize("attention_backend", ["torch", "reference", NATIVE])
 @pytest.mark.parametrize("name", STAGES)
 def test_the_worker_says_what_a_loop_that_drops_hidden_states_says(
     name: str, attention_backend: str, tiny: tuple[Path, Any]

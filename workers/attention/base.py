@@ -51,9 +51,40 @@ class AttentionBackend(Protocol):
 
     name: str
 
+    @overload
     def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_q: CuSeqlens, cu_k: CuSeqlens, scale: float
-    ) -> Tensor:
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Attention of whole prompts over themselves.
 
         Args:
@@ -64,9 +95,11 @@ class AttentionBackend(Protocol):
             cu_q: sequences in `q`.
             cu_k: the same sequences in `k` and `v`.
             scale: factor of the scores.
+            return_lse: also return the normalisers of the softmax, for `mass`.
 
         Returns:
-            [Tq, Hq, D].
+            [Tq, Hq, D]; with `return_lse` also float32 [Tq, Hq], the logarithm of the sum of the
+            exponentials of each query's scores, or None from a backend to which that is work.
         """
         ...
 
@@ -116,7 +149,13 @@ class AttentionBackend(Protocol):
         ...
 
     def mass(
-        self, q_window: Tensor, k: Tensor, scale: float, query_weights: Tensor | None = None
+        self,
+        q_window: Tensor,
+        k: Tensor,
+        scale: float,
+        query_weights: Tensor | None = None,
+        lse: Tensor | None = None,
+        num_columns: int | None = None,
     ) -> Tensor:
         """How much attention each key of one sequence gets from its last queries.
 
@@ -125,10 +164,12 @@ class AttentionBackend(Protocol):
             k: all keys, [n, H, D].
             scale: factor of the scores.
             query_weights: [w], a factor for each query; default: 1.
+            lse: float32 [w, Hq], what `prefill` returned of these queries; it saves work.
+            num_columns: only the masses of so many first keys; default: of all.
 
         Returns:
-            float32 [H, n]: causal softmax attention, summed over the window's queries and over the
-            query heads of each kv head.
+            float32 [H, num_columns]: causal softmax attention, summed over the window's queries
+            and over the query heads of each kv head.
         """
         ...
 

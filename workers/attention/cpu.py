@@ -31,7 +31,7 @@ class _Attend(Structure):
     """`Arguments` of attention_prefill.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "v", "out", "cu_q", "cu_k")),
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "lse", "cu_q", "cu_k")),
         *((name, c_void_p) for name in ("k_pages", "v_pages", "page_table", "kept")),
         *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride")),
         *((name, c_int) for name in ("num_sequences", "num_heads", "group", "dim")),
@@ -58,8 +58,9 @@ class _Mass(Structure):
     """`Arguments` of attention_mass.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "query_weights", "mass")),
-        *((name, c_int64) for name in ("q_stride", "k_stride", "num_queries", "num_keys")),
+        *((name, c_void_p) for name in ("q", "k", "lse", "query_weights", "mass")),
+        *((name, c_int64) for name in ("q_stride", "k_stride")),
+        *((name, c_int64) for name in ("num_queries", "num_keys", "num_columns")),
         *((name, c_int) for name in ("num_heads", "group", "dim", "is_bf16", "num_threads")),
         ("scale", c_float),
     )
@@ -92,13 +93,46 @@ class CpuAttention:
         self._decode = build.function("saqqara_decode", (POINTER(_Decode),))
         self._mass = build.function("saqqara_mass", (POINTER(_Mass),))
 
+    @overload
     def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_q: CuSeqlens, cu_k: CuSeqlens, scale: float
-    ) -> Tensor:
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Causal attention of the last queries of each sequence over its keys."""
         lengths = zip(cu_q.lengths, cu_k.lengths, strict=True)
         assert all(queries <= keys for queries, keys in lengths), "more queries than keys"
-        return self._attend_new(q, k, v, cu_q, cu_k, None, scale)
+        lse = torch.empty(q.shape[:2]) if return_lse else None
+        out = self._attend_new(q, k, v, cu_q, cu_k, None, scale, lse)
+        return out if lse is None else (out, lse)
 
     def extend(
         self, q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, view: KVView, scale: float
@@ -115,31 +149,14 @@ class CpuAttention:
         cu_k: CuSeqlens,
         view: KVView | None,
         scale: float,
+        lse: Tensor | None = None,
     ) -> Tensor:
         """Queries over the kept tokens of `view`, if there is one, and causally over k and v."""
         _check(scale, q, k, v)
         q, k, v = _heads_together(q), _heads_together(k), _heads_together(v)
-        (_, num_query_heads, dim), num_heads = q.shape, k.shape[1]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        arguments = _Attend(
-            q=q.data_ptr(),
-            k=k.data_ptr(),
-            v=v.data_ptr(),
-            out=out.data_ptr(),
-            cu_q=build.pointer(cu_q.device, torch.int32),
-            cu_k=build.pointer(cu_k.device, torch.int32),
-            q_stride=q.stride(0),
-            k_stride=k.stride(0),
-            v_stride=v.stride(0),
-            num_sequences=len(cu_q.host) - 1,
-            num_heads=num_heads,
-            group=num_query_heads // num_heads,
-            dim=dim,
-            page_tokens=1,
-            is_bf16=q.dtype == torch.bfloat16,
-            num_threads=torch.get_num_threads(),
-            scale=scale,
-        )
+        arguments = _attend_arguments(q, k, cu_q, cu_k, scale, lse)
+        arguments.v, arguments.v_stride, arguments.out = v.data_ptr(), v.stride(0), out.data_ptr()
         if view is not None:
             arguments.k_pages = build.pointer(view.k_pages, q.dtype)
             arguments.v_pages = build.pointer(view.v_pages, q.dtype)
@@ -197,22 +214,35 @@ class CpuAttention:
         return out, mass
 
     def mass(
-        self, q_window: Tensor, k: Tensor, scale: float, query_weights: Tensor | None = None
+        self,
+        q_window: Tensor,
+        k: Tensor,
+        scale: float,
+        query_weights: Tensor | None = None,
+        lse: Tensor | None = None,
+        num_columns: int | None = None,
     ) -> Tensor:
         """Attention that each key gets from the last queries, summed over them and the group."""
         _check(scale, q_window, k)
         q, k = _heads_together(q_window), _heads_together(k)
         (num_queries, num_query_heads, dim), (num_keys, num_heads, _) = q.shape, k.shape
-        assert num_queries <= num_keys, f"{num_queries} queries of {num_keys} tokens"
-        mass = torch.empty(num_heads, num_keys)
+        assert 0 < num_queries <= num_keys, f"{num_queries} queries of {num_keys} tokens"
+        num_columns = num_keys if num_columns is None else num_columns
+        assert 0 <= num_columns <= num_keys, f"{num_columns} columns of {num_keys} keys"
+        if lse is None:
+            lse = self._log_sum_exps(q, k, scale)
+        assert lse.shape == q.shape[:2], f"log-sum-exps {lse.shape} of queries {q.shape}"
+        mass = torch.empty(num_heads, num_columns)
         arguments = _Mass(
             q=q.data_ptr(),
             k=k.data_ptr(),
+            lse=build.pointer(lse, torch.float32),
             mass=mass.data_ptr(),
             q_stride=q.stride(0),
             k_stride=k.stride(0),
             num_queries=num_queries,
             num_keys=num_keys,
+            num_columns=num_columns,
             num_heads=num_heads,
             group=num_query_heads // num_heads,
             dim=dim,
@@ -226,6 +256,37 @@ class CpuAttention:
             arguments.query_weights = query_weights.data_ptr()
         self._mass(byref(arguments))
         return mass
+
+    def _log_sum_exps(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """Of the last queries [w, Hq, D] of one sequence with keys [n, H, D]: float32 [w, Hq]."""
+        cu_q, cu_k = (CuSeqlens.of([len(x)], q.device) for x in (q, k))
+        lse = torch.empty(q.shape[:2])
+        self._attend(byref(_attend_arguments(q, k, cu_q, cu_k, scale, lse)))
+        return lse
+
+
+def _attend_arguments(
+    q: Tensor, k: Tensor, cu_q: CuSeqlens, cu_k: CuSeqlens, scale: float, lse: Tensor | None
+) -> _Attend:
+    """Arguments without values and without pages: what makes the log-sum-exps only."""
+    (_, num_query_heads, dim), num_heads = q.shape, k.shape[1]
+    return _Attend(
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        lse=None if lse is None else lse.data_ptr(),
+        cu_q=build.pointer(cu_q.device, torch.int32),
+        cu_k=build.pointer(cu_k.device, torch.int32),
+        q_stride=q.stride(0),
+        k_stride=k.stride(0),
+        num_sequences=len(cu_q.host) - 1,
+        num_heads=num_heads,
+        group=num_query_heads // num_heads,
+        dim=dim,
+        page_tokens=1,
+        is_bf16=q.dtype == torch.bfloat16,
+        num_threads=torch.get_num_threads(),
+        scale=scale,
+    )
 
 
 def _check(scale: float, q: Tensor, *others: Tensor) -> None:

@@ -20,11 +20,43 @@ class ReferenceAttention:
 
     name = "reference"
 
+    @overload
     def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_q: CuSeqlens, cu_k: CuSeqlens, scale: float
-    ) -> Tensor:
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Causal attention of the last queries of each sequence over its keys."""
         out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:2], device=q.device)
         group = q.shape[1] // k.shape[1]
         for n in range(len(cu_q.host) - 1):
             first, last = cu_q.host[n], cu_q.host[n + 1]
@@ -32,10 +64,10 @@ class ReferenceAttention:
             for t in range(first, last):
                 seen = slice(first_key, last_key - (last - 1 - t))
                 for head in range(q.shape[1]):
-                    out[t, head], _ = _attend(
-                        q[t, head], k[seen, head // group], v[seen, head // group], scale
-                    )
-        return out
+                    keys, values = k[seen, head // group], v[seen, head // group]
+                    out[t, head], _ = _attend(q[t, head], keys, values, scale)
+                    lse[t, head] = torch.logsumexp(_scores(q[t, head], keys, scale), dim=0)
+        return (out, lse) if return_lse else out
 
     @overload
     def decode(
@@ -79,7 +111,13 @@ class ReferenceAttention:
         return out
 
     def mass(
-        self, q_window: Tensor, k: Tensor, scale: float, query_weights: Tensor | None = None
+        self,
+        q_window: Tensor,
+        k: Tensor,
+        scale: float,
+        query_weights: Tensor | None = None,
+        lse: Tensor | None = None,
+        num_columns: int | None = None,
     ) -> Tensor:
         """Attention that each key gets from the last queries, summed over them and the group."""
         num_queries, num_query_heads, _ = q_window.shape
@@ -90,18 +128,26 @@ class ReferenceAttention:
             for head in range(num_query_heads):
                 kv_head = head // (num_query_heads // num_heads)
                 keys = k[:seen, kv_head]
-                _, weights = _attend(q_window[i, head], keys, keys, scale)
+                if lse is None:
+                    _, weights = _attend(q_window[i, head], keys, keys, scale)
+                else:
+                    weights = torch.exp(_scores(q_window[i, head], keys, scale) - lse[i, head])
                 mass[kv_head, :seen] += (
                     weights if query_weights is None else query_weights[i] * weights
                 )
-        return mass
+        return mass[:, :num_columns]
+
+
+def _scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Scores of one query [D] over keys [m, D], float32 [m]."""
+    return (keys.float() * q.float()).sum(dim=-1) * scale
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """One query [D] over keys and values [m, D]: the output [D] and the weights [m], float32."""
     if len(keys) == 0:
         return torch.zeros_like(q, dtype=torch.float32), torch.zeros(0, device=q.device)
-    scores = (keys.float() * q.float()).sum(dim=-1) * scale
+    scores = _scores(q, keys, scale)
     exponentials = torch.exp(scores - scores.max())
     weights = exponentials / exponentials.sum()
     return (weights[:, None] * values.float()).sum(dim=0), weights

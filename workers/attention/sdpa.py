@@ -60,16 +60,47 @@ class TorchAttention:
 
     # -- fresh keys -------------------------------------------------------------------------
 
+    @overload
     def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_q: CuSeqlens, cu_k: CuSeqlens, scale: float
-    ) -> Tensor:
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: Literal[True],
+    ) -> tuple[Tensor, None]: ...
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, None]:
         """Causal attention of the last queries of each sequence over its keys."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for n in range(len(cu_q.host) - 1):
             queries = slice(cu_q.host[n], cu_q.host[n + 1])
             keys = slice(cu_k.host[n], cu_k.host[n + 1])
             self._prefill_one(q[queries], k[keys], v[keys], scale, out[queries])
-        return out
+        return (out, None) if return_lse else out
 
     def _prefill_one(self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
         """One sequence: q and out [M, Hq, D], k and v [n, H, D]."""
@@ -96,11 +127,18 @@ class TorchAttention:
         out_HMGD.copy_(attend(q_HMGD, k.transpose(0, 1), v.transpose(0, 1), scale, work))
 
     def mass(
-        self, q_window: Tensor, k: Tensor, scale: float, query_weights: Tensor | None = None
+        self,
+        q_window: Tensor,
+        k: Tensor,
+        scale: float,
+        query_weights: Tensor | None = None,
+        lse: Tensor | None = None,
+        num_columns: int | None = None,
     ) -> Tensor:
         """Attention that each key gets from the last queries, summed over them and the group.
 
-        In float32 throughout: what is kept is decided by these numbers.
+        In float32 throughout: what is kept is decided by these numbers. The softmax of whole rows
+        has no use for `lse`.
         """
         num_queries, num_query_heads, dim = q_window.shape
         num_keys, num_heads, _ = k.shape
@@ -120,7 +158,7 @@ class TorchAttention:
                 scores = scaled_scores(queries.reshape(1, -1, dim), keys[None, :seen], scale, work)
                 hide_later(scores, stop - start, seen - (stop - start))
                 mass[head, :seen] += weights[start * group : stop * group] @ softmax(scores)[0]
-        return mass
+        return mass[:, :num_columns]
 
     # -- pages ------------------------------------------------------------------------------
 

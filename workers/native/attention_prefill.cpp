@@ -1,7 +1,8 @@
 // Causal attention of new tokens over the pages that their sequence kept, if any, and over the new
 // tokens up to themselves. Online softmax over tiles of keys; weights in the element type,
-// everything else in fp32.
+// everything else in fp32. On request also, or only, the normalisers of the softmax.
 
+#include <cmath>
 #include <vector>
 
 #include "attention_tiles.h"
@@ -134,14 +135,29 @@ void store_rows(const float* out, const __m512 (&scale)[V], const Rows<typename 
   }
 }
 
+// Writes the log-sum-exps of the rows of a tile; `maxima` and the sums of 2^(score - maximum) are
+// those of the scores times log2(e).
+template <int V>
+void store_lse(const __m512 (&maxima)[V], const __m512 (&sums)[V], const Rows<float>& lse,
+               int64_t first) {
+  alignas(64) float maximum[V * kLanes], sum[V * kLanes];
+  for (int v = 0; v < V; ++v) {
+    _mm512_store_ps(maximum + v * kLanes, maxima[v]);
+    _mm512_store_ps(sum + v * kLanes, sums[v]);
+  }
+  for (int i = 0; i < V * kLanes && first + i < lse.count; ++i) {
+    *lse.row(first + i) = (maximum[i] + std::log2(sum[i])) / kLog2E;
+  }
+}
+
 // One tile: rows `first` to `first + 16 V` of a sequence, whose token t sees the keys before
-// num_before + t + 1.
+// num_before + t + 1. Without rows to write it makes no output, or no log-sum-exps.
 template <class T, int V>
 void attend_tile(const Rows<const typename T::Number>& q, const Rows<typename T::Number>& out,
-                 int64_t first, const Tokens<typename T::Number>& keys,
+                 const Rows<float>& lse, int64_t first, const Tokens<typename T::Number>& keys,
                  const Tokens<typename T::Number>& values, int64_t num_before, float factor,
                  Scratch& scratch) {
-  pack_queries<T, V>(q, first, scratch.queries);
+  pack_lanes<T, V>(q, first, scratch.queries);
   alignas(64) int32_t limits[V * kLanes];
   row_limits<V>(q, first, num_before, limits);
   __m512 row_max[V], row_sum[V];
@@ -162,10 +178,13 @@ void attend_tile(const Rows<const typename T::Number>& q, const Rows<typename T:
       row_sum[v] = _mm512_mul_ps(row_sum[v], decay[v]);
     }
     weigh_tile<T, V>(scratch.scores, padded, factor, row_max, row_sum);
+    if (!out.first) continue;
     pack_values<T>(values, key, count, padded, scratch.values);
     add_values<T, V>(scratch.scores, scratch.values, padded, q.dim, key > 0 ? decay : nullptr,
                      scratch.out);
   }
+  if (lse.first) store_lse<V>(row_max, row_sum, lse, first);
+  if (!out.first) return;
   for (int v = 0; v < V; ++v) row_sum[v] = _mm512_div_ps(_mm512_set1_ps(1.0f), row_sum[v]);
   store_rows<T, V>(scratch.out, row_sum, out, first);
 }
@@ -174,8 +193,9 @@ void attend_tile(const Rows<const typename T::Number>& q, const Rows<typename T:
 struct Arguments {
   const void* q;
   const void* k;
-  const void* v;
-  void* out;
+  const void* v;  // null where `out` is
+  void* out;      // null if only `lse` is asked for
+  float* lse;     // [Tq, Hq], or null
   const int32_t* cu_q;
   const int32_t* cu_k;
   const void* k_pages;  // the rest null where nothing was kept
@@ -213,13 +233,16 @@ void attend(const Arguments& a) {
       const int64_t num_rows = int64_t(a.cu_q[n + 1] - a.cu_q[n]) * a.group;
       const int64_t num_fresh = a.cu_k[n + 1] - a.cu_k[n];
       const int64_t num_kept = a.kept ? a.kept[n * a.num_heads + head] : 0;
-      const int64_t out_stride = int64_t(a.num_heads) * a.group * a.dim;
+      const int64_t query_heads = int64_t(a.num_heads) * a.group;
       const Rows<const Number> q{
           static_cast<const Number*>(a.q) + a.cu_q[n] * a.q_stride + head * a.group * a.dim,
           a.q_stride, a.group, a.dim, num_rows};
       const Rows<Number> out{
-          static_cast<Number*>(a.out) + a.cu_q[n] * out_stride + head * a.group * a.dim, out_stride,
-          a.group, a.dim, num_rows};
+          a.out ? static_cast<Number*>(a.out) + (a.cu_q[n] * query_heads + head * a.group) * a.dim
+                : nullptr,
+          query_heads * a.dim, a.group, a.dim, num_rows};
+      const Rows<float> lse{a.lse ? a.lse + a.cu_q[n] * query_heads + head * a.group : nullptr,
+                            query_heads, a.group, 1, num_rows};
       const auto tokens = [&](const void* pages, const void* fresh, int64_t stride) {
         return Tokens<Number>{static_cast<const Number*>(pages),
                               a.page_table + (n * a.num_heads + head) * a.max_pages,
@@ -234,7 +257,8 @@ void attend(const Arguments& a) {
       const int64_t num_before = num_kept + num_fresh - (a.cu_q[n + 1] - a.cu_q[n]);
       const int64_t first = tile * kTileRows;
       with_vectors(num_rows - first, [&](auto vectors) {
-        attend_tile<T, vectors>(q, out, first, keys, values, num_before, a.scale * kLog2E, scratch);
+        attend_tile<T, vectors>(q, out, lse, first, keys, values, num_before, a.scale * kLog2E,
+                                scratch);
       });
     }
   }

@@ -3,7 +3,8 @@
 // A query row is one (token, query head) of the G heads that share a kv head; rows are numbered
 // token * G + head, so one tile works for any G. A tile has up to 48 rows, and rows lie in the
 // lanes of vectors: a key word is broadcast to all of them, keys need no repacking, and row maxima
-// and sums are plain lane-wise operations.
+// and sums are plain lane-wise operations. Mass, which sums over rows, has it the other way round:
+// keys in the lanes, query rows broadcast.
 
 #pragma once
 
@@ -19,14 +20,14 @@ constexpr int kTileRows = kMaxVectors * kLanes;
 constexpr int kTileKeys = 128;  // scored before the softmax moves on
 constexpr int kMaxDim = 256;
 
-// Keys that are scored together: enough independent sums to hide the latency of mul_add, few
-// enough to stay in registers.
+// Broadcast rows that are scored together: enough independent sums to hide the latency of mul_add,
+// few enough to stay in registers.
 template <int V>
-constexpr int kBlockKeys = V == 1 ? 16 : 8;
+constexpr int kBlockRows = V == 1 ? 16 : 8;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Query rows of one sequence and kv head.
+// Query rows of one sequence and kv head; or, as a group of 1, its keys.
 template <class Number>
 struct Rows {
   Number* first;  // of token 0, head 0 of the group
@@ -81,7 +82,7 @@ void with_vectors(int64_t num_rows, F f) {
 // Lays the rows `first` to `first + 16 V` of a sequence into lanes: to[word][row]. Rows beyond the
 // last are zeros.
 template <class T, int V>
-void pack_queries(const Rows<const typename T::Number>& rows, int64_t first, uint32_t* to) {
+void pack_lanes(const Rows<const typename T::Number>& rows, int64_t first, uint32_t* to) {
   const int words = rows.dim / T::kPerWord;
   for (int v = 0; v < V; ++v) {
     for (int w = 0; w < words; w += kLanes) {
@@ -101,27 +102,27 @@ void pack_queries(const Rows<const typename T::Number>& rows, int64_t first, uin
   }
 }
 
-// scores[i][v] = the product of key i with the rows of vector v, unscaled.
+// scores[i][v] = the product of row i with what lies in the lanes of vector v, unscaled.
 template <class T, int V>
-[[gnu::always_inline]] inline void score_block(const typename T::Number* const* k_rows,
-                                               const uint32_t* queries, int words,
-                                               __m512 (&scores)[kBlockKeys<V>][V]) {
-  const char* keys[kBlockKeys<V>];
+[[gnu::always_inline]] inline void score_block(const typename T::Number* const* rows,
+                                               const uint32_t* lanes, int words,
+                                               __m512 (&scores)[kBlockRows<V>][V]) {
+  const char* words_of[kBlockRows<V>];
 #pragma GCC unroll 16
-  for (int i = 0; i < kBlockKeys<V>; ++i) {
-    keys[i] = reinterpret_cast<const char*>(k_rows[i]);
+  for (int i = 0; i < kBlockRows<V>; ++i) {
+    words_of[i] = reinterpret_cast<const char*>(rows[i]);
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) scores[i][v] = _mm512_setzero_ps();
   }
   for (int64_t w = 0; w < words; ++w) {
-    __m512i q[V];
+    __m512i lane[V];
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) q[v] = _mm512_load_si512(queries + (w * V + v) * kLanes);
+    for (int v = 0; v < V; ++v) lane[v] = _mm512_load_si512(lanes + (w * V + v) * kLanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < kBlockKeys<V>; ++i) {
-      const __m512i key = _mm512_broadcastd_epi32(_mm_loadu_si32(keys[i] + w * 4));
+    for (int i = 0; i < kBlockRows<V>; ++i) {
+      const __m512i word = _mm512_broadcastd_epi32(_mm_loadu_si32(words_of[i] + w * 4));
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) scores[i][v] = T::mul_add(q[v], key, scores[i][v]);
+      for (int v = 0; v < V; ++v) scores[i][v] = T::mul_add(lane[v], word, scores[i][v]);
     }
   }
 }
@@ -144,15 +145,15 @@ int score_tile(const Tokens<typename T::Number>& keys, int64_t first, int count,
                const uint32_t* queries, const int32_t* limits, float* to, __m512 (&maxima)[V]) {
   const typename T::Number* rows[kTileKeys];
   keys.locate(first, count, rows);
-  const int padded = ceil_div(count, kBlockKeys<V>) * kBlockKeys<V>;
+  const int padded = ceil_div(count, kBlockRows<V>) * kBlockRows<V>;
   std::fill(rows + count, rows + padded, rows[count - 1]);
   const bool masked = first + padded > limits[0];  // the first row has the lowest limit
   for (int v = 0; v < V; ++v) maxima[v] = _mm512_set1_ps(kLowest);
-  for (int b = 0; b < padded; b += kBlockKeys<V>) {
-    __m512 scores[kBlockKeys<V>][V];
+  for (int b = 0; b < padded; b += kBlockRows<V>) {
+    __m512 scores[kBlockRows<V>][V];
     score_block<T, V>(rows + b, queries, keys.dim / T::kPerWord, scores);
 #pragma GCC unroll 16
-    for (int i = 0; i < kBlockKeys<V>; ++i) {
+    for (int i = 0; i < kBlockRows<V>; ++i) {
       const __m512i key = _mm512_set1_epi32(static_cast<int>(first) + b + i);
 #pragma GCC unroll 3
       for (int v = 0; v < V; ++v) {
