@@ -156,6 +156,7 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     scored_logprobs: list[float] = field(default_factory=list)
     scored_ranks: list[int] = field(default_factory=list)
+    scored_top: list[dict[int, float]] = field(default_factory=list)
     num_in_flight: int = 0
     num_sampling: int = 0
     num_preemptions: int = 0
@@ -295,8 +296,10 @@ class RequestOutput:
 class ScoreOutput:
     """Log-probabilities of a continuation's tokens after a prompt whose KV was retained.
 
-    `ranks[i]` is 1 where greedy decoding would have chosen the token. A request that was aborted or
-    failed has `finish_reason` `abort` or `error` and the scores it had until then.
+    `ranks[i]` is 1 where greedy decoding would have chosen the token. Where they were asked for,
+    `top_logprobs[i]` maps the ids of the most likely tokens in its place to their log-probability,
+    the best first; else it is empty. A request that was aborted or failed has `finish_reason`
+    `abort` or `error` and the scores it had until then.
     """
 
     request_id: str
@@ -309,6 +312,7 @@ class ScoreOutput:
     finish_reason: FinishReason = "stop"
     error: str | None = None
     finished: bool = True
+    top_logprobs: tuple[dict[int, float], ...] = ()
 
     @property
     def sum(self) -> float:
