@@ -17,7 +17,7 @@ from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .metrics import PrometheusSink, Sink
 from .output import Choice, RequestState
 from .report import EngineReport
-from .request import Request, RequestOutput, SamplingParams, ScoreOutput
+from .request import Request, RequestOutput, SamplingParams, ScoreOutput, scoring_params
 from .scheduler import Scheduler
 from .stats import EngineStats
 from .tokenizer import Tokenizer
@@ -209,7 +209,7 @@ class Engine:
         request = Request(
             request_id=request_id,
             prompt_token_ids=self._tokenize("prompt", prompt, messages),
-            sampling=SamplingParams(logprobs=top_logprobs),
+            sampling=scoring_params(top_logprobs),
             retention=self._retention(retention, budget),
             priority=priority,
             score_continuation=tuple(continuation),

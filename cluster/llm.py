@@ -17,7 +17,7 @@ from saqqara.compression.retention import Retention
 from .client import EngineDeadError, EngineRequest
 from .launch import launch
 from .report import EngineReport
-from .request import RequestOutput, SamplingParams, ScoreOutput
+from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
 from .settings import check_keys, engine_config
 from .tokenizer import check_messages
 
@@ -218,8 +218,7 @@ class LLM:
             known = _prompt(after, i, "continuation")
             scored = known.get("prompt", known.get("prompt_token_ids"))
             parts.append({**_prompt(before, i, "context"), "score_continuation": scored})
-        sampling = SamplingParams(logprobs=top_logprobs)
-        requests = self._requests(parts, sampling, retention, budget)
+        requests = self._requests(parts, scoring_params(top_logprobs), retention, budget)
         outputs = cast("list[ScoreOutput]", self._run(requests, "context", use_tqdm))
         return outputs[0] if _is_single(context) and _is_single(continuation) else outputs
 

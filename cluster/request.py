@@ -100,6 +100,17 @@ class SamplingParams(BaseModel):
         )
 
 
+def scoring_params(top_logprobs: int | None) -> SamplingParams:
+    """What a request that scores asks for: so many of the most likely tokens in each place.
+
+    Raises:
+        ValueError: `top_logprobs` is out of range.
+    """
+    if top_logprobs is not None and not 0 <= top_logprobs <= MAX_LOGPROBS:
+        raise ValueError(f"top_logprobs: must be from 0 to {MAX_LOGPROBS}, not {top_logprobs}")
+    return SamplingParams(logprobs=top_logprobs)
+
+
 def invalid_field(error: ValidationError) -> str:
     """The name of the first field that a pydantic error complains about ('' if none)."""
     location = error.errors()[0]["loc"]
