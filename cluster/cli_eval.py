@@ -285,7 +285,7 @@ def attention(
 @eval_settings
 def calibrate(
     out: Annotated[Path, typer.Option(metavar="PROFILE.json", help="Write the profile here.")],
-    context_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each context.")] = 1024,
+    context_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each context.")] = 2048,
     num_samples: Annotated[int, typer.Option(min=1, help="Contexts of each kind.")] = 8,
     haystack: HaystackFolder = None,
     split: SplitName = "tune",

@@ -38,8 +38,8 @@ class EngineRequest:
     Exactly one of `prompt` (text), `prompt_token_ids` and `messages` (chat messages, to which the
     model's chat template is applied) is set. `retention` and `budget` override the engine's own for
     this request. With `score_continuation` nothing is generated: its tokens are scored after the
-    prompt, and the result is a `ScoreOutput`. With `stream`, `poll` also returns the request's
-    unfinished outputs.
+    prompt, and the result is a `ScoreOutput`; of the sampling parameters only `logprobs` counts.
+    With `stream`, `poll` also returns the request's unfinished outputs.
     """
 
     request_id: str
@@ -228,6 +228,7 @@ class LocalClient:
                     retention=request.retention,
                     budget=request.budget,
                     priority=request.priority,
+                    top_logprobs=request.sampling_params.logprobs,
                 )
         except ValueError as error:
             return Rejection(request.request_id, str(error))

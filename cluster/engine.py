@@ -17,7 +17,7 @@ from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .metrics import PrometheusSink, Sink
 from .output import Choice, RequestState
 from .report import EngineReport
-from .request import Request, RequestOutput, SamplingParams, ScoreOutput
+from .request import Request, RequestOutput, SamplingParams, ScoreOutput, scoring_params
 from .scheduler import Scheduler
 from .stats import EngineStats
 from .tokenizer import Tokenizer
@@ -193,10 +193,12 @@ class Engine:
         retention: RetentionSpec | None = None,
         budget: int | str | None = None,
         priority: int = 0,
+        top_logprobs: int | None = None,
     ) -> None:
         """Queue the scoring of `continuation` (text without special tokens, or ids) after a prompt.
 
         The prompt's keys and values are retained first, so quality under retention is measured.
+        With `top_logprobs` the output also has that many of the most likely tokens in each place.
 
         Raises:
             ValueError: the request cannot be served; nothing else has changed.
@@ -207,7 +209,7 @@ class Engine:
         request = Request(
             request_id=request_id,
             prompt_token_ids=self._tokenize("prompt", prompt, messages),
-            sampling=SamplingParams(),
+            sampling=scoring_params(top_logprobs),
             retention=self._retention(retention, budget),
             priority=priority,
             score_continuation=tuple(continuation),

@@ -17,7 +17,7 @@ from saqqara.compression.retention import Retention
 from .client import EngineDeadError, EngineRequest
 from .launch import launch
 from .report import EngineReport
-from .request import RequestOutput, SamplingParams, ScoreOutput
+from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
 from .settings import check_keys, engine_config
 from .tokenizer import check_messages
 
@@ -165,6 +165,7 @@ class LLM:
         use_tqdm: bool = True,
         retention: RetentionSpec | None = None,
         budget: Budget | None = None,
+        top_logprobs: int | None = None,
     ) -> ScoreOutput: ...
 
     @overload
@@ -176,6 +177,7 @@ class LLM:
         use_tqdm: bool = True,
         retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
         budget: Budget | Sequence[Budget | None] | None = None,
+        top_logprobs: int | None = None,
     ) -> list[ScoreOutput]: ...
 
     def score(
@@ -186,6 +188,7 @@ class LLM:
         use_tqdm: bool = True,
         retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
         budget: Budget | Sequence[Budget | None] | None = None,
+        top_logprobs: int | None = None,
     ) -> ScoreOutput | list[ScoreOutput]:
         """Log-probabilities of continuations, given contexts whose KV went through retention.
 
@@ -195,6 +198,7 @@ class LLM:
             use_tqdm: as for `generate`.
             retention: as for `generate`.
             budget: as for `generate`.
+            top_logprobs: most likely tokens to report in each place, 20 at most; default: none.
 
         Raises:
             ValueError: an input or setting is wrong; names the index.
@@ -214,7 +218,7 @@ class LLM:
             known = _prompt(after, i, "continuation")
             scored = known.get("prompt", known.get("prompt_token_ids"))
             parts.append({**_prompt(before, i, "context"), "score_continuation": scored})
-        requests = self._requests(parts, None, retention, budget)
+        requests = self._requests(parts, scoring_params(top_logprobs), retention, budget)
         outputs = cast("list[ScoreOutput]", self._run(requests, "context", use_tqdm))
         return outputs[0] if _is_single(context) and _is_single(continuation) else outputs
 

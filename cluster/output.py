@@ -131,6 +131,7 @@ class RequestState:
                 token_ids=request.score_continuation,
                 logprobs=tuple(sequences[0].scored_logprobs),
                 ranks=tuple(sequences[0].scored_ranks),
+                top_logprobs=tuple(sequences[0].scored_top),
                 metrics=metrics,
                 finish_reason=self.finish_reason,
                 error=error,

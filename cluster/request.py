@@ -100,6 +100,17 @@ class SamplingParams(BaseModel):
         )
 
 
+def scoring_params(top_logprobs: int | None) -> SamplingParams:
+    """What a request that scores asks for: so many of the most likely tokens in each place.
+
+    Raises:
+        ValueError: `top_logprobs` is out of range.
+    """
+    if top_logprobs is not None and not 0 <= top_logprobs <= MAX_LOGPROBS:
+        raise ValueError(f"top_logprobs: must be from 0 to {MAX_LOGPROBS}, not {top_logprobs}")
+    return SamplingParams(logprobs=top_logprobs)
+
+
 def invalid_field(error: ValidationError) -> str:
     """The name of the first field that a pydantic error complains about ('' if none)."""
     location = error.errors()[0]["loc"]
@@ -156,6 +167,7 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     scored_logprobs: list[float] = field(default_factory=list)
     scored_ranks: list[int] = field(default_factory=list)
+    scored_top: list[dict[int, float]] = field(default_factory=list)
     num_in_flight: int = 0
     num_sampling: int = 0
     num_preemptions: int = 0
@@ -295,8 +307,10 @@ class RequestOutput:
 class ScoreOutput:
     """Log-probabilities of a continuation's tokens after a prompt whose KV was retained.
 
-    `ranks[i]` is 1 where greedy decoding would have chosen the token. A request that was aborted or
-    failed has `finish_reason` `abort` or `error` and the scores it had until then.
+    `ranks[i]` is 1 where greedy decoding would have chosen the token. Where they were asked for,
+    `top_logprobs[i]` maps the ids of the most likely tokens in its place to their log-probability,
+    the best first; else it is empty. A request that was aborted or failed has `finish_reason`
+    `abort` or `error` and the scores it had until then.
     """
 
     request_id: str
@@ -309,6 +323,7 @@ class ScoreOutput:
     finish_reason: FinishReason = "stop"
     error: str | None = None
     finished: bool = True
+    top_logprobs: tuple[dict[int, float], ...] = ()
 
     @property
     def sum(self) -> float:

@@ -540,6 +540,8 @@ class Scheduler:
         known = len(sequence.scored_logprobs)
         sequence.scored_logprobs[offset:] = scored.logprobs
         sequence.scored_ranks[offset:] = scored.ranks
+        best = zip(scored.top_ids, scored.top_logprobs, strict=True)
+        sequence.scored_top[offset:] = [dict(zip(*pair, strict=True)) for pair in best]
         num_new = len(sequence.scored_logprobs) - known
         self._events.append(NewScores(sequence, num_new))
         if len(sequence.scored_logprobs) == len(sequence.known_after_prompt):

@@ -1,10 +1,10 @@
 """How much a model needs the keys and values of each kv head: the profile of the `profile` shape.
 
-Each row (layer, kv head) in turn keeps next to nothing of a context while all others keep it whole,
-and known tokens that follow are scored. A row's importance is what its loss does to the
-probabilities of these tokens: half the mean square of the change of their log-probability, which is
-the Kullback-Leibler divergence to second order, estimated at tokens that the text draws. A plain
-difference of losses would need many times the text: its noise has no sign.
+Each row (layer, kv head) in turn keeps little of a context while all others keep it whole, and the
+tokens that follow are predicted. A row's importance is what its loss does to these predictions: the
+Kullback-Leibler divergence of the next-token distributions from those with all rows whole. A plain
+difference of losses would need many times the text: its noise has no sign. So would the change of
+the log-probability of the one token that the text has.
 
 The tokens are of two kinds: continuations of plain text, which ask for whatever helps to predict,
 and the answers to needle questions, which ask for copying from far away. Both matter to users, and
@@ -16,7 +16,8 @@ model's output loses, so heads that matter to prediction in other ways count, to
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from saqqara.compression.head_profile import HeadProfile
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers.models.spec import load_spec
 
 from .haystack import Split
 from .needle import needle_question
@@ -35,11 +37,15 @@ from .session import Session, TokenIds
 
 Floats = NDArray[np.float64]
 
-KEPT_TOKENS = 64  # of the row that is cut: window, sinks and a few more
-WINDOW, SINKS = 32, 4
+KEPT_PART = 20  # the row that is cut keeps the 20th part of the context
+CUT = {"score": "snapkv", "window": 16, "sinks": 4, "kernel_size": 15, "pooling": "avg"}
+"""How it is cut: as the `recommended` preset does."""
+LEAST_CONTEXT_TOKENS = KEPT_PART * (16 + 4 + 1)  # a cut row has to hold more than window and sinks
+TOP_TOKENS = 20
+LEAST_REST = 1e-6  # fp32 log-probabilities know no smaller rest
 TEXT_WEIGHT = 0.8
-POWER = 0.7
-"""Importances fall over four orders of magnitude; a power below one leaves the middle something."""
+POWER = 0.85
+"""Importances fall over three orders of magnitude; a power below one leaves the middle a part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +61,8 @@ class Calibration:
         split: the half of the text.
     """
 
-    context_tokens: int = 1024
-    continuation_tokens: int = 96
+    context_tokens: int = 2048
+    continuation_tokens: int = 64
     num_samples: int = 8
     seed: int = 0
     haystack: Path | None = None
@@ -69,11 +75,14 @@ class Calibration:
             ValueError: the context is too short to cut, or the text too short.
             RuntimeError: the engine failed.
         """
-        least = 2 * KEPT_TOKENS
-        if self.context_tokens < least:
+        if self.context_tokens < (least := LEAST_CONTEXT_TOKENS):
             raise ValueError(f"context_tokens: must be at least {least}, not {self.context_tokens}")
-        with Session(config, []) as session:
-            num_layers, num_heads = session.spec.num_layers, session.spec.num_kv_heads
+        spec = load_spec(config.model)
+        # All cuts at once, if pages allow: they share one prefill of each context.
+        num_settings = 1 + spec.num_layers * spec.num_kv_heads
+        num_seqs = max(config.max_num_seqs, num_settings)
+        with Session(config.model_copy(update={"max_num_seqs": num_seqs}), []) as session:
+            num_layers, num_heads = spec.num_layers, spec.num_kv_heads
             cuts = [
                 without_row(row, num_layers, num_heads, self.context_tokens)
                 for row in range(num_layers * num_heads)
@@ -82,7 +91,7 @@ class Calibration:
             texts = importances(session, *self._texts(session))
             needles = importances(session, *self._needles(session))
             rows = combine(texts, needles).reshape(num_layers, num_heads)
-            group = session.spec.num_query_heads // num_heads
+            group = spec.num_query_heads // num_heads
         return HeadProfile(tuple(tuple(float(x) for x in np.repeat(r, group)) for r in rows))
 
     def _texts(self, session: Session) -> tuple[list[TokenIds], list[TokenIds]]:
@@ -110,40 +119,52 @@ class Calibration:
 
 
 def without_row(row: int, num_layers: int, num_heads: int, prompt_tokens: int) -> Retention:
-    """Keep a prompt of that length whole in all rows but one, which keeps about `KEPT_TOKENS`."""
+    """Keep a prompt of that length whole in all rows but one, which keeps its 20th part.
+
+    Up to one token a row more: a budget is a mean over rows.
+    """
     num_rows = num_layers * num_heads
-    # The budget is a mean over rows, so the one row may keep up to num_rows - 1 tokens more.
-    budget = -(-((num_rows - 1) * prompt_tokens + KEPT_TOKENS) // num_rows)
+    kept = prompt_tokens // KEPT_PART
     table = {
         f"{layer}-{head}": [float(layer * num_heads + head != row)]
         for layer in range(num_layers)
         for head in range(num_heads)
     }
-    return Retention.parse(
-        {
-            "score": "streaming",
-            "shape": "profile",
-            "profile": table,
-            "head_beta": 1,
-            "window": WINDOW,
-            "sinks": SINKS,
-            "budget": budget,
-        }
-    )
+    budget = -(-((num_rows - 1) * prompt_tokens + kept) // num_rows)
+    shape = {"shape": "profile", "profile": table, "head_beta": 1}
+    return Retention.parse({**CUT, **shape, "budget": budget})
 
 
 def importances(
     session: Session, contexts: Sequence[TokenIds], continuations: Sequence[TokenIds]
 ) -> Floats:
-    """What the loss of each row changes, float64 [rows]; the session's first setting is `full`."""
+    """What the loss of each row changes, float64 [rows], in nats per predicted token.
+
+    The session's first setting is `full`; each other one lacks a row.
+    """
     total = np.zeros(len(session.retentions) - 1)
-    num_tokens = 0
-    for outputs in session.scores(contexts, continuations):
-        full, *cut = (np.array(output.logprobs) for output in outputs)
-        total += [float(((other - full) ** 2).sum()) / 2 for other in cut]
-        num_tokens += len(full)
-    mean: Floats = total / num_tokens
+    for outputs in session.scores(contexts, continuations, TOP_TOKENS):
+        full, *cut = (output.top_logprobs for output in outputs)
+        total += [sum(map(divergence, full, other)) for other in cut]
+    mean: Floats = total / sum(map(len, continuations))
     return mean
+
+
+def divergence(full: Mapping[int, float], other: Mapping[int, float]) -> float:
+    """Kullback-Leibler divergence of `other` from `full`, as far as their best tokens tell it.
+
+    The tokens that both list are told apart, all others count as one outcome. Outcomes taken
+    together never diverge more than apart, so this is a lower bound.
+
+    Args:
+        full: log-probabilities of the most likely tokens, by token id.
+        other: likewise.
+    """
+    shared = full.keys() & other.keys()
+    rest_full = max(1 - math.fsum(math.exp(full[token]) for token in shared), LEAST_REST)
+    rest_other = max(1 - math.fsum(math.exp(other[token]) for token in shared), LEAST_REST)
+    told_apart = math.fsum(math.exp(full[token]) * (full[token] - other[token]) for token in shared)
+    return max(told_apart + rest_full * math.log(rest_full / rest_other), 0.0)
 
 
 def combine(texts: Floats, needles: Floats) -> Floats:

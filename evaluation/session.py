@@ -90,9 +90,14 @@ class Session:
         return [outputs[at : at + num] for at in range(0, len(outputs), num)]
 
     def scores(
-        self, contexts: Sequence[TokenIds], continuations: Sequence[TokenIds]
+        self,
+        contexts: Sequence[TokenIds],
+        continuations: Sequence[TokenIds],
+        top_logprobs: int | None = None,
     ) -> list[list[ScoreOutput]]:
         """Scores of each continuation, given its context under each setting.
+
+        With `top_logprobs` they name that many of the most likely tokens in each place, too.
 
         Raises:
             ValueError: a prompt does not fit the engine.
@@ -103,6 +108,7 @@ class Session:
             [list(context) for context in contexts for _ in self.retentions],
             [list(continuation) for continuation in continuations for _ in self.retentions],
             retention=[*self.retentions] * len(contexts),
+            top_logprobs=top_logprobs,
         )
         _check(outputs)
         return [outputs[at : at + num] for at in range(0, len(outputs), num)]

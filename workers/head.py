@@ -84,14 +84,24 @@ class Head:
         """Score the known tokens at `position` and after, predicted by `hidden_ME`."""
         known = self._slots.tokens[slot, position : position + len(hidden_ME)]
         wanted_M1 = torch.from_numpy(known).to(hidden_ME.device).long()[:, None]
+        num_top = self._slots[slot].sampling.num_logprobs or 0
         logprobs: list[float] = []
         ranks: list[int] = []
+        top_ids: list[tuple[int, ...]] = []
+        top_logprobs: list[tuple[float, ...]] = []
         for chunk in chunks(len(hidden_ME), SCORE_CHUNK_TOKENS):
             logits = self._decoder.logits(hidden_ME[chunk])
             chosen = logits.gather(1, wanted_M1[chunk])
-            logprobs += (chosen[:, 0] - logits.logsumexp(dim=-1)).tolist()
+            total = logits.logsumexp(dim=-1, keepdim=True)
+            logprobs += (chosen - total)[:, 0].tolist()
             ranks += (1 + (logits > chosen).sum(dim=-1)).tolist()
-        return ScoredTokens(slot, position, tuple(logprobs), tuple(ranks))
+            if num_top:
+                best = logits.topk(min(num_top, logits.shape[1]), dim=-1)
+                top_ids += map(tuple, best.indices.tolist())
+                top_logprobs += map(tuple, (best.values - total).tolist())
+        return ScoredTokens(
+            slot, position, tuple(logprobs), tuple(ranks), tuple(top_ids), tuple(top_logprobs)
+        )
 
 
 def _last_rows(plan: StepPlan) -> dict[int, int]:

@@ -18,7 +18,8 @@ class SamplingSpec:
     `seed` is always set (the engine derives one where the request has none): random numbers are a
     function of (seed, position), so a resumed sequence goes on exactly as it would have.
     `blocked_token_ids` cannot be sampled before `min_tokens` tokens are generated.
-    `num_logprobs` is None for none, 0 for the sampled token's only, k for the k best as well.
+    `num_logprobs` is None for none, 0 for the sampled token's only, k for the k best as well (and
+    of a scored sequence, k for the k best at each scored position).
     """
 
     temperature: float = 1.0
@@ -123,12 +124,18 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class ScoredTokens:
-    """Log-probabilities of known tokens from `position` on; `ranks` has 1 where greedy agrees."""
+    """Log-probabilities of known tokens from `position` on; `ranks` has 1 where greedy agrees.
+
+    `top_ids` and `top_logprobs` have the best tokens at each position, as many as the sequence's
+    `num_logprobs`; they are empty where it asks for none.
+    """
 
     slot: int
     position: int
     logprobs: tuple[float, ...]
     ranks: tuple[int, ...]
+    top_ids: tuple[tuple[int, ...], ...] = ()
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

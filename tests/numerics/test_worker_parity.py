@@ -131,6 +131,23 @@ def test_score_gives_log_probabilities_of_known_tokens(tmp_path: Path) -> None:
     assert ranks == (1 + (table > expected[:, None]).sum(-1)).tolist()
 
 
+def test_score_lists_the_most_likely_tokens_in_each_place(tmp_path: Path) -> None:
+    model = save_tiny("llama-gqa", tmp_path)
+    worker = make_worker(tmp_path)
+    context, continuation = prompts()[1], prompts()[2][:9]
+    sampling = SamplingSpec(num_logprobs=5)
+    new = new_sequence(3, context, continuation, sampling=sampling, score=True)
+    first = worker.execute(prefill_plan(worker, [new]))
+    item = DecodeItem(3, len(context), len(continuation) - 1, sample=False)
+    second = worker.execute(StepPlan(1, decode=(item,)))
+    scored = [s for r in (first, second) for s in r.scored]
+    logits = following_logits(model, context + continuation[:-1], len(continuation))
+    expected = logits.log_softmax(-1).topk(5, dim=-1)
+    got = torch.tensor([row for s in scored for row in s.top_logprobs])
+    torch.testing.assert_close(got, expected.values, atol=TOLERANCE, rtol=0)
+    assert [list(row) for s in scored for row in s.top_ids] == expected.indices.tolist()
+
+
 def test_worker_short_of_pages_refuses_and_holds_nothing(tmp_path: Path) -> None:
     """A refused slot costs only itself: its neighbours decode on, and all pages come back."""
     save_tiny("llama-gqa", tmp_path)

@@ -16,6 +16,7 @@ from saqqara.cluster.request import (
     ScoreOutput,
     Sequence,
     invalid_field,
+    scoring_params,
 )
 from saqqara.compression.retention import Retention
 
@@ -145,6 +146,14 @@ def test_a_scored_continuation_is_known_but_its_last_token_is_not_fed() -> None:
     sequence.position = 3
     assert sequence.num_to_feed == 2
     assert not sequence.wants_sample
+
+
+def test_scores_list_up_to_twenty_tokens_in_each_place() -> None:
+    assert scoring_params(None).spec(seed=0).num_logprobs is None
+    assert scoring_params(20).spec(seed=0).num_logprobs == 20
+    for wrong in (-1, 21):
+        with pytest.raises(ValueError, match=f"top_logprobs: must be from 0 to 20, not {wrong}"):
+            scoring_params(wrong)
 
 
 def test_outputs_say_what_they_add_up_to() -> None:

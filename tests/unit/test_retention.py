@@ -26,6 +26,7 @@ BUDGETED = [
     "random",
     "recommended",
     "recommended-adaptive",
+    "recommended-fast",
     "snapkv",
     "streaming",
     "tova",
@@ -51,6 +52,7 @@ def test_every_preset_is_known_by_its_file_name() -> None:
         "pyramidinfer-13b": "(rho=0.8,interval=2)",
         "pyramidinfer-70b": "(interval=3)",
         "pyramidinfer-steep": "(rho=0.7)",
+        "recommended-fast": "+once(layer=15,keep=0.25,window=16,kernel_size=15,pooling=avg)",
     }
     for name in BUDGETED + UNBUDGETED:
         retention = Retention.parse(name, "25%" if name in BUDGETED else None)
