@@ -148,13 +148,14 @@ class Propagate:
         """Every setting that has an effect, as JSON values; `parse` reads it back."""
         return {name: getattr(self, name) for name in ("kind", *KINDS[self.kind])}
 
-    @property
-    def departures(self) -> str:
-        """What departs from the fields' defaults, such as "(rho=0.7)"; "" for nothing."""
+    def departures(self, usual: "Propagate | None") -> str:
+        """What departs from `usual` (None: the defaults), such as "(rho=0.7)"; "" for nothing."""
         changed = [
             f"{field.name}={getattr(self, field.name)}"
             for field in fields(self)
-            if field.name != "kind" and getattr(self, field.name) != field.default
+            if field.name != "kind"
+            and getattr(self, field.name)
+            != (field.default if usual is None else getattr(usual, field.name))
         ]
         return f"({','.join(changed)})" if changed else ""
 

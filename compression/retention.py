@@ -311,9 +311,8 @@ class Retention:
     @property
     def label(self) -> str:
         """Short name for reports: method@budget, and what departs from the preset or defaults."""
-        departures = "" if self.propagate is None else self.propagate.departures
         if self.score is None:
-            return f"{self.method}{departures}"
+            return f"{self.method}{self._propagate_text}"
         settings = self.to_dict()
         preset = _presets().get(self.method, {})
         usual = {k: tuple(v) if isinstance(v, list) else v for k, v in preset.items()}
@@ -334,7 +333,18 @@ class Retention:
             and getattr(self, field.name) != usual.get(field.name, field.default)
         ]
         label = f"{self.method}@{self._budget_text}{''.join(changed)}".replace(" ", "")
-        return label if self.propagate is None else f"{label}+{self.propagate.kind}{departures}"
+        return f"{label}{self._propagate_text}"
+
+    @property
+    def _propagate_text(self) -> str:
+        """How `propagate` departs from the preset's or, where the preset has none, what it is."""
+        if self.propagate is None:
+            return ""
+        own = _presets().get(self.method or "", {}).get("propagate")
+        usual = None if own is None else Propagate.parse(own)
+        departures = self.propagate.departures(usual)
+        named = self.score is None or (usual is not None and not departures)
+        return departures if named else f"+{self.propagate.kind}{departures}"
 
     @property
     def _settings(self) -> tuple[str, ...]:

@@ -81,6 +81,7 @@ def _pyramidinfer(rho: float, interval: int) -> Method:
 
 
 _ONCE = {"layer": 1, "keep": 0.3, "window": WINDOW, "kernel_size": 7, "pooling": "max", "sinks": 2}
+_OWN_ONCE = {"layer": 1, "keep": 0.3, "window": WINDOW, "sinks": 2}
 _HALF = Fraction(1, 2)
 
 METHODS: dict[str, Method] = {
@@ -105,8 +106,14 @@ METHODS: dict[str, Method] = {
         _windowed(SNAPKV, propagate=once(_ONCE)),
         decode=True,
     ),
-    "recommended": _row(SMOOTH, extra={"profile": PROFILE}, spread=by_profile(PROFILE, "1.25")),
+    "recommended": _row(SMOOTH, extra={"profile": PROFILE}, spread=by_profile(PROFILE, "1.1")),
     "recommended-adaptive": _row(SMOOTH, compete=True),
+    "recommended-fast": _row(
+        SMOOTH,
+        extra={"profile": PROFILE, "propagate": _OWN_ONCE},
+        spread=by_profile(PROFILE, "1.1"),
+        propagate=once({**_ONCE, **_OWN_ONCE, "kernel_size": 15, "pooling": "avg"}),
+    ),
     # Composed: a score with another shape than its preset's.
     "snapkv-cosine": _row(SNAPKV, spread=half_cosine),
     "snapkv-adaptive": _row(
