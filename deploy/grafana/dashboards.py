@@ -130,7 +130,9 @@ def _quantiles(histogram: str) -> list[Query]:
     return [Query(quantile(q, histogram), f"p{q * 100:.0f}") for q in QUANTILES]
 
 
-def _dashboard(name: str, title: str, description: str, rows: Sequence[tuple[str, list[Any]]]) -> Any:
+def _dashboard(
+    name: str, title: str, description: str, rows: Sequence[tuple[str, list[Any]]]
+) -> Any:
     board = (
         Dashboard(f"Saqqara / {title}")
         .uid(f"saqqara-{name}")
@@ -372,7 +374,10 @@ def memory() -> Any:
                 "Pages",
                 [
                     graph(
-                        "Pages used per worker", "Of the worker's pool.", "none", Query(used, worker)
+                        "Pages used per worker",
+                        "Of the worker's pool.",
+                        "none",
+                        Query(used, worker),
                     ),
                     graph(
                         "Pages free per worker",
@@ -425,9 +430,7 @@ def batch() -> Any:
                         "percentunit",
                         f"1 - {total(left)} / ({total(rows)} > 0)",
                     ),
-                    number(
-                        "Errors", "Error records that this run wrote.", "none", or_zero(errors)
-                    ),
+                    number("Errors", "Error records that this run wrote.", "none", or_zero(errors)),
                     number("Rows/s", "Over the last five minutes.", "none", speed),
                     number(
                         "Time left",

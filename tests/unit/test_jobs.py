@@ -237,9 +237,7 @@ def test_several_choices_and_token_ids(tmp_path: Path) -> None:
     assert [entry["token_id"] for entry in record["logprobs"]] == [98, 97]
 
 
-def test_the_metrics_hear_how_far_a_job_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_metrics_hear_how_far_a_job_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saqqara.cluster.jobs.NOTE_SECONDS", 0.0)
     rows = [*({"prompt": f"row {i}"} for i in range(9)), "bad", "worse"]
     with pytest.raises(EngineDeadError):

@@ -1,4 +1,4 @@
-"""Each alert is shown to fire and not to fire by promtool's unit tests, and those tests can fail."""
+"""Each alert is shown to fire and not to fire by unit tests of promtool, and these can fail."""
 
 import re
 import shutil
