@@ -60,7 +60,7 @@ def prometheus(client: ControllerClient, tmp_path_factory: pytest.TempPathFactor
     """The address of a server with our configuration, but its own targets and a short interval."""
     folder = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text())
-    config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(DEPLOY / "prometheus" / "rules.yaml")]
     engines, agents = config["scrape_configs"]
     engines["static_configs"][0]["targets"] = [client.metrics_address()]
@@ -70,6 +70,7 @@ def prometheus(client: ControllerClient, tmp_path_factory: pytest.TempPathFactor
     found = folder / "prom_metrics_service_discovery.json"
     found.write_text(json.dumps([{"labels": {"job": "ray"}, "targets": [target]}]))
     agents["file_sd_configs"][0]["files"] = [str(found)]
+    agents["scrape_interval"] = "5s"  # its agent takes longer to answer than the engine
     with running(config, folder, num_targets=2) as address:
         yield address
 
