@@ -23,7 +23,7 @@ check: $(INSTALLED) ## Check format, lint and types, then run all tests
 	$(BIN)/mypy
 	MYPYPATH=tests $(BIN)/mypy tests
 	MYPYPATH=benchmarks:benchmarks/peer_runners $(BIN)/mypy benchmarks
-	MYPYPATH=deploy $(BIN)/mypy deploy
+	MYPYPATH=deploy:deploy/grafana $(BIN)/mypy deploy
 	$(MAKE) test
 
 prove: $(INSTALLED) ## The longer proofs: parity on the real model, also through Ray (10 minutes)
