@@ -187,6 +187,5 @@ def test_the_rules_are_evaluated_and_a_good_run_alarms_nobody(
     # The share of KV kept is of what is held, and now nothing is.
     for name in sorted(set(recorded) - {"service:saqqara_kv_kept_of_full:ratio"}):
         wait_for(lambda name=name: bool(query(prometheus, f'{name}{{job="saqqara"}}')))  # type: ignore[misc]
-    # A job of a few seconds with a pool this small does preempt; that alone may be pending.
-    alerts = {s["metric"]["alertname"] for s in query(prometheus, "ALERTS")}
-    assert alerts <= {"SaqqaraPreempting"}
+    # A pool this small does preempt, but a job of some seconds is too short to alarm anybody.
+    assert not query(prometheus, 'ALERTS{alertstate="firing"}')
