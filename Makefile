@@ -6,10 +6,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check prove format clean
+.PHONY: help demo test check prove format dashboards validate-manifests clean
 
 help: ## List the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 20
 
 demo: $(INSTALLED) ## Run 32 prompts on a local Ray with and without retention, and compare
 	$(BIN)/python benchmarks/demo.py
@@ -23,6 +23,7 @@ check: $(INSTALLED) ## Check format, lint and types, then run all tests
 	$(BIN)/mypy
 	MYPYPATH=tests $(BIN)/mypy tests
 	MYPYPATH=benchmarks:benchmarks/peer_runners $(BIN)/mypy benchmarks
+	MYPYPATH=deploy:deploy/grafana $(BIN)/mypy deploy
 	$(MAKE) test
 
 prove: $(INSTALLED) ## The longer proofs: parity on the real model, also through Ray (10 minutes)
@@ -31,6 +32,12 @@ prove: $(INSTALLED) ## The longer proofs: parity on the real model, also through
 format: $(INSTALLED) ## Format the code and fix what lint can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+dashboards: $(INSTALLED) ## Write the Grafana dashboards, deploy/grafana/*.json
+	$(BIN)/python deploy/grafana/dashboards.py
+
+validate-manifests: $(INSTALLED) ## Check deploy/kuberay against schemas (KUBERAY_CRD_DIR: Ray's)
+	$(BIN)/python deploy/validate.py
 
 clean: ## Remove caches and build outputs (the environment stays: rm -r .venv)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

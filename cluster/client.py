@@ -18,6 +18,7 @@ from saqqara.workers.plan import WorkerInfo
 from .engine import Engine, EngineReport, Executor, LocalExecutor
 from .engine_loop import EngineDeadError, EngineLoop
 from .metrics import Sink
+from .report import BatchRows
 from .request import RequestOutput, SamplingParams, ScoreOutput
 from .tokenizer import Tokenizer
 
@@ -106,6 +107,10 @@ class EngineClient(Protocol):
         """Start the measurements anew (after a warm-up, say)."""
         ...
 
+    def note_rows(self, rows: BatchRows) -> None:
+        """Show in the metrics how far the batch job is that runs on this engine."""
+        ...
+
     def metrics_address(self) -> str | None:
         """Where /metrics is served, such as `127.0.0.1:8001`, or None."""
         ...
@@ -184,6 +189,10 @@ class LocalClient:
     def reset_stats(self) -> None:
         """Start the measurements anew."""
         self._loop.call(self._engine.reset_stats)
+
+    def note_rows(self, rows: BatchRows) -> None:
+        """Show in the metrics how far the batch job is that runs on this engine."""
+        self._loop.call(lambda: self._engine.note_rows(rows))
 
     def metrics_address(self) -> str | None:
         """Where /metrics is served, or None."""

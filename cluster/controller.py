@@ -25,6 +25,7 @@ from .executor import RayExecutor, WorkerDiedError, exit_reason, one_line
 from .metrics import METRICS, MODEL_LABEL, MetricSpec
 from .placement import DEFAULT_TIMEOUT_SECONDS, Placement, PlacementError, reserve
 from .rank_process import WorkerFactory, log_process_to, new_log_dir
+from .report import BatchRows
 from .request import RequestOutput, ScoreOutput
 
 logger = logging.getLogger(__name__)
@@ -225,6 +226,10 @@ class Controller:
         """See `EngineClient.reset_stats`."""
         self._running().reset_stats()
 
+    def note_rows(self, rows: BatchRows) -> None:
+        """See `EngineClient.note_rows`."""
+        self._running().note_rows(rows)
+
     def shutdown(self) -> None:
         """Stop the engine and its ranks."""
         if self._client is not None:
@@ -268,6 +273,10 @@ class ControllerClient:
     def reset_stats(self) -> None:
         """Start the measurements anew."""
         self._call("reset_stats")
+
+    def note_rows(self, rows: BatchRows) -> None:
+        """Show in the metrics how far the batch job is that runs on this engine."""
+        self._call("note_rows", rows)
 
     def metrics_address(self) -> str | None:
         """Where /metrics is served, or None."""

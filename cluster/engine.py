@@ -16,7 +16,7 @@ from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .metrics import PrometheusSink, Sink
 from .output import Choice, RequestState
-from .report import EngineReport
+from .report import BatchRows, EngineReport
 from .request import Request, RequestOutput, SamplingParams, ScoreOutput, scoring_params
 from .scheduler import Scheduler
 from .stats import EngineStats
@@ -246,6 +246,10 @@ class Engine:
         """Whether another step has something to do."""
         return bool(self._states) or not self.scheduler.is_idle
 
+    def note_rows(self, rows: BatchRows) -> None:
+        """Show in the metrics how far the batch job is that runs on this engine."""
+        self._stats.batch(rows)
+
     def restart(self, executor: Executor) -> None:
         """Go on with new workers after a failed step: what ran is resumed with its tokens."""
         self._flights.clear()
@@ -371,7 +375,7 @@ class Engine:
             self.scheduler.num_running,
             self.scheduler.num_waiting,
             now,
-            force=self.scheduler.is_idle,
+            is_idle=self.scheduler.is_idle,
         )
         return outputs
 

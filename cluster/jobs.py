@@ -28,7 +28,7 @@ from .batch_output import Record, bad_line_record, rejected_record, result_recor
 from .batch_summary import BatchSummary, integrity_of
 from .client import EngineClient
 from .launch import launch
-from .report import EngineReport
+from .report import BatchRows, EngineReport
 from .request import RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 SETTLE_SECONDS = 10.0
 BAR_SECONDS = 1.0
+NOTE_SECONDS = 1.0  # between updates of the metrics
 LOG_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
@@ -152,6 +153,8 @@ class BatchProgress:
         self.errors = 0
         self._num_rows = num_rows
         self._resumed = resumed
+        self._noted = (0, 0)
+        self._noted_time: float | None = None
         self._shown = time.monotonic()
         self._bar = _progress_bar() if sys.stderr.isatty() else None
 
@@ -176,6 +179,24 @@ class BatchProgress:
             self.answered += 1
         else:
             self.errors += 1
+
+    def note(self, client: EngineClient, *, force: bool = False) -> None:
+        """Tell the engine's metrics, if it is time or with `force`."""
+        now = time.monotonic()
+        if not force and self._noted_time is not None and now - self._noted_time < NOTE_SECONDS:
+            return
+        self._noted_time = now
+        answered, errors = self._noted
+        self._noted = (self.answered, self.errors)
+        done = self._resumed + self.answered + self.errors
+        client.note_rows(
+            BatchRows(
+                num_rows=self._num_rows,
+                num_left=self._num_rows - done,
+                num_answered=self.answered - answered,
+                num_errors=self.errors - errors,
+            )
+        )
 
     def is_due(self) -> bool:
         """Whether it is time to show something again."""
@@ -219,6 +240,7 @@ class _Loop:
     def run(self, rows: Iterator[Row | BadLine], max_in_flight: int) -> None:
         in_flight: dict[str, Row] = {}
         while True:
+            self.progress.note(self.client)
             fresh = list(islice(rows, max_in_flight - len(in_flight)))
             in_flight |= self._submit(fresh)
             if in_flight:
@@ -226,6 +248,7 @@ class _Loop:
                     assert isinstance(output, RequestOutput)
                     self._finish(in_flight.pop(output.request_id), output)
             elif not fresh:
+                self.progress.note(self.client, force=True)
                 return
             if self.progress.is_due():
                 self.progress.show(self.client.report())

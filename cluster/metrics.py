@@ -83,6 +83,9 @@ METRICS: tuple[MetricSpec, ...] = (
         first_values=("stop", "length", "abort", "error"),
     ),
     MetricSpec("vllm:num_preemptions", "counter", "Sequences that lost their slot for a while."),
+    MetricSpec(
+        "saqqara:num_refusals", "counter", "Sequences that a worker had no pages for in a step."
+    ),
     MetricSpec("saqqara:scored_tokens", "counter", "Continuation tokens scored."),
     MetricSpec(
         "saqqara:kept_tokens",
@@ -102,7 +105,13 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "saqqara:kv_full_bytes_peak", "gauge", "What full retention would have held at that moment."
     ),
+    MetricSpec("saqqara:num_pages", "gauge", "KV pages of the pool.", labels=("worker",)),
     MetricSpec("saqqara:pages_free", "gauge", "Free KV pages.", labels=("worker",)),
+    MetricSpec(
+        "saqqara:pages_leaked",
+        "gauge",
+        "Pages not free when nothing was left to do, the last time that was so; always 0.",
+    ),
     MetricSpec(
         "saqqara:step_seconds",
         "histogram",
@@ -115,6 +124,15 @@ METRICS: tuple[MetricSpec, ...] = (
         "gauge",
         "Bytes on a worker: weights, pool, parked activations, query rings, peaks, resident.",
         labels=("worker", "kind"),
+    ),
+    MetricSpec("saqqara:batch_rows", "gauge", "Rows of the batch job's input; 0: no batch job."),
+    MetricSpec("saqqara:batch_rows_left", "gauge", "Rows of the batch job without a record."),
+    MetricSpec(
+        "saqqara:batch_rows_done",
+        "counter",
+        "Records that batch jobs wrote, by outcome.",
+        labels=("outcome",),
+        first_values=("answered", "error"),
     ),
 )
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
@@ -49,6 +50,22 @@ class LatencyRecorder:
             if left <= 0:
                 break
         return float(_BUCKET**bucket)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """How far a batch job is, for the metrics.
+
+    Attributes:
+        num_rows: rows of the input.
+        num_left: rows that have no record yet.
+        num_answered, num_errors: records written since the last time this was told.
+    """
+
+    num_rows: int
+    num_left: int
+    num_answered: int
+    num_errors: int
 
 
 class WorkerReport(BaseModel):

@@ -11,7 +11,7 @@ from saqqara.workers.plan import StepResult, WorkerInfo
 
 from .ledger import Usage
 from .metrics import Metrics, Sink
-from .report import EngineReport, LatencyRecorder, WorkerReport
+from .report import BatchRows, EngineReport, LatencyRecorder, WorkerReport
 from .request import FinishReason
 
 _PUBLISH_SECONDS = 0.5  # gauges and per-layer counters need not follow every step
@@ -98,6 +98,13 @@ class EngineStats:
         self._e2e.add(seconds)
         self._metrics.observe("vllm:e2e_request_latency_seconds", seconds)
 
+    def batch(self, rows: BatchRows) -> None:
+        """A batch job that runs on this engine has come this far."""
+        self._metrics.set("saqqara:batch_rows", rows.num_rows)
+        self._metrics.set("saqqara:batch_rows_left", rows.num_left)
+        self._metrics.inc("saqqara:batch_rows_done", rows.num_answered, "answered")
+        self._metrics.inc("saqqara:batch_rows_done", rows.num_errors, "error")
+
     def step(self, results: Sequence[StepResult], usage: Usage, now: float) -> None:
         """A step is absorbed."""
         self._counts["num_steps"] += 1
@@ -108,6 +115,8 @@ class EngineStats:
             and usage.full_bytes > self._usage_peak.full_bytes
         ):
             self._usage_peak = usage
+        if refused := {slot for result in results for slot in result.refused}:
+            self._metrics.inc("saqqara:num_refusals", len(refused))
         slowest: dict[str, float] = {}
         for result in results:
             self._pages_free[result.rank] = result.pages_free
@@ -118,9 +127,9 @@ class EngineStats:
             self._phase_seconds[phase] += seconds
             self._metrics.observe("saqqara:step_seconds", seconds, phase)
 
-    def publish(self, num_running: int, num_waiting: int, now: float, *, force: bool) -> None:
-        """Send gauges and per-layer counters to the sinks, if it is time or with `force`."""
-        if not force and now - self._published_time < _PUBLISH_SECONDS:
+    def publish(self, num_running: int, num_waiting: int, now: float, *, is_idle: bool) -> None:
+        """Send gauges and per-layer counters to the sinks, if it is time or the engine is idle."""
+        if not is_idle and now - self._published_time < _PUBLISH_SECONDS:
             return
         self._published_time = now
         gauges = {
@@ -132,11 +141,14 @@ class EngineStats:
             "saqqara:kv_kept_bytes_peak": self._usage_peak.kept_bytes,
             "saqqara:kv_full_bytes_peak": self._usage_peak.full_bytes,
         }
+        if is_idle:
+            gauges["saqqara:pages_leaked"] = self._pages_in_use()
         for name, value in gauges.items():
             self._metrics.set(name, value)
         for worker, pages_free, memory in zip(
             self._workers, self._pages_free, self._memory, strict=True
         ):
+            self._metrics.set("saqqara:num_pages", worker.num_pages, str(worker.rank))
             self._metrics.set("saqqara:pages_free", pages_free, str(worker.rank))
             for field, num_bytes in asdict(memory).items():
                 kind = field.replace("_bytes", "")
@@ -154,7 +166,6 @@ class EngineStats:
         if self._first_time is not None and self._last_time is not None:
             wall = max(self._last_time - self._first_time, 0.0)
         counts = self._counts
-        leaked = sum(w.num_pages for w in self._workers) - sum(self._pages_free)
         return EngineReport(
             model=self._model,
             retention=self._retention,
@@ -177,7 +188,7 @@ class EngineStats:
             kv_full_bytes_peak=self._usage_peak.full_bytes,
             kept_tokens_by_layer=tuple(self._kept_L.tolist()),
             dropped_tokens_by_layer=tuple(self._dropped_L.tolist()),
-            pages_leaked=leaked if is_idle else None,
+            pages_leaked=self._pages_in_use() if is_idle else None,
             prefill_kv_bytes_peak=sum(m.prefill_kv_bytes_peak for m in self._memory),
             prefill_activation_bytes_peak=sum(
                 m.prefill_activation_bytes_peak for m in self._memory
@@ -204,6 +215,9 @@ class EngineStats:
             page_bytes=worker.page_bytes,
             memory=self._memory[rank],
         )
+
+    def _pages_in_use(self) -> int:
+        return sum(w.num_pages for w in self._workers) - sum(self._pages_free)
 
     def _used_share(self) -> float:
         return max(

@@ -1,20 +1,14 @@
 """A real Prometheus scrapes a running engine and agrees with the engine's own report."""
 
-import json
-import os
-import shutil
-import socket
-import subprocess
 import time
-import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
+from support.prometheus import WAIT_SECONDS, query, running, wait_for
 
 from saqqara.cluster.client import EngineRequest
 from saqqara.cluster.controller import ControllerClient, start_controller
@@ -22,7 +16,6 @@ from saqqara.cluster.engine import EngineReport
 from saqqara.cluster.request import SamplingParams
 from saqqara.configs.schema import EngineConfig
 
-WAIT_SECONDS = 60.0
 # Long prompts and a small budget, so that something is dropped.
 RETENTION, BUDGET = "pyramidkv", 48
 NUM_REQUESTS, PROMPT_TOKENS = 4, 200
@@ -57,13 +50,6 @@ def client(
 @pytest.fixture(scope="module")
 def prometheus(client: ControllerClient, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Prometheus server that scrapes the engine once a second."""
-    binary = shutil.which("prometheus")
-    if binary is None:
-        reason = "no `prometheus` on the PATH (apt-get install prometheus)"
-        if os.environ.get("CI"):
-            pytest.fail(f"{reason}; CI must have it")
-        pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("prometheus")
     config = {
         "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
         "scrape_configs": [
@@ -73,26 +59,8 @@ def prometheus(client: ControllerClient, tmp_path_factory: pytest.TempPathFactor
             }
         ],
     }
-    (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-    address = f"127.0.0.1:{free_port()}"
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [
-                binary,
-                f"--config.file={folder / 'prometheus.yml'}",
-                f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address={address}",
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        wait_for(lambda: process.poll() is not None or is_up(address))
-        assert process.poll() is None, (folder / "log").read_text()
+    with running(config, tmp_path_factory.mktemp("prometheus"), num_targets=1) as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -157,35 +125,3 @@ def test_ray_exports_the_same_numbers_under_its_own_names(report: EngineReport) 
 
     # The actor reports to Ray's agent every few seconds.
     wait_for(lambda: by_layer("ray_saqqara_kept_tokens_total") == report.kept_tokens_by_layer)
-
-
-def query(address: str, expression: str) -> list[dict[str, Any]]:
-    """Result of an instant query."""
-    url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
-    return result
-
-
-def is_up(address: str) -> bool:
-    """Whether Prometheus has scraped the engine."""
-    try:
-        series = query(address, "up")
-    except OSError:
-        return False
-    return [s["value"][1] for s in series] == ["1"]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until something is true, at most `WAIT_SECONDS`."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {WAIT_SECONDS:g} s"
-        time.sleep(0.2)
-
-
-def free_port() -> int:
-    """A port that was free a moment ago: Prometheus does not tell which one it takes for 0."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port

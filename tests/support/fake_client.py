@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from saqqara.cluster.client import EngineDeadError, EngineDescription, EngineRequest, Rejection
-from saqqara.cluster.report import EngineReport, Latency
+from saqqara.cluster.report import BatchRows, EngineReport, Latency
 from saqqara.cluster.request import (
     CompletionOutput,
     Logprob,
@@ -58,6 +58,7 @@ class FakeClient:
         self.aborted: list[str] = []
         self.max_waiting = 0
         self.answered = 0
+        self.noted: list[BatchRows] = []
         self.closed = False
 
     def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
@@ -120,6 +121,9 @@ class FakeClient:
 
     def reset_stats(self) -> None:
         return None
+
+    def note_rows(self, rows: BatchRows) -> None:
+        self.noted.append(rows)
 
     def metrics_address(self) -> str | None:
         return None

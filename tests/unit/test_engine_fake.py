@@ -1,6 +1,7 @@
 """The engine over a replica without a model: requests in, text, scores, times and reports out."""
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from support.fake_replica import (
     PAGE_BYTES,
     FakeReplica,
+    RaggedRetention,
     make_workers,
     next_token,
     token_logprob,
@@ -18,6 +20,7 @@ from saqqara.cluster.async_engine import AsyncEngine
 from saqqara.cluster.engine import Engine
 from saqqara.cluster.engine_loop import EngineDeadError
 from saqqara.cluster.metrics import MetricSpec
+from saqqara.cluster.report import BatchRows
 from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput
 from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.compression.retention import Retention
@@ -25,6 +28,7 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec, RopeSpec
 
 EOS = 3
+RAGGED = RaggedRetention(method="ragged", score="snapkv", budget=12, window=3)
 Output = RequestOutput | ScoreOutput
 
 SPEC = ModelSpec(
@@ -439,7 +443,36 @@ def test_metrics_follow_the_engine() -> None:
         'saqqara:kept_tokens_total{layer="3",method="snapkv",model_name="fake"} 92.0',
         'saqqara:dropped_tokens_total{layer="3",method="snapkv",model_name="fake"} 40.0',
         'saqqara:worker_memory_bytes{kind="weight",model_name="fake",worker="0"} 7.0',
+        'saqqara:num_pages{model_name="fake",worker="0"} 1000.0',
         'saqqara:pages_free{model_name="fake",worker="0"} 1000.0',
+        'saqqara:pages_leaked{model_name="fake"} 0.0',
+        'saqqara:num_refusals_total{model_name="fake"} 0.0',
+        'saqqara:batch_rows{model_name="fake"} 0.0',
+        'saqqara:batch_rows_done_total{model_name="fake",outcome="answered"} 0.0',
+    ]:
+        assert line in text
+
+
+def test_metrics_count_refusals_and_rows() -> None:
+    config = EngineConfig(model="fake", executor="ray", max_num_seqs=2)
+    # Ragged heads can ask more of one rank than was expected.
+    replica = FakeReplica(make_workers(36, head_ranges=((0, 1), (1, 2))))
+    engine = Engine(config, replica, Tokenizer(Ascii()), SPEC)
+    for name in "abcdef":
+        engine.add_request(name, name * 29, greedy(max_tokens=2), retention=RAGGED)
+    run(engine)
+    engine.note_rows(BatchRows(num_rows=9, num_left=6, num_answered=2, num_errors=1))
+    engine.note_rows(BatchRows(num_rows=9, num_left=4, num_answered=2, num_errors=0))
+    text = engine.metrics.render()
+    [refused] = re.findall(r"^saqqara:num_refusals_total{[^}]*} (\d+)", text, re.M)
+    [preempted] = re.findall(r"^vllm:num_preemptions_total{[^}]*} (\d+)", text, re.M)
+    assert 0 < int(refused) <= int(preempted)
+    for line in [
+        'saqqara:pages_leaked{model_name="fake"} 0.0',
+        'saqqara:batch_rows{model_name="fake"} 9.0',
+        'saqqara:batch_rows_left{model_name="fake"} 4.0',
+        'saqqara:batch_rows_done_total{model_name="fake",outcome="answered"} 4.0',
+        'saqqara:batch_rows_done_total{model_name="fake",outcome="error"} 1.0',
     ]:
         assert line in text
 

@@ -237,6 +237,24 @@ def test_several_choices_and_token_ids(tmp_path: Path) -> None:
     assert [entry["token_id"] for entry in record["logprobs"]] == [98, 97]
 
 
+def test_the_metrics_hear_how_far_a_job_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saqqara.cluster.jobs.NOTE_SECONDS", 0.0)
+    rows = [*({"prompt": f"row {i}"} for i in range(9)), "bad", "worse"]
+    with pytest.raises(EngineDeadError):
+        run_batch(make_job(tmp_path, rows), FakeClient(die_after=4, per_poll=2))
+    client = FakeClient(per_poll=2)
+    summary = run_batch(make_job(tmp_path, rows), client)
+    first, last = client.noted[0], client.noted[-1]
+    assert (first.num_rows, first.num_left) == (11, 11 - summary.resumed)
+    assert (first.num_answered, first.num_errors) == (0, 0)
+    assert last.num_left == 0
+    assert sum(note.num_answered for note in client.noted) == summary.answered > 0
+    assert sum(note.num_errors for note in client.noted) == summary.errors
+    left = [note.num_left for note in client.noted]
+    assert left == sorted(left, reverse=True)
+    assert len(set(left)) > 2
+
+
 # Resuming -----------------------------------------------------------------------------------------
 
 
