@@ -19,12 +19,21 @@ class Observer:
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
 
+    def all_mass(self, prompt: QKV) -> Tensor:
+        """Attention [H, n] that each key of a prompt gets from all its queries, on this rank."""
+        return self._mass(prompt.q, prompt.k)
+
     def observe(
-        self, layer: int, prompt: QKV, retention: Retention, original_tokens: int
+        self,
+        layer: int,
+        prompt: QKV,
+        retention: Retention,
+        original_tokens: int,
+        masses: Tensor | None = None,
     ) -> Observation:
         """The tokens of a prompt that entered one layer, for a retention that drops some of them.
 
-        `original_tokens` is the length of the whole prompt.
+        `original_tokens` is the length of the whole prompt, `masses` its `all_mass` if known.
         """
         shard, num_tokens = self._shard, len(prompt.k)
         num_queries = min(retention.num_window_queries(original_tokens), num_tokens)
@@ -43,6 +52,7 @@ class Observer:
             reduce_fn=shard.mesh.reduce_replicas if shard.heads.replicated else None,
             gather_heads_fn=shard.gather_heads if shard.mesh.layout.tensor_size > 1 else None,
             dropped_tokens=original_tokens - num_tokens,
+            masses=masses,
         )
 
     def _mass(self, queries: Tensor, keys: Tensor) -> Tensor:
