@@ -38,7 +38,8 @@ class EngineRequest:
     Exactly one of `prompt` (text), `prompt_token_ids` and `messages` (chat messages, to which the
     model's chat template is applied) is set. `retention` and `budget` override the engine's own for
     this request. With `score_continuation` nothing is generated: its tokens are scored after the
-    prompt, and the result is a `ScoreOutput`. With `stream`, `poll` also returns the request's
+    prompt, and the result is a `ScoreOutput`; with `token_by_token` each of them is fed in a decode
+    step of its own. With `stream`, `poll` also returns the request's
     unfinished outputs.
     """
 
@@ -51,6 +52,7 @@ class EngineRequest:
     budget: int | str | None = None
     priority: int = 0
     score_continuation: str | tuple[int, ...] | None = None
+    token_by_token: bool = False
     stream: bool = False
 
 
@@ -228,6 +230,7 @@ class LocalClient:
                     retention=request.retention,
                     budget=request.budget,
                     priority=request.priority,
+                    token_by_token=request.token_by_token,
                 )
         except ValueError as error:
             return Rejection(request.request_id, str(error))

@@ -165,6 +165,7 @@ class LLM:
         use_tqdm: bool = True,
         retention: RetentionSpec | None = None,
         budget: Budget | None = None,
+        token_by_token: bool = False,
     ) -> ScoreOutput: ...
 
     @overload
@@ -176,6 +177,7 @@ class LLM:
         use_tqdm: bool = True,
         retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
         budget: Budget | Sequence[Budget | None] | None = None,
+        token_by_token: bool = False,
     ) -> list[ScoreOutput]: ...
 
     def score(
@@ -186,6 +188,7 @@ class LLM:
         use_tqdm: bool = True,
         retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
         budget: Budget | Sequence[Budget | None] | None = None,
+        token_by_token: bool = False,
     ) -> ScoreOutput | list[ScoreOutput]:
         """Log-probabilities of continuations, given contexts whose KV went through retention.
 
@@ -195,6 +198,9 @@ class LLM:
             use_tqdm: as for `generate`.
             retention: as for `generate`.
             budget: as for `generate`.
+            token_by_token: feed each continuation in the decode steps that generating it would
+                take, instead of in pieces (which end where rows are compacted while decoding, so
+                they give the same but for rounding, and sooner).
 
         Raises:
             ValueError: an input or setting is wrong; names the index.
@@ -214,6 +220,7 @@ class LLM:
             known = _prompt(after, i, "continuation")
             scored = known.get("prompt", known.get("prompt_token_ids"))
             parts.append({**_prompt(before, i, "context"), "score_continuation": scored})
+            parts[-1]["token_by_token"] = token_by_token
         requests = self._requests(parts, None, retention, budget)
         outputs = cast("list[ScoreOutput]", self._run(requests, "context", use_tqdm))
         return outputs[0] if _is_single(context) and _is_single(continuation) else outputs

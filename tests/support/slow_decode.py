@@ -14,11 +14,12 @@ from torch import Tensor
 
 @dataclass
 class Entry:
-    """A kept token of one head."""
+    """A kept token of one head, and the attention that it got so far, as a mean over the group."""
 
     position: int
     key: Tensor
     value: Tensor
+    mass: float = 0.0
 
 
 @dataclass(eq=False)
@@ -34,16 +35,22 @@ class Head:
 
 @dataclass(frozen=True)
 class Rule:
-    """The retention in plain numbers; `counts[layer]` tokens are kept of a prompt that is cut."""
+    """The retention in plain numbers; `counts[layer][head]` tokens are kept of a cut prompt.
+
+    With a `trigger` there are no targets: PyramidInfer's generation stage cuts single layers.
+    """
 
     score: str
-    counts: list[int]
+    counts: list[list[int]]
     budget: int
     window: int
     sinks: int
     slack_tokens: int
     kernel: int = 7
     seed: int = 0
+    trigger: str | None = None
+    exceed: int = 0
+    recent_ratio: float = 0.5
 
 
 def _scramble(x: int) -> int:
@@ -66,6 +73,8 @@ class SlowLlama:
             [Head() for _ in range(self.config.num_key_value_heads)]
             for _ in range(self.config.num_hidden_layers)
         ]
+        self.after_cut: list[int] = []
+        self.num_cuts = [0] * len(self.heads)
 
     def generate(self, prompt: list[int], num_tokens: int) -> list[int]:
         """Greedy tokens after a prompt; `after_step` is called after each fed token."""
@@ -79,6 +88,9 @@ class SlowLlama:
         x = self.weights["model.embed_tokens.weight"][token]
         for layer in range(len(self.heads)):
             x = self._layer(layer, x, position)
+        if self.rule.trigger is not None:
+            self._trim(position + 1)
+            return self._next(x)
         for layer, heads in enumerate(self.heads):
             full = [h for h in heads if len(h.kept) == h.target + self.rule.slack_tokens]
             for head in full:
@@ -92,10 +104,13 @@ class SlowLlama:
             x = self.weights["model.embed_tokens.weight"][token]
             for layer in range(len(self.heads)):
                 x = self._layer(layer, x, position)
+        self.after_cut = [len(prompt)] * len(self.heads)
+        if self.rule.trigger is not None:
+            return self._next(x)
         for layer, heads in enumerate(self.heads):
             is_cut = len(prompt) > self.rule.budget
-            for head in heads:
-                head.target = self.rule.counts[layer] if is_cut else self.rule.budget
+            for number, head in enumerate(heads):
+                head.target = self.rule.counts[layer][number] if is_cut else self.rule.budget
             self._cut(layer, heads if is_cut else [])
         return self._next(x)
 
@@ -104,13 +119,45 @@ class SlowLlama:
         rule = self.rule
         of_head = [self._scores(layer, self.heads[layer].index(head)) for head in heads]
         for head, scores in zip(heads, of_head, strict=True):
-            n = len(head.kept)
-            middle = list(range(rule.sinks, n - rule.window))
+            n, recent = len(head.kept), rule.window
+            if rule.score == "h2o":
+                recent = min(int(rule.recent_ratio * head.target), head.target - rule.sinks)
+            middle = list(range(rule.sinks, n - recent))
             middle.sort(key=lambda j: (scores[j], j), reverse=True)
-            chosen = sorted(middle[: head.target - rule.sinks - rule.window])
-            places = [*range(rule.sinks), *chosen, *range(n - rule.window, n)]
+            chosen = sorted(middle[: head.target - rule.sinks - recent])
+            places = [*range(rule.sinks), *chosen, *range(n - recent, n)]
             assert len(places) == head.target
             head.kept = [head.kept[j] for j in places]
+
+    def _trim(self, seen: int) -> None:
+        """Of the tokens before the recent ones, keep those that the last query looks at."""
+        rule, num_layers = self.rule, len(self.heads)
+        recent = int(rule.recent_ratio * len(self.heads[0][0].kept))
+        for layer, heads in enumerate(self.heads):
+            stored = len(heads[0].kept)
+            more = stored if rule.trigger == "stored" else seen - recent
+            first = stored - 1 - recent - rule.exceed
+            if more - self.after_cut[layer] < rule.exceed or first < rule.sinks:
+                continue
+            cosine = 0.1 + 0.9 * (math.cos(math.pi * layer / num_layers) + 1) / 2
+            keep = max(int(0.9 * rule.exceed * cosine), 1)
+            scores = self._last_query(layer)
+            best = list(range(first, first + rule.exceed))
+            best.sort(key=lambda j: (scores[j], j), reverse=True)
+            gone = set(best[keep:])
+            for head in heads:
+                head.kept = [entry for j, entry in enumerate(head.kept) if j not in gone]
+            self.after_cut[layer] = stored - rule.exceed + keep
+            self.num_cuts[layer] += 1
+
+    def _last_query(self, layer: int) -> list[float]:
+        """What the last token's queries pay to each kept place, as a mean over all heads."""
+        mean = [0.0] * len(self.heads[layer][0].kept)
+        last = [(h, q) for h in self.heads[layer] for q in h.recent_queries[-1][1]]
+        for head, query in last:
+            for j, weight in enumerate(self._attention(query, [e.key for e in head.kept])):
+                mean[j] += float(weight) / len(last)
+        return mean
 
     def _scores(self, layer: int, number: int) -> list[float]:
         """The score of every kept token that lies before the window."""
@@ -123,12 +170,9 @@ class SlowLlama:
         if rule.score == "random":
             return [float(self._noise(layer, number, j)) for j in places]
         if rule.score == "tova":
-            mean = [0.0] * len(head.kept)
-            last = [(h, q) for h in self.heads[layer] for q in h.recent_queries[-1][1]]
-            for other, query in last:
-                for j, weight in enumerate(self._attention(query, [e.key for e in other.kept])):
-                    mean[j] += float(weight) / len(last)
-            return mean
+            return self._last_query(layer)
+        if rule.score == "h2o":
+            return [entry.mass for entry in head.kept]
         assert rule.score == "snapkv"
         mean = [0.0] * len(head.kept)
         queries = head.recent_queries[-rule.window :]
@@ -171,7 +215,11 @@ class SlowLlama:
             queries = [self._rotate(q[i], position) for i in mine]
             head.recent_queries = [*head.recent_queries[-self.rule.window :], (position, queries)]
             keys, values = [e.key for e in head.kept], torch.stack([e.value for e in head.kept])
-            attended += [self._attention(query, keys) @ values for query in queries]
+            for query in queries:
+                weights = self._attention(query, keys)
+                attended.append(weights @ values)
+                for entry, weight in zip(head.kept, weights.tolist(), strict=True):
+                    entry.mass += weight / self.group
         x = x + w["self_attn.o_proj.weight"] @ torch.cat(attended)
         normed = self._norm(x, w["post_attention_layernorm.weight"])
         gate = torch.nn.functional.silu(w["mlp.gate_proj.weight"] @ normed)
