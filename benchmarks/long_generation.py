@@ -6,10 +6,10 @@
 `--follow text` they are what the documentation itself goes on with. Then one engine is fed exactly
 these tokens, one per decode step, under `full` and under every method, all sequences in one batch.
 So every method sees the same past, and its rows are compacted (or, for PyramidInfer, trimmed) just
-as if it had generated that text. (A small model's greedy answer may run in circles, which any
-method can follow: that the document goes on is the harder test.) After every step the length of every
-row is read from the worker: none may be longer than its target, the slack and one page, or the
-script fails. The ledger's count of pages is compared with the worker's after every step, too.
+as if it had generated that text. (A small model's greedy answer may run in circles, which most
+methods can follow; the documentation is the harder test.) After every step the length of every row
+is read from the worker: none may be longer than its target, the slack and one page, or the script
+fails. The ledger's count of pages is compared with the worker's after every step, too.
 
 rows, last    mean length of a row after the last token
 longest row   most tokens that any row ever had, the one just fed included
@@ -208,7 +208,11 @@ class Bench:
         """Feed an answer under all settings at once; after every step what is through, by label."""
         for retention in retentions:
             self._engine.add_score_request(
-                retention.label, list(prompt), list(answer), retention=retention, token_by_token=True
+                retention.label,
+                list(prompt),
+                list(answer),
+                retention=retention,
+                token_by_token=True,
             )
         for outputs in self._steps():
             done = {o.request_id: o for o in outputs if isinstance(o, ScoreOutput)}
@@ -238,7 +242,9 @@ def settings(
     return [
         Retention(),
         *(
-            Retention.parse({"method": m, **stage, **({"profile": PROFILE} if m == "headkv" else {})})
+            Retention.parse(
+                {"method": m, **stage, **({"profile": PROFILE} if m == "headkv" else {})}
+            )
             for m in methods
         ),
         *(Retention.parse({"method": "pyramidinfer", "decode": {"trigger": t}}) for t in triggers),
@@ -276,7 +282,9 @@ def outcomes(
 
 def table(results: Sequence[Outcome], prompt_tokens: int, new_tokens: int) -> Table:
     """The figures for people."""
-    made = Table("setting", title=f"{prompt_tokens} prompt tokens and {new_tokens:,} fed one by one")
+    made = Table(
+        "setting", title=f"{prompt_tokens} prompt tokens and {new_tokens:,} fed one by one"
+    )
     for column in (
         "rows, last",
         "longest row",
@@ -390,7 +398,9 @@ def arguments() -> argparse.ArgumentParser:
         "--no-triggers", dest="triggers", action="store_false", help="leave PyramidInfer out"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--follow", choices=("answer", "text"), default="answer", help="what is fed")
+    parser.add_argument(
+        "--follow", choices=("answer", "text"), default="answer", help="what is fed"
+    )
     parser.add_argument("--answer", type=Path, help="keep full's tokens here for another run")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--plot", type=Path, help="write a picture (PNG) here")

@@ -233,7 +233,7 @@ class Ledger:
         return bool(self._exact_SW[slot].all())
 
     def kept(self, slot: int) -> NDArray[np.int32]:
-        """Tokens kept per row now, int32 [L, H]: those of the prompt and those fed, less the cut."""
+        """Tokens kept per row now, int32 [L, H]: those of the prompt and those grown since."""
         if slot in self._trimmed:
             stored = self._trimmed[slot].stored.astype(np.int32)
             return np.repeat(stored[:, None], self.num_heads, axis=1)

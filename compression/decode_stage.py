@@ -145,9 +145,7 @@ def cycle_of(retention: "Retention", prompt_tokens: int, page_tokens: int) -> Cy
     return Cycle(grace, retention.decode.slack_pages * page_tokens)
 
 
-def trimmed_rows(
-    retention: "Retention", prompt_tokens: int, num_layers: int
-) -> TrimmedRows | None:
+def trimmed_rows(retention: "Retention", prompt_tokens: int, num_layers: int) -> TrimmedRows | None:
     """The rows, after prefill, of a sequence that is trimmed; None where none are."""
     if not isinstance(retention.decode, TrimStage):
         return None

@@ -305,9 +305,7 @@ class Retention:
                 "'snapkv') beside it does"
             )
         propagate = Propagate.parse(given, propagate)
-        return cls(
-            method=method, propagate=propagate, decode=parse_stage(decode, has_score=False)
-        )
+        return cls(method=method, propagate=propagate, decode=parse_stage(decode, has_score=False))
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting that has an effect, as JSON values; `parse` reads it back."""

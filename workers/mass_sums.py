@@ -125,9 +125,7 @@ class MassSums:
         kept[:, : indices.shape[1]] = rows.gather(1, indices)
         self._sums[layer, place, head] = kept
 
-    def _rows(
-        self, slots: NDArray[np.int64], heads: NDArray[np.int64]
-    ) -> tuple[Tensor, Tensor]:
+    def _rows(self, slots: NDArray[np.int64], heads: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         return self._to_device(self._place_S[slots]), self._to_device(heads)
 
     def _grow(self, num_places: int, num_tokens: int) -> None:

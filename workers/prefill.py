@@ -305,9 +305,7 @@ class Prefill:
         if not shard.kv.write(slot, local_layer, prompt.k, prompt.v, indices):
             shard.refuse(slot)
 
-    def _select(
-        self, layer: int, slot: int, prompt: QKV
-    ) -> tuple[Selection, Tensor | None]:
+    def _select(self, layer: int, slot: int, prompt: QKV) -> tuple[Selection, Tensor | None]:
         """Which of the tokens that entered each kv head keeps, or None for all; see `select`.
 
         Where compactions will go by sums of attention, also what all of these tokens got, [H, n].

@@ -114,9 +114,7 @@ class Shard:
             self.dtype,
             self.device,
         )
-        self.sums = MassSums(
-            config.max_num_seqs, len(self.layers), len(self.heads.kv), self.device
-        )
+        self.sums = MassSums(config.max_num_seqs, len(self.layers), len(self.heads.kv), self.device)
 
     def _load_decoder(self) -> Decoder:
         config = self.config
@@ -142,7 +140,9 @@ class Shard:
             local_rows=len(self.layers) * len(self.heads.kv),
             all_rows=spec.num_layers * heads_of_all_ranks,
             max_row_tokens=self.max_model_len,
-            step_bytes=measure_step(self) + self._stage_bytes() if self.device.type == "cuda" else 0,
+            step_bytes=measure_step(self) + self._stage_bytes()
+            if self.device.type == "cuda"
+            else 0,
         )
         return KVStore(
             num_layers=len(self.layers),

@@ -6,7 +6,7 @@ tokens that the last stage sampled on the way, are compared with one process.
 
 import multiprocessing as mp
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from support.plans import new_sequence, prefill_plan
 from support.tiny import VOCAB, save_tiny
 
+from saqqara.cluster.ledger import Ledger
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh import MeshLayout, start_store
@@ -24,7 +25,23 @@ from saqqara.workers.worker import Worker
 
 PAGE, SLACK_PAGES = 4, 2
 NUM_STEPS = 31
-METHODS = ("pyramidkv", "snapkv", "random")
+PROFILE = {
+    f"{layer}-{head}": [float(1 + (layer + head) % 4)] for layer in range(3) for head in range(6)
+}
+OWN = {"window": 8}
+METHODS: tuple[tuple[str, dict[str, Any], int], ...] = (  # name, settings, prompt tokens
+    ("pyramidkv", OWN, 45),
+    ("snapkv", OWN, 30),
+    ("random", OWN, 33),
+    ("h2o", {}, 40),
+    ("h2o-adaptive", {}, 12),
+    ("ada-pyramidkv", OWN, 41),
+    ("headkv", {"profile": PROFILE, "head_beta": 2.0, **OWN}, 35),
+    ("published", {}, 60),
+    ("stored", {}, 50),
+)
+RAGGED = (5, 6)
+TRIMMED = (7, 8)
 
 
 @dataclass
@@ -36,29 +53,57 @@ class Outcome:
 
     tokens: list[tuple[int, int]]
     rows: dict[tuple[int, int, int], Any]
+    kept: dict[int, Any] = field(default_factory=dict)
     refused: list[int] = field(default_factory=list)
+
+
+def retention_of(slot: int) -> Retention:
+    name, own, _ = METHODS[slot]
+    if slot in TRIMMED:
+        stage = {"trigger": name, "exceed": 6}
+        propagate = {"sinks": 2, "min_context": 4, "rho": 0.5}
+        return Retention.parse({"method": "pyramidinfer", "decode": stage, **propagate})
+    decode = {"slack_pages": SLACK_PAGES}
+    return Retention.parse({"method": name, "budget": 20, "sinks": 2, "decode": decode, **own})
 
 
 def run_plans(worker: Worker) -> Outcome:
     """Sequences of every method at once; their compactions coincide for some and not for others."""
     rng = np.random.default_rng(0)
     new = []
-    for slot, prompt_tokens in enumerate((45, 30, 33)):
-        settings = {"method": METHODS[slot], "budget": 20, "window": 8, "sinks": 2}
-        retention = Retention.parse(settings | {"decode": {"slack_pages": SLACK_PAGES}})
+    for slot, (_, _, prompt_tokens) in enumerate(METHODS):
         prompt = (3 + rng.permutation(VOCAB - 3)[:prompt_tokens]).tolist()
-        new.append(new_sequence(slot, prompt, retention=retention))
+        new.append(new_sequence(slot, prompt, retention=retention_of(slot)))
     results = [worker.execute(prefill_plan(worker, [n])) for n in new]
+    info = worker.info
+    spec = worker.spec
+    whole = replace(
+        info,
+        rank=1,
+        start_layer=0,
+        stop_layer=spec.num_layers,
+        start_head=0,
+        stop_head=spec.num_kv_heads,
+        num_pages=10**6,
+    )
+    ledger = Ledger([replace(info, rank=0), whole], len(new))  # what it says of this rank counts
+    for n in new:
+        ledger.admit(n.slot, ledger.demand(n.retention, n.prompt_tokens), n.prompt_tokens)
+        [kept] = results[n.slot].kept
+        ledger.set_kept(n.slot, 0, kept.counts)
+        ledger.advance_prefill([n.slot], info.stop_layer)
     for step in range(NUM_STEPS):
-        # The last one rests now and then, so that not all rows are compacted together.
+        # The third one rests now and then, so that not all rows are compacted together.
         items = [
-            DecodeItem(n.slot, n.prompt_tokens + (step if n.slot < 2 else step - step // 4))
+            DecodeItem(n.slot, n.prompt_tokens + (step if n.slot != 2 else step - step // 4))
             for n in new
-            if n.slot < 2 or step % 4 != 3
+            if n.slot != 2 or step % 4 != 3
         ]
         results.append(worker.execute(StepPlan(step, decode=tuple(items))))
         worker.check_integrity()
-    info = worker.info
+        ledger.append(np.array([i.slot for i in items]), np.ones(len(items), dtype=np.int64))
+        ledger.settle()
+        assert worker.kv.pages_free == info.num_pages - ledger.allocated()[0]
     rows = {
         (n.slot, layer, head): torch.cat(
             worker.kv.read(n.slot, layer - info.start_layer, head - info.start_head), dim=1
@@ -68,7 +113,7 @@ def run_plans(worker: Worker) -> Outcome:
         for head in range(info.start_head, info.stop_head)
     }
     tokens = [(s.slot, s.token_id) for r in results for s in r.sampled]
-    return Outcome(tokens, rows)
+    return Outcome(tokens, rows, {n.slot: worker.kv.kept(n.slot) for n in new})
 
 
 def run_short_of_pages(worker: Worker, rank: int) -> list[int]:
@@ -97,7 +142,7 @@ def config_of(name: str, folder: Path) -> EngineConfig:
         model=str(folder / name),
         dtype="float32",
         device="cpu",
-        max_num_seqs=4,
+        max_num_seqs=len(METHODS),
         page_tokens=PAGE,
         num_threads=1,
         kv_memory_gib=0.01,
@@ -165,8 +210,12 @@ def test_sharded_equals_one_rank(
             np.testing.assert_allclose(stored, expected.rows[row], atol=2e-3, rtol=0)
     assert {row for o in outcomes[case] for row in o.rows} == expected.rows.keys()
     assert [o.tokens for o in outcomes[case] if o.tokens] == [expected.tokens]
-    mean = np.mean([len(row) for row in expected.rows.values()])
-    assert 20 <= mean < 20 + SLACK_PAGES * PAGE
+    lengths = {slot: np.mean(kept) for slot, kept in expected.kept.items()}
+    assert all(20 <= lengths[slot] < 20 + SLACK_PAGES * PAGE for slot in range(7))
+    if case == "two and one kv heads":
+        # A rank that had cut its own rows to their mean would differ here.
+        assert all(np.ptp(expected.kept[slot], axis=1).any() for slot in RAGGED)
+    assert all(lengths[slot] < METHODS[slot][2] + NUM_STEPS for slot in TRIMMED)
 
 
 def test_a_rank_that_refused_a_sequence_does_not_hold_up_its_replicas(

@@ -32,7 +32,9 @@ METHODS = ["streaming", "snapkv", "pyramidkv", "knorm", "random", "tova", "h2o",
 RAGGED = ["adakv", "ada-pyramidkv", "h2o-adaptive"]
 TRIGGERS = ["stored", "published"]
 EXCEED = 6
-PROFILE = {f"{layer}-{head}": [float(1 + (layer + head) % 4)] for layer in range(3) for head in range(6)}
+PROFILE = {
+    f"{layer}-{head}": [float(1 + (layer + head) % 4)] for layer in range(3) for head in range(6)
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,9 @@ def make_worker(folder: Path, **settings: Any) -> Worker:
 def retention_of(method: str, **settings: Any) -> Retention:
     if method in TRIGGERS:
         stage = {"trigger": method, "exceed": EXCEED}
-        return Retention.parse({"method": "pyramidinfer", "sinks": SINKS, "decode": stage} | settings)
+        return Retention.parse(
+            {"method": "pyramidinfer", "sinks": SINKS, "decode": stage} | settings
+        )
     own: dict[str, Any] = {"window": WINDOW}
     if method in ("tova", "h2o", "h2o-adaptive"):
         own = {}
@@ -349,8 +353,24 @@ def test_a_full_sequence_costs_no_ring(model: tuple[Any, Path]) -> None:
     assert worker.execute(StepPlan(9)).memory.ring_bytes == ring
 
 
-def test_long_outputs_through_a_small_pool_are_unchanged(tmp_path: Path, demo_model: Path) -> None:
-    """Preempted and resumed with a decode stage; ownership is proved after every step."""
+@pytest.mark.parametrize(
+    "retention",
+    [
+        retention_of("pyramidkv"),
+        retention_of("h2o"),
+        retention_of("ada-pyramidkv"),
+        retention_of("published", min_context=4, rho=0.5),
+        retention_of("stored", min_context=4, rho=0.5),
+    ],
+    ids=lambda retention: retention.label.split(",")[0] + retention.decode.label,
+)
+def test_long_outputs_through_a_small_pool_are_unchanged(
+    retention: Retention, tmp_path: Path, demo_model: Path
+) -> None:
+    """Preempted and resumed with a decode stage; ownership is proved after every step.
+
+    So is the ledger: the engine compares its count of pages with the worker's after every step.
+    """
     save_tiny("llama-gqa", tmp_path, tokenizer_of=demo_model)
     rng = np.random.default_rng(0)
     texts = [rng.integers(20, 40_000, rng.integers(5, 60)).tolist() for _ in range(10)]
@@ -360,20 +380,58 @@ def test_long_outputs_through_a_small_pool_are_unchanged(tmp_path: Path, demo_mo
         "device": "cpu",
         "max_model_len": 256,
         "page_tokens": PAGE,
-        "retention": retention_of("pyramidkv").to_dict(),
+        "retention": retention.to_dict(),
         "check_integrity": True,
     }
     page_gib = 2 * 16 * 4 * PAGE / 1024**3
-    rows = LAYERS * HEADS
-    # A row has 5 pages on average when it is compacted, and 7 before: four sequences at a time.
-    with LLM(str(tmp_path), kv_memory_gib=4 * rows * 7 * page_gib, **settings) as llm:
+    # Where rows have targets they have 5 pages on average when compacted, and 7 before.
+    row_pages = 7 if isinstance(retention.decode, DecodeStage) else 15
+    pool_gib = 4 * LAYERS * HEADS * row_pages * page_gib
+    with LLM(str(tmp_path), kv_memory_gib=pool_gib, **settings) as llm:
         got = llm.generate(prompt_token_ids=texts, sampling_params=sampling)
         report = llm.report()
     assert report.num_preemptions > 0
     assert report.pages_leaked == 0
     with LLM(str(tmp_path), max_num_seqs=1, **settings) as llm:
-        for number in range(1, 10, 3):
+        for number in range(1, 10, 4):
             [alone] = llm.generate(prompt_token_ids=[texts[number]], sampling_params=sampling)
             assert alone.outputs[0].token_ids == got[number].outputs[0].token_ids
-        [scored] = llm.score([texts[0]], [texts[1]])
-        assert len(scored.logprobs) == len(texts[1])
+
+
+def test_scoring_token_by_token_takes_the_steps_of_generating(
+    tmp_path: Path, demo_model: Path
+) -> None:
+    """What a method generates greedily is what it holds most likely when it is fed it again.
+
+    Its rows were compacted several times on the way, so that would not be so without.
+    """
+    save_tiny("llama-gqa", tmp_path, tokenizer_of=demo_model)
+    [text] = np.random.default_rng(0).integers(20, 40_000, (1, 50)).tolist()
+    names = ["full", "snapkv", "tova", "h2o", "ada-pyramidkv", "headkv", *TRIGGERS]
+    retentions = [Retention()] + [retention_of(name) for name in names[1:]]
+    sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=0)
+    with LLM(
+        str(tmp_path),
+        dtype="float32",
+        device="cpu",
+        max_model_len=256,
+        page_tokens=PAGE,
+        check_integrity=True,
+    ) as llm:
+        outputs = llm.generate(
+            prompt_token_ids=[text] * len(names), sampling_params=sampling, retention=retentions
+        )
+        for token_by_token in (True, False):
+            scores = llm.score(
+                [text] * len(names),
+                [list(output.outputs[0].token_ids) for output in outputs],
+                retention=retentions,
+                token_by_token=token_by_token,
+            )
+            for output, score in zip(outputs, scores, strict=True):
+                assert score.error is None
+                assert score.is_greedy
+                completion = output.outputs[0]
+                assert completion.cumulative_logprob is not None
+                # Sums of 40 terms, in another order within the kernels.
+                assert abs(completion.cumulative_logprob - score.sum) < 1e-2
