@@ -312,19 +312,21 @@ def table(results: Sequence[Outcome], prompt_tokens: int, new_tokens: int) -> Ta
 
 
 def plot(path: Path, results: Sequence[Outcome]) -> None:
-    """Mean row length by fed tokens (logarithmic), and agreement by the bytes at the peak."""
+    """Mean row length by fed tokens (logarithmic), and agreement with full, in like colours."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    for number, one in enumerate(results):
+    colours = plt.get_cmap("tab20")(np.arange(len(results)) % 20)
+    for one, colour in zip(results, colours, strict=True):
         fed = EVERY * np.arange(1, len(one.mean_lengths) + 1)
-        colour = colours[number % len(colours)]
-        left.plot(fed, one.mean_lengths, color=colour, linewidth=1.2, label=one.label)
-        right.scatter(one.peak_bytes / MIB, one.top1, color=colour, label=one.label)
-    left.set(xlabel="tokens fed after the prompt", ylabel="mean tokens of a row", yscale="log")
-    right.set(xlabel="KV at the peak, MiB", ylabel="top-1 agreement with full", xscale="log")
-    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
+        left.plot(fed, one.mean_lengths, color=colour, linewidth=1.2)
+    left.set_yscale("log", base=2)
+    left.yaxis.set_major_formatter("{x:,.0f}")
+    left.set(xlabel="tokens fed after the prompt", ylabel="mean tokens of a row")
+    names = [one.label.partition("@")[0].replace(",decode=", ", ") for one in results]
+    bars = right.barh(names, [100 * one.top1 for one in results], color=colours)
+    right.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    right.invert_yaxis()
+    right.set(xlabel="top-1 agreement with full, %", xlim=(0, 108))
+    left.grid(alpha=0.3)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

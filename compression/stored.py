@@ -5,7 +5,6 @@ Shapes: R rows of one layer, n stored tokens of each, w window tokens.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .observation import Observation
 from .registry import score_method
@@ -37,12 +36,15 @@ def select_stored(retention: Retention, observation: Observation, keep: int) -> 
         int64 [R, keep], places in storage, ascending in each row.
     """
     assert retention.score is not None
+    num_rows, num_tokens = len(observation.heads), observation.prompt_tokens
+    recent, sinks = retention.recent_tokens(keep), retention.sinks
+    if keep <= recent + sinks:
+        places = torch.arange(num_tokens, device=observation.keys.device)
+        sinks = min(sinks, keep)
+        stays = torch.cat([places[:sinks], places[num_tokens - keep + sinks :]])
+        return stays.expand(num_rows, -1)
     scores = score_method(retention.score).function(observation, retention)
-    sinks = min(retention.sinks, keep)
-    recent = min(retention.recent_tokens(keep), keep - sinks)
-    num_context = observation.prompt_tokens - recent
-    context = pad(scores, (0, max(num_context - scores.shape[1], 0)))[:, :num_context]
-    return kept_positions(context, keep, recent, sinks)
+    return kept_positions(scores[:, : num_tokens - recent], keep, recent, sinks)
 
 
 def select_trimmed(observation: Observation, trim: Trim) -> Tensor:

@@ -342,6 +342,28 @@ def test_pages_that_are_shared_are_left_alone(model: tuple[Any, Path]) -> None:
     assert not result.sampled
 
 
+def test_a_row_that_propagation_left_short_keeps_its_ends(model: tuple[Any, Path]) -> None:
+    """Fewer tokens enter the upper layers than window and sinks are; their rows stay as short."""
+    worker = make_worker(model[1])
+    [prompt] = prompts([45])
+    once = {"kind": "once", "layer": 0, "keep": 0.1, "window": 4, "sinks": SINKS}
+    retention = retention_of("snapkv", window=12, propagate=once, decode={"slack_pages": 1})
+    worker.execute(prefill_plan(worker, [new_sequence(0, prompt, retention=retention)]))
+    assert worker.kv.kept(0)[:, 0].tolist() == [BUDGET, 6, 6]
+    before = {}
+    for step in range(PAGE):
+        before = {
+            (i, h): worker.kv.read(0, i, h)[0] for i in range(1, LAYERS) for h in range(HEADS)
+        }
+        worker.execute(StepPlan(step, decode=(DecodeItem(0, len(prompt) + step),)))
+        worker.check_integrity()
+    assert worker.kv.kept(0)[:, 0].tolist() == [BUDGET, 6, 6]
+    for (layer, head), keys in before.items():
+        now, _ = worker.kv.read(0, layer, head)
+        assert torch.equal(now[:SINKS], keys[:SINKS])
+        assert torch.equal(now[SINKS:-1], keys[-3:])
+
+
 def test_a_full_sequence_costs_no_ring(model: tuple[Any, Path]) -> None:
     worker = make_worker(model[1])
     for retention in (Retention.parse("full"), retention_of("knorm")):

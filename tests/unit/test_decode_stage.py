@@ -263,8 +263,8 @@ def test_sums_follow_their_tokens_through_storage() -> None:
         sums.open(slot)
         sums.store(slot, 1, masses, indices, more_tokens=4)
         for head in range(2):
-            kept = masses[head] if indices is None else masses[head, indices[head]]
-            expected[slot, head] = kept.tolist()
+            start = masses[head] if indices is None else masses[head, indices[head]]
+            expected[slot, head] = start.tolist()
     assert sums.has(np.array([0, 1, 2])).tolist() == [True, False, True]
     assert sums.num_bytes == 2 * 2 * 2 * (9 + 4) * 4  # layers, slots, heads, tokens, fp32
     for _ in range(4):
@@ -280,8 +280,9 @@ def test_sums_follow_their_tokens_through_storage() -> None:
     slots, heads = np.array([2, 0]), np.array([1, 0])
     chosen = torch.tensor([[0, 2, 5, 7], [1, 2, 11, 12]])
     sums.compact(slots, 1, heads, chosen)
-    for slot, head, row in ((2, 1, chosen[0]), (0, 0, chosen[1])):
-        expected[slot, head] = [expected[slot, head][j] for j in row.tolist()] + [0.0] * 3
+    for slot, head, places in ((2, 1, chosen[0]), (0, 0, chosen[1])):
+        stays = [expected[slot, head][j] for j in places.tolist()]
+        expected[slot, head] = [*stays, 0.0, 0.0, 0.0]
     for (slot, head), row in expected.items():
         got = sums.read(np.array([slot]), 1, np.array([head]), len(row))[0]
         # Added in single precision there, in double precision here.
