@@ -10,6 +10,7 @@ Shapes: L layers of the model.
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,8 +106,7 @@ class TrimmedRows:
 
     def copy(self) -> "TrimmedRows":
         """Another one that goes its own way from here."""
-        other = object.__new__(TrimmedRows)
-        other.__dict__.update(self.__dict__)
+        other = copy(self)
         other._stored, other._after_cut = self._stored.copy(), self._after_cut.copy()
         return other
 

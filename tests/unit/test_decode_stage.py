@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_replica import FakeReplica, make_workers, next_token
 
@@ -196,6 +196,7 @@ def trimmed_by_hand(
     return lengths
 
 
+@settings(max_examples=40)
 @given(
     trigger=st.sampled_from(["stored", "published"]),
     exceed=st.integers(2, 20),
