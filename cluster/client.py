@@ -39,8 +39,9 @@ class EngineRequest:
     Exactly one of `prompt` (text), `prompt_token_ids` and `messages` (chat messages, to which the
     model's chat template is applied) is set. `retention` and `budget` override the engine's own for
     this request. With `score_continuation` nothing is generated: its tokens are scored after the
-    prompt, and the result is a `ScoreOutput`; of the sampling parameters only `logprobs` counts.
-    With `stream`, `poll` also returns the request's unfinished outputs.
+    prompt, and the result is a `ScoreOutput`; of the sampling parameters only `logprobs` counts,
+    and with `token_by_token` each token is fed in a decode step of its own. With `stream`, `poll`
+    also returns the request's unfinished outputs.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class EngineRequest:
     budget: int | str | None = None
     priority: int = 0
     score_continuation: str | tuple[int, ...] | None = None
+    token_by_token: bool = False
     stream: bool = False
 
 
@@ -238,6 +240,7 @@ class LocalClient:
                     budget=request.budget,
                     priority=request.priority,
                     top_logprobs=request.sampling_params.logprobs,
+                    token_by_token=request.token_by_token,
                 )
         except ValueError as error:
             return Rejection(request.request_id, str(error))

@@ -194,11 +194,14 @@ class Engine:
         budget: int | str | None = None,
         priority: int = 0,
         top_logprobs: int | None = None,
+        token_by_token: bool = False,
     ) -> None:
         """Queue the scoring of `continuation` (text without special tokens, or ids) after a prompt.
 
         The prompt's keys and values are retained first, so quality under retention is measured.
         With `top_logprobs` the output also has that many of the most likely tokens in each place.
+        With `token_by_token` the continuation is fed in the decode steps that generating it would
+        take, not in pieces.
 
         Raises:
             ValueError: the request cannot be served; nothing else has changed.
@@ -213,6 +216,7 @@ class Engine:
             retention=self._retention(retention, budget),
             priority=priority,
             score_continuation=tuple(continuation),
+            token_by_token=token_by_token,
             arrival_time=self._now(),
             prompt=prompt if isinstance(prompt, str) else None,
         )

@@ -10,7 +10,11 @@ Under a decode-stage retention all rows of a sequence shrink together, too, afte
 tokens that are known (`compression.decode_stage.Cycle`): then pages are a function of how many
 tokens rows have *grown* by. A step that compacts appends first, so it is charged what it holds at
 its peak, and `settle`, at the end of the plan, gives back what the compaction returns. The ring of
-queries that such a sequence may have lies outside the pool and is not charged here.
+queries and the sums of attention that such a sequence may have lie outside the pool and are not
+charged here.
+
+Rows that PyramidInfer's generation stage trims do not grow alike: `trimmed.TrimmedPages` counts
+their pages, one sequence at a time, in the place of the function above.
 
 Shapes: S slots, L layers, H kv heads of the model, W workers, P page_tokens, N slots of a step.
 """
@@ -21,9 +25,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from saqqara.compression.decode_stage import Cycle, cycle_of, grown
+from saqqara.compression.decode_stage import Cycle, cycle_of, grown, trimmed_rows
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import WorkerInfo
+
+from .trimmed import TrimmedDemand, TrimmedPages
 
 Ints = NDArray[np.int64]
 
@@ -36,7 +42,8 @@ class Demand:
 
     `rows` int32 [L, H] expected kept tokens; `base` int64 [W] pages after prefill; `crossings`
     int64 [W, P] pages that the first k < P tokens after the prompt add. Exact unless `ragged`.
-    `cycle` says when rows are compacted while decoding; None: never.
+    `cycle` says when rows are compacted while decoding; None: never. `trimmed` counts in the place
+    of `base` and `crossings` where rows are trimmed.
     """
 
     rows: NDArray[np.int32]
@@ -44,6 +51,7 @@ class Demand:
     crossings: Ints
     ragged: bool
     cycle: Cycle | None = None
+    trimmed: TrimmedDemand | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +102,7 @@ class Ledger:
         self._base_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
         self._rows_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
         self._crossings_SWP = np.zeros((num_slots, num_workers, self.page_tokens), dtype=np.int64)
+        self._trimmed: dict[int, TrimmedPages] = {}  # by slot
         self._demands: dict[tuple[Retention, int], Demand] = {}
 
     @property
@@ -117,6 +126,8 @@ class Ledger:
 
     def pages_needed(self, demand: Demand, more_tokens: int = 0) -> Ints:
         """Pages, int64 [W], that a prompt needs at most while `more_tokens` are fed after it."""
+        if demand.trimmed is not None:
+            return demand.trimmed.most(more_tokens)
         if demand.cycle is not None:
             more_tokens = min(more_tokens, demand.cycle.most)
         cycles, rest = divmod(more_tokens, self.page_tokens)
@@ -132,6 +143,8 @@ class Ledger:
         self._reserved_S[slot] = reserve_tokens
         if demand.cycle is not None:
             self._grace_S[slot], self._slack_S[slot] = demand.cycle.grace, demand.cycle.slack
+        if demand.trimmed is not None:
+            self._trimmed[slot] = demand.trimmed.sequence(reserve_tokens)
         self._kept_SLH[slot] = demand.rows
         self._base_SW[slot] = demand.base
         self._rows_SW[slot] = self._rows_W
@@ -147,6 +160,7 @@ class Ledger:
         for counts in (self._prompt_S, self._fed_S, self._reserved_S, self._layers_S):
             counts[slot] = 0
         self._grace_S[slot] = self._slack_S[slot] = 0
+        self._trimmed.pop(slot, None)
         self._kept_SLH[slot] = 0
 
     def advance_prefill(self, slots: Sequence[int], stop_layer: int) -> None:
@@ -161,6 +175,7 @@ class Ledger:
         ]
         counts = np.frombuffer(counts_bytes, dtype=np.int32).reshape(mine.shape)
         assert not self._exact_SW[slot, rank], f"worker {rank} reports slot {slot} twice"
+        assert slot not in self._trimmed or (mine == counts).all(), f"slot {slot}: {counts}"
         mine[...] = counts
         self.free[rank] += self._charged(slot)[rank]
         self._base_SW[slot, rank], self._crossings_SWP[slot, rank] = self._tabulate(counts)
@@ -173,6 +188,8 @@ class Ledger:
         self._base_SW[slot, rank] = 0
         self._rows_SW[slot, rank] = 0
         self._crossings_SWP[slot, rank] = 0
+        if slot in self._trimmed:
+            self._trimmed[slot].refuse(rank)
         self._refused_S[slot] = True
 
     def append_cost(self, slots: Ints, num_tokens: Ints) -> Ints:
@@ -180,22 +197,22 @@ class Ledger:
 
         With a decode stage no more may be fed at once than there is `room` for.
         """
-        now = self._charged_tokens(slots, self._fed_S[slots])
-        cost: Ints = self._pages(slots, self._peak(slots, num_tokens)) - self._pages(slots, now)
-        return cost
+        return self._peak_pages(slots, num_tokens) - self._charged_pages(slots)
 
     def append(self, slots: Ints, num_tokens: Ints) -> None:
         """Charge the tokens that a step feeds; the caller has checked that they fit."""
         self.free -= self.append_cost(slots, num_tokens).sum(axis=0)
         assert self.free.min() >= 0, f"pages were promised twice: {self.free.tolist()} free"
-        peak = self._peak(slots, num_tokens)
+        is_cut = self._slack_S[slots] > 0
+        if self._trimmed:
+            is_cut |= [slot in self._trimmed for slot in slots.tolist()]
+        cut = slots[is_cut]
+        peak_NW = self._peak_pages(cut, num_tokens[is_cut])
         self._fed_S[slots] += num_tokens
-        compacted = self._slack_S[slots] > 0
-        if compacted.any():
-            slots, peak = slots[compacted], peak[compacted]
-            after = self._charged_tokens(slots, self._fed_S[slots])
-            returned_NW = self._pages(slots, peak) - self._pages(slots, after)
-            self._returned_W += returned_NW.sum(axis=0)
+        for slot, num in zip(slots.tolist(), num_tokens.tolist(), strict=True):
+            if slot in self._trimmed:
+                self._trimmed[slot].feed(num)
+        self._returned_W += (peak_NW - self._charged_pages(cut)).sum(axis=0)
 
     def settle(self) -> None:
         """Give back what the compactions of the plan that is now complete return."""
@@ -204,6 +221,8 @@ class Ledger:
 
     def room(self, slot: int) -> int | None:
         """Tokens that one step may feed: those up to the next compaction; None: any number."""
+        if slot in self._trimmed:
+            return self._trimmed[slot].room
         if self._slack_S[slot] == 0:
             return None
         cycle = Cycle(int(self._grace_S[slot]), int(self._slack_S[slot]))
@@ -214,7 +233,10 @@ class Ledger:
         return bool(self._exact_SW[slot].all())
 
     def kept(self, slot: int) -> NDArray[np.int32]:
-        """Tokens kept per row now, int32 [L, H]: those of the prompt plus those grown since."""
+        """Tokens kept per row now, int32 [L, H]: those of the prompt and those grown since."""
+        if slot in self._trimmed:
+            stored = self._trimmed[slot].stored.astype(np.int32)
+            return np.repeat(stored[:, None], self.num_heads, axis=1)
         more = self._grown(np.array([slot]), self._fed_S[slot]).astype(np.int32)
         kept: NDArray[np.int32] = self._kept_SLH[slot] + more
         return kept
@@ -232,7 +254,7 @@ class Ledger:
         """
         slots = np.flatnonzero(self._held_S)
         exact_NW = self._exact_SW[slots]
-        kept_NW = self._pages(slots, self._grown(slots, self._fed_S[slots]))
+        kept_NW = self._held_pages(slots)
         tokens_N = self._prompt_S[slots] + self._fed_S[slots]
         full_NW = -(-tokens_N // self.page_tokens)[:, None] * self._rows_SW[slots]
         kept_W = (kept_NW * exact_NW).sum(axis=0)
@@ -248,8 +270,7 @@ class Ledger:
         if self._refused_S.any():
             return np.full(len(self.workers), -1, dtype=np.int64)
         ended_SW = self._layers_S[slots, None] >= [w.stop_layer for w in self.workers]
-        grown_S = self._grown(slots, self._fed_S[slots])
-        pages_W: Ints = (self._pages(slots, grown_S) * ended_SW).sum(axis=0)
+        pages_W: Ints = (self._held_pages(slots) * ended_SW).sum(axis=0)
         for slot in slots[~ended_SW.all(axis=1)]:
             for rank, worker in enumerate(self.workers):
                 stop_layer = int(self._layers_S[slot])
@@ -293,9 +314,36 @@ class Ledger:
         return peak
 
     def _charged(self, slot: int) -> Ints:
-        slots = np.array([slot])
-        pages: Ints = self._pages(slots, self._charged_tokens(slots, self._fed_S[slots]))[0]
+        pages: Ints = self._charged_pages(np.array([slot]))[0]
         return pages
+
+    def _charged_pages(self, slots: Ints) -> Ints:
+        """Pages, int64 [N, W], that slots [N] are charged between plans."""
+        pages = self._pages(slots, self._charged_tokens(slots, self._fed_S[slots]))
+        for i, trimmed in self._trimmed_among(slots):
+            pages[i] = trimmed.charged()
+        return pages
+
+    def _held_pages(self, slots: Ints) -> Ints:
+        """Pages, int64 [N, W], of slots [N] between steps."""
+        pages = self._pages(slots, self._grown(slots, self._fed_S[slots]))
+        for i, trimmed in self._trimmed_among(slots):
+            pages[i] = trimmed.held()
+        return pages
+
+    def _peak_pages(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """Pages, int64 [N, W], that must be charged while a step feeds `num_tokens` [N]."""
+        pages = self._pages(slots, self._peak(slots, num_tokens))
+        for i, trimmed in self._trimmed_among(slots):
+            pages[i] = trimmed.peak(int(num_tokens[i]))
+        return pages
+
+    def _trimmed_among(self, slots: Ints) -> list[tuple[int, TrimmedPages]]:
+        """Those of slots [N] whose rows are trimmed, each with its place among them."""
+        if not self._trimmed:
+            return []
+        found = enumerate(slots.tolist())
+        return [(i, self._trimmed[slot]) for i, slot in found if slot in self._trimmed]
 
     def _pages(self, slots: Ints, grown_tokens: Ints) -> Ints:
         """Pages, int64 [N, W], of slots [N] whose rows grew by these numbers of tokens [N]."""
@@ -328,4 +376,12 @@ class Ledger:
                 base[rank] = min(int(per_layer.sum()), most)
         ragged = retention.ragged and retention.drops(prompt_tokens)
         cycle = cycle_of(retention, prompt_tokens, self.page_tokens)
-        return Demand(rows=rows, base=base, crossings=crossings, ragged=ragged, cycle=cycle)
+        trimmed = trimmed_rows(retention, prompt_tokens, self.num_layers)
+        return Demand(
+            rows=rows,
+            base=base,
+            crossings=crossings,
+            ragged=ragged,
+            cycle=cycle,
+            trimmed=None if trimmed is None else TrimmedDemand(trimmed, self.workers),
+        )

@@ -166,6 +166,7 @@ class LLM:
         retention: RetentionSpec | None = None,
         budget: Budget | None = None,
         top_logprobs: int | None = None,
+        token_by_token: bool = False,
     ) -> ScoreOutput: ...
 
     @overload
@@ -178,6 +179,7 @@ class LLM:
         retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
         budget: Budget | Sequence[Budget | None] | None = None,
         top_logprobs: int | None = None,
+        token_by_token: bool = False,
     ) -> list[ScoreOutput]: ...
 
     def score(
@@ -189,6 +191,7 @@ class LLM:
         retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
         budget: Budget | Sequence[Budget | None] | None = None,
         top_logprobs: int | None = None,
+        token_by_token: bool = False,
     ) -> ScoreOutput | list[ScoreOutput]:
         """Log-probabilities of continuations, given contexts whose KV went through retention.
 
@@ -199,6 +202,9 @@ class LLM:
             retention: as for `generate`.
             budget: as for `generate`.
             top_logprobs: most likely tokens to report in each place, 20 at most; default: none.
+            token_by_token: feed each continuation in the decode steps that generating it would
+                take, instead of in pieces (which end where rows are compacted while decoding, so
+                they give the same but for rounding, and sooner).
 
         Raises:
             ValueError: an input or setting is wrong; names the index.
@@ -218,6 +224,7 @@ class LLM:
             known = _prompt(after, i, "continuation")
             scored = known.get("prompt", known.get("prompt_token_ids"))
             parts.append({**_prompt(before, i, "context"), "score_continuation": scored})
+            parts[-1]["token_by_token"] = token_by_token
         requests = self._requests(parts, scoring_params(top_logprobs), retention, budget)
         outputs = cast("list[ScoreOutput]", self._run(requests, "context", use_tqdm))
         return outputs[0] if _is_single(context) and _is_single(continuation) else outputs

@@ -121,7 +121,8 @@ def invalid_field(error: ValidationError) -> str:
 class Request:
     """One prompt as the engine takes it: tokenised, truncated, checked.
 
-    With `score_continuation` its tokens are scored after the prompt and nothing is generated.
+    With `score_continuation` its tokens are scored after the prompt and nothing is generated;
+    `token_by_token` feeds them in the decode steps that generating them would take.
     A lower `priority` goes first; equal ones go in order of arrival.
     """
 
@@ -131,6 +132,7 @@ class Request:
     retention: Retention
     priority: int = 0
     score_continuation: tuple[int, ...] | None = None
+    token_by_token: bool = False
     arrival_time: float = 0.0
     prompt: str | None = None
 

@@ -3,6 +3,9 @@
 When a row has grown by the slack beyond its target, its kept tokens are scored and the target
 number of them stays. All rows of a sequence grow by one per fed token, so all of them are compacted
 in the same step, and how much they keep is a pure function of how many tokens were fed: `Cycle`.
+
+That is the stage of the scores. PyramidInfer, which has no targets, trims its rows in another way
+(`trim.py`); the `decode` setting of a retention is one of the two.
 """
 
 from collections.abc import Mapping
@@ -13,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .registry import score_method
+from .trim import TrimmedRows, TrimStage
 
 if TYPE_CHECKING:
     from .retention import Retention
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStage:
-    """The `decode` setting of a retention.
+    """The `decode` setting of a retention with a score.
 
     Attributes:
         slack_pages: pages by which a row outgrows its target before it is compacted, at least 1.
@@ -39,32 +43,53 @@ class DecodeStage:
                 f"tokens), not {self.slack_pages!r}"
             )
 
-    @classmethod
-    def parse(cls, value: object) -> "DecodeStage | None":
-        """Read the setting as users write it: a mapping, true for the defaults; null is off.
-
-        Raises:
-            ValueError: anything else, or an unknown or bad entry, by its name.
-        """
-        if value is None or value is False:
-            return None
-        if value is True:
-            return cls()
-        if isinstance(value, DecodeStage):
-            return value
-        if not isinstance(value, Mapping):
-            raise ValueError(
-                "decode: must be a mapping such as {slack_pages: 4}, or true for the defaults, "
-                f"not {value!r}"
-            )
-        unknown = [name for name in value if name != "slack_pages"]
-        if unknown:
-            raise ValueError(f"decode.{unknown[0]}: not a setting; allowed: slack_pages")
-        return cls(**value)
-
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; `parse` reads it back."""
+        """As JSON values; `parse_stage` reads it back."""
         return {"slack_pages": self.slack_pages}
+
+    @property
+    def label(self) -> str:
+        """As reports write it."""
+        return str(self.slack_pages)
+
+
+Stage = DecodeStage | TrimStage
+
+
+def parse_stage(value: object, has_score: bool) -> Stage | None:
+    """Read the setting as users write it: a mapping, true for the defaults; null is off.
+
+    Args:
+        value: what was written.
+        has_score: whether the retention has a score; only what propagates has none.
+
+    Raises:
+        ValueError: anything else, or an unknown or bad entry, by its name.
+    """
+    kind: type[Stage] = DecodeStage if has_score else TrimStage
+    if value is None or value is False:
+        return None
+    if value is True:
+        return kind()
+    if isinstance(value, DecodeStage | TrimStage):
+        return value
+    example = kind().to_dict()
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"decode: must be a mapping such as {example}, or true for the defaults, not {value!r}"
+        )
+    unknown = [name for name in value if name not in example]
+    if unknown:
+        of_score, others = DecodeStage().to_dict(), TrimStage().to_dict()
+        hint = ""
+        if unknown[0] in (*of_score, *others):
+            hint = (
+                f" ({', '.join(of_score)} is for methods with a score, {' and '.join(others)} for "
+                "pyramidinfer without one)"
+            )
+        allowed = ", ".join(example)
+        raise ValueError(f"decode.{unknown[0]}: not a setting; allowed: {allowed}{hint}")
+    return kind(**value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,19 +137,44 @@ def grown(fed: Any, grace: Any, slack: Any) -> NDArray[np.int64]:
 
 
 def cycle_of(retention: "Retention", prompt_tokens: int, page_tokens: int) -> Cycle | None:
-    """The cycle of a sequence with such a prompt; None without a decode stage."""
-    if retention.decode is None:
+    """The cycle of a sequence with such a prompt; None where rows have no targets."""
+    if not isinstance(retention.decode, DecodeStage):
         return None
     grace = 0 if retention.drops(prompt_tokens) else retention.budget_of(prompt_tokens)
     grace = max(grace - prompt_tokens, 0)
     return Cycle(grace, retention.decode.slack_pages * page_tokens)
 
 
+def trimmed_rows(retention: "Retention", prompt_tokens: int, num_layers: int) -> TrimmedRows | None:
+    """The rows, after prefill, of a sequence that is trimmed; None where none are."""
+    if not isinstance(retention.decode, TrimStage):
+        return None
+    assert retention.propagate is not None, "checked by Retention"
+    stored = retention.entering_tokens(prompt_tokens, num_layers)
+    return TrimmedRows(retention.decode, retention.propagate, prompt_tokens, stored)
+
+
 def num_ring_queries(retention: "Retention") -> int:
     """Queries of the last tokens that must be remembered while a sequence decodes."""
     if retention.decode is None:
         return 0
+    if isinstance(retention.decode, TrimStage):
+        return 1
+    observed = _observed(retention)
+    return {"nothing": 0, "mass": 0, "window queries": retention.window, "last query": 1}[observed]
+
+
+def sums_mass(retention: "Retention") -> bool:
+    """Whether the attention that each stored token gets must be summed up while decoding.
+
+    Such a sequence is fed token by token, also where it is scored: only decode steps report
+    attention.
+    """
+    return isinstance(retention.decode, DecodeStage) and _observed(retention) == "mass"
+
+
+def _observed(retention: "Retention") -> str:
     assert retention.score is not None
     observed = score_method(retention.score).at_decode
     assert observed is not None, "checked by Retention"
-    return {"none": 0, "window queries": retention.window, "last query": 1}[observed]
+    return observed

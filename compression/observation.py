@@ -36,6 +36,8 @@ class Observation:
             order and bit for bit the same on every rank; None when this rank holds all heads.
         dropped_tokens: tokens of the prompt that did not enter the layer (`propagate`).
         compaction: 0 at prefill, then the number of this compaction of the sequence, from 1.
+        masses: [H, n] fp32, the attention that each key got from all queries so far, summed over
+            them and the local query heads; None where it is not at hand.
     """
 
     layer: int
@@ -53,6 +55,7 @@ class Observation:
     gather_heads_fn: Callable[[Tensor], Tensor] | None = None
     dropped_tokens: int = 0
     compaction: int = 0
+    masses: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert 0 <= self.layer < self.num_layers
@@ -70,6 +73,8 @@ class Observation:
 
     def total_mass(self) -> Tensor:
         """Attention on each key, [H, n] fp32: sum over all queries, mean over the whole group."""
+        if self.masses is not None:
+            return self._reduced(self.masses.clone()) / self.group_size
         queries = self._queries()
         assert queries.shape[0] == self.prompt_tokens, "the sum is over all queries"
         return self._mass(queries) / self.group_size
@@ -87,5 +92,7 @@ class Observation:
 
     def _mass(self, queries: Tensor) -> Tensor:
         """Attention on each key, summed over the queries and the whole group."""
-        mass = self.mass_fn(queries, self.keys)
+        return self._reduced(self.mass_fn(queries, self.keys))
+
+    def _reduced(self, mass: Tensor) -> Tensor:
         return mass if self.reduce_fn is None else self.reduce_fn(mass)

@@ -163,7 +163,7 @@ class Propagate:
         """Last tokens that every selection keeps and whose queries score the others."""
         if self.kind == "once":
             return min(self.window, prompt_tokens)
-        return 1 + _part(self.recent_ratio, prompt_tokens)
+        return 1 + part_of(self.recent_ratio, prompt_tokens)
 
     def survivors(self, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
         """Count the tokens that enter each layer; all enter layer 0, and they never grow.
@@ -178,13 +178,13 @@ class Propagate:
         if self.kind == "once":
             if layer != self._selecting_layer(num_layers):
                 return entered
-            wanted = max(_part(self.keep, prompt_tokens), self.window + self.sinks)
+            wanted = max(part_of(self.keep, prompt_tokens), self.window + self.sinks)
             return min(wanted, entered)
         recent = self.recent_tokens(prompt_tokens)
         context = entered - recent
         if context <= 0 or layer % self.interval:
             return entered
-        kept = _part(self._ratio(layer, num_layers), context)
+        kept = part_of(self._ratio(layer, num_layers), context)
         return recent + kept if kept > self.min_context else entered
 
     def _ratio(self, layer: int, num_layers: int) -> float:
@@ -198,7 +198,7 @@ class Propagate:
                     f"to {num_layers - 1}"
                 )
             return self.layer
-        return max(1, _part(self.layer, num_layers)) - 1
+        return max(1, part_of(self.layer, num_layers)) - 1
 
 
 @lru_cache(maxsize=8192)
@@ -209,7 +209,7 @@ def _survivors(propagate: Propagate, prompt_tokens: int, num_layers: int) -> tup
     return tuple(counts)
 
 
-def _part(ratio: float, count: int) -> int:
+def part_of(ratio: float, count: int) -> int:
     """`int(ratio * count)`, but 29 for 0.29 * 100, which in floating point is just below.
 
     Rounding first also makes hosts agree whose C libraries differ in the last bit of a cosine.

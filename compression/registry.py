@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .retention import Retention
 
 Scope = Literal["head", "token"]
-AtDecode = Literal["none", "window queries", "last query"]
+AtDecode = Literal["nothing", "window queries", "last query", "mass"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,8 @@ class ScoreMethod:
             last, whatever their score; at least `window`.
         at_decode: what it must be shown of the tokens that a sequence decodes, besides their keys,
             to compact rows (`decode_stage.py`): nothing, the queries of the last `window` tokens,
-            or that of the last one. None: it cannot compact, so it takes no `decode` setting.
+            that of the last one, or the attention mass that each stored token got so far. None: it
+            cannot compact, so it takes no `decode` setting.
     """
 
     function: "Callable[[Observation, Retention], Tensor]"
@@ -85,7 +86,7 @@ class BudgetShape:
 
 
 SCORES = {
-    "streaming": ScoreMethod(scores.streaming, at_decode="none"),
+    "streaming": ScoreMethod(scores.streaming, at_decode="nothing"),
     "snapkv": ScoreMethod(
         scores.snapkv,
         scores.observe_window,
@@ -93,14 +94,15 @@ SCORES = {
         min_window=1,
         at_decode="window queries",
     ),
-    "knorm": ScoreMethod(scores.knorm, at_decode="none"),
-    "random": ScoreMethod(scores.random, settings=("seed",), at_decode="none"),
+    "knorm": ScoreMethod(scores.knorm, at_decode="nothing"),
+    "random": ScoreMethod(scores.random, settings=("seed",), at_decode="nothing"),
     "h2o": ScoreMethod(
         scores.h2o,
         scores.observe_all,
         settings=("recent_ratio",),
         fixed_window=0,
         recent_tokens=scores.keep_recent,
+        at_decode="mass",
     ),
     "tova": ScoreMethod(
         scores.tova,

@@ -14,11 +14,12 @@ import numpy as np
 from saqqara.configs.schema import CONFIG_DIR, load_yaml
 
 from .budgets import MEANS
-from .decode_stage import DecodeStage
+from .decode_stage import DecodeStage, Stage, parse_stage
 from .head_profile import HeadProfile
 from .propagate import KINDS, Propagate
 from .registry import SCORES, SHAPES, budget_shape, score_method, settings_of
 from .rows import layer_tokens, row_tokens
+from .trim import TrimStage
 
 PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
@@ -66,7 +67,8 @@ class Retention:
         head_beta: at least 1: all but the head_beta-th part of the budget besides the window is
             divided equally (profile).
         propagate: which hidden states go on to the next layer; None: all.
-        decode: compact rows while decoding (`decode_stage.py`); None: they grow without bound.
+        decode: compact rows while decoding (`decode_stage.py`), or, for pyramidinfer without a
+            score, trim them (`trim.py`); None: they grow by every token.
 
     Raises:
         ValueError: a field is out of range, missing, or not read by the score and shape.
@@ -90,7 +92,7 @@ class Retention:
     profile: HeadProfile | None = None
     head_beta: float = 1.01
     propagate: Propagate | None = None
-    decode: DecodeStage | None = None
+    decode: Stage | None = None
 
     def __post_init__(self) -> None:
         if (self.score is None and self.propagate is None) != (self.method == "full"):
@@ -104,10 +106,8 @@ class Retention:
 
     def _check_unread(self) -> None:
         if self.score is None and self.decode is not None:
-            raise ValueError(
-                f"decode: {self.method!r} has no score, so nothing tells which tokens to drop"
-            )
-        read = {"method", "score", "propagate"}
+            self._check_trims()
+        read = {"method", "score", "propagate", "decode"}
         if self.score is not None:
             read |= {"shape", "share", *self._settings}
         for field in fields(self):
@@ -166,6 +166,20 @@ class Retention:
             raise ValueError(
                 f"decode: score {score!r} cannot compact rows; those that can: {', '.join(able)}"
             )
+
+    def _check_trims(self) -> None:
+        """What `decode` asks of a retention without a score."""
+        if self.propagate is None:
+            raise ValueError(
+                f"decode: {self.method!r} has no score, so nothing tells which tokens to drop"
+            )
+        if self.propagate.kind != "pyramidinfer":
+            raise ValueError(
+                f"decode: {self.method!r} has no score, so nothing tells which tokens to drop; of "
+                "what only propagates, pyramidinfer alone says how rows go on while decoding"
+            )
+        if not isinstance(self.decode, TrimStage):
+            raise ValueError(f"decode: must be a TrimStage, not {self.decode!r}")
 
     def _check_budget(self) -> None:
         if (self.budget is None) == (self.share is None):
@@ -226,23 +240,24 @@ class Retention:
 
     @classmethod
     def _from_settings(cls, given: dict[str, Any]) -> "Retention":
-        given |= {"decode": DecodeStage.parse(given.pop("decode", None))}
-        if given["decode"] is None:
-            del given["decode"]
+        decode = given.pop("decode", None)
         method = given.pop("method", None)
         if method is None and given.get("score") is None and given.get("propagate") is None:
             raise ValueError(f"method: missing; known: {_known_names()}")
         preset = {"score": None} if method is None else _named_settings(method)
         if method == "full":
-            if "decode" in given:
-                return cls(decode=given["decode"])  # which says what is wrong with it
+            if decode not in (None, False):
+                return cls(decode=DecodeStage())  # which says what is wrong with it
             if given:
                 raise ValueError(f"{next(iter(given))}: {method!r} keeps all and takes no settings")
             return cls()
         propagate, is_own = _read_propagate(preset, given)
         method = method if is_own else None
         if preset["score"] is None and given.get("score") is None:
-            return cls._without_score(method, propagate, given)
+            return cls._without_score(method, propagate, decode, given)
+        stage = parse_stage(decode, has_score=True)
+        if stage is not None:
+            given["decode"] = stage
 
         own = preset.get("score"), preset.get("shape", "uniform")
         score, shape = given.pop("score", own[0]), given.pop("shape", own[1])
@@ -270,14 +285,14 @@ class Retention:
         if settings.get("profile") is not None:
             settings["profile"] = HeadProfile.read(settings["profile"])
         if "decode" in inherited and "decode" not in given:
-            settings["decode"] = DecodeStage.parse(inherited["decode"])
+            settings["decode"] = parse_stage(inherited["decode"], has_score=True)
         if isinstance(settings.get("skip_layers"), list):
             settings["skip_layers"] = tuple(settings["skip_layers"])
         return cls(method=method, score=score, shape=shape, propagate=propagate, **settings)
 
     @classmethod
     def _without_score(
-        cls, method: str | None, propagate: Propagate | None, given: dict[str, Any]
+        cls, method: str | None, propagate: Propagate | None, decode: object, given: dict[str, Any]
     ) -> "Retention":
         """What only propagates; its settings may stand beside `method`."""
         if propagate is None:
@@ -289,30 +304,30 @@ class Retention:
                 f"budget: {method!r} keeps what enters each layer and takes none; a score (such as "
                 "'snapkv') beside it does"
             )
-        return cls(method=method, propagate=Propagate.parse(given, propagate))
+        propagate = Propagate.parse(given, propagate)
+        return cls(method=method, propagate=propagate, decode=parse_stage(decode, has_score=False))
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting that has an effect, as JSON values; `parse` reads it back."""
         propagate = {} if self.propagate is None else {"propagate": self.propagate.to_dict()}
+        decode = {} if self.decode is None else {"decode": self.decode.to_dict()}
         if self.score is None:
-            return {"method": self.method, **propagate}
+            return {"method": self.method, **propagate, **decode}
         settings = {name: getattr(self, name) for name in self._settings}
         settings["budget"] = self._budget_text if self.budget is None else self.budget
         settings["skip_layers"] = list(self.skip_layers)
         if self.profile is not None:
             settings["profile"] = self.profile.to_dict()
-        if self.decode is None:
-            del settings["decode"]
-        else:
-            settings["decode"] = self.decode.to_dict()
+        del settings["decode"]
         names = {"method": self.method, "score": self.score, "shape": self.shape}
-        return {**names, **settings, **propagate}
+        return {**names, **settings, **decode, **propagate}
 
     @property
     def label(self) -> str:
         """Short name for reports: method@budget, and what departs from the preset or defaults."""
         if self.score is None:
-            return f"{self.method}{self._propagate_text}"
+            stage = "" if self.decode is None else f",decode={self.decode.label}"
+            return f"{self.method}{self._propagate_text}{stage}"
         settings = self.to_dict()
         preset = _presets().get(self.method, {})
         usual = {k: tuple(v) if isinstance(v, list) else v for k, v in preset.items()}
@@ -324,7 +339,7 @@ class Retention:
         if self.profile is not None:
             settings["profile"] = self.profile.digest
         if self.decode is not None:
-            settings["decode"] = self.decode.slack_pages
+            settings["decode"] = self.decode.label
         changed = [
             f",{field.name}={settings[field.name]}"
             for field in fields(self)

@@ -89,7 +89,8 @@ def h2o(observation: Observation, retention: "Retention") -> Tensor:
     the recent part of their mean.
 
     H2O, arXiv 2306.14048, section 4: at the end of a prefill, its greedy eviction of the token of
-    the lowest sum, taken for the whole prompt at once.
+    the lowest sum, taken for the whole prompt at once. Each decode step adds its attention to the
+    sums of the kept tokens, and a compaction goes by these.
     """
     return observation.total_mass()
 
@@ -102,12 +103,18 @@ def tova(observation: Observation, retention: "Retention") -> Tensor:
     TOVA, arXiv 2401.06104, section 3.
     """
     num_context = observation.prompt_tokens - retention.window
-    heads = observation.all_heads(observation.window_mass()[:, :num_context])
+    mean = mean_of_heads(observation, observation.window_mass()[:, :num_context])
+    return mean.expand(len(observation.heads), num_context)
+
+
+def mean_of_heads(observation: Observation, mass_Hm: Tensor) -> Tensor:
+    """Mean over all kv heads of the layer, [m]: the same bits on every rank."""
+    heads = observation.all_heads(mass_Hm)
     # One head after the other: a rank with another sum order could select other tokens.
     total = heads[0].clone()
     for head in heads[1:]:
         total += head
-    return (total / len(heads)).expand(len(observation.heads), num_context)
+    return total / len(heads)
 
 
 def _mix32(bits: Bits) -> Bits:

@@ -1,14 +1,17 @@
-"""Which stored tokens stay when rows are compacted while a sequence decodes.
+"""Which stored tokens stay when rows are cut while a sequence decodes.
 
 Shapes: R rows of one layer, n stored tokens of each, w window tokens.
 """
 
+import torch
 from torch import Tensor
 
 from .observation import Observation
 from .registry import score_method
 from .retention import Retention
-from .select import kept_positions
+from .scores import mean_of_heads
+from .select import kept_positions, topk_positions
+from .trim import Trim
 
 
 def select_stored(retention: Retention, observation: Observation, keep: int) -> Tensor:
@@ -18,18 +21,48 @@ def select_stored(retention: Retention, observation: Observation, keep: int) -> 
     order of the text, the first are the sinks, and the last w are the last w tokens of the text,
     because every compaction keeps these. So each score means what it means at prefill: the window
     scores look at what the last w queries attend to among the stored keys, `streaming` keeps the
-    most recent, `knorm` the keys of least norm. `random` draws anew at each compaction, by the
+    most recent, `knorm` the keys of least norm, `h2o` those that all queries so far attended to
+    the most (besides the recent part of the row). `random` draws anew at each compaction, by the
     place in storage and `observation.compaction`, because the original positions are not known.
 
     Args:
-        retention: with a decode stage.
+        retention: with a decode stage and a score.
         observation: R rows of n stored tokens each, as `heads`; all of one sequence, and all its
             local heads in order, where the score's scope is more than a head.
-        keep: tokens that stay in each row, at least `window + sinks`.
+        keep: tokens that stay in each row. Where propagation left a row fewer than window and
+            sinks, the sinks and as many of the last tokens stay.
 
     Returns:
         int64 [R, keep], places in storage, ascending in each row.
     """
     assert retention.score is not None
+    num_rows, num_tokens = len(observation.heads), observation.prompt_tokens
+    recent, sinks = retention.recent_tokens(keep), retention.sinks
+    if keep <= recent + sinks:
+        places = torch.arange(num_tokens, device=observation.keys.device)
+        sinks = min(sinks, keep)
+        stays = torch.cat([places[:sinks], places[num_tokens - keep + sinks :]])
+        return stays.expand(num_rows, -1)
     scores = score_method(retention.score).function(observation, retention)
-    return kept_positions(scores, keep, retention.window, retention.sinks)
+    return kept_positions(scores[:, : num_tokens - recent], keep, recent, sinks)
+
+
+def select_trimmed(observation: Observation, trim: Trim) -> Tensor:
+    """Choose what stays of one layer of a sequence that is trimmed; all its heads keep the same.
+
+    The score of a token is the attention that the last query pays to it, as a mean over all query
+    heads: PyramidInfer's (arXiv 2405.12532) with the one query that a decode step has. Of equal
+    scores the later token wins.
+
+    Args:
+        observation: the local rows of one layer, in order, with the last query.
+        trim: what is cut.
+
+    Returns:
+        int64 [R, stored - (stop - start) + keep], places in storage, ascending in each row.
+    """
+    scores = mean_of_heads(observation, observation.window_mass())
+    chosen = topk_positions(scores[None, trim.start : trim.stop], trim.keep)[0] + trim.start
+    places = torch.arange(trim.stored, device=scores.device)
+    stays = torch.cat([places[: trim.start], chosen, places[trim.stop :]])
+    return stays.expand(len(observation.heads), -1)

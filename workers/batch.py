@@ -14,10 +14,26 @@ from torch import Tensor
 
 from .attention.base import CuSeqlens
 from .kv.store import AppendPlan, KVStore, KVView
+from .mass_sums import MassSums
 from .models.layer import QKV, Layer, Places
 from .plan import DecodeItem
 from .rings import RingWrites
 from .shard import Shard
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The decoding sequences whose attention is added to their sums.
+
+    Attributes:
+        slots: theirs, int64 [C].
+        rows: which of the decoding sequences they are, int64 [C]; None for all.
+        others: the rest, int64; None if there is no rest.
+    """
+
+    slots: NDArray[np.int64]
+    rows: Tensor | None
+    others: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -28,7 +44,8 @@ class DecodeBatch:
     In `append` the single ones come first. `rows` says which fed tokens those are, in that order;
     None where that is the plan's own order and nobody is left out. Tokens of refused slots are in
     the batch, because other ranks count on its size, but attend to nothing and are not stored.
-    `rings` says which queries are remembered for compactions; None where no sequence needs any.
+    `rings` says which queries are remembered for compactions, and `counted` whose attention is
+    summed up; None where no sequence needs any.
     """
 
     positions: NDArray[np.int64]
@@ -37,6 +54,7 @@ class DecodeBatch:
     num_single: int
     cu: CuSeqlens | None
     rings: RingWrites | None = None
+    counted: Counted | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +95,24 @@ class DecodeBatch:
         cu = CuSeqlens.of([item.num_tokens for item in several], device) if several else None
         return cls(positions, append, rows, len(single), cu)
 
+    def counted_by(self, sums: MassSums) -> Counted | None:
+        """Whose attention must be added to these sums; None for nobody's."""
+        if self.append is None:
+            return None
+        slots, device = self.append.slots, self.append.device_slots.device
+        has = sums.has(slots)
+        assert not has[self.num_single :].any(), "attention is summed up token by token"
+        if not has.any():
+            return None
+        if has.all():
+            return Counted(slots, None, None)
+        rows, others = np.flatnonzero(has), np.flatnonzero(~has[: self.num_single])
+        return Counted(
+            slots[rows],
+            torch.from_numpy(rows).to(device),
+            torch.from_numpy(others).to(device) if len(others) else None,
+        )
+
     def attend(
         self, shard: Shard, index: int, layer: Layer, hidden_TE: Tensor, places: Places
     ) -> Tensor:
@@ -92,7 +128,7 @@ class DecodeBatch:
                 q = layer.project_append(hidden_TE, places, kv.k_tokens, kv.v_tokens, refs)
                 self._remember(shard, index, q)
             with part("attention"):
-                return _decode(shard, q, kv.decode_view(self.append, index))
+                return self._decode(shard, index, q, kv.decode_view(self.append, index))
         with part("project"):
             qkv = layer.project(hidden_TE, places)
             self._remember(shard, index, qkv.q)
@@ -115,18 +151,54 @@ class DecodeBatch:
         parts = []
         if n:
             view = _narrow(kv.decode_view(self.append, index), slice(0, n))
-            parts.append(_decode(shard, q[:n], view))
+            parts.append(self._decode(shard, index, q[:n], view))
         if self.cu is not None:
             view = _narrow(kv.extend_view(self.append, index), slice(n, None))
             new = (q[n:], k[n:], v[n:])
             parts.append(shard.backend.extend(*new, self.cu, view, shard.scale))
         return torch.cat(parts)
 
+    def _decode(self, shard: Shard, index: int, q: Tensor, view: KVView) -> Tensor:
+        """Decode the single tokens; those whose attention is summed up apart from the others.
 
-def _decode(shard: Shard, q: Tensor, view: KVView) -> Tensor:
+        So nobody's output depends, not even in its rounding, on who else is in the batch.
+        """
+        counted = self.counted
+        if counted is None:
+            return _attended(shard, q, view)
+        if counted.others is None:
+            attended, masses = shard.backend.decode(q, view, shard.scale, return_mass=True)
+            shard.sums.add(counted.slots, index, masses)
+            return attended
+        assert counted.rows is not None
+        longest = int(shard.kv.table.kept[counted.slots, index].max())
+        chosen = _pick(view, counted.rows, longest)
+        attended, masses = shard.backend.decode(
+            q[counted.rows], chosen, shard.scale, return_mass=True
+        )
+        shard.sums.add(counted.slots, index, masses)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out[counted.rows] = attended
+        rest = _pick(view, counted.others, view.max_length)
+        out[counted.others] = _attended(shard, q[counted.others], rest)
+        return out
+
+
+def _attended(shard: Shard, q: Tensor, view: KVView) -> Tensor:
     attended = shard.backend.decode(q, view, shard.scale)
     assert isinstance(attended, Tensor), "no mass was asked for"
     return attended
+
+
+def _pick(view: KVView, sequences: Tensor, max_length: int) -> KVView:
+    """Some sequences of a view, none of whose rows is longer than `max_length`."""
+    max_pages = -(-max_length // view.page_tokens)
+    return replace(
+        view,
+        page_table=view.page_table[sequences, :, :max_pages].contiguous(),
+        lengths=view.lengths[sequences],
+        max_length=max_length,
+    )
 
 
 def _narrow(view: KVView, sequences: slice) -> KVView:

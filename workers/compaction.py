@@ -1,8 +1,9 @@
-"""Compacts rows that have outgrown their target while their sequences decode.
+"""Cuts rows while their sequences decode: compacts those at their limit, trims PyramidInfer's.
 
-All rows of a sequence reach their limits in the same step (`decode_stage.Cycle`). After the layers
-of that step, layer by layer, the rows of all such sequences that are scored alike are selected and
-compacted together.
+All rows of a sequence with targets reach their limits in the same step (`decode_stage.Cycle`).
+After the layers of that step, layer by layer, the rows of all such sequences that are scored alike
+are selected and compacted together. What is trimmed (`trim.TrimmedRows`) is cut sequence by
+sequence, in the layers that fire.
 
 Shapes: N sequences, R rows of one layer, n stored tokens of each, w queries, Hq local query heads,
 H local kv heads, G = Hq / H, D head dim.
@@ -16,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saqqara.compression.decode_stage import num_ring_queries
+from saqqara.compression.decode_stage import num_ring_queries, sums_mass
 from saqqara.compression.observation import Observation
 from saqqara.compression.registry import score_method
 from saqqara.compression.retention import Retention
-from saqqara.compression.stored import select_stored
+from saqqara.compression.stored import select_stored, select_trimmed
+from saqqara.compression.trim import Trim
 
 from .kv.rows import Rows, compact_rows, read_rows
 from .plan import DecodeItem
@@ -43,9 +45,16 @@ class _Firing:
 
 
 def compact(shard: Shard, items: tuple[DecodeItem, ...]) -> None:
-    """Compact the rows of those sequences that reached their limit with the items just fed."""
+    """Cut the rows of those sequences for which it is time after the items just fed."""
     firing = [f for item in items if (f := _firing(shard, item)) is not None]
-    if not firing:
+    trims = [
+        (item, trim)
+        for item in items
+        if item.slot in shard.trimmed
+        for trim in shard.trimmed[item.slot].feed(item.num_tokens)
+        if trim.layer in shard.layers
+    ]
+    if not (firing or trims):
         return
     together: dict[tuple[object, ...], list[_Firing]] = defaultdict(list)
     for number, f in enumerate(firing):
@@ -55,6 +64,8 @@ def compact(shard: Shard, items: tuple[DecodeItem, ...]) -> None:
         for group in together.values():
             for index in range(len(shard.layers)):
                 _compact_layer(shard, index, group)
+        for item, trim in trims:
+            _trim_layer(shard, item, trim)
 
 
 def _asks_ranks(shard: Shard, retention: Retention) -> bool:
@@ -63,8 +74,10 @@ def _asks_ranks(shard: Shard, retention: Retention) -> bool:
     Such sequences are selected one by one, in the same order on every rank.
     """
     assert retention.score is not None
-    scope = score_method(retention.score).scope
-    return scope != "head" or (shard.heads.replicated and num_ring_queries(retention) > 0)
+    if score_method(retention.score).scope != "head":
+        return True
+    attends = num_ring_queries(retention) > 0 or sums_mass(retention)
+    return shard.heads.replicated and attends
 
 
 def _firing(shard: Shard, item: DecodeItem) -> _Firing | None:
@@ -94,15 +107,43 @@ def _compact_layer(shard: Shard, index: int, group: list[_Firing]) -> None:
         number, heads = np.nonzero(lengths == length)
         rows = Rows(index, slots[number], heads)
         k_RND, v_RND = read_rows(shard.kv, rows)
-        queries = None
+        queries = masses = None
         if num_ring_queries(retention):
             queries = _queries(shard, index, present)[torch.from_numpy(number), heads]
-        observation = _observation(shard, index, present[0], heads, k_RND, v_RND, queries)
+        if sums_mass(retention):
+            masses = shard.sums.read(rows.slots, index, heads, length)
+        observation = _observation(
+            shard, index, heads, k_RND, v_RND, queries, masses, present[0].compaction
+        )
         indices = select_stored(retention, observation, length - slack)
         if not compact_rows(shard.kv, rows, indices):
             for slot in np.unique(rows.slots).tolist():
                 shard.refuse(slot)
             return
+        if masses is not None:
+            shard.sums.compact(rows.slots, index, heads, indices)
+
+
+def _trim_layer(shard: Shard, item: DecodeItem, trim: Trim) -> None:
+    """Cut one layer of a sequence that is trimmed; ranks whose slot is refused help the others."""
+    index, slot = trim.layer - shard.layers.start, item.slot
+    local = np.arange(len(shard.heads.kv))
+    rows = Rows(index, np.full(len(local), slot), local)
+    is_refused = slot in shard.refused
+    if not is_refused:
+        k_RND, v_RND = read_rows(shard.kv, rows)
+        assert k_RND.shape[1] == trim.stored, f"{k_RND.shape[1]} stored tokens, not {trim.stored}"
+    else:
+        if shard.mesh.layout.tensor_size == 1:
+            return
+        k_RND = v_RND = _nothing(shard, trim.stored)
+    stop = np.array([item.position + item.num_tokens])
+    ring = shard.rings.read(np.array([slot]), index, stop)[0]  # [1, Hq, D]
+    queries = ring.view(1, len(local), -1, ring.shape[-1]).transpose(0, 1)
+    observation = _observation(shard, index, local, k_RND, v_RND, queries)
+    indices = select_trimmed(observation, trim)
+    if not is_refused and not compact_rows(shard.kv, rows, indices):
+        shard.refuse(slot)
 
 
 def _queries(shard: Shard, index: int, firing: list[_Firing]) -> Tensor:
@@ -117,11 +158,12 @@ def _queries(shard: Shard, index: int, firing: list[_Firing]) -> Tensor:
 def _observation(
     shard: Shard,
     index: int,
-    first: _Firing,
     heads: Ints,
     k_RND: Tensor,
     v_RND: Tensor,
     queries_RWGD: Tensor | None,
+    masses_RN: Tensor | None = None,
+    compaction: int = 0,
 ) -> Observation:
     """What a score may look at: rows of one local layer, each with the local kv head `heads[i]`."""
     queries = None if queries_RWGD is None else queries_RWGD.transpose(0, 1).flatten(1, 2)
@@ -139,28 +181,38 @@ def _observation(
         mass_fn=lambda q, k: rows_mass(q, k, shard.scale),
         reduce_fn=shard.mesh.reduce_replicas if shard.heads.replicated else None,
         gather_heads_fn=shard.gather_heads if shard.mesh.layout.tensor_size > 1 else None,
-        compaction=first.compaction,
+        compaction=compaction,
+        masses=masses_RN,
     )
 
 
 def _join_others(shard: Shard, index: int, refused: _Firing) -> None:
     """Answer the ranks that select for a slot that this one refused and holds nothing of.
 
-    They wait for its part of the scores. What they make of it does not matter: the sequence will
-    start anew.
+    They wait for its part of the scores, row length by row length. What they make of it does not
+    matter: the sequence will start anew.
     """
-    retention, heads = refused.retention, shard.heads.kv
-    counts = retention.row_tokens(
-        refused.prompt_tokens, shard.spec.num_layers, shard.spec.num_kv_heads
-    )
-    cycle = shard.cycles[refused.slot]
-    length = int(counts[shard.layers[index], heads.start]) + cycle.most
-    dim, group = shard.spec.head_dim, len(shard.heads.query) // len(heads)
-    nothing = torch.zeros(len(heads), length, dim, device=shard.device)
-    queries = torch.zeros(len(heads), num_ring_queries(retention), group, dim, device=shard.device)
-    local = np.arange(len(heads))
-    observation = _observation(shard, index, refused, local, nothing, nothing, queries)
-    select_stored(retention, observation, length - cycle.slack)
+    retention, cycle = refused.retention, shard.cycles[refused.slot]
+    lengths = shard.after_prefill[refused.slot][index] + cycle.most
+    group, dim = len(shard.heads.query) // len(shard.heads.kv), shard.spec.head_dim
+    for length in np.unique(lengths).tolist():
+        heads = np.flatnonzero(lengths == length)
+        nothing = _nothing(shard, length)[: len(heads)]
+        queries = masses = None
+        if num_queries := num_ring_queries(retention):
+            queries = torch.zeros(len(heads), num_queries, group, dim, device=shard.device)
+        if sums_mass(retention):
+            masses = torch.zeros(len(heads), length, device=shard.device)
+        observation = _observation(
+            shard, index, heads, nothing, nothing, queries, masses, refused.compaction
+        )
+        select_stored(retention, observation, length - cycle.slack)
+
+
+def _nothing(shard: Shard, num_tokens: int) -> Tensor:
+    """Keys or values of zeros, [H, n, D]."""
+    shape = (len(shard.heads.kv), num_tokens, shard.spec.head_dim)
+    return torch.zeros(shape, device=shard.device)
 
 
 def rows_mass(q: Tensor, k: Tensor, scale: float) -> Tensor:

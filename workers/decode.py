@@ -47,7 +47,7 @@ class Decode:
                     hidden = layer.finish(hidden, attended, out=hidden)
         if not shard.mesh.is_last_stage:
             shard.mesh.send_hidden(hidden)
-        if shard.cycles:
+        if shard.cycles or shard.trimmed:
             compact(shard, items)
         return hidden if shard.mesh.is_last_stage else None
 
@@ -61,6 +61,8 @@ class Decode:
         fitting = [item for item in items if item.slot not in shard.refused]
         while (batch := DecodeBatch.reserve(shard.kv, items, fitting, shard.device)) is None:
             shard.refuse(fitting.pop().slot)
+        if shard.sums.num_open:
+            batch = replace(batch, counted=batch.counted_by(shard.sums))
         if not shard.rings.num_open:
             return batch
         slots = np.array([item.slot for item in items], dtype=np.int64)

@@ -134,7 +134,9 @@ class MemoryMeter:
         self._prefill_kv_peak = 0
         self._prefill_activation_peak = 0
 
-    def snapshot(self, parked_activation_bytes: int, ring_bytes: int = 0) -> WorkerMemory:
+    def snapshot(
+        self, parked_activation_bytes: int, ring_bytes: int = 0, mass_bytes: int = 0
+    ) -> WorkerMemory:
         """The figures of this moment."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return WorkerMemory(
@@ -142,6 +144,7 @@ class MemoryMeter:
             pool_bytes=self.pool_bytes,
             parked_activation_bytes=parked_activation_bytes,
             ring_bytes=ring_bytes,
+            mass_bytes=mass_bytes,
             prefill_kv_bytes_peak=self._prefill_kv_peak,
             prefill_activation_bytes_peak=self._prefill_activation_peak,
             resident_bytes=self._process.memory_info().rss,

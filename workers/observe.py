@@ -19,6 +19,13 @@ class Observer:
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
 
+    def all_mass(self, prompt: QKV, lse: Tensor | None) -> Tensor:
+        """Attention [H, n] that each key of a prompt gets from all its queries, on this rank.
+
+        `lse` is as for `observe`.
+        """
+        return self._shard.backend.mass(prompt.q, prompt.k, self._shard.scale, lse=lse)
+
     def observe(
         self,
         layer: int,
@@ -26,11 +33,12 @@ class Observer:
         lse: Tensor | None,
         retention: Retention,
         original_tokens: int,
+        masses: Tensor | None = None,
     ) -> Observation:
         """The tokens of a prompt that entered one layer, for a retention that drops some of them.
 
         `lse` [n, Hq] is what prefill returned of all queries, None if it did not; `original_tokens`
-        is the length of the whole prompt.
+        is the length of the whole prompt, and `masses` the `all_mass` of these tokens if known.
         """
         shard, num_tokens = self._shard, len(prompt.k)
         num_queries = min(retention.num_window_queries(original_tokens), num_tokens)
@@ -54,4 +62,5 @@ class Observer:
             reduce_fn=shard.mesh.reduce_replicas if shard.heads.replicated else None,
             gather_heads_fn=shard.gather_heads if shard.mesh.layout.tensor_size > 1 else None,
             dropped_tokens=original_tokens - num_tokens,
+            masses=masses,
         )

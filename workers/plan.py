@@ -153,13 +153,14 @@ class WorkerMemory:
     `prefill_kv_bytes` counts the pages of prompts in prefill plus the fresh keys and values of the
     layer being computed; `prefill_activation_bytes` everything else that prefill holds
     (hidden states in flight and parked, queries, attention output, MLP chunk). `ring_bytes` are the
-    queries remembered for compactions while decoding.
+    queries, and `mass_bytes` the sums of attention, remembered for compactions while decoding.
     """
 
     weight_bytes: int = 0
     pool_bytes: int = 0
     parked_activation_bytes: int = 0
     ring_bytes: int = 0
+    mass_bytes: int = 0
     prefill_kv_bytes_peak: int = 0
     prefill_activation_bytes_peak: int = 0
     resident_bytes: int = 0

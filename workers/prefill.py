@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from saqqara.compression.decode_stage import sums_mass
 from saqqara.compression.retention import Retention
 from saqqara.compression.select import select
 
@@ -275,7 +276,7 @@ class Prefill:
         for family, (start, stop) in zip(parked.families.values(), bounds, strict=True):
             prompt = qkv.part(slice(start, stop))
             prompt_lse = None if lse is None else lse[start:stop]
-            chosen: dict[Retention, Selection] = {}
+            chosen: dict[Retention, tuple[Selection, Tensor | None]] = {}
             for slot in family:
                 held = self._shard.slots[slot]
                 local_layer = layer - self._shard.layers.start
@@ -283,9 +284,28 @@ class Prefill:
                 # On every rank, refused or not: some scores are reduced over ranks.
                 if held.retention not in chosen:
                     chosen[held.retention] = self._select(layer, slot, prompt, prompt_lse)
-                self._write(local_layer, slot, prompt, chosen[held.retention])
+                indices, masses = chosen[held.retention]
+                self._remember(local_layer, slot, len(prompt.k), indices, masses)
+                self._write(local_layer, slot, prompt, indices)
         # The pages just written and the layer's fresh keys and values exist side by side.
         self._shard.meter.see_prefill(self._kv_bytes(qkv), 0)
+
+    def _remember(
+        self,
+        local_layer: int,
+        slot: int,
+        num_tokens: int,
+        indices: Selection,
+        masses: Tensor | None,
+    ) -> None:
+        """Note what compactions while decoding start from, on every rank, refused or not."""
+        shard = self._shard
+        if slot not in shard.cycles:
+            return
+        counts = num_tokens if indices is None else [len(head) for head in indices]
+        shard.after_prefill[slot][local_layer] = counts
+        if masses is not None:
+            shard.sums.store(slot, local_layer, masses, indices, shard.cycles[slot].most)
 
     def _write(self, local_layer: int, slot: int, prompt: QKV, indices: Selection) -> None:
         """Write the chosen tokens of one layer to a slot's pages, if they fit."""
@@ -295,11 +315,19 @@ class Prefill:
         if not shard.kv.write(slot, local_layer, prompt.k, prompt.v, indices):
             shard.refuse(slot)
 
-    def _select(self, layer: int, slot: int, prompt: QKV, lse: Tensor | None) -> Selection:
-        """Which of the tokens that entered each kv head keeps, or None for all; see `select`."""
+    def _select(
+        self, layer: int, slot: int, prompt: QKV, lse: Tensor | None
+    ) -> tuple[Selection, Tensor | None]:
+        """Which of the tokens that entered each kv head keeps, or None for all; see `select`.
+
+        Where compactions will go by sums of attention, also what all of these tokens got, [H, n].
+        """
         spec, held = self._shard.spec, self._shard.slots[slot]
+        masses = self._observer.all_mass(prompt, lse) if sums_mass(held.retention) else None
         rows = held.retention.row_tokens(held.prompt_tokens, spec.num_layers, spec.num_kv_heads)
         if rows[layer].min() == len(prompt.k):
-            return None
-        observation = self._observer.observe(layer, prompt, lse, held.retention, held.prompt_tokens)
-        return select(held.retention, observation)
+            return None, masses
+        observation = self._observer.observe(
+            layer, prompt, lse, held.retention, held.prompt_tokens, masses
+        )
+        return select(held.retention, observation), masses

@@ -11,13 +11,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saqqara.compression.decode_stage import Cycle, cycle_of, num_ring_queries
+from saqqara.compression.decode_stage import (
+    Cycle,
+    DecodeStage,
+    cycle_of,
+    num_ring_queries,
+    sums_mass,
+    trimmed_rows,
+)
 from saqqara.compression.retention import Retention
+from saqqara.compression.trim import TrimmedRows
 from saqqara.configs.schema import EngineConfig
 
 from .attention.base import get_backend
 from .clock import StepClock
 from .kv.store import KVStore
+from .mass_sums import MassSums
 from .memory import (
     MemoryMeter,
     choose_device,
@@ -49,6 +58,9 @@ class Shard:
         heads: this rank's query and kv heads.
         refused: slots whose tokens did not fit; this rank holds nothing of them.
         cycles: when the rows of a slot are compacted, for the slots with a decode stage.
+        trimmed: how long the rows of a slot are, for the slots that are trimmed instead.
+        after_prefill: what prefill selected for the slots in `cycles`, refused or not: int32
+            [local layers, local kv heads].
         clock: time spent in the current step, by phase.
     """
 
@@ -89,6 +101,8 @@ class Shard:
         self.meter = MemoryMeter(self.decoder.weight_bytes())
         self.refused: set[int] = set()
         self.cycles: dict[int, Cycle] = {}
+        self.trimmed: dict[int, TrimmedRows] = {}
+        self.after_prefill: dict[int, NDArray[np.int32]] = {}
         self.clock = StepClock()
         self.kv = self._make_pool(sum(len(heads.kv) for heads in all_heads))
         self.meter.pool_bytes = self.kv.num_pages * self.kv.page_bytes
@@ -100,6 +114,7 @@ class Shard:
             self.dtype,
             self.device,
         )
+        self.sums = MassSums(config.max_num_seqs, len(self.layers), len(self.heads.kv), self.device)
 
     def _load_decoder(self) -> Decoder:
         config = self.config
@@ -125,7 +140,9 @@ class Shard:
             local_rows=len(self.layers) * len(self.heads.kv),
             all_rows=spec.num_layers * heads_of_all_ranks,
             max_row_tokens=self.max_model_len,
-            step_bytes=measure_step(self) + self._ring_bytes() if self.device.type == "cuda" else 0,
+            step_bytes=measure_step(self) + self._stage_bytes()
+            if self.device.type == "cuda"
+            else 0,
         )
         return KVStore(
             num_layers=len(self.layers),
@@ -139,12 +156,20 @@ class Shard:
             device=self.device,
         )
 
-    def _ring_bytes(self) -> int:
-        """Bytes of every slot's ring under the engine's own retention."""
+    def _stage_bytes(self) -> int:
+        """Bytes of every slot's ring and sums under the engine's own retention."""
         retention = Retention.parse(self.config.retention, self.config.budget)
         query_bytes = len(self.heads.query) * self.spec.head_dim * self.dtype.itemsize
-        num_queries = self.config.max_num_seqs * num_ring_queries(retention)
-        return num_queries * len(self.layers) * query_bytes
+        slot_bytes = num_ring_queries(retention) * len(self.layers) * query_bytes
+        if sums_mass(retention):
+            assert isinstance(retention.decode, DecodeStage)
+            rows = retention.row_tokens(
+                self.max_model_len, self.spec.num_layers, self.spec.num_kv_heads
+            )
+            slack = retention.decode.slack_pages * self.config.page_tokens
+            num_rows = len(self.layers) * len(self.heads.kv)
+            slot_bytes += 4 * num_rows * (int(rows.max()) + slack)
+        return self.config.max_num_seqs * slot_bytes
 
     def info(self, hostname: str, pid: int, log_file: str | None) -> WorkerInfo:
         """What the scheduler and the start-up log want to know."""
@@ -178,12 +203,21 @@ class Shard:
         cycle = cycle_of(new.retention, new.prompt_tokens, self.config.page_tokens)
         if cycle is not None:
             self.cycles[new.slot] = cycle
-            self.rings.open(new.slot, num_ring_queries(new.retention))
+            shape = (len(self.layers), len(self.heads.kv))
+            self.after_prefill[new.slot] = np.zeros(shape, dtype=np.int32)
+        trimmed = trimmed_rows(new.retention, new.prompt_tokens, self.spec.num_layers)
+        if trimmed is not None:
+            self.trimmed[new.slot] = trimmed
+        self.rings.open(new.slot, num_ring_queries(new.retention))
+        if sums_mass(new.retention):
+            self.sums.open(new.slot)
 
     def free(self, slot: int) -> None:
         """Take back a slot and all its pages."""
-        self.cycles.pop(slot, None)
+        for of_slot in (self.cycles, self.trimmed, self.after_prefill):
+            of_slot.pop(slot, None)
         self.rings.close(slot)
+        self.sums.close(slot)
         self.kv.free(slot)
         self.slots.free(slot)
         self.refused.discard(slot)

@@ -113,7 +113,9 @@ class Worker:
             pages_free=shard.kv.pages_free,
             prefill_layer_tokens=self._prefill.take_layer_tokens(),
             seconds=shard.clock.seconds,
-            memory=shard.meter.snapshot(self._prefill.parked_bytes, shard.rings.num_bytes),
+            memory=shard.meter.snapshot(
+                self._prefill.parked_bytes, shard.rings.num_bytes, shard.sums.num_bytes
+            ),
         )
 
     def trace(self) -> list[Span]:

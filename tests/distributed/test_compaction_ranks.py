@@ -1,12 +1,12 @@
-"""Ranks that hold the same kv head compact its rows together, each with a part of the scores.
+"""Ranks that share a model compact its rows exactly as one rank does.
 
-Both run the same plans; what each stores at the end, and the tokens that were sampled on the way,
-are compared with one process. Other layouts are in `numerics/test_method_suite.py`.
+Each case spawns its ranks once. They run the same plans; what each stores at the end, and the
+tokens that the last stage sampled on the way, are compared with one process.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import multiprocessing as mp
+import traceback
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,34 @@ import numpy as np
 import pytest
 import torch
 from support.plans import new_sequence, prefill_plan
-from support.ranks import Store, run_ranks
 from support.tiny import VOCAB, save_tiny
 
+from saqqara.cluster.ledger import Ledger
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.mesh import MeshLayout
+from saqqara.workers.mesh import MeshLayout, start_store
 from saqqara.workers.plan import DecodeItem, StepPlan
 from saqqara.workers.worker import Worker
 
 PAGE, SLACK_PAGES = 4, 2
 NUM_STEPS = 31
-METHODS = ("pyramidkv", "snapkv", "random")
+PROFILE = {
+    f"{layer}-{head}": [float(1 + (layer + head) % 4)] for layer in range(3) for head in range(6)
+}
+OWN = {"window": 8}
+METHODS: tuple[tuple[str, dict[str, Any], int], ...] = (  # name, settings, prompt tokens
+    ("pyramidkv", OWN, 45),
+    ("snapkv", OWN, 30),
+    ("random", OWN, 33),
+    ("h2o", {}, 40),
+    ("h2o-adaptive", {}, 12),
+    ("ada-pyramidkv", OWN, 41),
+    ("headkv", {"profile": PROFILE, "head_beta": 2.0, **OWN}, 35),
+    ("published", {}, 60),
+    ("stored", {}, 50),
+)
+RAGGED = (5, 6)
+TRIMMED = (7, 8)
 
 
 @dataclass
@@ -37,29 +53,57 @@ class Outcome:
 
     tokens: list[tuple[int, int]]
     rows: dict[tuple[int, int, int], Any]
+    kept: dict[int, Any] = field(default_factory=dict)
     refused: list[int] = field(default_factory=list)
+
+
+def retention_of(slot: int) -> Retention:
+    name, own, _ = METHODS[slot]
+    if slot in TRIMMED:
+        stage = {"trigger": name, "exceed": 6}
+        propagate = {"sinks": 2, "min_context": 4, "rho": 0.5}
+        return Retention.parse({"method": "pyramidinfer", "decode": stage, **propagate})
+    decode = {"slack_pages": SLACK_PAGES}
+    return Retention.parse({"method": name, "budget": 20, "sinks": 2, "decode": decode, **own})
 
 
 def run_plans(worker: Worker) -> Outcome:
     """Sequences of every method at once; their compactions coincide for some and not for others."""
     rng = np.random.default_rng(0)
     new = []
-    for slot, prompt_tokens in enumerate((45, 30, 33)):
-        settings = {"method": METHODS[slot], "budget": 20, "window": 8, "sinks": 2}
-        retention = Retention.parse(settings | {"decode": {"slack_pages": SLACK_PAGES}})
+    for slot, (_, _, prompt_tokens) in enumerate(METHODS):
         prompt = (3 + rng.permutation(VOCAB - 3)[:prompt_tokens]).tolist()
-        new.append(new_sequence(slot, prompt, retention=retention))
+        new.append(new_sequence(slot, prompt, retention=retention_of(slot)))
     results = [worker.execute(prefill_plan(worker, [n])) for n in new]
+    info = worker.info
+    spec = worker.spec
+    whole = replace(
+        info,
+        rank=1,
+        start_layer=0,
+        stop_layer=spec.num_layers,
+        start_head=0,
+        stop_head=spec.num_kv_heads,
+        num_pages=10**6,
+    )
+    ledger = Ledger([replace(info, rank=0), whole], len(new))  # what it says of this rank counts
+    for n in new:
+        ledger.admit(n.slot, ledger.demand(n.retention, n.prompt_tokens), n.prompt_tokens)
+        [kept] = results[n.slot].kept
+        ledger.set_kept(n.slot, 0, kept.counts)
+        ledger.advance_prefill([n.slot], info.stop_layer)
     for step in range(NUM_STEPS):
-        # The last one rests now and then, so that not all rows are compacted together.
+        # The third one rests now and then, so that not all rows are compacted together.
         items = [
-            DecodeItem(n.slot, n.prompt_tokens + (step if n.slot < 2 else step - step // 4))
+            DecodeItem(n.slot, n.prompt_tokens + (step if n.slot != 2 else step - step // 4))
             for n in new
-            if n.slot < 2 or step % 4 != 3
+            if n.slot != 2 or step % 4 != 3
         ]
         results.append(worker.execute(StepPlan(step, decode=tuple(items))))
         worker.check_integrity()
-    info = worker.info
+        ledger.append(np.array([i.slot for i in items]), np.ones(len(items), dtype=np.int64))
+        ledger.settle()
+        assert worker.kv.pages_free == info.num_pages - ledger.allocated()[0]
     rows = {
         (n.slot, layer, head): torch.cat(
             worker.kv.read(n.slot, layer - info.start_layer, head - info.start_head), dim=1
@@ -69,7 +113,7 @@ def run_plans(worker: Worker) -> Outcome:
         for head in range(info.start_head, info.stop_head)
     }
     tokens = [(s.slot, s.token_id) for r in results for s in r.sampled]
-    return Outcome(tokens, rows)
+    return Outcome(tokens, rows, {n.slot: worker.kv.kept(n.slot) for n in new})
 
 
 def run_short_of_pages(worker: Worker, rank: int) -> list[int]:
@@ -86,58 +130,98 @@ def run_short_of_pages(worker: Worker, rank: int) -> list[int]:
     return refused
 
 
-LAYOUT = MeshLayout(tensor_size=2)
+CASES = {
+    "two stages": ("llama-gqa", MeshLayout(1, 2)),
+    "two and one kv heads": ("llama-gqa", MeshLayout(2, 1)),
+    "one kv head on both ranks": ("llama-mqa", MeshLayout(2, 1)),
+}
 
 
-def config_of(folder: Path) -> EngineConfig:
+def config_of(name: str, folder: Path) -> EngineConfig:
     return EngineConfig(
-        model=str(folder),
+        model=str(folder / name),
         dtype="float32",
         device="cpu",
-        max_num_seqs=4,
+        max_num_seqs=len(METHODS),
         page_tokens=PAGE,
         num_threads=1,
         kv_memory_gib=0.01,
     )
 
 
-def _run_rank(folder: Path, rank: int, stores: Sequence[Store]) -> Outcome:
-    worker = Worker(config_of(folder), LAYOUT, rank, stores[0])
-    outcome = run_plans(worker)
-    outcome.refused = run_short_of_pages(worker, rank)
-    worker.close()
-    return outcome
+def _run_rank(
+    rank: int, folder: Path, ports: dict[str, int], results: "mp.Queue[tuple[int, Any]]"
+) -> None:
+    torch.set_num_threads(1)
+    outcome: Any = {}
+    try:
+        for case, (name, layout) in CASES.items():
+            config = config_of(name, folder)
+            worker = Worker(config, layout, rank, store=("127.0.0.1", ports[case]))
+            outcome[case] = run_plans(worker)
+            outcome[case].refused = run_short_of_pages(worker, rank)
+            worker.close()
+    except BaseException:
+        outcome = RuntimeError(f"rank {rank}:\n{traceback.format_exc()}")
+    results.put((rank, outcome))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    save_tiny("llama-mqa", folder)
+    for name in ("llama-gqa", "llama-mqa"):
+        save_tiny(name, folder / name)
     return folder
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder: Path) -> list[Outcome]:
-    """What both ranks end with."""
-    return run_ranks(partial(_run_rank, folder), LAYOUT.world_size)
+def outcomes(folder: Path) -> dict[str, list[Outcome]]:
+    """What both ranks of every case end with; one pair of processes runs all cases."""
+    stores = {case: start_store() for case in CASES}
+    ports = {case: store.port for case, store in stores.items()}
+    context = mp.get_context("spawn")
+    results: mp.Queue[tuple[int, Any]] = context.Queue()
+    processes = [
+        context.Process(target=_run_rank, args=(rank, folder, ports, results)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        by_rank = dict(results.get(timeout=120) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(timeout=20)
+            if process.is_alive():
+                process.kill()
+    for rank in range(2):
+        if isinstance(by_rank[rank], RuntimeError):
+            raise by_rank[rank]
+    return {case: [by_rank[0][case], by_rank[1][case]] for case in CASES}
 
 
-def test_replicas_of_a_kv_head_equal_one_rank(folder: Path, outcomes: list[Outcome]) -> None:
-    expected = run_plans(Worker.local(config_of(folder)))
-    for outcome in outcomes:
-        assert outcome.rows.keys() == expected.rows.keys()
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_equals_one_rank(
+    case: str, folder: Path, outcomes: dict[str, list[Outcome]]
+) -> None:
+    expected = run_plans(Worker.local(config_of(CASES[case][0], folder)))
+    for outcome in outcomes[case]:
         for row, stored in outcome.rows.items():
             # Sums over ranks are in another order; another kept token would differ by about 1.
             np.testing.assert_allclose(stored, expected.rows[row], atol=2e-3, rtol=0)
-    assert [o.tokens for o in outcomes if o.tokens] == [expected.tokens]
-    mean = np.mean([len(row) for row in expected.rows.values()])
-    assert 20 <= mean < 20 + SLACK_PAGES * PAGE
+    assert {row for o in outcomes[case] for row in o.rows} == expected.rows.keys()
+    assert [o.tokens for o in outcomes[case] if o.tokens] == [expected.tokens]
+    lengths = {slot: np.mean(kept) for slot, kept in expected.kept.items()}
+    assert all(20 <= lengths[slot] < 20 + SLACK_PAGES * PAGE for slot in range(7))
+    if case == "two and one kv heads":
+        # A rank that had cut its own rows to their mean would differ here.
+        assert all(np.ptp(expected.kept[slot], axis=1).any() for slot in RAGGED)
+    assert all(lengths[slot] < METHODS[slot][2] + NUM_STEPS for slot in TRIMMED)
 
 
 def test_a_rank_that_refused_a_sequence_does_not_hold_up_its_replicas(
-    outcomes: list[Outcome],
+    outcomes: dict[str, list[Outcome]],
 ) -> None:
     """They wait for its part of the scores, until the scheduler takes the sequence away."""
-    first, second = outcomes
+    first, second = outcomes["one kv head on both ranks"]
     assert first.refused == []
     assert second.refused == [1]  # what it held is enough for the other one

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from saqqara.compression.decode_stage import DecodeStage
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import (
     DecodeItem,
@@ -349,6 +350,7 @@ class FakeReplica:
         if retention.decode is None:
             return
         assert retention.budget is not None
+        assert isinstance(retention.decode, DecodeStage), "the books know no other stage"
         slack = retention.decode.slack_pages * self._infos[0].page_tokens
         most = max(retention.budget - prompt_tokens, 0) + slack
         grown = 0

@@ -3,19 +3,28 @@
 Plain loops that feed one token at a time are the oracle of the closed forms.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_replica import FakeReplica, make_workers, next_token
 
 from saqqara.cluster.ledger import Ledger
 from saqqara.cluster.request import Request, SamplingParams
 from saqqara.cluster.scheduler import Scheduler
-from saqqara.compression.decode_stage import DecodeStage, cycle_of, num_ring_queries
+from saqqara.compression.decode_stage import (
+    DecodeStage,
+    cycle_of,
+    num_ring_queries,
+    sums_mass,
+)
 from saqqara.compression.retention import Retention
+from saqqara.compression.trim import TrimStage
 from saqqara.workers.compaction import rows_mass
+from saqqara.workers.mass_sums import MassSums
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 from saqqara.workers.rings import QueryRings
 
@@ -106,9 +115,186 @@ def test_only_scores_that_look_at_queries_need_rings() -> None:
     sizes = {m: num_ring_queries(retention(m)) for m in ("snapkv", "knorm", "streaming", "random")}
     assert sizes == {"snapkv": 3, "knorm": 0, "streaming": 0, "random": 0}
     assert num_ring_queries(Retention.parse({"method": "snapkv", "budget": 64})) == 0
+    h2o = Retention.parse({"method": "h2o", "budget": 64, "decode": True})
+    assert num_ring_queries(h2o) == 0
+    assert sums_mass(h2o)
+    assert not sums_mass(retention("snapkv"))
+    assert not sums_mass(Retention.parse({"method": "h2o", "budget": 64}))
+    assert num_ring_queries(trimming("stored")) == 1
 
 
-# Rings
+def trimming(trigger: str, exceed: int = 16, **settings: object) -> Retention:
+    stage = {"trigger": trigger, "exceed": exceed}
+    return Retention.parse({"method": "pyramidinfer", "decode": stage} | settings)
+
+
+def test_pyramidinfer_has_a_stage_of_its_own() -> None:
+    parsed = trimming("published", 8)
+    assert parsed.decode == TrimStage("published", 8)
+    assert parsed.label == "pyramidinfer,decode=published/8"
+    assert Retention.parse(parsed.to_dict()) == parsed
+    assert Retention.parse({"method": "pyramidinfer", "decode": True}).decode == TrimStage()
+    assert Retention.parse({"method": "pyramidinfer", "decode": False}).decode is None
+    # With a score on top its rows have targets, and are compacted to them.
+    scored = {"method": "snapkv", "budget": 64, "propagate": "pyramidinfer", "decode": True}
+    assert Retention.parse(scored).decode == DecodeStage()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"method": "pyramidinfer", "decode": {"slack_pages": 2}},
+            r"decode.slack_pages: not a setting; allowed: trigger, exceed \(slack_pages is for",
+        ),
+        (
+            {"method": "snapkv", "budget": 64, "decode": {"trigger": "stored"}},
+            r"decode.trigger: not a setting; allowed: slack_pages \(slack_pages is for methods",
+        ),
+        (
+            {
+                "method": "snapkv",
+                "budget": 64,
+                "propagate": "pyramidinfer",
+                "decode": {"exceed": 16},
+            },
+            "decode.exceed: not a setting; allowed: slack_pages",
+        ),
+        ({"method": "once", "decode": True}, "decode: 'once' has no score"),
+        ({"method": "full", "decode": {"trigger": "stored"}}, "decode: 'full' has no score"),
+        (
+            {"method": "pyramidinfer", "decode": {"trigger": "always"}},
+            "decode.trigger: must be 'stored' or 'published', not 'always'",
+        ),
+        (
+            {"method": "pyramidinfer", "decode": {"exceed": 1}},
+            "decode.exceed: must be an integer of at least 2",
+        ),
+        ({"method": "pyramidinfer", "decode": 16}, "decode: must be a mapping such as {'trigger'"),
+    ],
+)
+def test_stages_of_the_other_kind_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Retention.parse(settings)
+
+
+def trimmed_by_hand(
+    trigger: str, exceed: int, stored: list[int], prompt_tokens: int, num_fed: int
+) -> list[tuple[list[int], list[int]]]:
+    """Lengths by layer, at the peak of each fed token's step and after it; sinks 4, recent 0.2."""
+    num_layers, after_cut, lengths = len(stored), list(stored), []
+    for seen in range(prompt_tokens + 1, prompt_tokens + num_fed + 1):
+        stored = [length + 1 for length in stored]
+        peak, recent = list(stored), stored[0] * 2 // 10
+        for layer, length in enumerate(peak):
+            since = (length if trigger == "stored" else seen - recent) - after_cut[layer]
+            if since < exceed or length - 1 - recent - exceed < 4:
+                continue
+            share = 0.1 + 0.9 * (1 + math.cos(math.pi * layer / num_layers)) / 2
+            stored[layer] = after_cut[layer] = length - exceed + max(int(0.9 * exceed * share), 1)
+        lengths.append((peak, list(stored)))
+    return lengths
+
+
+@settings(max_examples=40)
+@given(
+    trigger=st.sampled_from(["stored", "published"]),
+    exceed=st.integers(2, 20),
+    prompt_tokens=st.integers(1, 300),
+    rho=st.sampled_from([0.2, 0.6, 0.9]),
+    reserved=st.integers(0, 60),
+    pieces=st.lists(st.integers(1, 9), max_size=60),
+)
+def test_trimmed_rows_are_charged_layer_by_layer(
+    trigger: str, exceed: int, prompt_tokens: int, rho: float, reserved: int, pieces: list[int]
+) -> None:
+    workers = make_workers(100_000, stages=(4, 3), head_ranges=((0, 2), (2, 3)), page_tokens=4)
+    ledger = Ledger(workers, 2)
+    settings = trimming(trigger, exceed, rho=rho, min_context=8)
+    demand = ledger.demand(settings, prompt_tokens)
+    rows = list(settings.entering_tokens(prompt_tokens, 7))
+    by_hand = trimmed_by_hand(trigger, exceed, rows, prompt_tokens, max(sum(pieces), reserved))
+
+    def pages(lengths: list[int]) -> list[int]:
+        return [pages_of(np.array([lengths] * 3).T, worker) for worker in workers]
+
+    most = np.max([pages(rows), *(pages(peak) for peak, _ in by_hand[:reserved])], axis=0)
+    assert ledger.pages_needed(demand, reserved).tolist() == most.tolist()
+    ledger.admit(1, demand, prompt_tokens, reserved)
+    ledger.advance_prefill([1], 7)
+    assert (100_000 - ledger.free).tolist() == most.tolist()
+    fed = 0
+    for piece in pieces:
+        room = ledger.room(1)
+        assert room is not None
+        assert room >= 1
+        num = min(piece, room)
+        # No layer is cut before the last token of what may be fed at once.
+        assert all(peak == after for peak, after in by_hand[fed : fed + num - 1])
+        charged = 100_000 - ledger.free
+        slots, nums = np.array([1]), np.array([num])
+        fed += num
+        peak, after = by_hand[fed - 1]
+        expected = np.maximum(pages(peak), charged)
+        assert (charged + ledger.append_cost(slots, nums)[0]).tolist() == expected.tolist()
+        ledger.append(slots, nums)
+        assert (100_000 - ledger.free).tolist() == expected.tolist()
+        ledger.settle()
+        assert ledger.kept(1).tolist() == [[length] * 3 for length in after]
+        assert ledger.allocated().tolist() == pages(after)
+        charges = most.tolist() if fed < reserved else pages(after)
+        assert (100_000 - ledger.free).tolist() == charges
+    ledger.set_refused(1, 2)
+    assert ledger.free[2] == 100_000
+    ledger.release(1)
+    assert (ledger.free == 100_000).all()
+    assert ledger.room(1) is None
+
+
+# Rings and sums
+
+
+def test_sums_follow_their_tokens_through_storage() -> None:
+    """Against a dictionary of lists; slots come and go, and rows have lengths of their own."""
+    generator = torch.Generator().manual_seed(1)
+    sums = MassSums(3, 2, 2, torch.device("cpu"))
+    expected: dict[tuple[int, int], list[float]] = {}
+    masses = torch.rand(2, 9, generator=generator)
+    for slot, indices in ((2, [torch.tensor([0, 3, 8]), torch.tensor([1, 2, 4, 5])]), (0, None)):
+        sums.open(slot)
+        sums.store(slot, 1, masses, indices, more_tokens=4)
+        for head in range(2):
+            start = masses[head] if indices is None else masses[head, indices[head]]
+            expected[slot, head] = start.tolist()
+    assert sums.has(np.array([0, 1, 2])).tolist() == [True, False, True]
+    assert sums.num_bytes == 2 * 2 * 2 * (9 + 4) * 4  # layers, slots, heads, tokens, fp32
+    for _ in range(4):
+        step = torch.zeros(2, 2, 20)
+        for i, slot in enumerate((0, 2)):
+            for head in range(2):
+                row = expected[slot, head]
+                row.append(0.0)
+                new = torch.rand(len(row), generator=generator)
+                step[i, head, : len(row)] = new
+                expected[slot, head] = [a + b for a, b in zip(row, new.tolist(), strict=True)]
+        sums.add(np.array([0, 2]), 1, step)
+    slots, heads = np.array([2, 0]), np.array([1, 0])
+    chosen = torch.tensor([[0, 2, 5, 7], [1, 2, 11, 12]])
+    sums.compact(slots, 1, heads, chosen)
+    for slot, head, places in ((2, 1, chosen[0]), (0, 0, chosen[1])):
+        stays = [expected[slot, head][j] for j in places.tolist()]
+        expected[slot, head] = [*stays, 0.0, 0.0, 0.0]
+    for (slot, head), row in expected.items():
+        got = sums.read(np.array([slot]), 1, np.array([head]), len(row))[0]
+        # Added in single precision there, in double precision here.
+        torch.testing.assert_close(got, torch.tensor(row), atol=1e-6, rtol=0)
+    assert not sums.read(np.array([0, 2]), 0, np.array([0, 1]), 13).any()
+    sums.close(2)
+    sums.open(1)
+    assert not sums.read(np.array([1, 1]), 1, np.array([0, 1]), 13).any()
+    for slot in range(3):
+        sums.close(slot)
+    assert sums.num_bytes == sums.num_open == 0
 
 
 def test_a_ring_holds_the_last_queries_of_its_slot() -> None:
