@@ -179,8 +179,8 @@ def measure_step(folder: Path, bandwidth: float, graphs: str) -> Row:
     worker = Worker.local(
         EngineConfig.model_validate(
             {"model": str(folder), "load_format": "dummy", "dtype": "bfloat16", "device": GPU.type,
-             "max_num_seqs": SEQUENCES, "max_prefill_tokens": KEPT, "cuda_graphs": graphs, "attention_backend": "triton",
-             "kv_memory_gib": 12.0}
+             "max_num_seqs": SEQUENCES, "max_prefill_tokens": KEPT, "cuda_graphs": graphs,
+             "attention_backend": "triton", "kv_memory_gib": 12.0}
         )
     )  # fmt: skip
     prompt = [number % 31000 for number in range(KEPT)]

@@ -118,7 +118,8 @@ class DeviceDecode:
             self._step(inputs_3B, longest)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory):
+        # Other threads of the process may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
             hidden_BE = self._step(inputs_3B, longest)
         self._graphs[size] = graph, inputs_3B, hidden_BE
 
