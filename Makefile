@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check prove format dashboards validate-manifests clean
+.PHONY: help demo test check prove gpu-check format dashboards validate-manifests clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 20
@@ -28,6 +28,9 @@ check: $(INSTALLED) ## Check format, lint and types, then run all tests
 
 prove: $(INSTALLED) ## The longer proofs: parity on the real model, also through Ray (10 minutes)
 	$(BIN)/pytest -m slow tests/slow
+
+gpu-check: ## Prove and measure the GPU path on this machine's GPU, with the python of PYTHON
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_check.py
 
 format: $(INSTALLED) ## Format the code and fix what lint can fix
 	$(BIN)/ruff check --fix .

@@ -9,9 +9,6 @@ from numbers import Integral
 from types import TracebackType
 from typing import Any, Literal, Self, cast, overload
 
-from rich.console import Console
-from rich.progress import Progress
-
 from saqqara.compression.retention import Retention
 
 from .client import EngineDeadError, EngineRequest
@@ -312,6 +309,9 @@ def _progress(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
     if not wanted or not sys.stderr.isatty():
         yield lambda: None
         return
+    from rich.console import Console
+    from rich.progress import Progress
+
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("requests", total=total)
         yield lambda: bar.advance(task)

@@ -61,6 +61,9 @@ class EngineConfig(BaseModel):
     linear_backend: Literal["auto", "torch", "native"] = Field(
         "auto", description="'native': our own bf16 CPU kernels, compiled once per machine."
     )
+    cuda_graphs: Literal["auto", "off"] = Field(
+        "auto", description="'auto': replay recorded decode steps on a GPU; 'off': launch each."
+    )
     tensor_parallel_size: int = Field(1, ge=1)
     pipeline_parallel_size: int = Field(1, ge=1)
     layer_split: tuple[int, ...] | None = Field(

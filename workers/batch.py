@@ -19,6 +19,7 @@ from .models.layer import QKV, Layer, Places
 from .plan import DecodeItem
 from .rings import RingWrites
 from .shard import Shard
+from .transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class DecodeBatch:
                 np.arange(first[item.slot], first[item.slot] + item.num_tokens)
                 for item in single + several
             ]
-            rows = torch.from_numpy(np.concatenate(order)).to(device)
+            rows = to_device(np.concatenate(order), device)
         cu = CuSeqlens.of([item.num_tokens for item in several], device) if several else None
         return cls(positions, append, rows, len(single), cu)
 

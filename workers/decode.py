@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
+from . import device_decode
 from .batch import DecodeBatch
 from .compaction import compact
 from .plan import DecodeItem
@@ -21,6 +22,7 @@ class Decode:
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
+        self._on_device = device_decode.make(shard)
         self._awaited: deque[list[Target]] = deque()
 
     def run(self, items: tuple[DecodeItem, ...]) -> Tensor | None:
@@ -32,6 +34,10 @@ class Decode:
         if not items:
             return None
         shard = self._shard
+        if self._on_device is not None and self._on_device.takes(items):
+            hidden = self._on_device.run(items)
+            if hidden is not None:
+                return hidden
         with shard.clock.phase("reserve"):
             batch = self._reserve(items)
         if shard.decoder.embedding is not None:
@@ -50,6 +56,11 @@ class Decode:
         if shard.cycles or shard.trimmed:
             compact(shard, items)
         return hidden if shard.mesh.is_last_stage else None
+
+    def warm_up(self) -> None:
+        """Record what can be recorded before the first request."""
+        if self._on_device is not None:
+            self._on_device.record_all()
 
     def expect(self, targets: list[Target]) -> None:
         """Note that the last stage will send the tokens of these targets (first stage only)."""

@@ -4,6 +4,7 @@ Shapes: S sampled positions, T decoded tokens, M scored tokens of one sequence, 
 V vocabulary.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from .mesh import Mesh
 from .models.decoder import Decoder, chunks
 from .plan import SampledToken, ScoredTokens, StepPlan
 from .slots import SlotTable, Target, ended
+from .transfer import to_device
 
 SCORE_CHUNK_TOKENS = 256  # bounds the logits of scoring: 256 x V fp32
 
@@ -41,19 +43,17 @@ class Head:
         """
         if not targets:
             return []
-        hidden = [finals[t.slot] for t in targets if t.slot in finals]
-        if decoded_TE is not None:
-            ends = _last_rows(plan)
-            hidden += [decoded_TE[ends[t.slot]] for t in targets if t.slot in ends]
-        logits_SV = self._decoder.logits(torch.stack(hidden))
+        logits_SV = self._decoder.logits(_sampled_rows(plan, targets, finals, decoded_TE))
         sampled = sample(
             logits_SV,
             [self._slots[t.slot].sampling for t in targets],
             [t.position for t in targets],
             [TokenHistory(self._slots.prompt(t.slot), self._slots.output(t)) for t in targets],
         )
-        token_ids = torch.tensor([token for token, _ in sampled], device=logits_SV.device)
-        agreed = self._mesh.broadcast(token_ids).tolist()
+        agreed = [token for token, _ in sampled]
+        if self._mesh.layout.tensor_size > 1:
+            token_ids = torch.tensor(agreed, device=logits_SV.device)
+            agreed = self._mesh.broadcast(token_ids).tolist()
         for target, token in zip(targets, agreed, strict=True):
             self._slots.put_token(target, token)
         return [
@@ -102,6 +102,22 @@ class Head:
         return ScoredTokens(
             slot, position, tuple(logprobs), tuple(ranks), tuple(top_ids), tuple(top_logprobs)
         )
+
+
+def _sampled_rows(
+    plan: StepPlan, targets: list[Target], finals: dict[int, Tensor], decoded_TE: Tensor | None
+) -> Tensor:
+    """The hidden states [S, E] of the targets: first of ended prefills, then of decoded tokens."""
+    parts = [finals[t.slot][None] for t in targets if t.slot in finals]
+    if decoded_TE is not None:
+        ends = _last_rows(plan)
+        rows = [ends[t.slot] for t in targets if t.slot in ends]
+        if rows == list(range(len(decoded_TE))):
+            parts.append(decoded_TE)
+        elif rows:
+            chosen = to_device(np.array(rows, dtype=np.int64), decoded_TE.device)
+            parts.append(decoded_TE.index_select(0, chosen))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _last_rows(plan: StepPlan) -> dict[int, int]:

@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .transfer import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class RingWrites:
@@ -156,4 +158,4 @@ class QueryRings:
         return end
 
     def _to_device(self, places: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(places).to(self._buffer.device, non_blocking=True)
+        return to_device(places, self._buffer.device)

@@ -42,6 +42,7 @@ from .plan import NewSequence, WorkerInfo
 from .rings import QueryRings
 from .slots import SlotTable
 from .step_size import measure_step
+from .transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class Shard:
             head_dim=spec.head_dim,
             dtype=self.dtype,
             device=self.device,
+            kernels=True if self.backend.name == "triton" else None,
         )
 
     def _stage_bytes(self) -> int:
@@ -244,4 +246,4 @@ class Shard:
 
     def to_device(self, values: NDArray[np.integer]) -> Tensor:
         """An int64 tensor of these numbers on this rank's device."""
-        return torch.from_numpy(values.astype(np.int64)).to(self.device, non_blocking=True)
+        return to_device(values.astype(np.int64), self.device)

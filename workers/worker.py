@@ -136,6 +136,7 @@ class Worker:
         """Leave the process groups."""
         self._shard.mesh.close()
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Run one small sequence through prefill and decode, so the first request is not slower."""
         shard = self._shard
@@ -147,6 +148,7 @@ class Worker:
         self.execute(StepPlan(-2, new=(new,), prefill=(group,)))
         self.execute(StepPlan(-1, decode=(DecodeItem(0, length),)))
         self.execute(StepPlan(0, free=(0,)))
+        self._decode.warm_up()
         shard.meter.reset_peaks()
 
     def _kept(self, plan: StepPlan) -> tuple[KeptCounts, ...]:

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, Protocol, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saqqara.workers.kv.store import KVView
+from saqqara.workers.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class CuSeqlens:
         host = (0, *accumulate(int(length) for length in lengths))
         return cls(
             host=host,
-            device=torch.tensor(host, dtype=torch.int32).to(device, non_blocking=True),
+            device=to_device(np.array(host, dtype=np.int32), device),
             max_len=max(lengths, default=0),
         )
 
@@ -178,6 +180,11 @@ _BACKENDS = {  # name: (module in this package, class); imported when asked for
     "reference": ("reference", "ReferenceAttention"),
     "torch": ("sdpa", "TorchAttention"),
     "cpu": ("cpu", "CpuAttention"),
+    "triton": ("triton", "TritonAttention"),
+}
+_UNAVAILABLE = {  # name: the module whose `unavailable_reason(device, dtype)` says what is missing
+    "cpu": "cpu",
+    "triton": "triton",
 }
 
 
@@ -201,8 +208,8 @@ def get_backend(
     if chosen not in _BACKENDS:
         known = ", ".join(["auto", *_BACKENDS])
         raise ValueError(f"attention_backend: no backend {name!r}; known: {known}")
-    if chosen == "cpu" and (missing := _cpu_unavailable(device, dtype)) is not None:
-        raise ValueError(f"attention_backend='cpu' cannot be had here: {missing}")
+    if (missing := _unavailable(chosen, device, dtype)) is not None:
+        raise ValueError(f"attention_backend={chosen!r} cannot be had here: {missing}")
     module, class_name = _BACKENDS[chosen]
     backend_class = getattr(importlib.import_module(f".{module}", __package__), class_name)
     backend: AttentionBackend = backend_class()
@@ -210,15 +217,24 @@ def get_backend(
 
 
 def _choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    name = str(dtype).removeprefix("torch.")
     if device.type == "cpu" and dtype == torch.bfloat16:
-        missing = _cpu_unavailable(device, dtype)
+        missing = _unavailable("cpu", device, dtype)
         if missing is None:
             return "cpu", "auto: native kernels for bfloat16"
         return "torch", f"auto: no native kernels ({missing})"
-    return "torch", f"auto: {str(dtype).removeprefix('torch.')} on {device.type}"
+    if device.type == "cuda":
+        missing = _unavailable("triton", device, dtype)
+        if missing is None:
+            return "triton", f"auto: {name} on a GPU"
+        return "torch", f"auto: no Triton kernels ({missing})"
+    return "torch", f"auto: {name} on {device.type}"
 
 
-def _cpu_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    from .cpu import unavailable_reason
-
-    return unavailable_reason(device, dtype)
+def _unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this machine cannot run a backend, or None if it can."""
+    if name not in _UNAVAILABLE:
+        return None
+    module = importlib.import_module(f".{_UNAVAILABLE[name]}", __package__)
+    reason: str | None = module.unavailable_reason(device, dtype)
+    return reason

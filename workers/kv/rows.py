@@ -67,6 +67,11 @@ def compact_rows(kv: KVStore, rows: Rows, indices: Tensor) -> bool:
         shared = entries[pool.refcount[table.flat_pages[entries]] > 1]
         if len(shared) > pool.num_free + np.count_nonzero(pool.refcount[surplus] == 1):
             return False
+    if kv.moves is not None and not pool.any_shared:
+        kv.moves.compact(first, indices.reshape(-1), np.full(num_rows, keep, dtype=np.int32))
+        pool.release(surplus)
+        table.set_rows_kept(rows.slots, rows.layer, rows.heads, keep)
+        return True
 
     # Pages are filled up with their last token, so that no stale NaN stays in them.
     last = indices[:, -1:].expand(-1, num_keep * page_tokens - keep)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .integrity import check_integrity
+from .moves import KernelMoves, kernels_can_move
 from .pool import PagePool
 from .table import RowTable, spans
 
@@ -86,6 +87,8 @@ class KVStore:
         device: where the pages live.
         mirrored: keep separate device copies of the tables; default: only where the device is not
             the host (tests set it to check the copies).
+        kernels: move tokens with Triton kernels, not with torch's index operations; default: only
+            on a GPU, where they run.
 
     Raises:
         ValueError: a size that is not positive, naming it.
@@ -103,6 +106,7 @@ class KVStore:
         dtype: torch.dtype,
         device: torch.device,
         mirrored: bool | None = None,
+        kernels: bool | None = None,
     ) -> None:
         self.num_layers = num_layers
         self.num_heads = num_heads
@@ -111,6 +115,9 @@ class KVStore:
         self.table = RowTable(
             num_slots, num_layers, num_heads, max_row_tokens, page_tokens, device, mirrored
         )
+        if kernels is None:
+            kernels = device.type == "cuda" and kernels_can_move(device)
+        self.moves = KernelMoves(self.pool, self.table) if kernels else None
         self.k_tokens = self.pool.k_pages.view(-1, head_dim)
         self.v_tokens = self.pool.v_pages.view(-1, head_dim)
 
@@ -173,6 +180,10 @@ class KVStore:
         pages = self.pool.allocate(total)
         table.set_pages(spans(table.first_entry[slot, layer], needed), pages)
         table.set_layer_kept(slot, layer, counts)
+        if self.moves is not None:
+            chosen = None if indices is None else _concatenate(indices)
+            self.moves.fill(pages, counts, k, v, chosen)
+            return True
         nth, head = _fill(counts, needed * self.page_tokens)
         if indices is None:
             source = to_device(nth * num_heads + head)
@@ -200,6 +211,26 @@ class KVStore:
             The plan for `append` and the views, or None, with nothing changed, if the pages do not
             suffice.
         """
+        grown = self._grow(slots, num_new)
+        return None if grown is None else self._append_plan(slots, num_new, *grown)
+
+    def grow(self, slots: NDArray[np.int64]) -> bool:
+        """Reserve room for one new token of each slot, for a step that finds it on the device.
+
+        The token goes to place `length - 1` of each row, as the device's tables then say.
+
+        Args:
+            slots: different slots, int64 [N].
+
+        Returns:
+            False, with nothing changed, if the pages do not suffice.
+        """
+        return self._grow(slots, np.ones(len(slots), dtype=np.int64)) is not None
+
+    def _grow(
+        self, slots: NDArray[np.int64], num_new: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]] | None:
+        """Lengthen rows: their first table entries, and lengths before and after, [N, L, H]."""
         table, pool = self.table, self.pool
         assert len(set(slots.tolist())) == len(slots), f"a slot appears twice: {slots}"
         assert num_new.min() >= 1, num_new
@@ -225,7 +256,7 @@ class KVStore:
             table.set_pages(entries, pages)
             pool.clear(table.to_device(pages.astype(np.int64)))
         table.set_kept(slots, after)
-        return self._append_plan(slots, num_new, first, before, after)
+        return first, before, after
 
     def _append_plan(
         self,
@@ -285,6 +316,9 @@ class KVStore:
 
     def append(self, plan: AppendPlan, layer: int, k: Tensor, v: Tensor) -> None:
         """Store the new keys and values of one layer, [T, H, D] in the order of the plan."""
+        if self.moves is not None:
+            self.moves.append(k, v, plan.refs[layer])
+            return
         dim = k.shape[-1]
         refs = plan.refs[layer].view(-1)
         self.k_tokens.index_copy_(0, refs, k.reshape(-1, dim))
@@ -372,6 +406,11 @@ class KVStore:
         shared = rewritten[pool.refcount[table.flat_pages[rewritten]] > 1]
         if len(shared) > pool.num_free + np.count_nonzero(pool.refcount[surplus] == 1):
             return False
+        if self.moves is not None and not pool.any_shared:
+            self.moves.compact(first, _concatenate(indices), counts)
+            pool.release(surplus)
+            table.set_layer_kept(slot, layer, counts)
+            return True
         source = self._tokens_to_move(slot, layer, indices, start, counts)
         k, v = self.k_tokens.index_select(0, source), self.v_tokens.index_select(0, source)
         pool.release(surplus)

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saqqara.workers.transfer import to_device
+
 
 class RowTable:
     """Page table and kept length of every row, on the host and on the device.
@@ -115,7 +117,7 @@ class RowTable:
 
     def to_device(self, values: NDArray[np.generic]) -> Tensor:
         """The same numbers as a tensor on the device; on a CPU they share memory."""
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        return to_device(values, self.device)
 
 
 def spans(starts: NDArray[np.int64], counts: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -1,0 +1,111 @@
+"""A worker with the Triton backend computes what one with torch's does, in Triton's interpreter.
+
+Decode goes through the device's own step here (`workers/device_decode.py`), launched kernel by
+kernel: what a CUDA graph would replay.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is for Linux only", allow_module_level=True)
+
+from support.tiny import save_tiny
+
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.device_decode import ladder
+from saqqara.workers.plan import (
+    DecodeItem,
+    NewSequence,
+    PrefillGroup,
+    SamplingSpec,
+    StepPlan,
+)
+from saqqara.workers.worker import Worker
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled: see gpu_check"
+)
+PROMPTS = ([5, 9, 30, 2, 8, 77, 41, 12, 64, 3, 91, 17, 55, 4], list(range(20, 51)), [7])
+
+
+def greedy(folder: Path, backend: str, retention: Retention, **settings: Any) -> list[list[int]]:
+    """Four tokens after each prompt; the second sequence joins when the first decodes."""
+    config = {"dtype": "float32", "device": "cpu", "max_num_seqs": 4, "page_tokens": 4, **settings}
+    worker = Worker.local(EngineConfig(model=str(folder), attention_backend=backend, **config))
+    tokens: list[list[int]] = [[] for _ in PROMPTS]
+    spec = SamplingSpec(temperature=0.0)
+    layers = worker.spec.num_layers
+    for step in range(5):
+        new: tuple[NewSequence, ...] = ()
+        prefill: tuple[PrefillGroup, ...] = ()
+        decode = tuple(
+            DecodeItem(slot, len(prompt) + len(tokens[slot]) - 1)
+            for slot, prompt in enumerate(PROMPTS)
+            if tokens[slot]
+        )
+        if step < 2:
+            joining = (0,) if step == 0 else (1, 2)
+            new = tuple(
+                NewSequence(
+                    slot,
+                    b"".join(t.to_bytes(4, "little") for t in PROMPTS[slot]),
+                    len(PROMPTS[slot]),
+                    spec,
+                    retention,
+                )
+                for slot in joining
+            )
+            prefill = (PrefillGroup(joining, 0, layers),)
+        result = worker.execute(StepPlan(step + 1, new=new, prefill=prefill, decode=decode))
+        worker.check_integrity()
+        assert not result.refused
+        for sampled in result.sampled:
+            tokens[sampled.slot].append(sampled.token_id)
+    return tokens
+
+
+@interpreted
+@pytest.mark.parametrize("retention", ["full", "snapkv"])
+def test_tokens_are_those_of_the_torch_backend(retention: str, tmp_path: Path) -> None:
+    save_tiny("llama-gqa", tmp_path, num_layers=2)
+    method = Retention.parse(
+        "full" if retention == "full" else {"score": "snapkv", "window": 4},
+        None if retention == "full" else 12,
+    )
+    expected = greedy(tmp_path, "torch", method)
+    assert greedy(tmp_path, "triton", method) == expected
+    assert [len(tokens) for tokens in expected] == [5, 4, 4]
+
+
+def test_the_ladder_ends_at_the_largest_batch() -> None:
+    assert ladder(1) == (1,)
+    assert ladder(5) == (1, 2, 4, 5)
+    assert ladder(64)[-2:] == (56, 64)
+    assert ladder(10_000)[-1] == 512
+    for top in (3, 64, 100, 300, 512):
+        sizes = ladder(top)
+        assert list(sizes) == sorted(set(sizes))
+        assert sizes[-1] == top
+
+
+def test_the_core_engine_loads_without_the_cluster_packages() -> None:
+    """A bare GPU machine has torch, triton and transformers, but neither Ray nor a command line."""
+    absent = "ray typer rich matplotlib gguf fastapi uvicorn"
+    code = f"""
+import sys
+for name in {absent!r}.split():
+    sys.modules[name] = None
+import saqqara.cluster.client, saqqara.cluster.llm, saqqara.workers.worker
+import saqqara.evaluation.kernel_checks
+from saqqara import LLM
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,157 @@
+"""The Triton kernels, run by Triton's interpreter, agree with the float32 oracle.
+
+The checks are those that `benchmarks/gpu_check.py` runs on a GPU; `evaluation/kernel_checks.py` has
+them. The interpreter is slow and has no bfloat16, so here are few seeds, in float32 and float16.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is for Linux only", allow_module_level=True)
+
+from saqqara.evaluation.kernel_checks import CHECKS
+from saqqara.workers.attention.base import get_backend
+from saqqara.workers.kv.rows import Rows, compact_rows
+from saqqara.workers.kv.store import KVStore
+
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled: see gpu_check"
+)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "seed"), [(name, n) for name in CHECKS for n in range(1 if "mass" in name else 2)]
+)
+def test_kernel(name: str, seed: int) -> None:
+    CHECKS[name](CPU, torch.float32, seed)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["decode", "decode and append", "extend", "compact"])
+def test_kernel_in_half_precision(name: str) -> None:
+    CHECKS[name](CPU, torch.float16, 7)
+
+
+@interpreted
+def test_a_check_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token too few of each row: the oracle must not agree."""
+    from saqqara.workers.kernels import decode
+
+    right = decode.decode
+
+    def wrong(q: torch.Tensor, rows: decode.PagedRows, *args: object, **kwargs: object) -> object:
+        shorter = decode.PagedRows(
+            rows.k_pages,
+            rows.v_pages,
+            rows.page_table,
+            (rows.lengths - 1).clamp(min=0),
+            rows.max_length,
+        )
+        return right(q, shorter, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decode, "decode", wrong)
+    with pytest.raises(AssertionError, match="deviates"):
+        CHECKS["decode"](CPU, torch.float32, 0)
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(2))
+def test_a_store_moved_by_kernels_holds_what_the_other_holds(seed: int) -> None:
+    """The same random life of some slots, twice: tables, lengths and contents stay equal."""
+    numbers = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    page_tokens = int(numbers.choice([4, 16]))
+    stores = [
+        KVStore(2, 2, 4, 80, page_tokens, 96, 8, torch.float32, CPU, mirrored=True, kernels=kernels)
+        for kernels in (False, True)
+    ]
+    for _ in range(30):
+        slot, layer = int(numbers.integers(4)), int(numbers.integers(2))
+        kept = stores[0].kept(slot)
+        action = numbers.choice(["write", "append", "compact", "rows", "fork", "free"])
+        target = int(numbers.integers(4))
+        can_fork = target != slot and not stores[0].kept(target).any()
+        n = int(numbers.integers(1, 40))
+        k, v = torch.randn(n, 2, 8), torch.randn(n, 2, 8)
+        chosen = [_subset(numbers, n) for _ in range(2)]
+        places = [_subset(numbers, int(length)) for length in kept[layer]]
+        head_places = _subset(numbers, int(kept[layer, 0]))[None]
+        num_new = int(numbers.integers(1, 5))
+        answers = []
+        for store in stores:
+            answer: object = None
+            if action == "write" and not kept[layer].any():
+                answer = store.write(slot, layer, k, v, chosen if n % 2 else None)
+            elif action == "append" and kept.max() + num_new <= 96:
+                plan = store.begin_append(np.array([slot]), np.array([num_new]))
+                if plan is not None:
+                    fresh = torch.Generator().manual_seed(n)
+                    for each in range(2):
+                        new = torch.randn(2, num_new, 2, 8, generator=fresh)
+                        store.append(plan, each, new[0], new[1])
+                answer = plan is None
+            elif action == "compact":
+                answer = store.compact(slot, layer, places)
+            elif action == "rows" and head_places.numel():
+                rows = Rows(layer, np.array([slot]), np.array([0]))
+                answer = compact_rows(store, rows, head_places)
+            elif action == "fork" and can_fork:
+                store.fork(slot, target)
+            elif action == "free":
+                store.free(slot)
+            answers.append(answer)
+        assert answers[0] == answers[1], action
+        for store in stores:
+            store.check_integrity()
+        _assert_same(*stores)
+
+
+def _subset(numbers: np.random.Generator, n: int) -> torch.Tensor:
+    count = int(numbers.integers(0, n + 1))
+    return torch.from_numpy(np.sort(numbers.choice(n, count, replace=False)))
+
+
+def _assert_same(one: KVStore, other: KVStore) -> None:
+    assert np.array_equal(one.table.kept, other.table.kept)
+    for slot, layer, head in np.ndindex(*one.table.kept.shape):
+        for x, y in zip(one.read(slot, layer, head), other.read(slot, layer, head), strict=True):
+            assert torch.equal(x, y), (slot, layer, head)
+
+
+def test_the_backend_says_why_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"attention_backend='triton'.*the device is cpu"):
+        get_backend("triton", CPU, torch.float32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="the interpreter has no bfloat16"):
+        get_backend("triton", CPU, torch.bfloat16)
+    backend, reason = get_backend("triton", CPU, torch.float32)
+    assert (backend.name, reason) == ("triton", "attention_backend='triton'")
+
+
+def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
+    """Triton compiles for a GPU that is not there, so mistakes that the interpreter forgives show.
+
+    In a process of its own: this one's kernels are interpreted.
+    """
+    script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = set(done.stdout.split())
+    assert compiled == {
+        "_decode_kernel", "_merge_kernel", "_token_mass_kernel", "_attend_kernel",
+        "_queries_kernel", "_keys_kernel", "_fill_kernel", "_append_kernel", "_compact_kernel",
+    }  # fmt: skip

@@ -1,0 +1,107 @@
+"""Attention in Triton kernels for GPUs: paged decode, extension and masses; flash for prompts.
+
+Scores, softmax and sums are float32. The softmax weights are rounded to the dtype of the values
+before they meet them, as in flash attention; masses use the unrounded weights.
+
+A decoded row depends on that row only, to the last bit: how it is cut is decided by its length.
+
+Shapes: T packed tokens, N sequences, Hq local query heads, H local kv heads, D head dim.
+"""
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Literal, overload
+
+import torch
+from torch import Tensor
+
+from saqqara.workers.kv.store import KVView
+
+from .base import CuSeqlens
+from .fresh import FreshAttention
+
+if TYPE_CHECKING:
+    from saqqara.workers.kernels.decode import PagedRows
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `TritonAttention` cannot be used here, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype not in _DTYPES:
+        return f"it computes bfloat16, float16 and float32, not {dtype}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "the interpreter has no bfloat16" if dtype == torch.bfloat16 else None
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, this is {capability[0]}.{capability[1]}"
+    return None
+
+
+class TritonAttention:
+    """Triton kernels. Arguments and results are those of `AttentionBackend`.
+
+    Head dims go up to 256. With TRITON_INTERPRET=1 the kernels run on any device, slowly and in
+    float32 or float16: that is how they are tested without a GPU.
+    """
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        from saqqara.workers.kernels import attend, decode, mass
+
+        self._attend, self._decode, self._mass = attend, decode, mass
+        self._fresh = FreshAttention()
+
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_q: CuSeqlens, cu_k: CuSeqlens, scale: float
+    ) -> Tensor:
+        """Causal attention of the last queries of each sequence over its keys."""
+        if cu_q.host == cu_k.host:
+            return self._fresh(q, k, v, cu_k, scale)
+        lengths = zip(cu_q.lengths, cu_k.lengths, strict=True)
+        assert all(queries <= keys for queries, keys in lengths), "more queries than keys"
+        return self._attend.attend(q, k, v, cu_q.device, cu_k.device, cu_q.max_len, scale)
+
+    def extend(
+        self, q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, view: KVView, scale: float
+    ) -> Tensor:
+        """Attention of new tokens over what their rows keep, then over the new ones up to each."""
+        rows = None if view.max_length == 0 else self._rows(view)
+        return self._attend.attend(q, k, v, cu.device, cu.device, cu.max_len, scale, rows)
+
+    @overload
+    def decode(
+        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def decode(
+        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def decode(
+        self, q: Tensor, view: KVView, scale: float, return_mass: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of one query per sequence over what its rows keep, read once from the pages."""
+        out, mass = self._decode.decode(q, self._rows(view), scale, return_mass=return_mass)
+        return out if mass is None else (out, mass)
+
+    def mass(
+        self, q_window: Tensor, k: Tensor, scale: float, query_weights: Tensor | None = None
+    ) -> Tensor:
+        """Attention that each key gets from the last queries, summed over them and the group."""
+        num_queries, num_keys = len(q_window), len(k)
+        assert num_queries <= num_keys, f"{num_queries} queries of {num_keys} tokens"
+        ends = torch.arange(2, dtype=torch.int32, device=k.device)
+        bounds = (ends * num_queries, ends * num_keys, num_queries, num_keys)
+        return self._mass.mass(q_window, k, *bounds, scale, query_weights)
+
+    def _rows(self, view: KVView) -> "PagedRows":
+        return self._decode.PagedRows(
+            view.k_pages, view.v_pages, view.page_table, view.lengths, view.max_length
+        )

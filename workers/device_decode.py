@@ -1,0 +1,171 @@
+"""Decode steps whose every input is a tensor on the device, replayed as CUDA graphs.
+
+A step of one new token per sequence reads tokens, positions and slots from one small tensor, and
+lengths and pages from the store's device tables, which are authoritative there: the kernels find
+each new token's place by themselves. So one recorded graph per batch size serves every step, and
+the host only says who takes part. Batches are padded up to the next size of a ladder; a padding
+row has slot -1, stores nothing and attends to nothing.
+
+Shapes: T sequences of a step, B the ladder's size for them, E hidden size.
+"""
+
+import logging
+from bisect import bisect_left
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .plan import DecodeItem
+from .shard import Shard
+from .transfer import to_device
+
+logger = logging.getLogger(__name__)
+
+_LARGEST = 512
+
+
+def ladder(max_num_seqs: int) -> tuple[int, ...]:
+    """Batch sizes to record graphs for: fine steps where padding costs most, then coarser ones."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, _LARGEST + 1, 64)]
+    top = min(max_num_seqs, _LARGEST)
+    return (*(size for size in sizes if size < top), top)
+
+
+class DeviceDecode:
+    """Decodes one token per sequence, with as little as possible done by the host.
+
+    Args:
+        shard: of a single rank, with the Triton attention backend.
+        use_graphs: replay recorded graphs; else every kernel is launched by the host.
+    """
+
+    def __init__(self, shard: Shard, use_graphs: bool) -> None:
+        from saqqara.workers.kernels import decode
+
+        self._shard = shard
+        self._kernel = decode
+        self._use_graphs = use_graphs
+        self._sizes = ladder(shard.config.max_num_seqs)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graph_memory = torch.cuda.graph_pool_handle() if use_graphs else None
+
+    def takes(self, items: tuple[DecodeItem, ...]) -> bool:
+        """Whether these items are a plain step: one token each, nothing refused or observed."""
+        shard = self._shard
+        return all(
+            item.num_tokens == 1
+            and item.slot not in shard.refused
+            and item.slot not in shard.cycles
+            for item in items
+        )
+
+    def run(self, items: tuple[DecodeItem, ...]) -> Tensor | None:
+        """Feed the items' tokens; hidden states [T, E], or None where the pages do not suffice.
+
+        What it returns is overwritten by the next step.
+        """
+        shard = self._shard
+        slots = np.array([item.slot for item in items], dtype=np.int64)
+        with shard.clock.phase("reserve"):
+            if not shard.kv.grow(slots):
+                return None
+        with shard.clock.phase("decode"):
+            tokens = shard.slots.feed(items).astype(np.int64)
+            positions = np.array([item.position for item in items], dtype=np.int64)
+            inputs = np.stack([tokens, positions, slots])
+            place = bisect_left(self._sizes, len(items))
+            if not self._use_graphs or place == len(self._sizes):
+                longest = int(shard.kv.table.kept[slots].max())
+                return self._step(to_device(inputs, shard.device), longest)
+            return self._replay(self._sizes[place], inputs)
+
+    def record_all(self) -> None:
+        """Record the graph of every batch size, the largest first, so that they share memory."""
+        if not self._use_graphs:
+            return
+        before = torch.cuda.memory_reserved(self._shard.device)
+        for size in reversed(self._sizes):
+            self._record(size)
+        spent = torch.cuda.memory_reserved(self._shard.device) - before
+        logger.info(
+            "recorded decode graphs for batches of %s: %.0f MiB",
+            ", ".join(map(str, self._sizes)),
+            spent / 2**20,
+        )
+
+    def _replay(self, size: int, inputs_3T: NDArray[np.int64]) -> Tensor:
+        if size not in self._graphs:
+            self._record(size)
+        graph, inputs_3B, hidden_BE = self._graphs[size]
+        num = inputs_3T.shape[1]
+        padded = _padding(size)
+        padded[:, :num] = inputs_3T
+        inputs_3B.copy_(to_device(padded, self._shard.device))
+        graph.replay()
+        return hidden_BE[:num]
+
+    def _record(self, size: int) -> None:
+        """Record one step; all of its rows are padding, so it changes no page."""
+        device = self._shard.device
+        inputs_3B = to_device(_padding(size), device).clone()
+        longest = self._shard.max_model_len
+        # Kernels are compiled, and libraries set up, before anything is recorded.
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self._step(inputs_3B, longest)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+            hidden_BE = self._step(inputs_3B, longest)
+        self._graphs[size] = graph, inputs_3B, hidden_BE
+
+    def _step(self, inputs_3T: Tensor, longest: int) -> Tensor:
+        """All layers, [T, E]; `longest` bounds the rows' lengths."""
+        shard, table = self._shard, self._shard.kv.table
+        pool, decoder = self._shard.kv.pool, self._shard.decoder
+        tokens, positions, slots = inputs_3T.unbind()
+        assert decoder.embedding is not None, "the only rank has the embedding"
+        hidden = decoder.embedding(tokens)
+        places = decoder.places(positions)
+        for index, layer in enumerate(decoder.layers):
+            q, k, v = layer.project(hidden, places)
+            rows = self._kernel.PagedRows(
+                pool.k_pages,
+                pool.v_pages,
+                table.device_pages[:, index],
+                table.device_kept[:, index],
+                longest,
+                slots,
+            )
+            attended, _ = self._kernel.decode(q, rows, shard.scale, new=(k, v))
+            hidden = layer.finish(hidden, attended, out=hidden)
+        return hidden
+
+
+def _padding(size: int) -> NDArray[np.int64]:
+    """Inputs of a batch without sequences: token 0 at position 0 of slot -1, int64 [3, B]."""
+    inputs = np.zeros((3, size), dtype=np.int64)
+    inputs[2] = -1
+    return inputs
+
+
+def make(shard: Shard) -> DeviceDecode | None:
+    """The device's own decode step, or None where this rank decodes in the general way."""
+    if shard.backend.name != "triton":
+        return None
+    if shard.mesh.layout.world_size > 1:
+        logger.info("decode: launched by the host, because ranks exchange data in every layer")
+        return None
+    if shard.device.type != "cuda":
+        reason = f"the device is {shard.device.type}"
+    elif shard.config.cuda_graphs == "off":
+        reason = "cuda_graphs='off'"
+    else:
+        logger.info("decode: CUDA graphs")
+        return DeviceDecode(shard, use_graphs=True)
+    logger.info("decode: launched by the host (%s)", reason)
+    return DeviceDecode(shard, use_graphs=False)
