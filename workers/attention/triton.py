@@ -57,15 +57,51 @@ class TritonAttention:
         self._attend, self._decode, self._mass = attend, decode, mass
         self._fresh = FreshAttention()
 
+    @overload
     def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_q: CuSeqlens, cu_k: CuSeqlens, scale: float
-    ) -> Tensor:
-        """Causal attention of the last queries of each sequence over its keys."""
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Causal attention of the last queries of each sequence over its keys.
+
+        No normalisers: `mass` makes those of the few queries that it is asked for.
+        """
         if cu_q.host == cu_k.host:
-            return self._fresh(q, k, v, cu_k, scale)
-        lengths = zip(cu_q.lengths, cu_k.lengths, strict=True)
-        assert all(queries <= keys for queries, keys in lengths), "more queries than keys"
-        return self._attend.attend(q, k, v, cu_q.device, cu_k.device, cu_q.max_len, scale)
+            out = self._fresh(q, k, v, cu_k, scale)
+        else:
+            lengths = zip(cu_q.lengths, cu_k.lengths, strict=True)
+            assert all(queries <= keys for queries, keys in lengths), "more queries than keys"
+            out = self._attend.attend(q, k, v, cu_q.device, cu_k.device, cu_q.max_len, scale)
+        return (out, None) if return_lse else out
 
     def extend(
         self, q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, view: KVView, scale: float
@@ -92,14 +128,20 @@ class TritonAttention:
         return out if mass is None else (out, mass)
 
     def mass(
-        self, q_window: Tensor, k: Tensor, scale: float, query_weights: Tensor | None = None
+        self,
+        q_window: Tensor,
+        k: Tensor,
+        scale: float,
+        query_weights: Tensor | None = None,
+        lse: Tensor | None = None,
+        num_columns: int | None = None,
     ) -> Tensor:
         """Attention that each key gets from the last queries, summed over them and the group."""
         num_queries, num_keys = len(q_window), len(k)
         assert num_queries <= num_keys, f"{num_queries} queries of {num_keys} tokens"
         ends = torch.arange(2, dtype=torch.int32, device=k.device)
         bounds = (ends * num_queries, ends * num_keys, num_queries, num_keys)
-        return self._mass.mass(q_window, k, *bounds, scale, query_weights)
+        return self._mass.mass(q_window, k, *bounds, scale, query_weights, lse)[:, :num_columns]
 
     def _rows(self, view: KVView) -> "PagedRows":
         return self._decode.PagedRows(

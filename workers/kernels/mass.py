@@ -123,6 +123,7 @@ def mass(
     max_k: int,
     scale: float,
     query_weights: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attention that each key gets from the last queries of its sequence.
 
@@ -135,6 +136,7 @@ def mass(
         max_k: the most keys of a sequence.
         scale: factor of the scores.
         query_weights: float32 [Tq], a factor for each query; None: 1.
+        lse: float32 [Tq, H G], the log-sum-exp of each query's scores; None: computed first.
 
     Returns:
         float32 [H, Tk]: causal softmax attention, summed over the queries and the group.
@@ -151,15 +153,17 @@ def mass(
     query_blocks = -(-max_q * group // block)
     # Few queries would leave most of the device idle; many keep it busy by themselves.
     splits = min(_MAX_SPLITS, -(-max_k // _SPLIT_KEYS)) if query_blocks <= _MAX_SPLITS else 1
-    lse = torch.empty(splits, num_queries, num_query_heads, dtype=torch.float32, device=q.device)
     strides = (*q.stride()[:2], *k.stride()[:2])
     sizes = {"H": num_heads, "G": group, "D": dim, "BLOCK_D": padded(dim)}
     blocks = {"BLOCK_M": block, "BLOCK_N": side}
-    _queries_kernel[query_blocks * splits, num_heads, num_sequences](
-        q, k, lse, cu_q, cu_k, num_queries, *strides, scale * LOG2_E,
-        SPLITS=splits, num_warps=4, num_stages=2, **sizes, **blocks,
-    )  # fmt: skip
-    lse = lse[0] if splits == 1 else lse.logsumexp(dim=0)
+    if lse is None:
+        parts = q.new_empty(splits, num_queries, num_query_heads, dtype=torch.float32)
+        _queries_kernel[query_blocks * splits, num_heads, num_sequences](
+            q, k, parts, cu_q, cu_k, num_queries, *strides, scale * LOG2_E,
+            SPLITS=splits, num_warps=4, num_stages=2, **sizes, **blocks,
+        )  # fmt: skip
+        lse = parts[0] if splits == 1 else parts.logsumexp(dim=0)
+    lse = lse.contiguous()
     weights = lse if query_weights is None else query_weights.float().contiguous()
     _keys_kernel[-(-max_k // side), num_heads, num_sequences](
         q, k, lse, weights, result, cu_q, cu_k, num_keys, *strides, scale * LOG2_E,
