@@ -171,6 +171,7 @@ class Engine:
             ValueError: the request cannot be served; nothing else has changed.
         """
         sampling = sampling_params or SamplingParams()
+        self._check_token_ids("logit_bias", tuple(sampling.logit_bias or ()))
         token_ids = self._tokenize("prompt", prompt, messages)
         request = Request(
             request_id=request_id,
