@@ -171,7 +171,12 @@ class Engine:
             ValueError: the request cannot be served; nothing else has changed.
         """
         sampling = sampling_params or SamplingParams()
-        self._check_token_ids("logit_bias", tuple(sampling.logit_bias or ()))
+        for token_id in sampling.logit_bias or ():
+            if token_id >= self._vocab_size:
+                raise ValueError(
+                    f"logit_bias: {token_id} is no token of the model; they are 0 to "
+                    f"{self._vocab_size - 1}"
+                )
         token_ids = self._tokenize("prompt", prompt, messages)
         request = Request(
             request_id=request_id,

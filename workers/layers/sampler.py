@@ -1,8 +1,8 @@
 """From logits to tokens: penalties, filters, and counter-based random numbers.
 
-The order is vLLM's: biases, penalties and blocked tokens, temperature, then `min_p`, `top_k`, `top_p`, each
-on what the one before left. A token tied with the last of `top_k` or with the threshold of `min_p`
-stays in; among ties at the edge of `top_p` the lower id comes first.
+The order is vLLM's: biases, penalties and blocked tokens, temperature, then `min_p`, `top_k`,
+`top_p`, each on what the one before left. A token tied with the last of `top_k` or with the
+threshold of `min_p` stays in; among ties at the edge of `top_p` the lower id comes first.
 
 A token is drawn by the Gumbel-max trick: the best of log-probability plus noise, the noise being a
 function of (seed, position, token id) alone. So what is sampled does not depend on which other
