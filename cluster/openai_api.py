@@ -216,7 +216,8 @@ class CompletionRequest(GenerationRequest):
             ApiError: there are none or too many.
         """
         if not self.prompt:
-            raise ApiError(400, "prompt is empty; it needs a text or token ids", "prompt")
+            message = "prompt is empty; it needs a text or token ids"
+            raise ApiError(400, message, "prompt", "invalid_value")
         if isinstance(self.prompt, str):
             return [self.prompt]
         prompts: list[Any] = list(self.prompt)

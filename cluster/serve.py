@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 APP_NAME = "saqqara"
 LOOPBACK = "127.0.0.1"
 _ACCELERATOR_SHARE = 0.001  # how Ray asks for a node that has an accelerator of this type
+_PROXY_START_SECONDS = "60"  # Serve gives up on a proxy after 5 s, which a busy machine may take
 _SPARE_REQUESTS = 64  # beyond the queue, so that a full one is answered and not waited for
 
 
@@ -204,6 +205,7 @@ def run_server(config: ServeConfig, host: str, port: int, *, drain_seconds: floa
     port = port or free_port(host)
     if host != LOOPBACK and not (config.api_key_file or os.environ.get(KEYS_VARIABLE)):
         logger.warning("anybody who reaches %s may use this server: it has no API keys", host)
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", _PROXY_START_SECONDS)
     owns_ray = connect()
     stop = threading.Event()
     previous = {

@@ -5,15 +5,9 @@ from pathlib import Path
 
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from support.api_server import KEY, MAX_BODY_BYTES, MAX_MODEL_LEN, MAX_QUEUE, engine_flags
 from support.byte_llama import save_tiny_llama
 from support.server import Server, running_server
-
-KEY = "sk-test-7c1f"
-MODEL = "tiny"
-MAX_MODEL_LEN = 8192
-NUM_SLOTS = 4
-MAX_QUEUE = 4
-MAX_BODY_BYTES = 100_000
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,15 +24,6 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("api-llama")
     save_tiny_llama(folder, max_position=MAX_MODEL_LEN)
     return folder
-
-
-def engine_flags(model: Path) -> list[str]:
-    """Flags of a small engine with random weights."""
-    return [
-        *("--model", str(model), "--served-model-name", MODEL, "--load-format", "dummy"),
-        *("--dtype", "float32", "--device", "cpu", "--num-threads", "1"),
-        *("--max-num-seqs", str(NUM_SLOTS), "--kv-memory-gib", "0.1"),
-    ]
 
 
 @pytest.fixture(scope="session")

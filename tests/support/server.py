@@ -10,11 +10,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 STOP_SECONDS = 60.0
 
 
@@ -25,6 +25,7 @@ class Server:
     url: str
     process: "subprocess.Popen[bytes]"
     log: Path
+    ray_folder: Path
 
     def stop(self) -> int:
         """Ask the server to finish and end; returns its exit status."""
@@ -40,13 +41,15 @@ class Server:
             return error.code, error.read().decode()
 
     def metric(self, name: str) -> float:
-        """The value of a metric; `name` may have labels as they are written."""
+        """The sum of the series that start so: a name, or a name with the first of its labels."""
+        start = name if "{" in name else name + "{"
         lines = self.get("/metrics")[1].splitlines()
-        return sum(
-            float(line.rpartition(" ")[2])
-            for line in lines
-            if line.startswith((f"{name} ", f"{name}{{"))
-        )
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(start))
+
+    def ray_logs(self) -> str:
+        """All that Ray and Serve have logged."""
+        files = self.ray_folder.glob("**/session_2*/logs/**/*")
+        return "".join(f.read_text(errors="replace") for f in files if f.is_file())
 
 
 @contextmanager
@@ -68,7 +71,7 @@ def running_server(log: Path, *arguments: str, keys: str | None = None) -> Itera
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        server = Server(f"http://127.0.0.1:{port}", process, log)
+        server = Server(f"http://127.0.0.1:{port}", process, log, Path(folder))
         try:
             _wait_until_up(server)
             yield server
@@ -92,14 +95,10 @@ def _end(server: Server) -> None:
     """End the server and, in any case, every process that it started."""
     if server.process.poll() is None:
         server.process.send_signal(signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             server.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(server.process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     server.process.wait()
 
 
