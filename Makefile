@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check prove format clean
+.PHONY: help demo test check prove soak format clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
@@ -27,6 +27,9 @@ check: $(INSTALLED) ## Check format, lint and types, then run all tests
 
 prove: $(INSTALLED) ## The longer proofs: parity on the real model, also through Ray (10 minutes)
 	$(BIN)/pytest -m slow tests/slow
+
+soak: $(INSTALLED) ## Load a server for 10 minutes (MINUTES=1: shorter), and look for leaks
+	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),10)
 
 format: $(INSTALLED) ## Format the code and fix what lint can fix
 	$(BIN)/ruff check --fix .
