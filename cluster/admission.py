@@ -83,6 +83,8 @@ class Admission:
 
     async def wait_idle(self, timeout_seconds: float | None = None) -> bool:
         """Wait until nothing is being served; whether that came within the time."""
+        if self._idle.is_set():
+            return True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_seconds)
         except TimeoutError:

@@ -95,6 +95,7 @@ class Engine:
         spec: the model's sizes.
         lookahead: steps of one sequence that may be in flight; see `Scheduler`.
         sinks: where metrics go besides Prometheus.
+        model_name: the metrics' label of that name; default: `config.model`.
 
     Attributes:
         metrics: the Prometheus side of the engine's metrics, which can serve them over HTTP.
@@ -112,6 +113,7 @@ class Engine:
         *,
         lookahead: int = 1,
         sinks: Many[Sink] = (),
+        model_name: str | None = None,
     ) -> None:
         if config.max_model_len is not None and config.max_model_len > spec.max_position:
             raise ValueError(
@@ -120,7 +122,7 @@ class Engine:
             )
         self.config = config
         self.retention = Retention.parse(config.retention, config.budget)
-        self.metrics = PrometheusSink(config.model)
+        self.metrics = PrometheusSink(model_name or config.model)
         self.scheduler = Scheduler(
             executor.workers,
             max_num_seqs=config.max_num_seqs,

@@ -48,7 +48,10 @@ logger = logging.getLogger(__name__)
 APP_NAME = "saqqara"
 LOOPBACK = "127.0.0.1"
 _ACCELERATOR_SHARE = 0.001  # how Ray asks for a node that has an accelerator of this type
-_PROXY_START_SECONDS = "60"  # Serve gives up on a proxy after 5 s, which a busy machine may take
+_RAY_SETTINGS = {  # for a Ray that the server starts itself
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine needs more than Serve's 5
+    "RAY_worker_niceness": "0",  # Ray runs workers as background jobs, which a server is not
+}
 _SPARE_REQUESTS = 64  # beyond the queue, so that a full one is answered and not waited for
 
 
@@ -73,12 +76,14 @@ class Replica:
     def __init__(self, plan: ReplicaPlan) -> None:
         config = plan.engine
         tokenizer = config.tokenizer or config.model
+        name = plan.config.model_loading_config.model_id
         engine = Engine(
             config,
             _executor(plan),
             Tokenizer.load(tokenizer),
             load_spec(config.model),
-            sinks=[RaySink(plan.config.model_loading_config.model_id)],
+            sinks=[RaySink(name)],
+            model_name=name,
         )
         self._keys = plan.keys
         self._generation = Generation(plan.config, config, engine, Tokenizer.load(tokenizer))
@@ -205,7 +210,8 @@ def run_server(config: ServeConfig, host: str, port: int, *, drain_seconds: floa
     port = port or free_port(host)
     if host != LOOPBACK and not (config.api_key_file or os.environ.get(KEYS_VARIABLE)):
         logger.warning("anybody who reaches %s may use this server: it has no API keys", host)
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", _PROXY_START_SECONDS)
+    for name, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     owns_ray = connect()
     stop = threading.Event()
     previous = {

@@ -72,6 +72,8 @@ def served_engine(config: ServeConfig) -> EngineConfig:
     given = dict(config.engine_kwargs)
     if "model" in given:
         raise ValueError("engine_kwargs: model is set by model_loading_config.model_source")
+    if given.get("metrics_port") is not None:
+        raise ValueError("engine_kwargs: metrics_port has no use here; the server has /metrics")
     model = config.model_loading_config
     given["model"] = model.model_source or model.model_id
     sizes = (given.get("tensor_parallel_size", 1), given.get("pipeline_parallel_size", 1))

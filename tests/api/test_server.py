@@ -51,6 +51,7 @@ def test_metrics_count_what_was_generated(client: OpenAI, server: Server) -> Non
         model=MODEL, prompt="hello", max_tokens=11, extra_body={"ignore_eos": True}
     )
     assert server.metric("vllm:generation_tokens_total") == before + 11
+    assert f'vllm:generation_tokens_total{{model_name="{MODEL}"}}' in server.get("/metrics")[1]
 
 
 def test_a_stream_that_is_left_frees_its_sequence_within_a_second(
