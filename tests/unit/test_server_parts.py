@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from saqqara.cluster.admission import Admission, DrainingError, OverloadedError
 from saqqara.cluster.api_keys import KEYS_VARIABLE, ApiKeys
 from saqqara.cluster.cli_serve import ServerFlags, merged_config
-from saqqara.cluster.settings import read_serve_file, serve_config, served_engine
-from saqqara.configs.schema import CONFIG_DIR
+from saqqara.cluster.settings import serve_config, served_engine
 
 MODEL = {"model_id": "tiny", "model_source": "/models/tiny"}
-PRESETS = sorted(path.stem for path in (CONFIG_DIR / "serve").glob("*.yaml"))
 
 
 def test_keys_come_from_the_environment_and_a_file(tmp_path: Path) -> None:
@@ -75,20 +72,6 @@ async def test_a_closed_admission_lets_what_is_in_finish() -> None:
         idle = asyncio.create_task(admission.wait_idle(10))
         await asyncio.sleep(0)
     assert await idle
-
-
-# Importing Ray Serve (2.60) warns of its own use of pydantic.
-@pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_valid_serve_config_files(name: str) -> None:
-    from ray.serve.schema import ServeDeploySchema
-
-    args, http = read_serve_file(name)
-    served_engine(serve_config(args))
-    assert http["host"] == "127.0.0.1"
-    content = yaml.safe_load((CONFIG_DIR / "serve" / f"{name}.yaml").read_text())
-    assert content["applications"][0]["import_path"] == "saqqara.cluster.serve:build_app"
-    ServeDeploySchema.model_validate(content)
 
 
 def test_several_ranks_run_on_ray_and_one_in_its_replica() -> None:
