@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ _RAY_SETTINGS = {  # for a Ray that the server starts itself
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine needs more than Serve's 5
     "RAY_worker_niceness": "0",  # Ray runs workers as background jobs, which a server is not
 }
+_SWITCH_SECONDS = 0.0005  # what the event loop may have to wait for the thread of the engine
 _SPARE_REQUESTS = 64  # beyond the queue, so that a full one is answered and not waited for
 
 
@@ -74,6 +76,7 @@ class Replica:
     """One engine and its HTTP API; what `serve.deployment` runs."""
 
     def __init__(self, plan: ReplicaPlan) -> None:
+        sys.setswitchinterval(_SWITCH_SECONDS)
         config = plan.engine
         tokenizer = config.tokenizer or config.model
         name = plan.config.model_loading_config.model_id

@@ -43,7 +43,7 @@ def test_a_file_without_keys_is_an_error(tmp_path: Path, content: str | None) ->
     """Else a mistyped path would open the server to everybody."""
     if content is not None:
         (tmp_path / "keys").write_text(content)
-    with pytest.raises(ValueError, match="api_key_file: .*keys"):
+    with pytest.raises(ValueError, match=r"api_key_file: .*keys"):
         ApiKeys.load(str(tmp_path / "keys"), {})
     with pytest.raises(ValueError, match=KEYS_VARIABLE):
         ApiKeys.load(None, {KEYS_VARIABLE: " , "})
