@@ -144,6 +144,7 @@ class Engine:
         self._flights: deque[tuple[StepPlan, Future[list[StepResult]]]] = deque()
         self._is_broken = False
         self._epoch = time.time() - time.perf_counter()
+        self._stats.publish(0, 0, self._now(), force=True)
 
     def add_request(
         self,

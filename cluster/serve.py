@@ -13,13 +13,14 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig, ServeConfig
 from saqqara.workers.mesh import MeshLayout
 from saqqara.workers.models.spec import load_spec
@@ -127,7 +128,11 @@ def application(config: ServeConfig) -> serve.Application:
     Raises:
         ValueError: a setting is wrong; names the field.
     """
-    plan = plan_replica(config, served_engine(config), ApiKeys.load(config.api_key_file))
+    engine = served_engine(config)
+    Retention.parse(
+        engine.retention, engine.budget
+    )  # rather than in every replica, again and again
+    plan = plan_replica(config, engine, ApiKeys.load(config.api_key_file))
     given = config.deployment_config
     options: dict[str, Any] = {
         "ray_actor_options": plan.actor_options,
@@ -177,10 +182,12 @@ def plan_replica(config: ServeConfig, engine: EngineConfig, keys: ApiKeys) -> Re
     else:
         placement = plan_placement(layout, gpu, largest_node_gpus() if gpu else 0)
         actor.setdefault("num_cpus", 1)
-        placement.bundles[0]["CPU"] += actor["num_cpus"]
+        first, *others = placement.bundles
+        first = {**first, "CPU": first["CPU"] + actor["num_cpus"]}
+        placement = replace(placement, bundles=(first, *others))
     if config.accelerator_type is not None:
-        for bundle in placement.bundles:
-            bundle[f"accelerator_type:{config.accelerator_type}"] = _ACCELERATOR_SHARE
+        node = {f"accelerator_type:{config.accelerator_type}": _ACCELERATOR_SHARE}
+        placement = replace(placement, bundles=tuple({**b, **node} for b in placement.bundles))
     return ReplicaPlan(config, engine, keys, actor, placement)
 
 

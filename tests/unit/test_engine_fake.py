@@ -488,6 +488,11 @@ async def collect(engine: AsyncEngine, name: str, **params: Any) -> list[Request
     return [output async for output in engine.generate(name, name, greedy(**params))]
 
 
+def test_gauges_are_there_before_the_first_step() -> None:
+    text = make_engine().metrics.render()
+    assert 'saqqara:pages_free{model_name="fake",worker="0"}' in text
+
+
 async def test_many_streams_at_once(async_engine: AsyncEngine) -> None:
     names = [f"name {i}" for i in range(20)]
     score = asyncio.create_task(async_engine.score("s", "context", "answer"))
