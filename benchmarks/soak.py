@@ -37,6 +37,7 @@ MAX_GROWTH = 0.05  # of resident memory, from the second quarter of the time to 
 MAX_GROWTH_BYTES = 32 * MIB  # what an allocator may do without a leak
 SETTLE_SECONDS = 30.0
 SAMPLE_SECONDS = 1.0
+ERROR_EVENT = b'data: {"error":'
 RETENTIONS: Sequence[Any] = (
     None,
     "full",
@@ -95,7 +96,7 @@ async def soak(server: LocalServer, arguments: argparse.Namespace) -> dict[str, 
     num_clients = 2 * (arguments.slots + arguments.queue)
     clients = [client(server, random.Random(i), end, statuses) for i in range(num_clients)]
     await asyncio.gather(*clients, sample(server, started, end, samples))
-    left = await settle(server)
+    left = await settle(server, pages_free)
     return {
         "minutes": arguments.minutes,
         "num_clients": num_clients,
@@ -120,7 +121,7 @@ async def client(
         path = "/v1/completions"
         answer = await server.post(path, body, leave_after=leave_after)
         statuses[f"{kind} {answer.status or 'left'}"] += 1
-        if answer.status == 200 and b'"error"' in answer.body:
+        if answer.status == 200 and ERROR_EVENT in answer.body:
             statuses[f"{kind} error in stream"] += 1
         if answer.status == 429:
             await asyncio.sleep(chance.uniform(0.05, 0.3))
@@ -153,12 +154,16 @@ async def sample(
         await asyncio.sleep(SAMPLE_SECONDS)
 
 
-async def settle(server: LocalServer) -> float:
-    """Wait until the engine has nothing to do; returns the sequences that it still has."""
+async def settle(server: LocalServer, pages_free: float) -> float:
+    """Wait until the engine has let go of everything; returns the sequences that it still has.
+
+    The pages of a sequence are freed by the step after its last token.
+    """
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         left = sum(server.metric(f"vllm:num_requests_{state}") for state in ("running", "waiting"))
-        if left == 0 or time.monotonic() > deadline:
+        is_free = left == 0 and server.metric("saqqara:pages_free") == pages_free
+        if is_free or time.monotonic() > deadline:
             return left
         await asyncio.sleep(0.2)
 
