@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
@@ -16,6 +17,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# To hand over an output costs its stream's reader, and those after it, about a millisecond. So the
+# more streams there are, the more tokens go together; alone, a stream gets each as it comes.
+_SECONDS_PER_STREAM = 0.004
+_MAX_INTERVAL_SECONDS = 0.1
+
 
 class _Stream:
     """Holds what one request has to show until the coroutine that waits takes it.
@@ -25,6 +31,7 @@ class _Stream:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
+        self.last_time = 0.0  # of the latest output, for the engine's thread
         self._latest: Output | Exception | None = None
         self._changed = asyncio.Event()
 
@@ -69,8 +76,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream the outputs of a request, each with all of its text so far; the last is finished.
 
-        A reader that keeps up sees an output per token, a slower one the latest only. Leaving the
-        iteration, or cancelling it, aborts the request.
+        A reader alone that keeps up sees an output per token; one among many, or a slower one, sees
+        several tokens at once. Leaving the iteration, or cancelling it, aborts the request.
 
         Args:
             request_id: any name that no unfinished request has.
@@ -131,12 +138,19 @@ class AsyncEngine:
         self._loop.stop()
 
     def deliver(self, outputs: Sequence[Output]) -> None:
-        """See `engine_loop.Listener`: one wake-up per step, however many requests it served."""
+        """See `engine_loop.Listener`: one wake-up per step, however many requests it served.
+
+        An output that is not the last is left out if the stream had one a moment ago: what it says
+        is in the next one, too.
+        """
+        now = time.monotonic()
+        interval = min(_SECONDS_PER_STREAM * len(self._streams), _MAX_INTERVAL_SECONDS)
         batches: defaultdict[asyncio.AbstractEventLoop, list[tuple[_Stream, Output]]]
         batches = defaultdict(list)
         for output in outputs:
             stream = self._streams.get(output.request_id)
-            if stream is not None:
+            if stream is not None and (output.finished or now - stream.last_time >= interval):
+                stream.last_time = now
                 batches[stream.loop].append((stream, output))
             if output.finished:
                 self._streams.pop(output.request_id, None)
