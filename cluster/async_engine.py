@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 # To hand over an output costs its stream's reader, and those after it, about a millisecond. So the
 # more streams there are, the more tokens go together; alone, a stream gets each as it comes.
-_SECONDS_PER_STREAM = 0.004
-_MAX_INTERVAL_SECONDS = 0.1
+_SECONDS_PER_STREAM = 0.01
+_MAX_INTERVAL_SECONDS = 0.2
 
 
 class _Stream:
