@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check prove gpu-check format dashboards validate-manifests clean
+.PHONY: help demo test check prove soak gpu-check format dashboards validate-manifests clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 20
@@ -31,6 +31,9 @@ prove: $(INSTALLED) ## The longer proofs: parity on the real model, also through
 
 gpu-check: ## Prove and measure the GPU path on this machine's GPU, with the python of PYTHON
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu_check.py
+
+soak: $(INSTALLED) ## Load a server for 10 minutes (MINUTES=1: shorter), and look for leaks
+	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),10)
 
 format: $(INSTALLED) ## Format the code and fix what lint can fix
 	$(BIN)/ruff check --fix .

@@ -1,51 +1,58 @@
-"""The engine for asyncio: one thread steps it, coroutines stream what it says."""
+"""The engine for asyncio: coroutines stream what an `EngineLoop` steps."""
 
 import asyncio
 import logging
-import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
-from queue import Empty, SimpleQueue
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from .engine import Engine, Prompt
-from .engine_loop import EngineDeadError
+from .engine_loop import EngineDeadError, EngineLoop, Output, copy_failure
 from .report import EngineReport
 from .request import RequestOutput, SamplingParams, ScoreOutput
 
 logger = logging.getLogger(__name__)
 
-Output = RequestOutput | ScoreOutput
 T = TypeVar("T")
+
+# To hand over an output costs its stream's reader, and those after it, about a millisecond. So the
+# more streams there are, the more tokens go together; alone, a stream gets each as it comes.
+_SECONDS_PER_STREAM = 0.01
+_MAX_INTERVAL_SECONDS = 0.2
 
 
 class _Stream:
-    """Carries the outputs of one request from the engine's thread to the loop that waits."""
+    """Holds what one request has to show until the coroutine that waits takes it.
+
+    Outputs are cumulative, so only the latest is held: a slow reader costs no memory.
+    """
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.last_time = 0.0  # of the latest output, for the engine's thread
+        self._latest: Output | Exception | None = None
+        self._changed = asyncio.Event()
 
     def put(self, item: Output | Exception) -> None:
-        """Hand over an output; called by the engine's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-        except RuntimeError:  # the loop is closed, so nobody waits any more
-            logger.debug("an output came after its event loop was closed")
+        """Hand over an output; called in the loop that waits."""
+        self._latest = item
+        self._changed.set()
 
     async def get(self) -> Output:
-        """The next output, or the exception that ended the engine."""
-        item = await self._queue.get()
+        """The latest output not taken yet, or the exception that ended the engine."""
+        await self._changed.wait()
+        self._changed.clear()
+        item = self._latest
+        assert item is not None
         if isinstance(item, Exception):
             raise item
         return item
 
 
 class AsyncEngine:
-    """Streams requests through an `Engine`, which belongs to this object's thread from now on.
-
-    The engine is not thread-safe, so what coroutines want of it is done by its thread between two
-    steps; the thread sleeps while there is nothing to do.
+    """Streams requests through an `Engine`, which belongs to an `EngineLoop` from now on.
 
     Args:
         engine: not to be touched by anyone else any more.
@@ -54,12 +61,11 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._streams: dict[str, _Stream] = {}  # touched by the engine's thread only
-        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._gate = threading.Lock()  # orders posts before, or after, the end
-        self._failure: EngineDeadError | None = None
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="async-engine", daemon=True)
-        self._thread.start()
+        self._loop = EngineLoop(engine, self)
+
+    def check(self) -> None:
+        """Do nothing while the engine lives; else raise the `EngineDeadError` that says why."""
+        self._loop.check()
 
     async def generate(
         self,
@@ -67,16 +73,18 @@ class AsyncEngine:
         prompt: Prompt | None = None,
         sampling_params: SamplingParams | None = None,
         **settings: Any,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Stream the outputs of a request, each with all of its text so far; the last is finished.
 
-        Leaving the iteration, or cancelling it, aborts the request.
+        A reader alone that keeps up sees an output per token; one among many, or a slower one, sees
+        several tokens at once. Leaving the iteration, or cancelling it, aborts the request.
 
         Args:
             request_id: any name that no unfinished request has.
             prompt: text or token ids.
             sampling_params: default: `SamplingParams()`.
-            settings: `messages`, `retention`, `budget`, `priority` of `Engine.add_request`.
+            settings: `messages`, `retention`, `budget`, `priority`, `stream` of
+                `Engine.add_request`.
 
         Raises:
             ValueError: this request cannot be served.
@@ -127,9 +135,33 @@ class AsyncEngine:
 
         Calling it again does nothing. Blocks for as long as a step takes.
         """
-        self._stopping = True
-        self._inbox.put(lambda: None)
-        self._thread.join()
+        self._loop.stop()
+
+    def deliver(self, outputs: Sequence[Output]) -> None:
+        """See `engine_loop.Listener`: one wake-up per step, however many requests it served.
+
+        An output that is not the last is left out if the stream had one a moment ago: what it says
+        is in the next one, too.
+        """
+        now = time.monotonic()
+        interval = min(_SECONDS_PER_STREAM * len(self._streams), _MAX_INTERVAL_SECONDS)
+        batches: defaultdict[asyncio.AbstractEventLoop, list[tuple[_Stream, Output]]]
+        batches = defaultdict(list)
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None and (output.finished or now - stream.last_time >= interval):
+                stream.last_time = now
+                batches[stream.loop].append((stream, output))
+            if output.finished:
+                self._streams.pop(output.request_id, None)
+        for loop, batch in batches.items():
+            _hand_over(loop, batch)
+
+    def end(self, failure: EngineDeadError) -> None:
+        """See `engine_loop.Listener`."""
+        for stream in self._streams.values():
+            _hand_over(stream.loop, [(stream, copy_failure(failure))])
+        self._streams.clear()
 
     async def _serve(
         self, request_id: str, add: Callable[[], None]
@@ -154,94 +186,22 @@ class AsyncEngine:
                 yield output
         finally:
             if not is_finished:
-                self._post(leave)
+                with suppress(EngineDeadError):
+                    self._loop.submit(leave)
 
     async def _call(self, function: Callable[[], T]) -> T:
         """Run a function in the engine's thread, between two steps."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        return await asyncio.wrap_future(self._loop.submit(function))
 
-        def give(result: T | None, error: Exception | None) -> None:
-            if future.cancelled():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)  # type: ignore[arg-type]
 
-        def run() -> None:
-            result: T | None = None
-            error: Exception | None = self._copy_failure()
-            if error is None:
-                try:
-                    result = function()
-                except Exception as raised:
-                    error = raised
-            try:
-                loop.call_soon_threadsafe(give, result, error)
-            except RuntimeError:  # the loop is closed, so nobody waits any more
-                logger.debug("a call was answered after its event loop was closed")
+def _hand_over(
+    loop: asyncio.AbstractEventLoop, batch: Sequence[tuple[_Stream, Output | Exception]]
+) -> None:
+    def put_all() -> None:
+        for stream, item in batch:
+            stream.put(item)
 
-        if not self._post(run):
-            error = self._copy_failure()
-            assert error is not None
-            raise error
-        return await future
-
-    def _post(self, function: Callable[[], None]) -> bool:
-        """Leave a function for the engine's thread; False if that has ended."""
-        with self._gate:
-            if self._failure is None:
-                self._inbox.put(function)
-            return self._failure is None
-
-    def _run(self) -> None:
-        failure = EngineDeadError("the engine was shut down")
-        try:
-            while not self._stopping:
-                self._empty_inbox(wait=not self._engine.has_unfinished())
-                if not self._stopping and self._engine.has_unfinished():
-                    self._deliver(self._engine.step())
-        except Exception as error:
-            logger.exception("the engine has failed")
-            failure = EngineDeadError(f"the engine has failed: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-        finally:
-            self._end(failure)
-
-    def _empty_inbox(self, *, wait: bool) -> None:
-        if wait:
-            self._inbox.get()()
-        while True:
-            try:
-                function = self._inbox.get_nowait()
-            except Empty:
-                return
-            function()
-
-    def _deliver(self, outputs: list[Output]) -> None:
-        for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is not None:
-                stream.put(output)
-            if output.finished:
-                self._streams.pop(output.request_id, None)
-
-    def _end(self, failure: EngineDeadError) -> None:
-        with self._gate:
-            self._failure = failure
-        self._empty_inbox(wait=False)
-        for stream in self._streams.values():
-            error = self._copy_failure()
-            assert error is not None
-            stream.put(error)
-        self._streams.clear()
-        self._engine.shutdown()
-
-    def _copy_failure(self) -> EngineDeadError | None:
-        """A fresh error for every waiter: raising one object twice would chain its tracebacks."""
-        if self._failure is None:
-            return None
-        copy = EngineDeadError(str(self._failure))
-        copy.__cause__ = self._failure.__cause__
-        return copy
+    try:
+        loop.call_soon_threadsafe(put_all)
+    except RuntimeError:  # the loop is closed, so nobody waits any more
+        logger.debug("outputs came after their event loop was closed")

@@ -1,4 +1,4 @@
-"""The command line: `saqqara {generate,batch,bench,eval,fetch-demo-model,version}`.
+"""The command line: `saqqara {generate,batch,serve,bench,eval,fetch-demo-model,version}`.
 
 Exit codes: 0 done, 1 something failed, 2 the user's input is wrong (one line says what), 130
 interrupted.
@@ -7,7 +7,7 @@ interrupted.
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -113,6 +113,54 @@ def batch(
     )
     if not run_and_summarise(job, summary, compare):
         raise typer.Exit(1)
+
+
+@app.command()
+@with_settings(sampling=False, checked=False)
+def serve(
+    server: Annotated[
+        str | None,
+        typer.Argument(metavar="[SERVER.yaml]", help="Serve config file, or preset's name."),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to bind to. [default: 127.0.0.1]")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="0: any free one. [default: 8000]")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The name that clients send; default: the model's folder.")
+    ] = None,
+    num_replicas: Annotated[int | None, typer.Option(min=1, help="Engines. [default: 1]")] = None,
+    api_key_file: Annotated[
+        str | None, typer.Option(help="One key per line; also read: SAQQARA_API_KEYS.")
+    ] = None,
+    max_queue: Annotated[
+        int | None, typer.Option(min=0, help="Sequences that may wait. [default: 256]")
+    ] = None,
+    max_body_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Largest body of a request. [default: 4194304]")
+    ] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="Time to finish what runs after SIGTERM.")
+    ] = 600.0,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Serve the OpenAI HTTP API on Ray Serve until SIGTERM, which finishes what runs."""
+    from .cli_serve import ServerFlags, serve_until_stopped
+
+    flags = ServerFlags(
+        host=host,
+        port=port,
+        served_model_name=served_model_name,
+        num_replicas=num_replicas,
+        api_key_file=api_key_file,
+        max_queue=max_queue,
+        max_body_bytes=max_body_bytes,
+        drain_seconds=drain_seconds,
+    )
+    serve_until_stopped(server, flags, settings)
 
 
 @bench.command()

@@ -62,13 +62,15 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def with_settings(
-    sampling: bool = True, without: Collection[str] = ()
+    sampling: bool = True, without: Collection[str] = (), checked: bool = True
 ) -> Callable[[Command], Command]:
     """Give a command `--config` and a flag per setting; it receives them as `settings`.
 
     Args:
         sampling: whether the command also has flags for `SamplingParams`.
         without: fields of `EngineConfig` that get no flag, because the command has its own.
+        checked: without it `settings` are the engine settings that were written, as a mapping,
+            for a command that has others beside them.
     """
 
     def decorate(command: Command) -> Command:
@@ -84,7 +86,12 @@ def with_settings(
         def wrapped(**given: Any) -> None:
             written = {flag.name: given.pop(flag.name) for flag in flags}
             with errors_in_one_line():
-                command(**given, settings=_resolve(written))
+                engine, params = _written(written)
+                if checked:
+                    settings = Settings(engine_config(engine), sampling_params(params))
+                    command(**given, settings=settings)
+                else:
+                    command(**given, settings=engine)
 
         kept = [p.replace(kind=p.KEYWORD_ONLY) for n, p in own.items() if n != "settings"]
         wrapped.__signature__ = inspect.Signature([*kept, *flags])  # type: ignore[attr-defined]
@@ -94,8 +101,8 @@ def with_settings(
     return decorate
 
 
-def _resolve(written: Mapping[str, Any]) -> Settings:
-    """Defaults, then the YAML file, then the command line."""
+def _written(written: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Engine and sampling settings: those of the YAML file, then of the command line."""
     engine: dict[str, Any] = {}
     sampling: dict[str, Any] = {}
     if written["config"] is not None:
@@ -109,7 +116,7 @@ def _resolve(written: Mapping[str, Any]) -> Settings:
         else:
             field = name.removeprefix(SAMPLING_PREFIX)
             sampling[field] = _value(value, SamplingParams.model_fields[field])
-    return Settings(engine_config(engine), sampling_params(sampling))
+    return engine, sampling
 
 
 def _config_flag() -> inspect.Parameter:

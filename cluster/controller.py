@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.metrics import Counter, Gauge, Histogram
 
 from saqqara.configs.schema import EngineConfig
 
@@ -22,9 +21,9 @@ from .client import EngineDescription, EngineRequest, LocalClient, Rejection
 from .engine import EngineReport
 from .engine_loop import EngineDeadError
 from .executor import RayExecutor, WorkerDiedError, exit_reason, one_line
-from .metrics import METRICS, MODEL_LABEL, MetricSpec
 from .placement import DEFAULT_TIMEOUT_SECONDS, Placement, PlacementError, reserve
 from .rank_process import WorkerFactory, log_process_to, new_log_dir
+from .ray_metrics import RaySink
 from .report import BatchRows
 from .request import RequestOutput, ScoreOutput
 
@@ -117,50 +116,6 @@ def _start(
     except BaseException:
         ray.kill(actor, no_restart=True)
         raise
-
-
-class RaySink:
-    """Sends an engine's metrics to Ray, whose agent exports them as `ray_<name>` on every node.
-
-    Ray does not scrape what `prometheus_client` holds in an actor, so operators who collect Ray's
-    own endpoints would miss the engine without this. A `:` is `_` here, as Ray's names have none,
-    and the sums of Ray's histograms are estimates from their buckets.
-
-    Args:
-        model_name: value of the label `model_name`.
-    """
-
-    def __init__(self, model_name: str) -> None:
-        self._metrics = {spec.name: self._make(spec, model_name) for spec in METRICS}
-
-    def inc(self, spec: MetricSpec, value: float, labels: tuple[str, ...]) -> None:
-        """Add to a counter."""
-        if value > 0:  # Ray refuses to add nothing
-            self._metrics[spec.name].inc(value, tags=_tags(spec, labels))
-
-    def set(self, spec: MetricSpec, value: float, labels: tuple[str, ...]) -> None:
-        """Set a gauge."""
-        self._metrics[spec.name].set(value, tags=_tags(spec, labels))
-
-    def observe(self, spec: MetricSpec, value: float, labels: tuple[str, ...]) -> None:
-        """Add a value to a histogram."""
-        self._metrics[spec.name].observe(value, tags=_tags(spec, labels))
-
-    @staticmethod
-    def _make(spec: MetricSpec, model_name: str) -> Any:
-        name = spec.name.replace(":", "_")
-        keys = (MODEL_LABEL, *spec.labels)
-        metric: Any
-        if spec.kind == "histogram":
-            metric = Histogram(name, spec.help, boundaries=list(spec.buckets), tag_keys=keys)
-        else:
-            metric = (Counter if spec.kind == "counter" else Gauge)(name, spec.help, tag_keys=keys)
-        metric.set_default_tags({MODEL_LABEL: model_name})
-        return metric
-
-
-def _tags(spec: MetricSpec, labels: tuple[str, ...]) -> dict[str, str]:
-    return dict(zip(spec.labels, labels, strict=True))
 
 
 class Controller:

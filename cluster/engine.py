@@ -95,6 +95,7 @@ class Engine:
         spec: the model's sizes.
         lookahead: steps of one sequence that may be in flight; see `Scheduler`.
         sinks: where metrics go besides Prometheus.
+        model_name: the metrics' label of that name; default: `config.model`.
 
     Attributes:
         metrics: the Prometheus side of the engine's metrics, which can serve them over HTTP.
@@ -112,6 +113,7 @@ class Engine:
         *,
         lookahead: int = 1,
         sinks: Many[Sink] = (),
+        model_name: str | None = None,
     ) -> None:
         if config.max_model_len is not None and config.max_model_len > spec.max_position:
             raise ValueError(
@@ -120,7 +122,7 @@ class Engine:
             )
         self.config = config
         self.retention = Retention.parse(config.retention, config.budget)
-        self.metrics = PrometheusSink(config.model)
+        self.metrics = PrometheusSink(model_name or config.model)
         self.scheduler = Scheduler(
             executor.workers,
             max_num_seqs=config.max_num_seqs,
@@ -142,6 +144,7 @@ class Engine:
         self._flights: deque[tuple[StepPlan, Future[list[StepResult]]]] = deque()
         self._is_broken = False
         self._epoch = time.time() - time.perf_counter()
+        self._stats.publish(0, 0, self._now(), is_idle=True)
 
     def add_request(
         self,
@@ -171,6 +174,12 @@ class Engine:
             ValueError: the request cannot be served; nothing else has changed.
         """
         sampling = sampling_params or SamplingParams()
+        for token_id in sampling.logit_bias or ():
+            if token_id >= self._vocab_size:
+                raise ValueError(
+                    f"logit_bias: {token_id} is no token of the model; they are 0 to "
+                    f"{self._vocab_size - 1}"
+                )
         token_ids = self._tokenize("prompt", prompt, messages)
         request = Request(
             request_id=request_id,

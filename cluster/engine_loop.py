@@ -1,7 +1,8 @@
 """Drives an engine in a thread of its own, and lets other threads talk to it.
 
 The engine is not thread-safe, so what others want of it (new requests, aborts, reports) is done by
-its own thread between two steps.
+its own thread between two steps. Threads wait for outputs with `take`; `async_engine.AsyncEngine`,
+for coroutines, is a listener that gets the outputs of every step at once.
 """
 
 import logging
@@ -41,15 +42,29 @@ class Steppable(Protocol):
         ...
 
 
+class Listener(Protocol):
+    """Who hears of an engine's outputs; both methods are called by the engine's thread."""
+
+    def deliver(self, outputs: Sequence[Output]) -> None:
+        """Take what came out of one step."""
+        ...
+
+    def end(self, failure: EngineDeadError) -> None:
+        """Nothing more will come, for this reason."""
+        ...
+
+
 class EngineLoop:
     """Steps an engine while it has work, and sleeps while it has none.
 
     Args:
         engine: owned by the loop from now on.
+        listener: gets the outputs; default: they are kept for `take`.
     """
 
-    def __init__(self, engine: Steppable) -> None:
+    def __init__(self, engine: Steppable, listener: Listener | None = None) -> None:
         self._engine = engine
+        self._listener = listener
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._outputs: list[Output] = []
         self._changed = threading.Condition()
@@ -64,30 +79,46 @@ class EngineLoop:
         Raises:
             EngineDeadError: the engine is gone.
         """
+        return self.submit(function).result()
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Leave a function for the engine's thread, as `call` does, without waiting for it.
+
+        Raises:
+            EngineDeadError: the engine is gone.
+        """
         future: Future[T] = Future()
 
         def run() -> None:
-            if self._failure is not None:
-                future.set_exception(self._failure)
+            if not future.set_running_or_notify_cancel():
                 return
             try:
+                self.check()
                 future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
 
         with self._changed:
-            if self._failure is not None:
-                raise _copy(self._failure)
+            self.check()
             self._calls.put(run)
-        try:
-            return future.result()
-        except EngineDeadError as error:
-            raise _copy(error) from error.__cause__
+        return future
+
+    def check(self) -> None:
+        """Do nothing while the engine lives.
+
+        Raises:
+            EngineDeadError: the engine is gone.
+        """
+        if self._failure is not None:
+            raise copy_failure(self._failure)
 
     def step(self) -> None:
         """Step the engine; only for functions that were given to `call`."""
         assert threading.current_thread() is self._thread, "the engine is its thread's alone"
         outputs = self._engine.step()
+        if self._listener is not None:
+            self._listener.deliver(outputs)
+            return
         with self._changed:
             self._outputs.extend(outputs)
             self._changed.notify_all()
@@ -103,8 +134,8 @@ class EngineLoop:
                 lambda: self._outputs or self._failure is not None, timeout_seconds
             )
             outputs, self._outputs = self._outputs, []
-            if not outputs and self._failure is not None:
-                raise _copy(self._failure)
+            if not outputs:
+                self.check()
         return outputs
 
     def stop(self) -> None:
@@ -146,9 +177,11 @@ class EngineLoop:
             self._failure = failure
             self._changed.notify_all()
         self._serve_calls(wait=False)
+        if self._listener is not None:
+            self._listener.end(failure)
 
 
-def _copy(failure: EngineDeadError) -> EngineDeadError:
+def copy_failure(failure: EngineDeadError) -> EngineDeadError:
     """The same error for another caller: raising one object twice would chain its tracebacks."""
     copy = EngineDeadError(str(failure))
     copy.__cause__ = failure.__cause__

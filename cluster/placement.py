@@ -14,6 +14,7 @@ Data parallelism is one placement group per replica, so that replicas start, fai
 import logging
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -142,6 +143,32 @@ def plan_placement(
     )
 
 
+def plan_in_bundles(
+    layout: MeshLayout, gpu: bool, bundles: Sequence[dict[str, float]]
+) -> PlacementPlan:
+    """The plan of a replica whose bundles somebody else has chosen: one per rank or per stage.
+
+    Raises:
+        ValueError: their number fits neither.
+    """
+    if len(bundles) == layout.world_size:
+        bundle_of_rank = tuple(range(layout.world_size))
+    elif len(bundles) == layout.pipeline_size:
+        bundle_of_rank = tuple(rank // layout.tensor_size for rank in range(layout.world_size))
+    else:
+        raise ValueError(
+            f"placement_group_config.bundles: there are {len(bundles)}; tensor_parallel_size="
+            f"{layout.tensor_size} x pipeline_parallel_size={layout.pipeline_size} needs one per "
+            f"rank ({layout.world_size}) or one per stage ({layout.pipeline_size})"
+        )
+    return PlacementPlan(tuple(dict(b) for b in bundles), bundle_of_rank, int(gpu))
+
+
+def largest_node_gpus() -> int:
+    """GPUs of the node that has the most."""
+    return max((int(node["Resources"].get("GPU", 0)) for node in _alive_nodes()), default=0)
+
+
 def reserve(
     config: EngineConfig,
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
@@ -154,8 +181,7 @@ def reserve(
     """
     gpu = uses_gpus(config)
     layout = MeshLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
-    node_gpus = [int(node["Resources"].get("GPU", 0)) for node in _alive_nodes()]
-    plan = plan_placement(layout, gpu, max(node_gpus, default=0), strategy)
+    plan = plan_placement(layout, gpu, largest_node_gpus(), strategy)
     group = placement_group([dict(b) for b in plan.bundles], strategy=plan.strategy)
     if not group.wait(_PATIENCE_SECONDS):
         logger.warning("waiting for the cluster to have room for %s", plan)

@@ -42,6 +42,9 @@ class SamplingParams(BaseModel):
         default=(), description="One string or several that end the text."
     )
     stop_token_ids: tuple[TokenId, ...] = ()
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        default=None, description="What is added to the logits of these token ids."
+    )
     ignore_eos: bool = False
     logprobs: int | None = Field(
         default=None,
@@ -96,6 +99,7 @@ class SamplingParams(BaseModel):
             seed=seed % _INT64,
             min_tokens=self.min_tokens,
             blocked_token_ids=tuple(blocked),
+            logit_bias=tuple((self.logit_bias or {}).items()),
             num_logprobs=self.logprobs,
         )
 

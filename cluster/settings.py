@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from saqqara.configs.schema import EngineConfig, load_yaml
+from saqqara.configs.schema import EngineConfig, ServeConfig, load_yaml
 
 from .request import SamplingParams
 
@@ -41,6 +41,65 @@ def engine_config(settings: Mapping[str, Any], where: str = "") -> EngineConfig:
         return EngineConfig(**{k: v for k, v in settings.items() if v is not None})
     except ValidationError as error:
         raise ValueError(validation_message(error)) from None
+
+
+def serve_config(settings: Mapping[str, Any]) -> ServeConfig:
+    """Validate the settings of a server.
+
+    Raises:
+        ValueError: in one line, which field is wrong and what would be right.
+    """
+    check_keys(settings, ServeConfig.model_fields)
+    try:
+        config = ServeConfig.model_validate(dict(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{path}: {message[:1].lower()}{message[1:]}") from None
+    served_engine(config)
+    return config
+
+
+def served_engine(config: ServeConfig) -> EngineConfig:
+    """Settings of the engine in every replica of a server.
+
+    One rank runs in the replica's process unless `executor` says otherwise, several run on Ray.
+
+    Raises:
+        ValueError: in one line, which field is wrong and what would be right.
+    """
+    given = dict(config.engine_kwargs)
+    if "model" in given:
+        raise ValueError("engine_kwargs: model is set by model_loading_config.model_source")
+    if given.get("metrics_port") is not None:
+        raise ValueError("engine_kwargs: metrics_port has no use here; the server has /metrics")
+    model = config.model_loading_config
+    given["model"] = model.model_source or model.model_id
+    sizes = (given.get("tensor_parallel_size", 1), given.get("pipeline_parallel_size", 1))
+    if sizes != (1, 1):
+        given.setdefault("executor", "ray")
+    return engine_config(given, "engine_kwargs")
+
+
+def read_serve_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of the only application of a Serve config file or preset, and its HTTP options.
+
+    Raises:
+        ValueError: an unreadable file, or one that `serve run` could not use for a server of ours.
+    """
+    data = load_yaml(path)
+    applications = data.get("applications")
+    if not isinstance(applications, list) or len(applications) != 1:
+        raise ValueError(f"config {path}: applications must be a list with one application")
+    args = applications[0].get("args") if isinstance(applications[0], dict) else None
+    if not isinstance(args, dict):
+        raise ValueError(f"config {path}: applications[0].args must be a mapping of settings")
+    check_keys(args, ServeConfig.model_fields, f"config {path}: applications[0].args")
+    http = data.get("http_options") or {}
+    if not isinstance(http, dict):
+        raise ValueError(f"config {path}: http_options must be a mapping")
+    return args, http
 
 
 def sampling_params(settings: Mapping[str, Any], where: str = "") -> SamplingParams:

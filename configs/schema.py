@@ -1,4 +1,4 @@
-"""Every setting of the engine, with its default, unit and check. Unknown keys are errors."""
+"""Every setting of engine and server, with its default, unit and check. Unknown keys are errors."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -99,6 +99,83 @@ class EngineConfig(BaseModel):
                 f" x pipeline_parallel_size={self.pipeline_parallel_size} needs executor='ray'"
             )
         return self
+
+
+class ModelLoadingConfig(BaseModel):
+    """Which model a server has, and under which name it answers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model_id: str = Field(min_length=1, description="The name that clients send as `model`.")
+    model_source: str | None = Field(
+        None, description="Local folder or Hugging Face hub id; default: `model_id`."
+    )
+
+
+class DeploymentConfig(BaseModel):
+    """How Ray Serve runs the replicas of a server; names and meaning are Serve's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_replicas: int = Field(1, ge=1, description="Engines, each with a model of its own.")
+    autoscaling_config: dict[str, Any] | None = Field(
+        None, description="Instead of num_replicas: Serve's settings for a changing number."
+    )
+    max_ongoing_requests: int | None = Field(
+        None, ge=1, description="Open requests per replica; default: what it can run and queue."
+    )
+    graceful_shutdown_timeout_s: float = Field(
+        600.0, ge=0, description="Seconds a replica that is to end has to finish its requests."
+    )
+    health_check_period_s: float = Field(10.0, gt=0)
+    health_check_timeout_s: float = Field(30.0, gt=0)
+    ray_actor_options: dict[str, Any] = Field(
+        default_factory=dict, description="Resources of a replica itself, such as num_cpus."
+    )
+
+
+class PlacementGroupConfig(BaseModel):
+    """Bundles that a replica with several ranks asks for, one per rank or one per stage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bundles: tuple[dict[str, float], ...] = Field(min_length=1)
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+
+
+class ServerLimits(BaseModel):
+    """What a replica accepts from its clients."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_queue: int = Field(
+        256, ge=0, description="Sequences that may wait beyond max_num_seqs; more get status 429."
+    )
+    max_body_bytes: int = Field(4 * 2**20, ge=1, description="A larger body gets status 413.")
+    max_n: int = Field(16, ge=1, le=128, description="Choices per prompt.")
+    max_logprobs: int = Field(20, ge=0, le=20, description="Best tokens beside the sampled one.")
+    max_stop: int = Field(16, ge=0, description="Stop strings of a request.")
+    max_prompts: int = Field(64, ge=1, description="Prompts of one completion request.")
+
+
+class ServeConfig(BaseModel):
+    """Settings of a server; the names are those that users of `ray.serve.llm` know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model_loading_config: ModelLoadingConfig
+    engine_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of EngineConfig but `model`."
+    )
+    deployment_config: DeploymentConfig = DeploymentConfig()
+    placement_group_config: PlacementGroupConfig | None = None
+    accelerator_type: str | None = Field(
+        None, description="Ray's name of the GPU that every rank must have, such as H100."
+    )
+    api_key_file: str | None = Field(
+        None, description="File with one key per line; also read: SAQQARA_API_KEYS (with commas)."
+    )
+    limits: ServerLimits = ServerLimits()
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

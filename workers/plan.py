@@ -18,6 +18,7 @@ class SamplingSpec:
     `seed` is always set (the engine derives one where the request has none): random numbers are a
     function of (seed, position), so a resumed sequence goes on exactly as it would have.
     `blocked_token_ids` cannot be sampled before `min_tokens` tokens are generated.
+    `logit_bias` are (token id, what is added to its logit).
     `num_logprobs` is None for none, 0 for the sampled token's only, k for the k best as well (and
     of a scored sequence, k for the k best at each scored position).
     """
@@ -32,6 +33,7 @@ class SamplingSpec:
     seed: int = 0
     min_tokens: int = 0
     blocked_token_ids: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
     num_logprobs: int | None = None
 
 

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "evaluation": {"cluster", "workers", "compression", "configs"},
 }
 RAY_FILES = {
-    f"cluster/{name}.py" for name in ("controller", "executor", "placement", "jobs", "serve")
+    f"cluster/{name}.py"
+    for name in ("controller", "executor", "placement", "jobs", "serve", "ray_metrics")
 }
 NO_TENSORS = {"cluster/scheduler.py", "cluster/ledger.py", "cluster/request.py"}
 OPTIONAL_PACKAGES = {"flash_attn", "triton", "lm_eval"}

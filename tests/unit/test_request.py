@@ -34,6 +34,7 @@ DEFAULTS = {
     "min_tokens": 0,
     "stop": (),
     "stop_token_ids": (),
+    "logit_bias": None,
     "ignore_eos": False,
     "logprobs": None,
     "skip_special_tokens": True,

@@ -249,6 +249,28 @@ def test_blocked_tokens_wait_for_min_tokens() -> None:
     assert tokens == [8, 8, 8, 7, 7]
 
 
+def test_a_bias_moves_the_logits_of_its_own_row_only() -> None:
+    logits = make_logits(3)
+    best = logits.argmax(dim=-1).tolist()
+    bias = ((best[1], -100.0), (7, 100.0))
+    specs = [SamplingSpec(temperature=0.0, logit_bias=b) for b in ((), bias, ())]
+    tokens = [token for token, _ in sample(logits, specs, range(3), [NOTHING] * 3)]
+    assert tokens == [best[0], 7, best[2]]
+    expected = logits.clone()
+    for token, value in bias:
+        expected[1, token] += value
+    assert torch.equal(sampler._biased(logits, specs), expected)
+
+
+def test_a_biased_token_is_drawn_as_often_as_its_bias_says() -> None:
+    """Two even logits, one raised by log 3: three of four draws, within 5 standard errors."""
+    logits = torch.full((1, VOCAB), -math.inf)
+    logits[0, [10, 500]] = 0.0
+    spec = SamplingSpec(logit_bias=((500, math.log(3)),))
+    drawn = draw(logits, spec, 4000)
+    assert abs(drawn.count(500) - 3000) < 5 * math.sqrt(4000 * 0.75 * 0.25)
+
+
 def test_logprobs_are_the_models_own() -> None:
     """Raw log-probabilities: neither temperature nor penalties nor blocked tokens change them."""
     logits = make_logits(3)

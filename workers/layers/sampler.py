@@ -1,8 +1,8 @@
 """From logits to tokens: penalties, filters, and counter-based random numbers.
 
-The order is vLLM's: penalties and blocked tokens, temperature, then `min_p`, `top_k`, `top_p`, each
-on what the one before left. A token tied with the last of `top_k` or with the threshold of `min_p`
-stays in; among ties at the edge of `top_p` the lower id comes first.
+The order is vLLM's: biases, penalties and blocked tokens, temperature, then `min_p`, `top_k`,
+`top_p`, each on what the one before left. A token tied with the last of `top_k` or with the
+threshold of `min_p` stays in; among ties at the edge of `top_p` the lower id comes first.
 
 A token is drawn by the Gumbel-max trick: the best of log-probability plus noise, the noise being a
 function of (seed, position, token id) alone. So what is sampled does not depend on which other
@@ -47,7 +47,7 @@ def sample(
 ) -> list[tuple[int, TokenLogprobs | None]]:
     """Sample one token per row.
 
-    Log-probabilities are the model's own, before penalties, filters and temperature (vLLM's
+    Log-probabilities are the model's own, before biases, penalties, filters and temperature (vLLM's
     default, `raw_logprobs`).
 
     Args:
@@ -60,7 +60,7 @@ def sample(
         (token id, its log-probabilities or None) per row.
     """
     assert len(logits) == len(specs) == len(positions) == len(history)
-    adjusted = _blocked(_penalized(logits, specs, history), specs, history)
+    adjusted = _blocked(_penalized(_biased(logits, specs), specs, history), specs, history)
     tokens = adjusted.argmax(dim=-1)
     random = [row for row, spec in enumerate(specs) if spec.temperature >= MIN_TEMPERATURE]
     if random:
@@ -109,6 +109,16 @@ def _signed(constant: int) -> int:
 def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical right shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _biased(logits: torch.Tensor, specs: Sequence[SamplingSpec]) -> torch.Tensor:
+    """Logits plus the `logit_bias` of their rows."""
+    biases = [(row, *bias) for row, spec in enumerate(specs) for bias in spec.logit_bias]
+    if not biases:
+        return logits
+    rows, ids, values = zip(*biases, strict=True)
+    place = torch.tensor(rows, device=logits.device), torch.tensor(ids, device=logits.device)
+    return logits.index_put(place, logits.new_tensor(values), accumulate=True)
 
 
 def _penalized(

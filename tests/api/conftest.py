@@ -1,0 +1,51 @@
+"""One server for most tests of this folder, and official OpenAI clients for it."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from support.api_server import KEY, MAX_BODY_BYTES, MAX_MODEL_LEN, MAX_QUEUE, engine_flags
+from support.byte_llama import save_tiny_llama
+from support.server import Server, running_server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here needs Ray."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.ray)
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of bytes with a long context, so that a request can be kept running."""
+    folder = tmp_path_factory.mktemp("api-llama")
+    save_tiny_llama(folder, max_position=MAX_MODEL_LEN)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with one replica, small limits, and a key."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    limits = ["--max-queue", str(MAX_QUEUE), "--max-body-bytes", str(MAX_BODY_BYTES)]
+    with running_server(log, *engine_flags(byte_model), *limits, keys=f"other,{KEY}") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Iterator[OpenAI]:
+    """The official client."""
+    with OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+async def async_client(server: Server) -> AsyncIterator[AsyncOpenAI]:
+    """The official client for asyncio."""
+    async with AsyncOpenAI(
+        base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60
+    ) as client:
+        yield client

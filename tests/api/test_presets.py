@@ -1,0 +1,86 @@
+"""What Ray Serve is asked for: presets that it takes itself, and the room for each replica."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from saqqara.cluster.settings import read_serve_file, serve_config, served_engine
+from saqqara.configs.schema import CONFIG_DIR
+
+# Importing Ray Serve (2.60) warns of its own use of pydantic.
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
+
+PRESETS = sorted(path.stem for path in (CONFIG_DIR / "serve").glob("*.yaml"))
+
+
+def test_there_are_presets() -> None:
+    assert "one-replica" in PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_serve_config_files(name: str) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    args, http = read_serve_file(name)
+    served_engine(serve_config(args))
+    assert http["host"] == "127.0.0.1"
+    content = yaml.safe_load((CONFIG_DIR / "serve" / f"{name}.yaml").read_text())
+    assert content["applications"][0]["import_path"] == "saqqara.cluster.serve:build_app"
+    ServeDeploySchema.model_validate(content)
+
+
+def server(engine: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    loading = {"model_id": "tiny", "model_source": "/models/tiny"}
+    kwargs = {"device": "cpu", **engine}
+    return {"model_loading_config": loading, "engine_kwargs": kwargs, **settings}
+
+
+def plan(engine: dict[str, Any], **settings: Any) -> Any:
+    from saqqara.cluster.api_keys import ApiKeys
+    from saqqara.cluster.serve import plan_replica
+
+    config = serve_config(server(engine, **settings))
+    return plan_replica(config, served_engine(config), ApiKeys())
+
+
+def test_build_app_makes_an_application_or_names_the_field() -> None:
+    from ray.serve import Application
+
+    from saqqara.cluster.serve import build_app
+
+    assert isinstance(build_app(server({})), Application)
+    with pytest.raises(ValueError, match="unknown key 'max_sequences'"):
+        build_app(server({"max_sequences": 1}))
+    with pytest.raises(ValueError, match="unknown 'magic'"):
+        build_app(server({"retention": "magic"}))
+
+
+def test_one_rank_runs_in_its_replica() -> None:
+    one = plan({}, accelerator_type="H100")
+    assert one.placement is None
+    assert one.actor_options == {"num_cpus": 1, "accelerator_type": "H100"}
+    gpu = plan({"device": "cuda"}, deployment_config={"ray_actor_options": {"num_cpus": 4}})
+    assert gpu.actor_options == {"num_cpus": 4, "num_gpus": 1}
+    with pytest.raises(ValueError, match="placement_group_config: an engine of one rank"):
+        plan({}, placement_group_config={"bundles": [{"CPU": 1}]})
+
+
+def test_the_replica_shares_the_first_bundle_of_its_ranks() -> None:
+    two = plan({"pipeline_parallel_size": 2}, accelerator_type="H100")
+    assert two.actor_options == {"num_cpus": 1}
+    share = two.placement.bundles[1]["CPU"]
+    assert two.placement.bundles == (
+        {"CPU": 1 + share, "accelerator_type:H100": 0.001},
+        {"CPU": share, "accelerator_type:H100": 0.001},
+    )
+
+
+@pytest.mark.parametrize(("count", "places"), [(4, (0, 1, 2, 3)), (2, (0, 0, 1, 1))])
+def test_own_bundles_are_one_per_rank_or_one_per_stage(count: int, places: tuple[int, ...]) -> None:
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    own = plan(sizes, placement_group_config={"bundles": [{"CPU": 2}] * count})
+    assert own.placement.bundle_of_rank == places
+    assert own.actor_options == {"num_cpus": 0}
+    with pytest.raises(ValueError, match=r"placement_group_config\.bundles: there are 3"):
+        plan(sizes, placement_group_config={"bundles": [{"CPU": 2}] * 3})

@@ -1,0 +1,98 @@
+"""A server from a Serve config file: two replicas of two stages each, which finish what runs."""
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import yaml
+from openai import OpenAI
+from support.api_server import ENGINE, KEY, MODEL
+from support.server import Server, running_server
+
+NUM_TOKENS = 300
+
+
+@pytest.fixture(scope="module")
+def replicas(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("replicas")
+    (folder / "keys").write_text(f"# ours\n{KEY}\n")
+    args = {
+        "model_loading_config": {"model_id": MODEL, "model_source": str(byte_model)},
+        "engine_kwargs": {**ENGINE, "pipeline_parallel_size": 2},
+        "deployment_config": {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0}},
+        "api_key_file": str(folder / "keys"),
+    }
+    application = {
+        "name": "saqqara",
+        "route_prefix": "/",
+        "import_path": "saqqara.cluster.serve:build_app",
+        "args": args,
+    }
+    (folder / "server.yaml").write_text(yaml.safe_dump({"applications": [application]}))
+    with running_server(folder / "log", str(folder / "server.yaml")) as server:
+        yield server
+
+
+def test_two_replicas_share_the_work_and_finish_it_when_asked_to_end(replicas: Server) -> None:
+    with OpenAI(base_url=f"{replicas.url}/v1", api_key=KEY, max_retries=0) as client:
+        both_replicas_answer_alike(replicas, client)
+        what_runs_is_finished_and_nothing_more_is_taken(replicas, client)
+
+
+def both_replicas_answer_alike(server: Server, client: OpenAI) -> None:
+    def text(number: int) -> str:
+        answer: Any = client.completions.create(
+            model=MODEL, prompt="hello", max_tokens=20, temperature=0, **ignoring_eos()
+        )
+        return str(answer.choices[0].text)
+
+    with ThreadPoolExecutor(8) as threads:
+        texts = set(threads.map(text, range(16)))
+    assert len(texts) == 1
+    counts: set[float] = set()  # a scrape reaches one replica or the other
+    deadline = time.monotonic() + 20
+    while sum(counts) != 16 * 20 and time.monotonic() < deadline:
+        counts.add(server.metric("vllm:generation_tokens_total"))
+    assert sum(counts) == 16 * 20 or counts == {160.0}
+    assert 0 not in counts, "both had a share"
+
+
+def what_runs_is_finished_and_nothing_more_is_taken(server: Server, client: OpenAI) -> None:
+    stream = client.completions.create(
+        model=MODEL,
+        prompt="hello",
+        max_tokens=NUM_TOKENS,
+        stream=True,
+        stream_options={"include_usage": True},
+        **ignoring_eos(),
+    )
+    next(iter(stream))
+    server.process.send_signal(signal.SIGTERM)
+    error = first_refusal(client)
+    assert (error.status_code, error.code) == (503, "shutting_down")
+    assert int(error.response.headers["retry-after"]) >= 1
+    chunks = list(stream)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == NUM_TOKENS
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert server.process.wait(60) == 0
+
+
+def first_refusal(client: OpenAI) -> openai.APIStatusError:
+    """The first answer that is an error; the signal needs a moment to reach the replicas."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            client.completions.create(model=MODEL, prompt="hello", max_tokens=1)
+        except openai.APIStatusError as error:
+            return error
+    raise AssertionError("the server still takes requests")
+
+
+def ignoring_eos() -> dict[str, Any]:
+    return {"extra_body": {"ignore_eos": True}}

@@ -1,0 +1,124 @@
+"""The parts of the server that need no server: keys, admission, settings."""
+
+import asyncio
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saqqara.cluster.admission import Admission, DrainingError, OverloadedError
+from saqqara.cluster.api_keys import KEYS_VARIABLE, ApiKeys
+from saqqara.cluster.cli_serve import ServerFlags, merged_config
+from saqqara.cluster.settings import serve_config, served_engine
+
+MODEL = {"model_id": "tiny", "model_source": "/models/tiny"}
+
+
+def test_keys_come_from_the_environment_and_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# of the team\n  from-file \n\n")
+    keys = ApiKeys.load(str(file), {KEYS_VARIABLE: "one, two"})
+    for key in ("one", "two", "from-file"):
+        assert keys.accepts(f"Bearer {key}")
+        assert keys.accepts(f"bearer  {key} ")
+    for wrong in (None, "", "one", "Bearer", "Bearer ", "Basic one", "Bearer on", "Bearer One"):
+        assert not keys.accepts(wrong)
+
+
+def test_without_keys_everybody_is_let_in() -> None:
+    keys = ApiKeys.load(None, {})
+    assert len(keys) == 0
+    assert keys.accepts(None)
+
+
+def test_a_key_cannot_be_read_back() -> None:
+    keys = ApiKeys.load(None, {KEYS_VARIABLE: "sk-secret"})
+    assert "sk-secret" not in repr(keys) + repr(vars(keys))
+    assert hashlib.sha256(b"sk-secret").digest() in vars(keys)["_hashes"]
+
+
+@pytest.mark.parametrize("content", [None, "", "# nothing\n"])
+def test_a_file_without_keys_is_an_error(tmp_path: Path, content: str | None) -> None:
+    """Else a mistyped path would open the server to everybody."""
+    if content is not None:
+        (tmp_path / "keys").write_text(content)
+    with pytest.raises(ValueError, match=r"api_key_file: .*keys"):
+        ApiKeys.load(str(tmp_path / "keys"), {})
+    with pytest.raises(ValueError, match=KEYS_VARIABLE):
+        ApiKeys.load(None, {KEYS_VARIABLE: " , "})
+
+
+def test_admission_counts_sequences_and_says_when_to_come_again() -> None:
+    admission = Admission(max_running=2, max_waiting=3)
+    with admission.enter(3), admission.enter(2):
+        assert admission.num_requests == 2
+        with pytest.raises(OverloadedError) as caught, admission.enter(1):
+            pass
+        assert 1 <= caught.value.retry_seconds <= 60
+    assert admission.num_requests == 0
+    with admission.enter(5):
+        pass
+
+
+async def test_a_closed_admission_lets_what_is_in_finish() -> None:
+    admission = Admission(max_running=2, max_waiting=0)
+    assert await admission.wait_idle(0)
+    with admission.enter(1):
+        admission.close()
+        with pytest.raises(DrainingError), admission.enter(1):
+            pass
+        assert not await admission.wait_idle(0.01)
+        idle = asyncio.create_task(admission.wait_idle(10))
+        await asyncio.sleep(0)
+    assert await idle
+
+
+def test_several_ranks_run_on_ray_and_one_in_its_replica() -> None:
+    def executor(**engine: Any) -> str:
+        settings = {"model_loading_config": MODEL, "engine_kwargs": engine}
+        return served_engine(serve_config(settings)).executor
+
+    assert executor() == "local"
+    assert executor(tensor_parallel_size=2) == "ray"
+    assert executor(executor="ray") == "ray"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "model_loading_config: field required"),
+        ({"model_loading_config": {}}, "model_loading_config.model_id: field required"),
+        ({"engine_kwarg": {}}, "unknown key 'engine_kwarg'; did you mean 'engine_kwargs'"),
+        ({"engine_kwargs": {"max_seqs": 1}}, "engine_kwargs: unknown key 'max_seqs'"),
+        ({"engine_kwargs": {"model": "x"}}, "engine_kwargs: model is set by"),
+        ({"engine_kwargs": {"metrics_port": 0}}, "engine_kwargs: metrics_port has no use"),
+        ({"engine_kwargs": {"max_num_seqs": 0}}, "max_num_seqs"),
+        ({"deployment_config": {"num_replicas": 0}}, "deployment_config.num_replicas"),
+        ({"placement_group_config": {"bundles": []}}, "placement_group_config.bundles"),
+        ({"limits": {"max_body": 1}}, "limits.max_body"),
+    ],
+)
+def test_a_wrong_setting_of_a_server_is_named(settings: dict[str, Any], message: str) -> None:
+    if "model_loading_config" not in settings and settings:
+        settings = {"model_loading_config": MODEL, **settings}
+    with pytest.raises(ValueError, match=message):
+        serve_config(settings)
+
+
+def test_flags_override_the_file() -> None:
+    args = {
+        "model_loading_config": MODEL,
+        "engine_kwargs": {"max_num_seqs": 4, "retention": "full"},
+        "limits": {"max_n": 2, "max_queue": 9},
+    }
+    flags = ServerFlags(max_queue=0, num_replicas=3, served_model_name="mine")
+    config = merged_config(args, flags, {"retention": "pyramidkv", "budget": "25%"})
+    assert config.model_loading_config.model_dump() == {**MODEL, "model_id": "mine"}
+    assert config.engine_kwargs == {"max_num_seqs": 4, "retention": "pyramidkv", "budget": "25%"}
+    assert (config.limits.max_n, config.limits.max_queue) == (2, 0)
+    assert config.deployment_config.num_replicas == 3
+    named = merged_config({}, ServerFlags(), {"model": "/models/SmolLM2"})
+    assert named.model_loading_config.model_id == "SmolLM2"
+    with pytest.raises(ValueError, match="model is required"):
+        merged_config({}, ServerFlags(), {})
