@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from saqqara.cluster.cli import app
-from saqqara.cluster.settings import engine_config
+from saqqara.cluster.settings import engine_config, serve_config
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -212,6 +212,7 @@ def serve_args(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [n for n in MANIFESTS if n.endswith("/RayService")])
 def test_services_ask_for_engines_that_their_groups_have_room_for(name: str) -> None:
     args = serve_args(name)
+    assert serve_config(args).engine_kwargs == args["engine_kwargs"]
     engine = engine_config(
         {"model": "m", "executor": "ray", **args["engine_kwargs"]}, where="engine_kwargs"
     )
