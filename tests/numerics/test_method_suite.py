@@ -55,11 +55,7 @@ def make_cases() -> list[Case]:
     # No token comes twice: in the lowest layer its keys would differ by a rotation only.
     rng = np.random.default_rng(SEED)
     prompts = [(3 + rng.permutation(VOCAB - 3)[:length]).tolist() for length in LENGTHS]
-    return [
-        case
-        for name in METHODS
-        for case in cases_of(name, prompts)
-    ]
+    return [case for name in METHODS for case in cases_of(name, prompts)]
 
 
 CASES = make_cases()
@@ -123,7 +119,7 @@ def alone(tiny: tuple[Path, Any]) -> Outcome:
 
 @pytest.fixture(scope="module")
 def batched(tiny: tuple[Path, Any]) -> Outcome:
-    config = config_of(tiny[0], MeshLayout(), len(CASES), attention="torch")
+    config = config_of(tiny[0], MeshLayout(), len(CASES), attention="reference")
     return run_cases(Worker.local(config), CASES)
 
 
@@ -171,7 +167,7 @@ def test_rows_and_tokens_are_those_of_the_definition(
 def test_the_cases_show_something(oracle: Oracle) -> None:
     """All but `full` drop tokens; heads that compete or have a profile differ."""
     for name, row in METHODS.items():
-        [case] = [case for case in CASES if case.method == name and case.stage is PREFILL]
+        [case] = [case for case in CASES if case.method == name and case.stage_name == "prefill"]
         oracle.know(case)
         kept = np.array(
             [

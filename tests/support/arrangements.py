@@ -15,7 +15,7 @@ from saqqara.workers.mesh import MeshLayout
 from saqqara.workers.plan import DecodeItem, PrefillGroup, StepPlan
 from saqqara.workers.worker import Worker
 
-from .methods import PAGE, PREFILL, Case
+from .methods import PAGE, Case
 from .plans import new_sequence
 
 LAYOUTS = {
@@ -47,7 +47,7 @@ class Outcome:
 
 def is_run(case: Case, arrangement: str) -> bool:
     """Whether a case is part of an arrangement: steps of four ranks are slow on two cores."""
-    return arrangement != "tp4" or case.stage is PREFILL
+    return arrangement != "tp4" or case.stage_name == "prefill"
 
 
 def is_looked_at(case: Case, fed_tokens: int) -> bool:
@@ -55,7 +55,9 @@ def is_looked_at(case: Case, fed_tokens: int) -> bool:
     return fed_tokens in (0, case.stage.num_steps // 2, case.stage.num_steps)
 
 
-def config_of(folder: Path, layout: MeshLayout, num_cases: int, attention: str = "torch") -> EngineConfig:
+def config_of(
+    folder: Path, layout: MeshLayout, num_cases: int, attention: str = "torch"
+) -> EngineConfig:
     """Settings of one rank."""
     return EngineConfig(
         model=str(folder),

@@ -309,8 +309,8 @@ class Rules:
     """A method by its definition (`slow_llama.Definition`).
 
     `score` None keeps all that enters. Rows keep the last `window` tokens, or `recent_part` of
-    what they keep where that is given; `trimming` drops tokens of whole layers while decoding. With `compete` the heads of a layer share what it has, and
-    `floor` of its mean is safe for each.
+    what they keep where that is given. With `compete` the heads of a layer share what it has, and
+    `floor` of its mean is safe for each. `trimming` drops tokens of whole layers while decoding.
     """
 
     score: Score | None
