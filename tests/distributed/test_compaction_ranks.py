@@ -24,7 +24,7 @@ from saqqara.workers.plan import DecodeItem, StepPlan
 from saqqara.workers.worker import Worker
 
 PAGE, SLACK_PAGES = 4, 2
-NUM_STEPS = 31
+NUM_STEPS = 23
 PROFILE = {
     f"{layer}-{head}": [float(1 + (layer + head) % 4)] for layer in range(3) for head in range(6)
 }

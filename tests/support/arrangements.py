@@ -47,15 +47,17 @@ class Outcome:
 
 def is_run(case: Case, arrangement: str) -> bool:
     """Whether a case is part of an arrangement: steps of four ranks are slow on two cores."""
-    return arrangement != "tp4" or not case.decode
+    return arrangement != "tp4" or case.stage_name == "prefill"
 
 
 def is_looked_at(case: Case, fed_tokens: int) -> bool:
     """Whether rows are compared after so many tokens: after the prefill, halfway, at the end."""
-    return fed_tokens in (0, case.num_steps // 2, case.num_steps)
+    return fed_tokens in (0, case.stage.num_steps // 2, case.stage.num_steps)
 
 
-def config_of(folder: Path, layout: MeshLayout, num_cases: int) -> EngineConfig:
+def config_of(
+    folder: Path, layout: MeshLayout, num_cases: int, attention: str = "torch"
+) -> EngineConfig:
     """Settings of one rank."""
     return EngineConfig(
         model=str(folder),
@@ -66,6 +68,7 @@ def config_of(folder: Path, layout: MeshLayout, num_cases: int) -> EngineConfig:
         num_threads=1,
         kv_memory_gib=0.05,
         warmup=False,
+        attention_backend=attention,
         layer_split=(2, 3) if layout.pipeline_size == 2 else None,
         pipeline_parallel_size=layout.pipeline_size,
         tensor_parallel_size=layout.tensor_size,
@@ -82,7 +85,7 @@ def run_cases(worker: Worker, cases: Sequence[Case]) -> Outcome:
     ]
     group = PrefillGroup(tuple(range(len(cases))), 0, worker.spec.num_layers)
     plan = StepPlan(0, new=tuple(new), prefill=(group,))
-    for fed in range(max(case.num_steps for case in cases) + 1):
+    for fed in range(max(case.stage.num_steps for case in cases) + 1):
         result = worker.execute(plan)
         assert result.refused == ()
         worker.check_integrity()
@@ -94,7 +97,7 @@ def run_cases(worker: Worker, cases: Sequence[Case]) -> Outcome:
         items = tuple(
             DecodeItem(slot, len(case.prompt) + fed)
             for slot, case in enumerate(cases)
-            if fed < case.num_steps
+            if fed < case.stage.num_steps
         )
         plan = StepPlan(fed + 1, decode=items)
     worker.execute(StepPlan(plan.step + 1, free=tuple(range(len(cases)))))

@@ -239,6 +239,35 @@ def once(settings: dict[str, Any]) -> PassOn:
     return pass_on
 
 
+# Generation stage ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trimming:
+    """PyramidInfer's generation stage; `published` counts what was ever seen, `stored` what is."""
+
+    trigger: str
+    exceed: int
+    recent_part: Fraction
+    sinks: int
+
+    def places(
+        self, stored: Stored, seen: int, lowest: int, after_cut: int, num_layers: int, cuts: Cuts
+    ) -> list[int] | None:
+        """What stays of a layer's rows; None where it does not fire."""
+        m = len(stored.rows[0])
+        recent = int(self.recent_part * lowest)
+        new = {"published": seen - recent, "stored": m}[self.trigger] - after_cut
+        first = m - 1 - recent - self.exceed
+        if new < self.exceed or first < self.sinks:
+            return None
+        cosine = 0.1 + 0.9 * (math.cos(math.pi * stored.layer / num_layers) + 1) / 2
+        keep = max(int(round(0.9 * self.exceed * cosine, 9)), 1)
+        scores = last_query(stored, 0)[first : first + self.exceed]
+        stay = [first + j for j in best(scores, keep, 0, cuts)]
+        return [*range(first), *stay, *range(first + self.exceed, m)]
+
+
 # Cuts ---------------------------------------------------------------------------------------------
 
 
@@ -281,7 +310,7 @@ class Rules:
 
     `score` None keeps all that enters. Rows keep the last `window` tokens, or `recent_part` of
     what they keep where that is given. With `compete` the heads of a layer share what it has, and
-    `floor` of its mean is safe for each.
+    `floor` of its mean is safe for each. `trimming` drops tokens of whole layers while decoding.
     """
 
     score: Score | None
@@ -293,6 +322,7 @@ class Rules:
     compete: bool = False
     floor: Fraction = Fraction(1, 5)
     propagate: PassOn = all_go_on
+    trimming: Trimming | None = None
     num_heads: int = 3
 
     def counts(self, num_tokens: int, num_layers: int, num_heads: int) -> list[list[int]] | None:
@@ -342,6 +372,14 @@ class Rules:
     ) -> list[int]:
         """Places of the tokens that leave the layer."""
         return self.propagate(layer, attention, num_tokens, num_layers, self.num_heads, cuts)
+
+    def trim(
+        self, stored: Stored, seen: int, lowest: int, after_cut: int, num_layers: int, cuts: Cuts
+    ) -> list[int] | None:
+        """Places that stay in all rows of a layer after a decode step; None: all."""
+        if self.trimming is None:
+            return None
+        return self.trimming.places(stored, seen, lowest, after_cut, num_layers, cuts)
 
     def _recent(self, keep: int) -> int:
         if self.recent_part is None:

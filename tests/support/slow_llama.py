@@ -92,6 +92,16 @@ class Definition(Protocol):
         """Which of m tokens that entered a layer leave it, given [Hq, m, m] attention weights."""
         ...
 
+    def trim(
+        self, stored: Stored, seen: int, lowest: int, after_cut: int, num_layers: int, cuts: Cuts
+    ) -> list[int] | None:
+        """Places that stay in all rows of a layer after a decode step; None: all.
+
+        `seen` counts all tokens, `lowest` what layer 0 stores before it is trimmed, `after_cut`
+        what this layer stored after prefill or when it was last trimmed.
+        """
+        ...
+
 
 def attend(query: Tensor, keys: Tensor) -> Tensor:
     """Softmax weights of one query [D] on keys [m, D]."""
@@ -155,6 +165,8 @@ class SlowLlama:
 
     def __post_init__(self) -> None:
         self._targets: list[list[int]] = []
+        self._after_cut: list[int] = []  # tokens of each layer when it was last trimmed
+        self.num_trims: list[int] = []  # by layer
         self._queries: list[list[tuple[int, Tensor]]] = []
 
     def greedy(
@@ -214,6 +226,7 @@ class SlowLlama:
                         entry.mass += weight / group
             hidden = self._finish(layer, hidden, torch.cat(mixed)[None])
         self._cut_full_rows()
+        self._trim_layers(position + 1)
         return self._logits(hidden[-1])
 
     def _store(
@@ -235,6 +248,8 @@ class SlowLlama:
 
     def _cut_prompt(self, layer: int, counts: list[list[int]] | None, num_tokens: int) -> None:
         rows = self.rows[layer]
+        self._after_cut.append(len(rows[0]))
+        self.num_trims.append(0)
         if counts is not None:
             keep = [min(count, len(row)) for count, row in zip(counts[layer], rows, strict=True)]
             if keep != [len(row) for row in rows]:
@@ -258,6 +273,21 @@ class SlowLlama:
         self.num_compactions += 1
         for layer, targets in enumerate(self._targets):
             self._cut(layer, targets)
+
+    def _trim_layers(self, seen: int) -> None:
+        lowest = len(self.rows[0][0])
+        for layer, rows in enumerate(self.rows):
+            stored = Stored(layer, rows, list(self._queries[layer]))
+            after_cut = self._after_cut[layer]
+            places = self.definition.trim(
+                stored, seen, lowest, after_cut, len(self.rows), self.cuts
+            )
+            if places is not None:
+                assert places == sorted(set(places))
+                for row in rows:
+                    row[:] = [row[j] for j in places]
+                self._after_cut[layer] = len(places)
+                self.num_trims[layer] += 1
 
     def _cut(self, layer: int, keep: list[int]) -> None:
         rows = self.rows[layer]
