@@ -16,8 +16,7 @@ model's output loses, so heads that matter to prediction in other ways count, to
 """
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 
+from .divergence import TOP_TOKENS, divergence
 from .haystack import Split
 from .needle import needle_question
 from .perplexity import PerplexityTask
@@ -41,8 +41,6 @@ KEPT_PART = 20  # the row that is cut keeps the 20th part of the context
 CUT = {"score": "snapkv", "window": 16, "sinks": 4, "kernel_size": 15, "pooling": "avg"}
 """How it is cut: as the `recommended` preset does."""
 LEAST_CONTEXT_TOKENS = KEPT_PART * (16 + 4 + 1)  # a cut row has to hold more than window and sinks
-TOP_TOKENS = 20
-LEAST_REST = 1e-6  # fp32 log-probabilities know no smaller rest
 TEXT_WEIGHT = 0.8
 POWER = 0.85
 """Importances fall over three orders of magnitude; a power below one leaves the middle a part."""
@@ -148,23 +146,6 @@ def importances(
         total += [sum(map(divergence, full, other)) for other in cut]
     mean: Floats = total / sum(map(len, continuations))
     return mean
-
-
-def divergence(full: Mapping[int, float], other: Mapping[int, float]) -> float:
-    """Kullback-Leibler divergence of `other` from `full`, as far as their best tokens tell it.
-
-    The tokens that both list are told apart, all others count as one outcome. Outcomes taken
-    together never diverge more than apart, so this is a lower bound.
-
-    Args:
-        full: log-probabilities of the most likely tokens, by token id.
-        other: likewise.
-    """
-    shared = full.keys() & other.keys()
-    rest_full = max(1 - math.fsum(math.exp(full[token]) for token in shared), LEAST_REST)
-    rest_other = max(1 - math.fsum(math.exp(other[token]) for token in shared), LEAST_REST)
-    told_apart = math.fsum(math.exp(full[token]) * (full[token] - other[token]) for token in shared)
-    return max(told_apart + rest_full * math.log(rest_full / rest_other), 0.0)
 
 
 def combine(texts: Floats, needles: Floats) -> Floats:

@@ -3,12 +3,13 @@
 Each setting is teacher-forced along the answer that `full` gave: at every token it sees the same
 past, so one early difference does not count again and again as it does where free-running answers
 are compared. Reported are the share of tokens that the setting, too, holds most likely (top-1
-agreement) and the mean difference of the log-probability of full's token. The latter is not the
-Kullback-Leibler divergence, which needs the probabilities of the whole vocabulary; it is the part
-of it that lies on full's choice. Full is scored itself, along its own answers: what it lacks to
-100% is the numerical difference between generating and scoring.
+agreement), the mean Kullback-Leibler divergence of its distribution from full's (told from the 20
+most likely tokens of both: a lower bound, see `divergence`), and the mean difference of the
+log-probability of full's token. Full is scored itself, along its own answers: what it lacks to 100%
+is the numerical difference between generating and scoring.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 from saqqara.compression.retention import Retention
 
 from .chat_frame import ChatFrame
+from .divergence import TOP_TOKENS, divergence
 from .haystack import Haystack, Split
 from .prompt_maker import haystack_room, settings_of
 from .result import Outcome, Result
@@ -70,15 +72,17 @@ class AgreementTask:
         prompts = self.prompts(session)
         full = session.answers_under([Retention()], prompts, [self.max_tokens] * len(prompts))
         answers = [outputs[0].outputs[0].token_ids for outputs in full]
-        scored = session.scores(prompts, answers)
+        scored = session.scores(prompts, answers, top_logprobs=TOP_TOKENS)
         outcomes = []
         for sample, outputs in enumerate(scored):
             reference = outputs[0]
             for retention, output in zip(session.retentions, outputs, strict=True):
                 num = len(output.token_ids)
+                apart = map(divergence, reference.top_logprobs, output.top_logprobs)
                 details = {
                     "answer_tokens": num,
                     "identical": output.is_greedy,
+                    "divergence": math.fsum(apart) / num,
                     "logprob_difference": (output.sum - reference.sum) / num,
                     "ranks": list(output.ranks),
                     "full_answer": full[sample][0].outputs[0].text,

@@ -46,11 +46,13 @@ def perplexity_figures(
 def agreement_figures(
     mine: Sequence[Outcome], full: Sequence[Outcome]
 ) -> dict[str, tuple[Estimate, str]]:
-    """Top-1 agreement and log-probability along full's answers; prompts are what is drawn."""
+    """Top-1 agreement and divergence along full's answers; prompts are what is drawn."""
+    divergences = [float(o.details["divergence"]) for o in mine]
     differences = [float(o.details["logprob_difference"]) for o in mine]
     identical = [float(o.details["identical"]) for o in mine]
     return {
         "top-1 agreement": (bootstrapped([o.score for o in mine]), ".1%"),
+        "KL from full, nats": (bootstrapped(divergences), ".3f"),
         "logprob of full's token - full's": (bootstrapped(differences), ".3f"),
         "greedy answers identical": (proportion(identical), ".0%"),
     }

@@ -12,14 +12,13 @@ from saqqara.compression.head_profile import HeadProfile
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.calibrate import (
-    TOP_TOKENS,
     Calibration,
     combine,
-    divergence,
     importances,
     without_row,
     write_profile,
 )
+from saqqara.evaluation.divergence import TOP_TOKENS, divergence
 from saqqara.evaluation.session import Session
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 3, 3, 16

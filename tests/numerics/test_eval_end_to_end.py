@@ -46,5 +46,7 @@ def test_full_agrees_with_itself(session: Session) -> None:
     # Scoring and generating differ by rounding, which in bfloat16 can turn close decisions.
     assert full.figures["top-1 agreement"][0].value >= 0.9
     assert full.figures["logprob of full's token - full's"][0].value == 0.0
+    assert full.figures["KL from full, nats"][0].value == 0.0
     assert random.figures["top-1 agreement"][0].value < 1.0
+    assert random.figures["KL from full, nats"][0].value > 0.01
     assert {o.prompt_tokens for o in result.outcomes} == {256}

@@ -144,7 +144,11 @@ def outcomes(scores: dict[str, list[float]], task: str) -> Result:
     for label, values in scores.items():
         for sample, score in enumerate(values):
             group = "b" if sample == len(values) - 1 else "a"
-            details = {"logprob_difference": -score, "identical": score == 1}
+            details = {
+                "divergence": 1 - score,
+                "logprob_difference": -score,
+                "identical": score == 1,
+            }
             found.append(Outcome(label, sample, group, 10, score, details))
     settings = {"full": Retention(), "snapkv@64": Retention.parse("snapkv", 64)}
     return Result(
