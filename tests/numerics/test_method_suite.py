@@ -28,7 +28,7 @@ from support.slow_llama import NEAR_CUT, Entry, SlowLlama, Weights
 from support.tiny import VOCAB, save_tiny
 
 from saqqara.compression.registry import SCORES, SHAPES
-from saqqara.configs.schema import CONFIG_DIR
+from saqqara.configs.yaml_files import CONFIG_DIR
 from saqqara.workers.mesh import MeshLayout
 from saqqara.workers.worker import Worker
 
@@ -104,7 +104,7 @@ def oracle(tiny: tuple[Path, Any]) -> Oracle:
 
 @pytest.fixture(scope="module")
 def alone(tiny: tuple[Path, Any]) -> Outcome:
-    worker = Worker.local(config_of(tiny[0], MeshLayout(), 1))
+    worker = Worker.local(config_of(tiny[0], MeshLayout(), 1).for_worker())
     outcome = Outcome()
     for case in CASES:
         outcome.join(run_cases(worker, [case]))
@@ -113,7 +113,7 @@ def alone(tiny: tuple[Path, Any]) -> Outcome:
 
 @pytest.fixture(scope="module")
 def batched(tiny: tuple[Path, Any]) -> Outcome:
-    return run_cases(Worker.local(config_of(tiny[0], MeshLayout(), len(CASES))), CASES)
+    return run_cases(Worker.local(config_of(tiny[0], MeshLayout(), len(CASES)).for_worker()), CASES)
 
 
 @pytest.fixture(scope="module")

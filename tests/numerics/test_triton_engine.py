@@ -39,7 +39,9 @@ PROMPTS = ([5, 9, 30, 2, 8, 77, 41, 12, 64, 3, 91, 17, 55, 4], list(range(20, 51
 def greedy(folder: Path, backend: str, retention: Retention, **settings: Any) -> list[list[int]]:
     """Four tokens after each prompt; the second sequence joins when the first decodes."""
     config = {"dtype": "float32", "device": "cpu", "max_num_seqs": 4, "page_tokens": 4, **settings}
-    worker = Worker.local(EngineConfig(model=str(folder), attention_backend=backend, **config))
+    worker = Worker.local(
+        EngineConfig(model=str(folder), attention_backend=backend, **config).for_worker()
+    )
     tokens: list[list[int]] = [[] for _ in PROMPTS]
     spec = SamplingSpec(temperature=0.0)
     layers = worker.spec.num_layers
