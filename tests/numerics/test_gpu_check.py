@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 
+from saqqara.compression.retention import Retention
+
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is for Linux only", allow_module_level=True)
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -138,6 +140,26 @@ def test_budgets_are_kept(gpu: dict[str, ModuleType], bench: Any, tiny: Any) -> 
     shares = [row.numbers["kept_share"] for row in (full, quarter, tenth)]
     assert shares[0] == 1
     assert 0.1 < shares[2] < shares[1] < 0.35  # of 256 tokens, in whole pages
+
+
+def test_sequences_that_are_trimmed_together_are_as_alone(
+    gpu: dict[str, ModuleType], bench: Any, tiny: Any
+) -> None:
+    models, generation = gpu["gpu_models"], gpu["gpu_generation"]
+    load, shape = models.Load(40, 8, 3), replace(tiny, num_layers=4)
+    retention = Retention.parse(gpu["gpu_engine"]._OFTEN_TRIMMED)
+    quick = replace(bench, attention_backend="torch")
+    changes = {"max_prefill_tokens": 400}
+    with models.random_worker(quick, shape, load, 3, **changes) as (worker, settings):
+        prompts = load.prompts(shape.vocab)
+        run = [quick, worker, settings]
+        together = generation.generate(*run, prompts, 8, retention, check_pages=True)
+        alone = [
+            generation.generate(*run, [prompt], 8, retention, check_pages=True).tokens[0]
+            for prompt in prompts
+        ]
+    assert together.tokens == alone
+    assert len(together.step_seconds) == 7  # one prefill for all, so all are cut at once
 
 
 def test_a_run_out_of_time_leaves_the_worker_empty(
