@@ -21,7 +21,7 @@ import gpu_kernels
 import torch
 from gpu_baselines import release
 from gpu_models import LLAMA_2_13B, LLAMA_3_8B, LLAMA_3_8B_QUARTER, LLAMA_3_70B_RANK, Load
-from gpu_report import CAP_GIB, GIB, Bench, Deadline, OutOfTimeError, Row, table
+from gpu_report import CAP_GIB, GIB, Bench, Deadline, OutOfTimeError, Row, failure, table
 
 from saqqara.compression.retention import Retention
 
@@ -65,7 +65,7 @@ def _rank_of_70b(bench: Bench) -> Iterator[Row]:
 
 
 SECTIONS = (
-    Section("kernels", 120, True, lambda b: gpu_kernels.check_kernels(b, _DTYPES, NUM_SEEDS)),
+    Section("kernels", 150, True, lambda b: gpu_kernels.check_kernels(b, _DTYPES, NUM_SEEDS)),
     Section("parity", 60, True, gpu_engine.check_parity),
     Section(
         "bandwidth", 20, False, lambda b: gpu_kernels.measure_decode(b, gpu_kernels.DecodeSizes())
@@ -114,8 +114,7 @@ def run_section(section: Section, device: torch.device, total: Deadline) -> list
         text = f"the rest would take over {section.seconds:.0f} s"
         rows.append(Row(section.name, text, state="skipped"))
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
-        rows.append(Row(section.name, text, state="failed"))
+        rows.append(failure(section.name, error))
     with suppress(RuntimeError):  # after an illegal access nothing works; the table must still come
         release()
     return rows

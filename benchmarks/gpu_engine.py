@@ -9,7 +9,7 @@ import torch
 from gpu_baselines import deepspeed_rows, release, transformers_rows
 from gpu_generation import Generated, generate, largest_batch
 from gpu_models import Load, Shape, memory_cap, random_worker
-from gpu_report import Bench, OutOfTimeError, Row, judged
+from gpu_report import Bench, OutOfTimeError, Row, failure, judged
 from transformers import AutoModelForCausalLM
 
 from saqqara.compression.retention import Retention
@@ -196,12 +196,13 @@ def compare_13b(bench: Bench, shape: Shape, load: Load, max_num_seqs: int) -> It
         "pyramidinfer-13b with its decode stage": PYRAMID_INFER_DECODE,
     }
     rows: list[Row] = []
-    for part in (
-        measure_retentions(bench, shape, load, retentions, True, max_num_seqs),
-        _with_cap(bench, transformers_rows(bench, shape, load)),
-        _with_cap(bench, deepspeed_rows(bench, shape, load)),
-    ):
-        for row in part:
+    parts = {
+        "ours": measure_retentions(bench, shape, load, retentions, True, max_num_seqs),
+        "transformers": _with_cap(bench, transformers_rows(bench, shape, load)),
+        "DeepSpeed": _with_cap(bench, deepspeed_rows(bench, shape, load)),
+    }
+    for name, part in parts.items():
+        for row in _guarded(f"{shape.name}, {name}", part):
             rows.append(row)
             yield row
         release()
@@ -211,6 +212,16 @@ def compare_13b(bench: Bench, shape: Shape, load: Load, max_num_seqs: int) -> It
 def _with_cap(bench: Bench, rows: Iterator[Row]) -> Iterator[Row]:
     with memory_cap(bench):
         yield from rows
+
+
+def _guarded(what: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, and one more if an error ends them: the other engines are still measured."""
+    try:
+        yield from rows
+    except OutOfTimeError:
+        raise
+    except Exception as error:
+        yield failure(what, error)
 
 
 def ratios(rows: list[Row]) -> Iterator[Row]:

@@ -123,6 +123,12 @@ def _host_seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def failure(what: str, error: Exception) -> Row:
+    """The row of a measurement that an error ended."""
+    text = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
+    return Row(what, text, state="failed")
+
+
 def judged(is_met: bool) -> str:
     """The state of a row that has a target."""
     return "ok" if is_met else "missed"

@@ -99,6 +99,7 @@ def pool_pages(
     if config.kv_memory_gib is not None:
         pool_bytes = config.kv_memory_gib * GIB * local_rows / all_rows
     elif device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading and the measured step left behind is free, too
         free, total = torch.cuda.mem_get_info(device)
         pool_bytes = free - (1 - config.memory_utilization) * total - step_bytes
     else:

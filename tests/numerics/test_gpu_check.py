@@ -188,6 +188,10 @@ def test_a_run_out_of_time_leaves_the_worker_empty(
         assert len(run.step_seconds) == 6  # they come one after the other
 
 
+def _broken() -> Iterator[Any]:
+    yield from (1 // x for x in [0])
+
+
 def test_sections_report_their_own_failures(
     gpu: dict[str, ModuleType], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -206,6 +210,10 @@ def test_sections_report_their_own_failures(
     rows += check.run_section(check.Section("c", 1, False, late), cpu, report.Deadline.after(0))
     assert [row.state for row in rows] == ["ok", "skipped", "failed", "skipped"]
     assert rows[2].result == "RuntimeError: no luck"
+    late_rows, broken_rows = late(None), gpu["gpu_engine"]._guarded("an engine", _broken())
+    assert [row.state for row in broken_rows] == ["failed"]
+    with pytest.raises(report.OutOfTimeError):
+        list(gpu["gpu_engine"]._guarded("an engine", late_rows))
     check.report(rows, tmp_path / "out.json", "a device")
     assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["numbers"] == {"seconds": 1.0}
     assert capsys.readouterr().out.endswith(report.table(rows) + "\n")

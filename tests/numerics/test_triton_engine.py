@@ -99,14 +99,20 @@ def test_the_ladder_ends_at_the_largest_batch() -> None:
 
 
 def test_the_core_engine_loads_without_the_cluster_packages() -> None:
-    """A bare GPU machine has torch, triton and transformers, but neither Ray nor a command line."""
+    """A bare GPU machine has torch, triton and transformers, but neither Ray nor a command line.
+
+    Worker and scheduler want no checked settings and no metrics, either.
+    """
     absent = "ray typer rich matplotlib gguf fastapi uvicorn"
+    of_engine = "pydantic psutil prometheus_client"
     code = f"""
 import sys
-for name in {absent!r}.split():
+for name in {f"{absent} {of_engine}"!r}.split():
     sys.modules[name] = None
-import saqqara.cluster.client, saqqara.cluster.llm, saqqara.workers.worker
-import saqqara.evaluation.kernel_checks
+import saqqara.cluster.scheduler, saqqara.evaluation.kernel_checks, saqqara.workers.worker
+for name in {of_engine!r}.split():
+    del sys.modules[name]
+import saqqara.cluster.client, saqqara.cluster.llm
 from saqqara import LLM
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
