@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from saqqara.cluster.request import Request, SamplingParams
+from saqqara.cluster.request import SamplingParams
 from saqqara.cluster.scheduler import Scheduler
+from saqqara.cluster.sequence import Request
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import (
     KeptCounts,

@@ -17,8 +17,9 @@ from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .metrics import PrometheusSink, Sink
 from .output import Choice, RequestState
 from .report import BatchRows, EngineReport
-from .request import Request, RequestOutput, SamplingParams, ScoreOutput, scoring_params
+from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
 from .scheduler import Scheduler
+from .sequence import Request
 from .stats import EngineStats
 from .tokenizer import Tokenizer
 
@@ -60,7 +61,7 @@ class LocalExecutor:
     def __init__(self, config: EngineConfig) -> None:
         from saqqara.workers.worker import Worker
 
-        self.worker = Worker.local(config)
+        self.worker = Worker.local(config.for_worker())
 
     @property
     def workers(self) -> list[WorkerInfo]:
@@ -184,13 +185,13 @@ class Engine:
         request = Request(
             request_id=request_id,
             prompt_token_ids=self._truncate(token_ids, sampling),
-            sampling=sampling,
+            limits=sampling,
             retention=self._retention(retention, budget),
             priority=priority,
             arrival_time=self._now(),
             prompt=prompt if isinstance(prompt, str) else None,
         )
-        self._add(request, stream)
+        self._add(request, sampling, stream)
 
     def add_score_request(
         self,
@@ -218,10 +219,11 @@ class Engine:
         if isinstance(continuation, str):
             continuation = self._tokenizer.encode(continuation, add_special_tokens=False)
         self._check_token_ids("score_continuation", continuation)
+        sampling = scoring_params(top_logprobs)
         request = Request(
             request_id=request_id,
             prompt_token_ids=self._tokenize("prompt", prompt, messages),
-            sampling=scoring_params(top_logprobs),
+            limits=sampling,
             retention=self._retention(retention, budget),
             priority=priority,
             score_continuation=tuple(continuation),
@@ -229,7 +231,7 @@ class Engine:
             arrival_time=self._now(),
             prompt=prompt if isinstance(prompt, str) else None,
         )
-        self._add(request, stream=False)
+        self._add(request, sampling, stream=False)
 
     def step(self) -> list[RequestOutput | ScoreOutput]:
         """Schedule, execute, absorb; returns what the requests have to show for it.
@@ -286,28 +288,28 @@ class Engine:
 
     # Requests -------------------------------------------------------------------------------------
 
-    def _add(self, request: Request, stream: bool) -> None:
+    def _add(self, request: Request, sampling: SamplingParams, stream: bool) -> None:
         if request.request_id in self._states:
             raise ValueError(f"request_id {request.request_id!r} is in use")
         self.scheduler.check(request)
         state = RequestState(request, stream)
-        seed = self._seed(request)
-        for index in range(request.sampling.n):
-            spec = request.sampling.spec(seed + index, self._eos_token_ids)
+        seed = self._seed(request.request_id, sampling)
+        for index in range(sampling.n):
+            spec = sampling.spec(seed + index, self._eos_token_ids)
             sequence = self.scheduler.add(
                 request, spec, index=index, eos_token_ids=self._eos_token_ids
             )
-            choice = Choice(sequence, self._tokenizer)
+            choice = Choice(sequence, sampling, self._tokenizer)
             state.choices.append(choice)
             self._choices[sequence.arrival] = (state, choice)
         self._states[request.request_id] = state
         self._stats.added(request.arrival_time)
 
-    def _seed(self, request: Request) -> int:
+    def _seed(self, request_id: str, sampling: SamplingParams) -> int:
         """The request's own seed, or one that the engine's seed and the request's id determine."""
-        if request.sampling.seed is not None:
-            return request.sampling.seed
-        name = f"{self.config.seed}/{request.request_id}"
+        if sampling.seed is not None:
+            return sampling.seed
+        name = f"{self.config.seed}/{request_id}"
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
 
     def _retention(self, spec: RetentionSpec | None, budget: int | str | None) -> Retention:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from saqqara.workers.plan import TokenLogprobs
 
-from .request import Sequence
+from .sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

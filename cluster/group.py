@@ -4,7 +4,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from itertools import accumulate
 
-from .request import Sequence
+from .sequence import Sequence
 
 
 @dataclass(slots=True, eq=False)

@@ -10,7 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from saqqara.configs.schema import CONFIG_DIR, ServerLimits
+from saqqara.configs.schema import ServerLimits
+from saqqara.configs.yaml_files import CONFIG_DIR
 
 from .request import SamplingParams
 

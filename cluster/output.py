@@ -5,14 +5,13 @@ from dataclasses import dataclass, field
 from .events import NewToken
 from .request import (
     CompletionOutput,
-    FinishReason,
     Logprob,
-    Request,
     RequestMetrics,
     RequestOutput,
+    SamplingParams,
     ScoreOutput,
-    Sequence,
 )
+from .sequence import FinishReason, Request, Sequence
 from .tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
 
 # A request with several choices counts once, under the first of these that one of them has.
@@ -27,10 +26,10 @@ class Choice:
         last_token_time: when its latest token came, None before the first.
     """
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
-        sampling = sequence.request.sampling
+    def __init__(self, sequence: Sequence, sampling: SamplingParams, tokenizer: Tokenizer) -> None:
         self.sequence = sequence
         self.last_token_time: float | None = None
+        self._sampling = sampling
         self._tokenizer = tokenizer
         self._detokenizer = IncrementalDetokenizer(tokenizer, sampling.skip_special_tokens)
         self._stop = StopChecker(sampling.stop, sampling.include_stop_str_in_output)
@@ -50,7 +49,7 @@ class Choice:
 
     def append(self, event: NewToken) -> None:
         """Take in the sequence's next token."""
-        sampling = self.sequence.request.sampling
+        sampling = self._sampling
         is_stop_token = self.sequence.finish_reason == "stop"
         if not is_stop_token or sampling.include_stop_str_in_output:
             may_stop = len(self.sequence.output_token_ids) > sampling.min_tokens

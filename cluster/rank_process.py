@@ -22,6 +22,7 @@ import psutil
 
 from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig
+from saqqara.configs.worker_settings import WorkerSettings
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ class RankWorker(Protocol):
 
 
 WorkerFactory = Callable[
-    [EngineConfig, "MeshLayout", int, tuple[str, int] | None, str | None], RankWorker
+    [WorkerSettings, "MeshLayout", int, tuple[str, int] | None, str | None], RankWorker
 ]
-"""Makes the worker of a rank from (config, layout, rank, store, log_file)."""
+"""Makes the worker of a rank from (settings, layout, rank, store, log_file)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +122,9 @@ class RankProcess:
             make_worker = importlib.import_module("saqqara.workers.worker").Worker
             assert make_worker is not None
         # The worker sets torch's threads. Ray sets OMP_NUM_THREADS to 1 for actors of few CPUs.
-        config = config.model_copy(update={"num_threads": self.num_threads})
+        settings = replace(config.for_worker(), num_threads=self.num_threads)
         try:
-            self._worker = make_worker(config, layout, self.rank, store, self.log_file)
+            self._worker = make_worker(settings, layout, self.rank, store, self.log_file)
         except BaseException:
             logger.exception("rank %d could not start", self.rank)
             raise

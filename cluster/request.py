@@ -1,20 +1,18 @@
-"""What is asked of the engine, what the scheduler knows about it, and what comes back."""
+"""How a request is sampled, and what comes back."""
 
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Annotated, Any, Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from saqqara.compression.retention import Retention
-from saqqara.workers.plan import NewSequence, SamplingSpec
+from saqqara.workers.plan import SamplingSpec
+
+from .sequence import FinishReason
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 _INT64 = 2**63
 
-FinishReason = Literal["stop", "length", "abort", "error"]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -119,140 +117,6 @@ def invalid_field(error: ValidationError) -> str:
     """The name of the first field that a pydantic error complains about ('' if none)."""
     location = error.errors()[0]["loc"]
     return str(location[0]) if location else ""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt as the engine takes it: tokenised, truncated, checked.
-
-    With `score_continuation` its tokens are scored after the prompt and nothing is generated;
-    `token_by_token` feeds them in the decode steps that generating them would take.
-    A lower `priority` goes first; equal ones go in order of arrival.
-    """
-
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams
-    retention: Retention
-    priority: int = 0
-    score_continuation: tuple[int, ...] | None = None
-    token_by_token: bool = False
-    arrival_time: float = 0.0
-    prompt: str | None = None
-
-
-class Status(Enum):
-    """Where a sequence stands: in the queue, in a prefill group, decoding, or done."""
-
-    WAITING = "waiting"
-    PREFILL = "prefill"
-    RUNNING = "running"
-    FINISHED = "finished"
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One choice of a request while the scheduler has it.
-
-    `position` is logical: how many of the sequence's tokens have been fed (or are planned to be);
-    what the rows still keep of them is the ledger's business. `num_in_flight` counts the plans
-    that mention the sequence and are not absorbed yet, `num_sampling` those of them that sample it.
-    """
-
-    request: Request
-    index: int
-    arrival: int
-    spec: SamplingSpec
-    stop_token_ids: frozenset[int]
-    eos_token_ids: frozenset[int]
-    max_output_tokens: int
-
-    status: Status = Status.WAITING
-    slot: int | None = None
-    position: int = 0
-    output_token_ids: list[int] = field(default_factory=list)
-    scored_logprobs: list[float] = field(default_factory=list)
-    scored_ranks: list[int] = field(default_factory=list)
-    scored_top: list[dict[int, float]] = field(default_factory=list)
-    num_in_flight: int = 0
-    num_sampling: int = 0
-    num_preemptions: int = 0
-    num_refusals: int = 0
-    discarding: bool = False  # a worker refused it: what is still in flight of it is void
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    error: str | None = None
-    prompt_hash: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.prompt_hash = hash(self.request.prompt_token_ids)
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Order of service: lower goes first and is preempted last."""
-        return (self.request.priority, self.arrival)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.request.prompt_token_ids)
-
-    @property
-    def is_score(self) -> bool:
-        """Whether it scores a continuation instead of generating one."""
-        return self.request.score_continuation is not None
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether nothing more will come of it."""
-        return self.status is Status.FINISHED
-
-    @property
-    def known_after_prompt(self) -> tuple[int, ...] | list[int]:
-        """Tokens known to follow the prompt: the continuation, or those generated."""
-        continuation = self.request.score_continuation
-        return self.output_token_ids if continuation is None else continuation
-
-    @property
-    def num_replay(self) -> int:
-        """Tokens after the prompt that must be fed after a prefill before anything new is."""
-        known = len(self.known_after_prompt)
-        return known - 1 if self.is_score else known  # nothing follows a scored last token
-
-    @property
-    def num_to_feed(self) -> int:
-        """Tokens from `position` on that exist once the plans in flight have run."""
-        return self.prompt_tokens + self.num_replay + self.num_sampling - self.position
-
-    @property
-    def wants_sample(self) -> bool:
-        """Whether another token may be sampled beyond those in flight."""
-        room = self.max_output_tokens - len(self.output_token_ids) - self.num_sampling
-        return not self.is_score and room > 0
-
-    def can_share_prefill(self, other: "Sequence") -> bool:
-        """Whether prefill computes the same for both, however each of them is retained then."""
-        ours, theirs = self.request, other.request
-        if ours.prompt_token_ids is not theirs.prompt_token_ids and (
-            self.prompt_hash != other.prompt_hash
-            or ours.prompt_token_ids != theirs.prompt_token_ids
-        ):
-            return False
-        return ours.retention.propagate == theirs.retention.propagate
-
-    def new_sequence(self, shares_prefill_with: int | None = None) -> NewSequence:
-        """What the workers are told when it takes its slot."""
-        assert self.slot is not None
-        tokens = (*self.request.prompt_token_ids, *self.known_after_prompt)
-        return NewSequence(
-            slot=self.slot,
-            token_ids=np.asarray(tokens, dtype=np.int32).tobytes(),
-            prompt_tokens=self.prompt_tokens,
-            sampling=self.spec,
-            retention=self.request.retention,
-            score=self.is_score,
-            shares_prefill_with=shares_prefill_with,
-        )
 
 
 @dataclass(frozen=True, slots=True)

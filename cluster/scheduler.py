@@ -26,8 +26,8 @@ from saqqara.workers.plan import (
 from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .group import Group
 from .ledger import Ints, Ledger
-from .request import FinishReason, Request, Sequence, Status
 from .seats import Seats
+from .sequence import FinishReason, Request, Sequence, Status
 from .waiting import SharedPrompts, WaitingQueue
 
 
@@ -152,18 +152,16 @@ class Scheduler:
             ValueError: the prompt or continuation is too long, or could never fit the KV pool.
         """
         self.check(request)
-        sampling = request.sampling
+        limits = request.limits
         room = self.max_model_len - len(request.prompt_token_ids)
         sequence = Sequence(
             request=request,
             index=index,
             arrival=self._num_added,
             spec=spec,
-            stop_token_ids=frozenset(sampling.stop_token_ids),
-            eos_token_ids=frozenset(() if sampling.ignore_eos else eos_token_ids),
-            max_output_tokens=room
-            if sampling.max_tokens is None
-            else min(sampling.max_tokens, room),
+            stop_token_ids=frozenset(limits.stop_token_ids),
+            eos_token_ids=frozenset(() if limits.ignore_eos else eos_token_ids),
+            max_output_tokens=room if limits.max_tokens is None else min(limits.max_tokens, room),
         )
         self._num_added += 1
         self._waiting.add(sequence)
@@ -531,7 +529,7 @@ class Scheduler:
 
     def _check_stop(self, sequence: Sequence, token_id: int) -> None:
         num_tokens = len(sequence.output_token_ids)
-        may_stop = num_tokens > sequence.request.sampling.min_tokens
+        may_stop = num_tokens > sequence.request.limits.min_tokens
         if may_stop and token_id in sequence.eos_token_ids:
             self.finish(sequence, "stop")
         elif may_stop and token_id in sequence.stop_token_ids:

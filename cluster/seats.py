@@ -9,7 +9,7 @@ import numpy as np
 from saqqara.workers.plan import StepResult, WorkerInfo
 
 from .ledger import Demand, Ints, Ledger
-from .request import Sequence
+from .sequence import Sequence
 
 WATERMARK = 100  # a newcomer leaves one page in this many free, unless it is alone
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from saqqara.configs.schema import EngineConfig, ServeConfig, load_yaml
+from saqqara.configs.schema import EngineConfig, ServeConfig
+from saqqara.configs.yaml_files import load_yaml
 
 from .request import SamplingParams
 

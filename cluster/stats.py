@@ -12,7 +12,7 @@ from saqqara.workers.plan import StepResult, WorkerInfo
 from .ledger import Usage
 from .metrics import Metrics, Sink
 from .report import BatchRows, EngineReport, LatencyRecorder, WorkerReport
-from .request import FinishReason
+from .sequence import FinishReason
 
 _PUBLISH_SECONDS = 0.5  # gauges and per-layer counters need not follow every step
 

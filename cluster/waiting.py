@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 
-from .request import Sequence, Status
+from .sequence import Sequence, Status
 
 
 def _key(sequence: Sequence) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
-from saqqara.configs.schema import CONFIG_DIR
+from saqqara.configs.yaml_files import CONFIG_DIR
 
 KEY = re.compile(r"(0|[1-9]\d*)-(0|[1-9]\d*)")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from saqqara.configs.schema import CONFIG_DIR, load_yaml
+from saqqara.configs.yaml_files import CONFIG_DIR, load_yaml
 
 from .budgets import MEANS
 from .decode_stage import DecodeStage, Stage, parse_stage

@@ -109,8 +109,14 @@ def tova(observation: Observation, retention: "Retention") -> Tensor:
 
 def mean_of_heads(observation: Observation, mass_Hm: Tensor) -> Tensor:
     """Mean over all kv heads of the layer, [m]: the same bits on every rank."""
-    heads = observation.all_heads(mass_Hm)
-    # One head after the other: a rank with another sum order could select other tokens.
+    return ordered_mean(observation.all_heads(mass_Hm))
+
+
+def ordered_mean(heads: Tensor) -> Tensor:
+    """Mean over the first dimension, kv heads, which are summed one after the other.
+
+    A rank with another order of the sum could select other tokens.
+    """
     total = heads[0].clone()
     for head in heads[1:]:
         total += head

@@ -9,7 +9,6 @@ from torch import Tensor
 from .observation import Observation
 from .registry import score_method
 from .retention import Retention
-from .scores import mean_of_heads
 from .select import kept_positions, topk_positions
 from .trim import Trim
 
@@ -47,22 +46,19 @@ def select_stored(retention: Retention, observation: Observation, keep: int) -> 
     return kept_positions(scores[:, : num_tokens - recent], keep, recent, sinks)
 
 
-def select_trimmed(observation: Observation, trim: Trim) -> Tensor:
-    """Choose what stays of one layer of a sequence that is trimmed; all its heads keep the same.
-
-    The score of a token is the attention that the last query pays to it, as a mean over all query
-    heads: PyramidInfer's (arXiv 2405.12532) with the one query that a decode step has. Of equal
-    scores the later token wins.
+def select_trimmed(scores: Tensor, trim: Trim) -> Tensor:
+    """Choose what stays of one layer of sequences that are trimmed; all its heads keep the same.
 
     Args:
-        observation: the local rows of one layer, in order, with the last query.
+        scores: of the stored tokens of each sequence, [N, stored]: the attention that the last
+            query pays to them, as a mean over all query heads, which is PyramidInfer's (arXiv
+            2405.12532) with the one query that a decode step has. Of equal scores the later token
+            wins.
         trim: what is cut.
 
     Returns:
-        int64 [R, stored - (stop - start) + keep], places in storage, ascending in each row.
+        int64 [N, stored - (stop - start) + keep], places in storage, ascending in each row.
     """
-    scores = mean_of_heads(observation, observation.window_mass())
-    chosen = topk_positions(scores[None, trim.start : trim.stop], trim.keep)[0] + trim.start
-    places = torch.arange(trim.stored, device=scores.device)
-    stays = torch.cat([places[: trim.start], chosen, places[trim.stop :]])
-    return stays.expand(len(observation.heads), -1)
+    chosen = topk_positions(scores[:, trim.start : trim.stop], trim.keep) + trim.start
+    places = torch.arange(trim.stored, device=scores.device).expand(len(scores), -1)
+    return torch.cat([places[:, : trim.start], chosen, places[:, trim.stop :]], dim=1)

@@ -1,12 +1,11 @@
 """Every setting of engine and server, with its default, unit and check. Unknown keys are errors."""
 
-from pathlib import Path
+from dataclasses import fields
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-CONFIG_DIR = Path(__file__).resolve().parent
+from .worker_settings import WorkerSettings
 
 
 class EngineConfig(BaseModel):
@@ -100,6 +99,11 @@ class EngineConfig(BaseModel):
             )
         return self
 
+    def for_worker(self) -> WorkerSettings:
+        """What a worker needs to know of this."""
+        names = [field.name for field in fields(WorkerSettings)]
+        return WorkerSettings(**{name: getattr(self, name) for name in names})
+
 
 class ModelLoadingConfig(BaseModel):
     """Which model a server has, and under which name it answers."""
@@ -176,26 +180,3 @@ class ServeConfig(BaseModel):
         None, description="File with one key per line; also read: SAQQARA_API_KEYS (with commas)."
     )
     limits: ServerLimits = ServerLimits()
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping; a bare name such as `cpu-pp2` is looked up under `configs/`.
-
-    Raises:
-        ValueError: no such file or preset, or the file is not a mapping.
-    """
-    file = Path(path)
-    if not file.exists():
-        matches = sorted(CONFIG_DIR.glob(f"*/{path}.yaml")) + sorted(
-            CONFIG_DIR.glob(f"{path}.yaml")
-        )
-        if not matches:
-            known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*/*.yaml")))
-            raise ValueError(f"config: no file or preset {str(path)!r}; presets: {known}")
-        file = matches[0]
-    data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(data, dict):
-        raise ValueError(
-            f"config: {file} must hold a mapping of settings, not {type(data).__name__}"
-        )
-    return data

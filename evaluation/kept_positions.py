@@ -32,7 +32,8 @@ def kept_positions(
     """
     changes = {"dtype": "float32", "executor": "local", "max_num_seqs": 2}
     changes |= {"kv_memory_gib": POOL_GIB, "tensor_parallel_size": 1, "pipeline_parallel_size": 1}
-    worker = Worker.local(config.model_copy(update={**changes, "layer_split": None}))
+    config = config.model_copy(update={**changes, "layer_split": None})
+    worker = Worker.local(config.for_worker())
     try:
         _prefill(worker, 0, prompt, Retention())
         found = []

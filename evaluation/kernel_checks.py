@@ -225,7 +225,10 @@ def check_long_mass(device: torch.device, dtype: torch.dtype, seed: int) -> floa
 
 
 def check_fill(device: torch.device, dtype: torch.dtype, seed: int) -> float:
-    """Selected tokens go to pages, the rest of a last page repeats its last token; exact."""
+    """Selected tokens go to pages, the rest of a last page repeats its last token; exact.
+
+    They belong to sequences that begin at different tokens.
+    """
     case = Case(device, dtype, seed)
     size, num_tokens = case.sizes.page_tokens, 50
     k, v = case.keys(num_tokens), case.keys(num_tokens)
@@ -236,11 +239,12 @@ def check_fill(device: torch.device, dtype: torch.dtype, seed: int) -> float:
     for page in case.numbers.permutation(12)[:7].tolist():
         head, count = int(case.numbers.integers(case.sizes.num_heads)), None
         count = int(case.numbers.integers(1, min(size, num_tokens) + 1))
-        chosen = sorted(case.numbers.choice(num_tokens, count, replace=False).tolist())
-        jobs.append((page, head, len(indices), count))
+        start = int(case.numbers.integers(num_tokens - count + 1))
+        chosen = sorted(case.numbers.choice(num_tokens - start, count, replace=False).tolist())
+        jobs.append((page, head, len(indices), count, start))
         indices += chosen
         for t in range(size):
-            token = chosen[min(t, count - 1)]
+            token = start + chosen[min(t, count - 1)]
             expected[0][page, t], expected[1][page, t] = k[token, head], v[token, head]
     numbers = (torch.tensor(x, dtype=torch.int64, device=device) for x in (jobs, indices))
     pages.fill_pages(k, v, *stored, *numbers)

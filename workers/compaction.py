@@ -2,8 +2,8 @@
 
 All rows of a sequence with targets reach their limits in the same step (`decode_stage.Cycle`).
 After the layers of that step, layer by layer, the rows of all such sequences that are scored alike
-are selected and compacted together. What is trimmed (`trim.TrimmedRows`) is cut sequence by
-sequence, in the layers that fire.
+are selected and compacted together. What is trimmed (`trim.TrimmedRows`) is cut in the layers that
+fire, together where sequences are cut alike, which is where their prompts are of one length.
 
 Shapes: N sequences, R rows of one layer, n stored tokens of each, w queries, Hq local query heads,
 H local kv heads, G = Hq / H, D head dim.
@@ -21,6 +21,7 @@ from saqqara.compression.decode_stage import num_ring_queries, sums_mass
 from saqqara.compression.observation import Observation
 from saqqara.compression.registry import score_method
 from saqqara.compression.retention import Retention
+from saqqara.compression.scores import mean_of_heads, ordered_mean
 from saqqara.compression.stored import select_stored, select_trimmed
 from saqqara.compression.trim import Trim
 
@@ -60,12 +61,16 @@ def compact(shard: Shard, items: tuple[DecodeItem, ...]) -> None:
     for number, f in enumerate(firing):
         alone = number if _asks_ranks(shard, f.retention) else -1
         together[f.retention, f.compaction, alone].append(f)
+    trims_together: dict[tuple[Trim, int], list[DecodeItem]] = defaultdict(list)
+    for number, (item, trim) in enumerate(trims):
+        alone = -1 if shard.mesh.layout.tensor_size == 1 else number
+        trims_together[trim, alone].append(item)
     with shard.clock.phase("compact"):
         for group in together.values():
             for index in range(len(shard.layers)):
                 _compact_layer(shard, index, group)
-        for item, trim in trims:
-            _trim_layer(shard, item, trim)
+        for (trim, _), alike in trims_together.items():
+            _trim_layer(shard, alike, trim)
 
 
 def _asks_ranks(shard: Shard, retention: Retention) -> bool:
@@ -124,26 +129,42 @@ def _compact_layer(shard: Shard, index: int, group: list[_Firing]) -> None:
             shard.sums.compact(rows.slots, index, heads, indices)
 
 
-def _trim_layer(shard: Shard, item: DecodeItem, trim: Trim) -> None:
-    """Cut one layer of a sequence that is trimmed; ranks whose slot is refused help the others."""
-    index, slot = trim.layer - shard.layers.start, item.slot
-    local = np.arange(len(shard.heads.kv))
-    rows = Rows(index, np.full(len(local), slot), local)
-    is_refused = slot in shard.refused
-    if not is_refused:
+def _trim_layer(shard: Shard, items: list[DecodeItem], trim: Trim) -> None:
+    """Cut one layer of sequences that are cut alike.
+
+    With tensor ranks that is one sequence; ranks whose slot is refused help the others.
+    """
+    index, num_heads = trim.layer - shard.layers.start, len(shard.heads.kv)
+    is_alone = shard.mesh.layout.tensor_size == 1
+    present = [item for item in items if item.slot not in shard.refused]
+    if not present and is_alone:
+        return
+    seen = present or items
+    slots = np.array([item.slot for item in seen], dtype=np.int64)
+    heads = np.tile(np.arange(num_heads), len(seen))
+    rows = Rows(index, slots.repeat(num_heads), heads)
+    if present:
         k_RND, v_RND = read_rows(shard.kv, rows)
         assert k_RND.shape[1] == trim.stored, f"{k_RND.shape[1]} stored tokens, not {trim.stored}"
     else:
-        if shard.mesh.layout.tensor_size == 1:
-            return
         k_RND = v_RND = _nothing(shard, trim.stored)
-    stop = np.array([item.position + item.num_tokens])
-    ring = shard.rings.read(np.array([slot]), index, stop)[0]  # [1, Hq, D]
-    queries = ring.view(1, len(local), -1, ring.shape[-1]).transpose(0, 1)
-    observation = _observation(shard, index, local, k_RND, v_RND, queries)
-    indices = select_trimmed(observation, trim)
-    if not is_refused and not compact_rows(shard.kv, rows, indices):
-        shard.refuse(slot)
+    stops = np.array([item.position + item.num_tokens for item in seen])
+    ring = shard.rings.read(slots, index, stops)  # [N, 1, Hq, D]
+    queries = ring.view(len(rows.slots), 1, -1, ring.shape[-1])
+    observation = _observation(shard, index, heads, k_RND, v_RND, queries)
+    mass_RN = observation.window_mass()
+    if is_alone:
+        scores = ordered_mean(mass_RN.view(len(seen), num_heads, -1).transpose(0, 1))
+    else:
+        scores = mean_of_heads(observation, mass_RN)[None]
+    indices = select_trimmed(scores, trim).repeat_interleave(num_heads, dim=0)
+    if not present or compact_rows(shard.kv, rows, indices):
+        return
+    if len(present) == 1:
+        shard.refuse(present[0].slot)
+        return
+    for item in present:  # some may fit
+        _trim_layer(shard, [item], trim)
 
 
 def _queries(shard: Shard, index: int, firing: list[_Firing]) -> Tensor:

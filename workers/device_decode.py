@@ -58,6 +58,7 @@ class DeviceDecode:
             item.num_tokens == 1
             and item.slot not in shard.refused
             and item.slot not in shard.cycles
+            and item.slot not in shard.trimmed
             for item in items
         )
 

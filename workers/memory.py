@@ -4,11 +4,11 @@ import ctypes
 import resource
 import sys
 
-import psutil
 import torch
 
-from saqqara.configs.schema import EngineConfig
+from saqqara.configs.worker_settings import WorkerSettings
 
+from .host_memory import available_bytes, resident_bytes
 from .plan import WorkerMemory
 
 GIB = 1024**3
@@ -23,7 +23,7 @@ _KEEP_BYTES = 1 << 30
 _CPU_MAX_BYTES = 4 * GIB
 
 
-def choose_device(config: EngineConfig, rank: int) -> torch.device:
+def choose_device(config: WorkerSettings, rank: int) -> torch.device:
     """The device of a rank: its visible GPU, or the CPU.
 
     Raises:
@@ -38,7 +38,7 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
     return device
 
 
-def choose_dtype(config: EngineConfig, device: torch.device) -> tuple[torch.dtype, str]:
+def choose_dtype(config: WorkerSettings, device: torch.device) -> tuple[torch.dtype, str]:
     """The model's dtype and why: bfloat16 wherever the hardware multiplies it natively."""
     if config.dtype != "auto":
         return _DTYPES[config.dtype], "as set"
@@ -72,7 +72,7 @@ def reuse_freed_memory() -> None:
 
 
 def pool_pages(
-    config: EngineConfig,
+    config: WorkerSettings,
     device: torch.device,
     page_bytes: int,
     local_rows: int,
@@ -99,11 +99,11 @@ def pool_pages(
     if config.kv_memory_gib is not None:
         pool_bytes = config.kv_memory_gib * GIB * local_rows / all_rows
     elif device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading and the measured step left behind is free, too
         free, total = torch.cuda.mem_get_info(device)
         pool_bytes = free - (1 - config.memory_utilization) * total - step_bytes
     else:
-        available = psutil.virtual_memory().available
-        pool_bytes = min(_CPU_MAX_BYTES, _CPU_SHARE * available) * local_rows / all_rows
+        pool_bytes = min(_CPU_MAX_BYTES, _CPU_SHARE * available_bytes()) * local_rows / all_rows
     most = config.max_num_seqs * local_rows * -(-max_row_tokens // config.page_tokens)
     pages = min(int(pool_bytes // page_bytes), most)
     if pages < local_rows:
@@ -122,7 +122,6 @@ class MemoryMeter:
         self.pool_bytes = 0
         self._prefill_kv_peak = 0
         self._prefill_activation_peak = 0
-        self._process = psutil.Process()
 
     def see_prefill(self, kv_bytes: int, activation_bytes: int) -> None:
         """Note what prefill holds at this moment."""
@@ -147,6 +146,6 @@ class MemoryMeter:
             mass_bytes=mass_bytes,
             prefill_kv_bytes_peak=self._prefill_kv_peak,
             prefill_activation_bytes_peak=self._prefill_activation_peak,
-            resident_bytes=self._process.memory_info().rss,
+            resident_bytes=resident_bytes(),
             resident_bytes_peak=peak if sys.platform == "darwin" else peak * 1024,
         )

@@ -20,6 +20,7 @@ from saqqara.compression.retention import Retention
 from saqqara.compression.select import select
 
 from .attention.base import CuSeqlens
+from .kv.prompts import PromptWrite, write_prompts
 from .models.decoder import chunks
 from .models.layer import QKV, Layer, Places
 from .observe import Observer
@@ -272,6 +273,8 @@ class Prefill:
 
         `lse` [T, Hq] is what prefill returned of all queries, None if it did not.
         """
+        local_layer = layer - self._shard.layers.start
+        writes: list[PromptWrite] = []
         bounds = zip(parked.cu.host[:-1], parked.cu.host[1:], strict=True)
         for family, (start, stop) in zip(parked.families.values(), bounds, strict=True):
             prompt = qkv.part(slice(start, stop))
@@ -279,14 +282,15 @@ class Prefill:
             chosen: dict[Retention, tuple[Selection, Tensor | None]] = {}
             for slot in family:
                 held = self._shard.slots[slot]
-                local_layer = layer - self._shard.layers.start
                 self._shard.rings.store(slot, local_layer, prompt.q, held.prompt_tokens)
                 # On every rank, refused or not: some scores are reduced over ranks.
                 if held.retention not in chosen:
                     chosen[held.retention] = self._select(layer, slot, prompt, prompt_lse)
                 indices, masses = chosen[held.retention]
                 self._remember(local_layer, slot, len(prompt.k), indices, masses)
-                self._write(local_layer, slot, prompt, indices)
+                if slot not in self._shard.refused:
+                    writes.append(PromptWrite(slot, start, stop - start, indices))
+        self._write(local_layer, qkv, writes)
         # The pages just written and the layer's fresh keys and values exist side by side.
         self._shard.meter.see_prefill(self._kv_bytes(qkv), 0)
 
@@ -307,13 +311,17 @@ class Prefill:
         if masses is not None:
             shard.sums.store(slot, local_layer, masses, indices, shard.cycles[slot].most)
 
-    def _write(self, local_layer: int, slot: int, prompt: QKV, indices: Selection) -> None:
-        """Write the chosen tokens of one layer to a slot's pages, if they fit."""
+    def _write(self, local_layer: int, qkv: QKV, writes: list[PromptWrite]) -> None:
+        """Write the chosen tokens of one layer to pages; refuse slots for which there are too few.
+
+        What a refused slot held is room for those after it.
+        """
         shard = self._shard
-        if slot in shard.refused:
-            return
-        if not shard.kv.write(slot, local_layer, prompt.k, prompt.v, indices):
-            shard.refuse(slot)
+        while writes:
+            done = write_prompts(shard.kv, local_layer, qkv.k, qkv.v, writes)
+            if done < len(writes):
+                shard.refuse(writes[done].slot)
+            writes = writes[done + 1 :]
 
     def _select(
         self, layer: int, slot: int, prompt: QKV, lse: Tensor | None

@@ -21,7 +21,7 @@ from saqqara.compression.decode_stage import (
 )
 from saqqara.compression.retention import Retention
 from saqqara.compression.trim import TrimmedRows
-from saqqara.configs.schema import EngineConfig
+from saqqara.configs.worker_settings import WorkerSettings
 
 from .attention.base import get_backend
 from .clock import StepClock
@@ -66,7 +66,7 @@ class Shard:
     """
 
     def __init__(
-        self, config: EngineConfig, layout: MeshLayout, rank: int, store: tuple[str, int] | None
+        self, config: WorkerSettings, layout: MeshLayout, rank: int, store: tuple[str, int] | None
     ) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saqqara.compression.retention import Retention
-from saqqara.configs.schema import EngineConfig
+from saqqara.configs.worker_settings import WorkerSettings
 
 from .clock import Span
 from .decode import Decode
@@ -52,7 +52,7 @@ class Worker:
 
     def __init__(
         self,
-        config: EngineConfig,
+        config: WorkerSettings,
         layout: MeshLayout,
         rank: int = 0,
         store: tuple[str, int] | None = None,
@@ -69,7 +69,7 @@ class Worker:
         self.info = shard.info(os.uname().nodename, os.getpid(), log_file)
 
     @classmethod
-    def local(cls, config: EngineConfig) -> "Worker":
+    def local(cls, config: WorkerSettings) -> "Worker":
         """The only rank of an engine that runs in this process."""
         return cls(config, MeshLayout(1, 1))
 

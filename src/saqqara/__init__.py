@@ -5,7 +5,7 @@ nor Ray.
 """
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from saqqara.cluster.request import SamplingParams
     from saqqara.compression.retention import Retention
 
-__version__ = version("saqqara")
+try:
+    __version__ = version("saqqara")
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
+
 __all__ = ["LLM", "Retention", "SamplingParams", "__version__"]
 
 _HOMES = {

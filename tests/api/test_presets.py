@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from saqqara.cluster.settings import read_serve_file, serve_config, served_engine
-from saqqara.configs.schema import CONFIG_DIR
+from saqqara.configs.yaml_files import CONFIG_DIR
 
 # Importing Ray Serve (2.60) warns of its own use of pydantic.
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")

@@ -157,7 +157,7 @@ def _run_rank(
     try:
         for case, (name, layout) in CASES.items():
             config = config_of(name, folder)
-            worker = Worker(config, layout, rank, store=("127.0.0.1", ports[case]))
+            worker = Worker(config.for_worker(), layout, rank, store=("127.0.0.1", ports[case]))
             outcome[case] = run_plans(worker)
             outcome[case].refused = run_short_of_pages(worker, rank)
             worker.close()
@@ -203,7 +203,7 @@ def outcomes(folder: Path) -> dict[str, list[Outcome]]:
 def test_sharded_equals_one_rank(
     case: str, folder: Path, outcomes: dict[str, list[Outcome]]
 ) -> None:
-    expected = run_plans(Worker.local(config_of(CASES[case][0], folder)))
+    expected = run_plans(Worker.local(config_of(CASES[case][0], folder).for_worker()))
     for outcome in outcomes[case]:
         for row, stored in outcome.rows.items():
             # Sums over ranks are in another order; another kept token would differ by about 1.

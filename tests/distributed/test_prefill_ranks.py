@@ -104,7 +104,7 @@ def runs(folder: Path) -> dict[str, list[RankRun]]:
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_together_equal_one(case: str, folder: Path, runs: dict[str, list[RankRun]]) -> None:
     layout, _, new = CASES[case]
-    alone = Worker.local(make_config(folder, MeshLayout()))
+    alone = Worker.local(make_config(folder, MeshLayout()).for_worker())
     expected = [
         run_greedy(alone, [n.tokens().tolist()], NUM_TOKENS, retention=n.retention)[0] for n in new
     ]

@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 def make_worker(folder: Path, **settings: Any) -> Worker:
     defaults = {"dtype": "float32", "device": "cpu", "max_num_seqs": 8, "page_tokens": PAGE}
-    return Worker.local(EngineConfig(model=str(folder), **{**defaults, **settings}))
+    return Worker.local(EngineConfig(model=str(folder), **{**defaults, **settings}).for_worker())
 
 
 def retention_of(method: str, **settings: Any) -> Retention:

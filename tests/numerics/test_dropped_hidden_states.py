@@ -76,7 +76,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 def make_worker(folder: Path, **settings: Any) -> Worker:
     defaults = {"dtype": "float32", "device": "cpu", "max_num_seqs": 8, "page_tokens": 4}
-    return Worker.local(EngineConfig(model=str(folder), **{**defaults, **settings}))
+    return Worker.local(EngineConfig(model=str(folder), **{**defaults, **settings}).for_worker())
 
 
 def all_logprobs(tokens: list[SampledToken]) -> Tensor:

@@ -39,7 +39,7 @@ from support.slow_llama import NEAR_CUT, Entry, SlowLlama, Weights
 from support.tiny import VOCAB, save_tiny
 
 from saqqara.compression.registry import SCORES, SHAPES
-from saqqara.configs.schema import CONFIG_DIR
+from saqqara.configs.yaml_files import CONFIG_DIR
 from saqqara.workers.mesh import MeshLayout
 from saqqara.workers.worker import Worker
 
@@ -110,7 +110,7 @@ def oracle(tiny: tuple[Path, Any]) -> Oracle:
 
 @pytest.fixture(scope="module")
 def alone(tiny: tuple[Path, Any]) -> Outcome:
-    worker = Worker.local(config_of(tiny[0], MeshLayout(), 1))
+    worker = Worker.local(config_of(tiny[0], MeshLayout(), 1).for_worker())
     outcome = Outcome()
     for case in CASES:
         outcome.join(run_cases(worker, [case]))
@@ -120,7 +120,7 @@ def alone(tiny: tuple[Path, Any]) -> Outcome:
 @pytest.fixture(scope="module")
 def batched(tiny: tuple[Path, Any]) -> Outcome:
     config = config_of(tiny[0], MeshLayout(), len(CASES), attention="reference")
-    return run_cases(Worker.local(config), CASES)
+    return run_cases(Worker.local(config.for_worker()), CASES)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def make_config(
 
 
 def make_worker(folder: Path, backend: str, dtype: str = "bfloat16") -> Worker:
-    return Worker.local(make_config(folder, backend, dtype))
+    return Worker.local(make_config(folder, backend, dtype).for_worker())
 
 
 def prompts() -> list[list[int]]:
@@ -83,7 +83,7 @@ def _logprobs_of_rank(folder: Path, rank: int, port: int, results: "mp.Queue[Any
     shared_memory._SLOT_BYTES_PER_THREAD = 4096  # 98 prompt tokens are several pieces
     try:
         config = make_config(folder, "native", chunk=64)
-        worker = Worker(config, MeshLayout(tensor_size=2), rank, ("127.0.0.1", port))
+        worker = Worker(config.for_worker(), MeshLayout(tensor_size=2), rank, ("127.0.0.1", port))
         mesh = worker._shard.mesh
         assert mesh.shares_memory
         assert mesh.piece_rows(torch.empty(1, worker.spec.hidden_size).bfloat16()) < 64

@@ -25,7 +25,7 @@ def test_peak_is_one_layer_and_the_budgets(page_tokens: int, tmp_path: Path) -> 
             device="cpu",
             max_num_seqs=2,
             page_tokens=page_tokens,
-        )
+        ).for_worker()
     )
     prompt = np.random.default_rng(0).integers(3, VOCAB, 500).tolist()
     retention = Retention.parse("pyramidkv", budget=64)

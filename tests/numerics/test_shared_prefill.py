@@ -32,7 +32,7 @@ def prompts() -> list[list[int]]:
 
 def make_worker(folder: Path, **settings: Any) -> Worker:
     defaults = {"dtype": "float32", "device": "cpu", "max_num_seqs": 8, "page_tokens": 4}
-    return Worker.local(EngineConfig(model=str(folder), **{**defaults, **settings}))
+    return Worker.local(EngineConfig(model=str(folder), **{**defaults, **settings}).for_worker())
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,9 @@ PROMPTS = ([5, 9, 30, 2, 8, 77, 41, 12, 64, 3, 91, 17, 55, 4], list(range(20, 51
 def greedy(folder: Path, backend: str, retention: Retention, **settings: Any) -> list[list[int]]:
     """Four tokens after each prompt; the second sequence joins when the first decodes."""
     config = {"dtype": "float32", "device": "cpu", "max_num_seqs": 4, "page_tokens": 4, **settings}
-    worker = Worker.local(EngineConfig(model=str(folder), attention_backend=backend, **config))
+    worker = Worker.local(
+        EngineConfig(model=str(folder), attention_backend=backend, **config).for_worker()
+    )
     tokens: list[list[int]] = [[] for _ in PROMPTS]
     spec = SamplingSpec(temperature=0.0)
     layers = worker.spec.num_layers
@@ -97,14 +99,20 @@ def test_the_ladder_ends_at_the_largest_batch() -> None:
 
 
 def test_the_core_engine_loads_without_the_cluster_packages() -> None:
-    """A bare GPU machine has torch, triton and transformers, but neither Ray nor a command line."""
+    """A bare GPU machine has torch, triton and transformers, but neither Ray nor a command line.
+
+    Worker and scheduler want no checked settings and no metrics, either.
+    """
     absent = "ray typer rich matplotlib gguf fastapi uvicorn"
+    of_engine = "pydantic psutil prometheus_client"
     code = f"""
 import sys
-for name in {absent!r}.split():
+for name in {f"{absent} {of_engine}"!r}.split():
     sys.modules[name] = None
-import saqqara.cluster.client, saqqara.cluster.llm, saqqara.workers.worker
-import saqqara.evaluation.kernel_checks
+import saqqara.cluster.scheduler, saqqara.evaluation.kernel_checks, saqqara.workers.worker
+for name in {of_engine!r}.split():
+    del sys.modules[name]
+import saqqara.cluster.client, saqqara.cluster.llm
 from saqqara import LLM
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

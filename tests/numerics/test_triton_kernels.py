@@ -19,6 +19,7 @@ if importlib.util.find_spec("triton") is None:
 
 from saqqara.evaluation.kernel_checks import CHECKS
 from saqqara.workers.attention.base import get_backend
+from saqqara.workers.kv.prompts import PromptWrite, write_prompts
 from saqqara.workers.kv.rows import Rows, compact_rows
 from saqqara.workers.kv.store import KVStore
 
@@ -114,6 +115,32 @@ def test_a_store_moved_by_kernels_holds_what_the_other_holds(seed: int) -> None:
         for store in stores:
             store.check_integrity()
         _assert_same(*stores)
+
+
+@interpreted
+def test_prompts_written_together_are_as_one_by_one() -> None:
+    torch.manual_seed(0)
+    k, v = torch.randn(31, 2, 8), torch.randn(31, 2, 8)
+    selected = torch.tensor([[0, 3, 4, 9, 10], [1, 2, 3, 4, 8]])
+    ragged = [torch.tensor([2, 5]), torch.arange(6)]
+    writes = [
+        PromptWrite(2, 0, 9, None),
+        PromptWrite(0, 9, 11, selected),
+        PromptWrite(3, 20, 6, ragged),
+        PromptWrite(1, 26, 5, None),
+    ]
+    for num_pages, fitting in ((40, 4), (13, 3), (12, 2), (9, 1), (5, 0)):  # 6, 4, 3 and 4 pages
+        stores = [
+            KVStore(1, 2, 4, num_pages, 4, 16, 8, torch.float32, CPU, mirrored=True, kernels=x)
+            for x in (False, True)
+        ]
+        assert [write_prompts(store, 0, k, v, writes) for store in stores] == [fitting] * 2
+        for store in stores:
+            store.check_integrity()
+        _assert_same(*stores)
+        if fitting == 4:
+            stored, _ = stores[1].read(0, 0, 1)
+            assert torch.equal(stored, k[9 + selected[1], 1])
 
 
 def _subset(numbers: np.random.Generator, n: int) -> torch.Tensor:

@@ -137,7 +137,7 @@ def test_the_real_worker_samples_over_two_ranks_what_it_samples_alone(
     tiny_config: EngineConfig, tensor_size: int, pipeline_size: int
 ) -> None:
     plans = greedy_plans(prompt=list(range(20, 60)), num_layers=4, num_tokens=8)
-    alone = Worker.local(tiny_config)
+    alone = Worker.local(tiny_config.for_worker())
     expected = [alone.execute(plan).sampled for plan in plans]
     alone.close()
     assert sum(map(len, expected)) == 8

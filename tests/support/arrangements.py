@@ -125,7 +125,7 @@ def run_all_layouts(
     for (name, layout), store in zip(LAYOUTS.items(), stores, strict=True):
         if rank < layout.world_size:
             mine = [case for case in cases if is_run(case, name)]
-            worker = Worker(config_of(folder, layout, len(mine)), layout, rank, store)
+            worker = Worker(config_of(folder, layout, len(mine)).for_worker(), layout, rank, store)
             found[name] = run_cases(worker, mine)
             worker._shard.mesh.barrier()  # who leaves first drops what the others still read
             worker.close()

@@ -50,7 +50,7 @@ def main() -> None:
     cu = torch.tensor([0, tokens], dtype=torch.int32)
     attend.attend(q, k, k, cu, cu, 64, 0.1, rows)
     mass.mass(q, k, cu, cu, 64, 2000, 0.1, torch.ones(tokens))
-    jobs, indices = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)
+    jobs, indices = torch.zeros(3, 5, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)
     pages.fill_pages(k, k, k_pages, v_pages, jobs, indices)
     refs = torch.zeros(tokens, heads, dtype=torch.int64)
     pages.append_tokens(k, k, k_pages.view(-1, dim), v_pages.view(-1, dim), refs)

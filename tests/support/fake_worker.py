@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from saqqara.configs.schema import EngineConfig
+from saqqara.configs.worker_settings import WorkerSettings
 from saqqara.workers.mesh import Mesh, MeshLayout
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo, WorkerMemory
 
@@ -22,7 +22,7 @@ class FakeWorker:
 
     def __init__(
         self,
-        config: EngineConfig,
+        config: WorkerSettings,
         layout: MeshLayout,
         rank: int = 0,
         store: tuple[str, int] | None = None,

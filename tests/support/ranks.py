@@ -100,7 +100,7 @@ def _run_jobs(jobs: Sequence[Job], rank: int, stores: Sequence[Store]) -> list[R
 
 
 def _run_job(job: Job, rank: int, store: Store) -> RankRun:
-    worker = Worker(job.config, job.layout, rank, store)
+    worker = Worker(job.config.for_worker(), job.layout, rank, store)
     results = []
     for plan in job.plans:
         results.append(worker.execute(plan))

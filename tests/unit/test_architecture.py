@@ -27,7 +27,7 @@ RAY_FILES = {
     f"cluster/{name}.py"
     for name in ("controller", "executor", "placement", "jobs", "serve", "ray_metrics")
 }
-NO_TENSORS = {"cluster/scheduler.py", "cluster/ledger.py", "cluster/request.py"}
+NO_TENSORS = {"cluster/scheduler.py", "cluster/ledger.py", "cluster/sequence.py"}
 OPTIONAL_PACKAGES = {"flash_attn", "triton", "lm_eval"}
 
 SOURCES = sorted(

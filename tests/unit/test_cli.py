@@ -17,7 +17,8 @@ from saqqara.cluster import cli_actions, jobs
 from saqqara.cluster.cli import app
 from saqqara.cluster.cli_options import Settings, with_settings
 from saqqara.cluster.request import SamplingParams
-from saqqara.configs.schema import CONFIG_DIR, EngineConfig
+from saqqara.configs.schema import EngineConfig
+from saqqara.configs.yaml_files import CONFIG_DIR
 
 runner = CliRunner()
 CLUSTER_PRESETS = sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml"))

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from support.fake_replica import FakeReplica, make_workers, next_token
 
 from saqqara.cluster.ledger import Ledger
-from saqqara.cluster.request import Request, SamplingParams
+from saqqara.cluster.request import SamplingParams
 from saqqara.cluster.scheduler import Scheduler
+from saqqara.cluster.sequence import Request
 from saqqara.compression.decode_stage import (
     DecodeStage,
     cycle_of,

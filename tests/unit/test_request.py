@@ -10,14 +10,13 @@ from pydantic import ValidationError
 
 from saqqara.cluster.request import (
     CompletionOutput,
-    Request,
     RequestMetrics,
     SamplingParams,
     ScoreOutput,
-    Sequence,
     invalid_field,
     scoring_params,
 )
+from saqqara.cluster.sequence import Request, Sequence
 from saqqara.compression.retention import Retention
 
 DEFAULTS = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from saqqara.compression.budgets import settle
 from saqqara.compression.registry import SCORES, SHAPES
 from saqqara.compression.retention import Retention
-from saqqara.configs.schema import CONFIG_DIR
+from saqqara.configs.yaml_files import CONFIG_DIR
 
 BUDGETED = [
     "ada-pyramidkv",

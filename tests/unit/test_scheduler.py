@@ -21,8 +21,9 @@ from support.fake_replica import (
 )
 
 from saqqara.cluster.events import Event, Finished, NewToken, Preempted, Prefilled
-from saqqara.cluster.request import Request, SamplingParams, Sequence, Status
+from saqqara.cluster.request import SamplingParams
 from saqqara.cluster.scheduler import Scheduler
+from saqqara.cluster.sequence import Request, Sequence, Status
 from saqqara.compression.decode_stage import DecodeStage
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
@@ -100,15 +101,20 @@ def make_request(
     return Request(name, tuple(prompt), params, retention, priority, score)
 
 
+def sampling_of(request: Request) -> SamplingParams:
+    assert isinstance(request.limits, SamplingParams)
+    return request.limits
+
+
 def add(run: Run, request: Request) -> Sequence:
-    spec = request.sampling.spec(0, (EOS,))
+    spec = sampling_of(request).spec(0, (EOS,))
     return run.scheduler.add(request, spec, eos_token_ids=(EOS,))
 
 
 def expected_tokens(request: Request, max_model_len: int = 256) -> list[int]:
     """What the fake model says after a prompt, written down without any scheduling."""
     tokens = list(request.prompt_token_ids)
-    sampling = request.sampling
+    sampling = request.limits
     output: list[int] = []
     while len(output) < (sampling.max_tokens or 10**9) and len(tokens) < max_model_len:
         token = next_token(tokens)
@@ -139,7 +145,7 @@ def check(sequence: Sequence, max_model_len: int = 256) -> None:
         return
     expected = expected_tokens(request, max_model_len)
     assert sequence.output_token_ids == expected
-    stops = {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else (EOS,))}
+    stops = {*request.limits.stop_token_ids, *(() if request.limits.ignore_eos else (EOS,))}
     assert sequence.finish_reason == ("stop" if expected[-1] in stops else "length")
 
 

@@ -20,8 +20,8 @@ def _fill_kernel(
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_INDICES: tl.constexpr,
 ):  # fmt: skip
-    """One page; jobs are int64 [pages, 4]: page, head, first token (or its index), tokens."""
-    job = jobs + tl.program_id(0) * 4
+    """One page; for the jobs see `fill_pages`."""
+    job = jobs + tl.program_id(0) * 5
     page, head = tl.load(job), tl.load(job + 1)
     first, count = tl.load(job + 2), tl.load(job + 3)
     t = tl.arange(0, BLOCK_T)
@@ -30,6 +30,7 @@ def _fill_kernel(
     token = first + tl.minimum(t, count - 1)
     if HAS_INDICES:
         token = tl.load(indices + token)
+    token += tl.load(job + 4)
     tile = (t < PAGE)[:, None] & (d < D)[None, :]
     target = (page * PAGE + t)[:, None] * D + d[None, :]
     k_TD = tl.load(k + token[:, None] * k_stride_t + head * k_stride_h + d[None, :], mask=tile)
@@ -48,10 +49,10 @@ def fill_pages(
         v: values, [T, H, D].
         k_pages: [P, page_tokens, D], written.
         v_pages: the same for values.
-        jobs: int64 [pages, 4], one page each: its id, the head, where its tokens begin, and how
-            many they are, 1 to page_tokens.
-        indices: int64; with it, jobs begin at entries of `indices`, whose values are tokens.
-            None: they begin at tokens.
+        jobs: int64 [pages, 5], one page each: its id, the head, where its tokens begin, how many
+            they are, 1 to page_tokens, and where their sequence begins in `k` and `v`.
+        indices: int64; with it, jobs begin at entries of `indices`, whose values are tokens of
+            their sequence. None: they begin at tokens of it.
     """
     k, v = dense(k), dense(v)
     _, page_tokens, dim = k_pages.shape

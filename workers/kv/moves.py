@@ -44,27 +44,32 @@ class KernelMoves:
         self,
         pages: NDArray[np.int32],
         counts: NDArray[np.int32],
+        heads: NDArray[np.int64],
+        starts: NDArray[np.int64],
         k: Tensor,
         v: Tensor,
         indices: Tensor | None,
     ) -> None:
-        """Fill pages with the selected tokens of one sequence's heads.
+        """Fill the pages of empty rows with selected tokens of their sequences.
 
         Args:
-            pages: the pages of all heads, head after head, in order.
-            counts: tokens of each head, int32 [H].
+            pages: of all rows, row after row, in order.
+            counts: tokens of each row, int32 [R].
+            heads: the kv head of each row, [R].
+            starts: where each row's sequence begins in `k` and `v`, [R].
             k: keys, [T, H, D].
             v: values, [T, H, D].
-            indices: the tokens that each head keeps, head after head, int64; None: the first ones.
+            indices: the tokens of its sequence that each row keeps, row after row, int64; None: the
+                first ones.
         """
         num_pages = self._table.num_pages(counts)
-        head = np.repeat(np.arange(len(counts)), num_pages)
+        row = np.repeat(np.arange(len(counts)), num_pages)
         nth = spans(np.zeros(len(counts), dtype=np.int64), num_pages)  # page of its row
         first = nth * self._pool.page_tokens
-        left = np.minimum(counts[head] - first, self._pool.page_tokens)
+        left = np.minimum(counts[row] - first, self._pool.page_tokens)
         if indices is not None:
-            first = first + (np.cumsum(counts, dtype=np.int64) - counts)[head]
-        jobs = np.stack([pages.astype(np.int64), head, first, left], axis=1)
+            first = first + (np.cumsum(counts, dtype=np.int64) - counts)[row]
+        jobs = np.stack([pages.astype(np.int64), heads[row], first, left, starts[row]], axis=1)
         pool = self._pool
         self._kernels.fill_pages(k, v, pool.k_pages, pool.v_pages, self._to_device(jobs), indices)
 

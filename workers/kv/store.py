@@ -179,10 +179,11 @@ class KVStore:
             return False
         pages = self.pool.allocate(total)
         table.set_pages(spans(table.first_entry[slot, layer], needed), pages)
-        table.set_layer_kept(slot, layer, counts)
+        table.set_layer_kept(np.array([slot]), layer, counts[None])
         if self.moves is not None:
             chosen = None if indices is None else _concatenate(indices)
-            self.moves.fill(pages, counts, k, v, chosen)
+            heads = np.arange(num_heads)
+            self.moves.fill(pages, counts, heads, np.zeros_like(heads), k, v, chosen)
             return True
         nth, head = _fill(counts, needed * self.page_tokens)
         if indices is None:
@@ -409,7 +410,7 @@ class KVStore:
         if self.moves is not None and not pool.any_shared:
             self.moves.compact(first, _concatenate(indices), counts)
             pool.release(surplus)
-            table.set_layer_kept(slot, layer, counts)
+            table.set_layer_kept(np.array([slot]), layer, counts[None])
             return True
         source = self._tokens_to_move(slot, layer, indices, start, counts)
         k, v = self.k_tokens.index_select(0, source), self.v_tokens.index_select(0, source)
@@ -419,7 +420,7 @@ class KVStore:
             table.set_pages(shared, pool.allocate(len(shared)))
             pool.release(old)
         self._store(table.flat_pages[rewritten], k, v)
-        table.set_layer_kept(slot, layer, counts)
+        table.set_layer_kept(np.array([slot]), layer, counts[None])
         return True
 
     def fork(self, source: int, target: int) -> None:

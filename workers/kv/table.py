@@ -93,11 +93,11 @@ class RowTable:
         if self.mirrored:
             self.device_kept[self.to_device(slots)] = self.to_device(kept)
 
-    def set_layer_kept(self, slot: int, layer: int, kept: NDArray[np.int32]) -> None:
-        """Set the lengths of the rows of one layer; `kept` is [H]."""
-        self.kept[slot, layer] = kept
+    def set_layer_kept(self, slots: NDArray[np.int64], layer: int, kept: NDArray[np.int32]) -> None:
+        """Set the lengths of the rows of one layer of slots; `kept` is [N, H]."""
+        self.kept[slots, layer] = kept
         if self.mirrored:
-            self.device_kept[slot, layer] = self.to_device(kept)
+            self.device_kept[self.to_device(slots), layer] = self.to_device(kept)
 
     def set_rows_kept(
         self, slots: NDArray[np.int64], layer: int, heads: NDArray[np.int64], kept: int

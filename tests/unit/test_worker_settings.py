@@ -1,0 +1,30 @@
+"""A worker gets plain values: those of the engine's settings that are its business, no others."""
+
+from dataclasses import MISSING, fields
+
+import psutil
+import pytest
+
+from saqqara.configs.schema import EngineConfig
+from saqqara.configs.worker_settings import WorkerSettings
+from saqqara.workers.host_memory import available_bytes, resident_bytes
+
+
+def test_defaults_are_those_of_the_engine() -> None:
+    assert EngineConfig(model="m").for_worker() == WorkerSettings(model="m")
+    for field in fields(WorkerSettings):
+        expected = EngineConfig.model_fields[field.name]
+        assert (field.default is MISSING) == expected.is_required(), field.name
+
+
+def test_every_value_arrives() -> None:
+    given = {"model": "m", "dtype": "float16", "seed": 3, "kv_memory_gib": 0.5, "budget": "25%"}
+    settings = EngineConfig.model_validate({**given, "retention": {"score": "knorm"}}).for_worker()
+    assert {name: getattr(settings, name) for name in given} == given
+    assert settings.retention == {"score": "knorm"}
+
+
+def test_memory_is_what_psutil_says() -> None:
+    assert resident_bytes() == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
+    # Others use the machine, too.
+    assert available_bytes() == pytest.approx(psutil.virtual_memory().available, rel=0.5)

@@ -1,0 +1,108 @@
+"""Writing what is kept of several prompts of one layer, with one launch where kernels do it.
+
+Shapes: T packed tokens, N sequences, H kv heads, D head dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .moves import KernelMoves
+from .store import KVStore
+from .table import spans
+
+
+@dataclass(frozen=True, slots=True)
+class PromptWrite:
+    """What one slot keeps of a prompt in one layer.
+
+    Attributes:
+        slot: the slot; its rows in this layer must be empty.
+        start: where the prompt begins among the packed tokens.
+        num_tokens: of the prompt.
+        indices: which of its tokens each head keeps, in order: int64 [H, keep], or one int64 tensor
+            per head; None for all.
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    indices: Tensor | Sequence[Tensor] | None
+
+    def counts(self, num_heads: int) -> NDArray[np.int32]:
+        """How many tokens each head keeps, [H]."""
+        if self.indices is None:
+            return np.full(num_heads, self.num_tokens, dtype=np.int32)
+        return np.array([len(head) for head in self.indices], dtype=np.int32)
+
+
+def write_prompts(
+    kv: KVStore, layer: int, k: Tensor, v: Tensor, writes: Sequence[PromptWrite]
+) -> int:
+    """Store the selected tokens of one layer of different slots, in order, as far as pages suffice.
+
+    Args:
+        kv: the store.
+        layer: local layer.
+        k: keys of all prompts, [T, H, D].
+        v: values, [T, H, D].
+        writes: of different slots.
+
+    Returns:
+        How many were written: all, or those before the first for which there are too few pages.
+    """
+    if kv.moves is not None:
+        return _write_together(kv, kv.moves, layer, k, v, writes)
+    for done, write in enumerate(writes):
+        prompt = slice(write.start, write.start + write.num_tokens)
+        if not kv.write(write.slot, layer, k[prompt], v[prompt], write.indices):
+            return done
+    return len(writes)
+
+
+def _write_together(
+    kv: KVStore,
+    moves: KernelMoves,
+    layer: int,
+    k: Tensor,
+    v: Tensor,
+    writes: Sequence[PromptWrite],
+) -> int:
+    table, num_heads = kv.table, k.shape[1]
+    counts_NH = np.stack([write.counts(num_heads) for write in writes])
+    needed_NH = table.num_pages(counts_NH)
+    fits = np.cumsum(needed_NH.sum(axis=1, dtype=np.int64)) <= kv.pages_free
+    fitting = int(np.count_nonzero(fits))  # pages only add up, so these are the first
+    if fitting == 0:
+        return 0
+    writes, counts_NH, needed_NH = writes[:fitting], counts_NH[:fitting], needed_NH[:fitting]
+    slots = np.array([write.slot for write in writes], dtype=np.int64)
+    assert not table.kept[slots, layer].any(), f"slots {slots}, layer {layer} are not empty"
+    assert counts_NH.max() <= table.max_row_tokens, (counts_NH.max(), table.max_row_tokens)
+    needed = needed_NH.reshape(-1)
+    pages = kv.pool.allocate(int(needed.sum()))
+    table.set_pages(spans(table.first_entry[slots, layer].reshape(-1), needed), pages)
+    table.set_layer_kept(slots, layer, counts_NH)
+    counts, heads = counts_NH.reshape(-1), np.tile(np.arange(num_heads), fitting)
+    starts = np.repeat([write.start for write in writes], num_heads)
+    is_whole = np.repeat([write.indices is None for write in writes], num_heads)
+    for rows, indices in ((is_whole, None), (~is_whole, _concatenated(writes))):
+        if rows.any():
+            of_rows = pages[np.repeat(rows, needed)]
+            moves.fill(of_rows, counts[rows], heads[rows], starts[rows], k, v, indices)
+    return fitting
+
+
+def _concatenated(writes: Sequence[PromptWrite]) -> Tensor | None:
+    """The indices of all writes that select, head after head; None if none does."""
+    parts: list[Tensor] = []
+    for write in writes:
+        if isinstance(write.indices, Tensor):
+            parts.append(write.indices.reshape(-1))
+        elif write.indices is not None:
+            parts += write.indices
+    return torch.cat(parts) if parts else None
