@@ -17,6 +17,7 @@ from .result import Result
 from .summary import main_figure, summarise
 
 SUFFIXES = (".png", ".svg", ".pdf")
+NUM_COLOURS, MARKS, LINES = 10, "osD^", ("-", "--", ":", "-.")
 COLUMNS = 3
 COLOURS = "RdYlGn"
 LOWER_IS_BETTER = frozenset({"perplexity"})
@@ -94,7 +95,8 @@ def quality_curve(result: Result) -> Figure:
     full, *rows = summarise(result)
     name, reference, _ = main_figure(full)
     panel.axhline(reference.value, color="black", linestyle="--", linewidth=1, label="full")
-    for series in dict.fromkeys(_series(row.retention) for row in rows):
+    all_series = dict.fromkeys(_series(row.retention) for row in rows)
+    for number, series in enumerate(all_series):
         mine = sorted(
             (row for row in rows if _series(row.retention) == series), key=lambda r: r.kept_share
         )
@@ -103,12 +105,27 @@ def quality_curve(result: Result) -> Figure:
         below = np.nan_to_num([max(e.value - e.low, 0.0) for e in estimates])
         above = np.nan_to_num([max(e.high - e.value, 0.0) for e in estimates])
         kept = [100 * row.kept_share for row in mine]
-        panel.errorbar(kept, values, [below, above], marker="o", capsize=3, label=series)
+        lap = number // NUM_COLOURS  # the same colour comes again with another mark
+        panel.errorbar(
+            kept,
+            values,
+            [below, above],
+            color=f"C{number % NUM_COLOURS}",
+            marker=MARKS[lap % len(MARKS)],
+            linestyle=LINES[lap % len(LINES)],
+            elinewidth=0.6,
+            capsize=2,
+            label=series,
+        )
     panel.set_xlabel("keys and values kept, % of full")
     panel.set_ylabel(name)
     panel.set_title(f"{result.task}{_direction(result.task)}", fontsize=10)
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
+    if len(all_series) > NUM_COLOURS:
+        figure.set_figwidth(9)
+        panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    else:
+        panel.legend(fontsize=8)
     return figure
 
 
