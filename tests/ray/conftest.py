@@ -8,6 +8,8 @@ from pathlib import Path
 # what it does with CUDA_VISIBLE_DEVICES for actors that have no GPU, as all of ours here.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray runs workers as background jobs; on a busy machine tests would wait for them for minutes.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 import ray
