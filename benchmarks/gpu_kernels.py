@@ -138,7 +138,7 @@ def measure_retention(bench: Bench, sizes: LayerSizes) -> Iterator[Row]:
 
     def layer() -> None:
         linear(x, qkv_weight)
-        hidden = linear(backend.prefill(q, k, v, cu, cu, scale).flatten(1), output)
+        hidden = linear(backend.prefill(q, k, v, cu, cu, scale)[0].flatten(1), output)
         gate, up = linear(hidden, gate_up).chunk(2, dim=-1)
         linear(silu(gate).mul_(up), down)
 

@@ -116,7 +116,7 @@ def prefill_case(num_sequences: int, length: int) -> Case:
         f"prefill {num_sequences} x {length}",
         "GFLOP/s",
         flops,
-        lambda backend: backend.prefill(q, k, v, cu, cu, SCALE),
+        lambda backend: backend.prefill(q, k, v, cu, cu, SCALE)[0],
     )
 
 
@@ -141,7 +141,7 @@ def mass_case(window: int, length: int, context: bool = False) -> Case:
     """
     q, k = randn(window, QUERY_HEADS, HEAD_DIM), randn(length, KV_HEADS, HEAD_DIM)
     cu_q, cu_k = CuSeqlens.of([window], CPU), CuSeqlens.of([length], CPU)
-    _, lse = CpuAttention().prefill(q, k, k, cu_q, cu_k, SCALE, return_lse=True)
+    _, lse = CpuAttention().prefill(q, k, k, cu_q, cu_k, SCALE)
     num_columns = length - window if context else length
     seen = window * num_columns if context else window * (length - window / 2)
     return Case(

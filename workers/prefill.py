@@ -175,9 +175,7 @@ class Prefill:
         with part("project"):
             qkv = self._project(weights, parked)
         with part("attention"):
-            attended, lse = shard.backend.prefill(
-                *qkv, parked.cu, parked.cu, shard.scale, return_lse=True
-            )
+            attended, lse = shard.backend.prefill(*qkv, parked.cu, parked.cu, shard.scale)
         with part("retain"):
             self._retain(layer, parked, qkv, lse)
         with part("propagate"):
@@ -200,7 +198,7 @@ class Prefill:
         one_each = CuSeqlens.of([1] * len(parked.families), shard.device)
         attended = shard.backend.prefill(
             qkv.q[last_N], qkv.k, qkv.v, one_each, parked.cu, shard.scale
-        )
+        )[0]
         self._retain(layer, parked, qkv, None)
         return weights.finish(parked.hidden_TE[last_N], attended)
 

@@ -96,12 +96,12 @@ def test_reference_is_the_textbook_formula() -> None:
     scores += torch.full((n, n), float("-inf")).triu(1)
     weights = scores.softmax(dim=-1)
     expected = torch.einsum("hqk,khd->qhd", weights, v)
-    assert_close(ORACLE.prefill(q, k, v, cu, cu, SCALE), expected, torch.float32)
+    assert_close(ORACLE.prefill(q, k, v, cu, cu, SCALE)[0], expected, torch.float32)
     last = CuSeqlens.of([4], CPU)
-    assert_close(ORACLE.prefill(q[5:], k, v, last, cu, SCALE), expected[5:], torch.float32)
+    assert_close(ORACLE.prefill(q[5:], k, v, last, cu, SCALE)[0], expected[5:], torch.float32)
     assert_close(ORACLE.mass(q, k, SCALE), weights.sum(dim=1), torch.float32)
     assert_close(ORACLE.mass(q[7:], k, SCALE), weights[:, 7:].sum(dim=1), torch.float32)
-    _, lse = ORACLE.prefill(q, k, v, cu, cu, SCALE, return_lse=True)
+    _, lse = ORACLE.prefill(q, k, v, cu, cu, SCALE)
     assert_close(lse, scores.logsumexp(dim=-1).T, torch.float32)
     part = ORACLE.mass(q[7:], k, SCALE, lse=lse[7:], num_columns=5)
     assert_close(part, weights[:, 7:, :5].sum(dim=1), torch.float32)
@@ -117,7 +117,7 @@ def test_reference_is_the_textbook_formula() -> None:
     extended = ORACLE.extend(q[:2], new, new, CuSeqlens.of([2], CPU), view, SCALE)
     whole = CuSeqlens.of([n + 2], CPU)
     keys, values = torch.cat([k, new]), torch.cat([v, new])
-    expected = ORACLE.prefill(q[:2], keys, values, CuSeqlens.of([2], CPU), whole, SCALE)
+    expected = ORACLE.prefill(q[:2], keys, values, CuSeqlens.of([2], CPU), whole, SCALE)[0]
     assert_close(extended, expected, torch.float32)
 
 
@@ -132,9 +132,9 @@ def test_prefill(
     q = randn(cu.host[-1], num_query_heads, HEAD_DIM, dtype=dtype, seed=1)
     k, v = (randn(cu.host[-1], num_kv_heads, HEAD_DIM, dtype=dtype, seed=2 + i) for i in range(2))
     backend = TorchAttention(tiling)
-    out = backend.prefill(q, k, v, cu, cu, SCALE)
+    out = backend.prefill(q, k, v, cu, cu, SCALE)[0]
     assert out.dtype == dtype
-    assert_close(out, ORACLE.prefill(q, k, v, cu, cu, SCALE), dtype)
+    assert_close(out, ORACLE.prefill(q, k, v, cu, cu, SCALE)[0], dtype)
     # Only the last queries of each sequence, down to a single one.
     num_queries = [1, 1, 16, 5, 20]
     chosen = torch.cat(
@@ -142,8 +142,8 @@ def test_prefill(
     )
     cu_q = CuSeqlens.of(num_queries, CPU)
     assert_close(
-        backend.prefill(q[chosen], k, v, cu_q, cu, SCALE),
-        ORACLE.prefill(q[chosen], k, v, cu_q, cu, SCALE),
+        backend.prefill(q[chosen], k, v, cu_q, cu, SCALE)[0],
+        ORACLE.prefill(q[chosen], k, v, cu_q, cu, SCALE)[0],
         dtype,
     )
 
@@ -269,8 +269,8 @@ def test_queries_may_be_slices_of_a_fused_projection() -> None:
     q, k, v = torch.split(fused, [6, 2, 2], dim=1)
     cu, view = CuSeqlens.of([7, 5], CPU), make_view([[9, 4], [3, 20]])
     backend = TorchAttention()
-    out = backend.prefill(q, k, v, cu, cu, SCALE)
-    assert_close(out, ORACLE.prefill(q, k, v, cu, cu, SCALE), torch.float32)
+    out = backend.prefill(q, k, v, cu, cu, SCALE)[0]
+    assert_close(out, ORACLE.prefill(q, k, v, cu, cu, SCALE)[0], torch.float32)
     out = backend.extend(q, k, v, cu, view, SCALE)
     assert_close(out, ORACLE.extend(q, k, v, cu, view, SCALE), torch.float32)
     out = backend.decode(q[:2], view, SCALE)
@@ -319,7 +319,7 @@ def test_memory_is_bounded_by_the_tiles() -> None:
             view.page_tokens,
         )
         with LargestTensor() as largest:
-            backend.prefill(q, k, k, cu_q, cu_k, SCALE)
+            backend.prefill(q, k, k, cu_q, cu_k, SCALE)[0]
             backend.mass(q, k, SCALE)
             backend.extend(q, k[:600], k[:600], cu_q, k_view, SCALE)
         inputs = max(q.nbytes, view.k_pages.nbytes)

@@ -121,14 +121,12 @@ def check_prefill(
     scale: float,
 ) -> Tensor:
     cu_q, cu_k = CuSeqlens.of(num_queries, CPU), CuSeqlens.of(num_keys, CPU)
-    out, lse = backend.prefill(q, k, v, cu_q, cu_k, scale, return_lse=True)
-    expected, expected_lse = ORACLE.prefill(
-        q.float(), k.float(), v.float(), cu_q, cu_k, scale, return_lse=True
-    )
+    out, lse = backend.prefill(q, k, v, cu_q, cu_k, scale)
+    expected, expected_lse = ORACLE.prefill(q.float(), k.float(), v.float(), cu_q, cu_k, scale)
     assert out.dtype == q.dtype
     assert_close(out, expected, v.abs().max().item())
     assert_close(lse, expected_lse, 0.0)
-    assert torch.equal(backend.prefill(q, k, v, cu_q, cu_k, scale), out)
+    assert torch.equal(backend.prefill(q, k, v, cu_q, cu_k, scale)[0], out)
     return out
 
 
@@ -172,8 +170,8 @@ def test_scores_of_any_size(backend: CpuAttention, dtype: torch.dtype) -> None:
         # Scores of thousands are right to 1e-7 of their size, and so are their exponentials only
         # to 1e-3 in float32: the oracle's too.
         cu = CuSeqlens.of([300], CPU)
-        out = backend.prefill(q, k * factor, v, cu, cu, 1.0)
-        expected = ORACLE.prefill(q.float(), (k * factor).float(), v.float(), cu, cu, 1.0)
+        out = backend.prefill(q, k * factor, v, cu, cu, 1.0)[0]
+        expected = ORACLE.prefill(q.float(), (k * factor).float(), v.float(), cu, cu, 1.0)[0]
         torch.testing.assert_close(out.float(), expected, rtol=0, atol=2e-2)
 
 
@@ -253,11 +251,11 @@ def test_a_sequence_does_not_feel_its_batch(
     cu = CuSeqlens.of(num_tokens, CPU)
     decode_q = q[: len(num_tokens)]
     threads(3)
-    prefilled = backend.prefill(q, k, v, cu, cu, 0.125)
+    prefilled = backend.prefill(q, k, v, cu, cu, 0.125)[0]
     extended = backend.extend(q, k, v, cu, view, 0.125)
     decoded, mass = backend.decode(decode_q, view, 0.125, return_mass=True)
     window_mass = backend.mass(q[-40:], k, 0.125)
-    _, lse = backend.prefill(q, k, v, cu, cu, 0.125, return_lse=True)
+    _, lse = backend.prefill(q, k, v, cu, cu, 0.125)
     threads(1)
     assert torch.equal(backend.mass(q[-40:], k, 0.125), window_mass)
     for n, count in enumerate(num_tokens):
@@ -271,7 +269,7 @@ def test_a_sequence_does_not_feel_its_batch(
             view.max_length,
             view.page_tokens,
         )
-        alone, lse_n = backend.prefill(q[own], k[own], v[own], cu_n, cu_n, 0.125, return_lse=True)
+        alone, lse_n = backend.prefill(q[own], k[own], v[own], cu_n, cu_n, 0.125)
         assert torch.equal(alone, prefilled[own])
         assert torch.equal(lse_n, lse[own])
         alone = backend.extend(q[own], k[own], v[own], cu_n, view_n, 0.125)
@@ -291,7 +289,7 @@ def test_heads_of_a_fused_projection(backend: CpuAttention, dtype: torch.dtype) 
     view = make_view([[40, 50]] * 90, 64, dtype)
     one_view = make_view([[40, 50]], 64, dtype)
     calls: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [
-        lambda q, k, v: backend.prefill(q, k, v, cu, cu, 0.125),
+        lambda q, k, v: backend.prefill(q, k, v, cu, cu, 0.125)[0],
         lambda q, k, v: backend.extend(q, k, v, cu, one_view, 0.125),
         lambda q, k, v: backend.decode(q, view, 0.125),
         lambda q, k, v: backend.mass(q[-8:], k, 0.125),
@@ -306,7 +304,7 @@ def test_no_sequences(backend: CpuAttention) -> None:
     nothing = randn(0, 2, 64, dtype=torch.bfloat16)
     for lengths in ([], [0, 0]):
         cu = CuSeqlens.of(lengths, CPU)
-        assert backend.prefill(nothing, nothing, nothing, cu, cu, 0.125).shape == nothing.shape
+        assert backend.prefill(nothing, nothing, nothing, cu, cu, 0.125)[0].shape == nothing.shape
 
 
 def test_says_what_it_cannot_do(backend: CpuAttention) -> None:

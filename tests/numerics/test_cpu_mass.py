@@ -98,7 +98,7 @@ def test_mass_with_the_log_sum_exps_of_prefill(backend: CpuAttention, seed: int)
         for i, count in enumerate((num_query_heads, num_heads))
     )
     scale = dim**-0.5
-    _, lse = backend.prefill(q, k, k, cu, cu, scale, return_lse=True)
+    _, lse = backend.prefill(q, k, k, cu, cu, scale)
     for n, start, stop in zip(num_tokens, cu.host[:-1], cu.host[1:], strict=True):
         window = int(rng.integers(1, n + 1))
         num_columns = int(rng.integers(0, n + 1))

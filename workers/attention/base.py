@@ -53,7 +53,6 @@ class AttentionBackend(Protocol):
 
     name: str
 
-    @overload
     def prefill(
         self,
         q: Tensor,
@@ -62,31 +61,7 @@ class AttentionBackend(Protocol):
         cu_q: CuSeqlens,
         cu_k: CuSeqlens,
         scale: float,
-        return_lse: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: CuSeqlens,
-        cu_k: CuSeqlens,
-        scale: float,
-        return_lse: Literal[True],
-    ) -> tuple[Tensor, Tensor | None]: ...
-
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: CuSeqlens,
-        cu_k: CuSeqlens,
-        scale: float,
-        return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Attention of whole prompts over themselves.
 
         Args:
@@ -97,11 +72,11 @@ class AttentionBackend(Protocol):
             cu_q: sequences in `q`.
             cu_k: the same sequences in `k` and `v`.
             scale: factor of the scores.
-            return_lse: also return the normalisers of the softmax, for `mass`.
 
         Returns:
-            [Tq, Hq, D]; with `return_lse` also float32 [Tq, Hq], the logarithm of the sum of the
-            exponentials of each query's scores, or None from a backend to which that is work.
+            [Tq, Hq, D], and the normalisers of the softmax for `mass`: float32 [Tq, Hq], the
+            logarithm of the sum of the exponentials of each query's scores, or None from a backend
+            to which that is work.
         """
         ...
 

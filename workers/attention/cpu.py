@@ -93,7 +93,6 @@ class CpuAttention:
         self._decode = build.function("saqqara_decode", (POINTER(_Decode),))
         self._mass = build.function("saqqara_mass", (POINTER(_Mass),))
 
-    @overload
     def prefill(
         self,
         q: Tensor,
@@ -102,37 +101,13 @@ class CpuAttention:
         cu_q: CuSeqlens,
         cu_k: CuSeqlens,
         scale: float,
-        return_lse: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: CuSeqlens,
-        cu_k: CuSeqlens,
-        scale: float,
-        return_lse: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: CuSeqlens,
-        cu_k: CuSeqlens,
-        scale: float,
-        return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Causal attention of the last queries of each sequence over its keys."""
         lengths = zip(cu_q.lengths, cu_k.lengths, strict=True)
         assert all(queries <= keys for queries, keys in lengths), "more queries than keys"
-        lse = torch.empty(q.shape[:2]) if return_lse else None
+        lse = torch.empty(q.shape[:2])
         out = self._attend_new(q, k, v, cu_q, cu_k, None, scale, lse)
-        return out if lse is None else (out, lse)
+        return out, lse
 
     def extend(
         self, q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, view: KVView, scale: float

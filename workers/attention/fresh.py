@@ -108,6 +108,6 @@ def _sdpa() -> Fresh:
     torch_attention = TorchAttention()
 
     def fresh(q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, scale: float) -> Tensor:
-        return torch_attention.prefill(q, k, v, cu, cu, scale)
+        return torch_attention.prefill(q, k, v, cu, cu, scale)[0]
 
     return fresh

@@ -20,7 +20,6 @@ class ReferenceAttention:
 
     name = "reference"
 
-    @overload
     def prefill(
         self,
         q: Tensor,
@@ -29,31 +28,7 @@ class ReferenceAttention:
         cu_q: CuSeqlens,
         cu_k: CuSeqlens,
         scale: float,
-        return_lse: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: CuSeqlens,
-        cu_k: CuSeqlens,
-        scale: float,
-        return_lse: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: CuSeqlens,
-        cu_k: CuSeqlens,
-        scale: float,
-        return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Causal attention of the last queries of each sequence over its keys."""
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], device=q.device)
@@ -67,7 +42,7 @@ class ReferenceAttention:
                     keys, values = k[seen, head // group], v[seen, head // group]
                     out[t, head], _ = _attend(q[t, head], keys, values, scale)
                     lse[t, head] = torch.logsumexp(_scores(q[t, head], keys, scale), dim=0)
-        return (out, lse) if return_lse else out
+        return out, lse
 
     @overload
     def decode(

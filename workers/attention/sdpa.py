@@ -60,7 +60,6 @@ class TorchAttention:
 
     # -- fresh keys -------------------------------------------------------------------------
 
-    @overload
     def prefill(
         self,
         q: Tensor,
@@ -69,38 +68,14 @@ class TorchAttention:
         cu_q: CuSeqlens,
         cu_k: CuSeqlens,
         scale: float,
-        return_lse: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: CuSeqlens,
-        cu_k: CuSeqlens,
-        scale: float,
-        return_lse: Literal[True],
-    ) -> tuple[Tensor, None]: ...
-
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: CuSeqlens,
-        cu_k: CuSeqlens,
-        scale: float,
-        return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, None]:
+    ) -> tuple[Tensor, None]:
         """Causal attention of the last queries of each sequence over its keys."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for n in range(len(cu_q.host) - 1):
             queries = slice(cu_q.host[n], cu_q.host[n + 1])
             keys = slice(cu_k.host[n], cu_k.host[n + 1])
             self._prefill_one(q[queries], k[keys], v[keys], scale, out[queries])
-        return (out, None) if return_lse else out
+        return out, None
 
     def _prefill_one(self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
         """One sequence: q and out [M, Hq, D], k and v [n, H, D]."""

@@ -57,7 +57,6 @@ class TritonAttention:
         self._attend, self._decode, self._mass = attend, decode, mass
         self._fresh = FreshAttention()
 
-    @overload
     def prefill(
         self,
         q: Tensor,
@@ -66,31 +65,7 @@ class TritonAttention:
         cu_q: CuSeqlens,
         cu_k: CuSeqlens,
         scale: float,
-        return_lse: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: CuSeqlens,
-        cu_k: CuSeqlens,
-        scale: float,
-        return_lse: Literal[True],
-    ) -> tuple[Tensor, Tensor | None]: ...
-
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: CuSeqlens,
-        cu_k: CuSeqlens,
-        scale: float,
-        return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Causal attention of the last queries of each sequence over its keys.
 
         No normalisers: `mass` makes those of the few queries that it is asked for.
@@ -101,7 +76,7 @@ class TritonAttention:
             lengths = zip(cu_q.lengths, cu_k.lengths, strict=True)
             assert all(queries <= keys for queries, keys in lengths), "more queries than keys"
             out = self._attend.attend(q, k, v, cu_q.device, cu_k.device, cu_q.max_len, scale)
-        return (out, None) if return_lse else out
+        return out, None
 
     def extend(
         self, q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, view: KVView, scale: float
