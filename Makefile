@@ -14,8 +14,10 @@ help: ## List the targets
 demo: $(INSTALLED) ## Run 32 prompts on a local Ray with and without retention, and compare
 	$(BIN)/python benchmarks/demo.py
 
+# Tests that start Ray run alone: they have many processes and watch the time.
 test: $(INSTALLED) ## Run all tests
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not slow and not ray' --numprocesses 2 --dist loadscope
+	$(BIN)/pytest -m 'ray and not slow'
 
 check: $(INSTALLED) ## Check format, lint and types, then run all tests
 	$(BIN)/ruff format --check .

@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.ray)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of bytes with a long context, so that a request can be kept running."""
     folder = tmp_path_factory.mktemp("api-llama")
@@ -26,7 +26,7 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with one replica, small limits, and a key."""
     log = tmp_path_factory.mktemp("server") / "log"
@@ -35,7 +35,7 @@ def server(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def client(server: Server) -> Iterator[OpenAI]:
     """The official client."""
     with OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from support.byte_llama import save_tiny_llama
 from support.prometheus import query, running, wait_for
 
 from saqqara.cluster.batch_summary import BatchSummary
@@ -29,9 +30,12 @@ VARIABLES = {"$__rate_interval": "1m", "$__range": "5m", "$job": "saqqara", "$mo
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    """An engine of its own name: Ray's agent goes on to show what the other tests' engines did."""
+    model = tmp_path_factory.mktemp("dashboards-llama")
+    save_tiny_llama(model)
     return EngineConfig(
-        model=str(tiny_model),
+        model=str(model),
         load_format="dummy",
         dtype="float32",
         device="cpu",
@@ -70,7 +74,8 @@ def prometheus(client: ControllerClient, tmp_path_factory: pytest.TempPathFactor
     found = folder / "prom_metrics_service_discovery.json"
     found.write_text(json.dumps([{"labels": {"job": "ray"}, "targets": [target]}]))
     agents["file_sd_configs"][0]["files"] = [str(found)]
-    agents["scrape_interval"] = "5s"  # its agent takes longer to answer than the engine
+    # Its agent takes longer to answer than the engine.
+    agents |= {"scrape_interval": "5s", "scrape_timeout": "5s"}
     with running(config, folder, num_targets=2) as address:
         yield address
 
@@ -157,13 +162,16 @@ def test_the_panels_tell_what_the_job_did(job: BatchSummary, prometheus: str) ->
     assert shown["overview", "Tokens/s out"] > 0
 
 
-def test_rays_agent_gives_the_same_names(job: BatchSummary, prometheus: str) -> None:
+def test_rays_agent_gives_the_same_names(
+    job: BatchSummary, config: EngineConfig, prometheus: str
+) -> None:
     assert job.report is not None
+    ours = f'{{model_name="{config.model}"}}'
     for metric, expected in (
-        ("sum by (job) (saqqara:batch_rows_done_total)", NUM_ROWS),
-        ("max by (job) (saqqara:batch_rows)", NUM_ROWS),
-        ("sum by (job) (vllm:num_preemptions_total)", job.report.num_preemptions),
-        ("count by (job) (count by (job, worker) (saqqara:num_pages))", 2),
+        (f"sum by (job) (saqqara:batch_rows_done_total{ours})", NUM_ROWS),
+        (f"max by (job) (saqqara:batch_rows{ours})", NUM_ROWS),
+        (f"sum by (job) (vllm:num_preemptions_total{ours})", job.report.num_preemptions),
+        (f"count by (job) (count by (job, worker) (saqqara:num_pages{ours}))", 2),
     ):
         # Actors report to Ray's agent every few seconds.
         wait_for(
