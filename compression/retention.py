@@ -1,27 +1,22 @@
 """Retention: which score, spread over the layers in which shape, at which budget."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from saqqara.configs.yaml_files import CONFIG_DIR, load_yaml
-
 from .budgets import MEANS
-from .decode_stage import DecodeStage, Stage, parse_stage
+from .decode_stage import DecodeStage, Stage
 from .head_profile import HeadProfile
-from .propagate import KINDS, Propagate
-from .registry import SCORES, SHAPES, budget_shape, score_method, settings_of
+from .propagate import Propagate
+from .registry import SCORES, budget_shape, score_method, settings_of
+from .retention_settings import presets, read_settings
 from .rows import layer_tokens, row_tokens
 from .trim import TrimStage
-
-PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,76 +231,7 @@ class Retention:
             given.pop("budget", None)
         if budget is not None and given.setdefault("budget", budget) != budget:
             raise ValueError(f"budget: given twice, as {given['budget']!r} and as {budget!r}")
-        return cls._from_settings(given)
-
-    @classmethod
-    def _from_settings(cls, given: dict[str, Any]) -> "Retention":
-        decode = given.pop("decode", None)
-        method = given.pop("method", None)
-        if method is None and given.get("score") is None and given.get("propagate") is None:
-            raise ValueError(f"method: missing; known: {_known_names()}")
-        preset = {"score": None} if method is None else _named_settings(method)
-        if method == "full":
-            if decode not in (None, False):
-                return cls(decode=DecodeStage())  # which says what is wrong with it
-            if given:
-                raise ValueError(f"{next(iter(given))}: {method!r} keeps all and takes no settings")
-            return cls()
-        propagate, is_own = _read_propagate(preset, given)
-        method = method if is_own else None
-        if preset["score"] is None and given.get("score") is None:
-            return cls._without_score(method, propagate, decode, given)
-        stage = parse_stage(decode, has_score=True)
-        if stage is not None:
-            given["decode"] = stage
-
-        own = preset.get("score"), preset.get("shape", "uniform")
-        score, shape = given.pop("score", own[0]), given.pop("shape", own[1])
-        own_mean: Any = preset.get("mean", "uniform")
-        mean = given.get("mean", own_mean) if "mean" in settings_of(score, shape) else "uniform"
-        allowed = settings_of(score, shape, mean)
-        named = ("score", "shape", "propagate")
-        inherited = {name: preset[name] for name in preset if name not in named}
-        if (score, shape, mean) != (*own, own_mean) or method is None:
-            # The name no longer says what is done, and some of its settings may not be read.
-            method = _composed_name(score, shape, mean)
-            inherited = {name: inherited[name] for name in inherited if name in allowed}
-        fixed_window = score_method(score).fixed_window
-        if fixed_window is not None:
-            inherited["window"] = fixed_window
-        settings: dict[str, Any] = inherited | given
-        for name in settings:
-            if name not in allowed:
-                raise ValueError(
-                    f"{name}: not a setting of score {score!r} with shape {shape!r}; allowed: "
-                    f"{', '.join(('method', 'score', 'shape', *allowed, 'propagate'))}"
-                )
-        if "budget" in settings:
-            settings |= _read_budget(settings["budget"])
-        if settings.get("profile") is not None:
-            settings["profile"] = HeadProfile.read(settings["profile"])
-        if "decode" in inherited and "decode" not in given:
-            settings["decode"] = parse_stage(inherited["decode"], has_score=True)
-        if isinstance(settings.get("skip_layers"), list):
-            settings["skip_layers"] = tuple(settings["skip_layers"])
-        return cls(method=method, score=score, shape=shape, propagate=propagate, **settings)
-
-    @classmethod
-    def _without_score(
-        cls, method: str | None, propagate: Propagate | None, decode: object, given: dict[str, Any]
-    ) -> "Retention":
-        """What only propagates; its settings may stand beside `method`."""
-        if propagate is None:
-            raise ValueError("propagate: without it and a score all is kept: use method 'full'")
-        given = {name: value for name, value in given.items() if name != "score"}
-        method = propagate.kind if method is None else method
-        if "budget" in given:
-            raise ValueError(
-                f"budget: {method!r} keeps what enters each layer and takes none; a score (such as "
-                "'snapkv') beside it does"
-            )
-        propagate = Propagate.parse(given, propagate)
-        return cls(method=method, propagate=propagate, decode=parse_stage(decode, has_score=False))
+        return cls(**read_settings(given))
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting that has an effect, as JSON values; `parse` reads it back."""
@@ -329,7 +255,7 @@ class Retention:
             stage = "" if self.decode is None else f",decode={self.decode.label}"
             return f"{self.method}{self._propagate_text}{stage}"
         settings = self.to_dict()
-        preset = _presets().get(self.method, {})
+        preset = presets().get(self.method, {})
         usual = {k: tuple(v) if isinstance(v, list) else v for k, v in preset.items()}
         if "profile" in usual:
             usual["profile"] = HeadProfile.read(usual["profile"])
@@ -355,7 +281,7 @@ class Retention:
         """How `propagate` departs from the preset's or, where the preset has none, what it is."""
         if self.propagate is None:
             return ""
-        own = _presets().get(self.method or "", {}).get("propagate")
+        own = presets().get(self.method or "", {}).get("propagate")
         usual = None if own is None else Propagate.parse(own)
         departures = self.propagate.departures(usual)
         named = self.score is None or (usual is not None and not departures)
@@ -446,72 +372,6 @@ class Retention:
             ValueError: as `layer_tokens`; `profile` is of another model.
         """
         return row_tokens(self, prompt_tokens, num_layers, num_heads)
-
-
-@lru_cache(maxsize=1)
-def _presets() -> dict[str, dict[str, Any]]:
-    """The settings in `configs/retention/`, by file name without its ending."""
-    files = sorted((CONFIG_DIR / "retention").glob("*.yaml"))
-    return {file.stem: load_yaml(file) for file in files}
-
-
-def _named_settings(name: object) -> dict[str, Any]:
-    """The settings of a preset or of a `<score>-<shape>` name."""
-    if isinstance(name, str) and name in _presets():
-        settings = _presets()[name]
-        if "score" not in settings:
-            raise ValueError(f"score: missing in configs/retention/{name}.yaml")
-        return settings
-    if isinstance(name, str) and name in KINDS:
-        return {"score": None, "propagate": {"kind": name}}
-    if isinstance(name, str):
-        score, _, shape = name.partition("-")
-        shape, _, mean = shape.partition("-")
-        if score in SCORES and shape in SHAPES and not mean:
-            return {"score": score, "shape": shape}
-        if score in SCORES and shape == "adaptive" and mean in MEANS:
-            return {"score": score, "shape": shape, "mean": mean}
-    raise ValueError(f"method: unknown {name!r}; known: {_known_names()}")
-
-
-def _composed_name(score: str, shape: str, mean: str) -> str:
-    """The name of a score with a shape, which `_named_settings` reads."""
-    return "-".join((score, shape) if mean == "uniform" else (score, shape, mean))
-
-
-def _read_propagate(preset: dict[str, Any], given: dict[str, Any]) -> tuple[Propagate | None, bool]:
-    """The stage that a preset and the settings beside it mean, taken out of `given`.
-
-    The second value says whether the preset's name may stay: not if another kind replaces its own.
-    """
-    own = preset.get("propagate")
-    base = None if own is None else Propagate.parse(own)
-    if "propagate" not in given:
-        return base, True
-    spec = given.pop("propagate")
-    propagate = None if spec is None else Propagate.parse(spec, base)
-    return propagate, base is None or (propagate is not None and propagate.kind == base.kind)
-
-
-def _known_names() -> str:
-    return (
-        f"{', '.join(sorted({*_presets(), *KINDS}))}, or <score>-<shape> of scores "
-        f"{', '.join(sorted(SCORES))} and shapes {', '.join(sorted(SHAPES))} "
-        f"(adaptive also -<mean>: {', '.join(sorted(MEANS))})"
-    )
-
-
-def _read_budget(value: object) -> dict[str, int | float | None]:
-    """The `budget` or `share` that a user's budget means."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return {"budget": value}
-    if isinstance(value, str):
-        text = value.strip()
-        if text.isdecimal():
-            return {"budget": int(text)}
-        if match := PERCENTAGE.fullmatch(text):
-            return {"budget": None, "share": float(Decimal(match[1]) / 100)}
-    raise ValueError(f"budget: must be tokens or a share such as '25%', not {value!r}")
 
 
 def _check_integer(name: str, value: object, least: int) -> None:
