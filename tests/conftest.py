@@ -5,7 +5,7 @@ from pathlib import Path
 
 # Read when torch, tokenizers and huggingface_hub are first imported, so set before that. The
 # tensors of the tests are small: more threads only get in each other's way.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Also read at import: without a GPU, Triton's kernels are run by its interpreter.

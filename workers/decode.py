@@ -12,9 +12,12 @@ from torch import Tensor
 from . import device_decode
 from .batch import DecodeBatch
 from .compaction import compact
+from .mesh import TokenReceipt
 from .plan import DecodeItem
 from .shard import Shard
 from .slots import Target
+
+_SPARE_RECEIPTS = 8  # steps whose tokens may be on their way, beyond one per pipeline stage
 
 
 class Decode:
@@ -23,7 +26,7 @@ class Decode:
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
         self._on_device = device_decode.make(shard)
-        self._awaited: deque[list[Target]] = deque()
+        self._awaited: deque[tuple[list[Target], TokenReceipt]] = deque()
 
     def run(self, items: tuple[DecodeItem, ...]) -> Tensor | None:
         """Feed the items' tokens.
@@ -63,8 +66,15 @@ class Decode:
             self._on_device.record_all()
 
     def expect(self, targets: list[Target]) -> None:
-        """Note that the last stage will send the tokens of these targets (first stage only)."""
-        self._awaited.append(targets)
+        """Note that the last stage will send the tokens of these targets (first stage only).
+
+        Tokens that end a sequence are fed to nobody. They are taken in once that many newer ones
+        are awaited that they must have come.
+        """
+        mesh = self._shard.mesh
+        self._awaited.append((targets, mesh.irecv_tokens(len(targets))))
+        while len(self._awaited) > mesh.layout.pipeline_size + _SPARE_RECEIPTS:
+            self._receive_oldest()
 
     def _reserve(self, items: tuple[DecodeItem, ...]) -> DecodeBatch:
         """Reserve pages for the items' tokens; refuse from the end what does not fit."""
@@ -82,11 +92,14 @@ class Decode:
 
     def _receive_tokens(self, slots: set[int]) -> None:
         """Take in sampled tokens from the last stage, up to the newest that `slots` need."""
-        shard = self._shard
-        needed = [i for i, ts in enumerate(self._awaited) if any(t.slot in slots for t in ts)]
+        needed = [i for i, (ts, _) in enumerate(self._awaited) if any(t.slot in slots for t in ts)]
         for _ in range(max(needed, default=-1) + 1):
-            targets = self._awaited.popleft()
-            with shard.clock.phase("receive"):
-                tokens = shard.mesh.recv_tokens(len(targets)).tolist()
-            for target, token in zip(targets, tokens, strict=True):
-                shard.slots.put_token(target, token)
+            self._receive_oldest()
+
+    def _receive_oldest(self) -> None:
+        shard = self._shard
+        targets, receipt = self._awaited.popleft()
+        with shard.clock.phase("receive"):
+            tokens = receipt.wait().tolist()
+        for target, token in zip(targets, tokens, strict=True):
+            shard.slots.put_token(target, token)

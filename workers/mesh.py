@@ -418,14 +418,18 @@ class Mesh:
         first = self.layout.rank(0, self.tensor_rank)
         self._send(x.to(self.device), first, self._token_group, "tokens")
 
-    def recv_tokens(self, count: int) -> torch.Tensor:
-        """Receive `count` sampled tokens, int64 [count], in the order of `send_tokens`."""
+    def irecv_tokens(self, count: int) -> "TokenReceipt":
+        """Begin to receive `count` sampled tokens, in the order of `send_tokens`.
+
+        Whoever sends waits for that, so a rank says it as soon as it knows that tokens will come.
+        """
         assert self.is_first_stage, "tokens go to the first stage"
         assert not self.is_last_stage, "one stage needs no sends"
         x = torch.empty(count, dtype=torch.int64, device=self.device)
         last = self.layout.rank(self.layout.pipeline_size - 1, self.tensor_rank)
-        dist.recv(x, src=last, group=self._token_group)
-        return x
+        work = dist.irecv(x, src=last, group=self._token_group)
+        assert work is not None
+        return TokenReceipt(work, x)
 
     def barrier(self) -> None:
         """Wait for all ranks of the replica."""
@@ -471,6 +475,19 @@ class Mesh:
         work = dist.isend(x, dst=to, group=group)
         assert work is not None
         pending.append((work, x))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenReceipt:
+    """Sampled tokens on their way from the last stage to the first."""
+
+    work: dist.Work
+    tokens: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        """The tokens, int64 [n], once they are there."""
+        self.work.wait()
+        return self.tokens
 
 
 def _sum(

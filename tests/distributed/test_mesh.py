@@ -119,12 +119,11 @@ def _pipeline(mesh: Mesh) -> list[Any]:
     shape = (5, 8)
     received: list[Any] = []
     if mesh.is_first_stage:
+        receipts = []
         for step in range(NUM_SENDS):
             mesh.send_hidden(torch.full(shape, float(step + mesh.tensor_rank)))
-            if step >= 3:  # tokens are read late, as the scheduler's pipeline does
-                received.append(mesh.recv_tokens(2).tolist())
-        received += [mesh.recv_tokens(2).tolist() for _ in range(3)]
-        return received
+            receipts.append(mesh.irecv_tokens(2))  # read at the end
+        return [receipt.wait().tolist() for receipt in receipts]
     for step in range(NUM_SENDS):
         hidden = mesh.recv_hidden(shape, torch.float32)
         received.append((tuple(hidden.shape), set(hidden.flatten().tolist())))

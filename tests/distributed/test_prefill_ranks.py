@@ -18,6 +18,7 @@ from saqqara.workers.plan import DecodeItem, NewSequence, PrefillGroup, StepPlan
 from saqqara.workers.worker import Worker
 
 LAYERS, HEADS, NUM_TOKENS = 6, 3, 4
+NUM_SHORT = 30
 PYRAMID = Retention.parse(
     {"propagate": {"kind": "pyramidinfer", "rho": 0.5, "min_context": 8, "recent_ratio": 0.2}}
 )
@@ -91,14 +92,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def one_token_plans() -> list[StepPlan]:
+    """More sequences than sends may be pending, one after the other; their token is fed to none."""
+    plans: list[StepPlan] = []
+    for _ in range(NUM_SHORT):
+        new, group = new_sequence(0, prompts()[1]), PrefillGroup((0,), 0, LAYERS)
+        plans.append(StepPlan(len(plans), new=(new,), prefill=(group,)))
+        plans.append(StepPlan(len(plans), free=(0,)))
+    return plans
+
+
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, list[RankRun]]:
     """What the ranks of every case did."""
-    jobs = [
-        Job(make_config(folder, layout), layout, make_plans(new, splits))
-        for layout, splits, new in CASES.values()
-    ]
-    return dict(zip(CASES, run_on_ranks(jobs), strict=True))
+    jobs = {
+        name: Job(make_config(folder, layout), layout, make_plans(new, splits))
+        for name, (layout, splits, new) in CASES.items()
+    }
+    stages = MeshLayout(pipeline_size=2)
+    jobs["one-token"] = Job(make_config(folder, stages), stages, one_token_plans())
+    return dict(zip(jobs, run_on_ranks(list(jobs.values())), strict=True))
+
+
+def test_tokens_that_nobody_is_fed_block_no_stage(
+    folder: Path, runs: dict[str, list[RankRun]]
+) -> None:
+    alone = Worker.local(make_config(folder, MeshLayout()).for_worker())
+    [[expected]] = run_greedy(alone, [prompts()[1]], 1)
+    tokens = [t.token_id for t in sampled_tokens(runs["one-token"])[0]]
+    assert tokens == [expected.token_id] * NUM_SHORT
 
 
 @pytest.mark.parametrize("case", CASES)

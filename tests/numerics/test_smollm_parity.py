@@ -72,7 +72,7 @@ def test_budget_at_least_prompt_is_token_identical_to_full(
 def test_resume_after_preemption(demo_model: Path, reference: Reference) -> None:
     """A pool that holds the prompts but not what they write forces preemption; nothing changes."""
     page_bytes = 16 * 2 * 64 * 4
-    pages = 90 * sum(-(-n // 16) + 1 for n in LENGTHS)  # 90 rows, one spare page each
+    pages = 90 * (sum(-(-n // 16) for n in LENGTHS) + 1)  # 90 rows; one prompt has spare pages
     with LLM(
         str(demo_model),
         dtype="float32",
