@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.mesh import MeshLayout
+from saqqara.workers.layout import MeshLayout
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
 from .placement import Placement, RankPlace, reserve

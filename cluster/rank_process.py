@@ -26,7 +26,7 @@ from saqqara.configs.worker_settings import WorkerSettings
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
 if TYPE_CHECKING:
-    from saqqara.workers.mesh import MeshLayout
+    from saqqara.workers.layout import MeshLayout
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig, ServeConfig
-from saqqara.workers.mesh import MeshLayout
+from saqqara.workers.layout import MeshLayout
 from saqqara.workers.models.spec import load_spec
 
 from .api_keys import KEYS_VARIABLE, ApiKeys

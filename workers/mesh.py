@@ -1,10 +1,6 @@
-"""The ranks of a replica: who owns what (`MeshLayout`, shards) and how they talk (`Mesh`).
-
-The only place where torch.distributed is set up. Rank = pipeline_rank * tensor_size + tensor_rank.
-"""
+"""How the ranks of a replica talk. The only place where torch.distributed is set up."""
 
 import logging
-import math
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -17,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in __all__
 
 from . import shared_memory
+from .layout import MeshLayout, split_evenly
 
 if TYPE_CHECKING:
     from .native.exchange import Exchange
@@ -24,180 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_PENDING_SENDS = 8
-_CHANNEL_MULTIPLE = 8
-
-
-@dataclass(frozen=True, slots=True)
-class MeshLayout:
-    """How ranks form `pipeline_size` stages of `tensor_size` ranks each."""
-
-    tensor_size: int = 1
-    pipeline_size: int = 1
-
-    @property
-    def world_size(self) -> int:
-        """All ranks of the replica."""
-        return self.tensor_size * self.pipeline_size
-
-    def pipeline_rank(self, rank: int) -> int:
-        """The stage of a rank."""
-        return rank // self.tensor_size
-
-    def tensor_rank(self, rank: int) -> int:
-        """The place of a rank within its stage."""
-        return rank % self.tensor_size
-
-    def rank(self, pipeline_rank: int, tensor_rank: int) -> int:
-        """The rank at a place."""
-        return pipeline_rank * self.tensor_size + tensor_rank
-
-
-@dataclass(frozen=True, slots=True)
-class HeadShard:
-    """The heads of one tensor rank, as ranges of global head ids.
-
-    `replica_group` names the tensor ranks that hold the same kv heads, this one included; it has
-    more than one only where there are more ranks than kv heads.
-    """
-
-    kv: range
-    query: range
-    replica_group: tuple[int, ...]
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Local kv heads, H."""
-        return len(self.kv)
-
-    @property
-    def num_query_heads(self) -> int:
-        """Local query heads, Hq."""
-        return len(self.query)
-
-    @property
-    def replicated(self) -> bool:
-        """Whether another rank holds the same kv heads."""
-        return len(self.replica_group) > 1
-
-
-@dataclass(frozen=True, slots=True)
-class VocabShard:
-    """Rows `[start, stop)` of the vocabulary on one rank, padded with zeros to `size` rows."""
-
-    start: int
-    stop: int
-    size: int
-    vocab_size: int
-
-
-def split_evenly(total: int, parts: int, index: int) -> range:
-    """Part `index` of `range(total)` cut into `parts`; the first parts are one longer."""
-    size, extra = divmod(total, parts)
-    start = index * size + min(index, extra)
-    return range(start, start + size + (index < extra))
-
-
-def head_shard(
-    num_query_heads: int, num_kv_heads: int, tensor_size: int, tensor_rank: int
-) -> HeadShard:
-    """The heads of one tensor rank.
-
-    Kv heads are split as evenly as possible (3 on 2 ranks = 2 + 1) and query heads follow their
-    kv head. With more ranks than kv heads, the ranks are grouped per kv head and split its query
-    heads.
-
-    Raises:
-        ValueError: more ranks than query heads.
-    """
-    if tensor_size > num_query_heads:
-        raise ValueError(
-            f"tensor_parallel_size={tensor_size} exceeds the model's {num_query_heads} query "
-            f"heads; it can be at most {num_query_heads}"
-        )
-    group_size = num_query_heads // num_kv_heads
-    if tensor_size <= num_kv_heads:
-        kv = split_evenly(num_kv_heads, tensor_size, tensor_rank)
-        query = range(kv.start * group_size, kv.stop * group_size)
-        return HeadShard(kv, query, (tensor_rank,))
-    groups = [split_evenly(tensor_size, num_kv_heads, head) for head in range(num_kv_heads)]
-    head = next(head for head, ranks in enumerate(groups) if tensor_rank in ranks)
-    ranks = groups[head]
-    part = split_evenly(group_size, len(ranks), tensor_rank - ranks.start)
-    first = head * group_size
-    return HeadShard(
-        range(head, head + 1), range(first + part.start, first + part.stop), tuple(ranks)
-    )
-
-
-def vocab_shard(vocab_size: int, tensor_size: int, tensor_rank: int) -> VocabShard:
-    """The vocabulary rows of one tensor rank; all ranks have the same padded size."""
-    size = math.ceil(vocab_size / tensor_size)
-    start = min(tensor_rank * size, vocab_size)
-    return VocabShard(start, min(start + size, vocab_size), size, vocab_size)
-
-
-def intermediate_shard(intermediate_size: int, tensor_size: int, tensor_rank: int) -> range:
-    """The MLP channels of one tensor rank; uneven where needed, in multiples of 8 if possible.
-
-    The split does not make up for uneven heads: ranks meet after attention and again after the MLP,
-    so the slowest rank of each of the two counts, and a rank that waited for another's attention
-    would then be waited for.
-
-    Raises:
-        ValueError: fewer channels than ranks.
-    """
-    if intermediate_size < tensor_size:
-        raise ValueError(
-            f"tensor_parallel_size={tensor_size} exceeds intermediate_size={intermediate_size}"
-        )
-    unit = _CHANNEL_MULTIPLE
-    if intermediate_size % unit or intermediate_size // unit < tensor_size:
-        unit = 1
-    part = split_evenly(intermediate_size // unit, tensor_size, tensor_rank)
-    return range(part.start * unit, part.stop * unit)
-
-
-def layer_split(
-    num_layers: int,
-    pipeline_size: int,
-    head_layers: float = 0.0,
-    explicit: tuple[int, ...] | None = None,
-) -> tuple[range, ...]:
-    """The layers of each pipeline stage.
-
-    Stages are balanced by layer count, the LM head of the last stage counting `head_layers`
-    layers (`ModelSpec.head_layers`). `explicit` gives the layers per stage instead.
-
-    Raises:
-        ValueError: more stages than layers, or `explicit` does not add up.
-    """
-    if pipeline_size > num_layers:
-        raise ValueError(
-            f"pipeline_parallel_size={pipeline_size} exceeds the model's {num_layers} layers"
-        )
-    counts = explicit or _balanced_counts(num_layers, pipeline_size, head_layers)
-    if len(counts) != pipeline_size or sum(counts) != num_layers or min(counts) < 1:
-        raise ValueError(
-            f"layer_split={list(counts)} must have {pipeline_size} positive entries (one per "
-            f"pipeline stage) that add up to the model's {num_layers} layers"
-        )
-    starts = [sum(counts[:stage]) for stage in range(pipeline_size)]
-    return tuple(range(a, a + n) for a, n in zip(starts, counts, strict=True))
-
-
-def _balanced_counts(num_layers: int, pipeline_size: int, head_layers: float) -> tuple[int, ...]:
-    if pipeline_size == 1:
-        return (num_layers,)
-    others = pipeline_size - 1
-
-    def cost(last: int) -> tuple[float, float]:
-        largest = max(math.ceil((num_layers - last) / others), last + head_layers)
-        return largest, abs(last + head_layers - (num_layers - last) / others)
-
-    last = min(range(1, num_layers - others + 1), key=cost)
-    # Lower layers keep more KV under a pyramid, so the extra layers go to the later stages.
-    counts = [len(split_evenly(num_layers - last, others, stage)) for stage in range(others)]
-    return (*reversed(counts), last)
 
 
 def start_store(host: str = "127.0.0.1") -> TCPStore:

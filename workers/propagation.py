@@ -14,7 +14,8 @@ from torch.nn.functional import pad
 from saqqara.compression.propagate import Propagate
 from saqqara.compression.survivors import query_weights, surviving_tokens, token_scores
 
-from .mesh import Mesh, head_shard
+from .layout import head_shard
+from .mesh import Mesh
 from .models.layer import QKV
 from .models.spec import ModelSpec
 from .shard import Shard

@@ -26,6 +26,7 @@ from saqqara.configs.worker_settings import WorkerSettings
 from .attention.base import get_backend
 from .clock import StepClock
 from .kv.store import KVStore
+from .layout import MeshLayout, head_shard, layer_split
 from .mass_sums import MassSums
 from .memory import (
     MemoryMeter,
@@ -34,7 +35,7 @@ from .memory import (
     pool_pages,
     reuse_freed_memory,
 )
-from .mesh import Mesh, MeshLayout, head_shard, layer_split
+from .mesh import Mesh
 from .models.decoder import Decoder, choose_linear_backend
 from .models.spec import load_spec
 from .models.weights import open_weights

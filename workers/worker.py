@@ -18,7 +18,7 @@ from .clock import Span
 from .decode import Decode
 from .head import Head
 from .kv.store import KVStore
-from .mesh import MeshLayout
+from .layout import MeshLayout
 from .models.spec import ModelSpec
 from .plan import (
     DecodeItem,

@@ -19,7 +19,8 @@ from support.tiny import VOCAB, save_tiny
 from saqqara.cluster.ledger import Ledger
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.mesh import MeshLayout, start_store
+from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh import start_store
 from saqqara.workers.plan import DecodeItem, StepPlan
 from saqqara.workers.worker import Worker
 

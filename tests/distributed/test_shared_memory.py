@@ -18,7 +18,8 @@ import torch
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]  # public
 
 from saqqara.workers import shared_memory
-from saqqara.workers.mesh import Mesh, MeshLayout, start_store
+from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh import Mesh, start_store
 from saqqara.workers.native import build
 from saqqara.workers.native.exchange import Exchange, memory_bytes
 

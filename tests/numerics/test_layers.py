@@ -16,7 +16,8 @@ from saqqara.workers.layers.embedding import LMHead, VocabEmbedding, read_vocab_
 from saqqara.workers.layers.linear import Linear, column_parallel, row_parallel
 from saqqara.workers.layers.norm import add_rms_norm, rms_norm
 from saqqara.workers.layers.rotary import RotaryTable, inverse_frequencies, rotate
-from saqqara.workers.mesh import Mesh, vocab_shard
+from saqqara.workers.layout import vocab_shard
+from saqqara.workers.mesh import Mesh
 from saqqara.workers.models.spec import ModelSpec
 from saqqara.workers.models.weights import DummyWeights
 

@@ -40,7 +40,7 @@ from support.tiny import VOCAB, save_tiny
 
 from saqqara.compression.registry import SCORES, SHAPES
 from saqqara.configs.yaml_files import CONFIG_DIR
-from saqqara.workers.mesh import MeshLayout
+from saqqara.workers.layout import MeshLayout
 from saqqara.workers.worker import Worker
 
 LENGTHS = (58, 7)

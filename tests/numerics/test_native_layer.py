@@ -13,7 +13,8 @@ from support.tiny import CONFIGS, VOCAB, save_tiny
 
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers import shared_memory
-from saqqara.workers.mesh import MeshLayout, start_store
+from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh import start_store
 from saqqara.workers.native.build import unavailable_reason
 from saqqara.workers.plan import SampledToken, SamplingSpec
 from saqqara.workers.worker import Worker

@@ -14,7 +14,7 @@ from saqqara.cluster.placement import (
     reserve,
 )
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.mesh import MeshLayout
+from saqqara.workers.layout import MeshLayout
 
 
 def test_a_tensor_group_is_one_bundle_so_it_lies_on_one_node() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.mesh import MeshLayout
+from saqqara.workers.layout import MeshLayout
 from saqqara.workers.plan import DecodeItem, PrefillGroup, StepPlan
 from saqqara.workers.worker import Worker
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.mesh import MeshLayout, start_store
+from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh import start_store
 from saqqara.workers.plan import SampledToken, StepPlan, StepResult
 from saqqara.workers.worker import Worker
 

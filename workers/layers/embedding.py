@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import embedding, linear
 
-from saqqara.workers.mesh import Mesh, VocabShard
+from saqqara.workers.layout import VocabShard
+from saqqara.workers.mesh import Mesh
 from saqqara.workers.models.weights import WeightSource
 
 

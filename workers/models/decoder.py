@@ -15,7 +15,8 @@ from saqqara.workers.layers.embedding import LMHead, VocabEmbedding, read_vocab_
 from saqqara.workers.layers.linear import Linear, column_parallel, row_parallel
 from saqqara.workers.layers.norm import rms_norm
 from saqqara.workers.layers.rotary import RotaryTable
-from saqqara.workers.mesh import HeadShard, Mesh, VocabShard, intermediate_shard, vocab_shard
+from saqqara.workers.layout import HeadShard, VocabShard, intermediate_shard, vocab_shard
+from saqqara.workers.mesh import Mesh
 
 from .layer import Layer, LayerWeights, Places, TorchLayer
 from .spec import ModelSpec

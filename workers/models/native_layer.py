@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from saqqara.workers.layers.rotary import RotaryTable
-from saqqara.workers.mesh import Mesh, VocabShard
+from saqqara.workers.layout import VocabShard
+from saqqara.workers.mesh import Mesh
 from saqqara.workers.native.linear import Finish, Mlp, PackedLinear, Projection, RMSNorm
 
 from .layer import QKV, LayerWeights, Places
