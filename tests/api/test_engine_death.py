@@ -85,13 +85,19 @@ def test_clients_hear_of_a_rank_that_dies_until_another_engine_answers(
 
 def refusal(client: OpenAI) -> openai.APIStatusError | None:
     """The answer to a short request if it is an error, which must be 503 in OpenAI's shape."""
-    try:
-        client.completions.create(model=MODEL, prompt="hello", max_tokens=1)
-    except openai.APIStatusError as error:
+    error = status_error(client)
+    if error is not None:
         body: Any = error.body
         assert (error.status_code, set(body)) == (503, {"message", "type", "param", "code"})
         assert error.response.headers["content-type"] == "application/json"
         assert int(error.response.headers["retry-after"]) >= 1
+    return error
+
+
+def status_error(client: OpenAI) -> openai.APIStatusError | None:
+    try:
+        client.completions.create(model=MODEL, prompt="hello", max_tokens=1)
+    except openai.APIStatusError as error:
         return error
     return None
 

@@ -1,5 +1,8 @@
 """What Ray Serve is asked for: presets that it takes itself, and the room for each replica."""
 
+import importlib
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +31,20 @@ def test_presets_are_valid_serve_config_files(name: str) -> None:
     content = yaml.safe_load((CONFIG_DIR / "serve" / f"{name}.yaml").read_text())
     assert content["applications"][0]["import_path"] == "saqqara.cluster.serve:build_app"
     ServeDeploySchema.model_validate(content)
+
+
+def test_the_file_of_the_documentation_is_valid() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    [block] = re.findall(r"```yaml\n(http_options.*?)```", text, re.DOTALL)
+    content = yaml.safe_load(block)
+    ServeDeploySchema.model_validate(content)
+    [application] = content["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    config = serve_config(application["args"])
+    assert served_engine(config).pipeline_parallel_size == 2
 
 
 def server(engine: dict[str, Any], **settings: Any) -> dict[str, Any]:
