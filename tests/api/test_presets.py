@@ -73,6 +73,27 @@ def test_build_app_makes_an_application_or_names_the_field() -> None:
         build_app(server({"retention": "magic"}))
 
 
+@pytest.mark.parametrize(
+    ("scaling", "router"),
+    [
+        ({"num_replicas": 1}, "RefusingRouter"),
+        ({"autoscaling_config": {"min_replicas": 1, "max_replicas": 2}}, "RefusingRouter"),
+        (
+            {"autoscaling_config": {"min_replicas": 0, "max_replicas": 2}},
+            "PowerOfTwoChoicesRequestRouter",  # a request waits, and so has a replica started
+        ),
+    ],
+)
+def test_requests_wait_for_a_replica_only_where_they_start_it(
+    scaling: dict[str, Any], router: str
+) -> None:
+    from saqqara.cluster.serve import build_app
+
+    app = build_app(server({}, deployment_config=scaling))
+    chosen = app._bound_deployment._deployment_config.request_router_config
+    assert chosen.get_request_router_class().__name__ == router
+
+
 def test_one_rank_runs_in_its_replica() -> None:
     one = plan({}, accelerator_type="H100")
     assert one.placement is None
