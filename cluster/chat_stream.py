@@ -13,10 +13,12 @@ from .engine_loop import EngineDeadError
 from .openai_api import ApiError
 from .openai_replies import ChoiceProgress, ReplyHead, check_served, chunk_choice, to_bytes, usage
 from .request import RequestOutput
+from .worker_died import WorkerDiedError
 
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+DEAD_RETRY_SECONDS = 10
 
 
 async def event_stream(
@@ -64,8 +66,16 @@ def error_body(error: ApiError | EngineDeadError) -> Mapping[str, Any]:
 
 
 def dead_engine(error: EngineDeadError) -> ApiError:
-    """What clients hear when the engine has failed; why is in the log."""
-    return ApiError(503, "the engine has failed and is being restarted", None, "engine_dead")
+    """What clients hear when the engine has ended: what it has lost. The rest is in the log."""
+    cause = error.__cause__
+    if cause is None:
+        message = str(error)
+    elif isinstance(cause, WorkerDiedError) and cause.rank >= 0:
+        message = f"the engine has lost rank {cause.rank} and is being replaced"
+    else:
+        message = f"the engine has failed ({type(cause).__name__}) and is being replaced"
+    wait = {"Retry-After": str(DEAD_RETRY_SECONDS)}
+    return ApiError(503, message, None, "engine_dead", wait)
 
 
 class _EventWriter:

@@ -20,12 +20,13 @@ from saqqara.configs.schema import EngineConfig
 from .client import EngineDescription, EngineRequest, LocalClient, Rejection
 from .engine import EngineReport
 from .engine_loop import EngineDeadError
-from .executor import RayExecutor, WorkerDiedError, exit_reason, one_line
+from .executor import RayExecutor, exit_reason, one_line
 from .placement import DEFAULT_TIMEOUT_SECONDS, Placement, PlacementError, reserve
 from .rank_process import WorkerFactory, log_process_to, new_log_dir
 from .ray_metrics import RaySink
 from .report import BatchRows
 from .request import RequestOutput, ScoreOutput
+from .worker_died import WorkerDiedError
 
 logger = logging.getLogger(__name__)
 

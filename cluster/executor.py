@@ -4,8 +4,8 @@ Ray starts the processes, carries plans and results (small, so they travel insid
 through the object store) and tells us when a process dies. Activations go between the ranks
 directly, over the mesh. Plain actors with ordered calls: a plan costs one call per rank.
 
-A rank that dies or raises takes its group with it: the others may be blocked in a collective with
-it and would wait for ever. They are killed, and every future gets a `WorkerDiedError`.
+A rank that dies, raises or hangs takes its group with it: the others may be blocked in a collective
+with it and would wait for ever. They are killed, and every future gets a `WorkerDiedError`.
 """
 
 import logging
@@ -26,6 +26,7 @@ from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
 from .placement import Placement, RankPlace, reserve
 from .rank_process import ProcessInfo, RankProcess, WorkerFactory, new_log_dir
+from .worker_died import WorkerDiedError
 
 logger = logging.getLogger(__name__)
 
@@ -33,23 +34,6 @@ LOOPBACK = "127.0.0.1"
 _SETTLE_SECONDS = 2.0  # peers of a dead rank fail too; this long to find out who was first
 _CLOSE_SECONDS = 5.0
 _DRAIN_SECONDS = 30.0
-
-
-class WorkerDiedError(RuntimeError):
-    """A rank has died or failed, and its group was torn down.
-
-    Attributes:
-        rank: the rank that was the cause.
-        log_file: where it logged, on its node.
-    """
-
-    def __init__(self, message: str, rank: int = -1, log_file: str | None = None) -> None:
-        super().__init__(message)
-        self.rank = rank
-        self.log_file = log_file
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (*self.args, self.rank, self.log_file)
 
 
 _Step = tuple[list[Any], Future[list[StepResult]]]
@@ -64,6 +48,8 @@ class RayExecutor:
         log_dir: folder of the per-rank logs; default: `config.log_dir` or a new one in the cache.
         make_worker: makes a rank's worker; default: `saqqara.workers.worker.Worker`.
         start_timeout_seconds: how long starting the ranks may take, loading weights included.
+        step_timeout_seconds: how long a rank may take for a step before it counts as hung; longer
+            than ranks wait for each other (`MeshLayout`'s groups: 600), whose error says more.
 
     Raises:
         PlacementError: the cluster has no room for the ranks.
@@ -79,6 +65,7 @@ class RayExecutor:
         log_dir: Path | None = None,
         make_worker: WorkerFactory | None = None,
         start_timeout_seconds: float = 1800.0,
+        step_timeout_seconds: float = 900.0,
     ) -> None:
         self.layout = MeshLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
         self.log_dir = log_dir or new_log_dir(config)
@@ -89,6 +76,7 @@ class RayExecutor:
         self._processes: list[ProcessInfo] = []
         self._failure: WorkerDiedError | None = None
         self._closed = False
+        self._step_timeout_seconds = step_timeout_seconds
         self._lock = threading.Lock()
         self._steps: SimpleQueue[_Step | None] = SimpleQueue()
         device = "cuda" if self._placement.plan.rank_gpus else "cpu"
@@ -224,7 +212,7 @@ class RayExecutor:
                 continue
             try:
                 # Raises as soon as one of the calls has failed, whatever the others do.
-                results = ray.get(calls)
+                results = ray.get(calls, timeout=self._step_timeout_seconds)
             except Exception as error:
                 future.set_exception(self._fail(calls, error))
             else:
@@ -251,6 +239,8 @@ class RayExecutor:
                     ray.get(call)
                 except Exception as error:
                     errors[rank] = error
+        if not errors and isinstance(first_error, GetTimeoutError):
+            return self._hung([rank for rank, call in enumerate(calls) if call not in done])
         if not errors:
             return WorkerDiedError(f"the ranks cannot be reached: {first_error}")
         rank = min(errors, key=lambda r: (not isinstance(errors[r], RayActorError), r))
@@ -260,10 +250,21 @@ class RayExecutor:
             message += f" (ranks {others} failed with it)"
         return WorkerDiedError(message, rank, str(self._log_file(rank)))
 
-    def _describe(self, rank: int, error: Exception) -> str:
+    def _hung(self, ranks: Sequence[int]) -> WorkerDiedError:
+        if not ranks:  # they answered just after the time was over
+            ranks = range(len(self._actors))
+        who = ", ".join(self._name(rank) for rank in ranks)
+        message = f"{who} did not end a step within {self._step_timeout_seconds:g} s"
+        log_file = str(self._log_file(ranks[0]))
+        return WorkerDiedError(f"{message}; its log: {log_file}", ranks[0], log_file)
+
+    def _name(self, rank: int) -> str:
         place = self._places[rank]
         pid = f", pid {self._processes[rank].pid}" if self._processes else ""
-        who = f"rank {rank} of {self.layout.world_size} on {place.hostname} ({place.address}{pid})"
+        return f"rank {rank} of {self.layout.world_size} on {place.hostname} ({place.address}{pid})"
+
+    def _describe(self, rank: int, error: Exception) -> str:
+        who = self._name(rank)
         if isinstance(error, RayTaskError):
             what = f"failed: {one_line(error.cause)}"
         else:

@@ -6,18 +6,21 @@ the placement group that Serve reserves with it, so a replica starts, moves and 
 `build_app` is what `serve run` and `serve deploy` import: `saqqara.cluster.serve:build_app`.
 """
 
+import faulthandler
 import logging
 import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from saqqara.compression.retention import Retention
@@ -42,6 +45,7 @@ from .placement import (
 from .rank_process import usable_cores
 from .ray_metrics import RaySink
 from .report import EngineReport
+from .serve_router import RefusingRouter
 from .settings import serve_config, served_engine
 from .tokenizer import Tokenizer
 
@@ -54,7 +58,9 @@ _RAY_SETTINGS = {  # for a Ray that the server starts itself
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine needs more than Serve's 5
     "RAY_worker_niceness": "0",  # Ray runs workers as background jobs, which a server is not
 }
+_STDERR = 2  # Serve puts an object without a file in the place of sys.stderr
 _SWITCH_SECONDS = 0.0005  # what the event loop may have to wait for the thread of the engine
+_ANSWER_SECONDS = 30.0  # for a replica to say that it has drained
 _SPARE_REQUESTS = 64  # beyond the queue, so that a full one is answered and not waited for
 
 
@@ -78,6 +84,7 @@ class Replica:
 
     def __init__(self, plan: ReplicaPlan) -> None:
         sys.setswitchinterval(_SWITCH_SECONDS)
+        _show_stacks_when_asked()
         config = plan.engine
         tokenizer = config.tokenizer or config.model
         name = plan.config.model_loading_config.model_id
@@ -146,6 +153,8 @@ def application(config: ServeConfig) -> serve.Application:
         options["num_replicas"] = given.num_replicas
     else:
         options["autoscaling_config"] = given.autoscaling_config
+    if (given.autoscaling_config or {}).get("min_replicas") != 0:  # there, a request must wait
+        options["request_router_config"] = RequestRouterConfig(request_router_class=RefusingRouter)
     if plan.placement is not None:
         options["placement_group_bundles"] = [dict(b) for b in plan.placement.bundles]
         strategy = config.placement_group_config
@@ -222,10 +231,11 @@ def run_server(config: ServeConfig, host: str, port: int, *, drain_seconds: floa
         logger.warning("anybody who reaches %s may use this server: it has no API keys", host)
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
+    _show_stacks_when_asked()
     owns_ray = connect()
-    stop = threading.Event()
+    signals: SimpleQueue[int] = SimpleQueue()  # an Event could be set while its own lock is held
     previous = {
-        number: signal.signal(number, lambda *_: stop.set())
+        number: signal.signal(number, lambda number, _: signals.put(number))
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
@@ -233,7 +243,7 @@ def run_server(config: ServeConfig, host: str, port: int, *, drain_seconds: floa
         logger.info(
             "serving %s at http://%s:%d/v1", config.model_loading_config.model_id, host, port
         )
-        stop.wait()
+        signals.get()
         logger.info("finishing what runs, taking nothing more")
         left = drain(handle, drain_seconds)
         if left:
@@ -246,6 +256,11 @@ def run_server(config: ServeConfig, host: str, port: int, *, drain_seconds: floa
             ray.shutdown()
         else:
             serve.delete(APP_NAME)
+
+
+def _show_stacks_when_asked() -> None:
+    """Have SIGUSR1 write the stack of every thread to stderr, which shows what a process does."""
+    faulthandler.register(signal.SIGUSR1, file=_STDERR, all_threads=True)
 
 
 def start(config: ServeConfig, host: str, port: int, name: str = APP_NAME) -> DeploymentHandle:
@@ -261,9 +276,24 @@ def start(config: ServeConfig, host: str, port: int, name: str = APP_NAME) -> De
 
 
 def drain(handle: DeploymentHandle, timeout_seconds: float) -> int:
-    """Have every replica take nothing more and finish; returns how many requests are left."""
-    left: list[int] = handle.broadcast("drain", timeout_seconds).results()
-    return sum(left)
+    """Have every replica take nothing more and finish; returns how many requests are left.
+
+    A replica that is gone or does not answer has nothing that could be waited for, and the others
+    are waited for all the same.
+    """
+    try:
+        answers: list[int | Exception] = handle.broadcast("drain", timeout_seconds).results(
+            timeout_s=timeout_seconds + _ANSWER_SECONDS, return_exceptions=True
+        )
+    except (DeploymentUnavailableError, TimeoutError) as error:
+        answers = [error]
+    left = 0
+    for answer in answers:
+        if isinstance(answer, Exception):
+            logger.warning("a replica could not finish: %s: %s", type(answer).__name__, answer)
+        else:
+            left += answer
+    return left
 
 
 def free_port(host: str = LOOPBACK) -> int:

@@ -1,5 +1,8 @@
 """What Ray Serve is asked for: presets that it takes itself, and the room for each replica."""
 
+import importlib
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +33,20 @@ def test_presets_are_valid_serve_config_files(name: str) -> None:
     ServeDeploySchema.model_validate(content)
 
 
+def test_the_file_of_the_documentation_is_valid() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    [block] = re.findall(r"```yaml\n(http_options.*?)```", text, re.DOTALL)
+    content = yaml.safe_load(block)
+    ServeDeploySchema.model_validate(content)
+    [application] = content["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    config = serve_config(application["args"])
+    assert served_engine(config).pipeline_parallel_size == 2
+
+
 def server(engine: dict[str, Any], **settings: Any) -> dict[str, Any]:
     loading = {"model_id": "tiny", "model_source": "/models/tiny"}
     kwargs = {"device": "cpu", **engine}
@@ -54,6 +71,27 @@ def test_build_app_makes_an_application_or_names_the_field() -> None:
         build_app(server({"max_sequences": 1}))
     with pytest.raises(ValueError, match="unknown 'magic'"):
         build_app(server({"retention": "magic"}))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "router"),
+    [
+        ({"num_replicas": 1}, "RefusingRouter"),
+        ({"autoscaling_config": {"min_replicas": 1, "max_replicas": 2}}, "RefusingRouter"),
+        (
+            {"autoscaling_config": {"min_replicas": 0, "max_replicas": 2}},
+            "PowerOfTwoChoicesRequestRouter",  # a request waits, and so has a replica started
+        ),
+    ],
+)
+def test_requests_wait_for_a_replica_only_where_they_start_it(
+    scaling: dict[str, Any], router: str
+) -> None:
+    from saqqara.cluster.serve import build_app
+
+    app = build_app(server({}, deployment_config=scaling))
+    chosen = app._bound_deployment._deployment_config.request_router_config
+    assert chosen.get_request_router_class().__name__ == router
 
 
 def test_one_rank_runs_in_its_replica() -> None:

@@ -15,15 +15,24 @@ from support.api_server import ENGINE, KEY, MODEL
 from support.server import Server, running_server
 
 NUM_TOKENS = 300
+ANSWER_SECONDS = 60.0
+REFUSE_SECONDS = 30.0  # for the signal to reach the replicas
 
 
 @pytest.fixture(scope="module")
-def replicas(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def rank_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def replicas(
+    byte_model: Path, rank_logs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("replicas")
     (folder / "keys").write_text(f"# ours\n{KEY}\n")
     args = {
         "model_loading_config": {"model_id": MODEL, "model_source": str(byte_model)},
-        "engine_kwargs": {**ENGINE, "pipeline_parallel_size": 2},
+        "engine_kwargs": {**ENGINE, "pipeline_parallel_size": 2, "log_dir": str(rank_logs)},
         "deployment_config": {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0}},
         "api_key_file": str(folder / "keys"),
     }
@@ -38,8 +47,14 @@ def replicas(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield server
 
 
-def test_two_replicas_share_the_work_and_finish_it_when_asked_to_end(replicas: Server) -> None:
-    with OpenAI(base_url=f"{replicas.url}/v1", api_key=KEY, max_retries=0) as client:
+def test_two_replicas_share_the_work_and_finish_it_when_asked_to_end(
+    replicas: Server, rank_logs: Path
+) -> None:
+    url = f"{replicas.url}/v1"
+    with (
+        OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=ANSWER_SECONDS) as client,
+        replicas.traced(rank_logs),
+    ):
         both_replicas_answer_alike(replicas, client)
         what_runs_is_finished_and_nothing_more_is_taken(replicas, client)
 
@@ -84,8 +99,8 @@ def what_runs_is_finished_and_nothing_more_is_taken(server: Server, client: Open
 
 
 def first_refusal(client: OpenAI) -> openai.APIStatusError:
-    """The first answer that is an error; the signal needs a moment to reach the replicas."""
-    deadline = time.monotonic() + 10
+    """The first answer that is an error."""
+    deadline = time.monotonic() + REFUSE_SECONDS
     while time.monotonic() < deadline:
         try:
             client.completions.create(model=MODEL, prompt="hello", max_tokens=1)

@@ -16,7 +16,8 @@ import ray
 from support.fake_worker import CRASH, DIE, RAISE, SLEEP, SLEEP_SECONDS, WRITE, FakeWorker
 from support.plans import new_sequence
 
-from saqqara.cluster.executor import RayExecutor, WorkerDiedError
+from saqqara.cluster.executor import RayExecutor
+from saqqara.cluster.worker_died import WorkerDiedError
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import DecodeItem, PrefillGroup, StepPlan, WorkerInfo
 from saqqara.workers.worker import Worker
@@ -121,6 +122,19 @@ def test_what_ended_a_rank_is_in_the_error_and_in_its_log(
     assert what in str(error.value)
     assert error.value.log_file is not None
     assert logged in Path(error.value.log_file).read_text()
+
+
+def test_a_rank_that_hangs_ends_the_group(config: EngineConfig) -> None:
+    executor = RayExecutor(config, make_worker=FakeWorker, step_timeout_seconds=2.0)
+    try:
+        executor.execute(StepPlan(0)).result(timeout=30)
+        os.kill(executor.workers[1].pid, signal.SIGSTOP)  # lives, and answers nothing
+        with pytest.raises(WorkerDiedError, match=r"rank 1 of 2 .* within 2 s; its log: ") as error:
+            executor.execute(StepPlan(1)).result(timeout=30)
+        assert "rank 0 of 2" in str(error.value), "it waits for rank 1, and nobody can tell which"
+    finally:
+        executor.shutdown()
+    assert_gone(executor.workers)
 
 
 def test_a_setting_that_a_worker_refuses_is_the_users_value_error(config: EngineConfig) -> None:

@@ -14,8 +14,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 START_SECONDS = 240.0
 STOP_SECONDS = 60.0
+STACK_SECONDS = 1.0
+LOG_END_CHARS = 4000
+OUR_ACTORS = ("ray::ServeReplica", "ray::RankProcess")
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,46 @@ class Server:
 
     def ray_logs(self) -> str:
         """All that Ray and Serve have logged."""
-        files = self.ray_folder.glob("**/session_2*/logs/**/*")
-        return "".join(f.read_text(errors="replace") for f in files if f.is_file())
+        return "".join(f.read_text(errors="replace") for f in self._ray_files("*"))
+
+    def traces(self, rank_logs: Path) -> str:
+        """Why the server may have failed or hung: what its processes do, and the ends of its logs.
+
+        Args:
+            rank_logs: the folder of `engine_kwargs.log_dir`.
+        """
+        for process in self._processes():
+            with suppress(psutil.Error):  # it has ended meanwhile
+                process.send_signal(signal.SIGUSR1)
+        time.sleep(STACK_SECONDS)
+        files = [self.log, *sorted(rank_logs.glob("*.log"))]
+        files += [*self._ray_files("serve/*.log"), *self._ray_files("worker-*.err")]
+        ends = {f: f.read_text(errors="replace")[-LOG_END_CHARS:] for f in files}
+        return "".join(f"\n===== {f.name}\n{end}" for f, end in ends.items() if end)
+
+    @contextmanager
+    def traced(self, rank_logs: Path) -> Iterator[None]:
+        """Put the traces into the message of whatever fails within."""
+        try:
+            yield
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}\n{self.traces(rank_logs)}"
+            raise AssertionError(message) from error
+
+    def _processes(self) -> Iterator[psutil.Process]:
+        """Those that write the stacks of their threads on SIGUSR1: server, replicas and ranks."""
+        with suppress(psutil.NoSuchProcess):
+            server = psutil.Process(self.process.pid)
+            yield server
+            for process in server.children(recursive=True):
+                with suppress(psutil.Error):
+                    if " ".join(process.cmdline()).startswith(OUR_ACTORS):
+                        yield process
+
+    def _ray_files(self, pattern: str) -> list[Path]:
+        """Log files of Ray."""
+        found = self.ray_folder.glob(f"**/session_2*/logs/**/{pattern}")
+        return sorted({f for f in found if f.is_file()})
 
 
 @contextmanager

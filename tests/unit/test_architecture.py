@@ -25,7 +25,15 @@ MAY_IMPORT = {
 }
 RAY_FILES = {
     f"cluster/{name}.py"
-    for name in ("controller", "executor", "placement", "jobs", "serve", "ray_metrics")
+    for name in (
+        "controller",
+        "executor",
+        "placement",
+        "jobs",
+        "serve",
+        "serve_router",
+        "ray_metrics",
+    )
 }
 NO_TENSORS = {"cluster/scheduler.py", "cluster/ledger.py", "cluster/sequence.py"}
 OPTIONAL_PACKAGES = {"flash_attn", "triton", "lm_eval"}

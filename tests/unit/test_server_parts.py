@@ -9,8 +9,11 @@ import pytest
 
 from saqqara.cluster.admission import Admission, DrainingError, OverloadedError
 from saqqara.cluster.api_keys import KEYS_VARIABLE, ApiKeys
+from saqqara.cluster.chat_stream import dead_engine
 from saqqara.cluster.cli_serve import ServerFlags, merged_config
+from saqqara.cluster.engine_loop import EngineDeadError
 from saqqara.cluster.settings import serve_config, served_engine
+from saqqara.cluster.worker_died import WorkerDiedError
 
 MODEL = {"model_id": "tiny", "model_source": "/models/tiny"}
 
@@ -72,6 +75,28 @@ async def test_a_closed_admission_lets_what_is_in_finish() -> None:
         idle = asyncio.create_task(admission.wait_idle(10))
         await asyncio.sleep(0)
     assert await idle
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (
+            WorkerDiedError("rank 1 died; /logs/rank-1.log", 1),
+            "has lost rank 1 and is being replaced",
+        ),
+        (KeyError("/secret"), "has failed (KeyError) and is being replaced"),
+        (None, "was shut down"),
+    ],
+)
+def test_clients_hear_what_the_engine_has_lost_but_no_path(
+    cause: Exception | None, message: str
+) -> None:
+    death = EngineDeadError("the engine was shut down")
+    death.__cause__ = cause
+    error = dead_engine(death)
+    assert error.body["error"]["message"] == f"the engine {message}"
+    assert (error.status, error.body["error"]["code"]) == (503, "engine_dead")
+    assert int(error.headers["Retry-After"]) >= 1
 
 
 def test_several_ranks_run_on_ray_and_one_in_its_replica() -> None:
