@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,9 +125,21 @@ def _host_seconds(work: Callable[[], object]) -> float:
 
 
 def failure(what: str, error: Exception) -> Row:
-    """The row of a measurement that an error ended."""
+    """The row of a measurement that an error ended; where it came from is printed."""
+    print("".join(traceback.format_exception(error)), flush=True)
     text = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
     return Row(what, text, state="failed")
+
+
+def is_usable(device: torch.device) -> bool:
+    """Whether anything can still run there: after an illegal access nothing can in this process."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def judged(is_met: bool) -> str:

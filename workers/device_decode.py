@@ -9,8 +9,10 @@ row has slot -1, stores nothing and attends to nothing.
 Shapes: T sequences of a step, B the ladder's size for them, E hidden size.
 """
 
+import functools
 import logging
 from bisect import bisect_left
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,8 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .plan import DecodeItem
-from .shard import Shard
 from .transfer import to_device
+
+if TYPE_CHECKING:
+    from .shard import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +45,7 @@ class DeviceDecode:
         use_graphs: replay recorded graphs; else every kernel is launched by the host.
     """
 
-    def __init__(self, shard: Shard, use_graphs: bool) -> None:
+    def __init__(self, shard: "Shard", use_graphs: bool) -> None:
         from saqqara.workers.kernels import decode
 
         self._shard = shard
@@ -86,14 +90,16 @@ class DeviceDecode:
         """Record the graph of every batch size, the largest first, so that they share memory."""
         if not self._use_graphs:
             return
-        before = torch.cuda.memory_reserved(self._shard.device)
+        torch.cuda.empty_cache()
+        before, _ = torch.cuda.mem_get_info(self._shard.device)
         for size in reversed(self._sizes):
             self._record(size)
-        spent = torch.cuda.memory_reserved(self._shard.device) - before
+        torch.cuda.empty_cache()
+        after, _ = torch.cuda.mem_get_info(self._shard.device)
         logger.info(
             "recorded decode graphs for batches of %s: %.0f MiB",
             ", ".join(map(str, self._sizes)),
-            spent / 2**20,
+            (before - after) / 2**20,
         )
 
     def _replay(self, size: int, inputs_3T: NDArray[np.int64]) -> Tensor:
@@ -113,14 +119,16 @@ class DeviceDecode:
         inputs_3B = to_device(_padding(size), device).clone()
         longest = self._shard.max_model_len
         # Kernels are compiled, and libraries set up, before anything is recorded.
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = _recording_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             self._step(inputs_3B, longest)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads of the process may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._graph_memory, stream=stream, capture_error_mode="thread_local"
+        ):
             hidden_BE = self._step(inputs_3B, longest)
         self._graphs[size] = graph, inputs_3B, hidden_BE
 
@@ -147,6 +155,16 @@ class DeviceDecode:
         return hidden
 
 
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream on which a process warms up and records.
+
+    cuBLAS takes a workspace, 32 MiB on an H100, for every stream that multiplies, and keeps it.
+    """
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
+
+
 def _padding(size: int) -> NDArray[np.int64]:
     """Inputs of a batch without sequences: token 0 at position 0 of slot -1, int64 [3, B]."""
     inputs = np.zeros((3, size), dtype=np.int64)
@@ -154,7 +172,7 @@ def _padding(size: int) -> NDArray[np.int64]:
     return inputs
 
 
-def make(shard: Shard) -> DeviceDecode | None:
+def make(shard: "Shard") -> DeviceDecode | None:
     """The device's own decode step, or None where this rank decodes in the general way."""
     if shard.backend.name != "triton":
         return None
