@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LARGEST = 512
+_WORKSPACE_BYTES = 64 << 20  # cuBLAS's and cuBLASLt's of the recording stream, 32 MiB each at most
+_KERNEL_BYTES = 8 << 10  # of a recorded kernel in the driver, and this many kernels in a layer
+_LAYER_KERNELS = 20
 
 
 def ladder(max_num_seqs: int) -> tuple[int, ...]:
@@ -172,19 +175,56 @@ def _padding(size: int) -> NDArray[np.int64]:
     return inputs
 
 
+def graph_bytes(shard: "Shard") -> int:
+    """Bytes that the graphs of a rank will hold, which its page pool must leave; 0 without graphs.
+
+    What the driver keeps of each kernel is an allowance; the start-up log says what was taken.
+    """
+    if shard.backend.name != "triton" or _why_no_graphs(shard) is not None:
+        return 0
+    sizes = ladder(shard.config.max_num_seqs)
+    hidden_bytes = shard.spec.hidden_size * shard.dtype.itemsize
+    kernels = len(sizes) * len(shard.layers) * _LAYER_KERNELS
+    scratch = sizes[-1] * scratch_bytes(shard)
+    return scratch + sum(sizes) * hidden_bytes + kernels * _KERNEL_BYTES + _WORKSPACE_BYTES
+
+
+def scratch_bytes(shard: "Shard") -> int:
+    """Bytes of the temporaries of one decoded token; layers use the same memory in turn."""
+    from saqqara.workers.kernels.decode import MAX_SPLITS, SPLIT_TOKENS
+
+    spec, itemsize = shard.spec, shard.dtype.itemsize
+    num_queries, dim = len(shard.heads.query), spec.head_dim
+    num_all = num_queries + 2 * len(shard.heads.kv)
+    per_layer = shard.decoder.layers[0].activation_bytes_per_token(itemsize)
+    # Queries and keys are rotated in float32: the product, the rotated halves, the sum.
+    rotation = num_all * dim * (2 * itemsize + 2 * 4)
+    splits = num_queries * (dim + 1) * 4 * MAX_SPLITS
+    if shard.max_model_len <= SPLIT_TOKENS:
+        splits = 0
+    attention = (2 * num_queries * dim + spec.hidden_size) * itemsize + splits
+    angles = 4 * dim * 4
+    return max(per_layer, rotation + num_all * dim * itemsize, attention + rotation) + angles
+
+
+def _why_no_graphs(shard: "Shard") -> str | None:
+    """Why decode steps are launched by the host, or None if they are recorded."""
+    if shard.mesh.layout.world_size > 1:
+        return "ranks exchange data in every layer"
+    if shard.device.type != "cuda":
+        return f"the device is {shard.device.type}"
+    return "cuda_graphs='off'" if shard.config.cuda_graphs == "off" else None
+
+
 def make(shard: "Shard") -> DeviceDecode | None:
     """The device's own decode step, or None where this rank decodes in the general way."""
     if shard.backend.name != "triton":
         return None
-    if shard.mesh.layout.world_size > 1:
-        logger.info("decode: launched by the host, because ranks exchange data in every layer")
-        return None
-    if shard.device.type != "cuda":
-        reason = f"the device is {shard.device.type}"
-    elif shard.config.cuda_graphs == "off":
-        reason = "cuda_graphs='off'"
-    else:
+    reason = _why_no_graphs(shard)
+    if reason is None:
         logger.info("decode: CUDA graphs")
-        return DeviceDecode(shard, use_graphs=True)
-    logger.info("decode: launched by the host (%s)", reason)
-    return DeviceDecode(shard, use_graphs=False)
+    else:
+        logger.info("decode: launched by the host (%s)", reason)
+    if shard.mesh.layout.world_size > 1:
+        return None
+    return DeviceDecode(shard, use_graphs=reason is None)
