@@ -54,7 +54,9 @@ def main() -> None:
         entries = -(-max_length // 16)
         table = torch.zeros(1 + tokens * heads * entries, dtype=torch.int32)[first:]
         table = table[: tokens * heads * entries].view(tokens, heads, entries)
-        lengths = torch.ones(1 + tokens, heads, dtype=torch.int32)[first : first + tokens]
+        # A batch of one may come with any stride from one sequence to the next.
+        lengths = torch.ones(1 + tokens, heads + 15 * first, dtype=torch.int32)
+        lengths = lengths[first : first + tokens, :heads]
         slots = torch.arange(1 + tokens)[first : first + tokens]
         rows = decode.PagedRows(k_pages, v_pages, table, lengths, max_length, slots)
         decode.decode(q, rows, 0.1, new=(k, k), return_mass=True)

@@ -30,7 +30,7 @@ def _add_block(q_MD, k_ND, v_ND, seen, best, total, acc, scale):
 
 
 @triton.jit(
-    do_not_specialize=["table_stride_n", "table_stride_h"],
+    do_not_specialize=["table_stride_n", "table_stride_h", "length_stride_n", "length_stride_h"],
     do_not_specialize_on_alignment=["page_table", "lengths"],
 )
 def _attend_kernel(

@@ -28,7 +28,10 @@ _MASS_TOKENS = 256
 # What changes from step to step must not choose the machine code: each variant compiles for
 # seconds. These differ in divisibility by 16, and gain nothing from it.
 _ANY_ALIGNMENT = ["lengths", "slots", "page_table"]
-_ANY_VALUE = ["table_stride_n", "table_stride_h", "scores_stride", "width"]
+_ANY_VALUE = [
+    *("table_stride_n", "table_stride_h", "length_stride_n", "length_stride_h"),
+    *("scores_stride", "width"),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +175,7 @@ def _decode_kernel(
         tl.store(parts_lse + part, log, mask=of_group)
 
 
-@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _merge_kernel(
     out, parts, parts_lse, lse, lengths, slots, length_stride_n, length_stride_h, H,
     G: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
