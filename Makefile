@@ -32,7 +32,7 @@ prove: $(INSTALLED) ## The longer proofs: parity on the real model, also through
 	$(BIN)/pytest -m slow tests/slow
 
 gpu-check: ## Prove and measure the GPU path on this machine's GPU, with the python of PYTHON
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu_check.py
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 soak: $(INSTALLED) ## Load a server for 10 minutes (MINUTES=1: shorter), and look for leaks
 	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),10)

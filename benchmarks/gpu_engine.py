@@ -2,8 +2,9 @@
 
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from gpu_baselines import deepspeed_rows, release, transformers_rows
@@ -50,7 +51,7 @@ def check_parity(bench: Bench, new_tokens: int = 24) -> Iterator[Row]:
     prompts = [tuple(torch.randint(3, 199, (n,)).tolist()) for n in (5, 33, 100)]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        expected = _greedy(model.to(bench.device), prompts, new_tokens, bench.device)
+        model.to(bench.device)
         base = WorkerSettings(
             model=folder,
             dtype="float32",
@@ -62,14 +63,18 @@ def check_parity(bench: Bench, new_tokens: int = 24) -> Iterator[Row]:
         snapkv = Retention.parse({"score": "snapkv", "window": 4}, 16)
         trimmed = Retention.parse(_OFTEN_TRIMMED)
         for what, retention in (("full", FULL), ("snapkv", snapkv), ("trimmed", trimmed)):
-            oracle, name = expected, "transformers"
-            if retention is not FULL:
-                name = "the torch backend"
-                oracle = _tokens(exact, base, prompts, new_tokens, retention)
+            oracle = partial(_tokens, exact, base, prompts, new_tokens, retention)
+            name = "the torch backend"
+            if retention is FULL:
+                oracle, name = (
+                    partial(_greedy, model, prompts, new_tokens, bench.device),
+                    "transformers",
+                )
             for graphs in ("off", "auto") if bench.device.type == "cuda" else ("off",):
                 settings = replace(base, attention_backend="triton", cuda_graphs=graphs)
-                got = _tokens(exact, settings, prompts, new_tokens, retention)
-                yield _compared(f"greedy tokens, {what}, graphs {graphs}, as {name}", got, oracle)
+                ours = partial(_tokens, exact, settings, prompts, new_tokens, retention)
+                title = f"greedy tokens, {what}, graphs {graphs}, as {name}"
+                yield from guarded(title, _compared(title, ours, oracle))
 
 
 def _greedy(
@@ -105,12 +110,24 @@ def _tokens(
     return run.tokens
 
 
-def _compared(what: str, got: list[list[int]], expected: list[list[int]]) -> Row:
+def _compared(
+    what: str, ours: Callable[[], list[list[int]]], oracle: Callable[[], list[list[int]]]
+) -> Iterator[Row]:
+    got, expected = ours(), oracle()
     pairs = [pair for x, y in zip(got, expected, strict=True) for pair in zip(x, y, strict=True)]
     same = sum(a == b for a, b in pairs)
     numbers = {"same": float(same), "tokens": float(len(pairs))}
-    state = "ok" if same == len(pairs) else "wrong"
-    return Row(what, f"{same} of {len(pairs)} tokens", numbers, state)
+    if same == len(pairs):
+        yield Row(what, f"{same} of {len(pairs)} tokens", numbers)
+        return
+    places = [
+        f"prompt {n} from token {first}"
+        for n, (x, y) in enumerate(zip(got, expected, strict=True))
+        if (first := next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), None))
+        is not None
+    ]
+    result = f"{same} of {len(pairs)} tokens; differs in {', '.join(places)}"
+    yield Row(what, result, numbers, "wrong")
 
 
 def measure_step(
@@ -118,29 +135,35 @@ def measure_step(
 ) -> Iterator[Row]:
     """Decode steps of a full batch, against the time that reading their bytes once takes."""
     bandwidth = bench.copy_bandwidth(copy_bytes)
-    prompts = load.prompts(shape.vocab)
     for graphs in ("off", "auto"):
-        with (
-            memory_cap(bench),
-            random_worker(bench, shape, load, load.batch, cuda_graphs=graphs) as (worker, settings),
-        ):
-            run = generate(bench, worker, settings, prompts, load.new_tokens, FULL)
-            seconds = statistics.median(run.step_seconds)
-            # Of the embedding a step reads a row per sequence only.
-            embedding_bytes = shape.vocab * shape.hidden * bench.dtype.itemsize
-            weight_bytes = worker.info.memory.weight_bytes - embedding_bytes
-        kv_bytes = load.batch * load.prompt_tokens * shape.kv_token_bytes(bench.dtype)
-        floor = (weight_bytes + kv_bytes) / bandwidth
-        ratio = seconds / floor
-        yield Row(
-            f"decode step, {shape.name}, batch {load.batch}, graphs {graphs}",
-            f"{ratio:.2f}x the time to read weights and KV ({seconds * 1e3:.2f} ms of "
-            f"{floor * 1e3:.2f} ms)" + (f"; target {STEP_TARGET}x" if graphs == "auto" else ""),
-            {"seconds": seconds, "floor_seconds": floor, "ratio": ratio},
-            judged(ratio <= STEP_TARGET or graphs == "off"),
-        )
-        del worker
+        what = f"decode step, {shape.name}, batch {load.batch}, graphs {graphs}"
+        yield from guarded(what, _measured_step(bench, shape, load, graphs, bandwidth, what))
         release()
+
+
+def _measured_step(
+    bench: Bench, shape: Shape, load: Load, graphs: str, bandwidth: float, what: str
+) -> Iterator[Row]:
+    with (
+        memory_cap(bench),
+        random_worker(bench, shape, load, load.batch, cuda_graphs=graphs) as (worker, settings),
+    ):
+        prompts = load.prompts(shape.vocab)
+        run = generate(bench, worker, settings, prompts, load.new_tokens, FULL)
+        seconds = statistics.median(run.step_seconds)
+        # Of the embedding a step reads a row per sequence only.
+        embedding_bytes = shape.vocab * shape.hidden * bench.dtype.itemsize
+        weight_bytes = worker.info.memory.weight_bytes - embedding_bytes
+    kv_bytes = load.batch * load.prompt_tokens * shape.kv_token_bytes(bench.dtype)
+    floor = (weight_bytes + kv_bytes) / bandwidth
+    ratio = seconds / floor
+    yield Row(
+        what,
+        f"{ratio:.2f}x the time to read weights and KV ({seconds * 1e3:.2f} ms of "
+        f"{floor * 1e3:.2f} ms)" + (f"; target {STEP_TARGET}x" if graphs == "auto" else ""),
+        {"seconds": seconds, "floor_seconds": floor, "ratio": ratio},
+        judged(ratio <= STEP_TARGET or graphs == "off"),
+    )
 
 
 def measure_retentions(
@@ -164,7 +187,8 @@ def measure_retentions(
                 if size == "largest batch":
                     batch = largest_batch(worker, settings, load, retention)
                 what = f"{shape.name}, {name}" + (f", {size}" if at_largest else "")
-                yield _measured(bench, worker, settings, shape, load, retention, batch, what)
+                row = _measured(bench, worker, settings, shape, load, retention, batch, what)
+                yield from guarded(what, row)
 
 
 def _measured(
@@ -176,7 +200,7 @@ def _measured(
     retention: Retention,
     batch: int,
     what: str,
-) -> Row:
+) -> Iterator[Row]:
     bench.deadline.check()
     bench.say(f"{what}, batch {batch}")
     limited = replace(bench, deadline=bench.deadline.part(_RUN_SECONDS))
@@ -184,8 +208,9 @@ def _measured(
     try:
         run: Generated = generate(limited, worker, settings, prompts, load.new_tokens, retention)
     except OutOfTimeError:
-        return Row(what, f"batch {batch} takes longer than it may", state="skipped")
-    return run.row(what)
+        yield Row(what, f"batch {batch} takes longer than it may", state="skipped")
+    else:
+        yield run.row(what)
 
 
 def compare_13b(bench: Bench, shape: Shape, load: Load, max_num_seqs: int) -> Iterator[Row]:
@@ -202,7 +227,7 @@ def compare_13b(bench: Bench, shape: Shape, load: Load, max_num_seqs: int) -> It
         "DeepSpeed": _with_cap(bench, deepspeed_rows(bench, shape, load)),
     }
     for name, part in parts.items():
-        for row in _guarded(f"{shape.name}, {name}", part):
+        for row in guarded(f"{shape.name}, {name}", part):
             rows.append(row)
             yield row
         release()
@@ -214,14 +239,17 @@ def _with_cap(bench: Bench, rows: Iterator[Row]) -> Iterator[Row]:
         yield from rows
 
 
-def _guarded(what: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, and one more if an error ends them: the other engines are still measured."""
+def guarded(what: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, and one more if an error ends them: what comes after is still measured."""
     try:
         yield from rows
+        return
     except OutOfTimeError:
         raise
     except Exception as error:
-        yield failure(what, error)
+        row = failure(what, error)
+    release()  # the error is gone by now, and with it what its frames held
+    yield row
 
 
 def ratios(rows: list[Row]) -> Iterator[Row]:

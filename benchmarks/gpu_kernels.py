@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from gpu_report import Bench, Row, judged
+from gpu_report import Bench, Row, failure, is_usable, judged
 from torch.nn.functional import linear, silu
 
 from saqqara.compression.select import kept_positions
-from saqqara.evaluation.kernel_checks import CHECKS
+from saqqara.evaluation.kernel_checks import CHECKS, Case
 from saqqara.workers.attention.base import CuSeqlens, get_backend
 from saqqara.workers.kernels.decode import PagedRows, decode
 from saqqara.workers.kv.store import KVStore
@@ -57,7 +57,7 @@ class _Tally:
         if self.error is not None:
             return Row(what, self.error, state="wrong")
         if not self.deviations:
-            return Row(what, "no time was left for it", state="skipped")
+            return Row(what, "it did not get its turn", state="skipped")
         worst = max(self.deviations)
         result = f"within {worst:.1e} of the oracle, {len(self.deviations)} random cases"
         return Row(what, result, {"deviation": worst, "cases": len(self.deviations)})
@@ -70,20 +70,29 @@ def check_kernels(bench: Bench, dtypes: tuple[torch.dtype, ...], num_seeds: int)
     and no round begins after half of the time.
     """
     tallies = {(name, dtype): _Tally() for dtype in dtypes for name in CHECKS}
+    _check_in_rounds(bench, tallies, num_seeds)
+    for (name, dtype), tally in tallies.items():
+        yield tally.row(f"kernel: {name}, {str(dtype).removeprefix('torch.')}")
+
+
+def _check_in_rounds(
+    bench: Bench, tallies: dict[tuple[str, torch.dtype], _Tally], num_seeds: int
+) -> None:
     half = bench.deadline.seconds_left / 2
     for seed in range(num_seeds):
         if seed > 0 and bench.deadline.seconds_left < half:
-            break
+            return
         for (name, dtype), tally in tallies.items():
             if tally.error is not None or bench.deadline.seconds_left == 0:
                 continue
             try:
                 tally.deviations.append(CHECKS[name](bench.device, dtype, seed))
             except Exception as error:
-                tally.error = f"seed {seed}: {type(error).__name__}: {error}"[:200]
+                sizes = Case(torch.device("cpu"), dtype, seed).sizes
+                tally.error = f"seed {seed}, {sizes}: {failure(name, error).result}"
+                if not is_usable(bench.device):
+                    return  # what came after would be blamed for it
         bench.say(f"round {seed + 1} of {num_seeds}")
-    for (name, dtype), tally in tallies.items():
-        yield tally.row(f"kernel: {name}, {str(dtype).removeprefix('torch.')}")
 
 
 def measure_decode(bench: Bench, sizes: DecodeSizes) -> Iterator[Row]:

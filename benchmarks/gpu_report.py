@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 GIB = 1024**3
 CAP_GIB = 60.0  # memory of every engine that is compared at its largest batch
 _WARM_UP_ROUNDS = 3
+_AHEAD_CYCLES = 4_000_000  # about 2 ms of a GPU at work, in which the host launches what is timed
 
 
 class OutOfTimeError(Exception):
@@ -110,6 +112,7 @@ class Bench:
 def _gpu_seconds(work: Callable[[], object]) -> float:
     event: Callable[..., Any] = torch.cuda.Event
     start, stop = event(enable_timing=True), event(enable_timing=True)
+    torch.cuda._sleep(_AHEAD_CYCLES)  # else the time between launches would be the device's, too
     start.record()
     work()
     stop.record()
@@ -124,9 +127,21 @@ def _host_seconds(work: Callable[[], object]) -> float:
 
 
 def failure(what: str, error: Exception) -> Row:
-    """The row of a measurement that an error ended."""
+    """The row of a measurement that an error ended; where it came from is printed."""
+    print("".join(traceback.format_exception(error)), flush=True)
     text = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
     return Row(what, text, state="failed")
+
+
+def is_usable(device: torch.device) -> bool:
+    """Whether anything can still run there: after an illegal access nothing can in this process."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def judged(is_met: bool) -> str:

@@ -343,12 +343,28 @@ def _close(got: Tensor, expected: Tensor, tolerance: float) -> float:
     assert got.shape == expected.shape, (got.shape, expected.shape)
     if got.numel() == 0:
         return 0.0
-    deviation = (_plain(got) - expected).abs() / expected.abs().clamp(min=1.0)
+    plain = _plain(got)
+    deviation = (plain - expected).abs() / expected.abs().clamp(min=1.0)
     worst = float(deviation.max())
-    assert worst <= tolerance, f"deviates by {worst}, more than {tolerance}"
+    assert worst <= tolerance, _difference(plain, expected, ~(deviation <= tolerance), deviation)
     return worst
 
 
 def _same(got: Tensor, expected: Tensor) -> None:
     """Bit for bit, NaN included."""
-    assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), "other bytes"
+    same = got.view(torch.uint8) == expected.view(torch.uint8)
+    if not same.all():
+        out = ~same.view(*got.shape, got.element_size()).all(dim=-1).to(_CPU)
+        plain, wanted = _plain(got), _plain(expected)
+        raise AssertionError(_difference(plain, wanted, out, (plain - wanted).abs()))
+
+
+def _difference(got: Tensor, expected: Tensor, out: Tensor, deviation: Tensor) -> str:
+    """Where numbers are out, how many, and the first and the worst of them."""
+    first = tuple(out.nonzero()[0].tolist())
+    worst = float(deviation.nan_to_num(nan=float("inf"))[out].max())
+    return (
+        f"{int(out.sum())} of {out.numel()} numbers of {list(got.shape)} deviate, by up to "
+        f"{worst:.2e}; the first at {first}: {float(got[first]):.6g}, "
+        f"not {float(expected[first]):.6g}"
+    )

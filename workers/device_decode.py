@@ -9,8 +9,10 @@ row has slot -1, stores nothing and attends to nothing.
 Shapes: T sequences of a step, B the ladder's size for them, E hidden size.
 """
 
+import functools
 import logging
 from bisect import bisect_left
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,12 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .plan import DecodeItem
-from .shard import Shard
 from .transfer import to_device
+
+if TYPE_CHECKING:
+    from .shard import Shard
 
 logger = logging.getLogger(__name__)
 
 _LARGEST = 512
+_WORKSPACE_BYTES = 64 << 20  # cuBLAS's and cuBLASLt's of the recording stream, 32 MiB each at most
+_KERNEL_BYTES = 8 << 10  # of a recorded kernel in the driver, and this many kernels in a layer
+_LAYER_KERNELS = 20
 
 
 def ladder(max_num_seqs: int) -> tuple[int, ...]:
@@ -41,7 +48,7 @@ class DeviceDecode:
         use_graphs: replay recorded graphs; else every kernel is launched by the host.
     """
 
-    def __init__(self, shard: Shard, use_graphs: bool) -> None:
+    def __init__(self, shard: "Shard", use_graphs: bool) -> None:
         from saqqara.workers.kernels import decode
 
         self._shard = shard
@@ -86,14 +93,16 @@ class DeviceDecode:
         """Record the graph of every batch size, the largest first, so that they share memory."""
         if not self._use_graphs:
             return
-        before = torch.cuda.memory_reserved(self._shard.device)
+        torch.cuda.empty_cache()
+        before, _ = torch.cuda.mem_get_info(self._shard.device)
         for size in reversed(self._sizes):
             self._record(size)
-        spent = torch.cuda.memory_reserved(self._shard.device) - before
+        torch.cuda.empty_cache()
+        after, _ = torch.cuda.mem_get_info(self._shard.device)
         logger.info(
             "recorded decode graphs for batches of %s: %.0f MiB",
             ", ".join(map(str, self._sizes)),
-            spent / 2**20,
+            (before - after) / 2**20,
         )
 
     def _replay(self, size: int, inputs_3T: NDArray[np.int64]) -> Tensor:
@@ -113,14 +122,16 @@ class DeviceDecode:
         inputs_3B = to_device(_padding(size), device).clone()
         longest = self._shard.max_model_len
         # Kernels are compiled, and libraries set up, before anything is recorded.
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = _recording_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             self._step(inputs_3B, longest)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads of the process may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._graph_memory, stream=stream, capture_error_mode="thread_local"
+        ):
             hidden_BE = self._step(inputs_3B, longest)
         self._graphs[size] = graph, inputs_3B, hidden_BE
 
@@ -147,6 +158,16 @@ class DeviceDecode:
         return hidden
 
 
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream on which a process warms up and records.
+
+    cuBLAS takes a workspace, 32 MiB on an H100, for every stream that multiplies, and keeps it.
+    """
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
+
+
 def _padding(size: int) -> NDArray[np.int64]:
     """Inputs of a batch without sequences: token 0 at position 0 of slot -1, int64 [3, B]."""
     inputs = np.zeros((3, size), dtype=np.int64)
@@ -154,19 +175,56 @@ def _padding(size: int) -> NDArray[np.int64]:
     return inputs
 
 
-def make(shard: Shard) -> DeviceDecode | None:
+def graph_bytes(shard: "Shard") -> int:
+    """Bytes that the graphs of a rank will hold, which its page pool must leave; 0 without graphs.
+
+    What the driver keeps of each kernel is an allowance; the start-up log says what was taken.
+    """
+    if shard.backend.name != "triton" or _why_no_graphs(shard) is not None:
+        return 0
+    sizes = ladder(shard.config.max_num_seqs)
+    hidden_bytes = shard.spec.hidden_size * shard.dtype.itemsize
+    kernels = len(sizes) * len(shard.layers) * _LAYER_KERNELS
+    scratch = sizes[-1] * scratch_bytes(shard)
+    return scratch + sum(sizes) * hidden_bytes + kernels * _KERNEL_BYTES + _WORKSPACE_BYTES
+
+
+def scratch_bytes(shard: "Shard") -> int:
+    """Bytes of the temporaries of one decoded token; layers use the same memory in turn."""
+    from saqqara.workers.kernels.decode import MAX_SPLITS, SPLIT_TOKENS
+
+    spec, itemsize = shard.spec, shard.dtype.itemsize
+    num_queries, dim = len(shard.heads.query), spec.head_dim
+    num_all = num_queries + 2 * len(shard.heads.kv)
+    per_layer = shard.decoder.layers[0].activation_bytes_per_token(itemsize)
+    # Queries and keys are rotated in float32: the product, the rotated halves, the sum.
+    rotation = num_all * dim * (2 * itemsize + 2 * 4)
+    splits = num_queries * (dim + 1) * 4 * MAX_SPLITS
+    if shard.max_model_len <= SPLIT_TOKENS:
+        splits = 0
+    attention = (2 * num_queries * dim + spec.hidden_size) * itemsize + splits
+    angles = 4 * dim * 4
+    return max(per_layer, rotation + num_all * dim * itemsize, attention + rotation) + angles
+
+
+def _why_no_graphs(shard: "Shard") -> str | None:
+    """Why decode steps are launched by the host, or None if they are recorded."""
+    if shard.mesh.layout.world_size > 1:
+        return "ranks exchange data in every layer"
+    if shard.device.type != "cuda":
+        return f"the device is {shard.device.type}"
+    return "cuda_graphs='off'" if shard.config.cuda_graphs == "off" else None
+
+
+def make(shard: "Shard") -> DeviceDecode | None:
     """The device's own decode step, or None where this rank decodes in the general way."""
     if shard.backend.name != "triton":
         return None
-    if shard.mesh.layout.world_size > 1:
-        logger.info("decode: launched by the host, because ranks exchange data in every layer")
-        return None
-    if shard.device.type != "cuda":
-        reason = f"the device is {shard.device.type}"
-    elif shard.config.cuda_graphs == "off":
-        reason = "cuda_graphs='off'"
-    else:
+    reason = _why_no_graphs(shard)
+    if reason is None:
         logger.info("decode: CUDA graphs")
-        return DeviceDecode(shard, use_graphs=True)
-    logger.info("decode: launched by the host (%s)", reason)
-    return DeviceDecode(shard, use_graphs=False)
+    else:
+        logger.info("decode: launched by the host (%s)", reason)
+    if shard.mesh.layout.world_size > 1:
+        return None
+    return DeviceDecode(shard, use_graphs=reason is None)

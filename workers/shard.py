@@ -25,6 +25,7 @@ from saqqara.configs.worker_settings import WorkerSettings
 
 from .attention.base import get_backend
 from .clock import StepClock
+from .device_decode import graph_bytes
 from .kv.store import KVStore
 from .layout import MeshLayout, head_shard, layer_split
 from .mass_sums import MassSums
@@ -142,7 +143,7 @@ class Shard:
             local_rows=len(self.layers) * len(self.heads.kv),
             all_rows=spec.num_layers * heads_of_all_ranks,
             max_row_tokens=self.max_model_len,
-            step_bytes=measure_step(self) + self._stage_bytes()
+            step_bytes=measure_step(self) + graph_bytes(self) + self._stage_bytes()
             if self.device.type == "cuda"
             else 0,
         )

@@ -210,13 +210,56 @@ def test_sections_report_their_own_failures(
     rows += check.run_section(check.Section("c", 1, False, late), cpu, report.Deadline.after(0))
     assert [row.state for row in rows] == ["ok", "skipped", "failed", "skipped"]
     assert rows[2].result == "RuntimeError: no luck"
-    late_rows, broken_rows = late(None), gpu["gpu_engine"]._guarded("an engine", _broken())
+    late_rows, broken_rows = late(None), gpu["gpu_engine"].guarded("an engine", _broken())
     assert [row.state for row in broken_rows] == ["failed"]
     with pytest.raises(report.OutOfTimeError):
-        list(gpu["gpu_engine"]._guarded("an engine", late_rows))
-    check.report(rows, tmp_path / "out.json", "a device")
-    assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["numbers"] == {"seconds": 1.0}
-    assert capsys.readouterr().out.endswith(report.table(rows) + "\n")
+        list(gpu["gpu_engine"].guarded("an engine", late_rows))
+    results = check.Results(tmp_path / "out.json", "a device")
+    results.add(check.Section("a", 1, False, late), rows[:2])
+    assert results.has_passed  # what is only measured may be skipped
+    results.add(check.Section("b", 1, True, broken), rows[3:])
+    assert not results.has_passed
+    results.has_passed = True
+    results.add(check.Section("c", 1, False, broken), rows[2:3])
+    facts = json.loads((tmp_path / "out.json").read_text())
+    assert facts["rows"][0]["numbers"] == {"seconds": 1.0}
+    resumed = check.Results(tmp_path / "out.json", "a device")
+    resumed.resume()
+    assert (resumed.rows, resumed.has_passed) == ([*rows[:2], rows[3], rows[2]], False)
+    resumed.show()
+    assert capsys.readouterr().out.endswith(report.table(resumed.rows) + "\n")
+
+
+def test_a_lost_context_ends_the_process_and_not_the_run(
+    gpu: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check, report = gpu["gpu_check"], gpu["gpu_report"]
+    options = check.arguments(["--only", "kernels,parity", "--only", "8b", "--trace", "traces"])
+    assert options.only == ["kernels", "parity", "8b"]
+    with pytest.raises(SystemExit):
+        check.arguments(["--only", "kernels,9b"])
+    became: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, command: became.append(command))
+    check.start_anew(check.SECTIONS[2:4], report.Deadline.after(60), options)
+    again = check.arguments(became[0][2:])
+    assert again.resume
+    assert again.only == ["bandwidth", "retention"]
+    assert 50 < again.seconds <= 60
+    assert (again.trace, again.out) == ("traces", options.out)
+
+
+def test_nothing_is_blamed_for_a_context_that_an_earlier_kernel_lost(
+    gpu: dict[str, ModuleType], bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> float:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    kernels = gpu["gpu_kernels"]
+    monkeypatch.setattr(kernels, "CHECKS", {"decode": lost, "append": lost})
+    monkeypatch.setattr(kernels, "is_usable", lambda _: False)
+    rows = checked(kernels.check_kernels(bench, (torch.float32,), 2))
+    assert [row.state for row in rows] == ["wrong", "skipped"]
+    assert "Sizes(num_heads=" in rows[0].result
 
 
 def test_it_needs_torch_triton_and_transformers_only() -> None:

@@ -8,10 +8,15 @@ import importlib.util
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is for Linux only", allow_module_level=True)
@@ -20,7 +25,9 @@ from support.tiny import save_tiny
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers import device_decode
 from saqqara.workers.device_decode import ladder
+from saqqara.workers.kernels.decode import PagedRows
 from saqqara.workers.plan import (
     DecodeItem,
     NewSequence,
@@ -96,6 +103,62 @@ def test_the_ladder_ends_at_the_largest_batch() -> None:
         sizes = ladder(top)
         assert list(sizes) == sorted(set(sizes))
         assert sizes[-1] == top
+
+
+class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The most bytes that were alive at once of those allocated inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def storages(values: Any) -> list[Any]:
+            return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+
+        given = {storage.data_ptr() for storage in storages((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for storage in storages(out):
+            if storage.data_ptr() not in given and id(storage) not in self.live:
+                self.live[id(storage)] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, id(storage), None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+@interpreted
+def test_memory_for_graphs_is_what_a_step_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decode kernel that only allocates stands in: the interpreter adds copies of its own."""
+    save_tiny("llama-gqa", tmp_path, num_layers=2)
+    config = EngineConfig(
+        model=str(tmp_path),
+        attention_backend="triton",
+        dtype="float32",
+        device="cpu",
+        max_num_seqs=8,
+        kv_memory_gib=0.01,
+    )
+    worker = Worker.local(config.for_worker())
+    shard, step = worker._shard, worker._decode._on_device
+    assert step is not None
+
+    def decode(q: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
+        return torch.empty(q.shape), None
+
+    step._kernel = SimpleNamespace(PagedRows=PagedRows, decode=decode)  # type: ignore[assignment]
+    inputs = torch.from_numpy(device_decode._padding(8)).clone()
+    with torch.inference_mode(), PeakBytes() as memory:
+        step._step(inputs, shard.max_model_len)
+    assert memory.peak <= 8 * device_decode.scratch_bytes(shard) <= 1.5 * memory.peak
+    assert device_decode.graph_bytes(shard) == 0  # there is no GPU
+    monkeypatch.setattr(device_decode, "_why_no_graphs", lambda _: None)
+    outputs = sum(ladder(8)) * shard.spec.hidden_size * 4
+    assert device_decode.graph_bytes(shard) > memory.peak + outputs
 
 
 def test_the_core_engine_loads_without_the_cluster_packages() -> None:

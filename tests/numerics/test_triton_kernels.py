@@ -18,7 +18,9 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is for Linux only", allow_module_level=True)
 
 from saqqara.evaluation.kernel_checks import CHECKS
+from saqqara.workers.attention import fresh
 from saqqara.workers.attention.base import get_backend
+from saqqara.workers.kv.pool import PagePool
 from saqqara.workers.kv.prompts import PromptWrite, write_prompts
 from saqqara.workers.kv.rows import Rows, compact_rows
 from saqqara.workers.kv.store import KVStore
@@ -61,7 +63,7 @@ def test_a_check_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None
         return right(q, shorter, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(decode, "decode", wrong)
-    with pytest.raises(AssertionError, match="deviates"):
+    with pytest.raises(AssertionError, match=r"numbers of \[4, .* deviate, by up to"):
         CHECKS["decode"](CPU, torch.float32, 0)
 
 
@@ -143,6 +145,45 @@ def test_prompts_written_together_are_as_one_by_one() -> None:
             assert torch.equal(stored, k[9 + selected[1], 1])
 
 
+@interpreted
+def test_pools_may_have_more_numbers_than_32_bits_count() -> None:
+    """The same work in the last pages of such a pool and in a small one.
+
+    Memory is only taken for pages that are touched.
+    """
+    from saqqara.workers.kernels import attend, decode, pages
+
+    page_tokens, dim, num_used = 64, 128, 12
+    torch.manual_seed(0)
+    k, v = (torch.randn(70, 2, dim, dtype=torch.float16) for _ in range(2))
+    q = torch.randn(2, 4, dim, dtype=torch.float16)
+    jobs = torch.tensor([[0, 0, 0, 64, 0], [1, 0, 64, 6, 0], [2, 1, 0, 40, 0], [3, 1, 0, 9, 30]])
+    table = torch.tensor([[[0, 1], [2, 5]], [[3, 6], [2, 7]]], dtype=torch.int32)
+    lengths = torch.tensor([[71, 41], [10, 40]], dtype=torch.int32)
+    cu = torch.tensor([0, 1, 2], dtype=torch.int32)
+    found = []
+    for num_pages in (num_used, 2**31 // (page_tokens * dim) + num_used):
+        pool, first = (
+            PagePool(num_pages, page_tokens, dim, torch.float16, CPU),
+            num_pages - num_used,
+        )
+        stored, here = (pool.k_pages, pool.v_pages), jobs.clone()
+        here[:, 0] += first
+        pages.fill_pages(k, v, *stored, here, None)
+        refs = torch.tensor([[8, 9], [10, 11]]) + first
+        k_tokens, v_tokens = (x.view(-1, dim) for x in stored)
+        pages.append_tokens(k[:2], v[:2], k_tokens, v_tokens, refs * page_tokens + 3)
+        rows = decode.PagedRows(*stored, table + first, lengths, 71)
+        out, _ = decode.decode(q, rows, 0.1, new=(k[5:7], v[5:7]))
+        attended = attend.attend(q, k[:2], v[:2], cu, cu, 1, 0.1, rows)
+        numbers = (torch.tensor(x) for x in ([0], [1, 5, 66, 70], [0], [4]))
+        pages.compact_tokens(*stored, (table + first).view(-1), *numbers)
+        found.append((out, attended, *(x[first:].clone() for x in stored)))
+    assert found[0][2].count_nonzero() > 100 * dim
+    for near, far in zip(*found, strict=True):
+        assert torch.equal(near, far)
+
+
 def _subset(numbers: np.random.Generator, n: int) -> torch.Tensor:
     count = int(numbers.integers(0, n + 1))
     return torch.from_numpy(np.sort(numbers.choice(n, count, replace=False)))
@@ -153,6 +194,15 @@ def _assert_same(one: KVStore, other: KVStore) -> None:
     for slot, layer, head in np.ndindex(*one.table.kept.shape):
         for x, y in zip(one.read(slot, layer, head), other.read(slot, layer, head), strict=True):
             assert torch.equal(x, y), (slot, layer, head)
+
+
+def test_a_prefill_kernel_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU torch's flash attention fails, as it does on GPUs that it was not built for."""
+    monkeypatch.setattr(fresh, "_no_flash", lambda *_: None)
+    name, _, reason = fresh.choose(CPU, torch.bfloat16, 64)
+    assert name == "torch SDPA, one sequence at a time"
+    assert "torch's varlen kernel fails (" in reason
+    assert "_flash_attention_forward" in reason
 
 
 def test_the_backend_says_why_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

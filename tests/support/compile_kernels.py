@@ -24,38 +24,58 @@ class AbsentGpu:
         return 0
 
 
+MAX_SHARED_BYTES = 227 << 10  # of one program, at compute capability 9.0
+
+
 def main() -> None:
     driver.set_active(AbsentGpu())
     launch = JITFunction.run
+    variants: set[tuple[str, str]] = set()
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = launch(kernel, *args, grid=grid, warmup=True, **kwargs)
         assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= MAX_SHARED_BYTES, (kernel, compiled.metadata.shared)
+        variants.add((kernel.__name__, compiled.hash))
         print(kernel.__name__)
         return compiled
 
     JITFunction.run = compile_only
     from saqqara.workers.kernels import attend, decode, mass, pages
 
-    tokens, heads, group, dim = 3, 8, 4, 64
+    tokens, heads, group, dim = 3, 1, 8, 128
     k_pages, v_pages = (torch.zeros(40, 16, dim, dtype=torch.bfloat16) for _ in range(2))
-    table = torch.zeros(tokens, heads, 64, dtype=torch.int32)
-    lengths = torch.ones(tokens, heads, dtype=torch.int32)
     q = torch.zeros(tokens, heads * group, dim, dtype=torch.bfloat16)
     k = torch.zeros(tokens, heads, dim, dtype=torch.bfloat16)
-    slots = torch.arange(tokens)
-    rows = decode.PagedRows(k_pages, v_pages, table, lengths, 1024, slots)
-    decode.decode(q, rows, 0.1, new=(k, k), return_mass=True)
-    rows = decode.PagedRows(k_pages, v_pages, table, lengths, 1024)
-    cu = torch.tensor([0, tokens], dtype=torch.int32)
-    attend.attend(q, k, k, cu, cu, 64, 0.1, rows)
-    mass.mass(q, k, cu, cu, 64, 2000, 0.1, torch.ones(tokens))
-    jobs, indices = torch.zeros(3, 5, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)
-    pages.fill_pages(k, k, k_pages, v_pages, jobs, indices)
-    refs = torch.zeros(tokens, heads, dtype=torch.int64)
-    pages.append_tokens(k, k, k_pages.view(-1, dim), v_pages.view(-1, dim), refs)
-    numbers = torch.zeros(3, dtype=torch.int64)
-    pages.compact_tokens(k_pages, v_pages, table.view(-1), numbers, numbers, numbers, numbers)
+    cu, numbers = torch.tensor([0, tokens], dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+
+    def launch_all(max_length: int, first: int) -> None:
+        """Every kernel, for rows of a length, with tables that begin `first` entries in."""
+        entries = -(-max_length // 16)
+        table = torch.zeros(1 + tokens * heads * entries, dtype=torch.int32)[first:]
+        table = table[: tokens * heads * entries].view(tokens, heads, entries)
+        # A batch of one may come with any stride from one sequence to the next.
+        lengths = torch.ones(1 + tokens, heads + 15 * first, dtype=torch.int32)
+        lengths = lengths[first : first + tokens, :heads]
+        slots = torch.arange(1 + tokens)[first : first + tokens]
+        rows = decode.PagedRows(k_pages, v_pages, table, lengths, max_length, slots)
+        decode.decode(q, rows, 0.1, new=(k, k), return_mass=True)
+        rows = decode.PagedRows(k_pages, v_pages, table, lengths, max_length)
+        attend.attend(q, k, k, cu, cu, 64, 0.1, rows)
+        mass.mass(q, k, cu, cu, 64, max_length, 0.1, torch.ones(tokens))
+        jobs, some = torch.zeros(3, 5, dtype=torch.int64), numbers[first:]
+        pages.fill_pages(k, k, k_pages, v_pages, jobs, some)
+        refs = torch.zeros(1 + tokens * heads, dtype=torch.int64)[first : first + tokens]
+        stored = k_pages.view(-1, dim), v_pages.view(-1, dim)
+        pages.append_tokens(k, k, *stored, refs.view(tokens, heads))
+        pages.compact_tokens(
+            k_pages, v_pages, torch.zeros_like(table).view(-1), some, some, some, some
+        )
+
+    launch_all(1024, first=0)
+    before = set(variants)
+    launch_all(2136, first=1)
+    assert variants == before, f"other lengths wait for the compiler: {variants - before}"
 
 
 if __name__ == "__main__":

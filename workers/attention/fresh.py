@@ -53,9 +53,12 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str
 
         return "flash-attn", _flash(flash_attn_varlen_func), "auto: it is installed"
     varlen = _torch_varlen()
-    if varlen is not None:
+    if varlen is None:
+        reason = "auto: neither flash-attn nor torch.nn.attention.varlen is there"
+    elif (problem := _problem(varlen, device, dtype, head_dim)) is not None:
+        reason = f"auto: flash-attn is not installed, torch's varlen kernel fails ({problem})"
+    else:
         return "torch varlen", varlen, "auto: flash-attn is not installed"
-    reason = "auto: neither flash-attn nor torch.nn.attention.varlen is there"
     return "torch SDPA, one sequence at a time", _sdpa(), reason
 
 
@@ -102,6 +105,16 @@ def _torch_varlen() -> Fresh | None:
         return out
 
     return fresh
+
+
+def _problem(fresh: Fresh, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a kernel cannot attend with a group of two query heads here, or None if it can."""
+    q = torch.zeros(2, 2, head_dim, dtype=dtype, device=device)
+    try:
+        fresh(q, q[:, :1].contiguous(), q[:, :1].contiguous(), CuSeqlens.of([2], device), 1.0)
+    except (RuntimeError, TypeError) as error:
+        return str(error).split("\n", 1)[0]
+    return None
 
 
 def _sdpa() -> Fresh:

@@ -29,7 +29,10 @@ def _add_block(q_MD, k_ND, v_ND, seen, best, total, acc, scale):
     return higher, total, acc * rescale[:, None] + weighted
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride_n", "table_stride_h", "length_stride_n", "length_stride_h"],
+    do_not_specialize_on_alignment=["page_table", "lengths"],
+)
 def _attend_kernel(
     q, k, v, out, cu_q, cu_k, k_pages, v_pages, page_table, lengths,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,

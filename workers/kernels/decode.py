@@ -25,6 +25,14 @@ SPLIT_TOKENS = 512
 MAX_SPLITS = 32
 _MASS_TOKENS = 256
 
+# What changes from step to step must not choose the machine code: each variant compiles for
+# seconds. These differ in divisibility by 16, and gain nothing from it.
+_ANY_ALIGNMENT = ["lengths", "slots", "page_table"]
+_ANY_VALUE = [
+    *("table_stride_n", "table_stride_h", "length_stride_n", "length_stride_h"),
+    *("scores_stride", "width"),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class PagedRows:
@@ -70,7 +78,7 @@ def _num_splits(length, SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr):
     return tl.minimum(tl.maximum((length + SPLIT_TOKENS - 1) // SPLIT_TOKENS, 1), MAX_SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _decode_kernel(
     q, out, parts, parts_lse, lse, scores, new_k, new_v,
     k_pages, v_pages, page_table, lengths, slots,
@@ -167,7 +175,7 @@ def _decode_kernel(
         tl.store(parts_lse + part, log, mask=of_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _merge_kernel(
     out, parts, parts_lse, lse, lengths, slots, length_stride_n, length_stride_h, H,
     G: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -205,7 +213,7 @@ def _merge_kernel(
         tl.store(lse + row * G + g, best + tl.log2(total), mask=of_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _token_mass_kernel(
     mass, scores, lse, lengths, slots, length_stride_n, length_stride_h, H, width,
     G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SLOTS: tl.constexpr,

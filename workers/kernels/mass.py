@@ -19,18 +19,19 @@ _SPLIT_KEYS = 1024
 _MAX_SPLITS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "num_tokens"])
 def _queries_kernel(
-    q, k, lse, cu_q, cu_k, num_tokens, q_stride_t, q_stride_h, k_stride_t, k_stride_h, scale,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    q, k, lse, cu_q, cu_k, num_tokens, splits,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Natural log-sum-exp of a block of queries over one part of the keys; -inf where it has none.
 
     `lse` is [C, Tq, H G].
     """
-    block, head, n = tl.program_id(0) // SPLITS, tl.program_id(1), tl.program_id(2)
-    split = tl.program_id(0) % SPLITS
+    block, head, n = tl.program_id(0) // splits, tl.program_id(1), tl.program_id(2)
+    split = tl.program_id(0) % splits
     first_q, stop_q = tl.load(cu_q + n), tl.load(cu_q + n + 1)
     first_k, stop_k = tl.load(cu_k + n), tl.load(cu_k + n + 1)
     num_q, num_k = stop_q - first_q, stop_k - first_k
@@ -48,7 +49,7 @@ def _queries_kernel(
     before = num_k - num_q
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // G, num_q - 1)
     blocks = (num_k + BLOCK_N - 1) // BLOCK_N
-    span = (blocks + SPLITS - 1) // SPLITS * BLOCK_N
+    span = (blocks + splits - 1) // splits * BLOCK_N
     stop = tl.minimum((split + 1) * span, before + last + 1)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -70,7 +71,7 @@ def _queries_kernel(
     tl.store(lse + place, log, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys"])
 def _keys_kernel(
     q, k, lse, weights, mass, cu_q, cu_k, num_keys,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, scale,
@@ -159,8 +160,8 @@ def mass(
     if lse is None:
         parts = q.new_empty(splits, num_queries, num_query_heads, dtype=torch.float32)
         _queries_kernel[query_blocks * splits, num_heads, num_sequences](
-            q, k, parts, cu_q, cu_k, num_queries, *strides, scale * LOG2_E,
-            SPLITS=splits, num_warps=4, num_stages=2, **sizes, **blocks,
+            q, k, parts, cu_q, cu_k, num_queries, splits, *strides, scale * LOG2_E,
+            num_warps=4, num_stages=2, **sizes, **blocks,
         )  # fmt: skip
         lse = parts[0] if splits == 1 else parts.logsumexp(dim=0)
     lse = lse.contiguous()

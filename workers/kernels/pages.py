@@ -14,7 +14,7 @@ from .launch import dense, padded
 _MOVE_TOKENS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["indices"])
 def _fill_kernel(
     k, v, k_pages, v_pages, indices, jobs, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -65,7 +65,7 @@ def fill_pages(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["refs"])
 def _append_kernel(
     k, v, k_tokens, v_tokens, refs, k_stride_t, k_stride_h, v_stride_t, v_stride_h, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -102,7 +102,7 @@ def append_tokens(k: Tensor, v: Tensor, k_tokens: Tensor, v_tokens: Tensor, refs
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["entries", "indices", "starts", "counts"])
 def _compact_kernel(
     tokens_a, tokens_b, entries, flat_pages, indices, starts, counts,
     D: tl.constexpr, PAGE: tl.constexpr, SPAN: tl.constexpr,
