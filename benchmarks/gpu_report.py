@@ -112,7 +112,8 @@ class Bench:
 def _gpu_seconds(work: Callable[[], object]) -> float:
     event: Callable[..., Any] = torch.cuda.Event
     start, stop = event(enable_timing=True), event(enable_timing=True)
-    torch.cuda._sleep(_AHEAD_CYCLES)  # else the time between launches would be the device's, too  # type: ignore[no-untyped-call]
+    # Else the time between launches would be the device's, too.
+    torch.cuda._sleep(_AHEAD_CYCLES)  # type: ignore[no-untyped-call]
     start.record()
     work()
     stop.record()
