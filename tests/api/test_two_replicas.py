@@ -14,7 +14,7 @@ from openai import OpenAI
 from support.api_server import ENGINE, KEY, MODEL
 from support.server import Server, running_server
 
-NUM_TOKENS = 300
+NUM_TOKENS = 600
 ANSWER_SECONDS = 60.0
 REFUSE_SECONDS = 30.0  # for the signal to reach the replicas
 
