@@ -168,15 +168,13 @@ class DecodeBatch:
         if counted is None:
             return _attended(shard, q, view)
         if counted.others is None:
-            attended, masses = shard.backend.decode(q, view, shard.scale, return_mass=True)
+            attended, masses = shard.backend.decode_and_mass(q, view, shard.scale)
             shard.sums.add(counted.slots, index, masses)
             return attended
         assert counted.rows is not None
         longest = int(shard.kv.table.kept[counted.slots, index].max())
         chosen = _pick(view, counted.rows, longest)
-        attended, masses = shard.backend.decode(
-            q[counted.rows], chosen, shard.scale, return_mass=True
-        )
+        attended, masses = shard.backend.decode_and_mass(q[counted.rows], chosen, shard.scale)
         shard.sums.add(counted.slots, index, masses)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         out[counted.rows] = attended

@@ -110,7 +110,7 @@ def test_reference_is_the_textbook_formula() -> None:
     k, v = (randn(n, num_heads, HEAD_DIM, seed=i) for i in range(2))
     scores = torch.einsum("qhd,khd->hqk", q[-1:], k) / HEAD_DIM**0.5
     expected = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v)
-    out, mass = ORACLE.decode(q[-1:], view, SCALE, return_mass=True)
+    out, mass = ORACLE.decode_and_mass(q[-1:], view, SCALE)
     assert_close(out, expected, torch.float32)
     assert_close(mass[0], scores.softmax(dim=-1)[:, 0], torch.float32)
     new = randn(2, num_heads, HEAD_DIM, seed=8)
@@ -160,14 +160,14 @@ def test_decode(
     view = make_view(np.stack(ragged, axis=1).tolist(), dtype)
     q = randn(len(lengths), num_query_heads, HEAD_DIM, dtype=dtype, seed=50)
     backend = TorchAttention(tiling)
-    expected, expected_mass = ORACLE.decode(q, view, SCALE, return_mass=True)
+    expected, expected_mass = ORACLE.decode_and_mass(q, view, SCALE)
     out = backend.decode(q, view, SCALE)
     assert out.dtype == dtype
     assert_close(out, expected, dtype)
     empty = view.lengths == 0
     assert empty.any()
     assert (out.view(len(lengths), num_kv_heads, -1)[empty] == 0).all()
-    out, mass = backend.decode(q, view, SCALE, return_mass=True)
+    out, mass = backend.decode_and_mass(q, view, SCALE)
     assert_close(out, expected, dtype)
     assert mass.shape == (len(lengths), num_kv_heads, 160)
     assert mass.dtype == torch.float32
@@ -195,7 +195,7 @@ def test_decode_does_not_depend_on_the_batch() -> None:
 
 def test_decode_of_nothing() -> None:
     view = make_view([[0, 0]])
-    out, mass = TorchAttention().decode(randn(1, 4, HEAD_DIM), view, SCALE, return_mass=True)
+    out, mass = TorchAttention().decode_and_mass(randn(1, 4, HEAD_DIM), view, SCALE)
     assert torch.equal(out, torch.zeros(1, 4, HEAD_DIM))
     assert mass.shape == (1, 2, 0)
 

@@ -192,8 +192,8 @@ def test_decode(
     ]
     view = make_view(lengths, 64, dtype, page_tokens)
     q = randn(len(lengths), num_query_heads, 64, dtype=dtype, seed=9)
-    out, mass = backend.decode(q, view, 0.125, return_mass=True)
-    expected, expected_mass = ORACLE.decode(q.float(), exact(view), 0.125, return_mass=True)
+    out, mass = backend.decode_and_mass(q, view, 0.125)
+    expected, expected_mass = ORACLE.decode_and_mass(q.float(), exact(view), 0.125)
     assert out.dtype == dtype
     assert_close(out, expected, view.v_pages.nan_to_num().abs().max().item())
     assert_mass_close(mass, expected_mass)
@@ -207,8 +207,8 @@ def test_decode(
 def test_decode_with_any_head_dim(backend: CpuAttention, dim: int, dtype: torch.dtype) -> None:
     view = make_view([[37, 300], [16, 3]], dim, dtype)
     q = randn(2, 6, dim, dtype=dtype, seed=9)
-    out, mass = backend.decode(q, view, dim**-0.5, return_mass=True)
-    expected, expected_mass = ORACLE.decode(q.float(), exact(view), dim**-0.5, return_mass=True)
+    out, mass = backend.decode_and_mass(q, view, dim**-0.5)
+    expected, expected_mass = ORACLE.decode_and_mass(q.float(), exact(view), dim**-0.5)
     assert_close(out, expected, view.v_pages.nan_to_num().abs().max().item())
     assert_mass_close(mass, expected_mass)
 
@@ -253,7 +253,7 @@ def test_a_sequence_does_not_feel_its_batch(
     threads(3)
     prefilled = backend.prefill(q, k, v, cu, cu, 0.125)[0]
     extended = backend.extend(q, k, v, cu, view, 0.125)
-    decoded, mass = backend.decode(decode_q, view, 0.125, return_mass=True)
+    decoded, mass = backend.decode_and_mass(decode_q, view, 0.125)
     window_mass = backend.mass(q[-40:], k, 0.125)
     _, lse = backend.prefill(q, k, v, cu, cu, 0.125)
     threads(1)
@@ -274,7 +274,7 @@ def test_a_sequence_does_not_feel_its_batch(
         assert torch.equal(lse_n, lse[own])
         alone = backend.extend(q[own], k[own], v[own], cu_n, view_n, 0.125)
         assert torch.equal(alone, extended[own])
-        alone, mass_n = backend.decode(decode_q[n : n + 1], view_n, 0.125, return_mass=True)
+        alone, mass_n = backend.decode_and_mass(decode_q[n : n + 1], view_n, 0.125)
         assert torch.equal(alone[0], decoded[n])
         assert torch.equal(mass_n[0], mass[n])
 

@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, Protocol, overload
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -80,30 +80,25 @@ class AttentionBackend(Protocol):
         """
         ...
 
-    @overload
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[False] = False
-    ) -> Tensor: ...
-
-    @overload
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[True]
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def decode(self, q: Tensor, view: KVView, scale: float) -> Tensor:
         """Attention of one query per sequence over everything its rows keep.
 
         Args:
             q: [N, Hq, D].
             view: the rows, the new token included. Rows without tokens give zeros.
             scale: factor of the scores.
-            return_mass: also return how much attention every kept token got.
 
         Returns:
-            [N, Hq, D]; with `return_mass` also float32 [N, H, view.max_length], summed over the
-            query heads of a kv head, 0 past the end of a row.
+            [N, Hq, D].
+        """
+        ...
+
+    def decode_and_mass(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
+        """`decode`, and how much attention every kept token got.
+
+        Returns:
+            [N, Hq, D], and float32 [N, H, view.max_length]: summed over the query heads of a kv
+            head, 0 past the end of a row.
         """
         ...
 

@@ -13,7 +13,6 @@ Shapes: T packed tokens, N sequences, Hq local query heads, H local kv heads, D 
 """
 
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
-from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -142,20 +141,19 @@ class CpuAttention:
         self._attend(byref(arguments))
         return out
 
-    @overload
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[False] = False
-    ) -> Tensor: ...
-
-    @overload
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[True]
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def decode(self, q: Tensor, view: KVView, scale: float) -> Tensor:
         """Attention of one query per sequence over what its rows keep, read once from the pages."""
+        return self._attend_rows(q, view, scale)
+
+    def decode_and_mass(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
+        """`decode`, and the attention that every kept token got."""
+        mass = torch.empty(*view.lengths.shape, view.max_length)
+        return self._attend_rows(q, view, scale, mass), mass
+
+    def _attend_rows(
+        self, q: Tensor, view: KVView, scale: float, mass: Tensor | None = None
+    ) -> Tensor:
+        """Attention of one query per sequence; writes what each token got into `mass`."""
         _check(scale, q)
         q = _heads_together(q)
         (num_sequences, num_heads), (_, num_query_heads, dim) = view.lengths.shape, q.shape
@@ -179,14 +177,11 @@ class CpuAttention:
             num_threads=torch.get_num_threads(),
             scale=scale,
         )
-        if not return_mass:
-            self._decode(byref(arguments))
-            return out
-        mass = torch.empty(num_sequences, num_heads, view.max_length)
-        weights = torch.empty(num_sequences, num_query_heads, view.max_length)
-        arguments.mass, arguments.weights = mass.data_ptr(), weights.data_ptr()
+        if mass is not None:
+            weights = torch.empty(num_sequences, num_query_heads, view.max_length)
+            arguments.mass, arguments.weights = mass.data_ptr(), weights.data_ptr()
         self._decode(byref(arguments))
-        return out, mass
+        return out
 
     def mass(
         self,

@@ -5,8 +5,6 @@ It shares no code with the other backends and is as slow as it looks.
 Shapes: T packed tokens, N sequences, Hq local query heads, H local kv heads, D head dim.
 """
 
-from typing import Literal, overload
-
 import torch
 from torch import Tensor
 
@@ -44,20 +42,12 @@ class ReferenceAttention:
                     lse[t, head] = torch.logsumexp(_scores(q[t, head], keys, scale), dim=0)
         return out, lse
 
-    @overload
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[False] = False
-    ) -> Tensor: ...
-
-    @overload
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[True]
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def decode(self, q: Tensor, view: KVView, scale: float) -> Tensor:
         """Attention of one query per sequence over what its rows keep."""
+        return self.decode_and_mass(q, view, scale)[0]
+
+    def decode_and_mass(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
+        """`decode`, and the attention that every kept token got."""
         num_sequences, num_heads = view.lengths.shape
         group = q.shape[1] // num_heads
         out = torch.zeros_like(q)
@@ -67,7 +57,7 @@ class ReferenceAttention:
                 k, v = _row(view, n, head // group)
                 out[n, head], weights = _attend(q[n, head], k, v, scale)
                 mass[n, head // group, : len(k)] += weights
-        return (out, mass) if return_mass else out
+        return out, mass
 
     def extend(
         self, q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, view: KVView, scale: float

@@ -8,8 +8,6 @@ S keys of a row, Hq local query heads, H local kv heads, G = Hq / H query heads 
 D head dim.
 """
 
-from typing import Literal, overload
-
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -137,26 +135,24 @@ class TorchAttention:
 
     # -- pages ------------------------------------------------------------------------------
 
-    @overload
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[False] = False
-    ) -> Tensor: ...
-
-    @overload
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[True]
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def decode(self, q: Tensor, view: KVView, scale: float) -> Tensor:
         """Attention of one query per sequence over what its rows keep, like lengths together."""
+        return self._decode(q, view, scale)
+
+    def decode_and_mass(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
+        """`decode`, and the attention that every kept token got."""
+        mass_NHS = torch.zeros(*view.lengths.shape, view.max_length, device=q.device)
+        return self._decode(q, view, scale, mass_NHS.flatten(0, 1)), mass_NHS
+
+    def _decode(
+        self, q: Tensor, view: KVView, scale: float, mass_RS: Tensor | None = None
+    ) -> Tensor:
+        """Attention of one query per sequence; writes what each token got into `mass_RS`."""
         num_sequences, num_heads = view.lengths.shape
         num_rows, dim = num_sequences * num_heads, q.shape[-1]
         dtype, work = tile_dtype(q.dtype, q.device), self._workspace(q.device)
         q_RGD = q.reshape(num_rows, -1, dim)
         out_RGD = torch.zeros(q_RGD.shape, dtype=q.dtype, device=q.device)
-        mass_RS = torch.zeros(num_rows if return_mass else 0, view.max_length, device=q.device)
         lengths = view.lengths.reshape(-1).cpu().numpy()
         for chosen in group_rows(lengths, dim * q.element_size(), work.tiling):
             if lengths[chosen[0]] == 0:
@@ -168,7 +164,7 @@ class TorchAttention:
             queries = q_RGD.index_select(0, rows).to(dtype)
             scores = scaled_scores(queries, k_RSD, scale, work)
             hide_padding(scores, lengths[chosen])
-            if return_mass:
+            if mass_RS is not None:
                 probs = torch.softmax(scores, dim=-1, dtype=torch.float32)
                 width = min(probs.shape[-1], view.max_length)
                 mass_RS[rows, :width] = probs[..., :width].sum(dim=1)
@@ -176,8 +172,7 @@ class TorchAttention:
             else:
                 scores = softmax(scores)
             out_RGD[rows] = weighted_values(scores, v_RSD).to(q.dtype)
-        out = out_RGD.view(q.shape)
-        return (out, mass_RS.view(num_sequences, num_heads, -1)) if return_mass else out
+        return out_RGD.view(q.shape)
 
     def extend(
         self, q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, view: KVView, scale: float

@@ -10,7 +10,7 @@ Shapes: T packed tokens, N sequences, Hq local query heads, H local kv heads, D 
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -85,22 +85,15 @@ class TritonAttention:
         rows = None if view.max_length == 0 else self._rows(view)
         return self._attend.attend(q, k, v, cu.device, cu.device, cu.max_len, scale, rows)
 
-    @overload
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[False] = False
-    ) -> Tensor: ...
-
-    @overload
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: Literal[True]
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def decode(
-        self, q: Tensor, view: KVView, scale: float, return_mass: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def decode(self, q: Tensor, view: KVView, scale: float) -> Tensor:
         """Attention of one query per sequence over what its rows keep, read once from the pages."""
-        out, mass = self._decode.decode(q, self._rows(view), scale, return_mass=return_mass)
-        return out if mass is None else (out, mass)
+        return self._decode.decode(q, self._rows(view), scale)[0]
+
+    def decode_and_mass(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
+        """`decode`, and the attention that every kept token got."""
+        out, mass = self._decode.decode(q, self._rows(view), scale, return_mass=True)
+        assert mass is not None, "asked for"
+        return out, mass
 
     def mass(
         self,
