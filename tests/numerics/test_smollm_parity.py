@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from saqqara import LLM, SamplingParams
 
 pytestmark = pytest.mark.model
-LENGTHS = [60, 250, 430]
-NUM_TOKENS = 16
+LENGTHS = [40, 170, 300]
+NUM_TOKENS = 12
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 
