@@ -26,6 +26,12 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def rank_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the logs of a server's ranks."""
+    return tmp_path_factory.mktemp("ranks")
+
+
 @pytest.fixture(scope="package")
 def server(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with one replica, small limits, and a key."""

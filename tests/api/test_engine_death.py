@@ -10,9 +10,8 @@ from typing import Any
 
 import openai
 import pytest
-import yaml
 from openai import OpenAI
-from support.api_server import ENGINE, MODEL
+from support.api_server import MODEL, write_two_stage_config
 from support.server import Server, running_server
 
 ANSWER_SECONDS = 30.0  # a refusal waits 2 s for a replica at most; the rest is for a busy machine
@@ -21,22 +20,13 @@ REFUSALS = {"engine_dead", "no_engine"}  # from the replica, and from Serve whil
 
 
 @pytest.fixture(scope="module")
-def rank_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.fixture(scope="module")
 def server(
     byte_model: Path, rank_logs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("mortal")
-    args = {
-        "model_loading_config": {"model_id": MODEL, "model_source": str(byte_model)},
-        "engine_kwargs": {**ENGINE, "pipeline_parallel_size": 2, "log_dir": str(rank_logs)},
-        "deployment_config": {"ray_actor_options": {"num_cpus": 0}, "health_check_period_s": 1},
-    }
-    (folder / "server.yaml").write_text(yaml.safe_dump({"applications": [{"args": args}]}))
-    with running_server(folder / "log", str(folder / "server.yaml")) as server:
+    deployment = {"health_check_period_s": 1}
+    config = write_two_stage_config(folder, byte_model, rank_logs, deployment)
+    with running_server(folder / "log", config) as server:
         yield server
 
 

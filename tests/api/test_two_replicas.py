@@ -9,9 +9,8 @@ from typing import Any
 
 import openai
 import pytest
-import yaml
 from openai import OpenAI
-from support.api_server import ENGINE, KEY, MODEL
+from support.api_server import KEY, MODEL, write_two_stage_config
 from support.server import Server, running_server
 
 NUM_TOKENS = 600
@@ -20,30 +19,15 @@ REFUSE_SECONDS = 30.0  # for the signal to reach the replicas
 
 
 @pytest.fixture(scope="module")
-def rank_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.fixture(scope="module")
 def replicas(
     byte_model: Path, rank_logs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("replicas")
     (folder / "keys").write_text(f"# ours\n{KEY}\n")
-    args = {
-        "model_loading_config": {"model_id": MODEL, "model_source": str(byte_model)},
-        "engine_kwargs": {**ENGINE, "pipeline_parallel_size": 2, "log_dir": str(rank_logs)},
-        "deployment_config": {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0}},
-        "api_key_file": str(folder / "keys"),
-    }
-    application = {
-        "name": "saqqara",
-        "route_prefix": "/",
-        "import_path": "saqqara.cluster.serve:build_app",
-        "args": args,
-    }
-    (folder / "server.yaml").write_text(yaml.safe_dump({"applications": [application]}))
-    with running_server(folder / "log", str(folder / "server.yaml")) as server:
+    config = write_two_stage_config(
+        folder, byte_model, rank_logs, {"num_replicas": 2}, api_key_file=str(folder / "keys")
+    )
+    with running_server(folder / "log", config) as server:
         yield server
 
 
