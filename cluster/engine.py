@@ -19,6 +19,7 @@ from .metrics import PrometheusSink, Sink
 from .output import Choice, RequestState
 from .report import BatchRows, EngineReport
 from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
+from .request_checks import RetentionLimits, check_priority, check_token_ids
 from .scheduler import Scheduler
 from .sequence import Request
 from .stats import EngineStats
@@ -139,6 +140,10 @@ class Engine:
         self._executor = executor
         self._tokenizer = tokenizer
         self._vocab_size = spec.vocab_size
+        self._limits = RetentionLimits.of(
+            spec, executor.workers, config.max_num_seqs, self.retention
+        )
+        self._limits.check(self.retention)
         self._eos_token_ids = tuple(sorted({*spec.eos_token_ids, *tokenizer.eos_token_ids}))
         self._stats = EngineStats(
             config.model, self.retention.label, executor.workers, [self.metrics, *sinks]
@@ -221,7 +226,7 @@ class Engine:
         """
         if isinstance(continuation, str):
             continuation = self._tokenizer.encode(continuation, add_special_tokens=False)
-        self._check_token_ids("score_continuation", continuation)
+        check_token_ids("score_continuation", continuation, self._vocab_size)
         sampling = scoring_params(top_logprobs)
         request = Request(
             request_id=request_id,
@@ -268,6 +273,10 @@ class Engine:
                 for choice in state.choices:
                     self.scheduler.finish(choice.sequence, "abort")
 
+    def check_retention(self, retention: Retention) -> None:
+        """Raise a ValueError that names the setting which this model or engine cannot meet."""
+        self._limits.check(retention)
+
     def has_unfinished(self) -> bool:
         """Whether another step has something to do."""
         return bool(self._states) or not self.scheduler.is_idle
@@ -300,6 +309,7 @@ class Engine:
     # Requests -------------------------------------------------------------------------------------
 
     def _add(self, request: Request, sampling: SamplingParams, stream: bool) -> None:
+        check_priority(request.priority)
         if request.request_id in self._states:
             raise ValueError(f"request_id {request.request_id!r} is in use")
         self.scheduler.check(request)
@@ -326,7 +336,9 @@ class Engine:
     def _retention(self, spec: RetentionSpec | None, budget: int | str | None) -> Retention:
         if spec is None and budget is None:
             return self.retention
-        return Retention.parse(self.retention if spec is None else spec, budget)
+        retention = Retention.parse(self.retention if spec is None else spec, budget)
+        self.check_retention(retention)
+        return retention
 
     def _tokenize(
         self, field: str, prompt: Prompt | None, messages: ChatMessages | None
@@ -338,18 +350,8 @@ class Engine:
         if isinstance(prompt, str):
             return tuple(self._tokenizer.encode(prompt))
         assert prompt is not None
-        self._check_token_ids(field, prompt)
+        check_token_ids(field, prompt, self._vocab_size)
         return tuple(prompt)
-
-    def _check_token_ids(self, field: str, token_ids: Many[int]) -> None:
-        for place, token_id in enumerate(token_ids):
-            if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise ValueError(f"{field}[{place}] must be a token id, not {token_id!r:.80}")
-            if not 0 <= token_id < self._vocab_size:
-                raise ValueError(
-                    f"{field}[{place}]={token_id} is no token of the model; they are 0 to "
-                    f"{self._vocab_size - 1}"
-                )
 
     def _truncate(self, token_ids: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
         keep = sampling.truncate_prompt_tokens

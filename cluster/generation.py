@@ -68,6 +68,7 @@ class Generation:
         self.max_model_len = engine.scheduler.max_model_len
         self.admission = Admission(engine_config.max_num_seqs, config.limits.max_queue)
         self._retention = engine.retention
+        self._check_retention = engine.check_retention
         self._metrics = engine.metrics
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._engine = AsyncEngine(engine)
@@ -183,7 +184,9 @@ class Generation:
             return self._retention
         spec = self._retention if request.retention is None else request.retention
         try:
-            return Retention.parse(spec, request.budget)
+            retention = Retention.parse(spec, request.budget)
+            self._check_retention(retention)
+            return retention
         except ValueError as error:
             is_budget = request.budget is not None and str(error).startswith("budget")
             field = "budget" if is_budget else "retention"

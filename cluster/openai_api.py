@@ -312,11 +312,12 @@ def _check_profile(retention: str | dict[str, Any] | None) -> None:
     """A client names a shipped profile or sends its content; it reads no files of the server."""
     profile = retention.get("profile") if isinstance(retention, dict) else None
     shipped = {file.stem for file in (CONFIG_DIR / "profiles").glob("*.json")}
-    if profile is not None and not isinstance(profile, dict) and profile not in shipped:
+    is_shipped = isinstance(profile, str) and profile in shipped
+    if profile is not None and not isinstance(profile, dict) and not is_shipped:
         raise ApiError(
             400,
             f"retention: profile must be one of {sorted(shipped)} or the measured scores",
-            "retention.profile",
+            "retention",
             "invalid_value",
         )
 

@@ -7,12 +7,14 @@ from typing import Any
 
 from saqqara.configs.yaml_files import CONFIG_DIR, load_yaml
 
+from .bounds import shown
 from .budgets import MEANS
 from .decode_stage import DecodeStage, parse_stage
 from .head_profile import HeadProfile
 from .propagate import KINDS, Propagate
 from .registry import SCORES, SHAPES, score_method, settings_of
 
+MAX_BUDGET_CHARS = 100
 PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
@@ -41,7 +43,9 @@ def read_settings(given: dict[str, Any]) -> dict[str, Any]:
         if decode not in (None, False):
             return {"decode": DecodeStage()}  # `Retention` says what is wrong with it
         if given:
-            raise ValueError(f"{next(iter(given))}: {method!r} keeps all and takes no settings")
+            raise ValueError(
+                f"{next(iter(given))!s:.80}: {method!r} keeps all and takes no settings"
+            )
         return {}
     propagate, is_own = _read_propagate(preset, given)
     method = method if is_own else None
@@ -75,7 +79,7 @@ def _with_score(
     for name in settings:
         if name not in allowed:
             raise ValueError(
-                f"{name}: not a setting of score {score!r} with shape {shape!r}; allowed: "
+                f"{name!s:.80}: not a setting of score {score!r} with shape {shape!r}; allowed: "
                 f"{', '.join(('method', 'score', 'shape', *allowed, 'propagate'))}"
             )
     if "budget" in settings:
@@ -123,7 +127,7 @@ def _named_settings(name: object) -> dict[str, Any]:
             return {"score": score, "shape": shape}
         if score in SCORES and shape == "adaptive" and mean in MEANS:
             return {"score": score, "shape": shape, "mean": mean}
-    raise ValueError(f"method: unknown {name!r}; known: {_known_names()}")
+    raise ValueError(f"method: unknown {shown(name)}; known: {_known_names()}")
 
 
 def _composed_name(score: str, shape: str, mean: str) -> str:
@@ -157,10 +161,10 @@ def _read_budget(value: object) -> dict[str, int | float | None]:
     """The `budget` or `share` that a user's budget means."""
     if isinstance(value, int) and not isinstance(value, bool):
         return {"budget": value}
-    if isinstance(value, str):
+    if isinstance(value, str) and len(value) <= MAX_BUDGET_CHARS:
         text = value.strip()
         if text.isdecimal():
             return {"budget": int(text)}
         if match := PERCENTAGE.fullmatch(text):
             return {"budget": None, "share": float(Decimal(match[1]) / 100)}
-    raise ValueError(f"budget: must be tokens or a share such as '25%', not {value!r}")
+    raise ValueError(f"budget: must be tokens or a share such as '25%', not {shown(value)}")
