@@ -19,7 +19,7 @@ from .output import Choice, RequestState
 from .report import BatchRows, EngineReport
 from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
 from .scheduler import Scheduler
-from .sequence import Request
+from .sequence import Request, check_room
 from .stats import EngineStats
 from .tokenizer import Tokenizer
 
@@ -158,6 +158,7 @@ class Engine:
         budget: int | str | None = None,
         priority: int = 0,
         stream: bool = True,
+        must_fit: bool = False,
     ) -> None:
         """Queue a request.
 
@@ -170,6 +171,7 @@ class Engine:
             budget: overrides the retention's.
             priority: a lower one goes first.
             stream: let `step` also return the request's unfinished outputs.
+            must_fit: refuse a `max_tokens` that the context has no room for, rather than end there.
 
         Raises:
             ValueError: the request cannot be served; nothing else has changed.
@@ -191,6 +193,9 @@ class Engine:
             arrival_time=self._now(),
             prompt=prompt if isinstance(prompt, str) else None,
         )
+        if must_fit:
+            num_tokens = len(request.prompt_token_ids)
+            check_room(num_tokens, sampling.max_tokens, self.scheduler.max_model_len)
         self._add(request, sampling, stream)
 
     def add_score_request(

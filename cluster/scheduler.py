@@ -27,7 +27,7 @@ from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .group import Group
 from .ledger import Ints, Ledger
 from .seats import Seats
-from .sequence import FinishReason, Request, Sequence, Status
+from .sequence import FinishReason, Request, Sequence, Status, check_room
 from .waiting import SharedPrompts, WaitingQueue
 
 
@@ -173,12 +173,8 @@ class Scheduler:
         continuation = request.score_continuation
         if num_tokens == 0:
             raise ValueError("prompt must have at least one token")
-        if continuation is None and num_tokens >= self.max_model_len:
-            raise ValueError(
-                f"prompt has {num_tokens} tokens; max_model_len={self.max_model_len} leaves room "
-                f"for at most {self.max_model_len - 1} and one new token "
-                "(truncate_prompt_tokens=-1 keeps the last that fit)"
-            )
+        if continuation is None:
+            check_room(num_tokens, None, self.max_model_len)
         if continuation is not None:
             if not continuation:
                 raise ValueError("score_continuation must have at least one token")
