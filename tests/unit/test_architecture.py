@@ -154,6 +154,15 @@ def test_import_saqqara_is_light() -> None:
     assert not {"ray", "torch", "transformers", "numpy"} & loaded_by("saqqara")
 
 
+def test_tables_are_printed_by_the_function_that_keeps_their_columns() -> None:
+    """Other consoles are for progress, on stderr: rich itself drops columns that do not fit."""
+    benchmarks = (file.relative_to(ROOT).as_posix() for file in ROOT.glob("benchmarks/**/*.py"))
+    for source in sorted({*SOURCES, *benchmarks} - {"cluster/tables.py"}):
+        for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Console"):
+                assert ast.unparse(node) == "Console(stderr=True)", f"{source}: use print_table"
+
+
 def test_the_public_names_are_what_there_is() -> None:
     assert sorted(saqqara.__all__) == ["LLM", "Retention", "SamplingParams", "__version__"]
     assert set(saqqara.__all__) <= set(dir(saqqara))
