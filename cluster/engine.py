@@ -21,7 +21,7 @@ from .report import BatchRows, EngineReport
 from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
 from .request_checks import RetentionLimits, check_priority, check_token_ids
 from .scheduler import Scheduler
-from .sequence import Request
+from .sequence import Request, check_room
 from .stats import EngineStats
 from .tokenizer import Tokenizer
 
@@ -166,6 +166,7 @@ class Engine:
         budget: int | str | None = None,
         priority: int = 0,
         stream: bool = True,
+        must_fit: bool = False,
     ) -> None:
         """Queue a request.
 
@@ -178,6 +179,7 @@ class Engine:
             budget: overrides the retention's.
             priority: a lower one goes first.
             stream: let `step` also return the request's unfinished outputs.
+            must_fit: refuse a `max_tokens` that the context has no room for, rather than end there.
 
         Raises:
             ValueError: the request cannot be served; nothing else has changed.
@@ -199,6 +201,9 @@ class Engine:
             arrival_time=self._now(),
             prompt=prompt if isinstance(prompt, str) else None,
         )
+        if must_fit:
+            num_tokens = len(request.prompt_token_ids)
+            check_room(num_tokens, sampling.max_tokens, self.scheduler.max_model_len)
         self._add(request, sampling, stream)
 
     def add_score_request(
@@ -273,10 +278,6 @@ class Engine:
                 for choice in state.choices:
                     self.scheduler.finish(choice.sequence, "abort")
 
-    def check_retention(self, retention: Retention) -> None:
-        """Raise a ValueError that names the setting which this model or engine cannot meet."""
-        self._limits.check(retention)
-
     def has_unfinished(self) -> bool:
         """Whether another step has something to do."""
         return bool(self._states) or not self.scheduler.is_idle
@@ -337,7 +338,7 @@ class Engine:
         if spec is None and budget is None:
             return self.retention
         retention = Retention.parse(self.retention if spec is None else spec, budget)
-        self.check_retention(retention)
+        self._limits.check(retention)
         return retention
 
     def _tokenize(

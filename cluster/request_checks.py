@@ -71,6 +71,12 @@ class RetentionLimits:
 
     def check(self, retention: Retention) -> None:
         """Raise a ValueError that names the setting which this engine cannot meet."""
+        try:
+            self._check(retention)
+        except ValueError as error:
+            raise ValueError(f"retention: {error}") from None
+
+    def _check(self, retention: Retention) -> None:
         retention.entering_tokens(1, self.num_layers)
         retention.row_tokens(1, self.num_layers, self.num_kv_heads)
         if retention.profile is not None:

@@ -27,7 +27,7 @@ from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .group import Group
 from .ledger import Ints, Ledger
 from .seats import Seats
-from .sequence import FinishReason, Request, Sequence, Status
+from .sequence import FinishReason, Request, Sequence, Status, check_room
 from .waiting import SharedPrompts, WaitingQueue
 
 
@@ -174,12 +174,8 @@ class Scheduler:
         continuation = request.score_continuation
         if num_tokens == 0:
             raise ValueError("prompt must have at least one token")
-        if continuation is None and num_tokens >= self.max_model_len:
-            raise ValueError(
-                f"prompt has {num_tokens} tokens; max_model_len={self.max_model_len} leaves room "
-                f"for at most {self.max_model_len - 1} and one new token "
-                "(truncate_prompt_tokens=-1 keeps the last that fit)"
-            )
+        if continuation is None:
+            check_room(num_tokens, None, self.max_model_len)
         if continuation is not None:
             if not continuation:
                 raise ValueError("score_continuation must have at least one token")
@@ -189,7 +185,10 @@ class Scheduler:
                     f"are longer than max_model_len={self.max_model_len}"
                 )
         replay = len(continuation) - 1 if continuation else 0
-        demand = self.ledger.demand(request.retention, num_tokens)
+        try:
+            demand = self.ledger.demand(request.retention, num_tokens)
+        except ValueError as error:
+            raise ValueError(f"retention: {error}") from None
         need = self.ledger.pages_needed(demand, replay)
         if (need > self.ledger.num_pages).any():
             raise ValueError(self._seats.too_large(need))

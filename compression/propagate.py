@@ -86,7 +86,8 @@ class Propagate:
             check(f"propagate.{name}", getattr(self, name))
         check("propagate.kernel_size", self.kernel_size)
         check("propagate.sinks", self.sinks)
-        check("propagate.min_context", self.min_context, least=self.sinks)
+        least = self.sinks if "min_context" in read else 0
+        check("propagate.min_context", self.min_context, least=least)
         if type(self.layer) is int:
             check("propagate.layer", self.layer)
         elif not BOUNDS["share"].accepts(self.layer):
