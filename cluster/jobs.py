@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,11 @@ def _run_rows(
         results.begin(resolved_settings(client.describe().workers))
         started = time.perf_counter()
         stack.enter_context(progress)
-        parser = RowParser(job.config.model, job.sampling.model_dump(exclude_unset=True))
+        parser = RowParser(
+            job.config.model,
+            job.sampling.model_dump(exclude_unset=True),
+            Retention.parse(job.config.retention, job.config.budget),
+        )
         rows = (row for row in source.rows(parser) if row.line not in results.done)
         loop = _Loop(client, results, progress, job.config.model, job.return_token_ids)
         loop.run(rows, job.max_in_flight or 2 * job.config.max_num_seqs, stop)
@@ -213,6 +217,7 @@ class _Loop:
     progress: BatchProgress
     model: str
     return_token_ids: bool
+    outputs: dict[int, dict[str, RequestOutput]] = field(default_factory=dict)  # by line
 
     def run(self, rows: Iterator[Row | BadLine], max_in_flight: int, stop: StopSignals) -> None:
         """Run rows until each has its record, or until a signal has come."""
@@ -222,7 +227,7 @@ class _Loop:
             if stop.received is not None:
                 self._take(in_flight, 0.0)
                 return
-            fresh = list(islice(rows, max_in_flight - len(in_flight)))
+            fresh = list(islice(rows, max(0, max_in_flight - len(in_flight))))
             in_flight |= self._submit(fresh)
             if in_flight:
                 self._take(in_flight, POLL_SECONDS)
@@ -239,20 +244,36 @@ class _Loop:
             if isinstance(row, BadLine):
                 self._write(bad_line_record(row))
             else:
-                taken[row.request.request_id] = row
+                taken |= {request.request_id: row for request in row.requests}
         if taken:
-            for rejection in self.client.submit([row.request for row in taken.values()]):
-                self._write(rejected_record(taken.pop(rejection.request_id), rejection.error))
+            requests = [r for row in rows if isinstance(row, Row) for r in row.requests]
+            for rejection in self.client.submit(requests):
+                if (refused := taken.get(rejection.request_id)) is not None:
+                    self._write(rejected_record(refused, rejection))
+                    self._give_up(refused, taken)
         return taken
 
     def _take(self, in_flight: dict[str, Row], timeout_seconds: float) -> None:
         """Write what the engine has finished; waits for the first of it."""
         for output in self.client.poll(timeout_seconds):
             assert isinstance(output, RequestOutput)
-            self._finish(in_flight.pop(output.request_id), output)
+            row = in_flight.pop(output.request_id, None)
+            if row is not None:  # else: of a row that has its record
+                self._finish(row, output)
+
+    def _give_up(self, row: Row, taken: dict[str, Row]) -> None:
+        """Of a row that has its error record, nothing more is wanted."""
+        others = [request.request_id for request in row.requests if taken.pop(request.request_id)]
+        if len(others) > 1:
+            self.client.abort(others)
 
     def _finish(self, row: Row, output: RequestOutput) -> None:
-        self._write(result_record(row, output, self.model, self.return_token_ids))
+        done = self.outputs.setdefault(row.line, {})
+        done[output.request_id] = output
+        if len(done) == len(row.requests):
+            outputs = [done[request.request_id] for request in row.requests]
+            del self.outputs[row.line]
+            self._write(result_record(row, outputs, self.model, self.return_token_ids))
 
     def _write(self, record: Record) -> None:
         self.results.write(record)
