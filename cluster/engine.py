@@ -14,11 +14,18 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
+from .chat_template import ChatOptions
 from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .metrics import PrometheusSink, Sink
 from .output import Choice, RequestState
 from .report import BatchRows, EngineReport
-from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
+from .request import (
+    RequestOutput,
+    SamplingParams,
+    ScoreOutput,
+    derived_seed,
+    scoring_params,
+)
 from .scheduler import Scheduler
 from .sequence import Request, check_room
 from .stats import EngineStats
@@ -162,6 +169,7 @@ class Engine:
         priority: int = 0,
         stream: bool = True,
         must_fit: bool = False,
+        chat_options: ChatOptions | None = None,
     ) -> None:
         """Queue a request.
 
@@ -175,6 +183,7 @@ class Engine:
             priority: a lower one goes first.
             stream: let `step` also return the request's unfinished outputs.
             must_fit: refuse a `max_tokens` that the context has no room for, rather than end there.
+            chat_options: how `messages` are written.
 
         Raises:
             ValueError: the request cannot be served; nothing else has changed.
@@ -186,7 +195,7 @@ class Engine:
                     f"logit_bias: {token_id} is no token of the model; they are 0 to "
                     f"{self._vocab_size - 1}"
                 )
-        token_ids = self._tokenize("prompt", prompt, messages)
+        token_ids = self._tokenize("prompt", prompt, messages, chat_options)
         request = Request(
             request_id=request_id,
             prompt_token_ids=self._truncate(token_ids, sampling),
@@ -311,7 +320,7 @@ class Engine:
         state = RequestState(request, stream)
         seed = self._seed(request.request_id, sampling)
         for index in range(sampling.n):
-            spec = sampling.spec(seed + index, self._eos_token_ids)
+            spec = sampling.spec(derived_seed(seed, choice=index), self._eos_token_ids)
             sequence = self.scheduler.add(
                 request, spec, index=index, eos_token_ids=self._eos_token_ids
             )
@@ -334,12 +343,16 @@ class Engine:
         return Retention.parse(self.retention if spec is None else spec, budget)
 
     def _tokenize(
-        self, field: str, prompt: Prompt | None, messages: ChatMessages | None
+        self,
+        field: str,
+        prompt: Prompt | None,
+        messages: ChatMessages | None,
+        chat_options: ChatOptions | None = None,
     ) -> tuple[int, ...]:
         if (prompt is None) == (messages is None):
             raise ValueError("give either prompt or messages")
         if messages is not None:
-            return tuple(self._tokenizer.apply_chat(messages))
+            return tuple(self._tokenizer.apply_chat(messages, chat_options))
         if isinstance(prompt, str):
             return tuple(self._tokenizer.encode(prompt))
         assert prompt is not None
