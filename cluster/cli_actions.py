@@ -1,12 +1,9 @@
 """What the commands do once their settings are checked; imports the engine, which takes a while."""
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.agreement import compare_results
@@ -17,6 +14,7 @@ from .batch_files import write_json
 from .batch_summary import summary_table
 from .cli_options import Settings
 from .client import EngineClient, EngineRequest
+from .console import console
 from .jobs import BatchJob, run_batch
 from .launch import launch
 from .request import RequestOutput
@@ -112,9 +110,3 @@ def bench_profile(config: EngineConfig, workload: Workload, trace: Path | None) 
     console().print(profile_table(rows))
     if trace is not None:
         write_trace(spans, trace)
-
-
-def console() -> Console:
-    """Standard output for tables, wide enough for them where no terminal says how wide it is."""
-    width = None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns)
-    return Console(width=width)

@@ -125,6 +125,13 @@ def test_import_saqqara_is_light() -> None:
     assert not {"ray", "torch", "transformers", "numpy"} & loaded_by("saqqara")
 
 
+def test_the_command_line_answers_without_loading_the_engine() -> None:
+    """`--version`, `--help`, `methods` and mistakes in flags take no seconds."""
+    assert not {"ray", "torch", "transformers", "matplotlib"} & loaded_by(
+        "saqqara.cluster.cli, saqqara.cluster.cli_methods, saqqara.compression.methods"
+    )
+
+
 def test_the_public_names_are_what_there_is() -> None:
     assert sorted(saqqara.__all__) == ["LLM", "Retention", "SamplingParams", "__version__"]
     assert set(saqqara.__all__) <= set(dir(saqqara))
