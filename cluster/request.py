@@ -1,5 +1,6 @@
 """How a request is sampled, and what comes back."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
@@ -82,6 +83,12 @@ class SamplingParams(BaseModel):
             raise ValueError("truncate_prompt_tokens must be at least 1, or -1, not 0")
         return self
 
+    def for_prompt(self, place: int) -> Self:
+        """The same for one of several prompts: equal prompts do not get equal answers."""
+        if self.seed is None or place == 0:
+            return self
+        return self.model_copy(update={"seed": derived_seed(self.seed, prompt=place)})
+
     def spec(self, seed: int, eos_token_ids: tuple[int, ...] = ()) -> SamplingSpec:
         """The part that the workers need; `eos_token_ids` are the model's."""
         stops = () if self.ignore_eos else eos_token_ids
@@ -100,6 +107,17 @@ class SamplingParams(BaseModel):
             logit_bias=tuple((self.logit_bias or {}).items()),
             num_logprobs=self.logprobs,
         )
+
+
+def derived_seed(seed: int, *, prompt: int = 0, choice: int = 0) -> int:
+    """The seed of one choice of one prompt of a request; the first of the first has the request's.
+
+    A hash, as with a sum the second choice of seed s would be the first choice of seed s + 1.
+    """
+    if prompt == choice == 0:
+        return seed
+    name = f"{seed}/{prompt}/{choice}"
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) % _INT64
 
 
 def scoring_params(top_logprobs: int | None) -> SamplingParams:

@@ -149,6 +149,14 @@ class KeptCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class Fault:
+    """Why the sequence of a slot cannot go on: its own fault, which costs no other sequence."""
+
+    slot: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerMemory:
     """Bytes on one worker. Peaks are since start-up.
 
@@ -175,6 +183,8 @@ class StepResult:
 
     `sampled` and `scored` come from tensor rank 0 of the last stage only. `refused` names slots
     whose keys and values did not fit: this worker wrote nothing for them and holds nothing of them.
+    `faults` says of which of the refused slots the sequence has to end, and why; it need not be the
+    same on every worker.
     `prefill_layer_tokens` counts the tokens that prefill took through each of this worker's layers,
     summed over the layers.
     """
@@ -185,6 +195,7 @@ class StepResult:
     scored: tuple[ScoredTokens, ...] = ()
     kept: tuple[KeptCounts, ...] = ()
     refused: tuple[int, ...] = ()
+    faults: tuple[Fault, ...] = ()
     pages_free: int = 0
     prefill_layer_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

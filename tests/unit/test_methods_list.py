@@ -4,7 +4,6 @@ import io
 import json
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from saqqara.cluster.cli import app
@@ -45,7 +44,7 @@ def test_rows_follow_from_presets_and_registry() -> None:
 @pytest.mark.parametrize("width", [40, 70, 90, 140])
 def test_the_list_keeps_its_names_at_any_width(width: int) -> None:
     text = io.StringIO()
-    print_methods(method_table(), Console(file=text, width=width))
+    print_methods(method_table(), file=text, width=width)
     for name in presets():
         assert name in text.getvalue()
     assert max(map(len, text.getvalue().splitlines())) <= width
