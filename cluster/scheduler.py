@@ -27,7 +27,7 @@ from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .group import Group
 from .ledger import Ints, Ledger
 from .seats import Seats
-from .sequence import FinishReason, Request, Sequence, Status
+from .sequence import ErrorCode, FinishReason, Request, Sequence, Status
 from .waiting import SharedPrompts, WaitingQueue
 
 
@@ -241,6 +241,7 @@ class Scheduler:
             draft.sequences[slot].num_sampling -= 1
         for slot in refused:
             self._refuse(draft.sequences[slot], alone=draft.num_held == 1)
+        self._absorb_failures(draft, results)
         self._absorb_tokens(draft, results, refused)
         for sequence in draft.sequences.values():
             if sequence.num_in_flight == 0 and sequence.status is Status.WAITING:
@@ -258,6 +259,7 @@ class Scheduler:
         reason: FinishReason,
         stop_reason: int | str | None = None,
         error: str | None = None,
+        error_code: ErrorCode = "request_too_large",
     ) -> None:
         """End a sequence, whatever it is doing; its slot is freed in the next plan.
 
@@ -274,6 +276,7 @@ class Scheduler:
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
         sequence.error = error
+        sequence.error_code = None if error is None else error_code
         self._events.append(Finished(sequence))
 
     def restart(self, workers: Many[WorkerInfo]) -> None:
@@ -509,6 +512,13 @@ class Scheduler:
         sequence.discarding = True
         if sequence.status is Status.RUNNING:
             self._requeue(sequence)
+
+    def _absorb_failures(self, draft: _Draft, results: Many[StepResult]) -> None:
+        """End the sequences that a worker could not go on with."""
+        for failed in (failed for result in results for failed in result.failed):
+            sequence = draft.sequences[failed.slot]
+            if not sequence.discarding:
+                self.finish(sequence, "error", error=failed.error, error_code="computation_failed")
 
     def _absorb_tokens(self, draft: _Draft, results: Many[StepResult], refused: Many[int]) -> None:
         sampled = {token.slot: token for result in results for token in result.sampled}

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layers.sampler import TokenHistory, sample
+from .layers.sampler import TokenHistory, not_finite, sample
 from .mesh import Mesh
 from .models.decoder import Decoder, chunks
-from .plan import SampledToken, ScoredTokens, StepPlan
+from .plan import FailedSequence, SampledToken, ScoredTokens, StepPlan
 from .slots import SlotTable, Target, ended
 from .transfer import to_device
 
@@ -29,6 +29,12 @@ class Head:
         self._decoder = decoder
         self._mesh = mesh
         self._slots = slots
+        self._failed: dict[int, str] = {}
+
+    def take_failed(self) -> tuple[FailedSequence, ...]:
+        """Sequences that could not be sampled or scored since the last call, and why."""
+        failed, self._failed = self._failed, {}
+        return tuple(FailedSequence(slot, error) for slot, error in failed.items())
 
     def sample(
         self,
@@ -39,7 +45,8 @@ class Head:
     ) -> list[SampledToken]:
         """Sample every target, in order, and record the tokens in the slot table.
 
-        `finals` maps slots whose prefill ended to their last hidden state [E].
+        `finals` maps slots whose prefill ended to their last hidden state [E]. A target that fails
+        gets token 0, so that all ranks agree on what follows; see `take_failed`.
         """
         if not targets:
             return []
@@ -50,15 +57,17 @@ class Head:
             [t.position for t in targets],
             [TokenHistory(self._slots.prompt(t.slot), self._slots.output(t)) for t in targets],
         )
-        agreed = [token for token, _ in sampled]
+        agreed = [draw.token_id for draw in sampled]
         if self._mesh.layout.tensor_size > 1:
             token_ids = torch.tensor(agreed, device=logits_SV.device)
             agreed = self._mesh.broadcast(token_ids).tolist()
-        for target, token in zip(targets, agreed, strict=True):
+        for target, token, draw in zip(targets, agreed, sampled, strict=True):
             self._slots.put_token(target, token)
+            if draw.error is not None:
+                self._failed[target.slot] = draw.error
         return [
-            SampledToken(target.slot, target.position, token, logprobs)
-            for target, token, (_, logprobs) in zip(targets, agreed, sampled, strict=True)
+            SampledToken(target.slot, target.position, token, draw.logprobs)
+            for target, token, draw in zip(targets, agreed, sampled, strict=True)
         ]
 
     def score(
@@ -94,6 +103,8 @@ class Head:
             chosen = logits.gather(1, wanted_M1[chunk])
             total = logits.logsumexp(dim=-1, keepdim=True)
             logprobs += (chosen - total)[:, 0].tolist()
+            if not total.isfinite().all():
+                self._failed[slot] = not_finite(position + chunk.start)
             ranks += (1 + (logits > chosen).sum(dim=-1)).tolist()
             if num_top:
                 best = logits.topk(min(num_top, logits.shape[1]), dim=-1)

@@ -18,6 +18,8 @@ class SamplingSpec:
     `seed` is always set (the engine derives one where the request has none): random numbers are a
     function of (seed, position), so a resumed sequence goes on exactly as it would have.
     `blocked_token_ids` cannot be sampled before `min_tokens` tokens are generated.
+    `allowed_token_ids` are int32 bytes of the only ids that can be sampled (empty: all can); the
+    last id of each of `bad_words` cannot where the output ends with the ids before it.
     `logit_bias` are (token id, what is added to its logit).
     `num_logprobs` is None for none, 0 for the sampled token's only, k for the k best as well (and
     of a scored sequence, k for the k best at each scored position).
@@ -33,6 +35,8 @@ class SamplingSpec:
     seed: int = 0
     min_tokens: int = 0
     blocked_token_ids: tuple[int, ...] = ()
+    allowed_token_ids: bytes = b""
+    bad_words: tuple[tuple[int, ...], ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_logprobs: int | None = None
 
@@ -141,6 +145,14 @@ class ScoredTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedSequence:
+    """A sequence that the worker could not go on with, and why; the others are not touched."""
+
+    slot: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class KeptCounts:
     """Kept tokens per row of one slot whose prefill ended on this worker, int32 bytes [L, H]."""
 
@@ -175,6 +187,7 @@ class StepResult:
 
     `sampled` and `scored` come from tensor rank 0 of the last stage only. `refused` names slots
     whose keys and values did not fit: this worker wrote nothing for them and holds nothing of them.
+    `failed` names sequences that cannot go on; their slots are still to be freed by a plan.
     `prefill_layer_tokens` counts the tokens that prefill took through each of this worker's layers,
     summed over the layers.
     """
@@ -185,6 +198,7 @@ class StepResult:
     scored: tuple[ScoredTokens, ...] = ()
     kept: tuple[KeptCounts, ...] = ()
     refused: tuple[int, ...] = ()
+    failed: tuple[FailedSequence, ...] = ()
     pages_free: int = 0
     prefill_layer_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from .layout import MeshLayout
 from .models.spec import ModelSpec
 from .plan import (
     DecodeItem,
+    FailedSequence,
     KeptCounts,
     NewSequence,
     PrefillGroup,
@@ -110,6 +111,7 @@ class Worker:
             scored=scored,
             kept=self._kept(plan),
             refused=tuple(sorted(shard.refused - already_refused)),
+            failed=self._failed(),
             pages_free=shard.kv.pages_free,
             prefill_layer_tokens=self._prefill.take_layer_tokens(),
             seconds=shard.clock.seconds,
@@ -160,6 +162,13 @@ class Worker:
             for slot in group.slots
             if slot not in shard.refused
         )
+
+    def _failed(self) -> tuple[FailedSequence, ...]:
+        """Sequences that this step could not go on with."""
+        if self._head is None:
+            return ()
+        failed = self._head.take_failed()
+        return tuple(f for f in failed if f.slot not in self._shard.refused)
 
     def _read_head(
         self,
