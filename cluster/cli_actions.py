@@ -1,12 +1,9 @@
 """What the commands do once their settings are checked; imports the engine, which takes a while."""
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.agreement import compare_results
@@ -20,6 +17,7 @@ from .client import EngineClient, EngineRequest
 from .jobs import BatchJob, run_batch
 from .launch import launch
 from .request import RequestOutput
+from .tables import print_table
 
 POLL_SECONDS = 1.0
 
@@ -94,14 +92,14 @@ def run_and_summarise(job: BatchJob, summary_file: Path | None, compare: Path | 
     summary_file = summary_file or job.output.with_name(job.output.name + ".summary.json")
     if summary.report is not None or not summary_file.exists():
         write_json(summary_file, data)
-    console().print(summary_table([summary], extra))
+    print_table(summary_table([summary], extra))
     return summary.complete
 
 
 def bench_throughput(config: EngineConfig, workload: Workload, json_file: Path | None) -> None:
     """Run a throughput measurement, print it and write it as JSON."""
     result = measure(config, workload)
-    console().print(throughput_table(result))
+    print_table(throughput_table(result))
     if json_file is not None:
         write_json(json_file, result)
 
@@ -109,12 +107,6 @@ def bench_throughput(config: EngineConfig, workload: Workload, json_file: Path |
 def bench_profile(config: EngineConfig, workload: Workload, trace: Path | None) -> None:
     """Profile an engine, print where the time goes, and write a trace."""
     rows, spans = profile(config, workload)
-    console().print(profile_table(rows))
+    print_table(profile_table(rows))
     if trace is not None:
         write_trace(spans, trace)
-
-
-def console() -> Console:
-    """Standard output for tables, wide enough for them where no terminal says how wide it is."""
-    width = None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns)
-    return Console(width=width)

@@ -332,7 +332,7 @@ def report(
     from saqqara.evaluation.report import ReportPlan, run_report
     from saqqara.evaluation.summary import tables
 
-    from .cli_actions import console
+    from .tables import print_table
 
     seed = settings.config.seed
     plan = ReportPlan(
@@ -342,7 +342,7 @@ def report(
     results, page = run_report(settings.config, compared, plan, out)
     for result in results:
         for table in tables(result):
-            console().print(table)
+            print_table(table)
     typer.echo(page)
 
 
@@ -358,7 +358,7 @@ def _evaluate(
     from saqqara.evaluation.summary import tables
     from saqqara.evaluation.task import evaluate
 
-    from .cli_actions import console
+    from .tables import print_table
 
     if plot is not None:
         plots.check_plot_file(plot)
@@ -368,7 +368,7 @@ def _evaluate(
     if plot is not None:
         plots.save(plots.plot(result), plot)
     for table in tables(result):
-        console().print(table)
+        print_table(table)
 
 
 def _retentions(

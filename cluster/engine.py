@@ -20,9 +20,11 @@ from .output import Choice, RequestState
 from .report import BatchRows, EngineReport
 from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
 from .scheduler import Scheduler
-from .sequence import Request
+from .sequence import Request, check_room
 from .stats import EngineStats
 from .tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Engine", "EngineReport", "Executor", "LocalExecutor"]
 
@@ -161,6 +163,7 @@ class Engine:
         budget: int | str | None = None,
         priority: int = 0,
         stream: bool = True,
+        must_fit: bool = False,
     ) -> None:
         """Queue a request.
 
@@ -173,6 +176,7 @@ class Engine:
             budget: overrides the retention's.
             priority: a lower one goes first.
             stream: let `step` also return the request's unfinished outputs.
+            must_fit: refuse a `max_tokens` that the context has no room for, rather than end there.
 
         Raises:
             ValueError: the request cannot be served; nothing else has changed.
@@ -189,6 +193,9 @@ class Engine:
             arrival_time=self._now(),
             prompt=prompt if isinstance(prompt, str) else None,
         )
+        if must_fit:
+            num_tokens = len(request.prompt_token_ids)
+            check_room(num_tokens, sampling.max_tokens, self.scheduler.max_model_len)
         self._add(request, sampling, stream)
 
     def add_score_request(
@@ -241,13 +248,21 @@ class Engine:
         Keeps as many plans in flight as the scheduler allows and waits for the oldest only.
 
         Raises:
-            Exception: whatever ended the executor; `restart` goes on with another one.
+            Exception: whatever ended the executor, with a note of the requests that were in the
+                step; `restart` goes on with another one.
         """
         if self._is_broken:
             raise RuntimeError("the engine's last step failed; it needs a restart")
-        while (plan := self.scheduler.schedule()) is not None:
-            self._flights.append((plan, self._executor.execute(plan)))
-        return self._report(self._absorb_oldest())
+        try:
+            while (plan := self.scheduler.schedule()) is not None:
+                self._flights.append((plan, self._executor.execute(plan)))
+            events = self._absorb_oldest()
+        except Exception as error:
+            names = ", ".join(self.scheduler.requests_in_flight()) or "none"
+            error.add_note(f"requests in the step: {names}")
+            logger.error("the engine's step failed; requests in it: %s", names)
+            raise
+        return self._report(events)
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
         """Stop requests; unknown or finished ids are ignored.
@@ -405,7 +420,12 @@ class Engine:
     def _note(self, event: Event, state: RequestState, choice: Choice, now: float) -> None:
         match event:
             case NewToken():
-                choice.append(event)
+                try:
+                    choice.append(event)
+                except Exception as error:
+                    message = f"token {event.token_id} cannot be told as text: {error}"
+                    logger.exception("%s", message)
+                    self.scheduler.finish(event.sequence, "error", error=message)
                 self._note_token(state, choice, now)
                 if choice.matched is not None:
                     self.scheduler.finish(event.sequence, "stop", choice.matched)
@@ -422,7 +442,11 @@ class Engine:
             case Preempted():
                 self._stats.preempted()
             case Finished():
-                choice.end()
+                try:
+                    choice.end()
+                except Exception as error:
+                    event.sequence.finish_reason = "error"
+                    event.sequence.error = event.sequence.error or f"the text's end: {error}"
 
     def _note_token(self, state: RequestState, choice: Choice, now: float) -> None:
         if state.first_token_time is None:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -74,7 +74,11 @@ def run_batch(job: BatchJob, client: EngineClient | None = None) -> BatchSummary
         raise ValueError(f"output: {job.output} is the input; choose another file")
     found = scan_input(job.input)
     settings = fingerprint(job.config, job.sampling, found.sha256, job.return_token_ids)
-    parser = RowParser(job.config.model, job.sampling.model_dump(exclude_unset=True))
+    parser = RowParser(
+        job.config.model,
+        job.sampling.model_dump(exclude_unset=True),
+        Retention.parse(job.config.retention, job.config.budget),
+    )
     with ResultFile(job.output, settings, job.overwrite) as results:
         resumed = len(results.done)
         if resumed:
@@ -236,17 +240,20 @@ class _Loop:
     progress: BatchProgress
     model: str
     return_token_ids: bool
+    outputs: dict[int, dict[str, RequestOutput]] = field(default_factory=dict)  # by line
 
     def run(self, rows: Iterator[Row | BadLine], max_in_flight: int) -> None:
         in_flight: dict[str, Row] = {}
         while True:
             self.progress.note(self.client)
-            fresh = list(islice(rows, max_in_flight - len(in_flight)))
+            fresh = list(islice(rows, max(0, max_in_flight - len(in_flight))))
             in_flight |= self._submit(fresh)
             if in_flight:
                 for output in self.client.poll(POLL_SECONDS):
                     assert isinstance(output, RequestOutput)
-                    self._finish(in_flight.pop(output.request_id), output)
+                    row = in_flight.pop(output.request_id, None)
+                    if row is not None:  # else: of a row that has its record
+                        self._finish(row, output)
             elif not fresh:
                 self.progress.note(self.client, force=True)
                 return
@@ -260,14 +267,28 @@ class _Loop:
             if isinstance(row, BadLine):
                 self._write(bad_line_record(row))
             else:
-                taken[row.request.request_id] = row
+                taken |= {request.request_id: row for request in row.requests}
         if taken:
-            for rejection in self.client.submit([row.request for row in taken.values()]):
-                self._write(rejected_record(taken.pop(rejection.request_id), rejection.error))
+            requests = [r for row in rows if isinstance(row, Row) for r in row.requests]
+            for rejection in self.client.submit(requests):
+                if (refused := taken.get(rejection.request_id)) is not None:
+                    self._write(rejected_record(refused, rejection))
+                    self._give_up(refused, taken)
         return taken
 
+    def _give_up(self, row: Row, taken: dict[str, Row]) -> None:
+        """Of a row that has its error record, nothing more is wanted."""
+        others = [request.request_id for request in row.requests if taken.pop(request.request_id)]
+        if len(others) > 1:
+            self.client.abort(others)
+
     def _finish(self, row: Row, output: RequestOutput) -> None:
-        self._write(result_record(row, output, self.model, self.return_token_ids))
+        done = self.outputs.setdefault(row.line, {})
+        done[output.request_id] = output
+        if len(done) == len(row.requests):
+            outputs = [done[request.request_id] for request in row.requests]
+            del self.outputs[row.line]
+            self._write(result_record(row, outputs, self.model, self.return_token_ids))
 
     def _write(self, record: Record) -> None:
         self.results.write(record)

@@ -14,6 +14,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 ErrorCode = Literal["request_too_large", "computation_failed"]
 
 
+class ContextLengthError(ValueError):
+    """A prompt, or what is to come after it, has no room in the context."""
+
+
 class OutputLimits(Protocol):
     """What of a request's sampling decides when its output ends; see `SamplingParams`."""
 
@@ -57,6 +61,22 @@ class Request:
     token_by_token: bool = False
     arrival_time: float = 0.0
     prompt: str | None = None
+
+
+def check_room(num_tokens: int, max_tokens: int | None, max_model_len: int) -> None:
+    """Raise a `ContextLengthError` unless a prompt, and `max_tokens` after it, fit the context."""
+    room = max_model_len - num_tokens
+    if room < 1:
+        raise ContextLengthError(
+            f"prompt has {num_tokens} tokens; max_model_len={max_model_len} leaves room "
+            f"for at most {max_model_len - 1} and one new token "
+            "(truncate_prompt_tokens=-1 keeps the last that fit)"
+        )
+    if max_tokens is not None and max_tokens > room:
+        raise ContextLengthError(
+            f"max_tokens is {max_tokens}; beside the {num_tokens} tokens of the prompt "
+            f"max_model_len={max_model_len} has room for {room}"
+        )
 
 
 class Status(Enum):

@@ -81,7 +81,7 @@ def _strips_start(decoder: Mapping[str, Any]) -> bool:
     """Whether a text loses the space that it begins with."""
     if decoder["type"] == "Metaspace":
         return bool(decoder.get("prepend_scheme") != "never")
-    return decoder["type"] == "Strip" and decoder["content"] == " " and decoder["start"] > 0
+    return bool(decoder["type"] == "Strip" and decoder["content"] == " " and decoder["start"])
 
 
 def _byte_alphabet() -> dict[str, int]:

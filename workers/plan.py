@@ -145,19 +145,19 @@ class ScoredTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class FailedSequence:
-    """A sequence that the worker could not go on with, and why; the others are not touched."""
-
-    slot: int
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
 class KeptCounts:
     """Kept tokens per row of one slot whose prefill ended on this worker, int32 bytes [L, H]."""
 
     slot: int
     counts: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why the sequence of a slot cannot go on: its own fault, which costs no other sequence."""
+
+    slot: int
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,8 @@ class StepResult:
 
     `sampled` and `scored` come from tensor rank 0 of the last stage only. `refused` names slots
     whose keys and values did not fit: this worker wrote nothing for them and holds nothing of them.
-    `failed` names sequences that cannot go on; their slots are still to be freed by a plan.
+    `faults` says of which of the refused slots the sequence has to end, and why; it need not be the
+    same on every worker.
     `prefill_layer_tokens` counts the tokens that prefill took through each of this worker's layers,
     summed over the layers.
     """
@@ -198,7 +199,7 @@ class StepResult:
     scored: tuple[ScoredTokens, ...] = ()
     kept: tuple[KeptCounts, ...] = ()
     refused: tuple[int, ...] = ()
-    failed: tuple[FailedSequence, ...] = ()
+    faults: tuple[Fault, ...] = ()
     pages_free: int = 0
     prefill_layer_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

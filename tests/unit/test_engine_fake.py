@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,10 +73,12 @@ class Ascii:
 
 def make_engine(
     num_pages: int = 1000,
+    faults: Mapping[tuple[int, int], str] = MappingProxyType({}),
     stages: Sequence[int] = (4,),
     fail_at_step: int = -1,
     lookahead: int = 1,
     step_seconds: float = 0.0,
+    tokenizer: Ascii | None = None,
     **settings: Any,
 ) -> Engine:
     config = EngineConfig.model_validate(
@@ -86,8 +88,9 @@ def make_engine(
         make_workers(num_pages, stages=stages),
         fail_at_step=fail_at_step,
         step_seconds=step_seconds,
+        faults=faults,
     )
-    return Engine(config, replica, Tokenizer(Ascii()), SPEC, lookahead=lookahead)
+    return Engine(config, replica, Tokenizer(tokenizer or Ascii()), SPEC, lookahead=lookahead)
 
 
 def run(engine: Engine) -> list[Output]:
@@ -331,6 +334,50 @@ def test_a_sequence_that_outgrows_the_pool_is_an_error_with_its_tokens() -> None
     assert "kv_memory_gib" in output.error
 
 
+@pytest.mark.parametrize("stages", [(4,), (2, 2)])
+@pytest.mark.parametrize("lookahead", [1, 2])
+@pytest.mark.parametrize("step", range(6))
+def test_a_fault_ends_its_sequence_alone(
+    step: int, lookahead: int, stages: tuple[int, ...]
+) -> None:
+    """In prefill or decode, with any number of plans of it in flight, on one worker of several."""
+    engine = make_engine(stages=stages, lookahead=lookahead, faults={(step, 1): "no number"})
+    for name in ("one", "two", "three"):
+        engine.add_request(name, name, greedy(max_tokens=20))
+    outputs = finished(engine)
+    for name in ("one", "three"):
+        assert outputs[name].outputs[0].token_ids == tuple(continue_text(name, 20)[1])
+    two = outputs["two"]
+    assert (two.outputs[0].finish_reason, two.error) == ("error", "no number")
+    got = two.outputs[0].token_ids
+    assert len(got) < 20
+    assert got == tuple(continue_text("two", 20)[1][: len(got)])
+    assert engine.report().pages_leaked == 0
+    # The engine is as before.
+    engine.add_request("four", "four", greedy(max_tokens=20))
+    assert finished(engine)["four"].outputs[0].token_ids == tuple(continue_text("four", 20)[1])
+
+
+def test_a_token_without_text_ends_its_sequence_alone() -> None:
+    class Gaps(Ascii):
+        def decode(
+            self, ids: Sequence[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+        ) -> str:
+            if bad in ids:
+                raise KeyError(bad)
+            return super().decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
+
+    bad = continue_text("bad", 3)[1][2]
+    engine = make_engine(tokenizer=Gaps())
+    for name in ("good", "bad"):
+        engine.add_request(name, name, greedy(max_tokens=8))
+    assert bad not in continue_text("good", 8)[1]
+    outputs = finished(engine)
+    assert outputs["good"].outputs[0].token_ids == tuple(continue_text("good", 8)[1])
+    assert outputs["bad"].outputs[0].finish_reason == "error"
+    assert outputs["bad"].error == f"token {bad} cannot be told as text: {bad}"
+
+
 def test_abort_returns_what_there_is() -> None:
     engine = make_engine()
     engine.add_request("r", "hello", greedy(max_tokens=100))
@@ -366,8 +413,9 @@ def test_restart_goes_on_after_a_worker_died() -> None:
     for name in ("one", "two", "three"):
         engine.add_request(name, name, greedy(max_tokens=20))
     outputs: list[Output] = []
-    with pytest.raises(RuntimeError, match="a worker died"):
+    with pytest.raises(RuntimeError, match="a worker died") as failure:
         run_into(engine, outputs)
+    assert failure.value.__notes__ == ["requests in the step: three"]
     assert engine.report().pages_leaked is None
     with pytest.raises(RuntimeError, match="needs a restart"):
         engine.step()

@@ -24,6 +24,7 @@ from saqqara.cluster.batch_summary import BatchSummary
 from saqqara.cluster.client import EngineDeadError
 from saqqara.cluster.jobs import BatchJob, run_batch
 from saqqara.cluster.request import SamplingParams
+from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 
 Records = list[dict[str, Any]]
@@ -77,7 +78,7 @@ def test_every_line_has_one_record_and_keeps_its_id(tmp_path: Path) -> None:
         "custom_id": "a",
         "text": "olle",
         "finish_reason": "length",
-        "usage": {"prompt_tokens": 5, "completion_tokens": 4},
+        "usage": {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9},
         "error": None,
     }
     assert (chat["line"], chat["custom_id"], chat["text"]) == (3, None, "tahc")
@@ -102,7 +103,8 @@ def test_openai_lines_get_openai_records(tmp_path: Path) -> None:
     assert x["response"]["status_code"] == 200
     body = x["response"]["body"]
     assert body["object"] == "chat.completion"
-    assert body["choices"][0]["message"] == {"role": "assistant", "content": "yeh"}
+    message = {"role": "assistant", "content": "yeh", "refusal": None}
+    assert body["choices"][0]["message"] == message
     assert body["choices"][0]["token_ids"] == [ord(c) for c in "yeh"]
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
     content = body["choices"][0]["logprobs"]["content"]
@@ -125,13 +127,14 @@ HELLO = [{"role": "user", "content": "hello"}]
     [
         ("{", None, "not JSON"),
         ("[1]", None, "JSON object"),
-        ('{"prompt": NaN}', None, "NaN"),
+        ('{"prompt": NaN}', "prompt", "string or a list of token ids, not a number"),
+        ('{"prompt": "x", "top_p": NaN}', "top_p", "finite"),
         ('{"prompt": "\\ud800"}', None, "surrogate"),
         ("[" * 100_000, None, "not JSON"),
         ({}, "prompt", "exactly one of"),
         ({"prompt": "x", "messages": HELLO}, "prompt", "exactly one of"),
         ({"prompt": ""}, "prompt", "empty"),
-        ({"prompt": 5}, "prompt", "string or a list of token ids"),
+        ({"prompt": 5}, "prompt", "prompt must be a string or a list of token ids, not a number"),
         ({"prompt": [1, "2"]}, "prompt", "list of token ids"),
         ({"prompt_token_ids": []}, "prompt_token_ids", "list of token ids"),
         ({"prompt": "x", "temprature": 1}, "temprature", "did you mean 'temperature'"),
@@ -139,21 +142,21 @@ HELLO = [{"role": "user", "content": "hello"}]
         ({"prompt": "x", "temperature": "0.5"}, "temperature", "number"),
         ({"prompt": "x", "max_tokens": True}, "max_tokens", "integer"),
         ({"prompt": "x", "max_tokens": 2, "min_tokens": 3}, "min_tokens", "at most max_tokens"),
-        ({"prompt": "x", "retention": 3}, "retention", "name or an object"),
+        ({"prompt": "x", "retention": 3}, "retention", "name of a method or a mapping"),
         ({"prompt": "x", "budget": 0.5}, "budget", "25%"),
         ({"prompt": "x", "custom_id": 7}, "custom_id", "string"),
         ({"messages": []}, "messages", "at least one"),
-        ({"messages": [{"role": "user"}]}, "messages", "content"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
         ({"method": "POST"}, "custom_id", "string"),
         (WRAPPED, "body", "missing"),
         ({**WRAPPED, "body": {}, "extra": 1}, "extra", "unknown key"),
         ({**WRAPPED, "method": "GET", "body": {}}, "method", "POST"),
-        ({**WRAPPED, "body": {"prompt": "x", "best_of": 2}}, "best_of", "unknown key"),
+        ({**WRAPPED, "body": {"prompt": "x", "best_of": 2}}, "best_of", "should be 1"),
         ({**WRAPPED, "body": {"prompt": "x", "stream": True}}, "stream", "false"),
         ({**WRAPPED, "body": {"prompt": "x", "model": "gpt"}}, "model", "models/fake"),
-        ({**WRAPPED, "body": {"messages": HELLO}}, "messages", "unknown key"),
+        ({**WRAPPED, "body": {"messages": HELLO}}, "prompt", "required"),
         ({**CHAT, "body": {"messages": HELLO, "top_logprobs": 2}}, "top_logprobs", "logprobs"),
-        ({**CHAT, "body": {"messages": HELLO, "logprobs": 2}}, "logprobs", "true or false"),
+        ({**CHAT, "body": {"messages": HELLO, "logprobs": 2}}, "logprobs", "boolean"),
     ],
 )
 def test_a_bad_line_says_what_is_wrong(line: Any, field: str | None, hint: str) -> None:
@@ -180,7 +183,6 @@ def test_bad_lines_cost_only_themselves(tmp_path: Path) -> None:
     assert done[2]["custom_id"] == "too long"
     assert done[2]["error"]["param"] == "prompt"
     assert "at most 100" in done[2]["error"]["message"]
-    assert done[3]["error"]["code"] == "engine_error"
     assert "pages do not fit" in done[3]["error"]["message"]
 
 
@@ -202,19 +204,19 @@ def test_of_two_lines_with_one_id_the_first_counts(tmp_path: Path) -> None:
 
 def test_settings_of_a_line_go_before_the_jobs() -> None:
     row = parse({"prompt": "x", "temperature": 0.5, "stop": "end"}, temperature=0.0, max_tokens=9)
-    params = row.request.sampling_params
+    params = row.requests[0].sampling_params
     assert (params.temperature, params.max_tokens, params.stop) == (0.5, 9, ("end",))
     row = parse({"prompt": "x", "retention": {"method": "snapkv"}, "budget": "25%"})
-    assert (row.request.retention, row.request.budget) == ({"method": "snapkv"}, "25%")
+    assert row.requests[0].retention == Retention.parse("snapkv", "25%")
     body = {"messages": HELLO, "max_completion_tokens": 5, "logprobs": True, "top_logprobs": 2}
-    params = parse({**CHAT, "body": {**body, "seed": None}}).request.sampling_params
+    params = parse({**CHAT, "body": {**body, "seed": None}}).requests[0].sampling_params
     assert (params.max_tokens, params.logprobs, params.seed) == (5, 2, None)
 
 
 def test_content_in_parts_is_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     row = parse({"messages": [{"role": "user", "content": parts}]})
-    assert row.request.messages == ({"role": "user", "content": "a\nb"},)
+    assert row.requests[0].messages == ({"role": "user", "content": "a\nb"},)
 
 
 def test_rows_in_flight_are_bounded(tmp_path: Path) -> None:

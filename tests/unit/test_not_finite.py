@@ -5,7 +5,6 @@ The model is a tiny random one in which the embedding of the letter `x` is NaN.
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
