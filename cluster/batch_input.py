@@ -135,7 +135,7 @@ class RowParser:
         requests = tuple(
             EngineRequest(
                 request_id=f"line-{line}" if len(prompts) == 1 else f"line-{line}-{place}",
-                sampling_params=sampling,
+                sampling_params=sampling.for_prompt(place),
                 retention=retention,
                 must_fit=True,
                 **prompt,

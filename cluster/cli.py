@@ -1,7 +1,7 @@
 """The command line: `saqqara {generate,batch,serve,bench,eval,fetch-demo-model,version}`.
 
-Exit codes: 0 done, 1 something failed, 2 the user's input is wrong (one line says what), 130
-interrupted.
+Exit codes: 0 done, 1 something failed, 2 the user's input is wrong (one line says what), 3 rows
+have errors (`batch --fail-on-errors`), 128 + n ended by signal n (130: Ctrl-C).
 """
 
 import logging
@@ -75,11 +75,19 @@ def generate(
 @with_settings()
 def batch(
     input_file: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="JSONL of prompts, chats or OpenAI batch lines.")
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help="JSONL of prompts, chats or OpenAI batch lines, gzip too; -: standard input.",
+        ),
     ],
     output: Annotated[Path, typer.Option(help="JSONL of results; resumed if it is there.")],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew instead of resuming.")
+        bool,
+        typer.Option("--overwrite", help="Start anew instead of resuming, once the engine is up."),
+    ] = False,
+    fail_on_errors: Annotated[
+        bool, typer.Option("--fail-on-errors", help="Exit with 3 if a row has an error record.")
     ] = False,
     max_in_flight: Annotated[
         int | None,
@@ -98,7 +106,11 @@ def batch(
     *,
     settings: Settings,
 ) -> None:
-    """Answer every line of a file; the same command again resumes after a kill."""
+    """Answer every line of a file; the same command again resumes after a kill.
+
+    A signal (SIGTERM, Ctrl-C, `ray job stop`) ends it with what is finished on disk and the exit
+    code 128 + signal; a second one at once.
+    """
     from .cli_actions import run_and_summarise
     from .jobs import BatchJob
 
@@ -111,8 +123,8 @@ def batch(
         max_in_flight=max_in_flight,
         overwrite=overwrite,
     )
-    if not run_and_summarise(job, summary, compare):
-        raise typer.Exit(1)
+    if code := run_and_summarise(job, summary, compare, fail_on_errors=fail_on_errors):
+        raise typer.Exit(code)
 
 
 @app.command()

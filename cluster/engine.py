@@ -14,11 +14,18 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
+from .chat_template import ChatOptions
 from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .metrics import PrometheusSink, Sink
 from .output import Choice, RequestState
 from .report import BatchRows, EngineReport
-from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
+from .request import (
+    RequestOutput,
+    SamplingParams,
+    ScoreOutput,
+    derived_seed,
+    scoring_params,
+)
 from .scheduler import Scheduler
 from .sequence import Request, check_room
 from .stats import EngineStats
@@ -164,6 +171,7 @@ class Engine:
         priority: int = 0,
         stream: bool = True,
         must_fit: bool = False,
+        chat_options: ChatOptions | None = None,
     ) -> None:
         """Queue a request.
 
@@ -177,13 +185,14 @@ class Engine:
             priority: a lower one goes first.
             stream: let `step` also return the request's unfinished outputs.
             must_fit: refuse a `max_tokens` that the context has no room for, rather than end there.
+            chat_options: how `messages` are written.
 
         Raises:
             ValueError: the request cannot be served; nothing else has changed.
         """
         sampling = sampling_params or SamplingParams()
         sampling.check_vocabulary(self._vocab_size)
-        token_ids = self._tokenize("prompt", prompt, messages)
+        token_ids = self._tokenize("prompt", prompt, messages, chat_options)
         request = Request(
             request_id=request_id,
             prompt_token_ids=self._truncate(token_ids, sampling),
@@ -313,7 +322,7 @@ class Engine:
         seed = self._seed(request.request_id, sampling)
         bad_words = self._tokenizer.spellings(sampling.bad_words)
         specs = [
-            sampling.spec(seed + index, self._eos_token_ids, bad_words)
+            sampling.spec(derived_seed(seed, choice=index), self._eos_token_ids, bad_words)
             for index in range(sampling.n)
         ]
         for index, spec in enumerate(specs):
@@ -339,12 +348,16 @@ class Engine:
         return Retention.parse(self.retention if spec is None else spec, budget)
 
     def _tokenize(
-        self, field: str, prompt: Prompt | None, messages: ChatMessages | None
+        self,
+        field: str,
+        prompt: Prompt | None,
+        messages: ChatMessages | None,
+        chat_options: ChatOptions | None = None,
     ) -> tuple[int, ...]:
         if (prompt is None) == (messages is None):
             raise ValueError("give either prompt or messages")
         if messages is not None:
-            token_ids = self._tokenizer.apply_chat(messages)
+            token_ids = self._tokenizer.apply_chat(messages, chat_options)
             return tuple(self._tokenizer.check_fit("messages", token_ids, self._vocab_size))
         assert prompt is not None
         if isinstance(prompt, str):

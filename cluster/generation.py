@@ -184,13 +184,10 @@ class Generation:
     async def _serve(
         self, job: Job, place: int, stream: bool
     ) -> AsyncGenerator[RequestOutput, None]:
-        sampling = job.sampling
-        if place and sampling.seed is not None:  # else equal prompts would get equal answers
-            sampling = sampling.model_copy(update={"seed": sampling.seed + place * sampling.n})
         source = self._engine.generate(
             secrets.token_hex(12),
             job.prompts[place],
-            sampling,
+            job.sampling.for_prompt(place),
             retention=job.retention,
             stream=stream,
             must_fit=True,

@@ -1,5 +1,6 @@
 """How a request is sampled, and what comes back."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
@@ -144,6 +145,12 @@ class SamplingParams(BaseModel):
                         f"{vocab_size - 1}"
                     )
 
+    def for_prompt(self, place: int) -> Self:
+        """The same for one of several prompts: equal prompts do not get equal answers."""
+        if self.seed is None or place == 0:
+            return self
+        return self.model_copy(update={"seed": derived_seed(self.seed, prompt=place)})
+
     def spec(
         self,
         seed: int,
@@ -183,6 +190,17 @@ class SamplingParams(BaseModel):
             logit_bias=tuple((self.logit_bias or {}).items()),
             num_logprobs=self.logprobs,
         )
+
+
+def derived_seed(seed: int, *, prompt: int = 0, choice: int = 0) -> int:
+    """The seed of one choice of one prompt of a request; the first of the first has the request's.
+
+    A hash, as with a sum the second choice of seed s would be the first choice of seed s + 1.
+    """
+    if prompt == choice == 0:
+        return seed
+    name = f"{seed}/{prompt}/{choice}"
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) % _INT64
 
 
 def scoring_params(top_logprobs: int | None) -> SamplingParams:

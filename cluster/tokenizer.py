@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from .chat_template import ChatOptions, render_chat
 from .token_bytes import TokenBytes
 
 BROKEN = "\ufffd"  # what a decoder puts for bytes that are not (yet) a character
@@ -64,34 +65,26 @@ class Tokenizer:
         return ids
 
     def apply_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        template_args: Mapping[str, Any] | None = None,
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
     ) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer starts.
 
         Args:
             messages: see `check_messages`.
-            template_args: variables for the model's template, e.g. `{"enable_thinking": False}`.
+            options: how it is written; default: the assistant's answer is begun.
 
         Raises:
             ValueError: a message is malformed, the model has no chat template, or its template
-                refuses the conversation.
+                refuses the conversation or fails on it.
         """
         checked = check_messages(messages)
-        if not self.has_chat_template:
+        options = options or ChatOptions()
+        if not self.has_chat_template and options.chat_template is None:
             raise ValueError(
                 "messages: this model's tokenizer has no chat template; send a plain prompt"
             )
-        from jinja2 import TemplateError
-
-        try:
-            ids: list[int] = self.backend.apply_chat_template(
-                checked, add_generation_prompt=True, return_dict=False, **(template_args or {})
-            )
-        except TemplateError as error:
-            raise ValueError(f"messages: the model's chat template refuses: {error}") from error
-        return ids
+        text = render_chat(self.backend, checked, options)
+        return self.encode(text, add_special_tokens=False)  # the template has written them
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""

@@ -13,6 +13,7 @@ from saqqara.cluster.request import (
     RequestMetrics,
     SamplingParams,
     ScoreOutput,
+    derived_seed,
     invalid_field,
     scoring_params,
 )
@@ -210,3 +211,20 @@ def test_outputs_say_what_they_add_up_to() -> None:
     assert not aborted.is_greedy
     assert not CompletionOutput(0, "", ()).finished
     assert pickle.loads(pickle.dumps(score)) == score
+
+
+def test_no_choice_of_one_seed_is_one_of_another_seed_or_prompt() -> None:
+    """A sum would make the second choice of seed 7 the first of seed 8."""
+    seeds = {
+        derived_seed(seed, prompt=prompt, choice=choice)
+        for seed in range(-20, 20)
+        for prompt in range(8)
+        for choice in range(8)
+    }
+    assert len(seeds) == 40 * 8 * 8
+    assert derived_seed(7) == 7, "a request with one choice has its own seed"
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
+    params = SamplingParams(seed=7)
+    assert params.for_prompt(0) == params
+    assert params.for_prompt(2).seed == derived_seed(7, prompt=2)
+    assert SamplingParams().for_prompt(2).seed is None
