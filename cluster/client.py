@@ -15,6 +15,7 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 from saqqara.workers.plan import WorkerInfo
 
+from .chat_template import ChatOptions
 from .engine import Engine, EngineReport, Executor, LocalExecutor
 from .engine_loop import EngineDeadError, EngineLoop
 from .metrics import Sink
@@ -43,7 +44,7 @@ class EngineRequest:
     prompt, and the result is a `ScoreOutput`; of the sampling parameters only `logprobs` counts,
     and with `token_by_token` each token is fed in a decode step of its own. With `stream`, `poll`
     also returns the request's unfinished outputs. With `must_fit` a `max_tokens` that the context
-    has no room for is refused.
+    has no room for is refused. `chat_options` say how `messages` are written.
     """
 
     request_id: str
@@ -58,6 +59,7 @@ class EngineRequest:
     token_by_token: bool = False
     stream: bool = False
     must_fit: bool = False
+    chat_options: ChatOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +236,7 @@ class LocalClient:
                     priority=request.priority,
                     stream=request.stream,
                     must_fit=request.must_fit,
+                    chat_options=request.chat_options,
                 )
             else:
                 self._engine.add_score_request(

@@ -14,11 +14,18 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
+from .chat_template import ChatOptions
 from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .metrics import PrometheusSink, Sink
 from .output import Choice, RequestState
 from .report import BatchRows, EngineReport
-from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
+from .request import (
+    RequestOutput,
+    SamplingParams,
+    ScoreOutput,
+    derived_seed,
+    scoring_params,
+)
 from .request_checks import RetentionLimits, check_priority, check_token_ids
 from .scheduler import Scheduler
 from .sequence import Request, check_room
@@ -28,6 +35,8 @@ from .tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 __all__ = ["Engine", "EngineReport", "Executor", "LocalExecutor"]
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | Many[int]
 ChatMessages = Many[Mapping[str, Any]]
@@ -144,7 +153,7 @@ class Engine:
             spec, executor.workers, config.max_num_seqs, self.retention
         )
         self._limits.check(self.retention)
-        self._eos_token_ids = tuple(sorted({*spec.eos_token_ids, *tokenizer.eos_token_ids}))
+        self._eos_token_ids = known_eos(spec, tokenizer)
         self._stats = EngineStats(
             config.model, self.retention.label, executor.workers, [self.metrics, *sinks]
         )
@@ -167,6 +176,7 @@ class Engine:
         priority: int = 0,
         stream: bool = True,
         must_fit: bool = False,
+        chat_options: ChatOptions | None = None,
     ) -> None:
         """Queue a request.
 
@@ -180,18 +190,14 @@ class Engine:
             priority: a lower one goes first.
             stream: let `step` also return the request's unfinished outputs.
             must_fit: refuse a `max_tokens` that the context has no room for, rather than end there.
+            chat_options: how `messages` are written.
 
         Raises:
             ValueError: the request cannot be served; nothing else has changed.
         """
         sampling = sampling_params or SamplingParams()
-        for token_id in sampling.logit_bias or ():
-            if token_id >= self._vocab_size:
-                raise ValueError(
-                    f"logit_bias: {token_id} is no token of the model; they are 0 to "
-                    f"{self._vocab_size - 1}"
-                )
-        token_ids = self._tokenize("prompt", prompt, messages)
+        sampling.check_vocabulary(self._vocab_size)
+        token_ids = self._tokenize("prompt", prompt, messages, chat_options)
         request = Request(
             request_id=request_id,
             prompt_token_ids=self._truncate(token_ids, sampling),
@@ -230,7 +236,11 @@ class Engine:
             ValueError: the request cannot be served; nothing else has changed.
         """
         if isinstance(continuation, str):
-            continuation = self._tokenizer.encode(continuation, add_special_tokens=False)
+            continuation = self._tokenizer.check_fit(
+                "score_continuation",
+                self._tokenizer.encode(continuation, add_special_tokens=False),
+                self._vocab_size,
+            )
         check_token_ids("score_continuation", continuation, self._vocab_size)
         sampling = scoring_params(top_logprobs)
         request = Request(
@@ -316,8 +326,12 @@ class Engine:
         self.scheduler.check(request)
         state = RequestState(request, stream)
         seed = self._seed(request.request_id, sampling)
-        for index in range(sampling.n):
-            spec = sampling.spec(seed + index, self._eos_token_ids)
+        bad_words = self._tokenizer.spellings(sampling.bad_words)
+        specs = [
+            sampling.spec(derived_seed(seed, choice=index), self._eos_token_ids, bad_words)
+            for index in range(sampling.n)
+        ]
+        for index, spec in enumerate(specs):
             sequence = self.scheduler.add(
                 request, spec, index=index, eos_token_ids=self._eos_token_ids
             )
@@ -342,15 +356,21 @@ class Engine:
         return retention
 
     def _tokenize(
-        self, field: str, prompt: Prompt | None, messages: ChatMessages | None
+        self,
+        field: str,
+        prompt: Prompt | None,
+        messages: ChatMessages | None,
+        chat_options: ChatOptions | None = None,
     ) -> tuple[int, ...]:
         if (prompt is None) == (messages is None):
             raise ValueError("give either prompt or messages")
         if messages is not None:
-            return tuple(self._tokenizer.apply_chat(messages))
-        if isinstance(prompt, str):
-            return tuple(self._tokenizer.encode(prompt))
+            token_ids = self._tokenizer.apply_chat(messages, chat_options)
+            return tuple(self._tokenizer.check_fit("messages", token_ids, self._vocab_size))
         assert prompt is not None
+        if isinstance(prompt, str):
+            token_ids = self._tokenizer.encode(prompt)
+            return tuple(self._tokenizer.check_fit(field, token_ids, self._vocab_size))
         check_token_ids(field, prompt, self._vocab_size)
         return tuple(prompt)
 
@@ -457,3 +477,19 @@ class Engine:
     def _now(self) -> float:
         """Unix time in seconds, but never running backwards."""
         return self._epoch + time.perf_counter()
+
+
+def known_eos(spec: ModelSpec, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a text, of the model's configs and the tokenizer, ascending.
+
+    Those that the model cannot write are left out with a warning.
+    """
+    given = {*spec.eos_token_ids, *tokenizer.eos_token_ids}
+    known = tuple(sorted(token for token in given if 0 <= token < spec.vocab_size))
+    if unknown := sorted(given.difference(known)):
+        logger.warning(
+            "end tokens %s are ignored: the model's tokens are 0 to %d",
+            ", ".join(map(str, unknown)),
+            spec.vocab_size - 1,
+        )
+    return known

@@ -6,6 +6,8 @@ One table, so that no number goes unchecked: a test fails for a field of `Retent
 
 from dataclasses import dataclass
 
+from saqqara.configs.shown import shown
+
 MAX_TOKENS = 2**24
 """More than the context of any model."""
 MAX_LAYERS = 2**16
@@ -93,14 +95,3 @@ def check(name: str, value: object, least: int | None = None) -> None:
     if least is not None:
         bound = Bound(least, bound.most, bound.is_integer, bound.is_odd)
     bound.check(name, value)
-
-
-def shown(value: object) -> str:
-    """A value as errors show it: short, whatever it is."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits in it
-        return f"a {type(value).__name__} with a huge integer"
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bounds import check, shown
+from saqqara.configs.shown import shown
+
+from .bounds import check
 from .registry import score_method
 from .trim import TrimmedRows, TrimStage
 

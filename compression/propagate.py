@@ -11,7 +11,9 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from .bounds import BOUNDS, check, shown
+from saqqara.configs.shown import shown
+
+from .bounds import BOUNDS, check
 
 KINDS = {
     "pyramidinfer": (

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .bounds import BOUNDS, check, shown
+from saqqara.configs.shown import shown
+
+from .bounds import BOUNDS, check
 from .budgets import MEANS
 from .decode_stage import DecodeStage, Stage
 from .head_profile import HeadProfile

@@ -5,9 +5,11 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
+from saqqara.configs.budget import budget_mistake
+from saqqara.configs.names import closest
+from saqqara.configs.shown import shown
 from saqqara.configs.yaml_files import CONFIG_DIR, load_yaml
 
-from .bounds import shown
 from .budgets import MEANS
 from .decode_stage import DecodeStage, parse_stage
 from .head_profile import HeadProfile
@@ -43,8 +45,10 @@ def read_settings(given: dict[str, Any]) -> dict[str, Any]:
         if decode not in (None, False):
             return {"decode": DecodeStage()}  # `Retention` says what is wrong with it
         if given:
+            name = f"{next(iter(given))!s:.80}"
             raise ValueError(
-                f"{next(iter(given))!s:.80}: {method!r} keeps all and takes no settings"
+                f"{name}: 'full' keeps everything and takes no settings; choose a "
+                "method beside it, such as recommended-adaptive (`saqqara methods` lists them)"
             )
         return {}
     propagate, is_own = _read_propagate(preset, given)
@@ -127,7 +131,16 @@ def _named_settings(name: object) -> dict[str, Any]:
             return {"score": score, "shape": shape}
         if score in SCORES and shape == "adaptive" and mean in MEANS:
             return {"score": score, "shape": shape, "mean": mean}
-    raise ValueError(f"method: unknown {shown(name)}; known: {_known_names()}")
+    close = closest(name, _all_names()) if isinstance(name, str) else None
+    hint = f"did you mean {close!r}?" if close else f"known: {_known_names()}"
+    raise ValueError(f"method: unknown {shown(name)}; {hint}")
+
+
+def _all_names() -> set[str]:
+    """Every name that there is, composed ones included."""
+    pairs = {(score, shape, "uniform") for score in SCORES for shape in SHAPES}
+    pairs |= {(score, "adaptive", mean) for score in SCORES for mean in MEANS}
+    return {*presets(), *KINDS, *(_composed_name(*pair) for pair in pairs)}
 
 
 def _composed_name(score: str, shape: str, mean: str) -> str:
@@ -167,4 +180,4 @@ def _read_budget(value: object) -> dict[str, int | float | None]:
             return {"budget": int(text)}
         if match := PERCENTAGE.fullmatch(text):
             return {"budget": None, "share": float(Decimal(match[1]) / 100)}
-    raise ValueError(f"budget: must be tokens or a share such as '25%', not {shown(value)}")
+    raise ValueError(budget_mistake(value))

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bounds import check, shown
+from saqqara.configs.shown import shown
+
+from .bounds import check
 from .propagate import Propagate, part_of
 
 TRIGGERS = ("stored", "published")

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from saqqara.compression.bounds import BOUNDS, Bound, shown
+from saqqara.compression.bounds import BOUNDS, Bound
 from saqqara.compression.decode_stage import DecodeStage
 from saqqara.compression.head_profile import HeadProfile
 from saqqara.compression.propagate import Propagate
 from saqqara.compression.retention import Retention
 from saqqara.compression.scores import pooled
 from saqqara.compression.trim import TrimStage
+from saqqara.configs.shown import shown
 
 PROFILE = {"0-0": [1.0]}
 # What reads a setting, with its path in `Retention.parse`'s mapping.

@@ -21,7 +21,7 @@ from saqqara.cluster.engine import Engine
 from saqqara.cluster.engine_loop import EngineDeadError
 from saqqara.cluster.metrics import MetricSpec
 from saqqara.cluster.report import BatchRows
-from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput
+from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput, derived_seed
 from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
@@ -67,8 +67,8 @@ class Ascii:
     ) -> str:
         return "".join(chr(i) if i > 4 else f"<{i}>" for i in ids)
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> list[int]:
-        return [ord(c) for m in messages for c in f"{m['role']}:{m['content']};"]
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
+        return "".join(f"{m['role']}:{m['content']};" for m in messages)
 
 
 def make_engine(
@@ -164,7 +164,7 @@ def test_prompts_may_be_text_ids_or_messages() -> None:
     assert outputs["chat"].prompt_token_ids == tuple(map(ord, "user:hi;"))
 
 
-def test_n_choices_are_one_request_with_seeds_in_a_row() -> None:
+def test_n_choices_are_one_request_with_seeds_of_their_own() -> None:
     engine = make_engine()
     engine.add_request("r", "hello", greedy(n=3, seed=40, max_tokens=2), stream=False)
     [output] = run(engine)
@@ -172,7 +172,8 @@ def test_n_choices_are_one_request_with_seeds_in_a_row() -> None:
     assert [choice.index for choice in output.outputs] == [0, 1, 2]
     replica = engine._executor
     assert isinstance(replica, FakeReplica)
-    assert [new.sampling.seed for plan in replica.plans for new in plan.new] == [40, 41, 42]
+    seeds = [new.sampling.seed for plan in replica.plans for new in plan.new]
+    assert seeds == [derived_seed(40, choice=i) for i in range(3)]
     report = engine.report()
     assert report.requests == {"length": 1}
     assert report.prompt_tokens == 6  # once for all choices

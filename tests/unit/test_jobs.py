@@ -24,6 +24,7 @@ from saqqara.cluster.batch_summary import BatchSummary
 from saqqara.cluster.client import EngineDeadError
 from saqqara.cluster.jobs import BatchJob, run_batch
 from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.stop import Stopped
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 
@@ -151,7 +152,7 @@ HELLO = [{"role": "user", "content": "hello"}]
         (WRAPPED, "body", "missing"),
         ({**WRAPPED, "body": {}, "extra": 1}, "extra", "unknown key"),
         ({**WRAPPED, "method": "GET", "body": {}}, "method", "POST"),
-        ({**WRAPPED, "body": {"prompt": "x", "best_of": 2}}, "best_of", "should be 1"),
+        ({**WRAPPED, "body": {"prompt": "x", "best_of": 2}}, "best_of", "not supported"),
         ({**WRAPPED, "body": {"prompt": "x", "stream": True}}, "stream", "false"),
         ({**WRAPPED, "body": {"prompt": "x", "model": "gpt"}}, "model", "models/fake"),
         ({**WRAPPED, "body": {"messages": HELLO}}, "prompt", "required"),
@@ -174,7 +175,7 @@ def test_bad_lines_cost_only_themselves(tmp_path: Path) -> None:
         "{broken",
         {"prompt": "long" * 100, "custom_id": "too long"},
         {"prompt": "crash"},
-        {"prompt": "two", "temperature": 9e99},
+        {"prompt": "two", "temperature": 9e5},
         {"prompt": "three", "top_p": 2.0},
     ]
     done = run(make_job(tmp_path, lines), max_prompt_tokens=100, fail=["crash"])
@@ -240,7 +241,7 @@ def test_several_choices_and_token_ids(tmp_path: Path) -> None:
 
 
 def test_the_metrics_hear_how_far_a_job_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saqqara.cluster.jobs.NOTE_SECONDS", 0.0)
+    monkeypatch.setattr("saqqara.cluster.batch_progress.NOTE_SECONDS", 0.0)
     rows = [*({"prompt": f"row {i}"} for i in range(9)), "bad", "worse"]
     with pytest.raises(EngineDeadError):
         run_batch(make_job(tmp_path, rows), FakeClient(die_after=4, per_poll=2))
@@ -360,40 +361,106 @@ def test_two_jobs_cannot_write_one_file(tmp_path: Path) -> None:
             run_batch(job, FakeClient())
 
 
-KILLED = """
+SLOW_JOB = """
 import sys, time
 sys.path[:0] = {path!r}
 from pathlib import Path
 from support.fake_client import FakeClient
 from unit.test_jobs import make_job
-from saqqara.cluster.jobs import run_batch
+from saqqara.cluster import cli_actions, jobs
 
 class Slow(FakeClient):
     def poll(self, timeout_seconds=0.0):
         time.sleep(0.005)
         return super().poll(timeout_seconds)
 
-run_batch(make_job(Path(sys.argv[1]), [{{"prompt": f"row {{i}}"}} for i in range(2000)]), Slow())
+lines = [{{"prompt": f"row {{i}}"}} for i in range(2000)]
+jobs.launch = lambda config: Slow()
+sys.exit(cli_actions.run_and_summarise(make_job(Path(sys.argv[1]), lines), None, None))
 """
 
 
-def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:
-    lines = [{"prompt": f"row {i}"} for i in range(2000)]
-    job = make_job(tmp_path, lines)
+def interrupted(job: BatchJob, *signals: int) -> "subprocess.CompletedProcess[str]":
+    """Run 2000 rows of a job in a process of its own, and send it signals once it writes."""
     tests = str(Path(__file__).parents[1])
-    process = subprocess.Popen([sys.executable, "-c", KILLED.format(path=[tests]), str(tmp_path)])
+    command = [sys.executable, "-c", SLOW_JOB.format(path=[tests]), str(job.output.parent)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
         while not job.output.exists() or job.output.stat().st_size < 20_000:
-            assert process.poll() is None, "the job ended before it could be killed"
+            assert process.poll() is None, "the job ended before it could be stopped"
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        for signum in signals:
+            os.kill(process.pid, signum)
+        _, said = process.communicate(timeout=60)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, "", said)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_process_loses_nothing(tmp_path: Path, signum: signal.Signals) -> None:
+    lines = [{"prompt": f"row {i}"} for i in range(2000)]
+    job = make_job(tmp_path, lines)
+    # A stop may come as two signals, one to the process and one to its group.
+    ended = interrupted(job, *([signum] if signum == signal.SIGKILL else [signum, signum]))
+    if signum == signal.SIGKILL:
+        assert ended.returncode == -signum
+    else:
+        assert ended.returncode == 128 + signum
+        [line] = [text for text in ended.stderr.splitlines() if "stopped by" in text]
+        there = job.output.read_bytes().count(b"\n")
+        assert f"stopped by {signum.name}: {there} of 2000 rows are in {job.output}" in line
+        assert "run the same command again" in line
+        assert job.output.read_bytes().endswith(b"\n")
     summary = run_batch(job, FakeClient(per_poll=100))
     assert 0 < summary.resumed < 2000
     assert [record["line"] for record in records(job)] == list(range(1, 2001))
+
+
+class Signalling(FakeClient):
+    """Sends this process a signal once it has answered six requests."""
+
+    def __init__(self, signum: signal.Signals, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.signum = signum
+
+    def poll(self, timeout_seconds: float = 0.0) -> list[Any]:
+        if self.answered == 6:
+            os.kill(os.getpid(), self.signum)
+        return super().poll(timeout_seconds)
+
+
+def test_a_signal_ends_a_job_and_leaves_the_handlers_as_they_were(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = make_job(tmp_path, [{"prompt": f"row {i}"} for i in range(20)])
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    client = Signalling(signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        run_batch(job, client)
+    assert stopped.value.exit_code == 143
+    # What the engine had finished when the signal came is written, too.
+    assert len(records(job)) == client.answered
+    assert f"stopped by SIGTERM: {client.answered} of 20 rows" in caplog.text
+    after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    assert after == before
+    assert run_batch(job, FakeClient()).resumed == client.answered
+
+
+def test_a_signal_ends_the_start_of_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def launch(config: EngineConfig) -> FakeClient:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal should have ended this")
+
+    monkeypatch.setattr("saqqara.cluster.jobs.launch", launch)
+    with pytest.raises(Stopped):
+        run_batch(make_job(tmp_path, [{"prompt": "x"}]))
+    assert "stopped by SIGTERM: 0 of 1 rows" in caplog.text
 
 
 def test_the_summary_is_json_that_can_be_read_back(tmp_path: Path) -> None:
