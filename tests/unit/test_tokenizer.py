@@ -137,9 +137,14 @@ def test_what_a_template_refuses_is_a_value_error(demo_model: Path) -> None:
 
 
 def test_a_missing_tokenizer_says_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tokenizer: cannot load") as caught:
+    with pytest.raises(ValueError, match="tokenizer: there is no folder") as caught:
         Tokenizer.load(tmp_path / "nothing")
     assert str(tmp_path / "nothing") in str(caught.value)
+    with pytest.raises(ValueError, match=r"has no tokenizer \(tokenizer\.json\); give the folder"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer: cannot load"):
+        Tokenizer.load(tmp_path)
 
 
 # --- IncrementalDetokenizer ---
