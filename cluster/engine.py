@@ -113,6 +113,7 @@ class Engine:
 
     Attributes:
         metrics: the Prometheus side of the engine's metrics, which can serve them over HTTP.
+        vocab_size: the model's tokens are below it.
 
     Raises:
         ValueError: `retention`, `budget` or `max_model_len` does not fit the model.
@@ -148,7 +149,7 @@ class Engine:
         )
         self._executor = executor
         self._tokenizer = tokenizer
-        self._vocab_size = spec.vocab_size
+        self.vocab_size = spec.vocab_size
         self._limits = RetentionLimits.of(
             spec, executor.workers, config.max_num_seqs, self.retention
         )
@@ -196,7 +197,7 @@ class Engine:
             ValueError: the request cannot be served; nothing else has changed.
         """
         sampling = sampling_params or SamplingParams()
-        sampling.check_vocabulary(self._vocab_size)
+        sampling.check_vocabulary(self.vocab_size)
         token_ids = self._tokenize("prompt", prompt, messages, chat_options)
         request = Request(
             request_id=request_id,
@@ -239,9 +240,9 @@ class Engine:
             continuation = self._tokenizer.check_fit(
                 "score_continuation",
                 self._tokenizer.encode(continuation, add_special_tokens=False),
-                self._vocab_size,
+                self.vocab_size,
             )
-        check_token_ids("score_continuation", continuation, self._vocab_size)
+        check_token_ids("score_continuation", continuation, self.vocab_size)
         sampling = scoring_params(top_logprobs)
         request = Request(
             request_id=request_id,
@@ -366,12 +367,12 @@ class Engine:
             raise ValueError("give either prompt or messages")
         if messages is not None:
             token_ids = self._tokenizer.apply_chat(messages, chat_options)
-            return tuple(self._tokenizer.check_fit("messages", token_ids, self._vocab_size))
+            return tuple(self._tokenizer.check_fit("messages", token_ids, self.vocab_size))
         assert prompt is not None
         if isinstance(prompt, str):
             token_ids = self._tokenizer.encode(prompt)
-            return tuple(self._tokenizer.check_fit(field, token_ids, self._vocab_size))
-        check_token_ids(field, prompt, self._vocab_size)
+            return tuple(self._tokenizer.check_fit(field, token_ids, self.vocab_size))
+        check_token_ids(field, prompt, self.vocab_size)
         return tuple(prompt)
 
     def _truncate(self, token_ids: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
