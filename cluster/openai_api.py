@@ -28,6 +28,7 @@ _SAMPLING_FIELDS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos", "min_tokens"),
     *("skip_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens"),
+    *("allowed_token_ids", "bad_words"),
 )
 
 
@@ -98,6 +99,8 @@ class GenerationRequest(IdleFields):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
