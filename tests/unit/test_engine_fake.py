@@ -17,7 +17,7 @@ from support.fake_replica import (
 )
 
 from saqqara.cluster.async_engine import AsyncEngine
-from saqqara.cluster.engine import Engine
+from saqqara.cluster.engine import Engine, known_eos
 from saqqara.cluster.engine_loop import EngineDeadError
 from saqqara.cluster.metrics import MetricSpec
 from saqqara.cluster.report import BatchRows
@@ -244,6 +244,24 @@ def test_logprobs_come_with_their_tokens() -> None:
         assert entry[0].decoded_token == "<0>"
         total += logprob
     assert choice.cumulative_logprob == pytest.approx(total)
+
+
+def test_tokens_of_the_tokenizer_that_the_model_lacks_name_what_they_came_from() -> None:
+    engine = make_engine()
+    said = "'é', for which the tokenizer has the token 233; the model's are 0 to 127"
+    with pytest.raises(ValueError, match=f"^prompt has {said}"):
+        engine.add_request("r", "caffé")
+    with pytest.raises(ValueError, match=f"^messages has {said}"):
+        engine.add_request("r", messages=[{"role": "user", "content": "caffé"}])
+    with pytest.raises(ValueError, match=f"^score_continuation has {said}"):
+        engine.add_score_request("r", "caff", "é")
+    assert not engine.has_unfinished()
+
+
+def test_end_tokens_that_the_model_lacks_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer(Ascii(), eos_token_ids=(EOS, 128, 5))
+    assert known_eos(SPEC, tokenizer) == (EOS, 5)
+    assert "end tokens 128 are ignored: the model's tokens are 0 to 127" in caplog.text
 
 
 def test_a_small_pool_changes_nothing_but_the_time() -> None:
