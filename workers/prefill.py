@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from saqqara.compression.decode_stage import sums_mass
+from saqqara.compression.decode_stage import remembers_normalisers, sums_mass
 from saqqara.compression.retention import Retention
 from saqqara.compression.select import select
 
@@ -280,7 +280,7 @@ class Prefill:
             chosen: dict[Retention, tuple[Selection, Tensor | None]] = {}
             for slot in family:
                 held = self._shard.slots[slot]
-                self._shard.rings.store(slot, local_layer, prompt.q, held.prompt_tokens)
+                self._remember_queries(local_layer, slot, prompt, prompt_lse)
                 # On every rank, refused or not: some scores are reduced over ranks.
                 if held.retention not in chosen:
                     chosen[held.retention] = self._select(layer, slot, prompt, prompt_lse)
@@ -291,6 +291,26 @@ class Prefill:
         self._write(local_layer, qkv, writes)
         # The pages just written and the layer's fresh keys and values exist side by side.
         self._shard.meter.see_prefill(self._kv_bytes(qkv), 0)
+
+    def _remember_queries(
+        self, local_layer: int, slot: int, prompt: QKV, lse: Tensor | None
+    ) -> None:
+        """Begin the slot's ring, if it has one, with the prompt's last queries.
+
+        `lse` is as for `_retain`.
+        """
+        shard, held = self._shard, self._shard.slots[slot]
+        normalisers, queries = None, prompt.q
+        if remembers_normalisers(held.retention):
+            assert held.retention.propagate is not None
+            # Of adjacent tokens; those before them did not all enter the layer.
+            recent = held.retention.propagate.recent_tokens(held.prompt_tokens)
+            queries = queries[-recent:]
+            if lse is None:
+                normalisers = shard.backend.normalisers(queries, prompt.k, shard.scale)
+            else:
+                normalisers = lse[-recent:]
+        shard.rings.store(slot, local_layer, queries, held.prompt_tokens, normalisers)
 
     def _remember(
         self,
