@@ -213,6 +213,9 @@ class Shard:
             hostname=hostname,
             pid=pid,
             log_file=log_file,
+            max_model_len=self.max_model_len,
+            ring_query_bytes=self.ring_query_bytes,
+            ring_normaliser_bytes=self.ring_normaliser_bytes,
         )
 
     def add(self, new: NewSequence) -> None:
