@@ -169,7 +169,10 @@ class TrimmedRows:
         num_queries = 1 + recent if self._stage.is_published else 1
         numbers = np.stack([fired, before[fired], start_L[fired], stop_L[fired], keep], axis=1)
         cuts = numbers[keep < candidates].tolist()
-        return [Trim(*(int(number) for number in cut), num_queries) for cut in cuts]
+        return [
+            Trim(layer, stored, start, stop, keep, num_queries)
+            for layer, stored, start, stop, keep in cuts
+        ]
 
     def _recent(self) -> int:
         """Tokens besides the last one that are not cut: `recent_ratio` of what layer 0 stores."""

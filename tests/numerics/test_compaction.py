@@ -269,7 +269,7 @@ def test_a_full_sequence_costs_no_ring(model: tuple[Any, Path]) -> None:
 def test_the_ledger_counts_the_bytes_of_a_ring(model: tuple[Any, Path]) -> None:
     """The published trigger's ring has room for all recent tokens there will be, and normalisers.
 
-    Layer 0 stores up to 115 tokens of such a text; a fifth of them and the last one are recent.
+    Layer 0 stores up to 119 tokens of such a text; a fifth of them and the last one are recent.
     """
     worker = make_worker(model[1])
     [prompt] = prompts([80])
