@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 from .engine_loop import EngineDeadError
-from .openai_api import ApiError
+from .openai_errors import ApiError
 from .openai_replies import ChoiceProgress, ReplyHead, check_served, chunk_choice, to_bytes, usage
 from .request import RequestOutput
 from .worker_died import WorkerDiedError

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .cli_help import App
 from .cli_options import Settings, with_settings
 
 if TYPE_CHECKING:
@@ -12,11 +13,7 @@ if TYPE_CHECKING:
     from saqqara.evaluation.haystack import Split
     from saqqara.evaluation.task import Task
 
-evaluation = typer.Typer(
-    help="Measure the quality of retention settings, beside full retention.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+evaluation = App(help="Measure the quality of retention settings, beside full retention.")
 
 eval_settings = with_settings(sampling=False, without=("retention", "budget"))
 
@@ -332,7 +329,7 @@ def report(
     from saqqara.evaluation.report import ReportPlan, run_report
     from saqqara.evaluation.summary import tables
 
-    from .cli_actions import console
+    from .tables import print_table
 
     seed = settings.config.seed
     plan = ReportPlan(
@@ -342,7 +339,7 @@ def report(
     results, page = run_report(settings.config, compared, plan, out)
     for result in results:
         for table in tables(result):
-            console().print(table)
+            print_table(table)
     typer.echo(page)
 
 
@@ -358,7 +355,7 @@ def _evaluate(
     from saqqara.evaluation.summary import tables
     from saqqara.evaluation.task import evaluate
 
-    from .cli_actions import console
+    from .tables import print_table
 
     if plot is not None:
         plots.check_plot_file(plot)
@@ -368,7 +365,7 @@ def _evaluate(
     if plot is not None:
         plots.save(plots.plot(result), plot)
     for table in tables(result):
-        console().print(table)
+        print_table(table)
 
 
 def _retentions(

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -22,12 +22,14 @@ from .engine_loop import EngineDeadError
 from .generation import Generation, Job
 from .http_io import EventStream, read_body, unless_disconnected
 from .openai_api import (
-    ApiError,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
+    read_object,
+    read_request,
 )
+from .openai_errors import ApiError
 from .openai_replies import ReplyHead, check_served, full_reply, to_bytes
 from .request import RequestOutput
 
@@ -98,10 +100,10 @@ class _Routes:
         body = await self._read(request, TokenizeRequest)
         self._generation.check_model(body.model)
         if body.messages is not None:
-            tokens = await self._generation.encode_chat(body.messages)
+            tokens = await self._generation.encode_chat(body.messages, body.chat_options())
         else:
             tokens = await self._generation.encode_text(
-                body.prompt or "", add_special_tokens=body.add_special_tokens
+                body.prompt or "", add_special_tokens=body.add_special_tokens is not False
             )
         return _json(
             {
@@ -205,10 +207,7 @@ class _Routes:
         """Let in who may come in, and read and check the body."""
         self._authorize(request)
         content = await read_body(request, self._generation.limits.max_body_bytes)
-        try:
-            return kind.model_validate_json(content)
-        except ValidationError as error:
-            raise ApiError.of(error) from None
+        return read_request(kind, read_object(content, "the body"))
 
     def _authorize(self, request: Request) -> None:
         if not self._keys.accepts(request.headers.get("authorization")):

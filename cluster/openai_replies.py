@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .openai_api import ApiError
+from .openai_errors import ApiError
 from .request import CompletionOutput, Logprob, RequestOutput
 from .tokenizer import BROKEN
 
@@ -14,13 +14,18 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ReplyHead:
-    """What every piece of one answer begins with, and how many best tokens it shows."""
+    """What every piece of one answer begins with, and what it shows of the tokens.
+
+    `num_logprobs` are the best tokens beside the sampled one; with `show_token_ids` the answer's
+    tokens have their ids, too.
+    """
 
     id: str
     created: int
     model: str
     is_chat: bool
     num_logprobs: int = 0
+    show_token_ids: bool = False
 
     def json(self, *, is_chunk: bool) -> Json:
         """The fields that come before `choices`."""
@@ -52,6 +57,8 @@ def full_reply(head: ReplyHead, outputs: Sequence[RequestOutput], num_choices: i
             if head.is_chat:
                 message = {"role": "assistant", "content": choice.text, "refusal": None}
                 content = {"message": message}
+            if head.show_token_ids:
+                content["token_ids"] = list(choice.token_ids)
             choices.append(_choice(index, content, logprobs, choice))
     return {**head.json(is_chunk=False), "choices": choices, "usage": usage(outputs)}
 
@@ -94,6 +101,8 @@ def usage(outputs: Iterable[RequestOutput]) -> Json:
 
 def check_served(output: RequestOutput) -> None:
     """Raise an `ApiError` if the engine gave a request up."""
+    if output.error_code == "computation_failed":
+        raise ApiError(500, output.error or "", None, output.error_code)
     if output.error is not None:
         raise ApiError(400, output.error, "prompt", "request_too_large")
     if any(choice.finish_reason == "abort" for choice in output.outputs):
@@ -122,7 +131,8 @@ def _logprobs(
         return None
     count = head.num_logprobs
     if head.is_chat:
-        return {"content": [_chat_entry(entry, count) for entry in entries], "refusal": None}
+        content = [_chat_entry(entry, count, head.show_token_ids) for entry in entries]
+        return {"content": content, "refusal": None}
     chosen = [_chosen(entry)[1] for entry in entries]
     offsets = []
     for token in chosen:
@@ -139,9 +149,11 @@ def _logprobs(
     }
 
 
-def _chat_entry(entry: Mapping[int, Logprob], count: int) -> Json:
+def _chat_entry(entry: Mapping[int, Logprob], count: int, show_token_id: bool) -> Json:
+    token_id, token = _chosen(entry)
     return {
-        **_chat_token(_chosen(entry)[1]),
+        **_chat_token(token),
+        **({"token_id": token_id} if show_token_id else {}),
         "top_logprobs": [_chat_token(token) for token in _best(entry, count)],
     }
 
