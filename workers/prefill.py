@@ -67,6 +67,7 @@ class Prefill:
         self._observer = Observer(shard)
         self._parked: dict[tuple[int, ...], ParkedPrefill] = {}
         self._layer_tokens = 0
+        self.watched: dict[tuple[int, int], list[Tensor]] | None = None  # `Worker.watch_positions`
 
     @property
     def parked_bytes(self) -> int:
@@ -289,11 +290,20 @@ class Prefill:
                     continue
                 indices, masses = chosen[held.retention]
                 self._remember(local_layer, slot, len(prompt.k), indices, masses)
+                if self.watched is not None:
+                    entered = parked.places.positions_T[start:stop]
+                    self.watched[slot, layer] = self._positions(entered, indices)
                 if slot not in self._shard.refused:
                     writes.append(PromptWrite(slot, start, stop - start, indices))
         self._write(local_layer, qkv, writes)
         # The pages just written and the layer's fresh keys and values exist side by side.
         self._shard.meter.see_prefill(self._kv_bytes(qkv), 0)
+
+    def _positions(self, entered: Tensor, indices: Selection) -> list[Tensor]:
+        """Positions in the prompt that each local kv head keeps of those that entered a layer."""
+        if indices is None:
+            return [entered] * len(self._shard.heads.kv)
+        return [entered[places] for places in indices]
 
     def _remember_queries(
         self, local_layer: int, slot: int, prompt: QKV, lse: Tensor | None
