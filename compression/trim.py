@@ -28,6 +28,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saqqara.configs.shown import shown
+
+from .bounds import check
 from .propagate import Propagate, part_of
 
 TRIGGERS = ("stored", "published")
@@ -62,12 +65,10 @@ class TrimStage:
     def __post_init__(self) -> None:
         if self.trigger not in TRIGGERS:
             raise ValueError(
-                f"decode.trigger: must be {' or '.join(map(repr, TRIGGERS))}, not {self.trigger!r}"
+                f"decode.trigger: must be {' or '.join(map(repr, TRIGGERS))}, not "
+                f"{shown(self.trigger)}"
             )
-        if type(self.exceed) is not int or self.exceed < 2:
-            raise ValueError(
-                f"decode.exceed: must be an integer of at least 2 (tokens), not {self.exceed!r}"
-            )
+        check("decode.exceed", self.exceed)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; `decode_stage.parse_stage` reads it back."""
@@ -130,7 +131,6 @@ class TrimmedRows:
         self._seen = prompt_tokens
         self._stored: NDArray[np.int64] = np.array(stored, dtype=np.int64)
         self._mark = self._stored.copy()
-        self._kept_LC = _kept_table(stage, len(stored))
 
     def copy(self) -> "TrimmedRows":
         """Another one that goes its own way from here."""
@@ -163,7 +163,7 @@ class TrimmedRows:
             fires_L &= start_L >= self._propagate.sinks
         fired = np.flatnonzero(fires_L)
         candidates = (stop_L - start_L)[fired]
-        keep = self._kept_LC[fired, candidates]
+        keep = self._keep(fired, candidates)
         self._stored[fired] -= candidates - keep
         self._mark[fired] = self._stored[fired] - (recent if self._stage.is_published else 0)
         num_queries = 1 + recent if self._stage.is_published else 1
@@ -173,6 +173,12 @@ class TrimmedRows:
             Trim(layer, stored, start, stop, keep, num_queries)
             for layer, stored, start, stop, keep in cuts
         ]
+
+    def _keep(self, layers: NDArray[np.int64], candidates: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many of its candidates each of some layers keeps."""
+        pairs = zip(layers.tolist(), candidates.tolist(), strict=True)
+        kept = [_kept(self._stage, layer, len(self._stored), count) for layer, count in pairs]
+        return np.array(kept, dtype=np.int64)
 
     def _recent(self) -> int:
         """Tokens besides the last one that are not cut: `recent_ratio` of what layer 0 stores."""
@@ -211,18 +217,11 @@ def most_queries(
     return most
 
 
+@lru_cache(maxsize=65536)
+def _kept(stage: TrimStage, layer: int, num_layers: int, candidates: int) -> int:
+    return stage.kept(layer, num_layers, candidates)
+
+
 def _recent(propagate: Propagate, stored: int) -> int:
     """`recent_ratio` of what layer 0 stores; the last token is none of them."""
     return min(part_of(propagate.recent_ratio, stored), stored - 1)
-
-
-@lru_cache(maxsize=64)
-def _kept_table(stage: TrimStage, num_layers: int) -> NDArray[np.int64]:
-    """`TrimStage.kept` of each layer and number of candidates, int64 [L, exceed + 1]."""
-    table = [
-        [stage.kept(layer, num_layers, count) for count in range(stage.exceed + 1)]
-        for layer in range(num_layers)
-    ]
-    kept: NDArray[np.int64] = np.array(table, dtype=np.int64)
-    kept.setflags(write=False)
-    return kept
