@@ -30,6 +30,7 @@ from .attention.base import get_backend
 from .clock import StepClock
 from .device_decode import graph_bytes
 from .faults import Faults
+from .host_memory import check_threads
 from .kv.store import KVStore
 from .layout import MeshLayout, head_shard, layer_split
 from .mass_sums import MassSums
@@ -76,6 +77,7 @@ class Shard:
         self, config: WorkerSettings, layout: MeshLayout, rank: int, store: tuple[str, int] | None
     ) -> None:
         if config.num_threads is not None:
+            check_threads(config.num_threads)
             torch.set_num_threads(config.num_threads)
         self.config = config
         self.spec = load_spec(config.model)
