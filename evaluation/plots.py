@@ -62,7 +62,7 @@ def png(figure: Figure) -> bytes:
 def distinct_colours(count: int) -> list[str]:
     """So many colours, none twice, as `#rrggbb`: those of a list, else steps around the wheel."""
     for name in LARGEST_LISTS:
-        listed = [to_hex(colour) for colour in colormaps[name].colors]
+        listed = [to_hex(colour) for colour in map(colormaps[name], range(colormaps[name].N))]
         if count <= len(listed):
             return listed[:count]
     # Neighbours in a legend differ in lightness, too.
