@@ -21,7 +21,6 @@ ratio of the longest to the shortest length, and the exponent `e` of a fit `valu
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from rich.table import Table
 from stepped import SteppedEngine
 
 from saqqara.cluster.tables import print_table
+from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.plots import distinct_colours
 from saqqara.evaluation.throughput import MIB, Workload
@@ -282,7 +282,7 @@ def main() -> None:
             "results": summary,
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json_text(report, indent=2) + "\n", encoding="utf-8")
     if options.plot is not None:
         plot(options.plot, summary)
     for length in set(options.lengths) - set(lengths):

@@ -49,6 +49,7 @@ from saqqara.cluster.tables import print_table
 from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.compression.decode_stage import DecodeStage, cycle_of
 from saqqara.compression.retention import Retention
+from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.plots import distinct_colours
 from saqqara.evaluation.throughput import MIB, Workload
@@ -374,7 +375,7 @@ def run(options: argparse.Namespace, model: str, spec: ModelSpec) -> list[Outcom
             assert answer is not None
             if options.answer is not None:
                 saved = {"prompt": list(prompt), "tokens": answer}
-                options.answer.write_text(json.dumps(saved), encoding="utf-8")
+                options.answer.write_text(json_text(saved), encoding="utf-8")
         task = bar.add_task("all are fed its tokens", total=options.new_tokens)
         scores: dict[str, ScoreOutput] = {}
         for done in bench.feed(prompt, answer, retentions):
@@ -439,7 +440,7 @@ def main() -> None:
             "results": [asdict(one) for one in results],
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
     if options.plot is not None:
         plot(options.plot, results)
     print_table(table(results, options.prompt_tokens, options.new_tokens))
