@@ -42,6 +42,7 @@ from stepped import SteppedEngine
 from saqqara.cluster.tables import print_table
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
+from saqqara.evaluation.plots import distinct_colours
 from saqqara.evaluation.throughput import MIB, Workload
 from saqqara.workers.models.demo import fetch_demo_model
 from saqqara.workers.models.spec import load_spec
@@ -172,11 +173,18 @@ def plot(path: Path, summary: dict[str, Any]) -> None:
     )
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 4))
     for axis, (name, unit, label, scale) in zip(axes, panels, strict=True):
-        for setting, figures in summary.items():
+        colours = distinct_colours(len(summary))
+        for colour, (setting, figures) in zip(colours, summary.items(), strict=True):
             lengths, values = figures["prompt_tokens"], figures[name]
             middle, low, high = (np.array(values[key]) * unit for key in ("median", "low", "high"))
             axis.errorbar(
-                lengths, middle, [middle - low, high - middle], marker="o", capsize=3, label=setting
+                lengths,
+                middle,
+                [middle - low, high - middle],
+                color=colour,
+                marker="o",
+                capsize=3,
+                label=setting,
             )
         axis.set_xscale("log", base=2)
         axis.set_yscale(scale)

@@ -51,6 +51,7 @@ from saqqara.compression.decode_stage import DecodeStage, cycle_of
 from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
+from saqqara.evaluation.plots import distinct_colours
 from saqqara.evaluation.throughput import MIB, Workload
 from saqqara.workers.models.demo import fetch_demo_model
 from saqqara.workers.models.spec import ModelSpec, load_spec
@@ -315,7 +316,7 @@ def table(results: Sequence[Outcome], prompt_tokens: int, new_tokens: int) -> Ta
 def plot(path: Path, results: Sequence[Outcome]) -> None:
     """Mean row length by fed tokens (logarithmic), and agreement with full, in like colours."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    colours = plt.get_cmap("tab20")(np.arange(len(results)) % 20)
+    colours = distinct_colours(len(results))
     for one, colour in zip(results, colours, strict=True):
         fed = EVERY * np.arange(1, len(one.mean_lengths) + 1)
         left.plot(fed, one.mean_lengths, color=colour, linewidth=1.2)
