@@ -25,9 +25,9 @@ def test_there_are_presets() -> None:
 def test_presets_are_valid_serve_config_files(name: str) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    args, http = read_serve_file(name)
-    served_engine(serve_config(args))
-    assert http["host"] == "127.0.0.1"
+    file = read_serve_file(name)
+    served_engine(serve_config(file.args))
+    assert (file.http["host"], file.name, file.route_prefix) == ("127.0.0.1", "saqqara", "/")
     content = yaml.safe_load((CONFIG_DIR / "serve" / f"{name}.yaml").read_text())
     assert content["applications"][0]["import_path"] == "saqqara.cluster.serve:build_app"
     ServeDeploySchema.model_validate(content)
