@@ -1,9 +1,11 @@
 # Everything runs from the project's own environment, .venv, which the first target that needs it
-# makes. PYTHON chooses the interpreter it is made with: make test PYTHON=python3.12
+# makes. PYTHON chooses the interpreter it is made with, VENV another place for it:
+# make test PYTHON=python3.12 VENV=/tmp/saqqara-3.12
 
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check prove soak gpu-check format dashboards validate-manifests clean
@@ -58,7 +60,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Saqqara needs Python \
 	3.11 or newer, this is %d.%d; choose another one: make PYTHON=python3.12" \
 	% sys.version_info[:2])'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,serve]'
 	@touch $@

@@ -19,9 +19,9 @@ import matplotlib
 matplotlib.use("Agg")
 from local_ray import RayHead, environment, ray_head, show
 from matplotlib import pyplot as plt
-from rich.console import Console
 
 from saqqara.cluster.batch_summary import MIB, BatchSummary, summary_table
+from saqqara.cluster.tables import print_table
 from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.evaluation.agreement import Agreement, compare_results
 
@@ -124,7 +124,7 @@ def report(folder: Path, summaries: list[BatchSummary], agreement: Agreement) ->
     """Print one table for both jobs; leave it as JSON and as a picture."""
     extra = [(label, ["-", *cells]) for label, cells in agreement.cells()]
     print()
-    Console(width=100).print(summary_table(summaries, extra))
+    print_table(summary_table(summaries, extra))
     data = {s.title: s.model_dump(mode="json") for s in summaries}
     data["agreement"] = agreement.to_dict()
     (folder / "summary.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -23,7 +23,6 @@ ratio of the longest to the shortest length, and the exponent `e` of a fit `valu
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from rich.progress import Progress
 from rich.table import Table
 from stepped import SteppedEngine
 
+from saqqara.cluster.tables import print_table
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.throughput import MIB, Workload
 from saqqara.workers.models.demo import fetch_demo_model
@@ -277,10 +277,9 @@ def main() -> None:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if options.plot is not None:
         plot(options.plot, summary)
-    console = Console(width=None if sys.stdout.isatty() else 120)
     for length in set(options.lengths) - set(lengths):
-        console.print(f"{length} prompt tokens were cut to {lengths[-1]}: the context is full then")
-    console.print(table(summary, options.prompts, options.new_tokens))
+        print(f"{length} prompt tokens were cut to {lengths[-1]}: the context is full then")
+    print_table(table(summary, options.prompts, options.new_tokens))
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 from peer_process import environment
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from saqqara.cluster.tables import print_table
 from saqqara.compression.observation import Observation
 from saqqara.compression.registry import score_method
 from saqqara.compression.retention import Retention
@@ -268,7 +268,7 @@ def main() -> int:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"settings": settings, "results": [asdict(r) for r in results]}, indent=1)
         given.json.write_text(text + "\n", encoding="utf-8")
-    Console(width=None if sys.stdout.isatty() else 140).print(table_of(results))
+    print_table(table_of(results))
     return 1 if any(one.far_tokens for one in results) else 0
 
 

@@ -26,7 +26,6 @@ for another run: it is read where it exists and fits, and written otherwise.
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -46,6 +45,7 @@ from rich.table import Table
 
 from saqqara.cluster.engine import Engine, LocalExecutor
 from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput
+from saqqara.cluster.tables import print_table
 from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.compression.decode_stage import DecodeStage, cycle_of
 from saqqara.compression.retention import Retention
@@ -441,8 +441,7 @@ def main() -> None:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot is not None:
         plot(options.plot, results)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table(results, options.prompt_tokens, options.new_tokens))
+    print_table(table(results, options.prompt_tokens, options.new_tokens))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from typing import Any
 
 from peer_process import EngineFailedError, EngineProcess, EngineSpec
 from peer_report import Sample, plot, summarise, tables
-from rich.console import Console
 
+from saqqara.cluster.tables import print_table
 from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation import throughput
@@ -317,11 +317,10 @@ def main() -> int:
     if given.plot is not None:
         given.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(given.plot, result)
-    console = Console(width=None if sys.stdout.isatty() else 140)
     for table in tables(result):
-        console.print(table)
+        print_table(table)
     for name, reason in run.failures.items():
-        console.print(f"{name}: {reason}", highlight=False, markup=False)
+        print(f"{name}: {reason}")
     return 1 if any(not reason.startswith("missing") for reason in run.failures.values()) else 0
 
 

@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from saqqara.cluster.request import SamplingParams
 from saqqara.cluster.scheduler import Scheduler
 from saqqara.cluster.sequence import Request
+from saqqara.cluster.tables import print_table
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import (
     KeptCounts,
@@ -153,7 +153,7 @@ def main() -> None:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
         table.add_row(*(f"{value:,.0f}" for value in row.values()))
-    Console().print(table)
+    print_table(table)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 from local_server import LocalServer, local_server
-from rich.console import Console
 from rich.table import Table
 
 from saqqara.cluster.client import EngineRequest, LocalClient
 from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.tables import print_table
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.demo import fetch_demo_model
 from saqqara.workers.models.spec import load_spec
@@ -57,7 +57,7 @@ def main() -> int:
             result = measure(offline, server, config, arguments)
     finally:
         offline.shutdown()
-    Console(width=100).print(table(result))
+    print_table(table(result))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

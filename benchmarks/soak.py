@@ -22,9 +22,9 @@ from typing import Any
 
 import matplotlib as mpl
 from local_server import LocalServer, local_server
-from rich.console import Console
 from rich.table import Table
 
+from saqqara.cluster.tables import print_table
 from saqqara.workers.models.demo import fetch_demo_model
 
 mpl.use("agg")
@@ -208,7 +208,7 @@ def report(result: dict[str, Any], folder: Path) -> None:
     table.add_row("pages free", pages)
     for name, holds in result["checks"].items():
         table.add_row(name, "yes" if holds else "NO")
-    Console(width=100).print(table)
+    print_table(table)
     (folder / "soak.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     figure, axes = plt.subplots(figsize=(8, 3.5))
     axes.plot(

@@ -21,7 +21,6 @@ run whose parts are timed, which takes some time of its own.
 import argparse
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -35,6 +34,7 @@ from rich.progress import Progress
 from rich.table import Table
 from stepped import Run, SteppedEngine
 
+from saqqara.cluster.tables import print_table
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.profile import Row, profile_table
@@ -249,13 +249,12 @@ def main() -> None:
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(profile_table(list(result.profile)))
+    print_table(profile_table(list(result.profile)))
     title = (
         f"Decode step of {options.prompts} sequences, {METHOD} {options.budget}, "
         f"{options.threads} threads"
     )
-    console.print(table(result, title))
+    print_table(table(result, title))
 
 
 if __name__ == "__main__":

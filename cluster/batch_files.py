@@ -1,4 +1,4 @@
-"""The files of a batch job: input lines, results that survive a kill, and what they were made with.
+"""The results of a batch job: a file that survives a kill, and what its rows were made with.
 
 Beside `results.jsonl` stands `results.jsonl.job.json`, written before the first result: it says
 which input, model, retention and sampling the results belong to, so that a resumed job cannot mix
@@ -6,193 +6,234 @@ results of different settings.
 """
 
 import fcntl
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
-from saqqara.compression.retention import Retention
-from saqqara.configs.schema import EngineConfig
-
-from .batch_input import BadLine, Row, RowParser
+from .batch_fingerprint import difference
 from .batch_output import Record
-from .request import SamplingParams
 
-# Settings of the engine that change what the answers are (retention and budget are added resolved).
-ANSWER_SETTINGS = ("tokenizer", "load_format", "dtype", "seed", "max_model_len")
-
-
-@dataclass(frozen=True, slots=True)
-class InputSummary:
-    """What one pass over the input file tells: its hash and how many lines are not blank."""
-
-    sha256: str
-    num_rows: int
-
-
-def scan_input(path: Path) -> InputSummary:
-    """Hash the input and count its rows.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    digest, num_rows = hashlib.sha256(), 0
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                digest.update(line)
-                num_rows += bool(line.strip())
-    except OSError as error:
-        raise ValueError(f"input: cannot read {path}: {error.strerror}") from None
-    return InputSummary(digest.hexdigest(), num_rows)
-
-
-def read_rows(path: Path, parser: RowParser) -> Iterator[Row | BadLine]:
-    """Rows of the input in order, one at a time; blank lines are left out.
-
-    Of lines with the same `custom_id` the first one counts.
-    """
-    first_line: dict[str, int] = {}
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            row = _parse(parser, number, raw)
-            if row.custom_id is not None and row.custom_id in first_line:
-                first = first_line[row.custom_id]
-                message = f"custom_id {row.custom_id!r} is already that of line {first}"
-                row = BadLine(number, row.custom_id, row.url, message, "custom_id")
-            elif row.custom_id is not None:
-                first_line[row.custom_id] = number
-            yield row
-
-
-def _parse(parser: RowParser, number: int, raw: bytes) -> Row | BadLine:
-    try:
-        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        return BadLine(number, None, None, f"not UTF-8: byte {error.start + 1} of the line")
-    return parser.parse(number, text)
-
-
-def fingerprint(
-    config: EngineConfig, sampling: SamplingParams, input_sha256: str, return_token_ids: bool
-) -> dict[str, Any]:
-    """Everything that the results depend on, as flat JSON values."""
-    local = Path(config.model)
-    retention = Retention.parse(config.retention, config.budget)
-    settings: dict[str, Any] = {
-        "input_sha256": input_sha256,
-        "model": str(local.resolve()) if local.exists() else config.model,
-        "return_token_ids": return_token_ids,
-    }
-    settings |= {name: getattr(config, name) for name in ANSWER_SETTINGS}
-    settings |= {f"retention.{k}": v for k, v in retention.to_dict().items()}
-    settings |= {f"sampling.{k}": v for k, v in sampling.model_dump().items()}
-    plain: dict[str, Any] = json.loads(json.dumps(settings))  # tuples as they will be read back
-    return plain
+FORMAT = 2  # of the settings beside the results
 
 
 class ResultFile:
     """The output of a job: appended to, one whole line per row, by one process at a time.
 
-    Opening it cuts off a torn last line and finds the input lines that are already answered
-    (`done`). With `overwrite` it starts anew.
+    Opening it takes the file's lock, `resume` finds what is there, and `begin` comes before the
+    first `write`.
+
+    Args:
+        path: the file.
+        overwrite: `begin` starts the file anew; until then what was there stays.
+
+    Attributes:
+        done: input lines that have a record.
+        num_errors: how many of those are error records.
 
     Raises:
-        ValueError: the file belongs to a job with other settings or to none, or another process
-            is writing it.
+        ValueError: the file cannot be written, or another process is writing it.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
         self.path = path
         self.sidecar = path.with_name(path.name + ".job.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = path.open("a+b")
+        self.done: set[int] = set()
+        self.num_errors = 0
+        self._overwrite = overwrite
+        self._settings: dict[str, Any] = {}
+        self._before: dict[str, Any] = {}
+        self._file = self._open()
         try:
             self._lock()
-            if overwrite:
-                self._file.truncate(0)
-            else:
-                self._check_settings(settings)
-            self.done = self._recover()
-            write_json(self.sidecar, {"settings": dict(settings)})
         except BaseException:
             self._file.close()
             raise
 
+    def resume(self, settings: Mapping[str, Any]) -> None:
+        """Find the input lines that are already answered, and cut off a torn last line.
+
+        Args:
+            settings: what the job's results depend on.
+
+        Raises:
+            ValueError: the file belongs to a job with other settings, or to none.
+        """
+        self._settings = dict(settings)
+        if not self._overwrite:
+            self._check_settings()
+            self._recover()
+
+    def begin(self, resolved: Mapping[str, str]) -> None:
+        """Start writing, now that the engine is up.
+
+        Args:
+            resolved: what the engine's `auto` settings have come to.
+
+        Raises:
+            ValueError: they have come to something else than for the results that are there.
+        """
+        before = self._before.get("resolved") or {}
+        if before and resolved and (changed := difference(before, resolved)) is not None:
+            raise ValueError(
+                f"output: {self.path} holds results of another kind of machine: {changed}; set it "
+                "as it was to resume, or start anew with --overwrite"
+            )
+        if self._overwrite:
+            self._file.truncate(0)
+        data = {"format": FORMAT, "settings": self._settings, "resolved": dict(resolved) or before}
+        write_json(self.sidecar, data)
+
     def write(self, record: Record) -> None:
-        """Append one record and hand it to the operating system at once."""
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        """Append one record and hand it to the operating system at once.
+
+        Raises:
+            RuntimeError: the disk does not take it; what is there is whole lines.
+        """
+        data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        start = os.fstat(self._file.fileno()).st_size
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[self._file.write(view) or 0 :]
+        except OSError as error:
+            with suppress(OSError):  # else the next run cuts the torn line off
+                self._file.truncate(start)
+            raise _cannot_write(self.path, error, self._resume_hint()) from None
         self.done.add(int(record["line"]))
+        self.num_errors += record["error"] is not None
+
+    def sync(self) -> None:
+        """Make sure everything is on disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _cannot_write(self.path, error, self._resume_hint()) from None
 
     def close(self) -> None:
         """Make sure everything is on disk, and let go of the file."""
-        if not self._file.closed:
-            os.fsync(self._file.fileno())
+        if self._file.closed:
+            return
+        try:
+            self.sync()
+        finally:
             self._file.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except RuntimeError:
+            if kind is None:  # else: that error came first
+                raise
+
+    def _resume_hint(self) -> str:
+        return f"{len(self.done)} rows are there; the same command goes on from them"
+
+    def _open(self) -> FileIO:
+        if self.path.suffix == ".gz":
+            raise ValueError(
+                f"output: {self.path} cannot be packed: a killed job could not go on from it; "
+                "leave .gz off and pack it afterwards"
+            )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and not stat.S_ISREG(self.path.stat().st_mode):
+                kind = "a folder" if self.path.is_dir() else "a pipe or a device"
+                raise ValueError(f"output: {self.path} is {kind}; it must be a file")
+            return FileIO(self.path, "a")
+        except OSError as error:
+            raise ValueError(f"output: cannot write {self.path}: {error.strerror}") from None
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"output: another job is writing {self.path}") from None
+        except OSError as error:
+            raise ValueError(
+                f"output: cannot lock {self.path}: {error.strerror}; choose a folder whose file "
+                "system has locks"
+            ) from None
 
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+    def _check_settings(self) -> None:
         if os.fstat(self._file.fileno()).st_size == 0:
             return
-        if not self.sidecar.exists():
+        self._before = self._read_sidecar()
+        changed = difference(self._before["settings"], self._settings)
+        if changed is not None:
+            raise ValueError(
+                f"output: {self.path} holds results of other settings: {changed}; "
+                "repeat the old settings to resume, or start anew with --overwrite"
+            )
+
+    def _read_sidecar(self) -> dict[str, Any]:
+        try:
+            data = json.loads(self.sidecar.read_text(encoding="utf-8"))
+        except FileNotFoundError:
             raise ValueError(
                 f"output: {self.path} exists and is not a batch job's (no {self.sidecar.name}); "
                 "choose another file, or --overwrite it"
+            ) from None
+        except OSError as error:
+            raise ValueError(f"output: cannot read {self.sidecar}: {error.strerror}") from None
+        except ValueError:
+            data = None
+        if not isinstance(data, dict) or not isinstance(data.get("settings"), dict):
+            raise ValueError(
+                f"output: {self.sidecar} is damaged, so nothing says what {self.path} was made "
+                "with; start anew with --overwrite, or choose another file"
             )
-        before: dict[str, Any] = json.loads(self.sidecar.read_text(encoding="utf-8"))["settings"]
-        for key in sorted(before.keys() | settings.keys()):
-            old, new = before.get(key), settings.get(key)
-            if old != new:
-                what = (
-                    "the input file has changed"
-                    if key == "input_sha256"
-                    else (f"{key} was {old!r} and is now {new!r}")
-                )
-                raise ValueError(
-                    f"output: {self.path} holds results of other settings: {what}; "
-                    "repeat the old settings to resume, or start anew with --overwrite"
-                )
+        if data.get("format") != FORMAT:
+            raise ValueError(
+                f"output: {self.path} was written by another version of Saqqara; finish it with "
+                "that, start anew with --overwrite, or choose another file"
+            )
+        return data
 
-    def _recover(self) -> set[int]:
-        """Cut off a torn last line; the input lines that have a record."""
-        self._file.seek(0)
-        done: set[int] = set()
+    def _recover(self) -> None:
+        """Find the input lines that have a record, and cut off a torn last line."""
         end = 0
-        for number, raw in enumerate(self._file, start=1):
-            if not raw.endswith(b"\n"):
-                break
-            try:
-                done.add(int(json.loads(raw)["line"]))
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"output: line {number} of {self.path} is no batch result; the file is "
-                    "damaged, start anew with --overwrite"
-                ) from None
-            end += len(raw)
+        with self.path.open("rb") as written:
+            for number, raw in enumerate(written, start=1):
+                if not raw.endswith(b"\n"):
+                    break
+                try:
+                    record = json.loads(raw)
+                    self.done.add(int(record["line"]))
+                    self.num_errors += record["error"] is not None
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(
+                        f"output: line {number} of {self.path} is no batch result; the file is "
+                        "damaged, start anew with --overwrite"
+                    ) from None
+                end += len(raw)
         self._file.truncate(end)
-        return done
+
+
+def _cannot_write(path: Path, error: OSError, hint: str = "") -> RuntimeError:
+    return RuntimeError(f"cannot write {path}: {error.strerror}" + (f"; {hint}" if hint else ""))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file that is either there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a JSON file that is either there as a whole or not at all.
+
+    Raises:
+        RuntimeError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from None

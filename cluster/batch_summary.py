@@ -17,6 +17,7 @@ class BatchSummary(BaseModel):
         rows: lines of the input that are not blank.
         answered, errors: records written by this run, with a result and with an error.
         resumed: records that an earlier run of the same job had already written.
+        resumed_errors: how many of those are error records.
         wall_seconds: from the first request to the last record, without the engine's start.
         start_seconds: how long the engine took to start.
         integrity: `ok`, or what is wrong with the ownership of pages at the end.
@@ -34,6 +35,7 @@ class BatchSummary(BaseModel):
     answered: int
     errors: int
     resumed: int
+    resumed_errors: int = 0
     wall_seconds: float
     start_seconds: float
     integrity: str | None
@@ -45,9 +47,20 @@ class BatchSummary(BaseModel):
         return self.answered + self.errors + self.resumed == self.rows
 
     @property
+    def all_errors(self) -> int:
+        """Error records in the output, whoever wrote them."""
+        return self.errors + self.resumed_errors
+
+    @property
     def title(self) -> str:
         """Retention and budget, to tell jobs apart."""
         return self.retention if self.budget is None else f"{self.retention} {self.budget}"
+
+
+def all_there(summary: BatchSummary) -> str:
+    """One line for a job that an earlier run had finished."""
+    errors = f", {summary.resumed_errors} of them errors" if summary.resumed_errors else ""
+    return f"all {summary.rows} rows are there{errors}: {summary.output}"
 
 
 def integrity_of(report: EngineReport, proved: bool) -> str:

@@ -1,7 +1,7 @@
-"""The command line: `saqqara {generate,batch,serve,bench,eval,fetch-demo-model,version}`.
+"""The command line: `saqqara {generate,batch,serve,methods,bench,eval,fetch-demo-model,version}`.
 
-Exit codes: 0 done, 1 something failed, 2 the user's input is wrong (one line says what), 130
-interrupted.
+Exit codes: 0 done, 1 something failed, 2 the user's input is wrong (one line says what), 3 rows
+have errors (`batch --fail-on-errors`), 128 + n ended by signal n (130: Ctrl-C).
 """
 
 import logging
@@ -14,25 +14,33 @@ import typer
 from saqqara import __version__
 
 from .cli_eval import evaluation
+from .cli_help import App
 from .cli_options import Settings, errors_in_one_line, with_settings
 
 logger = logging.getLogger("saqqara")
 
-app = typer.Typer(
-    name="saqqara",
-    help="Inference for large language models on Ray, with pyramid KV retention.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its tables cut long flags short
+app = App(
+    name="saqqara", help="Inference for large language models on Ray, with pyramid KV retention."
 )
-bench = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich_markup_mode=None)
+bench = App(help="Measure speed and memory.")
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"saqqara {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and end.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
     log_level: Annotated[
         str, typer.Option(help="debug, info, warning or error; debug also shows tracebacks.")
     ] = "info",
@@ -75,11 +83,19 @@ def generate(
 @with_settings()
 def batch(
     input_file: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="JSONL of prompts, chats or OpenAI batch lines.")
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help="JSONL of prompts, chats or OpenAI batch lines, gzip too; -: standard input.",
+        ),
     ],
     output: Annotated[Path, typer.Option(help="JSONL of results; resumed if it is there.")],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew instead of resuming.")
+        bool,
+        typer.Option("--overwrite", help="Start anew instead of resuming, once the engine is up."),
+    ] = False,
+    fail_on_errors: Annotated[
+        bool, typer.Option("--fail-on-errors", help="Exit with 3 if a row has an error record.")
     ] = False,
     max_in_flight: Annotated[
         int | None,
@@ -98,7 +114,11 @@ def batch(
     *,
     settings: Settings,
 ) -> None:
-    """Answer every line of a file; the same command again resumes after a kill."""
+    """Answer every line of a file; the same command again resumes after a kill.
+
+    A signal (SIGTERM, Ctrl-C, `ray job stop`) ends it with what is finished on disk and the exit
+    code 128 + signal; a second one at once.
+    """
     from .cli_actions import run_and_summarise
     from .jobs import BatchJob
 
@@ -111,8 +131,8 @@ def batch(
         max_in_flight=max_in_flight,
         overwrite=overwrite,
     )
-    if not run_and_summarise(job, summary, compare):
-        raise typer.Exit(1)
+    if code := run_and_summarise(job, summary, compare, fail_on_errors=fail_on_errors):
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -228,6 +248,25 @@ def profile(
 
     workload = Workload(None, num_requests, prompt_tokens, new_tokens)
     bench_profile(settings.config, workload, trace)
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the retention methods: what each keeps, needs and costs."""
+    import json
+
+    from saqqara.compression.methods import method_table
+
+    from .cli_methods import print_methods
+
+    with errors_in_one_line():
+        rows = method_table()
+        if as_json:
+            typer.echo(json.dumps({row.name: row.to_dict() for row in rows}, indent=2))
+        else:
+            print_methods(rows)
 
 
 @app.command()

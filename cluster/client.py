@@ -15,11 +15,13 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 from saqqara.workers.plan import WorkerInfo
 
+from .chat_template import ChatOptions
 from .engine import Engine, EngineReport, Executor, LocalExecutor
 from .engine_loop import EngineDeadError, EngineLoop
 from .metrics import Sink
 from .report import BatchRows
 from .request import RequestOutput, SamplingParams, ScoreOutput
+from .sequence import ContextLengthError
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -41,7 +43,8 @@ class EngineRequest:
     this request. With `score_continuation` nothing is generated: its tokens are scored after the
     prompt, and the result is a `ScoreOutput`; of the sampling parameters only `logprobs` counts,
     and with `token_by_token` each token is fed in a decode step of its own. With `stream`, `poll`
-    also returns the request's unfinished outputs.
+    also returns the request's unfinished outputs. With `must_fit` a `max_tokens` that the context
+    has no room for is refused. `chat_options` say how `messages` are written.
     """
 
     request_id: str
@@ -55,6 +58,8 @@ class EngineRequest:
     score_continuation: str | tuple[int, ...] | None = None
     token_by_token: bool = False
     stream: bool = False
+    must_fit: bool = False
+    chat_options: ChatOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ class Rejection:
 
     request_id: str
     error: str
+    is_too_long: bool = False  # the context has no room for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +156,8 @@ class LocalClient:
         metrics_host: str = "127.0.0.1",
     ) -> None:
         started = time.monotonic()
+        spec = load_spec(config.model)  # first, since it says best what is wrong with a folder
         tokenizer = Tokenizer.load(config.tokenizer or config.model)
-        spec = load_spec(config.model)
         executor = executor or LocalExecutor(config)
         try:
             self._engine = Engine(config, executor, tokenizer, spec, sinks=sinks)
@@ -229,6 +235,8 @@ class LocalClient:
                     budget=request.budget,
                     priority=request.priority,
                     stream=request.stream,
+                    must_fit=request.must_fit,
+                    chat_options=request.chat_options,
                 )
             else:
                 self._engine.add_score_request(
@@ -243,5 +251,6 @@ class LocalClient:
                     token_by_token=request.token_by_token,
                 )
         except ValueError as error:
-            return Rejection(request.request_id, str(error))
+            is_too_long = isinstance(error, ContextLengthError)
+            return Rejection(request.request_id, str(error), is_too_long)
         return None

@@ -6,8 +6,11 @@ replica's placement group, so removing the group ends everything, however it got
 
 import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,18 +51,31 @@ def connect(address: str | None = None) -> bool:
         return False
     # Ray says that a future version will leave CUDA_VISIBLE_DEVICES alone for actors without GPU.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is not None or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, log_to_driver=False)
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
-    return True
+    with _own_sigterm_handler():
+        if address is not None or os.environ.get("RAY_ADDRESS"):
+            ray.init(address=address, log_to_driver=False)
+            return False
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            address="local",
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+        return True
+
+
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Keep our own handler of SIGTERM, if there is one: `ray.init` puts its in its place."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        own = callable(handler) and threading.current_thread() is threading.main_thread()
+        if own:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def start_controller(

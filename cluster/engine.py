@@ -1,6 +1,7 @@
 """The engine: requests in, outputs out, one step at a time."""
 
 import hashlib
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -13,17 +14,28 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
+from .chat_template import ChatOptions
 from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .metrics import PrometheusSink, Sink
 from .output import Choice, RequestState
 from .report import BatchRows, EngineReport
-from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
+from .request import (
+    RequestOutput,
+    SamplingParams,
+    ScoreOutput,
+    derived_seed,
+    scoring_params,
+)
 from .scheduler import Scheduler
-from .sequence import Request
+from .sequence import Request, check_room
 from .stats import EngineStats
 from .tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["Engine", "EngineReport", "Executor", "LocalExecutor"]
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | Many[int]
 ChatMessages = Many[Mapping[str, Any]]
@@ -100,6 +112,7 @@ class Engine:
 
     Attributes:
         metrics: the Prometheus side of the engine's metrics, which can serve them over HTTP.
+        vocab_size: the model's tokens are below it.
 
     Raises:
         ValueError: `retention`, `budget` or `max_model_len` does not fit the model.
@@ -135,8 +148,8 @@ class Engine:
         )
         self._executor = executor
         self._tokenizer = tokenizer
-        self._vocab_size = spec.vocab_size
-        self._eos_token_ids = tuple(sorted({*spec.eos_token_ids, *tokenizer.eos_token_ids}))
+        self.vocab_size = spec.vocab_size
+        self._eos_token_ids = known_eos(spec, tokenizer)
         self._stats = EngineStats(
             config.model, self.retention.label, executor.workers, [self.metrics, *sinks]
         )
@@ -158,6 +171,8 @@ class Engine:
         budget: int | str | None = None,
         priority: int = 0,
         stream: bool = True,
+        must_fit: bool = False,
+        chat_options: ChatOptions | None = None,
     ) -> None:
         """Queue a request.
 
@@ -170,18 +185,15 @@ class Engine:
             budget: overrides the retention's.
             priority: a lower one goes first.
             stream: let `step` also return the request's unfinished outputs.
+            must_fit: refuse a `max_tokens` that the context has no room for, rather than end there.
+            chat_options: how `messages` are written.
 
         Raises:
             ValueError: the request cannot be served; nothing else has changed.
         """
         sampling = sampling_params or SamplingParams()
-        for token_id in sampling.logit_bias or ():
-            if token_id >= self._vocab_size:
-                raise ValueError(
-                    f"logit_bias: {token_id} is no token of the model; they are 0 to "
-                    f"{self._vocab_size - 1}"
-                )
-        token_ids = self._tokenize("prompt", prompt, messages)
+        sampling.check_vocabulary(self.vocab_size)
+        token_ids = self._tokenize("prompt", prompt, messages, chat_options)
         request = Request(
             request_id=request_id,
             prompt_token_ids=self._truncate(token_ids, sampling),
@@ -191,6 +203,9 @@ class Engine:
             arrival_time=self._now(),
             prompt=prompt if isinstance(prompt, str) else None,
         )
+        if must_fit:
+            num_tokens = len(request.prompt_token_ids)
+            check_room(num_tokens, sampling.max_tokens, self.scheduler.max_model_len)
         self._add(request, sampling, stream)
 
     def add_score_request(
@@ -217,7 +232,11 @@ class Engine:
             ValueError: the request cannot be served; nothing else has changed.
         """
         if isinstance(continuation, str):
-            continuation = self._tokenizer.encode(continuation, add_special_tokens=False)
+            continuation = self._tokenizer.check_fit(
+                "score_continuation",
+                self._tokenizer.encode(continuation, add_special_tokens=False),
+                self.vocab_size,
+            )
         self._check_token_ids("score_continuation", continuation)
         sampling = scoring_params(top_logprobs)
         request = Request(
@@ -239,13 +258,21 @@ class Engine:
         Keeps as many plans in flight as the scheduler allows and waits for the oldest only.
 
         Raises:
-            Exception: whatever ended the executor; `restart` goes on with another one.
+            Exception: whatever ended the executor, with a note of the requests that were in the
+                step; `restart` goes on with another one.
         """
         if self._is_broken:
             raise RuntimeError("the engine's last step failed; it needs a restart")
-        while (plan := self.scheduler.schedule()) is not None:
-            self._flights.append((plan, self._executor.execute(plan)))
-        return self._report(self._absorb_oldest())
+        try:
+            while (plan := self.scheduler.schedule()) is not None:
+                self._flights.append((plan, self._executor.execute(plan)))
+            events = self._absorb_oldest()
+        except Exception as error:
+            names = ", ".join(self.scheduler.requests_in_flight()) or "none"
+            error.add_note(f"requests in the step: {names}")
+            logger.error("the engine's step failed; requests in it: %s", names)
+            raise
+        return self._report(events)
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
         """Stop requests; unknown or finished ids are ignored.
@@ -294,8 +321,12 @@ class Engine:
         self.scheduler.check(request)
         state = RequestState(request, stream)
         seed = self._seed(request.request_id, sampling)
-        for index in range(sampling.n):
-            spec = sampling.spec(seed + index, self._eos_token_ids)
+        bad_words = self._tokenizer.spellings(sampling.bad_words)
+        specs = [
+            sampling.spec(derived_seed(seed, choice=index), self._eos_token_ids, bad_words)
+            for index in range(sampling.n)
+        ]
+        for index, spec in enumerate(specs):
             sequence = self.scheduler.add(
                 request, spec, index=index, eos_token_ids=self._eos_token_ids
             )
@@ -318,15 +349,21 @@ class Engine:
         return Retention.parse(self.retention if spec is None else spec, budget)
 
     def _tokenize(
-        self, field: str, prompt: Prompt | None, messages: ChatMessages | None
+        self,
+        field: str,
+        prompt: Prompt | None,
+        messages: ChatMessages | None,
+        chat_options: ChatOptions | None = None,
     ) -> tuple[int, ...]:
         if (prompt is None) == (messages is None):
             raise ValueError("give either prompt or messages")
         if messages is not None:
-            return tuple(self._tokenizer.apply_chat(messages))
-        if isinstance(prompt, str):
-            return tuple(self._tokenizer.encode(prompt))
+            token_ids = self._tokenizer.apply_chat(messages, chat_options)
+            return tuple(self._tokenizer.check_fit("messages", token_ids, self.vocab_size))
         assert prompt is not None
+        if isinstance(prompt, str):
+            token_ids = self._tokenizer.encode(prompt)
+            return tuple(self._tokenizer.check_fit(field, token_ids, self.vocab_size))
         self._check_token_ids(field, prompt)
         return tuple(prompt)
 
@@ -334,10 +371,10 @@ class Engine:
         for place, token_id in enumerate(token_ids):
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise ValueError(f"{field}[{place}] must be a token id, not {token_id!r:.80}")
-            if not 0 <= token_id < self._vocab_size:
+            if not 0 <= token_id < self.vocab_size:
                 raise ValueError(
                     f"{field}[{place}]={token_id} is no token of the model; they are 0 to "
-                    f"{self._vocab_size - 1}"
+                    f"{self.vocab_size - 1}"
                 )
 
     def _truncate(self, token_ids: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
@@ -397,7 +434,12 @@ class Engine:
     def _note(self, event: Event, state: RequestState, choice: Choice, now: float) -> None:
         match event:
             case NewToken():
-                choice.append(event)
+                try:
+                    choice.append(event)
+                except Exception as error:
+                    message = f"token {event.token_id} cannot be told as text: {error}"
+                    logger.exception("%s", message)
+                    self.scheduler.finish(event.sequence, "error", error=message)
                 self._note_token(state, choice, now)
                 if choice.matched is not None:
                     self.scheduler.finish(event.sequence, "stop", choice.matched)
@@ -414,7 +456,11 @@ class Engine:
             case Preempted():
                 self._stats.preempted()
             case Finished():
-                choice.end()
+                try:
+                    choice.end()
+                except Exception as error:
+                    event.sequence.finish_reason = "error"
+                    event.sequence.error = event.sequence.error or f"the text's end: {error}"
 
     def _note_token(self, state: RequestState, choice: Choice, now: float) -> None:
         if state.first_token_time is None:
@@ -434,3 +480,19 @@ class Engine:
     def _now(self) -> float:
         """Unix time in seconds, but never running backwards."""
         return self._epoch + time.perf_counter()
+
+
+def known_eos(spec: ModelSpec, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a text, of the model's configs and the tokenizer, ascending.
+
+    Those that the model cannot write are left out with a warning.
+    """
+    given = {*spec.eos_token_ids, *tokenizer.eos_token_ids}
+    known = tuple(sorted(token for token in given if 0 <= token < spec.vocab_size))
+    if unknown := sorted(given.difference(known)):
+        logger.warning(
+            "end tokens %s are ignored: the model's tokens are 0 to %d",
+            ", ".join(map(str, unknown)),
+            spec.vocab_size - 1,
+        )
+    return known

@@ -159,7 +159,8 @@ class EngineLoop:
             self._end(EngineDeadError("the engine was shut down"))
         except Exception as error:
             logger.exception("the engine has failed")
-            failure = EngineDeadError(f"the engine has failed: {type(error).__name__}: {error}")
+            reason = "; ".join([f"{type(error).__name__}: {error}", *_notes(error)])
+            failure = EngineDeadError(f"the engine has failed: {reason}")
             failure.__cause__ = error
             self._end(failure)
 
@@ -179,6 +180,11 @@ class EngineLoop:
         self._serve_calls(wait=False)
         if self._listener is not None:
             self._listener.end(failure)
+
+
+def _notes(error: Exception) -> list[str]:
+    """What was added to an error on its way, such as the requests in the step that failed."""
+    return getattr(error, "__notes__", [])
 
 
 def copy_failure(failure: EngineDeadError) -> EngineDeadError:

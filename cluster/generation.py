@@ -13,9 +13,12 @@ from saqqara.configs.schema import EngineConfig, ServeConfig
 
 from .admission import Admission
 from .async_engine import AsyncEngine
+from .chat_template import ChatOptions
 from .engine import Engine
-from .openai_api import ApiError, ChatRequest, CompletionRequest, GenerationRequest
+from .openai_api import ChatRequest, CompletionRequest, check_model
+from .openai_errors import ApiError
 from .request import RequestOutput, SamplingParams
+from .sequence import check_room
 from .tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -27,13 +30,14 @@ LONG_TEXT_CHARS = 8192  # a longer text is tokenised in a thread: it takes milli
 class Job:
     """A request that is checked and tokenised.
 
-    `field` is where its prompts came from.
+    `names` are what the client calls the engine's fields.
     """
 
     prompts: tuple[tuple[int, ...], ...]
-    field: str
+    names: Mapping[str, str]
     sampling: SamplingParams
     retention: Retention
+    priority: int = 0
 
     @property
     def num_sequences(self) -> int:
@@ -68,6 +72,7 @@ class Generation:
         self.max_model_len = engine.scheduler.max_model_len
         self.admission = Admission(engine_config.max_num_seqs, config.limits.max_queue)
         self._retention = engine.retention
+        self._vocab_size = engine.vocab_size
         self._metrics = engine.metrics
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._engine = AsyncEngine(engine)
@@ -95,18 +100,18 @@ class Generation:
         """
         self.check_model(request.model)
         request.check_limits(self.limits)
+        request.check_profile()
         sampling = request.sampling_params()
-        retention = self._read_retention(request)
+        retention = request.read_retention(self._retention)
         if isinstance(request, ChatRequest):
-            field = "messages"
-            prompts = [await self.encode_chat(request.messages)]
+            encoded = await self.encode_chat(request.messages, request.chat_options())
+            prompts = [self._fitting("messages", encoded)]
         else:
-            field = "prompt"
             prompts = [await self._encode(p) for p in request.prompts(self.limits.max_prompts)]
-        max_tokens_field, _ = request.max_new_tokens
-        for prompt in prompts:
-            self._check_length(prompt, field, sampling, max_tokens_field)
-        job = Job(tuple(map(tuple, prompts)), field, sampling, retention)
+        job = Job(
+            tuple(map(tuple, prompts)), request.names, sampling, retention, request.priority or 0
+        )
+        self._check_lengths(job)
         if job.num_sequences > self.admission.capacity:
             raise ApiError(
                 400,
@@ -147,7 +152,9 @@ class Generation:
 
         return await self._off_loop_if_long(len(text), encode)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
+    ) -> list[int]:
         """Token ids of a conversation.
 
         Raises:
@@ -155,83 +162,63 @@ class Generation:
         """
         contents = [message.get("content") for message in messages]
         length = sum(len(c) if isinstance(c, str | list) else 0 for c in contents)
+
+        def encode() -> list[int]:
+            return self.tokenizer.apply_chat(messages, options)
+
         try:
-            return await self._off_loop_if_long(length, lambda: self.tokenizer.apply_chat(messages))
+            return await self._off_loop_if_long(length, encode)
         except ValueError as error:
             raise ApiError.of(error, "messages") from None
 
     def check_model(self, model: str | None) -> None:
         """Raise an `ApiError` (404) unless this is the model that the server has."""
-        if model is not None and model != self.model:
-            raise ApiError(
-                404,
-                f"the model {model!r:.200} does not exist here; this server has {self.model!r}",
-                "model",
-                "model_not_found",
-            )
+        check_model(model, [self.model])
 
     async def _encode(self, prompt: str | list[int]) -> list[int]:
-        return await self.encode_text(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            return self._fitting("prompt", await self.encode_text(prompt))
+        return prompt  # the engine checks what did not come from the tokenizer
+
+    def _fitting(self, field: str, token_ids: list[int]) -> list[int]:
+        try:
+            return self.tokenizer.check_fit(field, token_ids, self._vocab_size)
+        except ValueError as error:
+            raise ApiError.of(error, field) from None
 
     async def _off_loop_if_long(self, num_chars: int, function: Callable[[], T]) -> T:
         if num_chars <= LONG_TEXT_CHARS:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)
 
-    def _read_retention(self, request: GenerationRequest) -> Retention:
-        if request.retention is None and request.budget is None:
-            return self._retention
-        spec = self._retention if request.retention is None else request.retention
-        try:
-            return Retention.parse(spec, request.budget)
-        except ValueError as error:
-            is_budget = request.budget is not None and str(error).startswith("budget")
-            field = "budget" if is_budget else "retention"
-            message = str(error) if is_budget else f"retention: {error}"
-            raise ApiError(400, message, field, "invalid_value") from None
-
-    def _check_length(
-        self, prompt: list[int], field: str, sampling: SamplingParams, max_tokens_field: str
-    ) -> None:
-        if sampling.truncate_prompt_tokens is not None:
+    def _check_lengths(self, job: Job) -> None:
+        """Raise an `ApiError` for what has no room, before it waits in the queue."""
+        if job.sampling.truncate_prompt_tokens is not None:
             return
-        room = self.max_model_len - len(prompt)
-        if room < 1:
-            raise ApiError(
-                400,
-                f"{field} has {len(prompt)} tokens; the context of {self.max_model_len} has room "
-                f"for {self.max_model_len - 1} and one new token",
-                field,
-                "context_length_exceeded",
-            )
-        if sampling.max_tokens is not None and sampling.max_tokens > room:
-            raise ApiError(
-                400,
-                f"{max_tokens_field} is {sampling.max_tokens}; beside the {len(prompt)} tokens of "
-                f"the prompt the context of {self.max_model_len} has room for {room}",
-                max_tokens_field,
-                "context_length_exceeded",
-            )
+        try:
+            for prompt in job.prompts:
+                check_room(len(prompt), job.sampling.max_tokens, self.max_model_len)
+        except ValueError as error:
+            raise ApiError.of(error).renamed(job.names) from None
 
     async def _serve(
         self, job: Job, place: int, stream: bool
     ) -> AsyncGenerator[RequestOutput, None]:
-        sampling = job.sampling
-        if place and sampling.seed is not None:  # else equal prompts would get equal answers
-            sampling = sampling.model_copy(update={"seed": sampling.seed + place * sampling.n})
         source = self._engine.generate(
             secrets.token_hex(12),
             job.prompts[place],
-            sampling,
+            job.sampling.for_prompt(place),
             retention=job.retention,
+            priority=job.priority,
             stream=stream,
+            must_fit=True,
         )
         try:
             async with aclosing(source) as outputs:
                 async for output in outputs:
                     yield output
         except ValueError as error:
-            raise ApiError.of(error, job.field) from None
+            raise ApiError.of(error, "prompt").renamed(job.names) from None
 
 
 async def _merged(

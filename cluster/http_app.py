@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -24,12 +24,14 @@ from .generation import Generation, Job
 from .http_guard import add_guards, check_is_json
 from .http_io import EventStream, race, read_body, unless_disconnected
 from .openai_api import (
-    ApiError,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
+    read_object,
+    read_request,
 )
+from .openai_errors import ApiError
 from .openai_replies import ReplyHead, check_served, full_reply, to_bytes
 from .request import RequestOutput
 
@@ -121,10 +123,10 @@ class _Routes:
         body = await self._read(request, TokenizeRequest)
         self._generation.check_model(body.model)
         if body.messages is not None:
-            tokens = await self._generation.encode_chat(body.messages)
+            tokens = await self._generation.encode_chat(body.messages, body.chat_options())
         else:
             tokens = await self._generation.encode_text(
-                body.prompt or "", add_special_tokens=body.add_special_tokens
+                body.prompt or "", add_special_tokens=body.add_special_tokens is not False
             )
         return _json(
             {
@@ -235,11 +237,7 @@ class _Routes:
         """Let in who may come in, and read and check the body."""
         self._authorize(request)
         check_is_json(request)
-        content = await self._read_body(request)
-        try:
-            return kind.model_validate_json(content)
-        except ValidationError as error:
-            raise ApiError.of(error) from None
+        return read_request(kind, read_object(await self._read_body(request), "the body"))
 
     async def _read_body(self, request: Request) -> bytes:
         """The body; a client that is slow with it is not waited for when the server ends."""

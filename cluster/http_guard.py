@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .openai_api import ApiError
+from .openai_errors import ApiError
 
 ANY_ORIGIN = "*"
 _JSON = "application/json"

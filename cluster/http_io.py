@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .openai_api import ApiError
+from .openai_errors import ApiError
 
 T = TypeVar("T")
 

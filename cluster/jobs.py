@@ -6,38 +6,35 @@ same command after a kill goes on where the last one stopped.
 """
 
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
-from typing import Self
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typing import Any
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 
-from .batch_files import ResultFile, fingerprint, read_rows, scan_input
+from .batch_files import ResultFile
+from .batch_fingerprint import fingerprint, resolved_settings
 from .batch_input import BadLine, Row, RowParser
 from .batch_output import Record, bad_line_record, rejected_record, result_record
+from .batch_progress import BatchProgress
+from .batch_source import BatchSource, InputSummary
 from .batch_summary import BatchSummary, integrity_of
 from .client import EngineClient
 from .launch import launch
-from .report import BatchRows, EngineReport
+from .long_wait import LongWait
+from .report import EngineReport
 from .request import RequestOutput, SamplingParams
+from .stop import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 SETTLE_SECONDS = 10.0
-BAR_SECONDS = 1.0
-NOTE_SECONDS = 1.0  # between updates of the metrics
-LOG_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +64,31 @@ def run_batch(job: BatchJob, client: EngineClient | None = None) -> BatchSummary
     """Run a job to its end; an engine is started unless `client` brings one.
 
     Raises:
-        ValueError: a file or setting is wrong; nothing has run then.
+        ValueError: a file or setting is wrong; nothing has run then, except that the input was
+            changed meanwhile.
         EngineDeadError: the engine failed; what was answered is on disk.
+        RuntimeError: the results cannot be written.
+        Stopped: a signal came; what was answered is on disk.
     """
-    if job.input.resolve() == job.output.resolve():
-        raise ValueError(f"output: {job.output} is the input; choose another file")
-    found = scan_input(job.input)
-    settings = fingerprint(job.config, job.sampling, found.sha256, job.return_token_ids)
-    parser = RowParser(job.config.model, job.sampling.model_dump(exclude_unset=True))
-    with ResultFile(job.output, settings, job.overwrite) as results:
-        resumed = len(results.done)
-        if resumed:
-            logger.info("%s has %d of %d rows", job.output, resumed, found.num_rows)
+    with (
+        StopSignals() as stop,
+        BatchSource(job.input) as source,
+        _open_results(job, source) as results,
+    ):
+        with LongWait(f"reading {source.name}"):
+            found = source.scan(job.output.parent)
+        with LongWait(f"reading {job.config.model}"):
+            results.resume(_fingerprint(job, found))
+        resumed, resumed_errors = len(results.done), results.num_errors
         progress = BatchProgress(found.num_rows, resumed)
         run = _Run()
         if resumed < found.num_rows:
-            todo = (row for row in read_rows(job.input, parser) if row.line not in results.done)
-            run = _run_rows(job, todo, results, progress, client)
+            if resumed:
+                logger.info("%s has %d of %d rows", job.output, resumed, found.num_rows)
+            run = _run_rows(job, source, results, progress, client, stop)
+        elif found.num_rows == 0:
+            logger.warning("%s has no rows", source.name)
+            results.begin({})
     report = run.report
     return BatchSummary(
         input=str(job.input),
@@ -95,10 +100,23 @@ def run_batch(job: BatchJob, client: EngineClient | None = None) -> BatchSummary
         answered=progress.answered,
         errors=progress.errors,
         resumed=resumed,
+        resumed_errors=resumed_errors,
         wall_seconds=run.wall_seconds,
         start_seconds=run.start_seconds,
         integrity=integrity_of(report, job.config.check_integrity) if report else None,
         report=report,
+    )
+
+
+def _open_results(job: BatchJob, source: BatchSource) -> ResultFile:
+    if source.is_same_file(job.output):
+        raise ValueError(f"output: {job.output} is the input; choose another file")
+    return ResultFile(job.output, job.overwrite)
+
+
+def _fingerprint(job: BatchJob, found: InputSummary) -> dict[str, Any]:
+    return fingerprint(
+        job.config, job.sampling, found.sha256, return_token_ids=job.return_token_ids
     )
 
 
@@ -113,26 +131,71 @@ class _Run:
 
 def _run_rows(
     job: BatchJob,
-    rows: Iterator[Row | BadLine],
+    source: BatchSource,
     results: ResultFile,
-    progress: "BatchProgress",
+    progress: BatchProgress,
     client: EngineClient | None,
+    stop: StopSignals,
 ) -> _Run:
-    with ExitStack() as stack:
-        start = time.perf_counter()
-        if client is None:
-            client = launch(job.config)
-            stack.callback(client.shutdown)
+    """Start an engine if there is none, and run the rows that have no record yet.
+
+    Raises:
+        Stopped: a signal came; what is finished is on disk, and a line says how to go on.
+    """
+    start = time.perf_counter()
+    own = None if client is not None else _start(job, progress, stop)
+    with stop.deferred(), ExitStack() as stack:
+        client = client or own
+        assert client is not None
+        if own is not None:
+            stack.callback(own.shutdown)
         else:
             client.reset_stats()
+        results.begin(resolved_settings(client.describe().workers))
         started = time.perf_counter()
         stack.enter_context(progress)
+        parser = RowParser(
+            job.config.model,
+            job.sampling.model_dump(exclude_unset=True),
+            Retention.parse(job.config.retention, job.config.budget),
+        )
+        rows = (row for row in source.rows(parser) if row.line not in results.done)
         loop = _Loop(client, results, progress, job.config.model, job.return_token_ids)
-        loop.run(rows, job.max_in_flight or 2 * job.config.max_num_seqs)
+        loop.run(rows, job.max_in_flight or 2 * job.config.max_num_seqs, stop)
+        if stop.received is not None and not progress.is_complete:
+            results.sync()
+            _tell_how_to_go_on(job, progress, stop)  # before the engine's end, which takes a while
+            stop.check()
         wall_seconds = time.perf_counter() - started
         report = _final_report(client)
         progress.show(report)
         return _Run(wall_seconds, started - start, report)
+
+
+def _start(job: BatchJob, progress: BatchProgress, stop: StopSignals) -> EngineClient:
+    """Start the job's engine; a signal ends that at once."""
+    try:
+        client = launch(job.config)
+        stop.listen()
+        try:
+            stop.check()
+        except Stopped:
+            client.shutdown()
+            raise
+    except Stopped:
+        _tell_how_to_go_on(job, progress, stop)
+        raise
+    return client
+
+
+def _tell_how_to_go_on(job: BatchJob, progress: BatchProgress, stop: StopSignals) -> None:
+    logger.warning(
+        "stopped by %s: %d of %d rows are in %s; run the same command again to go on from there",
+        stop.name,
+        progress.num_done,
+        progress.num_rows,
+        job.output,
+    )
 
 
 def _final_report(client: EngineClient) -> EngineReport:
@@ -145,88 +208,6 @@ def _final_report(client: EngineClient) -> EngineReport:
     return report
 
 
-class BatchProgress:
-    """How far a job is: a bar on a terminal, a log line now and then anywhere else."""
-
-    def __init__(self, num_rows: int, resumed: int) -> None:
-        self.answered = 0
-        self.errors = 0
-        self._num_rows = num_rows
-        self._resumed = resumed
-        self._noted = (0, 0)
-        self._noted_time: float | None = None
-        self._shown = time.monotonic()
-        self._bar = _progress_bar() if sys.stderr.isatty() else None
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self._num_rows, completed=self._resumed)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def count(self, record: Record) -> None:
-        """One more record is written."""
-        if record["error"] is None:
-            self.answered += 1
-        else:
-            self.errors += 1
-
-    def note(self, client: EngineClient, *, force: bool = False) -> None:
-        """Tell the engine's metrics, if it is time or with `force`."""
-        now = time.monotonic()
-        if not force and self._noted_time is not None and now - self._noted_time < NOTE_SECONDS:
-            return
-        self._noted_time = now
-        answered, errors = self._noted
-        self._noted = (self.answered, self.errors)
-        done = self._resumed + self.answered + self.errors
-        client.note_rows(
-            BatchRows(
-                num_rows=self._num_rows,
-                num_left=self._num_rows - done,
-                num_answered=self.answered - answered,
-                num_errors=self.errors - errors,
-            )
-        )
-
-    def is_due(self) -> bool:
-        """Whether it is time to show something again."""
-        return time.monotonic() - self._shown >= (LOG_SECONDS if self._bar is None else BAR_SECONDS)
-
-    def show(self, report: EngineReport) -> None:
-        """Bring the bar up to date, or log a line."""
-        self._shown = time.monotonic()
-        done = self._resumed + self.answered + self.errors
-        text = (
-            f"{self.errors} errors; prompts {report.prompt_tokens:,} tokens "
-            f"({report.prompt_tokens_per_second:,.1f}/s), answers {report.generation_tokens:,} "
-            f"({report.generation_tokens_per_second:,.1f}/s)"
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=text)
-        else:
-            logger.info("%d of %d rows, %s", done, self._num_rows, text)
-
-
-def _progress_bar() -> Progress:
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
-
-
 @dataclass(slots=True)
 class _Loop:
     """Keeps the engine filled and writes what it finishes."""
@@ -236,17 +217,20 @@ class _Loop:
     progress: BatchProgress
     model: str
     return_token_ids: bool
+    outputs: dict[int, dict[str, RequestOutput]] = field(default_factory=dict)  # by line
 
-    def run(self, rows: Iterator[Row | BadLine], max_in_flight: int) -> None:
+    def run(self, rows: Iterator[Row | BadLine], max_in_flight: int, stop: StopSignals) -> None:
+        """Run rows until each has its record, or until a signal has come."""
         in_flight: dict[str, Row] = {}
         while True:
             self.progress.note(self.client)
-            fresh = list(islice(rows, max_in_flight - len(in_flight)))
+            if stop.received is not None:
+                self._take(in_flight, 0.0)
+                return
+            fresh = list(islice(rows, max(0, max_in_flight - len(in_flight))))
             in_flight |= self._submit(fresh)
             if in_flight:
-                for output in self.client.poll(POLL_SECONDS):
-                    assert isinstance(output, RequestOutput)
-                    self._finish(in_flight.pop(output.request_id), output)
+                self._take(in_flight, POLL_SECONDS)
             elif not fresh:
                 self.progress.note(self.client, force=True)
                 return
@@ -260,14 +244,36 @@ class _Loop:
             if isinstance(row, BadLine):
                 self._write(bad_line_record(row))
             else:
-                taken[row.request.request_id] = row
+                taken |= {request.request_id: row for request in row.requests}
         if taken:
-            for rejection in self.client.submit([row.request for row in taken.values()]):
-                self._write(rejected_record(taken.pop(rejection.request_id), rejection.error))
+            requests = [r for row in rows if isinstance(row, Row) for r in row.requests]
+            for rejection in self.client.submit(requests):
+                if (refused := taken.get(rejection.request_id)) is not None:
+                    self._write(rejected_record(refused, rejection))
+                    self._give_up(refused, taken)
         return taken
 
+    def _take(self, in_flight: dict[str, Row], timeout_seconds: float) -> None:
+        """Write what the engine has finished; waits for the first of it."""
+        for output in self.client.poll(timeout_seconds):
+            assert isinstance(output, RequestOutput)
+            row = in_flight.pop(output.request_id, None)
+            if row is not None:  # else: of a row that has its record
+                self._finish(row, output)
+
+    def _give_up(self, row: Row, taken: dict[str, Row]) -> None:
+        """Of a row that has its error record, nothing more is wanted."""
+        others = [request.request_id for request in row.requests if taken.pop(request.request_id)]
+        if len(others) > 1:
+            self.client.abort(others)
+
     def _finish(self, row: Row, output: RequestOutput) -> None:
-        self._write(result_record(row, output, self.model, self.return_token_ids))
+        done = self.outputs.setdefault(row.line, {})
+        done[output.request_id] = output
+        if len(done) == len(row.requests):
+            outputs = [done[request.request_id] for request in row.requests]
+            del self.outputs[row.line]
+            self._write(result_record(row, outputs, self.model, self.return_token_ids))
 
     def _write(self, record: Record) -> None:
         self.results.write(record)

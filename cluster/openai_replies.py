@@ -2,25 +2,30 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from .openai_api import ApiError
-from .request import CompletionOutput, Logprob, RequestOutput
-from .tokenizer import BROKEN
+from .openai_errors import ApiError
+from .openai_logprobs import Entry, TextOffsets, chat_logprobs, completion_logprobs
+from .request import CompletionOutput, RequestOutput
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyHead:
-    """What every piece of one answer begins with, and how many best tokens it shows."""
+    """What every piece of one answer begins with, and what it shows of the tokens.
+
+    `num_logprobs` are the best tokens beside the sampled one; with `show_token_ids` the answer's
+    tokens have their ids, too.
+    """
 
     id: str
     created: int
     model: str
     is_chat: bool
     num_logprobs: int = 0
+    show_token_ids: bool = False
 
     def json(self, *, is_chunk: bool) -> Json:
         """The fields that come before `choices`."""
@@ -32,11 +37,11 @@ class ReplyHead:
 
 @dataclass(slots=True)
 class ChoiceProgress:
-    """How much of one choice has been sent: characters, tokens, and characters of its tokens."""
+    """How much of one choice has been sent: characters, tokens, and where the next one begins."""
 
     num_chars: int = 0
     num_tokens: int = 0
-    text_offset: int = 0
+    offsets: TextOffsets = field(default_factory=TextOffsets)
     has_started: bool = False
     has_finished: bool = False
 
@@ -47,11 +52,13 @@ def full_reply(head: ReplyHead, outputs: Sequence[RequestOutput], num_choices: i
     for place, output in enumerate(outputs):
         for choice in output.outputs:
             index = place * num_choices + choice.index
-            logprobs = _logprobs(head, choice.logprobs, 0)
+            logprobs = _logprobs(head, choice.logprobs, TextOffsets())
             content: Json = {"text": choice.text}
             if head.is_chat:
                 message = {"role": "assistant", "content": choice.text, "refusal": None}
                 content = {"message": message}
+            if head.show_token_ids:
+                content["token_ids"] = list(choice.token_ids)
             choices.append(_choice(index, content, logprobs, choice))
     return {**head.json(is_chunk=False), "choices": choices, "usage": usage(outputs)}
 
@@ -63,9 +70,7 @@ def chunk_choice(
     text = choice.text[sent.num_chars :]
     logprobs = None
     if choice.logprobs is not None and len(choice.logprobs) > sent.num_tokens:
-        fresh = choice.logprobs[sent.num_tokens :]
-        logprobs = _logprobs(head, fresh, sent.text_offset)
-        sent.text_offset += sum(len(_chosen(entry)[1].decoded_token or "") for entry in fresh)
+        logprobs = _logprobs(head, choice.logprobs[sent.num_tokens :], sent.offsets)
     if not text and logprobs is None and not choice.finished:
         return None
     content: Json = {"text": text}
@@ -94,6 +99,8 @@ def usage(outputs: Iterable[RequestOutput]) -> Json:
 
 def check_served(output: RequestOutput) -> None:
     """Raise an `ApiError` if the engine gave a request up."""
+    if output.error_code == "computation_failed":
+        raise ApiError(500, output.error or "", None, output.error_code)
     if output.error is not None:
         raise ApiError(400, output.error, "prompt", "request_too_large")
     if any(choice.finish_reason == "abort" for choice in output.outputs):
@@ -102,7 +109,12 @@ def check_served(output: RequestOutput) -> None:
 
 def to_bytes(data: Mapping[str, Any]) -> bytes:
     """Compact JSON."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+    return to_json(data).encode()
+
+
+def to_json(data: Mapping[str, Any]) -> str:
+    """Compact JSON; a number that JSON lacks is a mistake of ours."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def _choice(index: int, content: Json, logprobs: Json | None, choice: CompletionOutput) -> Json:
@@ -116,49 +128,10 @@ def _choice(index: int, content: Json, logprobs: Json | None, choice: Completion
 
 
 def _logprobs(
-    head: ReplyHead, entries: Sequence[Mapping[int, Logprob]] | None, text_offset: int
+    head: ReplyHead, entries: Sequence[Entry] | None, offsets: TextOffsets
 ) -> Json | None:
     if entries is None:
         return None
-    count = head.num_logprobs
     if head.is_chat:
-        return {"content": [_chat_entry(entry, count) for entry in entries], "refusal": None}
-    chosen = [_chosen(entry)[1] for entry in entries]
-    offsets = []
-    for token in chosen:
-        offsets.append(text_offset)
-        text_offset += len(token.decoded_token or "")
-    return {
-        "tokens": [token.decoded_token for token in chosen],
-        "token_logprobs": [token.logprob for token in chosen],
-        "top_logprobs": [
-            {token.decoded_token: token.logprob for token in _best(entry, count)}
-            for entry in entries
-        ],
-        "text_offset": offsets,
-    }
-
-
-def _chat_entry(entry: Mapping[int, Logprob], count: int) -> Json:
-    return {
-        **_chat_token(_chosen(entry)[1]),
-        "top_logprobs": [_chat_token(token) for token in _best(entry, count)],
-    }
-
-
-def _chat_token(token: Logprob) -> Json:
-    text = token.decoded_token or ""
-    # A token that is a part of a character has no text of its own.
-    data = None if BROKEN in text else list(text.encode())
-    return {"token": text, "logprob": token.logprob, "bytes": data}
-
-
-def _chosen(entry: Mapping[int, Logprob]) -> tuple[int, Logprob]:
-    """The sampled token, which comes first."""
-    return next(iter(entry.items()))
-
-
-def _best(entry: Mapping[int, Logprob], count: int) -> list[Logprob]:
-    """The `count` best tokens in order; the sampled one only if it is among them."""
-    best = [(token.rank, token) for token in entry.values() if token.rank is not None]
-    return [token for rank, token in sorted(best, key=lambda pair: pair[0]) if rank <= count]
+        return chat_logprobs(entries, head.num_logprobs, head.show_token_ids)
+    return completion_logprobs(entries, head.num_logprobs, offsets)

@@ -27,7 +27,7 @@ from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .group import Group
 from .ledger import Ints, Ledger
 from .seats import Seats
-from .sequence import FinishReason, Request, Sequence, Status
+from .sequence import ErrorCode, FinishReason, Request, Sequence, Status, check_room
 from .waiting import SharedPrompts, WaitingQueue
 
 
@@ -100,6 +100,7 @@ class Scheduler:
         self._seats = Seats(workers, self.max_num_seqs)
         self._stages = sorted({(w.start_layer, w.stop_layer) for w in workers})
         self._flights: deque[tuple[StepPlan, _Draft]] = deque()
+        self._absorbing: _Draft | None = None
         self._groups: list[Group] = []
         self._running: dict[int, Sequence] = {}  # by arrival; least recently planned first
 
@@ -173,12 +174,8 @@ class Scheduler:
         continuation = request.score_continuation
         if num_tokens == 0:
             raise ValueError("prompt must have at least one token")
-        if continuation is None and num_tokens >= self.max_model_len:
-            raise ValueError(
-                f"prompt has {num_tokens} tokens; max_model_len={self.max_model_len} leaves room "
-                f"for at most {self.max_model_len - 1} and one new token "
-                "(truncate_prompt_tokens=-1 keeps the last that fit)"
-            )
+        if continuation is None:
+            check_room(num_tokens, None, self.max_model_len)
         if continuation is not None:
             if not continuation:
                 raise ValueError("score_continuation must have at least one token")
@@ -226,6 +223,7 @@ class Scheduler:
             What happened since the last call, in order (also what `schedule` and `finish` did).
         """
         oldest, draft = self._flights.popleft()
+        self._absorbing = draft
         assert plan is oldest, f"step {plan.step} is absorbed before step {oldest.step}"
         assert all(r.step == plan.step for r in results), "results of another step"
         refused, prefilled = self._seats.note(draft.sequences, results)
@@ -239,13 +237,24 @@ class Scheduler:
             sequence.num_in_flight -= 1
         for slot in draft.sampling:
             draft.sequences[slot].num_sampling -= 1
+        for fault in (fault for result in results for fault in result.faults):
+            sequence = draft.sequences[fault.slot]
+            if not sequence.discarding:  # else it starts anew, and this was of its last try
+                self.finish(sequence, "error", error=fault.message, error_code="computation_failed")
         for slot in refused:
             self._refuse(draft.sequences[slot], alone=draft.num_held == 1)
         self._absorb_tokens(draft, results, refused)
         for sequence in draft.sequences.values():
             if sequence.num_in_flight == 0 and sequence.status is Status.WAITING:
                 sequence.discarding = False
+        self._absorbing = None
         return self.take_events()
+
+    def requests_in_flight(self) -> list[str]:
+        """Ids of the requests in the oldest plan that is not absorbed yet."""
+        drafts = [self._absorbing, *(draft for _, draft in self._flights)]
+        draft = next((draft for draft in drafts if draft is not None), _Draft())
+        return sorted({sequence.request.request_id for sequence in draft.sequences.values()})
 
     def take_events(self) -> list[Event]:
         """What happened since the last call of this or of `absorb`, in order."""
@@ -258,6 +267,7 @@ class Scheduler:
         reason: FinishReason,
         stop_reason: int | str | None = None,
         error: str | None = None,
+        error_code: ErrorCode = "request_too_large",
     ) -> None:
         """End a sequence, whatever it is doing; its slot is freed in the next plan.
 
@@ -274,6 +284,7 @@ class Scheduler:
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
         sequence.error = error
+        sequence.error_code = None if error is None else error_code
         self._events.append(Finished(sequence))
 
     def restart(self, workers: Many[WorkerInfo]) -> None:

@@ -10,6 +10,12 @@ from saqqara.compression.retention import Retention
 from saqqara.workers.plan import NewSequence, SamplingSpec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+# Why a sequence ended with `error`: more than the replica can hold, or what it computes is broken.
+ErrorCode = Literal["request_too_large", "computation_failed"]
+
+
+class ContextLengthError(ValueError):
+    """A prompt, or what is to come after it, has no room in the context."""
 
 
 class OutputLimits(Protocol):
@@ -57,6 +63,22 @@ class Request:
     prompt: str | None = None
 
 
+def check_room(num_tokens: int, max_tokens: int | None, max_model_len: int) -> None:
+    """Raise a `ContextLengthError` unless a prompt, and `max_tokens` after it, fit the context."""
+    room = max_model_len - num_tokens
+    if room < 1:
+        raise ContextLengthError(
+            f"prompt has {num_tokens} tokens; max_model_len={max_model_len} leaves room "
+            f"for at most {max_model_len - 1} and one new token "
+            "(truncate_prompt_tokens=-1 keeps the last that fit)"
+        )
+    if max_tokens is not None and max_tokens > room:
+        raise ContextLengthError(
+            f"max_tokens is {max_tokens}; beside the {num_tokens} tokens of the prompt "
+            f"max_model_len={max_model_len} has room for {room}"
+        )
+
+
 class Status(Enum):
     """Where a sequence stands: in the queue, in a prefill group, decoding, or done."""
 
@@ -98,6 +120,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    error_code: ErrorCode | None = None
     prompt_hash: int = field(init=False)
 
     def __post_init__(self) -> None:

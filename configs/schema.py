@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .budget import budget_mistake
 from .worker_settings import WorkerSettings
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", re.IGNORECASE)
@@ -16,7 +17,9 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(description="Local folder or Hugging Face hub id of a Llama-class model.")
+    model: str = Field(
+        description="Folder, or hub id (ORG/NAME or ORG/NAME@REVISION), of a Llama-class model."
+    )
     tokenizer: str | None = Field(None, description="Folder or hub id; default: the model's own.")
     load_format: Literal["safetensors", "dummy"] = Field(
         "safetensors", description="'dummy' makes random weights (benchmarks and tests)."
@@ -83,6 +86,13 @@ class EngineConfig(BaseModel):
     log_dir: str | None = Field(
         None, description="Folder of the per-rank logs; default: <cache>/logs/<start time>."
     )
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _no_fraction(cls, value: Any) -> Any:
+        if isinstance(value, float):
+            raise ValueError(budget_mistake(value).removeprefix("budget: "))
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

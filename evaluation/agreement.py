@@ -79,22 +79,37 @@ def result_tokens(path: str | Path) -> dict[int, list[int]]:
     """Token ids of each answered line of a batch job's results, by input line number.
 
     Raises:
-        ValueError: a result has no token ids (the job ran without `--return-token-ids`).
+        ValueError: the file cannot be read, is none of a batch job, or has a result without token
+            ids (the job ran without `--return-token-ids`).
     """
     answers: dict[int, list[int]] = {}
-    with Path(path).open(encoding="utf-8") as file:
-        for text in file:
-            record: dict[str, Any] = json.loads(text)
-            if record.get("error") is not None:
-                continue
-            tokens = _token_ids(record)
-            if tokens is None:
-                raise ValueError(
-                    f"{path}: the result of line {record.get('line')} has no token_ids; "
-                    "run the batch with --return-token-ids to compare it"
-                )
-            answers[int(record["line"])] = tokens
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, text in enumerate(file, start=1):
+                line, tokens = _line_and_tokens(text, f"{path}, line {number}")
+                if tokens is not None:
+                    answers[line] = tokens
+    except OSError as error:
+        raise ValueError(f"results: cannot read {path}: {error.strerror}") from None
     return answers
+
+
+def _line_and_tokens(text: str, where: str) -> tuple[int, list[int] | None]:
+    """Input line and token ids of one result; None for an error record."""
+    try:
+        record: dict[str, Any] = json.loads(text)
+        line = int(record["line"])
+        if record["error"] is not None:
+            return line, None
+        tokens = _token_ids(record)
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise ValueError(f"results: {where} is no batch result") from None
+    if tokens is None:
+        raise ValueError(
+            f"{where}: the result of input line {line} has no token_ids; run the batch with "
+            "--return-token-ids to compare it"
+        )
+    return line, tokens
 
 
 def compare_results(path: str | Path, reference: str | Path) -> Agreement:

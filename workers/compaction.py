@@ -67,10 +67,12 @@ def compact(shard: Shard, items: tuple[DecodeItem, ...]) -> None:
         trims_together[trim, alone].append(item)
     with shard.clock.phase("compact"):
         for group in together.values():
-            for index in range(len(shard.layers)):
-                _compact_layer(shard, index, group)
+            with shard.faults.blame([f.slot for f in group], "compaction"):
+                for index in range(len(shard.layers)):
+                    _compact_layer(shard, index, group)
         for (trim, _), alike in trims_together.items():
-            _trim_layer(shard, alike, trim)
+            with shard.faults.blame([item.slot for item in alike], "trimming"):
+                _trim_layer(shard, alike, trim)
 
 
 def _asks_ranks(shard: Shard, retention: Retention) -> bool:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layers.sampler import TokenHistory, sample
+from .faults import Faults
+from .layers.sampler import Draw, TokenHistory, not_finite, sample
 from .mesh import Mesh
 from .models.decoder import Decoder, chunks
 from .plan import SampledToken, ScoredTokens, StepPlan
@@ -21,14 +22,17 @@ SCORE_CHUNK_TOKENS = 256  # bounds the logits of scoring: 256 x V fp32
 class Head:
     """Samples and scores what a plan asks for, given the last layer's hidden states.
 
+    What cannot be sampled or scored is a fault of its sequence.
+
     Every tensor rank computes its vocabulary shard; rank 0 samples and broadcasts, so that ranks
     cannot diverge.
     """
 
-    def __init__(self, decoder: Decoder, mesh: Mesh, slots: SlotTable) -> None:
+    def __init__(self, decoder: Decoder, mesh: Mesh, slots: SlotTable, faults: Faults) -> None:
         self._decoder = decoder
         self._mesh = mesh
         self._slots = slots
+        self._faults = faults
 
     def sample(
         self,
@@ -44,39 +48,57 @@ class Head:
         if not targets:
             return []
         logits_SV = self._decoder.logits(_sampled_rows(plan, targets, finals, decoded_TE))
-        sampled = sample(
-            logits_SV,
-            [self._slots[t.slot].sampling for t in targets],
-            [t.position for t in targets],
-            [TokenHistory(self._slots.prompt(t.slot), self._slots.output(t)) for t in targets],
-        )
-        agreed = [token for token, _ in sampled]
+        sampled = self._sample(logits_SV, targets)
+        agreed = [draw.token_id for draw in sampled]
         if self._mesh.layout.tensor_size > 1:
             token_ids = torch.tensor(agreed, device=logits_SV.device)
             agreed = self._mesh.broadcast(token_ids).tolist()
-        for target, token in zip(targets, agreed, strict=True):
+        for target, token, draw in zip(targets, agreed, sampled, strict=True):
             self._slots.put_token(target, token)
+            if draw.error is not None:
+                self._faults.add(target.slot, draw.error)
         return [
-            SampledToken(target.slot, target.position, token, logprobs)
-            for target, token, (_, logprobs) in zip(targets, agreed, sampled, strict=True)
+            SampledToken(target.slot, target.position, token, draw.logprobs)
+            for target, token, draw in zip(targets, agreed, sampled, strict=True)
         ]
+
+    def _sample(self, logits_SV: Tensor, targets: list[Target]) -> list[Draw]:
+        """Sample all together, or one by one where that fails, to find out whose fault it is.
+
+        A sequence at fault gets token 0, so that all ranks go on alike.
+        """
+        try:
+            return sample(
+                logits_SV,
+                [self._slots[t.slot].sampling for t in targets],
+                [t.position for t in targets],
+                [TokenHistory(self._slots.prompt(t.slot), self._slots.output(t)) for t in targets],
+            )
+        except Exception as error:
+            if len(targets) == 1:
+                with self._faults.blame([targets[0].slot], "sampling", is_local=True):
+                    raise error
+                return [Draw(0)]  # type: ignore[unreachable]
+        return [self._sample(logits_SV[i, None], [t])[0] for i, t in enumerate(targets)]
 
     def score(
         self, plan: StepPlan, finals: dict[int, Tensor], decoded_TE: Tensor | None
     ) -> list[ScoredTokens]:
         """Log-probabilities of the known tokens that follow what a scoring sequence was fed."""
-        scored = [
-            self._score(slot, self._slots[slot].prompt_tokens, finals[slot][None])
-            for group in ended(plan, self._decoder.stop_layer)
-            for slot in group.slots
-            if self._slots[slot].score
-        ]
+        scored: list[ScoredTokens] = []
+        for group in ended(plan, self._decoder.stop_layer):
+            for slot in group.slots:
+                if self._slots[slot].score:
+                    position = self._slots[slot].prompt_tokens
+                    with self._faults.blame([slot], "scoring"):
+                        scored.append(self._score(slot, position, finals[slot][None]))
         row = 0
         for item in plan.decode:
             if self._slots[item.slot].score:
                 assert decoded_TE is not None
                 hidden = decoded_TE[row : row + item.num_tokens]
-                scored.append(self._score(item.slot, item.position + 1, hidden))
+                with self._faults.blame([item.slot], "scoring"):
+                    scored.append(self._score(item.slot, item.position + 1, hidden))
             row += item.num_tokens
         return scored
 
@@ -93,6 +115,8 @@ class Head:
             logits = self._decoder.logits(hidden_ME[chunk])
             chosen = logits.gather(1, wanted_M1[chunk])
             total = logits.logsumexp(dim=-1, keepdim=True)
+            if not total.isfinite().all():
+                self._faults.add(slot, not_finite(position + chunk.start))
             logprobs += (chosen - total)[:, 0].tolist()
             ranks += (1 + (logits > chosen).sum(dim=-1)).tolist()
             if num_top:

@@ -283,7 +283,10 @@ class Prefill:
                 self._shard.rings.store(slot, local_layer, prompt.q, held.prompt_tokens)
                 # On every rank, refused or not: some scores are reduced over ranks.
                 if held.retention not in chosen:
-                    chosen[held.retention] = self._select(layer, slot, prompt, prompt_lse)
+                    with self._shard.faults.blame([slot], "retention"):
+                        chosen[held.retention] = self._select(layer, slot, prompt, prompt_lse)
+                if held.retention not in chosen:
+                    continue
                 indices, masses = chosen[held.retention]
                 self._remember(local_layer, slot, len(prompt.k), indices, masses)
                 if slot not in self._shard.refused:

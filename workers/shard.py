@@ -5,6 +5,7 @@ layers.
 """
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from saqqara.configs.worker_settings import WorkerSettings
 from .attention.base import get_backend
 from .clock import StepClock
 from .device_decode import graph_bytes
+from .faults import Faults
 from .kv.store import KVStore
 from .layout import MeshLayout, head_shard, layer_split
 from .mass_sums import MassSums
@@ -60,6 +62,7 @@ class Shard:
         layers: numbers of this rank's layers in the whole model.
         heads: this rank's query and kv heads.
         refused: slots whose tokens did not fit; this rank holds nothing of them.
+        faults: those of them whose sequences cannot go on.
         cycles: when the rows of a slot are compacted, for the slots with a decode stage.
         trimmed: how long the rows of a slot are, for the slots that are trimmed instead.
         after_prefill: what prefill selected for the slots in `cycles`, refused or not: int32
@@ -103,6 +106,7 @@ class Shard:
         self.slots = SlotTable(config.max_num_seqs, self.max_model_len + 1)
         self.meter = MemoryMeter(self.decoder.weight_bytes())
         self.refused: set[int] = set()
+        self.faults = Faults(self._give_up, is_alone=layout.tensor_size == 1)
         self.cycles: dict[int, Cycle] = {}
         self.trimmed: dict[int, TrimmedRows] = {}
         self.after_prefill: dict[int, NDArray[np.int32]] = {}
@@ -202,8 +206,17 @@ class Shard:
         )
 
     def add(self, new: NewSequence) -> None:
-        """Give a free slot to a sequence."""
+        """Give a free slot to a sequence.
+
+        One that this model cannot serve is at fault; a sequence that it can takes part in its place
+        (with token 0 for what is no token, and nothing dropped), of which nothing is kept.
+        """
+        message = self._fault_of(new)
+        if message is not None:
+            new = self._harmless(new)
         self.slots.add(new)
+        if message is not None:
+            self.faults.add(new.slot, message)
         cycle = cycle_of(new.retention, new.prompt_tokens, self.config.page_tokens)
         if cycle is not None:
             self.cycles[new.slot] = cycle
@@ -216,6 +229,42 @@ class Shard:
         if sums_mass(new.retention):
             self.sums.open(new.slot)
 
+    def _fault_of(self, new: NewSequence) -> str | None:
+        """What a sequence asks for that this model has not; the same on every rank."""
+        tokens, vocab_size = new.tokens(), self.spec.vocab_size
+        strangers = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+        if len(strangers):
+            place = int(strangers[0])
+            return (
+                f"token_ids[{place}]={tokens[place]} is no token of the model; they are 0 to "
+                f"{vocab_size - 1}"
+            )
+        try:
+            self._plan_rows(new.retention, new.prompt_tokens)
+        except Exception as error:
+            return f"retention: {error}"
+        return None
+
+    def _harmless(self, new: NewSequence) -> NewSequence:
+        """The sequence as this model can compute it, with the lengths that its followers share."""
+        tokens = new.tokens().copy()
+        tokens[(tokens < 0) | (tokens >= self.spec.vocab_size)] = 0
+        propagate = new.retention.propagate
+        retention = Retention.parse(None if propagate is None else {"propagate": propagate})
+        try:
+            self._plan_rows(retention, new.prompt_tokens)
+        except Exception:
+            retention = Retention.parse(None)
+        return replace(new, token_ids=tokens.tobytes(), retention=retention)
+
+    def _plan_rows(self, retention: Retention, prompt_tokens: int) -> None:
+        """Work out all numbers of tokens that follow from a retention and a prompt's length."""
+        num_layers = self.spec.num_layers
+        retention.entering_tokens(prompt_tokens, num_layers)
+        retention.row_tokens(prompt_tokens, num_layers, self.spec.num_kv_heads)
+        cycle_of(retention, prompt_tokens, self.config.page_tokens)
+        trimmed_rows(retention, prompt_tokens, num_layers)
+
     def free(self, slot: int) -> None:
         """Take back a slot and all its pages."""
         for of_slot in (self.cycles, self.trimmed, self.after_prefill):
@@ -225,10 +274,14 @@ class Shard:
         self.kv.free(slot)
         self.slots.free(slot)
         self.refused.discard(slot)
+        self.faults.forget(slot)
 
     def refuse(self, slot: int) -> None:
         """Give up a slot whose tokens do not fit; the scheduler will requeue its sequence."""
         logger.warning("rank %d is short of pages and refuses slot %d", self.mesh.rank, slot)
+        self._give_up(slot)
+
+    def _give_up(self, slot: int) -> None:
         self.kv.free(slot)
         self.refused.add(slot)
 

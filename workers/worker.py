@@ -63,7 +63,7 @@ class Worker:
         self._decode = Decode(shard)
         self._head: Head | None = None
         if shard.mesh.is_last_stage:
-            self._head = Head(shard.decoder, shard.mesh, shard.slots)
+            self._head = Head(shard.decoder, shard.mesh, shard.slots, shard.faults)
         if config.warmup:
             self.warm_up()
         self.info = shard.info(os.uname().nodename, os.getpid(), log_file)
@@ -96,10 +96,10 @@ class Worker:
         for slot in plan.free:
             self._prefill.drop(slot)
             shard.free(slot)
+        already_refused = frozenset(shard.refused)
         for new in plan.new:
             shard.add(new)
         targets = shard.slots.samples(plan, shard.spec.num_layers)
-        already_refused = frozenset(shard.refused)
         finals = self._prefill.run(plan)
         decoded = self._decode.run(plan.decode)
         sampled, scored = self._read_head(plan, targets, finals, decoded)
@@ -110,6 +110,7 @@ class Worker:
             scored=scored,
             kept=self._kept(plan),
             refused=tuple(sorted(shard.refused - already_refused)),
+            faults=shard.faults.take(),
             pages_free=shard.kv.pages_free,
             prefill_layer_tokens=self._prefill.take_layer_tokens(),
             seconds=shard.clock.seconds,

@@ -8,9 +8,10 @@ any run of a sequence, preempted or not, must give the same tokens.
 import hashlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from saqqara.compression.decode_stage import DecodeStage
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import (
     DecodeItem,
+    Fault,
     KeptCounts,
     NewSequence,
     PrefillGroup,
@@ -133,6 +135,11 @@ class FakeWorker:
         )
         return self.info.num_pages - sum(held)
 
+    def give_up(self, slot: int) -> None:
+        """Hold nothing of a slot any more."""
+        self.rows.pop(slot, None)
+        self.refused.add(slot)
+
     def try_add(self, slot: int, more: dict[tuple[int, int], int]) -> None:
         """Lengthen rows of a slot; without room for all of them the slot is refused."""
         if slot in self.refused:
@@ -155,6 +162,8 @@ class FakeReplica:
         workers: from `make_workers`.
         vocab_size: tokens are below it.
         fail_at_step: step whose future raises.
+        faults: messages by (step, slot): the last worker finds the slot's sequence at fault when it
+            is worked on in that step or, first, in a later one.
         step_seconds: how long a step takes, beside the work of faking it.
     """
 
@@ -164,11 +173,13 @@ class FakeReplica:
         vocab_size: int = 128,
         fail_at_step: int = -1,
         step_seconds: float = 0.0,
+        faults: Mapping[tuple[int, int], str] = MappingProxyType({}),
     ) -> None:
         self._infos = list(workers)
         self.fakes = [FakeWorker(info) for info in workers]
         self.vocab_size = vocab_size
         self.fail_at_step = fail_at_step
+        self._faults = dict(faults)
         self.step_seconds = step_seconds
         self.slots: dict[int, FakeSlot] = {}
         self.num_layers = max(w.stop_layer for w in workers)
@@ -215,6 +226,9 @@ class FakeReplica:
             self._decode(item)
         for item in plan.decode:
             self._compact(item)
+        faults = self._take_faults(plan)
+        for fault in faults:
+            self.fakes[-1].give_up(fault.slot)
         sampled, scored = self._read_out(plan, ended)
         last = len(self.stages) - 1
         return [
@@ -225,12 +239,19 @@ class FakeReplica:
                 scored=scored if self._speaks(worker, last) else (),
                 kept=kept[worker.info.rank],
                 refused=tuple(sorted(worker.refused - before[worker.info.rank])),
+                faults=faults if worker is self.fakes[-1] else (),
                 pages_free=worker.pages_free,
                 seconds={"prefill": 0.25, "decode": 0.5} if plan.prefill else {"decode": 0.5},
                 memory=WorkerMemory(weight_bytes=7, resident_bytes_peak=11),
             )
             for worker in self.fakes
         ]
+
+    def _take_faults(self, plan: StepPlan) -> tuple[Fault, ...]:
+        slots = {slot for group in plan.prefill for slot in group.slots}
+        slots |= {item.slot for item in plan.decode}
+        due = [(step, slot) for step, slot in self._faults if step <= plan.step and slot in slots]
+        return tuple(Fault(slot, self._faults.pop((step, slot))) for step, slot in due)
 
     def _free(self, slot: int) -> None:
         held = self.slots.pop(slot)

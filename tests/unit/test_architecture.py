@@ -5,8 +5,10 @@
 """
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +42,17 @@ RAY_FILES = {
 }
 NO_TENSORS = {"cluster/scheduler.py", "cluster/ledger.py", "cluster/sequence.py"}
 OPTIONAL_PACKAGES = {"flash_attn", "triton", "lm_eval"}
+# What comes with a package that is declared, by that package; the table of CONTRIBUTING.md says so.
+COMES_WITH = {
+    "tokenizers": "transformers",
+    "huggingface_hub": "transformers",
+    "jinja2": "transformers",
+    "fastapi": "ray",
+    "starlette": "ray",
+    "uvicorn": "ray",
+    "triton": "torch",
+    "pydantic_core": "pydantic",
+}
 
 SOURCES = sorted(
     file.relative_to(ROOT).as_posix()
@@ -102,6 +115,23 @@ def test_folders_are_never_imported_bare(source: str) -> None:
     assert not set(MAY_IMPORT) & {module.partition(".")[0] for module in imports(source)}
 
 
+def declared_packages() -> set[str]:
+    """Import names of what pyproject.toml declares for users: all but the tools for development."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {**project["optional-dependencies"], "dev": []}
+    lines = [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
+    names = {re.split(r"\W", line.replace("-", "_"), maxsplit=1)[0] for line in lines}
+    return {"yaml" if name == "pyyaml" else name for name in names}
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = declared_packages()
+    ours_or_standard = {"saqqara", "__future__", *sys.stdlib_module_names}
+    for source in SOURCES:
+        for package in {module.partition(".")[0] for module in imports(source)} - ours_or_standard:
+            assert COMES_WITH.get(package, package) in declared, f"{source} imports {package}"
+
+
 def test_importing_everything_loads_no_folder_bare() -> None:
     modules = [
         ".".join(("saqqara", *Path(source).with_suffix("").parts)).removesuffix(".__init__")
@@ -126,6 +156,22 @@ def test_the_engine_loads_without_ray(module: str) -> None:
 
 def test_import_saqqara_is_light() -> None:
     assert not {"ray", "torch", "transformers", "numpy"} & loaded_by("saqqara")
+
+
+def test_the_command_line_answers_without_loading_the_engine() -> None:
+    """`--version`, `--help`, `methods` and mistakes in flags take no seconds."""
+    assert not {"ray", "torch", "transformers", "matplotlib"} & loaded_by(
+        "saqqara.cluster.cli, saqqara.cluster.cli_methods, saqqara.compression.methods"
+    )
+
+
+def test_tables_are_printed_by_the_function_that_keeps_their_columns() -> None:
+    """Other consoles are for progress, on stderr: rich itself drops columns that do not fit."""
+    benchmarks = (file.relative_to(ROOT).as_posix() for file in ROOT.glob("benchmarks/**/*.py"))
+    for source in sorted({*SOURCES, *benchmarks} - {"cluster/tables.py"}):
+        for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Console"):
+                assert ast.unparse(node) == "Console(stderr=True)", f"{source}: use print_table"
 
 
 def test_the_public_names_are_what_there_is() -> None:

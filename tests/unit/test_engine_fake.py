@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +17,11 @@ from support.fake_replica import (
 )
 
 from saqqara.cluster.async_engine import AsyncEngine
-from saqqara.cluster.engine import Engine
+from saqqara.cluster.engine import Engine, known_eos
 from saqqara.cluster.engine_loop import EngineDeadError
 from saqqara.cluster.metrics import MetricSpec
 from saqqara.cluster.report import BatchRows
-from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput
+from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput, derived_seed
 from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
@@ -67,16 +67,18 @@ class Ascii:
     ) -> str:
         return "".join(chr(i) if i > 4 else f"<{i}>" for i in ids)
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> list[int]:
-        return [ord(c) for m in messages for c in f"{m['role']}:{m['content']};"]
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
+        return "".join(f"{m['role']}:{m['content']};" for m in messages)
 
 
 def make_engine(
     num_pages: int = 1000,
+    faults: Mapping[tuple[int, int], str] = MappingProxyType({}),
     stages: Sequence[int] = (4,),
     fail_at_step: int = -1,
     lookahead: int = 1,
     step_seconds: float = 0.0,
+    tokenizer: Ascii | None = None,
     **settings: Any,
 ) -> Engine:
     config = EngineConfig.model_validate(
@@ -86,8 +88,9 @@ def make_engine(
         make_workers(num_pages, stages=stages),
         fail_at_step=fail_at_step,
         step_seconds=step_seconds,
+        faults=faults,
     )
-    return Engine(config, replica, Tokenizer(Ascii()), SPEC, lookahead=lookahead)
+    return Engine(config, replica, Tokenizer(tokenizer or Ascii()), SPEC, lookahead=lookahead)
 
 
 def run(engine: Engine) -> list[Output]:
@@ -161,7 +164,7 @@ def test_prompts_may_be_text_ids_or_messages() -> None:
     assert outputs["chat"].prompt_token_ids == tuple(map(ord, "user:hi;"))
 
 
-def test_n_choices_are_one_request_with_seeds_in_a_row() -> None:
+def test_n_choices_are_one_request_with_seeds_of_their_own() -> None:
     engine = make_engine()
     engine.add_request("r", "hello", greedy(n=3, seed=40, max_tokens=2), stream=False)
     [output] = run(engine)
@@ -169,7 +172,8 @@ def test_n_choices_are_one_request_with_seeds_in_a_row() -> None:
     assert [choice.index for choice in output.outputs] == [0, 1, 2]
     replica = engine._executor
     assert isinstance(replica, FakeReplica)
-    assert [new.sampling.seed for plan in replica.plans for new in plan.new] == [40, 41, 42]
+    seeds = [new.sampling.seed for plan in replica.plans for new in plan.new]
+    assert seeds == [derived_seed(40, choice=i) for i in range(3)]
     report = engine.report()
     assert report.requests == {"length": 1}
     assert report.prompt_tokens == 6  # once for all choices
@@ -240,6 +244,24 @@ def test_logprobs_come_with_their_tokens() -> None:
         assert entry[0].decoded_token == "<0>"
         total += logprob
     assert choice.cumulative_logprob == pytest.approx(total)
+
+
+def test_tokens_of_the_tokenizer_that_the_model_lacks_name_what_they_came_from() -> None:
+    engine = make_engine()
+    said = "'é', for which the tokenizer has the token 233; the model's are 0 to 127"
+    with pytest.raises(ValueError, match=f"^prompt has {said}"):
+        engine.add_request("r", "caffé")
+    with pytest.raises(ValueError, match=f"^messages has {said}"):
+        engine.add_request("r", messages=[{"role": "user", "content": "caffé"}])
+    with pytest.raises(ValueError, match=f"^score_continuation has {said}"):
+        engine.add_score_request("r", "caff", "é")
+    assert not engine.has_unfinished()
+
+
+def test_end_tokens_that_the_model_lacks_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer(Ascii(), eos_token_ids=(EOS, 128, 5))
+    assert known_eos(SPEC, tokenizer) == (EOS, 5)
+    assert "end tokens 128 are ignored: the model's tokens are 0 to 127" in caplog.text
 
 
 def test_a_small_pool_changes_nothing_but_the_time() -> None:
@@ -331,6 +353,50 @@ def test_a_sequence_that_outgrows_the_pool_is_an_error_with_its_tokens() -> None
     assert "kv_memory_gib" in output.error
 
 
+@pytest.mark.parametrize("stages", [(4,), (2, 2)])
+@pytest.mark.parametrize("lookahead", [1, 2])
+@pytest.mark.parametrize("step", range(6))
+def test_a_fault_ends_its_sequence_alone(
+    step: int, lookahead: int, stages: tuple[int, ...]
+) -> None:
+    """In prefill or decode, with any number of plans of it in flight, on one worker of several."""
+    engine = make_engine(stages=stages, lookahead=lookahead, faults={(step, 1): "no number"})
+    for name in ("one", "two", "three"):
+        engine.add_request(name, name, greedy(max_tokens=20))
+    outputs = finished(engine)
+    for name in ("one", "three"):
+        assert outputs[name].outputs[0].token_ids == tuple(continue_text(name, 20)[1])
+    two = outputs["two"]
+    assert (two.outputs[0].finish_reason, two.error) == ("error", "no number")
+    got = two.outputs[0].token_ids
+    assert len(got) < 20
+    assert got == tuple(continue_text("two", 20)[1][: len(got)])
+    assert engine.report().pages_leaked == 0
+    # The engine is as before.
+    engine.add_request("four", "four", greedy(max_tokens=20))
+    assert finished(engine)["four"].outputs[0].token_ids == tuple(continue_text("four", 20)[1])
+
+
+def test_a_token_without_text_ends_its_sequence_alone() -> None:
+    class Gaps(Ascii):
+        def decode(
+            self, ids: Sequence[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+        ) -> str:
+            if bad in ids:
+                raise KeyError(bad)
+            return super().decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
+
+    bad = continue_text("bad", 3)[1][2]
+    engine = make_engine(tokenizer=Gaps())
+    for name in ("good", "bad"):
+        engine.add_request(name, name, greedy(max_tokens=8))
+    assert bad not in continue_text("good", 8)[1]
+    outputs = finished(engine)
+    assert outputs["good"].outputs[0].token_ids == tuple(continue_text("good", 8)[1])
+    assert outputs["bad"].outputs[0].finish_reason == "error"
+    assert outputs["bad"].error == f"token {bad} cannot be told as text: {bad}"
+
+
 def test_abort_returns_what_there_is() -> None:
     engine = make_engine()
     engine.add_request("r", "hello", greedy(max_tokens=100))
@@ -366,8 +432,9 @@ def test_restart_goes_on_after_a_worker_died() -> None:
     for name in ("one", "two", "three"):
         engine.add_request(name, name, greedy(max_tokens=20))
     outputs: list[Output] = []
-    with pytest.raises(RuntimeError, match="a worker died"):
+    with pytest.raises(RuntimeError, match="a worker died") as failure:
         run_into(engine, outputs)
+    assert failure.value.__notes__ == ["requests in the step: three"]
     assert engine.report().pages_leaked is None
     with pytest.raises(RuntimeError, match="needs a restart"):
         engine.step()

@@ -100,10 +100,13 @@ def test_a_failed_step_reaches_everybody_who_waits_and_everybody_after(
     waiting = threading.Thread(target=wait)
     waiting.start()
     engine.error = RuntimeError("rank 1 died")
+    engine.error.add_note("requests in the step: a, b")
     loop.call(lambda: engine.add(1))
     waiting.join(10)
     [error] = caught
-    assert str(error) == "the engine has failed: RuntimeError: rank 1 died"
+    assert str(error) == (
+        "the engine has failed: RuntimeError: rank 1 died; requests in the step: a, b"
+    )
     assert error.__cause__ is engine.error
     for _ in range(2):
         with pytest.raises(EngineDeadError, match="rank 1 died"):

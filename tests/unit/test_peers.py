@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+
+from saqqara.cluster.tables import print_table
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -93,15 +94,18 @@ def test_agreement_counts_tokens_until_the_first_difference(summary: Any) -> Non
 def test_table_and_picture(scripts: Any, summary: Any, tmp_path: Path) -> None:
     workload = {"name": "W1", "num_requests": 2, "prompt_tokens": 512, "new_tokens": 4}
     result = {"results": json.loads(json.dumps(summary)), "workloads": {"W1": workload}}
+    (table,) = scripts["peer_report"].tables(result)
     printed = io.StringIO()
-    console = Console(width=160, file=printed)
-    for table in scripts["peer_report"].tables(result):
-        console.print(table)
+    print_table(table, file=printed, width=160)
     lines = printed.getvalue().splitlines()
     (row,) = (line for line in lines if line.strip("│ ").startswith("vllm"))
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells[:2] == ["vllm", "6.00*"]  # starred: the machine was not alone with it
     assert cells[-4:] == ["3.00", "6.00", "100%", "2 of 2"]
+    narrow = io.StringIO()
+    print_table(table, file=narrow, width=60)
+    assert narrow.getvalue().count("saqqara:pyramidkv@25%") > 1  # in each part of the split table
+    assert "…" not in narrow.getvalue()
     scripts["peer_report"].plot(tmp_path / "peers.png", result)
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
 

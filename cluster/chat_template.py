@@ -1,0 +1,164 @@
+"""A conversation as the model's chat template writes it, within bounds.
+
+A template is a program that came with the model, and it meets whatever clients write: it may fail
+in any way, or find no end. Either costs the conversation alone.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+_TEMPLATE_FILE = "<template>"  # the file of the code that jinja makes of a template
+# Lines of the template, calls of anything, and characters written, for a conversation of nothing.
+# A usual template takes a few dozen lines per message and writes it once.
+MAX_LINES = 200_000
+MAX_CALLS = 1_000_000  # compiling a template of 15 kB takes a sixth of it
+MAX_CHARS = 1_000_000
+_PER_MESSAGE = 1_000
+_PER_CHAR = 10
+_MAX_REASON_CHARS = 300
+
+# What transformers takes under these names is no variable of the template.
+RESERVED_ARGS = frozenset(
+    {
+        *("self", "conversation", "messages", "tools", "documents", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message", "sanitize_control_tokens"),
+        *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+
+
+class Backend(Protocol):
+    """The part of a Hugging Face tokenizer that renders conversations."""
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **settings: Any) -> Any:
+        """The text, with `tokenize=False`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How a conversation is written; names and meaning are those of transformers.
+
+    Args:
+        add_generation_prompt: end with the head of the assistant's answer; default: unless the
+            final message is continued.
+        continue_final_message: leave the final message open, so that the answer goes on with it.
+        template_args: variables for the template, e.g. `{"enable_thinking": False}`.
+        chat_template: a template instead of the model's own.
+
+    Raises:
+        ValueError: both a new message and a continued one are wanted, or a variable is reserved.
+    """
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError(
+                "continue_final_message: the answer either goes on with the final message or "
+                "begins a new one; leave add_generation_prompt out, or false"
+            )
+        for name in self.template_args:
+            if name in RESERVED_ARGS:
+                raise ValueError(f"chat_template_kwargs: {name!r} is no variable of the template")
+
+
+def render_chat(
+    backend: Backend, messages: Sequence[Mapping[str, str]], options: ChatOptions
+) -> str:
+    """The text of a conversation.
+
+    Args:
+        backend: the tokenizer.
+        messages: checked ones, with plain-text contents.
+        options: see `ChatOptions`.
+
+    Raises:
+        ValueError: the template refuses the conversation, fails on it or finds no end.
+    """
+    begins_answer = options.add_generation_prompt
+    if begins_answer is None:
+        begins_answer = not options.continue_final_message
+    settings: dict[str, Any] = dict(options.template_args)
+    if options.chat_template is not None:
+        settings["chat_template"] = options.chat_template
+    try:
+        with _bounded(messages):
+            text: str = backend.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=begins_answer,
+                continue_final_message=options.continue_final_message,
+                tokenize=False,
+                **settings,
+            )
+    except Exception as error:  # whatever a template may do
+        raise ValueError(f"messages: {_reason(error)}") from error
+    return text
+
+
+class _EndlessTemplateError(Exception):
+    """A template has exceeded its bounds."""
+
+
+def _reason(error: Exception) -> str:
+    from jinja2 import TemplateError
+
+    if isinstance(error, _EndlessTemplateError):
+        return f"the model's chat template finds no end: {error}"
+    message = str(error)
+    if len(message) > _MAX_REASON_CHARS:
+        message = message[:_MAX_REASON_CHARS] + "..."
+    if isinstance(error, TemplateError):
+        return f"the model's chat template refuses: {message}"
+    return f"the model's chat template fails: {type(error).__name__}: {message}"
+
+
+@contextmanager
+def _bounded(messages: Sequence[Mapping[str, str]]) -> Iterator[None]:
+    """Have the template raise `_EndlessTemplateError` beyond its bounds.
+
+    Counting events is the same on a slow machine, and a trace ends loops that write nothing.
+    """
+    num_chars = sum(len(value) for message in messages for value in message.values())
+    more = _PER_MESSAGE * len(messages) + _PER_CHAR * num_chars
+    meter = _Meter(MAX_LINES + more, MAX_CALLS + more, MAX_CHARS + more)
+    before = sys.gettrace()
+    sys.settrace(meter.call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+class _Meter:
+    """Trace functions that count down."""
+
+    def __init__(self, lines: int, calls: int, chars: int) -> None:
+        self._lines = lines
+        self._calls = calls
+        self._chars = chars
+
+    def call(self, frame: FrameType, event: str, arg: Any) -> Any:
+        self._calls -= 1
+        if self._calls < 0:
+            raise _EndlessTemplateError("it makes too many calls")
+        return self.line if frame.f_code.co_filename == _TEMPLATE_FILE else None
+
+    def line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "line":
+            self._lines -= 1
+            if self._lines < 0:
+                raise _EndlessTemplateError("it runs too many lines")
+        elif event == "return" and isinstance(arg, str):  # also what it yields
+            self._chars -= len(arg)
+            if self._chars < 0:
+                raise _EndlessTemplateError("it writes too much")
+        return self.line

@@ -1,0 +1,76 @@
+"""The HTTP API in this process, without a server: requests go to its ASGI application."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from saqqara.cluster.api_keys import ApiKeys
+from saqqara.cluster.engine import Engine, LocalExecutor
+from saqqara.cluster.generation import Generation
+from saqqara.cluster.http_app import make_app
+from saqqara.cluster.settings import serve_config, served_engine
+from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.workers.models.spec import load_spec
+
+from .api_server import ENGINE, MODEL
+
+
+class InProcessServer:
+    """A small engine behind the application; call it inside one event loop.
+
+    Args:
+        model: folder of its model, which gets random weights.
+        settings: fields of the engine beside those of the API tests' server.
+    """
+
+    def __init__(self, model: Path, **settings: Any) -> None:
+        loading = {"model_id": MODEL, "model_source": str(model)}
+        config = serve_config(
+            {"model_loading_config": loading, "engine_kwargs": {**ENGINE, **settings}}
+        )
+        engine_config = served_engine(config)
+        tokenizers = [Tokenizer.load(model), Tokenizer.load(model)]
+        engine = Engine(
+            engine_config, LocalExecutor(engine_config), tokenizers[0], load_spec(str(model))
+        )
+        self.generation = Generation(config, engine_config, engine, tokenizers[1])
+        self._app = make_app(self.generation, ApiKeys())
+
+    async def post(self, path: str, body: Any, raw: bytes | None = None) -> tuple[int, Any]:
+        """Status and JSON of the answer to a POST; events of a stream come as a list."""
+        content = json.dumps(body).encode() if raw is None else raw
+        headers = {b"content-type": b"application/json"}
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": list(headers.items()),
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+        }
+        sent: list[dict[str, Any]] = []
+        given = [{"type": "http.request", "body": content, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if given:
+                return given.pop()
+            await asyncio.Event().wait()
+            raise AssertionError("the event is never set")
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await self._app(scope, receive, send)
+        status = next(m["status"] for m in sent if m["type"] == "http.response.start")
+        text = b"".join(m.get("body", b"") for m in sent).decode()
+        if not text.startswith("data: "):
+            return status, json.loads(text)
+        events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+        return status, [json.loads(event) for event in events if event != "[DONE]"]
