@@ -20,9 +20,13 @@ PREFLIGHT = {
 }
 
 
+def nothing() -> dict[str, int]:
+    return {}
+
+
 def client(*allowed: str) -> TestClient:
     app = FastAPI()
-    app.add_api_route("/x", dict, methods=["GET", "POST"])
+    app.add_api_route("/x", nothing, methods=["GET", "POST"])
     add_guards(app, allowed)
     return TestClient(app, base_url="http://127.0.0.1:8000")
 
