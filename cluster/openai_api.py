@@ -131,11 +131,12 @@ class GenerationRequest(IdleFields):
         """Raise an `ApiError` if `retention` names a file: clients read none of the server's."""
         profile = self.retention.get("profile") if isinstance(self.retention, dict) else None
         shipped = {file.stem for file in (CONFIG_DIR / "profiles").glob("*.json")}
-        if profile is not None and not isinstance(profile, dict) and profile not in shipped:
+        is_shipped = isinstance(profile, str) and profile in shipped
+        if profile is not None and not isinstance(profile, dict) and not is_shipped:
             raise ApiError(
                 400,
                 f"retention: profile must be one of {sorted(shipped)} or the measured scores",
-                "retention.profile",
+                "retention",
                 "invalid_value",
             )
 

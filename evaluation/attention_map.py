@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers.models.source import whole_folder
 from saqqara.workers.models.spec import load_spec
 
 from .kept_positions import Rows, kept_positions
@@ -77,7 +78,7 @@ def _eager_attention(
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        model_name, dtype=torch.float32, attn_implementation="eager"
+        str(whole_folder(model_name)), dtype=torch.float32, attn_implementation="eager"
     ).eval()
     with torch.inference_mode():
         attentions = model(torch.tensor([list(prompt)]), output_attentions=True).attentions

@@ -70,7 +70,7 @@ COMPLETION_ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "a file of the server": (
         {"retention": {"method": "headkv", "budget": 64, "profile": "/etc/hostname"}},
-        "retention.profile",
+        "retention",
         "invalid_value",
     ),
     "a prompt that is too long": (

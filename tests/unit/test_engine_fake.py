@@ -327,6 +327,40 @@ def test_a_bad_request_costs_only_itself(arguments: dict[str, Any], message: str
     engine.add_request("bad", "is not in use")
 
 
+HEADS_OF_ANOTHER = {f"{layer}-{head}": [1] for layer in range(4) for head in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"priority": 2**40}, "priority: must be an integer of at least -2147483648"),
+        ({"priority": "high"}, "priority: must be an integer"),
+        ({"priority": True}, "priority: must be an integer"),
+        ({"priority": float("nan")}, "priority: must be an integer"),
+        ({"retention": {"method": "knorm", "skip_layers": [4]}}, "skip_layers: 4 is no layer"),
+        (
+            {"retention": {"method": "headkv", "profile": HEADS_OF_ANOTHER}},
+            "profile: has 4 layers of 4 query heads; this model has 4 of 2",
+        ),
+        (
+            {"retention": {"method": "snapkv", "window": 9000, "decode": True}, "budget": 9999},
+            "window: with decode, workers remember the queries of the last 9000 tokens; they have "
+            "room for 1000 per sequence",
+        ),
+    ],
+)
+def test_what_the_model_or_the_engine_cannot_meet(arguments: dict[str, Any], message: str) -> None:
+    """Known before anything is queued; the field of the request is `retention`."""
+    engine = make_engine(num_pages=1000)
+    about_retention = "retention" in arguments
+    in_front = "retention: " if about_retention else ""
+    defaults: dict[str, Any] = {"budget": "50%"} if about_retention else {}
+    with pytest.raises(ValueError, match=f"^{in_front}{message}"):
+        engine.add_request("bad", "hello", **defaults | arguments)
+    assert not engine.has_unfinished()
+    engine.add_request("bad", "is not in use")
+
+
 def test_long_prompts_are_truncated_when_asked() -> None:
     engine = make_engine(max_model_len=50)
     engine.add_request("k", "a" * 100 + "bc", greedy(truncate_prompt_tokens=3))
