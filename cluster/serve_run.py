@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 from collections import Counter
+from collections.abc import Mapping
 
 import psutil
 import ray
@@ -14,7 +16,7 @@ from saqqara.configs.schema import EngineConfig, ServeConfig
 
 from .api_keys import ApiKeys
 from .controller import connect
-from .placement import PlacementError, show_resources
+from .placement import PlacementError
 from .ports import LOOPBACK, Binding
 from .serve import (
     ReplicaPlan,
@@ -97,7 +99,10 @@ class _Server:
             try:
                 with self._signals.interrupting():
                     handle = self._start()
-            except SystemExit:  # ours, or that of a handler that `ray.init` puts in our place
+            except SystemExit as end:
+                # `ray.init` puts a handler of its own in our place, which exits with the signal.
+                if not self._signals.came and end.code != signal.SIGTERM:
+                    raise
                 logger.info("asked to end before the server was ready")
                 return
             self._signals.wait()
@@ -143,8 +148,9 @@ class _Server:
     def _end(self) -> None:
         if self._owns_ray:
             _end_own_ray()
-        elif self._app_name is not None and ray.is_initialized():
-            leave_serve(self._app_name)
+        elif ray.is_initialized():
+            if self._app_name is not None:
+                leave_serve(self._app_name)
             ray.shutdown()
 
 
@@ -159,8 +165,8 @@ def check_room(plan: ReplicaPlan, num_replicas: int) -> None:
     if missing := [name for name, amount in asked.items() if amount > there.get(name, 0)]:
         has = {name: there.get(name, 0) for name in missing}
         raise PlacementError(
-            f"this machine has no room for num_replicas={num_replicas}: they ask for "
-            f"{show_resources(asked)}; there is {show_resources(has)}"
+            f"this machine has no room for num_replicas={num_replicas}: asked for "
+            f"{_show_all(asked)}; there is {_show_all(has)}"
         )
 
 
@@ -172,10 +178,14 @@ def total_of(plan: ReplicaPlan) -> dict[str, float]:
             total.update(bundle)
         return dict(total)
     options = plan.actor_options
-    given = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus")}
-    total.update({name: amount for name, amount in given.items() if amount})
+    names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    total.update({name: options[option] for name, option in names.items() if options.get(option)})
     total.update(options.get("resources") or {})
     return dict(total)
+
+
+def _show_all(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}: {amount:g}" for name, amount in resources.items())
 
 
 def drain(handle: DeploymentHandle, timeout_seconds: float) -> int:
