@@ -255,16 +255,16 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the retention methods: what each keeps, needs and costs."""
-    import json
 
     from saqqara.compression.methods import method_table
+    from saqqara.configs.json_text import json_text
 
     from .cli_methods import print_methods
 
     with errors_in_one_line():
         rows = method_table()
         if as_json:
-            typer.echo(json.dumps({row.name: row.to_dict() for row in rows}, indent=2))
+            typer.echo(json_text({row.name: row.to_dict() for row in rows}, indent=2))
         else:
             print_methods(rows)
 
