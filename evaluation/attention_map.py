@@ -30,8 +30,8 @@ class AttentionMaps:
         maps: fp32 [layers, kv heads, queries, keys], softmax weights of transformers' eager
             attention in fp32, mean over the query heads of each kv head.
         layers: numbers of these layers in the model.
-        kept: by the settings' labels, the positions kept in every layer of the model, read from
-            the engine's own pages.
+        kept: by the settings' labels, the positions kept in every layer of the model, as the
+            engine's own worker says.
     """
 
     maps: Floats
