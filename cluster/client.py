@@ -5,6 +5,7 @@ The command line, batch jobs, `LLM` and the HTTP server are written against `Eng
 the Ray actor that owns one.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,13 @@ from .chat_template import ChatOptions
 from .engine import Engine, EngineReport, Executor, LocalExecutor
 from .engine_loop import EngineDeadError, EngineLoop
 from .metrics import Sink
+from .model_fit import check_fits
 from .report import BatchRows
 from .request import RequestOutput, SamplingParams, ScoreOutput
 from .sequence import ContextLengthError
 from .tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "EngineClient",
@@ -157,6 +161,7 @@ class LocalClient:
     ) -> None:
         started = time.monotonic()
         spec = load_spec(config.model)  # first, since it says best what is wrong with a folder
+        check_fits(config, spec)
         tokenizer = Tokenizer.load(config.tokenizer or config.model)
         executor = executor or LocalExecutor(config)
         try:
@@ -253,4 +258,7 @@ class LocalClient:
         except ValueError as error:
             is_too_long = isinstance(error, ContextLengthError)
             return Rejection(request.request_id, str(error), is_too_long)
+        except Exception as error:  # a fault of ours; it costs this request alone
+            logger.exception("request %s could not be queued", request.request_id)
+            return Rejection(request.request_id, f"{type(error).__name__}: {error}")
         return None

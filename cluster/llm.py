@@ -11,8 +11,10 @@ from typing import Any, Literal, Self, cast, overload
 
 from saqqara.compression.retention import Retention
 
+from .chat_template import ChatOptions
 from .client import EngineDeadError, EngineRequest
 from .launch import launch
+from .long_wait import LongWait
 from .report import EngineReport
 from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
 from .settings import check_keys, engine_config
@@ -112,7 +114,7 @@ class LLM:
                 `{"prompt_token_ids": token ids}`.
             sampling_params: for all prompts, or one for each.
             prompt_token_ids: token ids of one or several prompts, instead of `prompts`.
-            use_tqdm: show a progress bar when the output is a terminal.
+            use_tqdm: show progress: a bar on a terminal, else a line in the log every few seconds.
             retention: overrides the engine's, for all prompts or one for each.
             budget: overrides the engine's, for all prompts or one for each.
 
@@ -132,6 +134,10 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
         budget: Budget | Sequence[Budget | None] | None = None,
     ) -> list[RequestOutput]:
@@ -141,6 +147,11 @@ class LLM:
             messages: one conversation (a list of `{"role", "content"}`) or several.
             sampling_params: as for `generate`.
             use_tqdm: as for `generate`.
+            chat_template: a Jinja template instead of the model's own.
+            add_generation_prompt: end with the head of the assistant's answer.
+            continue_final_message: leave the final message open, so that the answer goes on with
+                it; needs `add_generation_prompt=False`.
+            chat_template_kwargs: variables for the template, e.g. `{"enable_thinking": False}`.
             retention: as for `generate`.
             budget: as for `generate`.
 
@@ -151,7 +162,16 @@ class LLM:
         several: Sequence[Any] = messages
         if messages and isinstance(messages[0], Mapping):
             several = [messages]
-        parts = [{"messages": _conversation(given, i)} for i, given in enumerate(several)]
+        options = ChatOptions(
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_args=dict(chat_template_kwargs or {}),
+            chat_template=chat_template,
+        )
+        parts = [
+            {"messages": _conversation(given, i), "chat_options": options}
+            for i, given in enumerate(several)
+        ]
         return self._generate(parts, "messages", sampling_params, retention, budget, use_tqdm)
 
     @overload
@@ -312,9 +332,19 @@ class LLM:
 
 @contextmanager
 def _progress(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, nothing anywhere else; yields what counts one more."""
-    if not wanted or not sys.stderr.isatty():
+    """A bar on a terminal, a line in the log elsewhere; yields what counts one more."""
+    if not wanted:
         yield lambda: None
+        return
+    if not sys.stderr.isatty():
+        num_ended = 0
+
+        def advance() -> None:
+            nonlocal num_ended
+            num_ended += 1
+
+        with LongWait(lambda: f"{num_ended} of {total} requests have ended"):
+            yield advance
         return
     from rich.console import Console
     from rich.progress import Progress

@@ -1,5 +1,6 @@
 """Every setting of engine and server, with its default, unit and check. Unknown keys are errors."""
 
+import re
 from dataclasses import fields
 from typing import Any, Literal, Self
 
@@ -8,11 +9,17 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .budget import budget_mistake
 from .worker_settings import WorkerSettings
 
+MAX_TOKENS = 2**24
+MAX_NUM_SEQS = 4096
+MAX_RANKS = 1024
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", re.IGNORECASE)
+
 
 class EngineConfig(BaseModel):
     """Settings of one engine replica. Sizes are per replica unless the name says otherwise."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field(
         description="Folder, or hub id (ORG/NAME or ORG/NAME@REVISION), of a Llama-class model."
@@ -23,30 +30,46 @@ class EngineConfig(BaseModel):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = Field(0, ge=0, description="Seeds requests that bring no seed of their own.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seeds requests that bring no seed of their own."
+    )
 
     max_model_len: int | None = Field(
-        None, ge=1, description="Prompt plus generated tokens; default: the model's context."
+        None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Prompt plus generated tokens; default: the model's context.",
     )
-    max_num_seqs: int = Field(64, ge=1, description="Sequences that hold a slot at once.")
+    max_num_seqs: int = Field(
+        64, ge=1, le=MAX_NUM_SEQS, description="Sequences that hold a slot at once."
+    )
     max_prefill_tokens: int = Field(
-        2048, ge=1, description="Prompt tokens concatenated into one prefill group."
+        2048, ge=1, le=MAX_TOKENS, description="Prompt tokens concatenated into one prefill group."
     )
     prefill_quantum: int | None = Field(
         32768,
         ge=1,
+        le=2**40,
         description="Layers x tokens of prefill per step while others decode; none: no bound.",
     )
     max_extend_tokens: int = Field(
-        1024, ge=1, description="Tokens replayed or scored per step in one `extend`."
+        1024, ge=1, le=MAX_TOKENS, description="Tokens replayed or scored per step in one `extend`."
     )
     linear_chunk_tokens: int = Field(
-        2048, ge=1, description="Tokens per chunk in linear layers and MLP during prefill."
+        2048,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Tokens per chunk in linear layers and MLP during prefill.",
     )
 
-    page_tokens: int = Field(16, ge=1, description="Tokens of one page (one row's K and V).")
+    page_tokens: int = Field(
+        16, ge=1, le=1024, description="Tokens of one page (one row's K and V)."
+    )
     kv_memory_gib: float | None = Field(
-        None, gt=0, description="KV pool in GiB; default on CPU: min(4, 30% of available memory)."
+        None,
+        gt=0,
+        le=2**14,
+        description="KV pool in GiB; default on CPU: min(4, 30% of available memory).",
     )
     memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of GPU memory the engine may use."
@@ -66,14 +89,17 @@ class EngineConfig(BaseModel):
     cuda_graphs: Literal["auto", "off"] = Field(
         "auto", description="'auto': replay recorded decode steps on a GPU; 'off': launch each."
     )
-    tensor_parallel_size: int = Field(1, ge=1)
-    pipeline_parallel_size: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1, le=MAX_RANKS)
+    pipeline_parallel_size: int = Field(1, ge=1, le=MAX_RANKS)
     layer_split: tuple[int, ...] | None = Field(
         None, description="Layers per pipeline stage, e.g. [16, 14]; default: balanced."
     )
     executor: Literal["local", "ray"] = "local"
     num_threads: int | None = Field(
-        None, ge=1, description="CPU threads per worker; default: cores / ranks on the host."
+        None,
+        ge=1,
+        le=4096,
+        description="CPU threads per worker; default: cores / ranks on the host.",
     )
     warmup: bool = Field(True, description="Run one small step before the first request.")
     check_integrity: bool = Field(False, description="Prove page ownership after every step.")
@@ -136,7 +162,7 @@ class DeploymentConfig(BaseModel):
         None, description="Instead of num_replicas: Serve's settings for a changing number."
     )
     max_ongoing_requests: int | None = Field(
-        None, ge=1, description="Open requests per replica; default: what it can run and queue."
+        None, ge=1, description="Open requests per replica; default: no bound but `limits`."
     )
     graceful_shutdown_timeout_s: float = Field(
         600.0, ge=0, description="Seconds a replica that is to end has to finish its requests."
@@ -166,6 +192,9 @@ class ServerLimits(BaseModel):
         256, ge=0, description="Sequences that may wait beyond max_num_seqs; more get status 429."
     )
     max_body_bytes: int = Field(4 * 2**20, ge=1, description="A larger body gets status 413.")
+    body_timeout_seconds: float = Field(
+        30.0, gt=0, description="A body that has not come within this time gets status 408."
+    )
     max_n: int = Field(16, ge=1, le=128, description="Choices per prompt.")
     max_logprobs: int = Field(20, ge=0, le=20, description="Best tokens beside the sampled one.")
     max_stop: int = Field(16, ge=0, description="Stop strings of a request.")
@@ -189,4 +218,18 @@ class ServeConfig(BaseModel):
     api_key_file: str | None = Field(
         None, description="File with one key per line; also read: SAQQARA_API_KEYS (with commas)."
     )
+    allowed_origins: tuple[str, ...] = Field(
+        (), description="Origins whose web pages may use the server, such as https://example.com."
+    )
     limits: ServerLimits = ServerLimits()
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin; write scheme, host and port without a path, such as "
+                    "https://example.com or http://localhost:3000, or '*' for all"
+                )
+        return origins

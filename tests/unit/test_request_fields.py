@@ -19,10 +19,13 @@ from support.byte_llama import CHAT_TEMPLATE, save_tiny_llama
 from support.in_process import InProcessServer
 
 from saqqara import LLM
-from saqqara.cluster.batch_input import BadLine, RowParser
+from saqqara.cluster.batch_input import BadLine, Row, RowParser
 from saqqara.cluster.jobs import BatchJob, run_batch
 from saqqara.cluster.openai_api import ChatRequest, CompletionRequest
 from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.scheduler import Scheduler
+from saqqara.cluster.sequence import Request
+from saqqara.cluster.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 
@@ -92,7 +95,9 @@ CASES: dict[str, Case] = {
         **dict.fromkeys(("suffix", "echo", "best_of", "logprobs", "prompt_logprobs", "user"))
     ),
     "empty asks for nothing": chat(
-        tools=[], chat_template_kwargs={}, logit_bias={}, stop=[], stop_token_ids=[], metadata={}
+        **{key: [] for key in ("tools", "functions", "stop", "stop_token_ids", "documents")},
+        **{key: {} for key in ("chat_template_kwargs", "logit_bias", "metadata", "retention")},
+        **{key: {} for key in ("response_format", "stream_options", "structured_outputs")},
     ),
     "book-keeping": chat(
         store=False,
@@ -185,6 +190,7 @@ CASES: dict[str, Case] = {
     "a bias for a word": wrong(completion(logit_bias={"x": 1}), "logit_bias"),
     "a bias for no token": wrong(completion(logit_bias={"9999": 1}), "logit_bias"),
     "a priority beyond any": wrong(completion(priority=2**40), "priority"),
+    "a retention that is a number": wrong(completion(retention=3), "retention"),
     "an unknown retention": wrong(completion(retention="magic"), "retention"),
     "a budget that is none": wrong(completion(retention="snapkv", budget="x"), "budget"),
     "min above max": wrong(completion(min_tokens=9), "min_tokens"),
@@ -361,6 +367,23 @@ def test_a_template_that_fails_is_a_value_error_in_python(llm: LLM, word: str) -
     assert llm.chat(user("hi"), SamplingParams(max_tokens=2))[0].finished
 
 
+def test_a_fault_with_one_row_is_its_error_record(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Tokenizer.encode
+
+    def fail(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+        if text == "odd":
+            raise TypeError("TextInputSequence must be str")
+        return encode(tokenizer, text, add_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "encode", fail)
+    lines: list[Json] = [{"custom_id": word, "prompt": word} for word in ("odd", "even")]
+    records = run_lines(llm, lines, tmp_path, max_tokens=1)
+    assert records["odd"]["error"]["message"] == "TypeError: TextInputSequence must be str"
+    assert records["even"]["error"] is None
+
+
 def test_tokenize_writes_a_chat_as_a_chat_is_answered(model: Path) -> None:
     async def count(**body: Any) -> Any:
         status, answer = await server.post("/tokenize", body)
@@ -378,6 +401,28 @@ def test_tokenize_writes_a_chat_as_a_chat_is_answered(model: Path) -> None:
 
     server = InProcessServer(model)
     assert asyncio.run(counts()) == [9, 25, "chat_template_kwargs", "messages"]
+
+
+def test_a_priority_reaches_the_scheduler(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    priorities: dict[str, int] = {}
+    check = Scheduler.check
+
+    def note(scheduler: Scheduler, request: Request) -> None:
+        priorities[request.request_id] = request.priority
+        check(scheduler, request)
+
+    async def ask() -> None:
+        server = InProcessServer(model)
+        for case in (CASES["a priority"], CASES["a bias"]):
+            assert (await server.post(case.url, case.body))[0] == 200
+        await server.generation.shutdown()
+
+    monkeypatch.setattr(Scheduler, "check", note)
+    asyncio.run(ask())
+    assert list(priorities.values()) == [-5, 0]
+    row = RowParser("tiny", {}).parse(1, json.dumps({"prompt": "hi", "priority": 7}))
+    assert isinstance(row, Row)
+    assert row.requests[0].priority == 7
 
 
 FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields})
