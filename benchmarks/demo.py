@@ -54,7 +54,7 @@ def main() -> int:
     prompts = write_documents(folder, documents)
     print(
         f"\n{len(documents)} documents of {min(lengths):,} to {max(lengths):,} tokens "
-        f"({sum(lengths):,} in all), {sum(len(d.numbers) for d in documents)} facts: {prompts}"
+        f"({sum(lengths):,} in all), {sum(len(d.facts) for d in documents)} facts: {prompts}"
     )
     pool_gib = kv_memory_gib(model, LONGEST + arguments.max_tokens)
     common = ["saqqara", "batch", str(prompts), "--model", model, "--config", "ray-pp2"]
@@ -125,7 +125,7 @@ def read_run(results: Path, documents: Sequence[Document]) -> Run:
     data = json.loads(results.with_name(results.name + ".summary.json").read_text("utf-8"))
     summary = BatchSummary.model_validate(data)
     assert summary.report is not None, "the job ran nothing"
-    num_facts = sum(len(document.numbers) for document in documents)
+    num_facts = sum(len(document.facts) for document in documents)
     return Run(summary, summary.report, facts_found(results, documents), num_facts)
 
 

@@ -10,24 +10,11 @@ import numpy as np
 
 from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.evaluation.haystack import Haystack
+from saqqara.evaluation.words import draw_key
 
 FACTS_PER_DOCUMENT = 4
-_INSTRUCTION = "Complete these sentences with the numbers from the text above:"
-
-_PLACES = ("harbour", "library", "bakery", "museum", "stable", "theatre", "garage", "laundry")
-_PEOPLE = ("Marta", "Jonas", "Priya", "Tomas", "Ingrid", "Oskar", "Leila", "Bruno")
 _CITIES = ("Lisbon", "Vienna", "Oslo", "Prague", "Dublin", "Athens", "Riga", "Turin")
-# Beginnings of sentences that end with a number, each about one of these.
-_SENTENCES = (
-    ("The door code of the {} is", _PLACES),
-    ("The phone number of {} is", _PEOPLE),
-    ("The train to {} has the number", _CITIES),
-    ("The invoice for the {} has the number", _PLACES),
-    ("The locker of {} has the number", _PEOPLE),
-    ("The flight from {} has the number", _CITIES),
-    ("The alarm of the {} is turned off with", _PLACES),
-    ("{} was born in the town with the postcode", _PEOPLE),
-)
+_PEOPLE = ("Marta", "Jonas", "Priya", "Tomas", "Ingrid", "Oskar", "Leila", "Bruno")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +23,11 @@ class Document:
 
     Attributes:
         messages: the user's, with document and question, and the beginning of the answer.
-        sentences: asked for, in this order, without their numbers.
-        numbers: that end the sentences.
+        facts: `FACTS_PER_DOCUMENT` phrases of the document that are asked for.
     """
 
     messages: tuple[dict[str, str], ...]
-    sentences: tuple[str, ...]
-    numbers: tuple[str, ...]
+    facts: tuple[str, ...]
 
     def line(self, custom_id: str) -> dict[str, Any]:
         """The document as a line of a batch job; the answer goes on with its beginning."""
@@ -50,57 +35,47 @@ class Document:
         return {"custom_id": custom_id, "messages": list(self.messages), **open_end}
 
     def found(self, answer: str) -> int:
-        """How many of the numbers stand in the answer, each behind its own sentence."""
+        """How many of the facts the answer gives."""
         text = f"{self.messages[-1]['content']}{answer}"
-        pairs = zip(self.sentences, self.numbers, strict=True)
-        return sum(f"{sentence} {number}" in text for sentence, number in pairs)
+        return sum(fact in text for fact in self.facts)
 
 
-def make_documents(
-    tokenizer: Tokenizer, lengths: Sequence[int], seed: int = 0, num_facts: int = FACTS_PER_DOCUMENT
-) -> list[Document]:
-    """Pieces of Python's documentation with facts hidden in them, evenly spread.
+def make_documents(tokenizer: Tokenizer, lengths: Sequence[int], seed: int = 0) -> list[Document]:
+    """Pieces of Python's documentation, each with a note about a parcel somewhere in it.
 
     Args:
         tokenizer: of the model.
         lengths: of the prompts, in tokens, chat template included (off by a few).
-        seed: of the pieces, the facts and the order in which they are asked for.
-        num_facts: in each document.
+        seed: of the pieces, of the notes and of where they stand.
     """
     haystack = Haystack.load(tokenizer, None, "report")
     generator = np.random.default_rng(seed)
-    return [_document(tokenizer, haystack, n, num_facts, generator) for n in lengths]
+    return [_document(tokenizer, haystack, n, generator) for n in lengths]
 
 
 def _document(
-    tokenizer: Tokenizer,
-    haystack: Haystack,
-    num_tokens: int,
-    num_facts: int,
-    generator: np.random.Generator,
+    tokenizer: Tokenizer, haystack: Haystack, num_tokens: int, generator: np.random.Generator
 ) -> Document:
-    sentences, numbers = [], []
-    for kind in generator.permutation(len(_SENTENCES))[:num_facts]:
-        sentence, names = _SENTENCES[kind]
-        sentences.append(sentence.format(names[int(generator.integers(len(names)))]))
-        numbers.append(str(int(generator.integers(10_000, 100_000))))
-    facts = [
-        tokenizer.encode(f"\n{sentence} {number}.\n", add_special_tokens=False)
-        for sentence, number in zip(sentences, numbers, strict=True)
-    ]
-    order = generator.permutation(num_facts).tolist()
-    asked = [sentences[i] for i in order]
-    question = "\n".join(("", _INSTRUCTION, *(f"{sentence} ..." for sentence in asked)))
-    answer = {"role": "assistant", "content": asked[0]}
-
-    around = len(tokenizer.apply_chat([{"role": "user", "content": question}, answer]))
-    room = num_tokens - around - sum(map(len, facts))
-    piece = haystack.piece(room, generator)
-    text = tokenizer.decode(
-        piece.insert([((i + 0.5) / num_facts, fact) for i, fact in enumerate(facts)])
+    key = draw_key(generator)
+    facts = (
+        f"weighs {generator.integers(1000, 10_000)} grams",
+        f"costs {generator.integers(1000, 10_000)} crowns",
+        f"comes from {_CITIES[generator.integers(len(_CITIES))]}",
+        f"goes to {_PEOPLE[generator.integers(len(_PEOPLE))]}",
     )
-    user = {"role": "user", "content": f"{text}\n{question}"}
-    return Document((user, answer), tuple(asked), tuple(numbers[i] for i in order))
+    note = (
+        f"\nRemember this: the parcel of {key} {facts[0]}, {facts[1]}, {facts[2]} and {facts[3]}.\n"
+    )
+    question = (
+        f"\n\nWhat does the parcel of {key} weigh and cost, where does it come from and to whom "
+        "does it go?"
+    )
+    answer = {"role": "assistant", "content": f"The parcel of {key} weighs"}
+    note_ids = tokenizer.encode(note, add_special_tokens=False)
+    around = len(tokenizer.apply_chat([{"role": "user", "content": question}, answer]))
+    piece = haystack.piece(num_tokens - around - len(note_ids), generator)
+    text = tokenizer.decode(piece.insert([(generator.random(), note_ids)]))
+    return Document(({"role": "user", "content": f"{text}{question}"}, answer), facts)
 
 
 def write_documents(folder: Path, documents: Sequence[Document]) -> Path:

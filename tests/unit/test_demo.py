@@ -4,7 +4,6 @@ The scripts in `benchmarks/` find each other by their folder, so it joins the pa
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,8 +29,8 @@ def test_at_least_a_hundred_facts_are_asked_for_in_prompts_of_1500_to_3000_token
     assert NUM_DOCUMENTS * FACTS_PER_DOCUMENT >= 100
 
 
-def test_each_fact_stands_once_in_the_text_and_is_asked_for(demo_model: Path) -> None:
-    from demo_documents import make_documents
+def test_each_fact_stands_once_in_the_text(demo_model: Path) -> None:
+    from demo_documents import FACTS_PER_DOCUMENT, make_documents
 
     from saqqara.cluster.chat_template import ChatOptions
     from saqqara.cluster.tokenizer import Tokenizer
@@ -43,25 +42,23 @@ def test_each_fact_stands_once_in_the_text_and_is_asked_for(demo_model: Path) ->
     for document, length in zip(documents, (700, 900), strict=True):
         tokens = tokenizer.apply_chat(document.messages, options)
         assert abs(len(tokens) - length) <= 16
-        text, _, question = document.messages[0]["content"].partition("Complete these sentences")
-        for sentence, number in zip(document.sentences, document.numbers, strict=True):
-            assert text.count(f"{sentence} {number}.") == 1
-            assert len(re.findall(number, text)) == 1
-            assert f"{sentence} ..." in question
-            assert number not in question
-        assert document.messages[1] == {"role": "assistant", "content": document.sentences[0]}
+        text, _, question = document.messages[0]["content"].partition("What does the parcel")
+        assert len(document.facts) == FACTS_PER_DOCUMENT
+        for fact in document.facts:
+            assert text.count(fact) == 1
+            assert fact not in question
+        assert document.messages[1]["content"].removeprefix("The ") in text
 
 
-def test_a_fact_counts_where_its_own_number_follows_its_sentence(tmp_path: Path) -> None:
+def test_facts_count_where_the_answer_gives_them_in_full(tmp_path: Path) -> None:
     from demo_documents import Document, facts_found
 
-    sentences = ("The train to Oslo has the number", "The phone number of Marta is")
-    answer = {"role": "assistant", "content": sentences[0]}
-    document = Document((answer,), sentences, ("12345", "67890"))
-    assert document.found(" 12345.\nThe phone number of Marta is 67890.") == 2
-    assert document.found(" 67890.\nThe phone number of Marta is 12345.") == 0
-    assert document.found(" 12345.\nThe phone number of Marta is unknown: 67890.") == 1
+    facts = ("weighs 4711 grams", "costs 8000 crowns", "comes from Oslo", "goes to Marta")
+    document = Document(({"role": "assistant", "content": "The parcel red-fox"},), facts)
+    assert document.found(f" {facts[0]}, {facts[1]}, {facts[2]} and {facts[3]}.") == 4
+    assert document.found(" weighs 8000 grams, costs 4711 crowns and comes from Oslo.") == 1
+    assert document.found(" is from Oslo and belongs to Marta.") == 0
     results = tmp_path / "results.jsonl"
-    results.write_text(json.dumps({"line": 2, "text": " 12345."}) + "\n", encoding="utf-8")
+    results.write_text(json.dumps({"line": 2, "text": " goes to Marta"}) + "\n", "utf-8")
     with pytest.raises(ValueError, match="line 1 of the input has no answer"):
         facts_found(results, [document, document])
