@@ -21,6 +21,10 @@ from .batch_output import Record
 FORMAT = 2  # of the settings beside the results
 
 
+class WriteError(RuntimeError):
+    """A file cannot be written; the message names it and says why."""
+
+
 class ResultFile:
     """The output of a job: appended to, one whole line per row, by one process at a time.
 
@@ -92,7 +96,8 @@ class ResultFile:
         """Append one record and hand it to the operating system at once.
 
         Raises:
-            RuntimeError: the disk does not take it; what is there is whole lines.
+            WriteError: the disk does not take it; what is there is whole lines.
+        ValueError: the record is no JSON; nothing was written.
         """
         data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         start = os.fstat(self._file.fileno()).st_size
@@ -129,7 +134,7 @@ class ResultFile:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.close()
-        except RuntimeError:
+        except WriteError:
             if kind is None:  # else: that error came first
                 raise
 
@@ -217,15 +222,15 @@ class ResultFile:
         self._file.truncate(end)
 
 
-def _cannot_write(path: Path, error: OSError, hint: str = "") -> RuntimeError:
-    return RuntimeError(f"cannot write {path}: {error.strerror}" + (f"; {hint}" if hint else ""))
+def _cannot_write(path: Path, error: OSError, hint: str = "") -> WriteError:
+    return WriteError(f"cannot write {path}: {error.strerror}" + (f"; {hint}" if hint else ""))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON file that is either there as a whole or not at all.
 
     Raises:
-        RuntimeError: it cannot be written.
+        WriteError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -5,6 +5,7 @@ The command line, batch jobs, `LLM` and the HTTP server are written against `Eng
 the Ray actor that owns one.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ __all__ = [
     "LocalClient",
     "Rejection",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,4 +256,8 @@ class LocalClient:
         except ValueError as error:
             is_too_long = isinstance(error, ContextLengthError)
             return Rejection(request.request_id, str(error), is_too_long)
+        except Exception as error:  # a fault of ours, and still no reason to lose the others
+            logger.exception("request %s could not be taken", request.request_id)
+            message = f"the request could not be taken: {type(error).__name__}: {error}"
+            return Rejection(request.request_id, message)
         return None
