@@ -142,6 +142,7 @@ class RowParser:
                 request_id=f"line-{line}" if len(prompts) == 1 else f"line-{line}-{place}",
                 sampling_params=sampling.for_prompt(place),
                 retention=retention,
+                priority=request.priority or 0,
                 must_fit=True,
                 **prompt,
             )
@@ -201,7 +202,8 @@ def _prompts(request: ChatRequest | CompletionRequest) -> list[dict[str, Any]]:
     """The prompts one by one, as keyword arguments of `EngineRequest`."""
     if isinstance(request, ChatRequest):
         try:
-            return [{"messages": tuple(check_messages(request.messages))}]
+            messages = tuple(check_messages(request.messages))
+            return [{"messages": messages, "chat_options": request.chat_options()}]
         except ValueError as error:
             raise ApiError.of(error, "messages") from None
     return [

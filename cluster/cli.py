@@ -1,4 +1,4 @@
-"""The command line: `saqqara {generate,batch,serve,bench,eval,fetch-demo-model,version}`.
+"""The command line: `saqqara {generate,batch,serve,methods,bench,eval,fetch-demo-model,version}`.
 
 Exit codes: 0 done, 1 something failed, 2 the user's input is wrong (one line says what), 3 rows
 have errors (`batch --fail-on-errors`), 128 + n ended by signal n (130: Ctrl-C).
@@ -14,25 +14,33 @@ import typer
 from saqqara import __version__
 
 from .cli_eval import evaluation
+from .cli_help import App
 from .cli_options import Settings, errors_in_one_line, with_settings
 
 logger = logging.getLogger("saqqara")
 
-app = typer.Typer(
-    name="saqqara",
-    help="Inference for large language models on Ray, with pyramid KV retention.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its tables cut long flags short
+app = App(
+    name="saqqara", help="Inference for large language models on Ray, with pyramid KV retention."
 )
-bench = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich_markup_mode=None)
+bench = App(help="Measure speed and memory.")
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"saqqara {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and end.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
     log_level: Annotated[
         str, typer.Option(help="debug, info, warning or error; debug also shows tracebacks.")
     ] = "info",
@@ -234,6 +242,25 @@ def profile(
 
     workload = Workload(None, num_requests, prompt_tokens, new_tokens)
     bench_profile(settings.config, workload, trace)
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the retention methods: what each keeps, needs and costs."""
+    import json
+
+    from saqqara.compression.methods import method_table
+
+    from .cli_methods import print_methods
+
+    with errors_in_one_line():
+        rows = method_table()
+        if as_json:
+            typer.echo(json.dumps({row.name: row.to_dict() for row in rows}, indent=2))
+        else:
+            print_methods(rows)
 
 
 @app.command()

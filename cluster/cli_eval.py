@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .cli_help import App
 from .cli_options import Settings, with_settings
 
 if TYPE_CHECKING:
@@ -12,11 +13,7 @@ if TYPE_CHECKING:
     from saqqara.evaluation.haystack import Split
     from saqqara.evaluation.task import Task
 
-evaluation = typer.Typer(
-    help="Measure the quality of retention settings, beside full retention.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+evaluation = App(help="Measure the quality of retention settings, beside full retention.")
 
 eval_settings = with_settings(sampling=False, without=("retention", "budget"))
 

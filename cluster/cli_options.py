@@ -19,6 +19,8 @@ import typer
 import yaml
 from pydantic.fields import FieldInfo
 
+from saqqara.compression.retention import Retention
+from saqqara.configs import vllm_names
 from saqqara.configs.schema import EngineConfig
 
 from .request import SamplingParams
@@ -29,8 +31,28 @@ logger = logging.getLogger(__name__)
 Command = Callable[..., None]
 Fields = Mapping[str, FieldInfo]
 
+PANELS = {
+    "Model": (
+        *("model", "tokenizer", "load_format", "dtype", "device", "seed", "max_model_len"),
+        "attention_backend",
+        "linear_backend",
+        "cuda_graphs",
+    ),
+    "Retention": ("retention", "budget"),
+    "Memory and scheduling": (
+        *("kv_memory_gib", "memory_utilization", "page_tokens", "max_num_seqs"),
+        *("max_prefill_tokens", "prefill_quantum", "max_extend_tokens", "linear_chunk_tokens"),
+    ),
+    "Processes": (
+        *("executor", "tensor_parallel_size", "pipeline_parallel_size", "layer_split"),
+        "num_threads",
+    ),
+}
+"""Headings in the help for engine settings; what is in none stands under `Engine`."""
+
 ENGINE_PREFIX = "engine_"
 SAMPLING_PREFIX = "sampling_"
+VLLM_PREFIX = "vllm_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +68,8 @@ def errors_in_one_line() -> Iterator[None]:
     """Turn an error into one line on stderr and an exit code; its traceback goes to the debug log.
 
     Wrong input (`ValueError`) exits with 2, anything that failed (`RuntimeError`, which includes a
-    dead engine, and `OSError`) with 1, an interrupt with 130.
+    dead engine, `OSError`, and `ImportError` of what is not installed) with 1, an interrupt with
+    130.
     """
     try:
         yield
@@ -55,9 +78,10 @@ def errors_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         logger.debug("traceback", exc_info=True)
-        typer.echo(f"error: {error}", err=True)
+        # Some libraries explain in several lines; here it is one.
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
@@ -77,6 +101,8 @@ def with_settings(
         own = inspect.signature(command).parameters
         fields = {n: f for n, f in EngineConfig.model_fields.items() if n not in without}
         flags = [_config_flag(), *_flags(fields, ENGINE_PREFIX, "Engine")]
+        names = [name for name in vllm_names.ALL if name not in own]
+        flags += [_vllm_flag(name) for name in names]
         if sampling:
             flags += _flags(
                 SamplingParams.model_fields, SAMPLING_PREFIX, "Sampling", EngineConfig.model_fields
@@ -89,6 +115,8 @@ def with_settings(
                 engine, params = _written(written)
                 if checked:
                     settings = Settings(engine_config(engine), sampling_params(params))
+                    # A mistake in it is known before anything is loaded.
+                    Retention.parse(settings.config.retention, settings.config.budget)
                     command(**given, settings=settings)
                 else:
                     command(**given, settings=engine)
@@ -107,8 +135,10 @@ def _written(written: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     sampling: dict[str, Any] = {}
     if written["config"] is not None:
         engine, sampling = read_config_file(written["config"])
+    for name, value in vllm_names.with_our_names(_vllm_settings(written)).items():
+        engine[name] = value
     for name, value in written.items():
-        if value is None or name == "config":
+        if value is None or name == "config" or name.startswith(VLLM_PREFIX):
             continue
         if name.startswith(ENGINE_PREFIX):
             field = name.removeprefix(ENGINE_PREFIX)
@@ -119,9 +149,31 @@ def _written(written: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     return engine, sampling
 
 
+def _vllm_settings(written: Mapping[str, Any]) -> dict[str, Any]:
+    """What was written with vLLM's names, as YAML would read it; our flag beside one is a clash."""
+    found = {}
+    for name, value in written.items():
+        if value is None or not name.startswith(VLLM_PREFIX):
+            continue
+        name = name.removeprefix(VLLM_PREFIX)
+        ours = vllm_names.SAME.get(name) or vllm_names.VALUES.get(name, ("", {}))[0]
+        if written.get(f"{ENGINE_PREFIX}{ours}") is not None:
+            flags = [f"--{flag.replace('_', '-')}" for flag in (name, ours)]
+            raise ValueError(f"{flags[0]} means {flags[1]}; give one of them")
+        found[name] = value if name == vllm_names.REVISION else _from_yaml(value)
+    return found
+
+
+def _vllm_flag(name: str) -> inspect.Parameter:
+    """A flag that vLLM's users know; the help leaves it out."""
+    option = typer.Option(f"--{name.replace('_', '-')}", hidden=True)
+    kind: Any = bool if name in vllm_names.BOOLEAN else str
+    return _parameter(VLLM_PREFIX + name, kind | None, option)
+
+
 def _config_flag() -> inspect.Parameter:
     text = "YAML file, or the name of a preset in configs/; flags override it."
-    option = typer.Option("--config", help=text, metavar="FILE", rich_help_panel="Engine")
+    option = typer.Option("--config", help=text, metavar="FILE")
     return _parameter("config", str | None, option)
 
 
@@ -141,11 +193,16 @@ def _flags(
             help=_help(field),
             metavar=None if is_bool else _metavar(field),
             show_default=False,
-            rich_help_panel=panel,
+            rich_help_panel=_panel(name) if prefix == ENGINE_PREFIX else panel,
         )
         kind: Any = bool if is_bool else list[str] if is_list else str
         flags.append(_parameter(prefix + name, kind | None, option))
     return flags
+
+
+def _panel(name: str) -> str:
+    """The heading that an engine setting stands under."""
+    return next((panel for panel, names in PANELS.items() if name in names), "Engine")
 
 
 def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
@@ -161,10 +218,15 @@ def _value(text: Any, field: FieldInfo) -> Any:
         return text
     if any(get_origin(member) is tuple for member in _members(field)) and "[" not in text:
         text = f"[{text}]"  # --layer-split 16,14
+    return _from_yaml(text)
+
+
+def _from_yaml(text: Any) -> Any:
+    """What YAML reads; the text itself, where it is none, for the field's own check to refuse."""
     try:
-        return yaml.safe_load(text)
+        return yaml.safe_load(text) if isinstance(text, str) else text
     except yaml.YAMLError:
-        return text  # the field's own check says what is wrong
+        return text
 
 
 def _members(field: FieldInfo) -> tuple[Any, ...]:

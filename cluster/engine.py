@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["Engine", "EngineReport", "Executor", "LocalExecutor"]
 
+logger = logging.getLogger(__name__)
+
 Prompt = str | Many[int]
 ChatMessages = Many[Mapping[str, Any]]
 RetentionSpec = str | Mapping[str, Any] | Retention
@@ -146,7 +148,7 @@ class Engine:
         self._executor = executor
         self._tokenizer = tokenizer
         self._vocab_size = spec.vocab_size
-        self._eos_token_ids = tuple(sorted({*spec.eos_token_ids, *tokenizer.eos_token_ids}))
+        self._eos_token_ids = known_eos(spec, tokenizer)
         self._stats = EngineStats(
             config.model, self.retention.label, executor.workers, [self.metrics, *sinks]
         )
@@ -189,12 +191,7 @@ class Engine:
             ValueError: the request cannot be served; nothing else has changed.
         """
         sampling = sampling_params or SamplingParams()
-        for token_id in sampling.logit_bias or ():
-            if token_id >= self._vocab_size:
-                raise ValueError(
-                    f"logit_bias: {token_id} is no token of the model; they are 0 to "
-                    f"{self._vocab_size - 1}"
-                )
+        sampling.check_vocabulary(self._vocab_size)
         token_ids = self._tokenize("prompt", prompt, messages, chat_options)
         request = Request(
             request_id=request_id,
@@ -234,7 +231,11 @@ class Engine:
             ValueError: the request cannot be served; nothing else has changed.
         """
         if isinstance(continuation, str):
-            continuation = self._tokenizer.encode(continuation, add_special_tokens=False)
+            continuation = self._tokenizer.check_fit(
+                "score_continuation",
+                self._tokenizer.encode(continuation, add_special_tokens=False),
+                self._vocab_size,
+            )
         self._check_token_ids("score_continuation", continuation)
         sampling = scoring_params(top_logprobs)
         request = Request(
@@ -319,8 +320,12 @@ class Engine:
         self.scheduler.check(request)
         state = RequestState(request, stream)
         seed = self._seed(request.request_id, sampling)
-        for index in range(sampling.n):
-            spec = sampling.spec(derived_seed(seed, choice=index), self._eos_token_ids)
+        bad_words = self._tokenizer.spellings(sampling.bad_words)
+        specs = [
+            sampling.spec(derived_seed(seed, choice=index), self._eos_token_ids, bad_words)
+            for index in range(sampling.n)
+        ]
+        for index, spec in enumerate(specs):
             sequence = self.scheduler.add(
                 request, spec, index=index, eos_token_ids=self._eos_token_ids
             )
@@ -352,10 +357,12 @@ class Engine:
         if (prompt is None) == (messages is None):
             raise ValueError("give either prompt or messages")
         if messages is not None:
-            return tuple(self._tokenizer.apply_chat(messages, chat_options))
-        if isinstance(prompt, str):
-            return tuple(self._tokenizer.encode(prompt))
+            token_ids = self._tokenizer.apply_chat(messages, chat_options)
+            return tuple(self._tokenizer.check_fit("messages", token_ids, self._vocab_size))
         assert prompt is not None
+        if isinstance(prompt, str):
+            token_ids = self._tokenizer.encode(prompt)
+            return tuple(self._tokenizer.check_fit(field, token_ids, self._vocab_size))
         self._check_token_ids(field, prompt)
         return tuple(prompt)
 
@@ -472,3 +479,19 @@ class Engine:
     def _now(self) -> float:
         """Unix time in seconds, but never running backwards."""
         return self._epoch + time.perf_counter()
+
+
+def known_eos(spec: ModelSpec, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a text, of the model's configs and the tokenizer, ascending.
+
+    Those that the model cannot write are left out with a warning.
+    """
+    given = {*spec.eos_token_ids, *tokenizer.eos_token_ids}
+    known = tuple(sorted(token for token in given if 0 <= token < spec.vocab_size))
+    if unknown := sorted(given.difference(known)):
+        logger.warning(
+            "end tokens %s are ignored: the model's tokens are 0 to %d",
+            ", ".join(map(str, unknown)),
+            spec.vocab_size - 1,
+        )
+    return known

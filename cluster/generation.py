@@ -13,6 +13,7 @@ from saqqara.configs.schema import EngineConfig, ServeConfig
 
 from .admission import Admission
 from .async_engine import AsyncEngine
+from .chat_template import ChatOptions
 from .engine import Engine
 from .openai_api import ChatRequest, CompletionRequest, check_model
 from .openai_errors import ApiError
@@ -36,6 +37,7 @@ class Job:
     names: Mapping[str, str]
     sampling: SamplingParams
     retention: Retention
+    priority: int = 0
 
     @property
     def num_sequences(self) -> int:
@@ -101,10 +103,12 @@ class Generation:
         sampling = request.sampling_params()
         retention = request.read_retention(self._retention)
         if isinstance(request, ChatRequest):
-            prompts = [await self.encode_chat(request.messages)]
+            prompts = [await self.encode_chat(request.messages, request.chat_options())]
         else:
             prompts = [await self._encode(p) for p in request.prompts(self.limits.max_prompts)]
-        job = Job(tuple(map(tuple, prompts)), request.names, sampling, retention)
+        job = Job(
+            tuple(map(tuple, prompts)), request.names, sampling, retention, request.priority or 0
+        )
         self._check_lengths(job)
         if job.num_sequences > self.admission.capacity:
             raise ApiError(
@@ -146,7 +150,9 @@ class Generation:
 
         return await self._off_loop_if_long(len(text), encode)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
+    ) -> list[int]:
         """Token ids of a conversation.
 
         Raises:
@@ -154,8 +160,12 @@ class Generation:
         """
         contents = [message.get("content") for message in messages]
         length = sum(len(c) if isinstance(c, str | list) else 0 for c in contents)
+
+        def encode() -> list[int]:
+            return self.tokenizer.apply_chat(messages, options)
+
         try:
-            return await self._off_loop_if_long(length, lambda: self.tokenizer.apply_chat(messages))
+            return await self._off_loop_if_long(length, encode)
         except ValueError as error:
             raise ApiError.of(error, "messages") from None
 
@@ -189,6 +199,7 @@ class Generation:
             job.prompts[place],
             job.sampling.for_prompt(place),
             retention=job.retention,
+            priority=job.priority,
             stream=stream,
             must_fit=True,
         )

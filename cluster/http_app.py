@@ -100,10 +100,10 @@ class _Routes:
         body = await self._read(request, TokenizeRequest)
         self._generation.check_model(body.model)
         if body.messages is not None:
-            tokens = await self._generation.encode_chat(body.messages)
+            tokens = await self._generation.encode_chat(body.messages, body.chat_options())
         else:
             tokens = await self._generation.encode_text(
-                body.prompt or "", add_special_tokens=body.add_special_tokens
+                body.prompt or "", add_special_tokens=body.add_special_tokens is not False
             )
         return _json(
             {

@@ -16,7 +16,7 @@ from .launch import launch
 from .report import EngineReport
 from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
 from .settings import check_keys, engine_config
-from .tokenizer import check_messages
+from .tokenizer import Tokenizer, check_messages
 
 POLL_SECONDS = 1.0
 
@@ -91,6 +91,7 @@ class LLM:
         }
         self.config = engine_config(named | settings, "LLM")
         self._client = launch(self.config)
+        self._tokenizer: Tokenizer | None = None
         self._ids = itertools.count()
         self._turn = threading.Lock()  # one call at a time: they share the client's outputs
 
@@ -225,6 +226,12 @@ class LLM:
         requests = self._requests(parts, scoring_params(top_logprobs), retention, budget)
         outputs = cast("list[ScoreOutput]", self._run(requests, "context", use_tqdm))
         return outputs[0] if _is_single(context) and _is_single(continuation) else outputs
+
+    def get_tokenizer(self) -> Any:
+        """The model's Hugging Face tokenizer, loaded at the first call."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.load(self.config.tokenizer or self.config.model)
+        return self._tokenizer.backend
 
     def report(self) -> EngineReport:
         """Measurements since the start, or since the last `reset_stats`."""

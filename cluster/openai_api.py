@@ -5,7 +5,7 @@ Names and meaning are OpenAI's; beyond those there are vLLM's sampling extension
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
@@ -14,10 +14,14 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.schema import ServerLimits
 from saqqara.configs.yaml_files import CONFIG_DIR
 
+from .chat_template import ChatOptions
 from .openai_errors import ApiError, type_name
+from .openai_fields import IdleChatFields, IdleCompletionFields, IdleFields, StreamOptions
 from .request import SamplingParams
 
 Body = TypeVar("Body", bound=BaseModel)
+
+_MAX_ID_DIGITS = 10
 
 # Passed through to the sampler under the same name where the client sets them.
 _SAMPLING_FIELDS = (
@@ -71,23 +75,7 @@ def check_model(model: str | None, names: Collection[str]) -> None:
         )
 
 
-class StreamOptions(BaseModel):
-    """Settings of a stream."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    include_usage: bool = False
-
-
-class ResponseFormat(BaseModel):
-    """Only plain text is supported."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text"]
-
-
-class GenerationRequest(BaseModel):
+class GenerationRequest(IdleFields):
     """What completions and chats have in common; None stands for the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -116,24 +104,18 @@ class GenerationRequest(BaseModel):
     truncate_prompt_tokens: int | None = None
     retention: str | dict[str, Any] | None = None
     budget: int | str | None = None
-
-    # For the client's own book-keeping; they change nothing about the answer.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
+        if self.include_usage and not self.stream:
             raise ValueError("stream_options needs stream=true")
         return self
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def check_limits(self, limits: ServerLimits) -> None:
         """Raise an `ApiError` if the request asks for more than this server gives."""
@@ -226,14 +208,11 @@ class GenerationRequest(BaseModel):
             raise ApiError(400, message, field, "invalid_value") from None
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(GenerationRequest, IdleCompletionFields):
     """`POST /v1/completions`."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -263,23 +242,43 @@ class CompletionRequest(GenerationRequest):
         return prompts
 
 
-class ChatRequest(GenerationRequest):
+class ChatFields(BaseModel):
+    """How a conversation is written; see `ChatOptions`."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def chat_options(self) -> ChatOptions:
+        """The options.
+
+        Raises:
+            ApiError: they do not go together; names the field.
+        """
+        try:
+            return ChatOptions(
+                add_generation_prompt=self.add_generation_prompt,
+                continue_final_message=bool(self.continue_final_message),
+                template_args=self.chat_template_kwargs or {},
+            )
+        except ValueError as error:
+            raise ApiError.of(error) from None
+
+
+class ChatRequest(GenerationRequest, ChatFields, IdleChatFields):
     """`POST /v1/chat/completions`. Messages are checked by the tokenizer, which reads them."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
-    store: Literal[False] | None = None
-    tools: list[Any] | None = Field(default=None, max_length=0)
-    tool_choice: Literal["none"] | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
+        bounds = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(bounds) > 1:
             raise ValueError("max_tokens and max_completion_tokens mean the same; give one")
         return self
 
@@ -306,7 +305,7 @@ class ChatRequest(GenerationRequest):
         return "max_tokens", self.max_tokens
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(ChatFields):
     """`POST /tokenize`: a text, or a chat as its template writes it."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -314,7 +313,7 @@ class TokenizeRequest(BaseModel):
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -341,7 +340,7 @@ def _check_limit(name: str, value: int, limit: int, what: str = "") -> None:
 
 def _token_ids(bias: Mapping[str, float]) -> dict[int, float]:
     for key in bias:
-        if not key.isascii() or not key.isdigit():
+        if not key.isascii() or not key.isdigit() or len(key) > _MAX_ID_DIGITS:
             raise ApiError(
                 400, f"logit_bias: {key!r:.80} is no token id", "logit_bias", "invalid_value"
             )

@@ -20,7 +20,8 @@ _FIELD = re.compile(r"[a-z_]+(\[\d+\])*(\.[a-z_]+(\[\d+\])*)*")
 _FIELDS = {
     *SamplingParams.model_fields,
     *("prompt", "prompt_token_ids", "messages", "retention", "budget", "priority"),
-    *("stream_options", "max_completion_tokens", "top_logprobs"),
+    *("stream_options", "max_completion_tokens", "top_logprobs", "tools", "functions"),
+    *("continue_final_message", "chat_template_kwargs"),
 }
 _NESTED = {"stream_options", "response_format"}
 _TYPES = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}

@@ -30,11 +30,11 @@ class Choice:
         self.sequence = sequence
         self.last_token_time: float | None = None
         self._sampling = sampling
-        self._tokenizer = tokenizer
         self._detokenizer = IncrementalDetokenizer(tokenizer, sampling.skip_special_tokens)
         self._stop = StopChecker(sampling.stop, sampling.include_stop_str_in_output)
         self._text = ""
         self._logprobs: list[dict[int, Logprob]] | None = None if sampling.logprobs is None else []
+        self._spelling = _Spelling(tokenizer, sampling.skip_special_tokens)
         self._cumulative_logprob = 0.0
 
     @property
@@ -51,12 +51,13 @@ class Choice:
         """Take in the sequence's next token."""
         sampling = self._sampling
         is_stop_token = self.sequence.finish_reason == "stop"
-        if not is_stop_token or sampling.include_stop_str_in_output:
+        is_shown = not is_stop_token or sampling.include_stop_str_in_output
+        if is_shown and sampling.detokenize:
             may_stop = len(self.sequence.output_token_ids) > sampling.min_tokens
             piece = self._detokenizer.append(event.token_id)
             self._text += self._stop.append(piece, may_stop)
         if self._logprobs is not None:
-            self._append_logprobs(self._logprobs, event)
+            self._append_logprobs(self._logprobs, event, is_shown=is_shown)
 
     def end(self) -> None:
         """Let out the text that was held back; no more tokens will come."""
@@ -77,16 +78,55 @@ class Choice:
             stop_reason=self.sequence.stop_reason if self.matched is None else self.matched,
         )
 
-    def _append_logprobs(self, logprobs: list[dict[int, Logprob]], event: NewToken) -> None:
+    def _append_logprobs(
+        self, logprobs: list[dict[int, Logprob]], event: NewToken, *, is_shown: bool
+    ) -> None:
         assert event.logprobs is not None, f"no log-probability came with {event.token_id}"
         chosen = event.logprobs
-        text = self._tokenizer.token_text
-        entry = {event.token_id: Logprob(chosen.logprob, chosen.rank, text(event.token_id))}
+        data = self._spelling.data(event.token_id) if is_shown else b""
+        name = self._spelling.name(event.token_id)
+        entry = {event.token_id: Logprob(chosen.logprob, chosen.rank, name, data)}
+        names = {name}
         best = zip(chosen.top_ids, chosen.top_logprobs, strict=True)
         for rank, (token_id, logprob) in enumerate(best, start=1):
-            entry.setdefault(token_id, Logprob(logprob, rank, text(token_id)))
+            if token_id in entry:
+                continue
+            name = self._spelling.name(token_id)
+            name = f"token_id:{token_id}" if name in names else name
+            names.add(name)
+            entry[token_id] = Logprob(logprob, rank, name, self._spelling.data(token_id))
         logprobs.append(entry)
+        self._spelling.pass_by(event.token_id)
         self._cumulative_logprob += chosen.logprob
+
+
+class _Spelling:
+    """Names and bytes of the tokens that may stand next in one text."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._at_start = True
+
+    def data(self, token_id: int) -> bytes:
+        """What a token adds to the text."""
+        if token_id in self._skipped:
+            return b""
+        return self._tokenizer.token_bytes(token_id, at_start=self._at_start)
+
+    def name(self, token_id: int) -> str:
+        """A token as text; a part of a character as its bytes."""
+        if token_id in self._tokenizer.special_token_ids:
+            return self._tokenizer.token_text(token_id)
+        data = self._tokenizer.token_bytes(token_id, at_start=self._at_start)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def pass_by(self, token_id: int) -> None:
+        """This token stands next, so that others follow it."""
+        self._at_start = self._at_start and token_id in self._skipped
 
 
 @dataclass(slots=True, eq=False)
@@ -115,7 +155,8 @@ class RequestState:
         """What there is of it."""
         request = self.request
         sequences = [choice.sequence for choice in self.choices]
-        error = next((s.error for s in sequences if s.error is not None), None)
+        failed = next((s for s in sequences if s.error is not None), None)
+        error = None if failed is None else failed.error
         metrics = RequestMetrics(
             arrival_time=request.arrival_time,
             first_token_time=self.first_token_time,
@@ -143,4 +184,5 @@ class RequestState:
             finished=self.is_finished,
             metrics=metrics,
             error=error,
+            error_code=None if failed is None else failed.error_code,
         )

@@ -1,20 +1,29 @@
 """How a request is sampled, and what comes back."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from saqqara.workers.plan import SamplingSpec
 
-from .sequence import FinishReason
+from .sequence import ErrorCode, FinishReason
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_TEMPERATURE = 1e6  # from here on every token is as likely as any other
+PENALTY_RANGE = 0.01, 100.0  # far from where fp32 logits overflow or vanish
+MAX_TOKEN_IDS = 1024  # stops and biases of a request, which each of its steps looks at
+MAX_STRINGS = 256
+MAX_STRING_CHARS = 1024
 _INT64 = 2**63
+_INT32 = 2**31
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=_INT32)]
+Word = Annotated[str, Field(max_length=MAX_STRING_CHARS)]
 
 
 class SamplingParams(BaseModel):
@@ -27,22 +36,48 @@ class SamplingParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     n: int = Field(default=1, ge=1, le=MAX_CHOICES, description="Completions per prompt.")
-    temperature: float = Field(default=1.0, ge=0, description="0: the most likely token, always.")
+    temperature: float = Field(
+        default=1.0, ge=0, le=MAX_TEMPERATURE, description="0: the most likely token, always."
+    )
     top_p: float = Field(default=1.0, gt=0, le=1, description="Sample from this much mass.")
-    top_k: int = Field(default=0, ge=-1, description="Sample from the k best tokens; 0 or -1: all.")
+    top_k: int = Field(
+        default=0, ge=-1, lt=_INT32, description="Sample from the k best tokens; 0 or -1: all."
+    )
     min_p: float = Field(default=0.0, ge=0, le=1, description="Least share of the best's.")
-    repetition_penalty: float = Field(default=1.0, gt=0, description="Over 1: fewer repetitions.")
+    repetition_penalty: float = Field(
+        default=1.0,
+        ge=PENALTY_RANGE[0],
+        le=PENALTY_RANGE[1],
+        description="Over 1: fewer repetitions; 0.01 to 100.",
+    )
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64, description="None: derived.")
-    max_tokens: int | None = Field(default=16, ge=1, description="Tokens to generate at most.")
-    min_tokens: int = Field(default=0, ge=0, description="Tokens before a stop is possible.")
-    stop: tuple[str, ...] = Field(
-        default=(), description="One string or several that end the text."
+    max_tokens: int | None = Field(
+        default=16, ge=1, lt=_INT32, description="Tokens to generate at most."
     )
-    stop_token_ids: tuple[TokenId, ...] = ()
+    min_tokens: int = Field(
+        default=0, ge=0, lt=_INT32, description="Tokens before a stop is possible."
+    )
+    stop: tuple[Word, ...] = Field(
+        default=(),
+        max_length=MAX_STRINGS,
+        description="One string or several that end the text.",
+    )
+    stop_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=MAX_TOKEN_IDS)
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        default=None, description="What is added to the logits of these token ids."
+        default=None,
+        max_length=MAX_TOKEN_IDS,
+        description="What is added to the logits of these token ids.",
+    )
+    allowed_token_ids: tuple[TokenId, ...] | None = Field(
+        default=None, min_length=1, description="The only tokens that may be sampled."
+    )
+    bad_words: tuple[Word, ...] = Field(
+        default=(),
+        max_length=MAX_STRINGS,
+        description="Words that are not written: the last token of each is never sampled where "
+        "the answer ends with the tokens before it.",
     )
     ignore_eos: bool = False
     logprobs: int | None = Field(
@@ -51,13 +86,27 @@ class SamplingParams(BaseModel):
         le=MAX_LOGPROBS,
         description="Best tokens beside the sampled one.",
     )
+    detokenize: bool = Field(default=True, description="Without it the answer has no text.")
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = Field(
         default=None,
         ge=-1,
+        lt=_INT32,
         description="Keep the prompt's last k tokens; -1: as many as leave room for max_tokens.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _say_what_is_called_otherwise(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or "prompt_logprobs" not in given:
+            return given
+        if given["prompt_logprobs"] is not None:
+            raise ValueError(
+                "prompt_logprobs is not supported: LLM.score(context, continuation) has the "
+                "log-probabilities of a known text, under the retention that is measured"
+            )
+        return {name: value for name, value in given.items() if name != "prompt_logprobs"}
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -66,15 +115,18 @@ class SamplingParams(BaseModel):
             return ()
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("stop_token_ids", mode="before")
+    @field_validator("stop_token_ids", "bad_words", mode="before")
     @classmethod
-    def _stop_token_list(cls, value: Any) -> Any:
+    def _list(cls, value: Any) -> Any:
         return () if value is None else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if "" in self.stop:
-            raise ValueError("stop: every string must have at least one character")
+        for name, words in (("stop", self.stop), ("bad_words", self.bad_words)):
+            if "" in words:
+                raise ValueError(f"{name}: every string must have at least one character")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop needs detokenize=True: stop strings are looked for in the text")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens must be at most max_tokens={self.max_tokens}, not {self.min_tokens}"
@@ -83,16 +135,45 @@ class SamplingParams(BaseModel):
             raise ValueError("truncate_prompt_tokens must be at least 1, or -1, not 0")
         return self
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise a ValueError that names the first field with a token that the model lacks."""
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            for token_id in getattr(self, name) or ():
+                if token_id >= vocab_size:
+                    raise ValueError(
+                        f"{name}: {token_id} is no token of the model; they are 0 to "
+                        f"{vocab_size - 1}"
+                    )
+
     def for_prompt(self, place: int) -> Self:
         """The same for one of several prompts: equal prompts do not get equal answers."""
         if self.seed is None or place == 0:
             return self
         return self.model_copy(update={"seed": derived_seed(self.seed, prompt=place)})
 
-    def spec(self, seed: int, eos_token_ids: tuple[int, ...] = ()) -> SamplingSpec:
-        """The part that the workers need; `eos_token_ids` are the model's."""
+    def spec(
+        self,
+        seed: int,
+        eos_token_ids: tuple[int, ...] = (),
+        bad_words: tuple[tuple[int, ...], ...] = (),
+    ) -> SamplingSpec:
+        """The part that the workers need.
+
+        Args:
+            seed: of this choice.
+            eos_token_ids: the model's.
+            bad_words: token ids of `bad_words`, in every form that is forbidden.
+
+        Raises:
+            ValueError: nothing could be sampled.
+        """
         stops = () if self.ignore_eos else eos_token_ids
-        blocked = dict.fromkeys((*stops, *self.stop_token_ids)) if self.min_tokens > 0 else ()
+        blocked = dict.fromkeys((*stops, *self.stop_token_ids)) if self.min_tokens > 0 else {}
+        if self.allowed_token_ids is not None and blocked.keys() >= {*self.allowed_token_ids}:
+            raise ValueError(
+                "allowed_token_ids has nothing but tokens that end the text, which "
+                f"min_tokens={self.min_tokens} forbids; allow another one"
+            )
         return SamplingSpec(
             temperature=self.temperature,
             top_k=max(self.top_k, 0),
@@ -104,6 +185,8 @@ class SamplingParams(BaseModel):
             seed=seed % _INT64,
             min_tokens=self.min_tokens,
             blocked_token_ids=tuple(blocked),
+            allowed_token_ids=np.array(self.allowed_token_ids or (), dtype=np.int32).tobytes(),
+            bad_words=bad_words,
             logit_bias=tuple((self.logit_bias or {}).items()),
             num_logprobs=self.logprobs,
         )
@@ -139,11 +222,19 @@ def invalid_field(error: ValidationError) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Log-probability of one token at one position; rank 1 is the most likely."""
+    """Log-probability of one token at one position; rank 1 is the most likely.
+
+    `decoded_token` is the token's text: its name where it is special, and `bytes:\\xe6\\x97` where
+    it is a part of a character. No two tokens at one position have the same: of those that would,
+    the less likely are `token_id:123`. `token_bytes` are what the token adds to the answer's text
+    (nothing where it is left out of it, as the token that ends an answer is): joined over the
+    sampled tokens they are the text's UTF-8, but for what a stop string cuts off.
+    """
 
     logprob: float
     rank: int | None = None
     decoded_token: str | None = None
+    token_bytes: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +271,10 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A request's completions so far; `error` says why one finished with the reason `error`."""
+    """A request's completions so far.
+
+    `error` says why one finished with the reason `error`; `error_code` is a name for its kind.
+    """
 
     request_id: str
     prompt: str | None
@@ -189,6 +283,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     error: str | None = None
+    error_code: ErrorCode | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .group import Group
 from .ledger import Ints, Ledger
 from .seats import Seats
-from .sequence import FinishReason, Request, Sequence, Status, check_room
+from .sequence import ErrorCode, FinishReason, Request, Sequence, Status, check_room
 from .waiting import SharedPrompts, WaitingQueue
 
 
@@ -240,7 +240,7 @@ class Scheduler:
         for fault in (fault for result in results for fault in result.faults):
             sequence = draft.sequences[fault.slot]
             if not sequence.discarding:  # else it starts anew, and this was of its last try
-                self.finish(sequence, "error", error=fault.message)
+                self.finish(sequence, "error", error=fault.message, error_code="computation_failed")
         for slot in refused:
             self._refuse(draft.sequences[slot], alone=draft.num_held == 1)
         self._absorb_tokens(draft, results, refused)
@@ -267,6 +267,7 @@ class Scheduler:
         reason: FinishReason,
         stop_reason: int | str | None = None,
         error: str | None = None,
+        error_code: ErrorCode = "request_too_large",
     ) -> None:
         """End a sequence, whatever it is doing; its slot is freed in the next plan.
 
@@ -283,6 +284,7 @@ class Scheduler:
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
         sequence.error = error
+        sequence.error_code = None if error is None else error_code
         self._events.append(Finished(sequence))
 
     def restart(self, workers: Many[WorkerInfo]) -> None:

@@ -10,6 +10,8 @@ from saqqara.compression.retention import Retention
 from saqqara.workers.plan import NewSequence, SamplingSpec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+# Why a sequence ended with `error`: more than the replica can hold, or what it computes is broken.
+ErrorCode = Literal["request_too_large", "computation_failed"]
 
 
 class ContextLengthError(ValueError):
@@ -118,6 +120,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    error_code: ErrorCode | None = None
     prompt_hash: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,12 +1,14 @@
 """Settings from outside (keyword arguments, YAML, flags) to checked objects, with clear errors."""
 
-import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
+from saqqara.configs.names import closest, did_you_mean
 from saqqara.configs.schema import EngineConfig, ServeConfig
+from saqqara.configs.vllm_names import REVISION, with_our_names, with_revision
 from saqqara.configs.yaml_files import load_yaml
 
 from .request import SamplingParams
@@ -26,22 +28,34 @@ def check_keys(given: Iterable[str], known: Iterable[str], where: str = "") -> N
     for key in given:
         if key in known:
             continue
-        close = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+        hint = did_you_mean(str(key), known)
         raise ValueError(f"{where}{': ' if where else ''}unknown key {key!r}; {hint}")
 
 
 def engine_config(settings: Mapping[str, Any], where: str = "") -> EngineConfig:
-    """Validate engine settings; None stands for a field's default.
+    """Validate engine settings; None stands for a field's default, vLLM's names for ours.
 
     Raises:
         ValueError: in one line, which field is wrong and what would be right.
     """
-    check_keys(settings, EngineConfig.model_fields, where)
+    settings = with_revision(with_our_names(settings, where), where)
+    _check_engine_keys(settings, EngineConfig.model_fields, where)
     try:
         return EngineConfig(**{k: v for k, v in settings.items() if v is not None})
     except ValidationError as error:
         raise ValueError(validation_message(error)) from None
+
+
+def _check_engine_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """As `check_keys`, but a sampling setting among the engine's is told where it belongs."""
+    before = f"{where}: " if where else ""
+    for key in given:
+        if key in SamplingParams.model_fields and key not in known:
+            raise ValueError(
+                f"{before}{key} is a sampling setting, not the engine's; in a file it stands under "
+                f"`{SAMPLING_KEY}:`, in Python in SamplingParams({key}=...)"
+            )
+    check_keys(given, known, where)
 
 
 def serve_config(settings: Mapping[str, Any]) -> ServeConfig:
@@ -126,7 +140,13 @@ def validation_message(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not name:
         return message
-    return f"{name}: {message[:1].lower()}{message[1:]} (got {first['input']!r})"
+    text = f"{name}: {message[:1].lower()}{message[1:]}"
+    if first["type"] == "value_error" and str(first["input"]) in message:
+        return text
+    close = None
+    if first["type"] == "literal_error":
+        close = closest(str(first["input"]), re.findall(r"'([^']+)'", first["ctx"]["expected"]))
+    return f"{text} (got {first['input']!r}{'' if close is None else f'; did you mean {close!r}?'})"
 
 
 def read_config_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -139,7 +159,9 @@ def read_config_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     settings = load_yaml(path)
     sampling = settings.pop(SAMPLING_KEY, None) or {}
-    check_keys(settings, [*EngineConfig.model_fields, SAMPLING_KEY], f"config {path}")
+    settings = with_our_names(settings, f"config {path}")
+    known = [*EngineConfig.model_fields, REVISION, SAMPLING_KEY]
+    _check_engine_keys(settings, known, f"config {path}")
     if not isinstance(sampling, dict):
         raise ValueError(f"config {path}: {SAMPLING_KEY} must be a mapping of sampling settings")
     return settings, sampling

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from .chat_template import ChatOptions, render_chat
+from .token_bytes import TokenBytes
 
 BROKEN = "\ufffd"  # what a decoder puts for bytes that are not (yet) a character
 UNFINISHED = 3  # a character has at most 4 bytes, so 3 may be there without the last
@@ -20,6 +21,7 @@ class Tokenizer:
     """A Hugging Face tokenizer with the few operations that the engine uses.
 
     Attributes:
+        backend: the Hugging Face tokenizer.
         vocab_size: ids the tokenizer knows; the model's (padded) vocabulary may be larger.
         bos_token_id: id that starts a text, or None.
         eos_token_ids: ids that end an answer: the tokenizer's and those of the model's
@@ -29,7 +31,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: Any, eos_token_ids: Sequence[int] = ()) -> None:
-        self._backend = backend
+        self.backend = backend
         own = [] if backend.eos_token_id is None else [int(backend.eos_token_id)]
         self.vocab_size: int = len(backend)
         self.bos_token_id: int | None = backend.bos_token_id
@@ -38,6 +40,7 @@ class Tokenizer:
             token_id for token_id, token in backend.added_tokens_decoder.items() if token.special
         }
         self.has_chat_template: bool = bool(backend.chat_template)
+        self._bytes = TokenBytes(backend)
 
     @classmethod
     def load(cls, path_or_id: str | Path) -> Self:
@@ -56,7 +59,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, with the BOS token where the tokenizer adds one."""
-        ids: list[int] = self._backend.encode(
+        ids: list[int] = self.backend.encode(
             text, add_special_tokens=add_special_tokens, verbose=False
         )
         return ids
@@ -80,12 +83,12 @@ class Tokenizer:
             raise ValueError(
                 "messages: this model's tokenizer has no chat template; send a plain prompt"
             )
-        text = render_chat(self._backend, checked, options)
+        text = render_chat(self.backend, checked, options)
         return self.encode(text, add_special_tokens=False)  # the template has written them
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        text: str = self._backend.decode(
+        text: str = self.backend.decode(
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
@@ -93,6 +96,34 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """One token as text, special tokens by their name (for log-probabilities)."""
         return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int, *, at_start: bool = False) -> bytes:
+        """What one token adds to a text; joined over the tokens of a text, they are its UTF-8.
+
+        A token that is a part of a character has that part's bytes, a special token its name.
+        `at_start` is for the first token of a text, where some tokenizers drop a space.
+        """
+        return self._bytes(token_id, at_start=at_start)
+
+    def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of words as a text may have them: at its beginning, and after a space."""
+        texts = [form for word in words for form in (word, f" {word}")]
+        ids = [tuple(self.encode(text, add_special_tokens=False)) for text in texts]
+        return tuple(dict.fromkeys(filter(None, ids)))
+
+    def check_fit(self, field: str, ids: list[int], vocab_size: int) -> list[int]:
+        """Token ids that this tokenizer made, if a model with so many tokens can read them.
+
+        Raises:
+            ValueError: it cannot; names the field that they came from.
+        """
+        strange = max(ids, default=0)
+        if strange >= vocab_size:
+            raise ValueError(
+                f"{field} has {self.token_text(strange)!r}, for which the tokenizer has the token "
+                f"{strange}; the model's are 0 to {vocab_size - 1}"
+            )
+        return ids
 
 
 class IncrementalDetokenizer:

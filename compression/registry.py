@@ -15,16 +15,28 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
-
-from . import budgets, scores
-from .observation import Observation
+from . import budgets, observed
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .observation import Observation
     from .retention import Retention
 
 Scope = Literal["head", "token"]
 AtDecode = Literal["nothing", "window queries", "last query", "mass"]
+
+
+def _score(name: str) -> "Callable[[Observation, Retention], Tensor]":
+    """The function of `scores.py`, which is imported, and torch with it, when it is called."""
+
+    def score(observation: "Observation", retention: "Retention") -> "Tensor":
+        from . import scores
+
+        function: Callable[[Observation, Retention], Tensor] = getattr(scores, name)
+        return function(observation, retention)
+
+    return score
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +45,7 @@ class ScoreMethod:
 
     Attributes:
         function: (observation, retention) -> [H, n - w] fp32; see `scores.py`.
+        keeps: which tokens those are, for the list of methods.
         num_window_queries: (retention, prompt tokens) -> trailing queries that it looks at.
         scope: "head": each head has its own scores; "token": all heads of a layer have the same,
             which come from all of them.
@@ -48,12 +61,13 @@ class ScoreMethod:
     """
 
     function: "Callable[[Observation, Retention], Tensor]"
-    num_window_queries: "Callable[[Retention, int], int]" = scores.observe_none
+    keeps: str
+    num_window_queries: "Callable[[Retention, int], int]" = observed.observe_none
     scope: Scope = "head"
     settings: tuple[str, ...] = ()
     min_window: int = 0
     fixed_window: int | None = None
-    recent_tokens: "Callable[[Retention, int], int]" = scores.keep_window
+    recent_tokens: "Callable[[Retention, int], int]" = observed.keep_window
     at_decode: AtDecode | None = None
 
 
@@ -62,6 +76,7 @@ class BudgetShape:
     """How to spread a budget.
 
     Attributes:
+        spreads: how, for the list of methods; "" where every row gets the same.
         function: (retention, mean tokens, prompt tokens, layers) -> exact target of each layer;
             see `budgets.py`. None where a shape has targets for rows only.
         row_function: (retention, mean tokens, prompt tokens, layers that share the budget, weights
@@ -71,6 +86,7 @@ class BudgetShape:
             known only once they are selected.
     """
 
+    spreads: str
     function: "Callable[[Retention, Fraction, int, int], list[Fraction]] | None"
     row_function: (
         "Callable[[Retention, Fraction, int, Sequence[int], Sequence[Sequence[Fraction]]], "
@@ -86,27 +102,32 @@ class BudgetShape:
 
 
 SCORES = {
-    "streaming": ScoreMethod(scores.streaming, at_decode="nothing"),
+    "streaming": ScoreMethod(_score("streaming"), "the most recent tokens", at_decode="nothing"),
     "snapkv": ScoreMethod(
-        scores.snapkv,
-        scores.observe_window,
+        _score("snapkv"),
+        "what the last queries attend to",
+        observed.observe_window,
         settings=("kernel_size", "pooling"),
         min_window=1,
         at_decode="window queries",
     ),
-    "knorm": ScoreMethod(scores.knorm, at_decode="nothing"),
-    "random": ScoreMethod(scores.random, settings=("seed",), at_decode="nothing"),
+    "knorm": ScoreMethod(_score("knorm"), "keys of a small norm", at_decode="nothing"),
+    "random": ScoreMethod(
+        _score("random"), "a seeded random choice", settings=("seed",), at_decode="nothing"
+    ),
     "h2o": ScoreMethod(
-        scores.h2o,
-        scores.observe_all,
+        _score("h2o"),
+        "what all queries attend to the most, and the most recent tokens",
+        observed.observe_all,
         settings=("recent_ratio",),
         fixed_window=0,
-        recent_tokens=scores.keep_recent,
+        recent_tokens=observed.keep_recent,
         at_decode="mass",
     ),
     "tova": ScoreMethod(
-        scores.tova,
-        scores.observe_window,
+        _score("tova"),
+        "what the last query attends to, over all heads of a layer",
+        observed.observe_window,
         scope="token",
         fixed_window=1,
         at_decode="last query",
@@ -114,11 +135,25 @@ SCORES = {
 }
 
 SHAPES = {
-    "uniform": BudgetShape(budgets.uniform),
-    "pyramid": BudgetShape(budgets.pyramid, settings=("beta",)),
-    "cosine": BudgetShape(budgets.cosine, settings=("beta",)),
-    "adaptive": BudgetShape(budgets.adaptive, settings=("mean", "floor_ratio"), ragged=True),
-    "profile": BudgetShape(None, budgets.profile, settings=("profile", "head_beta")),
+    "uniform": BudgetShape("", budgets.uniform),
+    "pyramid": BudgetShape(
+        "fewer in higher layers, in equal steps", budgets.pyramid, settings=("beta",)
+    ),
+    "cosine": BudgetShape(
+        "fewer in higher layers, along a cosine", budgets.cosine, settings=("beta",)
+    ),
+    "adaptive": BudgetShape(
+        "the heads of a layer compete for its tokens",
+        budgets.adaptive,
+        settings=("mean", "floor_ratio"),
+        ragged=True,
+    ),
+    "profile": BudgetShape(
+        "more in heads that were measured to matter",
+        None,
+        budgets.profile,
+        settings=("profile", "head_beta"),
+    ),
 }
 
 COMMON_SETTINGS = ("budget", "window", "sinks", "skip_layers", "decode")

@@ -5,6 +5,8 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
+from saqqara.configs.budget import budget_mistake
+from saqqara.configs.names import closest
 from saqqara.configs.yaml_files import CONFIG_DIR, load_yaml
 
 from .budgets import MEANS
@@ -41,7 +43,10 @@ def read_settings(given: dict[str, Any]) -> dict[str, Any]:
         if decode not in (None, False):
             return {"decode": DecodeStage()}  # `Retention` says what is wrong with it
         if given:
-            raise ValueError(f"{next(iter(given))}: {method!r} keeps all and takes no settings")
+            raise ValueError(
+                f"{next(iter(given))}: 'full' keeps everything and takes no settings; choose a "
+                "method beside it, such as recommended-adaptive (`saqqara methods` lists them)"
+            )
         return {}
     propagate, is_own = _read_propagate(preset, given)
     method = method if is_own else None
@@ -123,7 +128,16 @@ def _named_settings(name: object) -> dict[str, Any]:
             return {"score": score, "shape": shape}
         if score in SCORES and shape == "adaptive" and mean in MEANS:
             return {"score": score, "shape": shape, "mean": mean}
-    raise ValueError(f"method: unknown {name!r}; known: {_known_names()}")
+    close = closest(name, _all_names()) if isinstance(name, str) else None
+    hint = f"did you mean {close!r}?" if close else f"known: {_known_names()}"
+    raise ValueError(f"method: unknown {name!r}; {hint}")
+
+
+def _all_names() -> set[str]:
+    """Every name that there is, composed ones included."""
+    pairs = {(score, shape, "uniform") for score in SCORES for shape in SHAPES}
+    pairs |= {(score, "adaptive", mean) for score in SCORES for mean in MEANS}
+    return {*presets(), *KINDS, *(_composed_name(*pair) for pair in pairs)}
 
 
 def _composed_name(score: str, shape: str, mean: str) -> str:
@@ -163,4 +177,4 @@ def _read_budget(value: object) -> dict[str, int | float | None]:
             return {"budget": int(text)}
         if match := PERCENTAGE.fullmatch(text):
             return {"budget": None, "share": float(Decimal(match[1]) / 100)}
-    raise ValueError(f"budget: must be tokens or a share such as '25%', not {value!r}")
+    raise ValueError(budget_mistake(value))

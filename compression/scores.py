@@ -7,8 +7,6 @@ tokens) and the sinks (the first s) are kept whatever their score: `select.py` s
 Shapes: n prompt tokens, w window tokens, H local kv heads, Hq local query heads, D head dim.
 """
 
-import math
-from fractions import Fraction
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -129,29 +127,3 @@ def _mix32(bits: Bits) -> Bits:
     bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return bits ^ (bits >> 16)
-
-
-def observe_none(retention: "Retention", prompt_tokens: int) -> int:
-    """Queries that a score needs which looks at none."""
-    return 0
-
-
-def observe_window(retention: "Retention", prompt_tokens: int) -> int:
-    """Queries that a score needs which looks at the window's: w, or all of a shorter prompt."""
-    return min(retention.window, prompt_tokens)
-
-
-def observe_all(retention: "Retention", prompt_tokens: int) -> int:
-    """Queries that a score needs which looks at all of them: n."""
-    return prompt_tokens
-
-
-def keep_window(retention: "Retention", kept_tokens: int) -> int:
-    """Last tokens that a row keeps whatever their score: the window."""
-    return retention.window
-
-
-def keep_recent(retention: "Retention", kept_tokens: int) -> int:
-    """Last tokens that a row keeps whatever their score: `recent_ratio` of it, after the sinks."""
-    recent = math.floor(Fraction(str(retention.recent_ratio)) * kept_tokens)
-    return min(recent, kept_tokens - retention.sinks)

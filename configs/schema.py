@@ -3,8 +3,9 @@
 from dataclasses import fields
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .budget import budget_mistake
 from .worker_settings import WorkerSettings
 
 
@@ -80,6 +81,13 @@ class EngineConfig(BaseModel):
     log_dir: str | None = Field(
         None, description="Folder of the per-rank logs; default: <cache>/logs/<start time>."
     )
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _no_fraction(cls, value: Any) -> Any:
+        if isinstance(value, float):
+            raise ValueError(budget_mistake(value).removeprefix("budget: "))
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from .names import did_you_mean
+
 CONFIG_DIR = Path(__file__).resolve().parent
 
 
@@ -14,18 +16,40 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file or preset, or the file is not a mapping.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
+    if file.is_dir():
+        kind = "model's folder; give it as --model" if (file / "config.json").exists() else "folder"
+        raise ValueError(f"config: {file} is a {kind}")
     if not file.exists():
-        matches = sorted(CONFIG_DIR.glob(f"*/{path}.yaml")) + sorted(
-            CONFIG_DIR.glob(f"{path}.yaml")
-        )
-        if not matches:
-            known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*/*.yaml")))
-            raise ValueError(f"config: no file or preset {str(path)!r}; presets: {known}")
-        file = matches[0]
-    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        file = _preset(str(path))
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config: cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"config: {file} is no text in UTF-8") from None
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        raise ValueError(f"config: {file}{_place(error)} is no YAML: {problem}") from None
     if not isinstance(data, dict):
         raise ValueError(
             f"config: {file} must hold a mapping of settings, not {type(data).__name__}"
         )
     return data
+
+
+def _preset(name: str) -> Path:
+    """The file of a preset, wherever it lies under `configs/`."""
+    presets = {file.stem: file for file in sorted(CONFIG_DIR.glob("*/*.yaml"))}
+    if name not in presets:
+        if "/" in name:
+            raise ValueError(f"config: there is no file {name!r} (a model is given as --model)")
+        hint = did_you_mean(name, presets)
+        raise ValueError(f"config: no file or preset {name!r}; {hint}")
+    return presets[name]
+
+
+def _place(error: yaml.YAMLError) -> str:
+    """Where in a file an error is, such as ', line 3'."""
+    mark = getattr(error, "problem_mark", None)
+    return "" if mark is None else f", line {mark.line + 1}"

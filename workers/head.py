@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .faults import Faults
-from .layers.sampler import TokenHistory, sample
+from .layers.sampler import Draw, TokenHistory, not_finite, sample
 from .mesh import Mesh
 from .models.decoder import Decoder, chunks
-from .plan import SampledToken, ScoredTokens, StepPlan, TokenLogprobs
+from .plan import SampledToken, ScoredTokens, StepPlan
 from .slots import SlotTable, Target, ended
 from .transfer import to_device
 
@@ -49,20 +49,20 @@ class Head:
             return []
         logits_SV = self._decoder.logits(_sampled_rows(plan, targets, finals, decoded_TE))
         sampled = self._sample(logits_SV, targets)
-        agreed = [token for token, _ in sampled]
+        agreed = [draw.token_id for draw in sampled]
         if self._mesh.layout.tensor_size > 1:
             token_ids = torch.tensor(agreed, device=logits_SV.device)
             agreed = self._mesh.broadcast(token_ids).tolist()
-        for target, token in zip(targets, agreed, strict=True):
+        for target, token, draw in zip(targets, agreed, sampled, strict=True):
             self._slots.put_token(target, token)
+            if draw.error is not None:
+                self._faults.add(target.slot, draw.error)
         return [
-            SampledToken(target.slot, target.position, token, logprobs)
-            for target, token, (_, logprobs) in zip(targets, agreed, sampled, strict=True)
+            SampledToken(target.slot, target.position, token, draw.logprobs)
+            for target, token, draw in zip(targets, agreed, sampled, strict=True)
         ]
 
-    def _sample(
-        self, logits_SV: Tensor, targets: list[Target]
-    ) -> list[tuple[int, TokenLogprobs | None]]:
+    def _sample(self, logits_SV: Tensor, targets: list[Target]) -> list[Draw]:
         """Sample all together, or one by one where that fails, to find out whose fault it is.
 
         A sequence at fault gets token 0, so that all ranks go on alike.
@@ -78,7 +78,7 @@ class Head:
             if len(targets) == 1:
                 with self._faults.blame([targets[0].slot], "sampling", is_local=True):
                     raise error
-                return [(0, None)]  # type: ignore[unreachable]
+                return [Draw(0)]  # type: ignore[unreachable]
         return [self._sample(logits_SV[i, None], [t])[0] for i, t in enumerate(targets)]
 
     def score(
@@ -115,6 +115,8 @@ class Head:
             logits = self._decoder.logits(hidden_ME[chunk])
             chosen = logits.gather(1, wanted_M1[chunk])
             total = logits.logsumexp(dim=-1, keepdim=True)
+            if not total.isfinite().all():
+                self._faults.add(slot, not_finite(position + chunk.start))
             logprobs += (chosen - total)[:, 0].tolist()
             ranks += (1 + (logits > chosen).sum(dim=-1)).tolist()
             if num_top:

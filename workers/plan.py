@@ -18,6 +18,8 @@ class SamplingSpec:
     `seed` is always set (the engine derives one where the request has none): random numbers are a
     function of (seed, position), so a resumed sequence goes on exactly as it would have.
     `blocked_token_ids` cannot be sampled before `min_tokens` tokens are generated.
+    `allowed_token_ids` are int32 bytes of the only ids that can be sampled (empty: all can); the
+    last id of each of `bad_words` cannot where the output ends with the ids before it.
     `logit_bias` are (token id, what is added to its logit).
     `num_logprobs` is None for none, 0 for the sampled token's only, k for the k best as well (and
     of a scored sequence, k for the k best at each scored position).
@@ -33,6 +35,8 @@ class SamplingSpec:
     seed: int = 0
     min_tokens: int = 0
     blocked_token_ids: tuple[int, ...] = ()
+    allowed_token_ids: bytes = b""
+    bad_words: tuple[tuple[int, ...], ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_logprobs: int | None = None
 

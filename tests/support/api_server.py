@@ -12,7 +12,7 @@ NUM_SLOTS = 4
 MAX_QUEUE = 4
 MAX_BODY_BYTES = 100_000
 
-ENGINE = {
+ENGINE: dict[str, Any] = {
     "load_format": "dummy",
     "dtype": "float32",
     "device": "cpu",

@@ -11,7 +11,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tiny_llama(folder: Path, max_position: int = 512) -> None:
+def save_tiny_llama(
+    folder: Path, max_position: int = 512, chat_template: str = CHAT_TEMPLATE
+) -> None:
     """Write the config of a four-layer Llama and a tokenizer of single bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<eos>", *alphabet])}
@@ -19,7 +21,7 @@ def save_tiny_llama(folder: Path, max_position: int = 512) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer, eos_token="<eos>", chat_template=chat_template
     ).save_pretrained(folder)
     LlamaConfig(
         vocab_size=len(vocab),

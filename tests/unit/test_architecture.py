@@ -154,6 +154,13 @@ def test_import_saqqara_is_light() -> None:
     assert not {"ray", "torch", "transformers", "numpy"} & loaded_by("saqqara")
 
 
+def test_the_command_line_answers_without_loading_the_engine() -> None:
+    """`--version`, `--help`, `methods` and mistakes in flags take no seconds."""
+    assert not {"ray", "torch", "transformers", "matplotlib"} & loaded_by(
+        "saqqara.cluster.cli, saqqara.cluster.cli_methods, saqqara.compression.methods"
+    )
+
+
 def test_tables_are_printed_by_the_function_that_keeps_their_columns() -> None:
     """Other consoles are for progress, on stderr: rich itself drops columns that do not fit."""
     benchmarks = (file.relative_to(ROOT).as_posix() for file in ROOT.glob("benchmarks/**/*.py"))

@@ -130,6 +130,12 @@ def test_the_presets_of_the_readme() -> None:
         ({"max_num_seq": 3}, "unknown key 'max_num_seq'; did you mean 'max_num_seqs'?"),
         ({"sampling": {"temprature": 1}}, "unknown key 'temprature'; did you mean 'temperature'?"),
         ({"sampling": 3}, "sampling must be a mapping"),
+        (
+            {"max_tokens": 9},
+            "max_tokens is a sampling setting, not the engine's; in a file it stands",
+        ),
+        ({"zzz": 9}, "unknown key 'zzz'; known: "),
+        ({"retention": "snapkv", "budget": 0.25}, "a share is written with a percent sign: '25%'"),
         ({"max_num_seqs": 0}, "max_num_seqs: input should be greater than or equal to 1 (got 0)"),
         ([1], "must hold a mapping"),
     ],
@@ -152,12 +158,99 @@ def test_a_wrong_config_file_is_one_line(tmp_path: Path, settings: Any, said: st
         (["--model", "m", "--temperature", "hot"], "temperature: "),
         (["--model", "m", "--tensor-parallel-size", "2"], "needs executor='ray'"),
         (["--model", "m", "--layer-split", "3,4"], "layer_split has 2 entries"),
+        (["--model", "m", "--config", "ray-pp3"], "did you mean 'ray-pp2'?"),
+        (["--model", "m", "--config", "/no/such.yaml"], "there is no file '/no/such.yaml'"),
+        (["--model", "m", "--config", "/"], "config: / is a folder"),
+        (["--model", "m", "--device", "gpu"], "device: input should be 'auto', 'cpu' or 'cuda'"),
+        (["--model", "m", "--dtype", "flaot32"], "did you mean 'float32'?"),
+        (["--model", "m", "--retention", "snapk"], "unknown 'snapk'; did you mean 'snapkv'?"),
+        (["--model", "m", "--retention", "h20-pyramid"], "did you mean 'h2o-pyramid'?"),
+        (["--model", "m", "--retention", "quest"], "unknown 'quest'; known: ada-pyramidkv, "),
+        (["--model", "m", "--retention", "snapkv"], "such as '25%'"),
+        (["--model", "m", "--retention", "snapkv", "--budget", "0.25"], "percent sign: '25%'"),
+        (["--model", "m", "--budget", "25%"], "choose a method beside it, such as recommended-"),
+        (["--modle", "m"], "there is no flag --modle; did you mean --model?"),
+        (["--model", "m", "--frobnicate", "3"], "there is no flag --frobnicate (all flags: "),
+        (["--model"], "requires an argument"),
     ],
 )
 def test_a_wrong_flag_is_one_line(arguments: list[str], said: str) -> None:
     stderr = fails("generate", "hello", *arguments)
     assert said in stderr
     assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["generat", "hello"], "there is no command 'generat'; did you mean 'generate'?"),
+        (["eval", "needel"], "there is no command 'needel'; did you mean 'needle'?"),
+        (["xyz"], "there is no command 'xyz'; known: generate, batch, serve, "),
+        (["batch", "--model", "m"], "missing argument 'INPUT' (all flags: "),
+        (["eval", "needle", "--model", "m", "--methods", "snapkw"], "did you mean 'snapkv'?"),
+        (["eval", "needle", "--model", "m", "--retention", "snapkv@0.25"], "percent sign: '25%'"),
+        (["serve", "org/model"], "there is no file 'org/model' (a model is given as --model)"),
+    ],
+)
+def test_a_wrong_command_is_one_line(command: list[str], said: str) -> None:
+    stderr = fails(*command)
+    assert said in stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+
+
+def test_yaml_that_is_none_is_said_with_its_line(tmp_path: Path) -> None:
+    config = tmp_path / "engine.yaml"
+    config.write_text("model: m\nmax_num_seqs: [3\n")
+    stderr = fails("generate", "hello", "--config", str(config))
+    assert f"config: {config}, line 3 is no YAML: " in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_the_names_of_vllm_are_taken_where_they_mean_the_same(tmp_path: Path) -> None:
+    settings = resolve(
+        *("--model", "org/name", "--gpu-memory-utilization", "0.8", "--block-size", "32"),
+        *("--max-num-batched-tokens", "512", "--enforce-eager", "--revision", "abc"),
+        *("--quantization", "null", "--swap-space", "0"),
+    )
+    config = settings.config
+    assert (config.model, config.memory_utilization) == ("org/name@abc", 0.8)
+    assert (config.page_tokens, config.max_prefill_tokens) == (32, 512)
+    assert config.cuda_graphs == "off"
+    file = tmp_path / "engine.yaml"
+    file.write_text("model: m\nblock_size: 8\nenforce_eager: false\n")
+    config = resolve("--config", str(file)).config
+    assert (config.page_tokens, config.cuda_graphs) == (8, "auto")
+    assert resolve("--config", str(file), "--page-tokens", "4").config.page_tokens == 4
+    assert "--block-size" not in runner.invoke(app, ["batch", "--help"]).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--quantization", "awq"], "use a checkpoint in float32, bfloat16 or float16"),
+        (["--swap-space", "4"], "swap_space: there is no such setting"),
+        (["--enable-prefix-caching"], "prefixes are not kept"),
+        (["--trust-remote-code"], "code from a model's repository is never run"),
+        (["--distributed-executor-backend", "mp"], "known here: ray, uni; see executor"),
+        (["--block-size", "8", "--page-tokens", "16"], "--block-size means --page-tokens"),
+        (["--block-size", "0"], "page_tokens: input should be greater than or equal to 1"),
+    ],
+)
+def test_other_names_of_vllm_are_refused_with_ours(arguments: list[str], said: str) -> None:
+    stderr = fails("generate", "hello", "--model", "m", *arguments)
+    assert said in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_the_help_has_its_flags_under_headings() -> None:
+    text = runner.invoke(app, ["batch", "--help"]).output
+    headings = [line[:-1] for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert headings == [
+        *("Arguments", "Options", "Model", "Memory and scheduling", "Retention"),
+        *("Processes", "Engine", "Sampling"),
+    ]
+    assert text.index("\nRetention:") < text.index("--budget") < text.index("\nProcesses:")
 
 
 def test_an_unknown_flag_is_an_error() -> None:
@@ -167,7 +260,9 @@ def test_an_unknown_flag_is_an_error() -> None:
 
 
 def test_version() -> None:
-    assert runner.invoke(app, ["version"]).output.strip() == f"saqqara {__version__}"
+    for written in ("version", "--version"):
+        result = runner.invoke(app, [written])
+        assert (result.exit_code, result.output.strip()) == (0, f"saqqara {__version__}")
 
 
 def test_an_unknown_log_level_is_an_error() -> None:

@@ -35,8 +35,11 @@ DEFAULTS = {
     "stop": (),
     "stop_token_ids": (),
     "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": (),
     "ignore_eos": False,
     "logprobs": None,
+    "detokenize": True,
     "skip_special_tokens": True,
     "include_stop_str_in_output": False,
     "truncate_prompt_tokens": None,
@@ -59,7 +62,22 @@ def test_names_and_defaults_are_those_of_vllm() -> None:
         ("top_p", 1.1, "less than or equal to 1"),
         ("top_k", -2, "greater than or equal to -1"),
         ("min_p", 1.5, "less than or equal to 1"),
-        ("repetition_penalty", 0.0, "greater than 0"),
+        ("temperature", 1.1e6, "less than or equal to 1000000"),
+        ("repetition_penalty", 0.0, "greater than or equal to 0.01"),
+        ("repetition_penalty", 1e-46, "greater than or equal to 0.01"),
+        ("repetition_penalty", 1e30, "less than or equal to 100"),
+        ("top_k", 2**31, "less than 2147483648"),
+        ("max_tokens", 2**63, "less than 2147483648"),
+        ("min_tokens", 2**31, "less than 2147483648"),
+        ("truncate_prompt_tokens", 2**70, "less than 2147483648"),
+        ("stop", ["a"] * 257, "at most 256 items"),
+        ("stop", ["a", "b" * 1025], "at most 1024 characters"),
+        ("stop_token_ids", [2**31], "less than 2147483648"),
+        ("stop_token_ids", [1] * 1025, "at most 1024 items"),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0), "at most 1024 items"),
+        ("logit_bias", {1: float("nan")}, "finite"),
+        ("allowed_token_ids", [], "at least 1 item"),
+        ("bad_words", ["a"] * 257, "at most 256 items"),
         ("presence_penalty", 2.5, "less than or equal to 2"),
         ("frequency_penalty", -2.5, "greater than or equal to -2"),
         ("seed", 2**63, "less than 9223372036854775808"),
@@ -83,6 +101,9 @@ def test_a_bad_value_names_field_and_limit(field: str, value: object, limit: str
     ("given", "message"),
     [
         ({"stop": ["a", ""]}, "stop: every string must have at least one character"),
+        ({"bad_words": ["a", ""]}, "bad_words: every string must have at least one character"),
+        ({"stop": "a", "detokenize": False}, "stop needs detokenize=True"),
+        ({"prompt_logprobs": 0}, r"prompt_logprobs is not supported: LLM.score\("),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens must be at most max_tokens=4, not 5"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be at least 1, or -1"),
     ],
@@ -115,6 +136,31 @@ def test_the_workers_get_what_they_need() -> None:
     assert spec.num_logprobs == 0
     assert SamplingParams(ignore_eos=True, min_tokens=1).spec(0, (5,)).blocked_token_ids == ()
     assert SamplingParams(stop_token_ids=(7,)).spec(0, (5,)).blocked_token_ids == ()
+
+
+def test_the_workers_get_allowed_tokens_and_bad_words_as_ids() -> None:
+    params = SamplingParams(allowed_token_ids=(5, 7), min_tokens=1)
+    spec = params.spec(0, eos_token_ids=(5,), bad_words=((1, 2), (3,)))
+    assert np.frombuffer(spec.allowed_token_ids, np.int32).tolist() == [5, 7]
+    assert spec.bad_words == ((1, 2), (3,))
+    assert SamplingParams().spec(0).allowed_token_ids == b""
+    with pytest.raises(ValueError, match="allowed_token_ids has nothing but tokens that end"):
+        params.spec(0, eos_token_ids=(5, 7))
+
+
+def test_no_prompt_logprobs_ask_for_nothing() -> None:
+    assert SamplingParams.model_validate({"prompt_logprobs": None}) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("stop_token_ids", (5, 100)), ("logit_bias", {100: 1.0}), ("allowed_token_ids", (100, 5))],
+)
+def test_tokens_that_the_model_lacks_name_their_field(field: str, value: Any) -> None:
+    params = SamplingParams(**{field: value})
+    params.check_vocabulary(101)
+    with pytest.raises(ValueError, match=f"^{field}: 100 is no token of the model; they are 0 to"):
+        params.check_vocabulary(100)
 
 
 def make_sequence(score: tuple[int, ...] | None = None) -> Sequence:

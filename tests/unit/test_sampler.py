@@ -8,12 +8,16 @@ definition, one token at a time.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from saqqara.cluster.request import MAX_TEMPERATURE, PENALTY_RANGE, SamplingParams
 from saqqara.workers.layers import sampler
 from saqqara.workers.layers.sampler import TokenHistory, gumbel, noise_keys, sample
 from saqqara.workers.plan import SamplingSpec
@@ -34,7 +38,7 @@ def draw(
 ) -> list[int]:
     """`count` tokens from one row of logits [V], at positions 0, 1, ..."""
     rows = logits.expand(count, -1)
-    return [token for token, _ in sample(rows, [spec] * count, range(count), [seen] * count)]
+    return [token for token, *_ in sample(rows, [spec] * count, range(count), [seen] * count)]
 
 
 def exact_probabilities(logits: torch.Tensor, spec: SamplingSpec) -> NDArray[np.float64]:
@@ -67,7 +71,7 @@ def test_greedy_takes_the_best_token_and_leaves_logits_alone() -> None:
     spec = SamplingSpec(temperature=0.0, top_k=3, top_p=0.1, repetition_penalty=1.2)
     seen = TokenHistory(np.array([1], np.int32), np.array([2], np.int32))
     tokens = sample(logits, [replace(spec, repetition_penalty=1.0)] * 5, range(5), [seen] * 5)
-    assert [token for token, _ in tokens] == logits.argmax(dim=-1).tolist()
+    assert [token for token, *_ in tokens] == logits.argmax(dim=-1).tolist()
     sample(logits, [spec] * 5, range(5), [seen] * 5)
     assert torch.equal(logits, before)
 
@@ -98,7 +102,7 @@ def test_frequencies_follow_the_exact_probabilities(name: str) -> None:
     for start in range(0, count, 2000):
         rows = logits.expand(2000, -1)
         positions = range(start, start + 2000)
-        for token, _ in sample(rows, [spec] * 2000, positions, [NOTHING] * 2000):
+        for token, *_ in sample(rows, [spec] * 2000, positions, [NOTHING] * 2000):
             counts[token] += 1
     assert counts[expected == 0].sum() == 0, "a filtered token was drawn"
     error = np.sqrt(count * expected * (1 - expected))
@@ -254,7 +258,7 @@ def test_a_bias_moves_the_logits_of_its_own_row_only() -> None:
     best = logits.argmax(dim=-1).tolist()
     bias = ((best[1], -100.0), (7, 100.0))
     specs = [SamplingSpec(temperature=0.0, logit_bias=b) for b in ((), bias, ())]
-    tokens = [token for token, _ in sample(logits, specs, range(3), [NOTHING] * 3)]
+    tokens = [token for token, *_ in sample(logits, specs, range(3), [NOTHING] * 3)]
     assert tokens == [best[0], 7, best[2]]
     expected = logits.clone()
     for token, value in bias:
@@ -283,7 +287,7 @@ def test_logprobs_are_the_models_own() -> None:
     expected = torch.log_softmax(logits, dim=-1)
     assert results[1][1] is None
     for row in (0, 2):
-        token, logprobs = results[row]
+        token, logprobs, _ = results[row]
         assert logprobs is not None
         assert logprobs.logprob == pytest.approx(expected[row, token].item())
         ranked = expected[row].argsort(descending=True).tolist()
@@ -297,7 +301,7 @@ def test_logprobs_are_the_models_own() -> None:
 def test_ties_rank_as_greedy_decoding_takes_them() -> None:
     logits = torch.zeros(1, 8)
     spec = SamplingSpec(temperature=0.0, num_logprobs=0)
-    (token, logprobs) = sample(logits, [spec], [0], [NOTHING])[0]
+    (token, logprobs, _) = sample(logits, [spec], [0], [NOTHING])[0]
     assert logprobs is not None
     assert (token, logprobs.rank) == (0, 1)
 
@@ -307,3 +311,125 @@ def test_minus_infinity_is_never_drawn() -> None:
     logits[[10, 500]] = 0.0
     for spec in FILTERS.values():
         assert set(draw(logits, spec, 200)) <= {10, 500}
+
+
+def test_only_allowed_tokens_are_drawn() -> None:
+    logits = make_logits(2)
+    allowed = np.array([7, 400, 999], np.int32)
+    specs = [SamplingSpec(allowed_token_ids=allowed.tobytes()), SamplingSpec(temperature=0.0)]
+    for position in range(50):
+        limited, free = sample(logits, specs, [position] * 2, [NOTHING] * 2)
+        assert limited.token_id in allowed
+        assert free.token_id == logits[1].argmax()
+    greedy = replace(specs[0], temperature=0.0)
+    best = max(allowed.tolist(), key=lambda token: float(logits[0, token]))
+    assert draw(logits[0], greedy, 1) == [best]
+
+
+def test_a_bad_word_never_gets_its_last_token() -> None:
+    """The word 3 4 5: token 5 is forbidden exactly where the output ends with 3 4."""
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5], logits[0, 9] = 20.0, 10.0
+    prompt = np.array([3, 4], np.int32)
+
+    def best(words: tuple[tuple[int, ...], ...], *output: int) -> int:
+        seen = TokenHistory(prompt, np.array(output, np.int32))
+        spec = SamplingSpec(temperature=0.0, bad_words=words)
+        return sample(logits, [spec], [0], [seen])[0].token_id
+
+    assert best(((5,),)) == 9, "a word of one token is forbidden everywhere"
+    assert best(((3, 4, 5),), 1, 3, 4) == 9
+    assert best(((3, 4, 5),), 3, 4, 4) == 5
+    assert best(((3, 4, 5),)) == 5, "the prompt does not count"
+    assert best(((3, 4, 5),), 4) == 5
+    assert best(((3, 4, 5), (4, 9)), 3, 4) not in (5, 9)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_not_finite_fails_alone(broken: float, temperature: float) -> None:
+    logits = make_logits(4)
+    whole = logits.clone()
+    logits[1, 3] = broken
+    logits[2] = -math.inf
+    specs = [SamplingSpec(temperature=temperature, top_k=5, num_logprobs=2)] * 4
+    draws = sample(logits, specs, range(4), [NOTHING] * 4)
+    expected = sample(whole, specs, range(4), [NOTHING] * 4)
+    for row in (1, 2):
+        assert "not finite" in (draws[row].error or "")
+        assert f"position {row}" in (draws[row].error or "")
+        assert draws[row][:2] == (0, None)
+    assert [draws[0], draws[3]] == [expected[0], expected[3]]
+
+
+def test_a_nan_that_only_the_log_probabilities_see_fails_the_row() -> None:
+    logits = make_logits(1)
+    logits[0, 3] = math.nan
+    spec = SamplingSpec(min_tokens=1, blocked_token_ids=(3,), num_logprobs=0)
+    assert "not finite" in (sample(logits, [spec], [0], [NOTHING])[0].error or "")
+
+
+def test_settings_that_exclude_every_token_say_so() -> None:
+    allowed = np.array([7, 8], np.int32).tobytes()
+    spec = SamplingSpec(allowed_token_ids=allowed, bad_words=((7,), (8,)))
+    [drawn] = sample(make_logits(1), [spec], [4], [NOTHING])
+    assert drawn.error is not None
+    assert "no token is left that may stand at position 4: allowed_token_ids" in drawn.error
+
+
+SMALL_VOCAB = 300  # more than the candidates, so that both ways of drawing are taken
+token_ids = st.integers(0, SMALL_VOCAB - 1)
+params = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.floats(0, MAX_TEMPERATURE) | st.sampled_from([0, 1e-40, 1e-5, 1.0]),
+        "top_p": st.floats(0, 1, exclude_min=True),
+        "top_k": st.integers(-1, 2**31 - 1) | st.integers(-1, SMALL_VOCAB + 1),
+        "min_p": st.floats(0, 1),
+        "repetition_penalty": st.floats(*PENALTY_RANGE),
+        "presence_penalty": st.floats(-2, 2),
+        "frequency_penalty": st.floats(-2, 2),
+        "min_tokens": st.integers(0, 2**31 - 1),
+        "stop_token_ids": st.lists(token_ids, max_size=SMALL_VOCAB),
+        "allowed_token_ids": st.none() | st.lists(token_ids, min_size=1),
+        "logit_bias": st.dictionaries(token_ids, st.floats(-100, 100)),
+        "logprobs": st.none() | st.integers(0, 20),
+    },
+)
+special = st.sampled_from([-math.inf, 0.0, 1e-45, -1e30, 1e30, 5.0])
+
+
+@given(
+    rows=st.lists(
+        st.tuples(params, st.integers(-(2**63), 2**63 - 1), st.lists(token_ids, max_size=9)),
+        min_size=1,
+        max_size=4,
+    ),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_valid_parameters_give_a_token_or_an_error(rows: Any, data: st.DataObject) -> None:
+    """A token that may stand there, or an error where the row has none; never an exception."""
+    logits = make_logits(len(rows))[:, :SMALL_VOCAB].clone()
+    for row in range(len(rows)):
+        for value in data.draw(st.lists(special, max_size=3)):
+            logits[row, data.draw(st.just(slice(None)) | st.lists(token_ids, max_size=3))] = value
+    words = data.draw(st.lists(st.lists(token_ids, min_size=1, max_size=3).map(tuple), max_size=3))
+    specs = [
+        SamplingParams(**{"max_tokens": None} | given).spec(seed, (2,), bad_words=tuple(words))
+        for given, seed, _ in rows
+    ]
+    seen = [
+        TokenHistory(np.array(ids[:4], np.int32), np.array(ids[4:], np.int32)) for *_, ids in rows
+    ]
+    draws = sample(logits, specs, range(len(rows)), seen)
+    for row, (spec, drawn) in enumerate(zip(specs, draws, strict=True)):
+        allowed = np.frombuffer(spec.allowed_token_ids, np.int32)
+        if drawn.error is None:
+            assert logits[row, drawn.token_id] > -math.inf
+            assert not len(allowed) or drawn.token_id in allowed
+            assert (drawn.token_id,) not in spec.bad_words
+        else:
+            banned = {*spec.blocked_token_ids, *(word[-1] for word in spec.bad_words)}
+            left = (set(allowed.tolist()) or set(range(SMALL_VOCAB))) - banned
+            assert all(logits[row, token] == -math.inf for token in left)

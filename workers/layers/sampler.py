@@ -1,7 +1,8 @@
 """From logits to tokens: penalties, filters, and counter-based random numbers.
 
-The order is vLLM's: biases, penalties and blocked tokens, temperature, then `min_p`, `top_k`,
-`top_p`, each on what the one before left. A token tied with the last of `top_k` or with the
+The order is vLLM's: biases, penalties and forbidden tokens (all that are not allowed, the ends of
+bad words, and those blocked before `min_tokens`), temperature, then `min_p`, `top_k`, `top_p`, each
+on what the one before left. A token tied with the last of `top_k` or with the
 threshold of `min_p` stays in; among ties at the edge of `top_p` the lower id comes first.
 
 A token is drawn by the Gumbel-max trick: the best of log-probability plus noise, the noise being a
@@ -15,6 +16,7 @@ Shapes: S sampled rows, V vocabulary, C candidates.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,37 +41,68 @@ class TokenHistory:
     output: NDArray[np.integer]
 
 
+class Draw(NamedTuple):
+    """What was sampled for one row; with an `error` there is no token (the id is 0)."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    error: str | None = None
+
+
 def sample(
     logits: torch.Tensor,
     specs: Sequence[SamplingSpec],
     positions: Sequence[int],
     history: Sequence[TokenHistory],
-) -> list[tuple[int, TokenLogprobs | None]]:
+) -> list[Draw]:
     """Sample one token per row.
 
     Log-probabilities are the model's own, before biases, penalties, filters and temperature (vLLM's
-    default, `raw_logprobs`).
+    default, `raw_logprobs`). A row whose best logit is no finite number (one NaN or +inf is enough,
+    or nothing but -inf) has no token to sample: it gets an error, and the other rows their tokens.
 
     Args:
         logits: fp32 [S, V]; not changed.
         specs: sampling parameters of each row.
         positions: position of the token to be sampled in its sequence, per row.
         history: prompt and output so far, per row.
-
-    Returns:
-        (token id, its log-probabilities or None) per row.
     """
     assert len(logits) == len(specs) == len(positions) == len(history)
-    adjusted = _blocked(_penalized(_biased(logits, specs), specs, history), specs, history)
-    tokens = adjusted.argmax(dim=-1)
-    random = [row for row, spec in enumerate(specs) if spec.temperature >= MIN_TEMPERATURE]
+    adjusted = _forbidden(_penalized(_biased(logits, specs), specs, history), specs, history)
+    best, tokens = adjusted.max(dim=-1)  # NaN counts as the largest
+    finite = best.isfinite().tolist()
+    random = [
+        row for row, spec in enumerate(specs) if spec.temperature >= MIN_TEMPERATURE and finite[row]
+    ]
     if random:
         rows = torch.tensor(random, device=logits.device)
         temperatures = _column([specs[row].temperature for row in random], logits.device)
         keys = noise_keys([specs[row].seed for row in random], [positions[row] for row in random])
         scaled = adjusted[rows].double() / temperatures
         tokens[rows] = _draw(scaled, [specs[row] for row in random], keys.to(logits.device))
-    return list(zip(tokens.tolist(), _logprobs(logits, tokens, specs), strict=True))
+    draws = list(map(Draw, tokens.tolist(), _logprobs(logits, tokens, specs)))
+    for row, draw in enumerate(draws):
+        if not finite[row] or (draw.logprobs is not None and math.isnan(draw.logprobs.logprob)):
+            draws[row] = Draw(0, error=_why_no_token(logits[row], positions[row]))
+    return draws
+
+
+def _why_no_token(logits: torch.Tensor, position: int) -> str:
+    """The error of a row [V] that nothing can be sampled from."""
+    if logits.isnan().any() or not logits.max().isfinite():
+        return not_finite(position)
+    return (
+        f"no token is left that may stand at position {position}: allowed_token_ids, bad_words and "
+        "the stop tokens that min_tokens blocks exclude all"
+    )
+
+
+def not_finite(position: int) -> str:
+    """The error of a sequence whose logits have become useless."""
+    return (
+        f"the model's logits at position {position} are not finite (NaN or infinite): its weights "
+        "are broken, or its activations leave the range of its dtype"
+    )
 
 
 def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
@@ -157,20 +190,46 @@ def _penalized(
     return logits.index_put(place, value)
 
 
-def _blocked(
+def _forbidden(
     logits: torch.Tensor, specs: Sequence[SamplingSpec], history: Sequence[TokenHistory]
 ) -> torch.Tensor:
-    """Logits with `blocked_token_ids` at -inf where fewer than `min_tokens` are generated."""
-    places = [
-        (row, token)
-        for row, (spec, seen) in enumerate(zip(specs, history, strict=True))
-        if len(seen.output) < spec.min_tokens
-        for token in spec.blocked_token_ids
-    ]
-    if not places:
+    """Logits with -inf for every token that may not come next."""
+    logits = _allowed(logits, specs)
+    rows: list[int] = []
+    ids: list[NDArray[np.integer]] = []
+    for row, (spec, seen) in enumerate(zip(specs, history, strict=True)):
+        forbidden = [np.array([word[-1] for word in spec.bad_words if _completes(word, seen)])]
+        if len(seen.output) < spec.min_tokens:
+            forbidden.append(np.array(spec.blocked_token_ids))
+        ids += forbidden
+        rows += [row] * sum(map(len, forbidden))
+    if not rows:
         return logits
-    rows, ids = torch.tensor(places, device=logits.device).unbind(dim=1)
-    return logits.index_put((rows, ids), logits.new_tensor(-torch.inf))
+    place = (
+        torch.tensor(rows, device=logits.device),
+        torch.from_numpy(np.concatenate(ids).astype(np.int64)).to(logits.device),
+    )
+    return logits.index_put(place, logits.new_tensor(-torch.inf))
+
+
+def _completes(word: Sequence[int], seen: TokenHistory) -> bool:
+    """Whether the output ends with all of a bad word but its last token."""
+    begin = len(seen.output) - (len(word) - 1)
+    return begin >= 0 and np.array_equal(seen.output[begin:], word[:-1])
+
+
+def _allowed(logits: torch.Tensor, specs: Sequence[SamplingSpec]) -> torch.Tensor:
+    """Logits with -inf for all but `allowed_token_ids` in the rows that have some."""
+    limited = [row for row, spec in enumerate(specs) if spec.allowed_token_ids]
+    if not limited:
+        return logits
+    out = logits.clone()
+    for row in limited:
+        allowed = np.frombuffer(specs[row].allowed_token_ids, dtype=np.int32).astype(np.int64)
+        ids = torch.from_numpy(allowed).to(logits.device)
+        out[row] = -torch.inf
+        out[row, ids] = logits[row, ids]
+    return out
 
 
 def _draw(logits: torch.Tensor, specs: Sequence[SamplingSpec], keys: torch.Tensor) -> torch.Tensor:

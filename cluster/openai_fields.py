@@ -1,0 +1,136 @@
+"""Fields that change nothing: taken where they ask for nothing, refused with the reason otherwise.
+
+Clients of OpenAI and vLLM send many fields at their defaults. A value that would have to change the
+answer is an error, so that nothing is dropped silently.
+"""
+
+import json
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+
+_NO_TOOLS = "there are no tool calls here"
+_NO_GRAMMAR = "answers are free text; there is no constrained decoding here"
+_NO_BEAMS = "there is no beam search here"
+_TEXT_ONLY = "models here read and write text alone"
+_NO_CACHE = "nothing is kept between requests here"
+
+
+def only(*values: Any, why: str) -> AfterValidator:
+    """Take what is null or empty, and `values`; anything else is an error that says why."""
+
+    def check(value: Any) -> Any:
+        if value in (None, "", [], {}) or any(_is_same(value, other) for other in values):
+            return value
+        shown = json.dumps(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        instead = " or ".join(["leave it out", *(f"send {json.dumps(v)}" for v in values)])
+        raise ValueError(f"{shown} is not supported: {why}; {instead}")
+
+    return AfterValidator(check)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    return isinstance(value, bool) == isinstance(other, bool) and value == other
+
+
+class StreamOptions(BaseModel):
+    """Settings of a stream."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: Annotated[Any, only(False, why="the usage comes at the end")] = None
+    include_obfuscation: Annotated[Any, only(False, why="streams are not padded here")] = None
+
+
+class ResponseFormat(BaseModel):
+    """Only plain text is supported."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Annotated[Any, only("text", why=_NO_GRAMMAR)]
+    json_schema: Annotated[Any, only(why=_NO_GRAMMAR)] = None
+
+
+class IdleFields(BaseModel):
+    """What completions and chats may say without an effect."""
+
+    # For the client's own book-keeping.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    # OpenAI's.
+    response_format: ResponseFormat | None = None
+    store: Annotated[Any, only(False, why=_NO_CACHE)] = None
+
+    # vLLM's.
+    best_of: Annotated[Any, only(1, why="every choice is returned; set n")] = None
+    use_beam_search: Annotated[Any, only(False, why=_NO_BEAMS)] = None
+    length_penalty: Annotated[Any, only(1.0, why=_NO_BEAMS)] = None
+    early_stopping: Annotated[Any, only(False, why=_NO_BEAMS)] = None
+    echo: Annotated[Any, only(False, why="answers do not repeat their prompt")] = None
+    prompt_logprobs: Annotated[Any, only(why="LLM.score in Python scores a known text")] = None
+    return_token_ids: Annotated[Any, only(False, why="answers are text")] = None
+    return_tokens_as_token_ids: Annotated[Any, only(False, why="tokens are shown as text")] = None
+    spaces_between_special_tokens: Annotated[Any, only(True, why="text is as decoded")] = None
+    detokenize: Annotated[Any, only(True, why="answers are text")] = None
+    logits_processors: Annotated[Any, only(why="clients bring no code")] = None
+    structured_outputs: Annotated[Any, only(why=_NO_GRAMMAR)] = None
+    structural_tag: Annotated[Any, only(why=_NO_GRAMMAR)] = None
+    guided_json: Annotated[Any, only(why=_NO_GRAMMAR)] = None
+    guided_regex: Annotated[Any, only(why=_NO_GRAMMAR)] = None
+    guided_choice: Annotated[Any, only(why=_NO_GRAMMAR)] = None
+    guided_grammar: Annotated[Any, only(why=_NO_GRAMMAR)] = None
+    guided_decoding_backend: Annotated[Any, only(why=_NO_GRAMMAR)] = None
+    guided_whitespace_pattern: Annotated[Any, only(why=_NO_GRAMMAR)] = None
+    cache_salt: Annotated[Any, only(why=_NO_CACHE)] = None
+    kv_transfer_params: Annotated[Any, only(why="keys and values stay in their engine")] = None
+    request_id: Annotated[Any, only(why="answers get their id here")] = None
+    vllm_xargs: Annotated[Any, only(why="there are no further arguments")] = None
+
+
+class IdleChatFields(BaseModel):
+    """What chats may say without an effect."""
+
+    # OpenAI's. Without tools, how they are called is of no account.
+    tools: list[Any] | None = None
+    tool_choice: Annotated[Any, only("none", "auto", why=_NO_TOOLS)] = None
+    parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = None
+    function_call: Annotated[Any, only("none", "auto", why=_NO_TOOLS)] = None
+    reasoning_effort: Annotated[Any, only("none", why="see chat_template_kwargs")] = None
+    verbosity: Annotated[Any, only("medium", why="say it in a message")] = None
+    modalities: Annotated[Any, only(["text"], why=_TEXT_ONLY)] = None
+    audio: Annotated[Any, only(why=_TEXT_ONLY)] = None
+    prediction: Annotated[Any, only(why="there is no speculative decoding here")] = None
+    web_search_options: Annotated[Any, only(why=_NO_TOOLS)] = None
+
+    # vLLM's.
+    add_special_tokens: Annotated[Any, only(False, why="the chat template writes them")] = None
+    chat_template: Annotated[Any, only(why="chats go through the model's own template")] = None
+    documents: Annotated[Any, only(why="put them into a message")] = None
+    mm_processor_kwargs: Annotated[Any, only(why=_TEXT_ONLY)] = None
+    include_reasoning: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        """Tools that must not be called ask for nothing."""
+        if self.tools and self.tool_choice != "none":
+            raise ValueError(f'tools: {_NO_TOOLS}; leave them out, or send tool_choice="none"')
+        if self.functions and self.function_call != "none":
+            raise ValueError(
+                f'functions: {_NO_TOOLS}; leave them out, or send function_call="none"'
+            )
+        return self
+
+
+class IdleCompletionFields(BaseModel):
+    """What completions may say without an effect."""
+
+    suffix: Annotated[Any, only(why="nothing comes after the answer")] = None
+    add_special_tokens: Annotated[Any, only(True, why="prompts get them; send token ids")] = None

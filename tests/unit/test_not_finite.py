@@ -1,0 +1,64 @@
+"""A sequence whose logits are no finite numbers ends with an error; the others go on.
+
+The model is a tiny random one in which the embedding of the letter `x` is NaN.
+"""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.byte_llama import save_tiny_llama
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from saqqara import LLM, SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    folder = tmp_path_factory.mktemp("broken")
+    save_tiny_llama(folder)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    [letter] = AutoTokenizer.from_pretrained(folder).encode("x")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[letter] = math.nan
+    model.save_pretrained(folder)
+    with LLM(str(folder), dtype="float32", kv_memory_gib=0.05, check_integrity=True) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_sequence_fails_alone_and_says_why(llm: LLM, temperature: float) -> None:
+    sampling = GREEDY.model_copy(update={"temperature": temperature, "seed": 3, "logprobs": 1})
+    prompts = ["abc", "ab x", "hello"]
+    before, broken, after = llm.generate(prompts, sampling)
+    assert [output.outputs[0].finish_reason for output in (before, after)] == ["length"] * 2
+    assert broken.outputs[0].finish_reason == "error"
+    assert broken.error_code == "computation_failed"
+    assert "the model's logits at position 4 are not finite (NaN or infinite)" in str(broken.error)
+    alone = llm.generate([prompts[0], prompts[2]], sampling)
+    assert [o.outputs[0].token_ids for o in alone] == [
+        o.outputs[0].token_ids for o in (before, after)
+    ]
+
+
+def test_a_token_of_the_answer_fails_it_where_it_stands(llm: LLM) -> None:
+    """The prompt is sound; the answer is led to `x`, after which nothing can be computed."""
+    [letter] = llm.get_tokenizer().encode("x")
+    led = GREEDY.model_copy(update={"allowed_token_ids": (letter,)})
+    [output] = llm.generate("abc", led)
+    assert output.outputs[0].token_ids == (letter,)
+    assert output.outputs[0].text == "x"
+    assert output.outputs[0].finish_reason == "error"
+    assert "position 4" in str(output.error)
+
+
+def test_scores_of_a_broken_text_are_an_error(llm: LLM) -> None:
+    good, bad = llm.score(["abc", "abc"], ["def", "dxf"])
+    assert good.finish_reason == "stop"
+    assert all(math.isfinite(value) for value in good.logprobs)
+    assert bad.finish_reason == "error"
+    assert "not finite" in str(bad.error)

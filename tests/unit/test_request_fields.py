@@ -1,0 +1,360 @@
+"""A request is answered alike over HTTP, as a line of a batch job, and in Python.
+
+Each body below goes to the ASGI application and, as an OpenAI batch line, to a batch job on an
+engine of the same model: both give the same answer, or the same error at the same field.
+"""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.api_server import ENGINE, MODEL
+from support.byte_llama import CHAT_TEMPLATE, save_tiny_llama
+from support.in_process import InProcessServer
+
+from saqqara import LLM
+from saqqara.cluster.jobs import BatchJob, run_batch
+from saqqara.cluster.request import SamplingParams
+
+Json = dict[str, Any]
+
+CONTEXT = 128
+TEMPLATE = (
+    "{% set text = messages[-1].content %}"
+    "{% if text == 'zero' %}{{ 1 / 0 }}{% endif %}"
+    "{% if text == 'type' %}{{ text + 1 }}{% endif %}"
+    "{% if text == 'refuse' %}{{ raise_exception('not this') }}{% endif %}"
+    "{% if text == 'endless' or endless is defined %}{% for i in range(99999) %}"
+    "{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
+    "{% if mood is defined %}{{ mood }} {% endif %}" + CHAT_TEMPLATE
+)
+FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {}}}
+MANY_DIGITS = "1" + "0" * 4999
+
+
+def user(text: str) -> list[Json]:
+    return [{"role": "user", "content": text}]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A body beside its defaults; `param` and `code` are None where it is answered."""
+
+    fields: Json
+    param: str | None = None
+    code: str | None = None
+    is_chat: bool = True
+
+    @property
+    def url(self) -> str:
+        return "/v1/chat/completions" if self.is_chat else "/v1/completions"
+
+    @property
+    def body(self) -> Json:
+        prompt: Json = {"messages": user("hi")} if self.is_chat else {"prompt": "hi"}
+        body = {"model": MODEL, **prompt, "temperature": 0, "max_tokens": 3, **self.fields}
+        return {name: value for name, value in body.items() if value is not ...}
+
+
+def chat(**fields: Any) -> Case:
+    return Case(fields)
+
+
+def completion(**fields: Any) -> Case:
+    return Case(fields, is_chat=False)
+
+
+def wrong(case: Case, param: str, code: str = "invalid_value") -> Case:
+    return Case(case.fields, param, code, case.is_chat)
+
+
+CASES: dict[str, Case] = {
+    # Answered.
+    "chat without max_tokens": chat(max_tokens=...),
+    "completion without max_tokens": completion(max_tokens=...),
+    "null asks for nothing": chat(
+        **dict.fromkeys(
+            ("parallel_tool_calls", "reasoning_effort", "tools", "tool_choice", "functions"),
+        ),
+        **dict.fromkeys(("stop", "logit_bias", "seed", "stream", "stream_options", "metadata")),
+        **dict.fromkeys(("retention", "budget", "priority", "n", "top_p", "response_format")),
+        **dict.fromkeys(("logprobs", "top_logprobs", "chat_template", "guided_json")),
+    ),
+    "null in a completion": completion(
+        **dict.fromkeys(("suffix", "echo", "best_of", "logprobs", "prompt_logprobs", "user"))
+    ),
+    "empty asks for nothing": chat(
+        tools=[], chat_template_kwargs={}, logit_bias={}, stop=[], stop_token_ids=[], metadata={}
+    ),
+    "book-keeping": chat(
+        store=False,
+        service_tier="auto",
+        user="me",
+        metadata={"run": "7"},
+        safety_identifier="x",
+        prompt_cache_key="y",
+        parallel_tool_calls=True,
+    ),
+    "values of vLLM that ask for nothing": chat(
+        add_generation_prompt=True,
+        return_token_ids=False,
+        use_beam_search=False,
+        length_penalty=1,
+        echo=False,
+        best_of=1,
+        include_reasoning=True,
+        spaces_between_special_tokens=True,
+        stream_options={"continuous_usage_stats": False},
+    ),
+    "text as the format": chat(response_format={"type": "text"}, modalities=["text"]),
+    "tools that must not be called": chat(tools=[FUNCTION], tool_choice="none"),
+    "no top_logprobs": chat(top_logprobs=0),
+    "logprobs without top": chat(logprobs=True, top_logprobs=0),
+    "top_logprobs": chat(logprobs=True, top_logprobs=3),
+    "logprobs of a completion": completion(logprobs=2),
+    "both bounds alike": chat(max_tokens=3, max_completion_tokens=3),
+    "max_completion_tokens": chat(max_tokens=..., max_completion_tokens=2),
+    "one stop string": completion(stop="a", max_tokens=20),
+    "a list of stop strings": completion(stop=["b", "c"], max_tokens=20),
+    "stop ids": completion(stop_token_ids=[5, 6], min_tokens=1, max_tokens=20),
+    "choices with a seed": completion(n=3, seed=5, temperature=1.5),
+    "several prompts": completion(prompt=["a", "b", "a"], n=2, seed=5, temperature=1.5),
+    "token ids": completion(prompt=[1, 2, 3]),
+    "a bias": completion(logit_bias={"7": 100}),
+    "penalties": completion(repetition_penalty=1.3, presence_penalty=1, frequency_penalty=-0.5),
+    "filters": completion(top_k=5, top_p=0.9, min_p=0.1, seed=1, temperature=1),
+    "a truncated prompt": completion(prompt="x" * 500, truncate_prompt_tokens=-1),
+    "a retention": completion(prompt="x" * 100, retention="streaming", budget=40),
+    "a priority": completion(priority=-5),
+    "a variable of the template": chat(chat_template_kwargs={"mood": "calm"}),
+    "a message that goes on": chat(
+        messages=[*user("hi"), {"role": "assistant", "content": "Well"}],
+        continue_final_message=True,
+    ),
+    "no head of an answer": chat(add_generation_prompt=False),
+    # Refused.
+    "both bounds": wrong(chat(max_completion_tokens=4), "max_tokens"),
+    "a bound beyond the context": wrong(
+        chat(max_tokens=CONTEXT), "max_tokens", "context_length_exceeded"
+    ),
+    "another bound beyond the context": wrong(
+        chat(max_tokens=..., max_completion_tokens=CONTEXT),
+        "max_completion_tokens",
+        "context_length_exceeded",
+    ),
+    "a prompt beyond the context": wrong(
+        completion(prompt="x" * CONTEXT), "prompt", "context_length_exceeded"
+    ),
+    "messages beyond the context": wrong(
+        chat(messages=user("x" * CONTEXT)), "messages", "context_length_exceeded"
+    ),
+    "no tokens": wrong(chat(max_tokens=..., max_completion_tokens=0), "max_completion_tokens"),
+    "a number as prompt": wrong(completion(prompt=5), "prompt"),
+    "a mixed prompt": wrong(completion(prompt=[1, "2"]), "prompt"),
+    "an empty prompt": wrong(completion(prompt=""), "prompt"),
+    "no prompt": wrong(completion(prompt=...), "prompt"),
+    "a token that is none": wrong(completion(prompt=[1, 9999]), "prompt[1]"),
+    "a text for a number": wrong(completion(temperature="1"), "temperature"),
+    "below the range": wrong(completion(temperature=-1), "temperature"),
+    "above the range": wrong(completion(top_p=1.5), "top_p"),
+    "an unknown field": wrong(chat(temprature=1), "temprature", "unknown_parameter"),
+    "a bias of many digits": wrong(completion(logit_bias={MANY_DIGITS: 1}), "logit_bias"),
+    "a bias for a word": wrong(completion(logit_bias={"x": 1}), "logit_bias"),
+    "a bias for no token": wrong(completion(logit_bias={"9999": 1}), "logit_bias"),
+    "a priority beyond any": wrong(completion(priority=2**40), "priority"),
+    "an unknown retention": wrong(completion(retention="magic"), "retention"),
+    "a budget that is none": wrong(completion(retention="snapkv", budget="x"), "budget"),
+    "min above max": wrong(completion(min_tokens=9), "min_tokens"),
+    "too many logprobs": wrong(
+        chat(logprobs=True, top_logprobs=21), "top_logprobs", "limit_exceeded"
+    ),
+    "top without logprobs": wrong(chat(top_logprobs=2), "top_logprobs"),
+    "no messages": wrong(chat(messages=[]), "messages"),
+    "no content": wrong(chat(messages=[{"role": "user"}]), "messages[0].content"),
+    "an image": wrong(
+        chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+        "messages[0].content[0]",
+    ),
+    "tools": wrong(chat(tools=[FUNCTION]), "tools"),
+    "tools to be called": wrong(chat(tools=[FUNCTION], tool_choice="required"), "tool_choice"),
+    "a format": wrong(chat(response_format={"type": "json_object"}), "response_format.type"),
+    "a stored answer": wrong(chat(store=True), "store"),
+    "an effort": wrong(chat(reasoning_effort="high"), "reasoning_effort"),
+    "a grammar": wrong(chat(guided_regex="a+"), "guided_regex"),
+    "a beam": wrong(completion(use_beam_search=True), "use_beam_search"),
+    "an echo": wrong(completion(echo=True), "echo"),
+    "a best of two": wrong(completion(best_of=2), "best_of"),
+    "logprobs of the prompt": wrong(completion(prompt_logprobs=1), "prompt_logprobs"),
+    "ids in the answer": wrong(completion(return_token_ids=True), "return_token_ids"),
+    "another template": wrong(chat(chat_template="{{ 1 }}"), "chat_template"),
+    "a setting as a variable": wrong(
+        chat(chat_template_kwargs={"tokenize": False}), "chat_template_kwargs"
+    ),
+    "to begin and to go on": wrong(
+        chat(continue_final_message=True, add_generation_prompt=True), "continue_final_message"
+    ),
+    "usage without a stream": wrong(
+        completion(stream_options={"include_usage": True}), "stream_options"
+    ),
+    "a template that divides by zero": wrong(chat(messages=user("zero")), "messages"),
+    "a template that mixes types": wrong(chat(messages=user("type")), "messages"),
+    "a template that refuses": wrong(chat(messages=user("refuse")), "messages"),
+    "a template without an end": wrong(chat(messages=user("endless")), "messages"),
+    "a variable without an end": wrong(chat(chat_template_kwargs={"endless": 1}), "messages"),
+    "another model": wrong(completion(model="gpt-4"), "model", "model_not_found"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of bytes whose template fails on some words."""
+    folder = tmp_path_factory.mktemp("models") / MODEL
+    save_tiny_llama(folder, max_position=CONTEXT, chat_template=TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def over_http(model: Path) -> dict[str, tuple[int, Json]]:
+    """Status and body of the answer to each case."""
+
+    async def ask() -> dict[str, tuple[int, Json]]:
+        server = InProcessServer(model)
+        answers = {name: await server.post(case.url, case.body) for name, case in CASES.items()}
+        await server.generation.shutdown()
+        return answers
+
+    return asyncio.run(ask())
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> Iterator[LLM]:
+    with LLM(str(model), **ENGINE) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def as_lines(llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Json]:
+    """The record of each case; one batch job runs them all."""
+    lines = [
+        {"custom_id": name, "method": "POST", "url": case.url, "body": case.body}
+        for name, case in CASES.items()
+    ]
+    return run_lines(llm, lines, tmp_path_factory.mktemp("job"))
+
+
+def run_lines(llm: LLM, lines: list[Json], folder: Path, **sampling: Any) -> dict[str, Json]:
+    """The records of a batch job by `custom_id`."""
+    source, output = folder / "in.jsonl", folder / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = BatchJob(source, output, llm.config, SamplingParams(**sampling))
+    assert run_batch(job, llm._client).complete
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(records) == len(lines)
+    return {record["custom_id"]: record for record in records}
+
+
+def rounded(value: Any) -> Any:
+    """The same with numbers that do not depend on which sequences share a step."""
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [rounded(entry) for entry in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_http_and_batch_lines_answer_alike(
+    name: str, over_http: dict[str, tuple[int, Json]], as_lines: dict[str, Json]
+) -> None:
+    case = CASES[name]
+    status, body = over_http[name]
+    record = as_lines[name]
+    if case.param is None:
+        assert status == 200, body
+        assert record["error"] is None, record["error"]
+        reply = record["response"]["body"]
+        assert reply.keys() == body.keys()
+        assert reply["usage"] == body["usage"]
+        assert rounded(reply["choices"]) == rounded(body["choices"])
+        return
+    error = body["error"]
+    assert status == (404 if case.code == "model_not_found" else 400)
+    assert (error["param"], error["code"]) == (case.param, case.code), error
+    assert record["error"].keys() == error.keys()
+    assert record["error"] == error or case.code == "model_not_found"
+    assert error["message"].startswith(case.param.partition(".")[0].partition("[")[0]), error
+
+
+def test_the_answers_are_what_was_asked_for(over_http: dict[str, tuple[int, Json]]) -> None:
+    def usage(name: str) -> tuple[int, int]:
+        body = over_http[name][1]["usage"]
+        return body["prompt_tokens"], body["completion_tokens"]
+
+    chat_tokens = len("user: hi\nassistant: ")
+    assert sum(usage("chat without max_tokens")) == CONTEXT, "a chat runs up to the context"
+    assert usage("completion without max_tokens") == (2, 16), "OpenAI's default"
+    assert usage("a variable of the template") == (len("calm ") + chat_tokens, 3)
+    assert usage("a message that goes on") == (len("user: hi\nassistant: Well"), 3)
+    assert usage("no head of an answer") == (len("user: hi\n"), 3)
+    assert usage("a truncated prompt") == (CONTEXT - 3, 3)
+    assert usage("max_completion_tokens") == (chat_tokens, 2)
+    several = [c["text"] for c in over_http["several prompts"][1]["choices"]]
+    assert len(set(several)) == 6, "equal prompts have random numbers of their own"
+
+
+def test_settings_of_a_job_are_those_of_lines_without_their_own(llm: LLM, tmp_path: Path) -> None:
+    chat_line = {"method": "POST", "url": "/v1/chat/completions"}
+    lines: list[Json] = [
+        {"custom_id": "chat", **chat_line, "body": {"messages": user("hi")}},
+        {"custom_id": "own", **chat_line, "body": {"messages": user("hi"), "max_tokens": 2}},
+        {"custom_id": "null", "prompt": "hi", "max_tokens": None},
+        {"custom_id": "simple", "prompt": "hi", "stop_token_ids": [100], "max_tokens": 2},
+        {"custom_id": "ids", "prompt_token_ids": [1, 999]},
+        {"custom_id": "long", "prompt_token_ids": [1] * CONTEXT},
+        {"custom_id": "logprobs", "messages": user("hi"), "logprobs": 2},
+        {"custom_id": "one of two", "prompt": ["hi", "x" * CONTEXT]},
+    ]
+    records = run_lines(llm, lines, tmp_path, max_tokens=5, temperature=0, ignore_eos=True)
+    tokens = {
+        name: record.get("response", {"body": record})["body"]["usage"]["completion_tokens"]
+        for name, record in records.items()
+        if record["error"] is None
+    }
+    assert tokens == {"chat": 5, "own": 2, "null": 5, "simple": 2, "logprobs": 5}
+    assert [len(entry["top_logprobs"]) for entry in records["logprobs"]["logprobs"]] == [2] * 5
+    errors = {name: r["error"]["param"] for name, r in records.items() if r["error"] is not None}
+    assert errors == {
+        "ids": "prompt_token_ids[1]",
+        "long": "prompt_token_ids",
+        "one of two": "prompt",
+    }
+
+
+@pytest.mark.parametrize("word", ["zero", "type", "refuse", "endless"])
+def test_a_template_that_fails_is_a_value_error_in_python(llm: LLM, word: str) -> None:
+    with pytest.raises(ValueError, match=r"messages\[0\]: messages: the model's chat template"):
+        llm.chat(user(word))
+    assert llm.chat(user("hi"), SamplingParams(max_tokens=2))[0].finished
+
+
+def test_tokenize_writes_a_chat_as_a_chat_is_answered(model: Path) -> None:
+    async def count(**body: Any) -> Any:
+        status, answer = await server.post("/tokenize", body)
+        return answer["count"] if status == 200 else answer["error"]["param"]
+
+    async def counts() -> list[Any]:
+        answers = [
+            await count(messages=user("hi"), add_generation_prompt=False),
+            await count(messages=user("hi"), chat_template_kwargs={"mood": "calm"}),
+            await count(messages=user("hi"), chat_template_kwargs={"tokenize": True}),
+            await count(messages=user("zero")),
+        ]
+        await server.generation.shutdown()
+        return answers
+
+    server = InProcessServer(model)
+    assert asyncio.run(counts()) == [9, 25, "chat_template_kwargs", "messages"]
