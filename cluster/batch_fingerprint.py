@@ -14,7 +14,7 @@ from typing import Any
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.models.spec import local_folder
+from saqqara.workers.models.source import hub_parts, local_folder
 from saqqara.workers.plan import WorkerInfo
 
 from .request import SamplingParams
@@ -113,7 +113,8 @@ def _cached_commit(model: str) -> str | None:
     """The commit of a hub model in the local cache; None before it is there."""
     from huggingface_hub import try_to_load_from_cache
 
-    file = try_to_load_from_cache(model, "config.json")
+    repository, revision = hub_parts(model)
+    file = try_to_load_from_cache(repository, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else None
 
 

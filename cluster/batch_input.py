@@ -6,6 +6,7 @@ OpenAI batch lines wrap a request: `{"custom_id": "a", "method": "POST", "url": 
 Both are read as requests of the HTTP API, with its fields, defaults, bounds and errors.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,8 @@ from .openai_errors import ApiError, type_name
 from .request import MAX_CHOICES
 from .settings import check_keys
 from .tokenizer import check_messages
+
+logger = logging.getLogger(__name__)
 
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
@@ -94,6 +97,10 @@ class RowParser:
             return self._row(line, custom_id, url, request, {})
         except ApiError as error:
             return BadLine(line, custom_id, url, str(error), error.param, error.code)
+        except Exception as error:  # a fault of ours, but no row may end its job
+            logger.exception("line %d of the input could not be read", line)
+            message = f"the line could not be read: {type(error).__name__}: {error}"
+            return BadLine(line, custom_id, url, message, None, "server_error")
 
     def _simple_row(self, line: int, custom_id: str | None, data: Mapping[str, Any]) -> Row:
         body = {k: v for k, v in _given(data).items() if k != "custom_id"}

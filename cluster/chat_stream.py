@@ -4,14 +4,21 @@ What is the same in every event of an answer is rendered once, and the events of
 write.
 """
 
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 from .engine_loop import EngineDeadError
 from .openai_errors import ApiError
-from .openai_replies import ChoiceProgress, ReplyHead, check_served, chunk_choice, to_bytes, usage
+from .openai_replies import (
+    ChoiceProgress,
+    ReplyHead,
+    check_served,
+    chunk_choice,
+    to_bytes,
+    to_json,
+    usage,
+)
 from .request import RequestOutput
 from .worker_died import WorkerDiedError
 
@@ -99,7 +106,7 @@ class _EventWriter:
                 continue
             data = chunk_choice(self._head, index, choice, sent)
             if data is not None:
-                text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+                text = to_json(data)
                 events.append(f"{self._before}{text}{self._after}")
         return "".join(events).encode()
 

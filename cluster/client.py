@@ -159,8 +159,8 @@ class LocalClient:
         metrics_host: str = "127.0.0.1",
     ) -> None:
         started = time.monotonic()
+        spec = load_spec(config.model)  # first, since it says best what is wrong with a folder
         tokenizer = Tokenizer.load(config.tokenizer or config.model)
-        spec = load_spec(config.model)
         executor = executor or LocalExecutor(config)
         try:
             self._engine = Engine(config, executor, tokenizer, spec, sinks=sinks)

@@ -26,6 +26,7 @@ from .request import (
     derived_seed,
     scoring_params,
 )
+from .request_checks import RetentionLimits, check_priority, check_token_ids
 from .scheduler import Scheduler
 from .sequence import Request, check_room
 from .stats import EngineStats
@@ -112,6 +113,7 @@ class Engine:
 
     Attributes:
         metrics: the Prometheus side of the engine's metrics, which can serve them over HTTP.
+        vocab_size: the model's tokens are below it.
 
     Raises:
         ValueError: `retention`, `budget` or `max_model_len` does not fit the model.
@@ -147,7 +149,11 @@ class Engine:
         )
         self._executor = executor
         self._tokenizer = tokenizer
-        self._vocab_size = spec.vocab_size
+        self.vocab_size = spec.vocab_size
+        self._limits = RetentionLimits.of(
+            spec, executor.workers, config.max_num_seqs, self.retention
+        )
+        self._limits.check(self.retention)
         self._eos_token_ids = known_eos(spec, tokenizer)
         self._stats = EngineStats(
             config.model, self.retention.label, executor.workers, [self.metrics, *sinks]
@@ -191,7 +197,7 @@ class Engine:
             ValueError: the request cannot be served; nothing else has changed.
         """
         sampling = sampling_params or SamplingParams()
-        sampling.check_vocabulary(self._vocab_size)
+        sampling.check_vocabulary(self.vocab_size)
         token_ids = self._tokenize("prompt", prompt, messages, chat_options)
         request = Request(
             request_id=request_id,
@@ -234,9 +240,9 @@ class Engine:
             continuation = self._tokenizer.check_fit(
                 "score_continuation",
                 self._tokenizer.encode(continuation, add_special_tokens=False),
-                self._vocab_size,
+                self.vocab_size,
             )
-        self._check_token_ids("score_continuation", continuation)
+        check_token_ids("score_continuation", continuation, self.vocab_size)
         sampling = scoring_params(top_logprobs)
         request = Request(
             request_id=request_id,
@@ -315,6 +321,7 @@ class Engine:
     # Requests -------------------------------------------------------------------------------------
 
     def _add(self, request: Request, sampling: SamplingParams, stream: bool) -> None:
+        check_priority(request.priority)
         if request.request_id in self._states:
             raise ValueError(f"request_id {request.request_id!r} is in use")
         self.scheduler.check(request)
@@ -345,7 +352,9 @@ class Engine:
     def _retention(self, spec: RetentionSpec | None, budget: int | str | None) -> Retention:
         if spec is None and budget is None:
             return self.retention
-        return Retention.parse(self.retention if spec is None else spec, budget)
+        retention = Retention.parse(self.retention if spec is None else spec, budget)
+        self._limits.check(retention)
+        return retention
 
     def _tokenize(
         self,
@@ -358,23 +367,13 @@ class Engine:
             raise ValueError("give either prompt or messages")
         if messages is not None:
             token_ids = self._tokenizer.apply_chat(messages, chat_options)
-            return tuple(self._tokenizer.check_fit("messages", token_ids, self._vocab_size))
+            return tuple(self._tokenizer.check_fit("messages", token_ids, self.vocab_size))
         assert prompt is not None
         if isinstance(prompt, str):
             token_ids = self._tokenizer.encode(prompt)
-            return tuple(self._tokenizer.check_fit(field, token_ids, self._vocab_size))
-        self._check_token_ids(field, prompt)
+            return tuple(self._tokenizer.check_fit(field, token_ids, self.vocab_size))
+        check_token_ids(field, prompt, self.vocab_size)
         return tuple(prompt)
-
-    def _check_token_ids(self, field: str, token_ids: Many[int]) -> None:
-        for place, token_id in enumerate(token_ids):
-            if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise ValueError(f"{field}[{place}] must be a token id, not {token_id!r:.80}")
-            if not 0 <= token_id < self._vocab_size:
-                raise ValueError(
-                    f"{field}[{place}]={token_id} is no token of the model; they are 0 to "
-                    f"{self._vocab_size - 1}"
-                )
 
     def _truncate(self, token_ids: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
         keep = sampling.truncate_prompt_tokens

@@ -72,6 +72,7 @@ class Generation:
         self.max_model_len = engine.scheduler.max_model_len
         self.admission = Admission(engine_config.max_num_seqs, config.limits.max_queue)
         self._retention = engine.retention
+        self._vocab_size = engine.vocab_size
         self._metrics = engine.metrics
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._engine = AsyncEngine(engine)
@@ -103,7 +104,8 @@ class Generation:
         sampling = request.sampling_params()
         retention = request.read_retention(self._retention)
         if isinstance(request, ChatRequest):
-            prompts = [await self.encode_chat(request.messages, request.chat_options())]
+            encoded = await self.encode_chat(request.messages, request.chat_options())
+            prompts = [self._fitting("messages", encoded)]
         else:
             prompts = [await self._encode(p) for p in request.prompts(self.limits.max_prompts)]
         job = Job(
@@ -174,7 +176,15 @@ class Generation:
         check_model(model, [self.model])
 
     async def _encode(self, prompt: str | list[int]) -> list[int]:
-        return await self.encode_text(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            return self._fitting("prompt", await self.encode_text(prompt))
+        return prompt  # the engine checks what did not come from the tokenizer
+
+    def _fitting(self, field: str, token_ids: list[int]) -> list[int]:
+        try:
+            return self.tokenizer.check_fit(field, token_ids, self._vocab_size)
+        except ValueError as error:
+            raise ApiError.of(error, field) from None
 
     async def _off_loop_if_long(self, num_chars: int, function: Callable[[], T]) -> T:
         if num_chars <= LONG_TEXT_CHARS:

@@ -28,6 +28,7 @@ _SAMPLING_FIELDS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos", "min_tokens"),
     *("skip_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens"),
+    *("allowed_token_ids", "bad_words"),
 )
 
 
@@ -98,6 +99,8 @@ class GenerationRequest(IdleFields):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -128,11 +131,12 @@ class GenerationRequest(IdleFields):
         """Raise an `ApiError` if `retention` names a file: clients read none of the server's."""
         profile = self.retention.get("profile") if isinstance(self.retention, dict) else None
         shipped = {file.stem for file in (CONFIG_DIR / "profiles").glob("*.json")}
-        if profile is not None and not isinstance(profile, dict) and profile not in shipped:
+        is_shipped = isinstance(profile, str) and profile in shipped
+        if profile is not None and not isinstance(profile, dict) and not is_shipped:
             raise ApiError(
                 400,
                 f"retention: profile must be one of {sorted(shipped)} or the measured scores",
-                "retention.profile",
+                "retention",
                 "invalid_value",
             )
 

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .openai_errors import ApiError
-from .request import CompletionOutput, Logprob, RequestOutput
-from .tokenizer import BROKEN
+from .openai_logprobs import Entry, TextOffsets, chat_logprobs, completion_logprobs
+from .request import CompletionOutput, RequestOutput
 
 Json = dict[str, Any]
 
@@ -37,11 +37,11 @@ class ReplyHead:
 
 @dataclass(slots=True)
 class ChoiceProgress:
-    """How much of one choice has been sent: characters, tokens, and characters of its tokens."""
+    """How much of one choice has been sent: characters, tokens, and where the next one begins."""
 
     num_chars: int = 0
     num_tokens: int = 0
-    text_offset: int = 0
+    offsets: TextOffsets = field(default_factory=TextOffsets)
     has_started: bool = False
     has_finished: bool = False
 
@@ -52,7 +52,7 @@ def full_reply(head: ReplyHead, outputs: Sequence[RequestOutput], num_choices: i
     for place, output in enumerate(outputs):
         for choice in output.outputs:
             index = place * num_choices + choice.index
-            logprobs = _logprobs(head, choice.logprobs, 0)
+            logprobs = _logprobs(head, choice.logprobs, TextOffsets())
             content: Json = {"text": choice.text}
             if head.is_chat:
                 message = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -70,9 +70,7 @@ def chunk_choice(
     text = choice.text[sent.num_chars :]
     logprobs = None
     if choice.logprobs is not None and len(choice.logprobs) > sent.num_tokens:
-        fresh = choice.logprobs[sent.num_tokens :]
-        logprobs = _logprobs(head, fresh, sent.text_offset)
-        sent.text_offset += sum(len(_chosen(entry)[1].decoded_token or "") for entry in fresh)
+        logprobs = _logprobs(head, choice.logprobs[sent.num_tokens :], sent.offsets)
     if not text and logprobs is None and not choice.finished:
         return None
     content: Json = {"text": text}
@@ -111,7 +109,12 @@ def check_served(output: RequestOutput) -> None:
 
 def to_bytes(data: Mapping[str, Any]) -> bytes:
     """Compact JSON."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+    return to_json(data).encode()
+
+
+def to_json(data: Mapping[str, Any]) -> str:
+    """Compact JSON; a number that JSON lacks is a mistake of ours."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def _choice(index: int, content: Json, logprobs: Json | None, choice: CompletionOutput) -> Json:
@@ -125,52 +128,10 @@ def _choice(index: int, content: Json, logprobs: Json | None, choice: Completion
 
 
 def _logprobs(
-    head: ReplyHead, entries: Sequence[Mapping[int, Logprob]] | None, text_offset: int
+    head: ReplyHead, entries: Sequence[Entry] | None, offsets: TextOffsets
 ) -> Json | None:
     if entries is None:
         return None
-    count = head.num_logprobs
     if head.is_chat:
-        content = [_chat_entry(entry, count, head.show_token_ids) for entry in entries]
-        return {"content": content, "refusal": None}
-    chosen = [_chosen(entry)[1] for entry in entries]
-    offsets = []
-    for token in chosen:
-        offsets.append(text_offset)
-        text_offset += len(token.decoded_token or "")
-    return {
-        "tokens": [token.decoded_token for token in chosen],
-        "token_logprobs": [token.logprob for token in chosen],
-        "top_logprobs": [
-            {token.decoded_token: token.logprob for token in _best(entry, count)}
-            for entry in entries
-        ],
-        "text_offset": offsets,
-    }
-
-
-def _chat_entry(entry: Mapping[int, Logprob], count: int, show_token_id: bool) -> Json:
-    token_id, token = _chosen(entry)
-    return {
-        **_chat_token(token),
-        **({"token_id": token_id} if show_token_id else {}),
-        "top_logprobs": [_chat_token(token) for token in _best(entry, count)],
-    }
-
-
-def _chat_token(token: Logprob) -> Json:
-    text = token.decoded_token or ""
-    # A token that is a part of a character has no text of its own.
-    data = None if BROKEN in text else list(text.encode())
-    return {"token": text, "logprob": token.logprob, "bytes": data}
-
-
-def _chosen(entry: Mapping[int, Logprob]) -> tuple[int, Logprob]:
-    """The sampled token, which comes first."""
-    return next(iter(entry.items()))
-
-
-def _best(entry: Mapping[int, Logprob], count: int) -> list[Logprob]:
-    """The `count` best tokens in order; the sampled one only if it is among them."""
-    best = [(token.rank, token) for token in entry.values() if token.rank is not None]
-    return [token for rank, token in sorted(best, key=lambda pair: pair[0]) if rank <= count]
+        return chat_logprobs(entries, head.num_logprobs, head.show_token_ids)
+    return completion_logprobs(entries, head.num_logprobs, offsets)

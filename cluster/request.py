@@ -225,10 +225,11 @@ class Logprob:
     """Log-probability of one token at one position; rank 1 is the most likely.
 
     `decoded_token` is the token's text: its name where it is special, and `bytes:\\xe6\\x97` where
-    it is a part of a character. No two tokens at one position have the same: of those that would,
-    the less likely are `token_id:123`. `token_bytes` are what the token adds to the answer's text
-    (nothing where it is left out of it, as the token that ends an answer is): joined over the
-    sampled tokens they are the text's UTF-8, but for what a stop string cuts off.
+    it is a part of a character. No two tokens at one position have the same: the sampled one and
+    the likelier keep theirs, others that would have it, too, are `token_id:123`. `token_bytes` are
+    what the token adds to the answer's text (nothing where it is left out of it, as the token that
+    ends an answer is): joined over the sampled tokens they are the text's UTF-8, but for what a
+    stop string cuts off.
     """
 
     logprob: float

@@ -185,7 +185,10 @@ class Scheduler:
                     f"are longer than max_model_len={self.max_model_len}"
                 )
         replay = len(continuation) - 1 if continuation else 0
-        demand = self.ledger.demand(request.retention, num_tokens)
+        try:
+            demand = self.ledger.demand(request.retention, num_tokens)
+        except ValueError as error:
+            raise ValueError(f"retention: {error}") from None
         need = self.ledger.pages_needed(demand, replay)
         if (need > self.ledger.num_pages).any():
             raise ValueError(self._seats.too_large(need))

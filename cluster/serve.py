@@ -88,11 +88,12 @@ class Replica:
         config = plan.engine
         tokenizer = config.tokenizer or config.model
         name = plan.config.model_loading_config.model_id
+        spec = load_spec(config.model)  # first, since it says best what is wrong with a folder
         engine = Engine(
             config,
             _executor(plan),
             Tokenizer.load(tokenizer),
-            load_spec(config.model),
+            spec,
             sinks=[RaySink(name)],
             model_name=name,
         )

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from saqqara.workers.models.source import described_folder
+
 from .chat_template import ChatOptions, render_chat
 from .token_bytes import TokenBytes
 
@@ -15,6 +17,16 @@ BROKEN = "\ufffd"  # what a decoder puts for bytes that are not (yet) a characte
 UNFINISHED = 3  # a character has at most 4 bytes, so 3 may be there without the last
 MAX_PENDING_TOKENS = 8  # more tokens in a row without an end are no character, but garbage
 MAX_WINDOW_TOKENS = 16
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 
 
 class Tokenizer:
@@ -51,11 +63,17 @@ class Tokenizer:
         """
         from transformers import AutoTokenizer  # seconds to import; only who loads one pays
 
+        folder = described_folder(path_or_id, "tokenizer")
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise ValueError(
+                f"tokenizer: {folder} has no tokenizer ({TOKENIZER_FILES[0]}); give the folder of "
+                "one as `tokenizer`"
+            )
         try:
-            backend = AutoTokenizer.from_pretrained(str(path_or_id))
-        except (OSError, ValueError) as error:
+            backend = AutoTokenizer.from_pretrained(str(folder))
+        except Exception as error:  # the library for files that are wrong raises bare Exceptions
             raise ValueError(f"tokenizer: cannot load {str(path_or_id)!r}: {error}") from error
-        return cls(backend, _generation_eos_ids(path_or_id))
+        return cls(backend, _generation_eos_ids(folder))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, with the BOS token where the tokenizer adds one."""
@@ -296,12 +314,12 @@ def _overlap(text: str, string: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)
 
 
-def _generation_eos_ids(path_or_id: str | Path) -> tuple[int, ...]:
+def _generation_eos_ids(folder: Path) -> tuple[int, ...]:
     """The end tokens of the model's generation config; none where it has no such config."""
     from transformers import GenerationConfig
 
     try:
-        ids = GenerationConfig.from_pretrained(str(path_or_id)).eos_token_id
+        ids = GenerationConfig.from_pretrained(str(folder)).eos_token_id
     except OSError:
         return ()
     if ids is None:

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saqqara.configs.shown import shown
+
+from .bounds import check
 from .registry import score_method
 from .trim import TrimmedRows, TrimStage
 
@@ -37,11 +40,7 @@ class DecodeStage:
     slack_pages: int = 4
 
     def __post_init__(self) -> None:
-        if type(self.slack_pages) is not int or self.slack_pages < 1:
-            raise ValueError(
-                "decode.slack_pages: must be an integer of at least 1 (pages of `page_tokens` "
-                f"tokens), not {self.slack_pages!r}"
-            )
+        check("decode.slack_pages", self.slack_pages)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; `parse_stage` reads it back."""
@@ -76,7 +75,8 @@ def parse_stage(value: object, has_score: bool) -> Stage | None:
     example = kind().to_dict()
     if not isinstance(value, Mapping):
         raise ValueError(
-            f"decode: must be a mapping such as {example}, or true for the defaults, not {value!r}"
+            f"decode: must be a mapping such as {example}, or true for the defaults, not "
+            f"{shown(value)}"
         )
     unknown = [name for name in value if name not in example]
     if unknown:
@@ -88,7 +88,7 @@ def parse_stage(value: object, has_score: bool) -> Stage | None:
                 "pyramidinfer without one)"
             )
         allowed = ", ".join(example)
-        raise ValueError(f"decode.{unknown[0]}: not a setting; allowed: {allowed}{hint}")
+        raise ValueError(f"decode.{unknown[0]!s:.80}: not a setting; allowed: {allowed}{hint}")
     return kind(**value)
 
 

@@ -12,9 +12,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
+from saqqara.configs.shown import shown
 from saqqara.configs.yaml_files import CONFIG_DIR
 
-KEY = re.compile(r"(0|[1-9]\d*)-(0|[1-9]\d*)")
+from .bounds import MAX_SCORE, Bound
+
+SCORE = Bound(0, MAX_SCORE)
+KEY = re.compile(r"(0|[1-9][0-9]{0,4})-(0|[1-9][0-9]{0,4})")
+MAX_FILE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class HeadProfile:
     A value: hashable and picklable, with the numbers inside, so it travels without its file.
 
     Attributes:
-        scores: [layers][query heads], finite, from 0 up, not all 0. They need not sum to one.
+        scores: [layers][query heads], from 0 to `bounds.MAX_SCORE`, not all 0. They need not sum to
+            one.
         digest: short name of these scores, for labels.
 
     Raises:
@@ -35,11 +41,16 @@ class HeadProfile:
     digest: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        numbers = [score for layer in self.scores for score in layer]
+        try:
+            numbers = [score for layer in self.scores for score in layer]
+        except TypeError:
+            raise ValueError("profile: needs scores [layers][query heads]") from None
         if len({len(layer) for layer in self.scores}) != 1 or not numbers:
             raise ValueError("profile: every layer must have scores of the same number of heads")
-        if not all(math.isfinite(score) and score >= 0 for score in numbers) or not any(numbers):
-            raise ValueError("profile: the scores must be finite, from 0 up, and not all 0")
+        if not all(map(SCORE.accepts, numbers)) or not any(numbers):
+            raise ValueError(
+                f"profile: the scores must be finite, from 0 up to {SCORE.most:g}, and not all 0"
+            )
         digest = hashlib.blake2b(repr(self.scores).encode(), digest_size=4).hexdigest()
         object.__setattr__(self, "digest", digest)
 
@@ -63,18 +74,18 @@ class HeadProfile:
         if not isinstance(source, str | PathLike):
             raise ValueError(
                 "profile: must be the path of a JSON file {'layer-head': [scores]}, not "
-                f"{type(source).__name__} {source!r}"
+                f"{type(source).__name__} {shown(source)}"
             )
-        file = Path(source).expanduser()
-        shipped = CONFIG_DIR / "profiles" / f"{source}.json"
-        if not file.exists() and shipped.exists():
-            file = shipped
-        name = f"profile: {file}"
+        name = f"profile: {source!s:.200}"
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            text = _file_text(source)
         except OSError as error:
-            raise ValueError(f"{name}: cannot be read ({error.strerror})") from error
-        except ValueError as error:  # neither JSON nor text
+            raise ValueError(f"{name}: cannot be read ({error.strerror or error})") from error
+        except (RuntimeError, ValueError) as error:  # no such home, or no file's name, or no text
+            raise ValueError(f"{name}: cannot be read ({error})") from error
+        try:
+            content = json.loads(text)
+        except (RecursionError, ValueError) as error:
             raise ValueError(f"{name}: is not JSON ({error})") from error
         if not isinstance(content, Mapping):
             raise ValueError(f"{name}: must hold an object {{'layer-head': [scores]}}")
@@ -87,6 +98,15 @@ class HeadProfile:
             for layer, heads in enumerate(self.scores)
             for head, score in enumerate(heads)
         }
+
+    def check(self, num_layers: int, num_query_heads: int) -> None:
+        """Raise a ValueError unless it is a profile of such a model."""
+        layers, heads = len(self.scores), len(self.scores[0])
+        if (layers, heads) != (num_layers, num_query_heads):
+            raise ValueError(
+                f"profile: has {layers} layers of {heads} query heads; this model has "
+                f"{num_layers} of {num_query_heads} (`saqqara eval calibrate` measures one)"
+            )
 
     def weights(self, num_layers: int, num_heads: int) -> tuple[tuple[Fraction, ...], ...]:
         """Scores [num_layers][num_heads] of the kv heads: each the sum over its query heads.
@@ -118,13 +138,26 @@ def _weights(
     )
 
 
+def _file_text(source: str | PathLike[str]) -> str:
+    """What is in the file of that path, or in the shipped profile of that name."""
+    file = Path(source).expanduser()
+    shipped = CONFIG_DIR / "profiles" / f"{source}.json"
+    if not file.exists() and shipped.exists():
+        file = shipped
+    if file.exists() and not file.is_file():  # a pipe or a device may never end
+        raise OSError("not a file")
+    if file.exists() and file.stat().st_size > MAX_FILE_BYTES:
+        raise OSError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+    return file.read_text(encoding="utf-8")
+
+
 def _table(name: str, content: Mapping[Any, Any]) -> tuple[tuple[float, ...], ...]:
     """Mean scores [layers][query heads] of the content of a profile."""
     means: dict[tuple[int, int], float] = {}
     for key, scores in content.items():
         match = KEY.fullmatch(key) if isinstance(key, str) else None
         if match is None:
-            raise ValueError(f"{name}: key {key!r} must be '<layer>-<head>', such as '0-2'")
+            raise ValueError(f"{name}: key {shown(key)} must be '<layer>-<head>', such as '0-2'")
         means[int(match[1]), int(match[2])] = _mean(f"{name}: key {key!r}", scores)
     if not means:
         raise ValueError(f"{name}: holds no head; it needs a key '<layer>-<head>' for each")
@@ -142,10 +175,13 @@ def _table(name: str, content: Mapping[Any, Any]) -> tuple[tuple[float, ...], ..
 
 def _mean(name: str, scores: object) -> float:
     if not isinstance(scores, list | tuple) or not scores:
-        raise ValueError(f"{name}: must be a list of scores, not {scores!r}")
+        raise ValueError(f"{name}: must be a list of scores, not {shown(scores)}")
     for score in scores:
-        if type(score) not in (int, float) or not 0 <= score < math.inf:
-            raise ValueError(f"{name}: scores must be finite numbers from 0 up, not {score!r}")
+        if not SCORE.accepts(score):
+            raise ValueError(
+                f"{name}: scores must be finite numbers from 0 up to {SCORE.most:g}, not "
+                f"{shown(score)}"
+            )
     return math.fsum(scores) / len(scores)
 
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
+from saqqara.configs.shown import shown
+
+from .bounds import BOUNDS, check
+
 KINDS = {
     "pyramidinfer": (
         "rho",
@@ -80,38 +84,23 @@ class Propagate:
         for field in fields(self):
             if field.name not in ("kind", *read) and getattr(self, field.name) != field.default:
                 raise ValueError(f"propagate.{field.name}: {self.kind!r} takes no such setting")
-        _check_integer("interval", self.interval, least=1)
-        _check_integer("sinks", self.sinks, least=0)
-        _check_integer("min_context", self.min_context, least=self.sinks)
-        _check_integer("window", self.window, least=1)
-        _check_integer("kernel_size", self.kernel_size, least=1)
-        _check_number("rho", self.rho, 0 < _number(self.rho) <= 1, "a number above 0 and up to 1")
-        _check_number(
-            "recent_ratio",
-            self.recent_ratio,
-            0 <= _number(self.recent_ratio) < 1,
-            "a number from 0 and below 1",
-        )
-        _check_number(
-            "distance_weight",
-            self.distance_weight,
-            0 < _number(self.distance_weight) < math.inf,
-            "a number above 0",
-        )
-        _check_number("keep", self.keep, 0 < _number(self.keep) < 1, "a number above 0 and below 1")
+        for name in ("rho", "interval", "recent_ratio", "distance_weight", "keep", "window"):
+            check(f"propagate.{name}", getattr(self, name))
+        check("propagate.kernel_size", self.kernel_size)
+        check("propagate.sinks", self.sinks)
+        least = self.sinks if "min_context" in read else 0
+        check("propagate.min_context", self.min_context, least=least)
         if type(self.layer) is int:
-            _check_integer("layer", self.layer, least=0)
-        else:
-            _check_number(
-                "layer",
-                self.layer,
-                0 < _number(self.layer) <= 1,
-                "a layer from 0, or a part of the layers above 0 and up to 1",
+            check("propagate.layer", self.layer)
+        elif not BOUNDS["share"].accepts(self.layer):
+            raise ValueError(
+                "propagate.layer: must be a layer from 0, or a part of the layers above 0 and up "
+                f"to 1, not {shown(self.layer)}"
             )
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"propagate.kernel_size: must be odd, not {self.kernel_size}")
         if self.pooling not in ("max", "avg"):
-            raise ValueError(f"propagate.pooling: must be 'max' or 'avg', not {self.pooling!r}")
+            raise ValueError(
+                f"propagate.pooling: must be 'max' or 'avg', not {shown(self.pooling)}"
+            )
 
     @classmethod
     def parse(
@@ -132,14 +121,15 @@ class Propagate:
         if not isinstance(spec, Mapping):
             raise ValueError(
                 f"propagate: must be a kind ({', '.join(KINDS)}) or a mapping of settings, not "
-                f"{type(spec).__name__} {spec!r}"
+                f"{type(spec).__name__} {shown(spec)}"
             )
         kind = spec.get("kind", base.kind if base is not None else None)
         allowed = ("kind", *_settings_of(kind))
         for name in spec:
             if name not in allowed:
                 raise ValueError(
-                    f"propagate.{name}: not a setting of {kind!r}; allowed: {', '.join(allowed)}"
+                    f"propagate.{name!s:.80}: not a setting of {kind!r}; allowed: "
+                    f"{', '.join(allowed)}"
                 )
         inherited = base.to_dict() if base is not None and base.kind == kind else {}
         return cls(**{**inherited, **spec})
@@ -219,20 +209,5 @@ def part_of(ratio: float, count: int) -> int:
 
 def _settings_of(kind: object) -> tuple[str, ...]:
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"propagate.kind: unknown {kind!r}; known: {', '.join(KINDS)}")
+        raise ValueError(f"propagate.kind: unknown {shown(kind)}; known: {', '.join(KINDS)}")
     return KINDS[kind]
-
-
-def _number(value: object) -> float:
-    """The value if it is a number, else NaN, which lies in no range."""
-    return float(value) if isinstance(value, int | float) and type(value) is not bool else math.nan
-
-
-def _check_number(name: str, value: object, is_right: bool, what: str) -> None:
-    if not is_right:
-        raise ValueError(f"propagate.{name}: must be {what}, not {value!r}")
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"propagate.{name}: must be an integer of at least {least}, not {value!r}")

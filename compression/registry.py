@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
+from saqqara.configs.shown import shown
+
 from . import budgets, observed
 
 if TYPE_CHECKING:
@@ -163,14 +165,14 @@ COMMON_SETTINGS = ("budget", "window", "sinks", "skip_layers", "decode")
 def score_method(name: object) -> ScoreMethod:
     """The score of that name; ValueError lists the known ones."""
     if not isinstance(name, str) or name not in SCORES:
-        raise ValueError(f"score: unknown {name!r}; known: {', '.join(sorted(SCORES))}")
+        raise ValueError(f"score: unknown {shown(name)}; known: {', '.join(sorted(SCORES))}")
     return SCORES[name]
 
 
 def budget_shape(name: object) -> BudgetShape:
     """The budget shape of that name; ValueError lists the known ones."""
     if not isinstance(name, str) or name not in SHAPES:
-        raise ValueError(f"shape: unknown {name!r}; known: {', '.join(sorted(SHAPES))}")
+        raise ValueError(f"shape: unknown {shown(name)}; known: {', '.join(sorted(SHAPES))}")
     return SHAPES[name]
 
 
@@ -183,5 +185,5 @@ def settings_of(score: object, shape: object, mean: object = "uniform") -> tuple
     if "mean" not in settings:
         return settings
     if not isinstance(mean, str) or mean not in budgets.MEANS:
-        raise ValueError(f"mean: unknown {mean!r}; known: {', '.join(sorted(budgets.MEANS))}")
+        raise ValueError(f"mean: unknown {shown(mean)}; known: {', '.join(sorted(budgets.MEANS))}")
     return settings + SHAPES[mean].settings

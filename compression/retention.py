@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from saqqara.configs.shown import shown
+
+from .bounds import BOUNDS, check
 from .budgets import MEANS
 from .decode_stage import DecodeStage, Stage
 from .head_profile import HeadProfile
@@ -111,26 +114,20 @@ class Retention:
 
     def _check_values(self, score: str) -> None:
         self._check_pair(score)
-        _check_integer("window", self.window, least=score_method(score).min_window)
-        _check_integer("sinks", self.sinks, least=0)
-        _check_integer("seed", self.seed, least=0)
-        _check_integer("kernel_size", self.kernel_size, least=1)
-        if self.seed >= 2**64:
-            raise ValueError(f"seed: must be below 2**64, not {self.seed}")
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size: must be odd, not {self.kernel_size}")
+        check("window", self.window, least=score_method(score).min_window)
+        for name in ("sinks", "seed", "kernel_size", "beta", "head_beta", "recent_ratio"):
+            check(name, getattr(self, name))
+        check("floor_ratio", self.floor_ratio)
         if self.pooling not in ("max", "avg"):
-            raise ValueError(f"pooling: must be 'max' or 'avg', not {self.pooling!r}")
-        _check_number("beta", self.beta, 1, math.inf)
-        _check_number("head_beta", self.head_beta, 1, math.inf)
-        _check_number("recent_ratio", self.recent_ratio, 0, 1)
-        _check_number("floor_ratio", self.floor_ratio, 0, 1)
+            raise ValueError(f"pooling: must be 'max' or 'avg', not {shown(self.pooling)}")
         if type(self.skip_layers) is not tuple:
-            raise ValueError(f"skip_layers: must be a list of layers, not {self.skip_layers!r}")
+            raise ValueError(
+                f"skip_layers: must be a list of layers, not {shown(self.skip_layers)}"
+            )
         for layer in self.skip_layers:
-            _check_integer("skip_layers", layer, least=0)
+            check("skip_layers", layer)
         if tuple(sorted(set(self.skip_layers))) != self.skip_layers:
-            raise ValueError(f"skip_layers: must rise, each layer once: {self.skip_layers}")
+            raise ValueError(f"skip_layers: must rise, each layer once: {shown(self.skip_layers)}")
         self._check_decode(score)
         self._check_budget()
 
@@ -144,7 +141,9 @@ class Retention:
             )
         fixed = method.fixed_window
         if fixed is not None and (type(self.window) is not int or self.window != fixed):
-            raise ValueError(f"window: must be {fixed} for score {score!r}, not {self.window!r}")
+            raise ValueError(
+                f"window: must be {fixed} for score {score!r}, not {shown(self.window)}"
+            )
         if self.shape == "profile" and not isinstance(self.profile, HeadProfile):
             raise ValueError(
                 f"profile: {self.method!r} needs the path of a JSON file with measured scores of "
@@ -155,7 +154,7 @@ class Retention:
         if self.decode is None:
             return
         if not isinstance(self.decode, DecodeStage):
-            raise ValueError(f"decode: must be a DecodeStage, not {self.decode!r}")
+            raise ValueError(f"decode: must be a DecodeStage, not {shown(self.decode)}")
         if score_method(score).at_decode is None:
             able = sorted(name for name, method in SCORES.items() if method.at_decode is not None)
             raise ValueError(
@@ -182,10 +181,12 @@ class Retention:
                 f"budget: {self.method!r} needs one (and one only): tokens per layer and kv head, "
                 "or a share of the prompt such as '25%'"
             )
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ValueError(f"budget: a share must lie above 0% and up to 100%, not {self.share}")
+        if self.share is not None and not BOUNDS["share"].accepts(self.share):
+            raise ValueError(
+                f"budget: a share must lie above 0% and up to 100%, not {shown(self.share)}"
+            )
         if self.budget is not None:
-            _check_integer("budget", self.budget, least=1)
+            check("budget", self.budget)
             if self.budget < self._least_budget:
                 raise ValueError(
                     f"budget: {self.budget} tokens are too few for the window ({self.window}), the "
@@ -225,12 +226,14 @@ class Retention:
         else:
             raise ValueError(
                 "retention: must be a name or a mapping of settings, not "
-                f"{type(spec).__name__} {spec!r}"
+                f"{type(spec).__name__} {shown(spec)}"
             )
         if given.get("budget") is None:
             given.pop("budget", None)
         if budget is not None and given.setdefault("budget", budget) != budget:
-            raise ValueError(f"budget: given twice, as {given['budget']!r} and as {budget!r}")
+            raise ValueError(
+                f"budget: given twice, as {shown(given['budget'])} and as {shown(budget)}"
+            )
         return cls(**read_settings(given))
 
     def to_dict(self) -> dict[str, Any]:
@@ -372,14 +375,3 @@ class Retention:
             ValueError: as `layer_tokens`; `profile` is of another model.
         """
         return row_tokens(self, prompt_tokens, num_layers, num_heads)
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name}: must be an integer of at least {least}, not {value!r}")
-
-
-def _check_number(name: str, value: object, least: float, most: float) -> None:
-    if type(value) not in (int, float) or not least <= value < math.inf or value > most:  # type: ignore[operator]
-        bound = "up" if most == math.inf else f"to {most}"
-        raise ValueError(f"{name}: must be a number from {least} {bound}, not {value!r}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from saqqara.configs.budget import budget_mistake
 from saqqara.configs.names import closest
+from saqqara.configs.shown import shown
 from saqqara.configs.yaml_files import CONFIG_DIR, load_yaml
 
 from .budgets import MEANS
@@ -15,6 +16,7 @@ from .head_profile import HeadProfile
 from .propagate import KINDS, Propagate
 from .registry import SCORES, SHAPES, score_method, settings_of
 
+MAX_BUDGET_CHARS = 100
 PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
@@ -43,8 +45,9 @@ def read_settings(given: dict[str, Any]) -> dict[str, Any]:
         if decode not in (None, False):
             return {"decode": DecodeStage()}  # `Retention` says what is wrong with it
         if given:
+            name = f"{next(iter(given))!s:.80}"
             raise ValueError(
-                f"{next(iter(given))}: 'full' keeps everything and takes no settings; choose a "
+                f"{name}: 'full' keeps everything and takes no settings; choose a "
                 "method beside it, such as recommended-adaptive (`saqqara methods` lists them)"
             )
         return {}
@@ -80,7 +83,7 @@ def _with_score(
     for name in settings:
         if name not in allowed:
             raise ValueError(
-                f"{name}: not a setting of score {score!r} with shape {shape!r}; allowed: "
+                f"{name!s:.80}: not a setting of score {score!r} with shape {shape!r}; allowed: "
                 f"{', '.join(('method', 'score', 'shape', *allowed, 'propagate'))}"
             )
     if "budget" in settings:
@@ -130,7 +133,7 @@ def _named_settings(name: object) -> dict[str, Any]:
             return {"score": score, "shape": shape, "mean": mean}
     close = closest(name, _all_names()) if isinstance(name, str) else None
     hint = f"did you mean {close!r}?" if close else f"known: {_known_names()}"
-    raise ValueError(f"method: unknown {name!r}; {hint}")
+    raise ValueError(f"method: unknown {shown(name)}; {hint}")
 
 
 def _all_names() -> set[str]:
@@ -171,7 +174,7 @@ def _read_budget(value: object) -> dict[str, int | float | None]:
     """The `budget` or `share` that a user's budget means."""
     if isinstance(value, int) and not isinstance(value, bool):
         return {"budget": value}
-    if isinstance(value, str):
+    if isinstance(value, str) and len(value) <= MAX_BUDGET_CHARS:
         text = value.strip()
         if text.isdecimal():
             return {"budget": int(text)}

@@ -7,6 +7,7 @@ tokens) and the sinks (the first s) are kept whatever their score: `select.py` s
 Shapes: n prompt tokens, w window tokens, H local kv heads, Hq local query heads, D head dim.
 """
 
+import math
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -16,6 +17,8 @@ from .observation import Observation
 
 if TYPE_CHECKING:
     from .retention import Retention
+
+_WIDE_KERNEL = 64
 
 Bits = TypeVar("Bits", int, Tensor)
 
@@ -42,8 +45,32 @@ def snapkv(observation: Observation, retention: "Retention") -> Tensor:
     """
     num_context = observation.prompt_tokens - retention.window
     mass = observation.window_mass()[:, :num_context]
-    pool = torch.max_pool1d if retention.pooling == "max" else torch.avg_pool1d
-    return pool(mass, retention.kernel_size, stride=1, padding=retention.kernel_size // 2)
+    return pooled(mass, retention.kernel_size, retention.pooling)
+
+
+def pooled(x_HN: Tensor, kernel_size: int, pooling: str) -> Tensor:
+    """Pool each row with stride 1, [H, n]: the "max" or "avg" of `kernel_size` neighbours.
+
+    Beyond the edges `max` sees nothing, and `avg` zeros. A wide kernel takes time by its logarithm
+    and, where it reaches beyond the row, none for what lies there.
+    """
+    half, length = kernel_size // 2, x_HN.shape[1]
+    if kernel_size <= _WIDE_KERNEL or length == 0:
+        pool = torch.max_pool1d if pooling == "max" else torch.avg_pool1d
+        return pool(x_HN, kernel_size, stride=1, padding=half)
+    half = min(half, length)
+    outside, combine = (-math.inf, torch.maximum) if pooling == "max" else (0.0, torch.add)
+    block = torch.nn.functional.pad(x_HN, (half, half), value=outside)
+    # `block` combines `size` neighbours, and `size` doubles: the width's binary digits choose.
+    width, size, done, total = 2 * half + 1, 1, 0, None
+    while size <= width:
+        if width & size:
+            part = block[:, done : done + length]
+            total = part if total is None else combine(total, part)
+            done += size
+        block, size = combine(block[:, :-size], block[:, size:]), 2 * size
+    assert total is not None
+    return total if pooling == "max" else total / kernel_size
 
 
 def knorm(observation: Observation, retention: "Retention") -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .propagate import Propagate
+from .scores import pooled
 from .select import topk_positions
 
 
@@ -37,8 +38,7 @@ def token_scores(propagate: Propagate, mass_Hc: Tensor, num_queries: int, group:
     """
     context = mass_Hc / (num_queries * group)
     if propagate.kind == "once":
-        pool = torch.max_pool1d if propagate.pooling == "max" else torch.avg_pool1d
-        context = pool(context, propagate.kernel_size, stride=1, padding=propagate.kernel_size // 2)
+        context = pooled(context, propagate.kernel_size, propagate.pooling)
     return context.mean(dim=0)
 
 

@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saqqara.configs.shown import shown
+
+from .bounds import check
 from .propagate import Propagate, part_of
 
 TRIGGERS = ("stored", "published")
@@ -46,12 +49,10 @@ class TrimStage:
     def __post_init__(self) -> None:
         if self.trigger not in TRIGGERS:
             raise ValueError(
-                f"decode.trigger: must be {' or '.join(map(repr, TRIGGERS))}, not {self.trigger!r}"
+                f"decode.trigger: must be {' or '.join(map(repr, TRIGGERS))}, not "
+                f"{shown(self.trigger)}"
             )
-        if type(self.exceed) is not int or self.exceed < 2:
-            raise ValueError(
-                f"decode.exceed: must be an integer of at least 2 (tokens), not {self.exceed!r}"
-            )
+        check("decode.exceed", self.exceed)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; `decode_stage.parse_stage` reads it back."""

@@ -14,7 +14,9 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(description="Local folder or Hugging Face hub id of a Llama-class model.")
+    model: str = Field(
+        description="Folder, or hub id (ORG/NAME or ORG/NAME@REVISION), of a Llama-class model."
+    )
     tokenizer: str | None = Field(None, description="Folder or hub id; default: the model's own.")
     load_format: Literal["safetensors", "dummy"] = Field(
         "safetensors", description="'dummy' makes random weights (benchmarks and tests)."

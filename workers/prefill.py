@@ -310,7 +310,9 @@ class Prefill:
         counts = num_tokens if indices is None else [len(head) for head in indices]
         shard.after_prefill[slot][local_layer] = counts
         if masses is not None:
-            shard.sums.store(slot, local_layer, masses, indices, shard.cycles[slot].most)
+            room = shard.max_model_len - shard.slots[slot].prompt_tokens
+            more = min(shard.cycles[slot].most, room)
+            shard.sums.store(slot, local_layer, masses, indices, more)
 
     def _write(self, local_layer: int, qkv: QKV, writes: list[PromptWrite]) -> None:
         """Write the chosen tokens of one layer to pages; refuse slots for which there are too few.

@@ -225,7 +225,8 @@ class Shard:
         trimmed = trimmed_rows(new.retention, new.prompt_tokens, self.spec.num_layers)
         if trimmed is not None:
             self.trimmed[new.slot] = trimmed
-        self.rings.open(new.slot, num_ring_queries(new.retention))
+        # A ring that no sequence can fill is never read.
+        self.rings.open(new.slot, min(num_ring_queries(new.retention), self.max_model_len))
         if sums_mass(new.retention):
             self.sums.open(new.slot)
 

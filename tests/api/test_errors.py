@@ -37,6 +37,23 @@ COMPLETION_ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a prompt of objects": ({"prompt": [{}]}, "prompt", "invalid_value"),
     "a token that is none": ({"prompt": [1, 9999]}, "prompt[1]", "invalid_value"),
     "a bias for no token": ({"logit_bias": {"9999": 1}}, "logit_bias", "invalid_value"),
+    "a stop for no token": (
+        {"stop_token_ids": [2147483647], "min_tokens": 1},
+        "stop_token_ids",
+        "invalid_value",
+    ),
+    "only tokens that are none": (
+        {"allowed_token_ids": [9999]},
+        "allowed_token_ids",
+        "invalid_value",
+    ),
+    "no token allowed": ({"allowed_token_ids": []}, "allowed_token_ids", "invalid_value"),
+    "an empty bad word": ({"bad_words": [""]}, "bad_words", "invalid_value"),
+    "a penalty that is 0 in fp32": (
+        {"repetition_penalty": 1e-46},
+        "repetition_penalty",
+        "invalid_value",
+    ),
     "a bias for a word": ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
     "an unknown field": ({"top_q": 1}, "top_q", "unknown_parameter"),
     "an unsupported field": ({"echo": True}, "echo", "invalid_value"),
@@ -53,7 +70,7 @@ COMPLETION_ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "a file of the server": (
         {"retention": {"method": "headkv", "budget": 64, "profile": "/etc/hostname"}},
-        "retention.profile",
+        "retention",
         "invalid_value",
     ),
     "a prompt that is too long": (

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from saqqara.cluster.settings import read_serve_file, serve_config, served_engine
+from saqqara.compression.retention import Retention
 from saqqara.configs.yaml_files import CONFIG_DIR
 
 # Importing Ray Serve (2.60) warns of its own use of pydantic.
@@ -26,7 +27,9 @@ def test_presets_are_valid_serve_config_files(name: str) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     args, http = read_serve_file(name)
-    served_engine(serve_config(args))
+    engine = served_engine(serve_config(args))
+    # One that fits any model: `recommended` brings a profile of one.
+    assert Retention.parse(engine.retention, engine.budget).profile is None
     assert http["host"] == "127.0.0.1"
     content = yaml.safe_load((CONFIG_DIR / "serve" / f"{name}.yaml").read_text())
     assert content["applications"][0]["import_path"] == "saqqara.cluster.serve:build_app"
@@ -43,8 +46,9 @@ def test_the_file_of_the_documentation_is_valid() -> None:
     [application] = content["applications"]
     module, _, name = application["import_path"].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
-    config = serve_config(application["args"])
-    assert served_engine(config).pipeline_parallel_size == 2
+    engine = served_engine(serve_config(application["args"]))
+    assert engine.pipeline_parallel_size == 2
+    assert Retention.parse(engine.retention, engine.budget).score == "snapkv"
 
 
 def server(engine: dict[str, Any], **settings: Any) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Ranks that share a model compact its rows exactly as one rank does.
 
-Each case spawns its ranks once. They run the same plans; what each stores at the end, and the
+All cases run in the same two processes. What each stores at the end of the same plans, and the
 tokens that the last stage sampled on the way, are compared with one process.
 """
 
-import multiprocessing as mp
-import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from support.plans import new_sequence, prefill_plan
+from support.ranks import Store, run_ranks
 from support.tiny import VOCAB, save_tiny
 
 from saqqara.cluster.ledger import Ledger
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.layout import MeshLayout
-from saqqara.workers.mesh import start_store
 from saqqara.workers.plan import DecodeItem, StepPlan
 from saqqara.workers.worker import Worker
 
@@ -150,21 +150,14 @@ def config_of(name: str, folder: Path) -> EngineConfig:
     )
 
 
-def _run_rank(
-    rank: int, folder: Path, ports: dict[str, int], results: "mp.Queue[tuple[int, Any]]"
-) -> None:
-    torch.set_num_threads(1)
-    outcome: Any = {}
-    try:
-        for case, (name, layout) in CASES.items():
-            config = config_of(name, folder)
-            worker = Worker(config.for_worker(), layout, rank, store=("127.0.0.1", ports[case]))
-            outcome[case] = run_plans(worker)
-            outcome[case].refused = run_short_of_pages(worker, rank)
-            worker.close()
-    except BaseException:
-        outcome = RuntimeError(f"rank {rank}:\n{traceback.format_exc()}")
-    results.put((rank, outcome))
+def _run_rank(folder: Path, rank: int, stores: Sequence[Store]) -> dict[str, Outcome]:
+    outcomes = {}
+    for (case, (name, layout)), store in zip(CASES.items(), stores, strict=True):
+        worker = Worker(config_of(name, folder).for_worker(), layout, rank, store)
+        outcomes[case] = run_plans(worker)
+        outcomes[case].refused = run_short_of_pages(worker, rank)
+        worker.close()
+    return outcomes
 
 
 @pytest.fixture(scope="module")
@@ -178,25 +171,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> dict[str, list[Outcome]]:
     """What both ranks of every case end with; one pair of processes runs all cases."""
-    stores = {case: start_store() for case in CASES}
-    ports = {case: store.port for case, store in stores.items()}
-    context = mp.get_context("spawn")
-    results: mp.Queue[tuple[int, Any]] = context.Queue()
-    processes = [
-        context.Process(target=_run_rank, args=(rank, folder, ports, results)) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        by_rank = dict(results.get(timeout=120) for _ in processes)
-    finally:
-        for process in processes:
-            process.join(timeout=20)
-            if process.is_alive():
-                process.kill()
-    for rank in range(2):
-        if isinstance(by_rank[rank], RuntimeError):
-            raise by_rank[rank]
+    by_rank = run_ranks(partial(_run_rank, folder), 2, num_stores=len(CASES))
     return {case: [by_rank[0][case], by_rank[1][case]] for case in CASES}
 
 

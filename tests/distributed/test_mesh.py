@@ -1,6 +1,6 @@
 """The mesh over real processes: sums, joins, shared heads, and sends between stages.
 
-Each test spawns its ranks once; a rank reports what it computed and the test compares it with the
+A rank reports what it computed and the test compares it with the
 same computed in one process.
 """
 

@@ -7,19 +7,20 @@ concerns processes runs in processes.
 import multiprocessing as mp
 import os
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.ranks import run_ranks
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]  # public
 
 from saqqara.workers import shared_memory
 from saqqara.workers.layout import MeshLayout
-from saqqara.workers.mesh import Mesh, start_store
+from saqqara.workers.mesh import Mesh
 from saqqara.workers.native import build
 from saqqara.workers.native.exchange import Exchange, memory_bytes
 
@@ -143,33 +144,17 @@ def _many_operations(mesh: Mesh) -> int:
     return count
 
 
-def _run_mesh(
-    task: Callable[[Mesh], Any], size: int, rank: int, port: int, results: "mp.Queue[Any]"
-) -> None:
-    torch.set_num_threads(1)
-    try:
-        mesh = Mesh(MeshLayout(size), rank, store=("127.0.0.1", port), timeout_seconds=60.0)
-        assert mesh.shares_memory
-        results.put((rank, task(mesh)))
-        mesh.close()
-    except BaseException:
-        results.put((rank, traceback.format_exc()))
+def _run_mesh(size: int, rank: int, stores: Sequence[tuple[str, int]]) -> int:
+    mesh = Mesh(MeshLayout(size), rank, store=stores[0], timeout_seconds=60.0)
+    assert mesh.shares_memory
+    count = _many_operations(mesh)
+    mesh.close()
+    return count
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_thousands_of_operations_do_not_mix_up(size: int) -> None:
-    store = start_store()
-    context = mp.get_context("spawn")
-    results: mp.Queue[Any] = context.Queue()
-    processes = [
-        context.Process(target=_run_mesh, args=(_many_operations, size, r, store.port, results))
-        for r in range(size)
-    ]
-    for process in processes:
-        process.start()
-    assert dict(results.get(timeout=120) for _ in processes) == dict.fromkeys(range(size), 2000)
-    for process in processes:
-        process.join(timeout=20)
+    assert run_ranks(partial(_run_mesh, size), size) == [2000] * size
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:

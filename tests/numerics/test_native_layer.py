@@ -1,7 +1,7 @@
 """The native linear kernels against torch in bf16, a whole worker at a time, for every family."""
 
-import multiprocessing as mp
-import traceback
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from support.plans import run_greedy
+from support.ranks import Store, run_ranks
 from support.tiny import CONFIGS, VOCAB, save_tiny
 
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers import shared_memory
 from saqqara.workers.layout import MeshLayout
-from saqqara.workers.mesh import start_store
 from saqqara.workers.native.build import unavailable_reason
 from saqqara.workers.plan import SampledToken, SamplingSpec
 from saqqara.workers.worker import Worker
@@ -79,22 +79,21 @@ def test_batched_says_what_alone_says(tmp_path: Path) -> None:
     ]
 
 
-def _logprobs_of_rank(folder: Path, rank: int, port: int, results: "mp.Queue[Any]") -> None:
-    torch.set_num_threads(1)
-    shared_memory._SLOT_BYTES_PER_THREAD = 4096  # 98 prompt tokens are several pieces
-    try:
-        config = make_config(folder, "native", chunk=64)
-        worker = Worker(config.for_worker(), MeshLayout(tensor_size=2), rank, ("127.0.0.1", port))
-        mesh = worker._shard.mesh
-        assert mesh.shares_memory
-        assert mesh.piece_rows(torch.empty(1, worker.spec.hidden_size).bfloat16()) < 64
-        if rank == 0:
-            results.put(logprobs(worker).numpy())
-        else:
-            run_greedy(worker, prompts(), 1, sampling=ALL_LOGPROBS)
-        worker.close()
-    except BaseException:
-        results.put(traceback.format_exc())
+def _logprobs_of_rank(folder: Path, rank: int, stores: Sequence[Store]) -> Any:
+    config = make_config(folder, "native", chunk=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_memory, "_SLOT_BYTES_PER_THREAD", 4096)  # 98 tokens: several pieces
+        worker = Worker(config.for_worker(), MeshLayout(tensor_size=2), rank, stores[0])
+    mesh = worker._shard.mesh
+    assert mesh.shares_memory
+    assert mesh.piece_rows(torch.empty(1, worker.spec.hidden_size).bfloat16()) < 64
+    if rank == 0:
+        found = logprobs(worker).numpy()
+    else:
+        run_greedy(worker, prompts(), 1, sampling=ALL_LOGPROBS)
+        found = None
+    worker.close()
+    return found
 
 
 def test_two_ranks_are_as_close_to_fp32_as_one(tmp_path: Path) -> None:
@@ -102,18 +101,7 @@ def test_two_ranks_are_as_close_to_fp32_as_one(tmp_path: Path) -> None:
     save_tiny("llama-gqa", tmp_path)
     exact = logprobs(make_worker(tmp_path, "torch", dtype="float32"))
     alone = (logprobs(make_worker(tmp_path, "native")) - exact).abs().mean()
-    store, context = start_store(), mp.get_context("spawn")
-    results: mp.Queue[Any] = context.Queue()
-    processes = [
-        context.Process(target=_logprobs_of_rank, args=(tmp_path, rank, store.port, results))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    found = results.get(timeout=120)
-    for process in processes:
-        process.join(timeout=20)
-    assert isinstance(found, np.ndarray), found
+    found, _ = run_ranks(partial(_logprobs_of_rank, tmp_path), 2)
     error = (torch.from_numpy(found) - exact).abs().mean()
     assert error < 2 * alone + 1e-3, (error, alone)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saqqara.workers.layers.norm import rms_norm
+from saqqara.workers.native import linear
 from saqqara.workers.native.build import unavailable_reason
 from saqqara.workers.native.linear import Finish, Mlp, PackedLinear, Projection, RMSNorm
 
@@ -142,6 +143,18 @@ def test_rows_are_those_of_the_weight() -> None:
         w = weight(outputs, inputs)
         ids = torch.arange(3 * outputs) * 7 % outputs
         assert torch.equal(PackedLinear(w).rows(ids), w[ids])
+
+
+@pytest.mark.parametrize("stranger", [-1, 33, 2**31 - 1, -(2**63)])
+def test_nothing_is_read_outside_the_rows(stranger: int) -> None:
+    """Neither by the method, which says so, nor by the kernel below it, which gives zeros."""
+    w = torch.ones(33, 8, dtype=torch.bfloat16)
+    packed, ids = PackedLinear(w), torch.tensor([0, stranger, 32])
+    with pytest.raises(IndexError, match="of a weight of 33 rows"):
+        packed.rows(ids)
+    out = torch.empty(3, 8, dtype=torch.bfloat16)
+    linear._kernel("rows")(packed._address, ids.data_ptr(), 3, out.data_ptr(), 1)
+    assert torch.equal(out, torch.tensor([1.0, 0.0, 1.0]).bfloat16()[:, None].expand(3, 8))
 
 
 # -- batches, threads, shards -----------------------------------------------------------------

@@ -5,6 +5,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -17,50 +19,92 @@ from saqqara.workers.worker import Worker
 
 Store = tuple[str, int]
 Task = Callable[[int, Sequence[Store]], Any]
+TIMEOUT_SECONDS = 240
 
 
-def _run_rank(
-    task: Task, rank: int, stores: Sequence[Store], answers: "mp.Queue[tuple[int, Any]]"
-) -> None:
+@dataclass(frozen=True)
+class _Failure:
+    """What a rank's task raised."""
+
+    trace: str
+
+
+def _serve(connection: Connection) -> None:
+    """Carry out one task after the other, until the tests end."""
     torch.set_num_threads(1)
-    try:
-        answer = task(rank, stores)
-    except BaseException:
-        answer = RuntimeError(f"rank {rank}:\n{traceback.format_exc()}")
-    answers.put((rank, answer))
+    while True:
+        try:
+            task, rank, stores = connection.recv()
+            answer = task(rank, stores)
+        except EOFError:
+            return
+        except BaseException:
+            answer = _Failure(traceback.format_exc())
+        connection.send(answer)
+
+
+class _Pool:
+    """Processes that play ranks. They are kept for the next test: starting one takes seconds."""
+
+    def __init__(self) -> None:
+        self._context = mp.get_context("spawn")
+        self._ranks: list[tuple[BaseProcess, Connection]] = []
+
+    def first(self, num_ranks: int) -> list[Connection]:
+        """Connections to so many processes."""
+        while len(self._ranks) < num_ranks:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+        return [connection for _, connection in self._ranks[:num_ranks]]
+
+    def end(self) -> None:
+        """Kill them all; the next test starts others."""
+        for process, connection in self._ranks:
+            process.kill()
+            process.join()
+            connection.close()
+        self._ranks.clear()
+
+
+_POOL = _Pool()
 
 
 def run_ranks(task: Task, num_ranks: int, num_stores: int = 1) -> list[Any]:
-    """What `task(rank, stores)` returns on each rank; it runs in a spawned process of its own.
+    """What `task(rank, stores)` returns on each rank; each is a process, which other tests use too.
 
     A store is a host and port to meet at. A process group needs one of its own, so a task that
     makes one mesh after the other asks for as many. The first rank that fails ends them all.
     """
     stores = [start_store() for _ in range(num_stores)]
     places = [("127.0.0.1", store.port) for store in stores]
-    context = mp.get_context("spawn")
-    answers: mp.Queue[tuple[int, Any]] = context.Queue()
-    processes = [
-        context.Process(target=_run_rank, args=(task, rank, places, answers))
-        for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
-    failed = True
+    connections = _POOL.first(num_ranks)
     try:
-        by_rank: dict[int, Any] = {}
-        while len(by_rank) < num_ranks:
-            rank, answer = answers.get(timeout=240)
-            if isinstance(answer, RuntimeError):
-                raise answer
-            by_rank[rank] = answer
-        failed = False
-    finally:
-        for process in processes:
-            process.join(timeout=1 if failed else 20)
-            if process.is_alive():
-                process.kill()
-    return [by_rank[rank] for rank in range(num_ranks)]
+        for rank, connection in enumerate(connections):
+            connection.send((task, rank, places))
+        return _answers(connections)
+    except BaseException:
+        _POOL.end()
+        raise
+
+
+def _answers(connections: list[Connection]) -> list[Any]:
+    by_rank: dict[int, Any] = {}
+    waiting: dict[Any, int] = {connection: rank for rank, connection in enumerate(connections)}
+    while waiting:
+        ready = wait(list(waiting), timeout=TIMEOUT_SECONDS)
+        assert ready, f"ranks {sorted(waiting.values())} did not answer"
+        for connection in ready:
+            rank = waiting.pop(connection)
+            try:
+                by_rank[rank] = connections[rank].recv()
+            except EOFError:
+                raise RuntimeError(f"rank {rank}: its process has ended") from None
+            if isinstance(by_rank[rank], _Failure):
+                raise RuntimeError(f"rank {rank}:\n{by_rank[rank].trace}")
+    return [by_rank[rank] for rank in range(len(connections))]
 
 
 @dataclass(frozen=True)

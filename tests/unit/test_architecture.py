@@ -48,6 +48,7 @@ COMES_WITH = {
     "starlette": "ray",
     "uvicorn": "ray",
     "triton": "torch",
+    "pydantic_core": "pydantic",
 }
 
 SOURCES = sorted(

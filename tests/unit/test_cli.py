@@ -10,6 +10,7 @@ import pytest
 import typer
 import yaml
 from support.fake_client import FakeClient
+from support.tiny import CONFIGS
 from typer.testing import CliRunner, Result
 
 from saqqara import __version__
@@ -197,6 +198,29 @@ def test_a_wrong_command_is_one_line(command: list[str], said: str) -> None:
     assert said in stderr
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "no-tokenizer"
+    CONFIGS["llama-gqa"].save_pretrained(tokenizer)
+    (tmp_path / "no-config").mkdir()
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    file = str(tokenizer / "config.json")
+    said = {
+        "/no/such/folder": "model: there is no folder '/no/such/folder'",
+        "nobody/nothing": "hf download nobody/nothing --local-dir FOLDER",
+        file: f"model: {file} is a file; it needs the folder",
+        str(tmp_path / "no-config"): "has no config.json",
+        str(tokenizer): "has no tokenizer (tokenizer.json)",
+        str(tmp_path / "gpt2"): "'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3",
+    }
+    for model, message in said.items():
+        for command in (["generate", "hello"], ["eval", "needle"]):
+            stderr = fails(*command, "--model", model)
+            assert message in stderr
+            assert stderr.startswith("error: ")
+            assert stderr.count("\n") == 1
 
 
 def test_yaml_that_is_none_is_said_with_its_line(tmp_path: Path) -> None:

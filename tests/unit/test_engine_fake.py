@@ -17,7 +17,7 @@ from support.fake_replica import (
 )
 
 from saqqara.cluster.async_engine import AsyncEngine
-from saqqara.cluster.engine import Engine
+from saqqara.cluster.engine import Engine, known_eos
 from saqqara.cluster.engine_loop import EngineDeadError
 from saqqara.cluster.metrics import MetricSpec
 from saqqara.cluster.report import BatchRows
@@ -246,6 +246,24 @@ def test_logprobs_come_with_their_tokens() -> None:
     assert choice.cumulative_logprob == pytest.approx(total)
 
 
+def test_tokens_of_the_tokenizer_that_the_model_lacks_name_what_they_came_from() -> None:
+    engine = make_engine()
+    said = "'é', for which the tokenizer has the token 233; the model's are 0 to 127"
+    with pytest.raises(ValueError, match=f"^prompt has {said}"):
+        engine.add_request("r", "caffé")
+    with pytest.raises(ValueError, match=f"^messages has {said}"):
+        engine.add_request("r", messages=[{"role": "user", "content": "caffé"}])
+    with pytest.raises(ValueError, match=f"^score_continuation has {said}"):
+        engine.add_score_request("r", "caff", "é")
+    assert not engine.has_unfinished()
+
+
+def test_end_tokens_that_the_model_lacks_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer(Ascii(), eos_token_ids=(EOS, 128, 5))
+    assert known_eos(SPEC, tokenizer) == (EOS, 5)
+    assert "end tokens 128 are ignored: the model's tokens are 0 to 127" in caplog.text
+
+
 def test_a_small_pool_changes_nothing_but_the_time() -> None:
     prompts = [f"prompt {i}" for i in range(8)]
     texts = []
@@ -306,6 +324,40 @@ def test_a_bad_request_costs_only_itself(arguments: dict[str, Any], message: str
         engine.add_request("good", "again")
     [choice] = finished(engine)["good"].outputs
     assert choice.token_ids == tuple(continue_text("hello", 6)[1])
+    engine.add_request("bad", "is not in use")
+
+
+HEADS_OF_ANOTHER = {f"{layer}-{head}": [1] for layer in range(4) for head in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"priority": 2**40}, "priority: must be an integer of at least -2147483648"),
+        ({"priority": "high"}, "priority: must be an integer"),
+        ({"priority": True}, "priority: must be an integer"),
+        ({"priority": float("nan")}, "priority: must be an integer"),
+        ({"retention": {"method": "knorm", "skip_layers": [4]}}, "skip_layers: 4 is no layer"),
+        (
+            {"retention": {"method": "headkv", "profile": HEADS_OF_ANOTHER}},
+            "profile: has 4 layers of 4 query heads; this model has 4 of 2",
+        ),
+        (
+            {"retention": {"method": "snapkv", "window": 9000, "decode": True}, "budget": 9999},
+            "window: with decode, workers remember the queries of the last 9000 tokens; they have "
+            "room for 1000 per sequence",
+        ),
+    ],
+)
+def test_what_the_model_or_the_engine_cannot_meet(arguments: dict[str, Any], message: str) -> None:
+    """Known before anything is queued; the field of the request is `retention`."""
+    engine = make_engine(num_pages=1000)
+    about_retention = "retention" in arguments
+    in_front = "retention: " if about_retention else ""
+    defaults: dict[str, Any] = {"budget": "50%"} if about_retention else {}
+    with pytest.raises(ValueError, match=f"^{in_front}{message}"):
+        engine.add_request("bad", "hello", **defaults | arguments)
+    assert not engine.has_unfinished()
     engine.add_request("bad", "is not in use")
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from saqqara.cluster.cli import app
 from saqqara.cluster.settings import engine_config, serve_config
+from saqqara.compression.retention import Retention
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -216,6 +217,7 @@ def test_services_ask_for_engines_that_their_groups_have_room_for(name: str) -> 
     engine = engine_config(
         {"model": "m", "executor": "ray", **args["engine_kwargs"]}, where="engine_kwargs"
     )
+    assert Retention.parse(engine.retention, engine.budget).profile is None  # fits any model
     bundles = args["placement_group_config"]["bundles"]
     assert len(bundles) == engine.pipeline_parallel_size
     groups = MANIFESTS[name]["spec"]["rayClusterConfig"]["workerGroupSpecs"]

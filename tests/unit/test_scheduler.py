@@ -239,7 +239,9 @@ def test_requests_that_can_never_be_served_are_refused(request_: Request, messag
 def test_a_layer_that_the_model_lacks_is_refused() -> None:
     run = make_run(make_workers(100))
     far = Retention.parse({"propagate": {"kind": "once", "layer": 4}})
-    with pytest.raises(ValueError, match=r"^propagate.layer: 4 is no layer of this model"):
+    with pytest.raises(
+        ValueError, match=r"^retention: propagate.layer: 4 is no layer of this model"
+    ):
         add(run, make_request(retention=far))
     assert run.scheduler.is_idle
 

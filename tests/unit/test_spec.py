@@ -214,7 +214,7 @@ def test_load_spec_reads_the_checkpoint_dtype(tmp_path: Path) -> None:
 def test_load_spec_names_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no config\.json"):
         load_spec(tmp_path)
-    with pytest.raises(ValueError, match="no folder '/does/not/exist'"):
+    with pytest.raises(ValueError, match="there is no folder '/does/not/exist'"):
         load_spec("/does/not/exist")
     with pytest.raises(ValueError, match="no folder"):
         load_spec(tmp_path / "missing")
@@ -226,8 +226,13 @@ def test_load_spec_names_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
     with pytest.raises(ValueError, match="cannot read the config"):
         load_spec(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
-    with pytest.raises(ValueError, match="no-such-model"):
+    for config in ('{"model_type": "no-such-model"}', '{"model_type": "gpt2"}', "{}"):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ValueError, match=r"supported: llama, mistral, qwen2, qwen3$"):
+            load_spec(tmp_path)
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"cannot read .*generation_config\.json"):
         load_spec(tmp_path)
 
 
@@ -236,5 +241,5 @@ def test_a_config_never_runs_code_of_its_own(tmp_path: Path) -> None:
         json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}})
     )
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(ValueError, match="model: cannot read the config"):
+    with pytest.raises(ValueError, match="model_type='evil' is not supported"):
         load_spec(tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from support.byte_fallback import byte_fallback_tokenizer
 
 from saqqara.cluster.tokenizer import (
     BROKEN,
@@ -30,30 +30,7 @@ def tokenizer(demo_model: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def byte_fallback() -> Tokenizer:
-    """A Llama-2 style tokenizer: `▁` for spaces, a leading space stripped, `<0x..>` bytes."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers, processors
-
-    words = ["<unk>", "<s>", "</s>", "▁Hello", "▁world", "!", "▁", "é"]
-    vocab = {word: i for i, word in enumerate([*words, *(f"<0x{b:02X}>" for b in range(256))])}
-    backend = Backend(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
-    backend.normalizer = normalizers.Prepend("▁")
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair=None, special_tokens=[("<s>", 1)]
-    )
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    return Tokenizer(
-        PreTrainedTokenizerFast(
-            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-        )
-    )
+    return byte_fallback_tokenizer()
 
 
 def stream(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool = True) -> list[str]:
@@ -160,9 +137,14 @@ def test_what_a_template_refuses_is_a_value_error(demo_model: Path) -> None:
 
 
 def test_a_missing_tokenizer_says_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tokenizer: cannot load") as caught:
+    with pytest.raises(ValueError, match="tokenizer: there is no folder") as caught:
         Tokenizer.load(tmp_path / "nothing")
     assert str(tmp_path / "nothing") in str(caught.value)
+    with pytest.raises(ValueError, match=r"has no tokenizer \(tokenizer\.json\); give the folder"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer: cannot load"):
+        Tokenizer.load(tmp_path)
 
 
 # --- IncrementalDetokenizer ---

@@ -1,7 +1,6 @@
 """ModelSpec: the shape of a model, read from its Hugging Face config."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +8,11 @@ from typing import Any, Literal, Self
 
 import torch
 
-from .families import Family, get_family
+from .families import FAMILIES, Family, get_family
+from .source import described_folder
 
 RopeKind = Literal["default", "linear", "llama3"]
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3")
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +157,7 @@ class ModelSpec:
 
 
 def load_spec(model: str | Path) -> ModelSpec:
-    """The spec of a local folder or hub id; downloads nothing but JSON files.
+    """The spec of a local folder or hub id; fetches no weights.
 
     End-of-sequence ids are those of `generation_config.json` where it has them (instruct models
     list several there), else the config's.
@@ -170,49 +168,50 @@ def load_spec(model: str | Path) -> ModelSpec:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    folder = local_folder(model)
-    if folder is not None and not (folder / "config.json").is_file():
+    folder = described_folder(model)
+    _check_family(folder)
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"model: cannot read the config of {str(model)!r}: {error}") from error
+    return ModelSpec.from_hf(config, _generation_eos(folder))
+
+
+def _check_family(folder: Path) -> None:
+    """Say what is supported before transformers says what it does not know.
+
+    Raises:
+        ValueError: no `config.json` that can be read, or a model of no supported family.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
         raise ValueError(
             f"model: {folder} has no config.json; it needs a Hugging Face model folder"
         )
     try:
-        config = AutoConfig.from_pretrained(str(folder or model), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"model: cannot read the config of {str(model)!r}: {error}") from error
-    return ModelSpec.from_hf(config, _generation_eos(model, folder))
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: cannot read the config in {file}: {error}") from None
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if model_type is None:
+        raise ValueError(
+            f"model: {file} has no model_type; supported: {', '.join(sorted(FAMILIES))}"
+        )
+    try:
+        get_family(model_type)
+    except ValueError as error:
+        raise ValueError(f"model: {folder}: {error}") from None
 
 
-def local_folder(model: str | Path) -> Path | None:
-    """The folder that `model` names, or None for a hub id.
-
-    Raises:
-        ValueError: neither an existing folder nor something that looks like a hub id.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise ValueError(f"model: {folder} is a file; it needs the folder that holds config.json")
-    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
-        raise ValueError(f"model: no folder {str(model)!r}, and it is not a hub id (org/name)")
-    return None
-
-
-def _generation_eos(model: str | Path, folder: Path | None) -> tuple[int, ...] | None:
+def _generation_eos(folder: Path) -> tuple[int, ...] | None:
     """End-of-sequence ids of `generation_config.json`; None where it has none."""
-    if folder is not None:
-        file = folder / "generation_config.json"
-        if not file.is_file():
-            return None
-        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    else:
-        from transformers import GenerationConfig
-
-        try:
-            eos = GenerationConfig.from_pretrained(str(model)).eos_token_id
-        except OSError:
-            return None
-    return _token_ids(eos) or None
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return _token_ids(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")) or None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"model: cannot read {file}: {error}") from None
 
 
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -18,13 +18,13 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .spec import ModelSpec, local_folder
+from .source import whole_folder
+from .spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DOWNLOADED = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 
 _LOG_SECONDS = 4.0  # between lines about what has been read
 
@@ -83,28 +83,7 @@ def open_weights(
         return DummyWeights(weight_shapes(spec), dtype, device, seed)
     if load_format != "safetensors":
         raise ValueError(f"load_format={load_format!r} is unknown; it is 'safetensors' or 'dummy'")
-    return SafetensorsWeights(resolve_folder(model), weight_shapes(spec), dtype, device)
-
-
-def resolve_folder(model: str | Path) -> Path:
-    """The local folder of a model; a hub id is downloaded (safetensors, JSON and tokenizer only).
-
-    Raises:
-        ValueError: no such folder, or the hub or the repository cannot be reached.
-    """
-    folder = local_folder(model)
-    if folder is not None:
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=_DOWNLOADED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"model: {str(model)!r} is not a local folder and cannot be fetched from the hub "
-            f"({error}); download it and give its folder"
-        ) from error
+    return SafetensorsWeights(whole_folder(model), weight_shapes(spec), dtype, device)
 
 
 class _Progress:

@@ -448,11 +448,16 @@ void saqqara_pack(const Matrix* w, const bf16* weight, bf16* panels, int64_t thr
   }
 }
 
-// Rows `ids` of the weight that was packed, y [count, inputs]; the matrix is not gated.
+// Rows `ids` of the weight that was packed, y [count, inputs]; the matrix is not gated. A number
+// that is no row's gives zeros: nothing is read outside the panels.
 void saqqara_rows(const Matrix* w, const int64_t* ids, int64_t count, bf16* y,
                   int64_t threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= w->outputs) {
+      std::memset(y + i * w->inputs, 0, w->inputs * sizeof(bf16));
+      continue;
+    }
     const bf16* from = w->panels + ids[i] / kPanel * panel_elements(*w) + ids[i] % kPanel * 2;
     bf16* row = y + i * w->inputs;
     for (int64_t k = 0; k < w->inputs; ++k) row[k] = from[k / 2 * 2 * kPanel + k % 2];

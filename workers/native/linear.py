@@ -189,8 +189,14 @@ class PackedLinear:
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the weight, bf16 [T, in], for int64 ids [T]: the embedding of a tied head."""
+        """Rows of the weight, bf16 [T, in], for int64 ids [T]: the embedding of a tied head.
+
+        Raises:
+            IndexError: an id is no row's.
+        """
         assert not self.matrix.gated, "the rows of a gated layer are not numbered"
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_outputs:
+            raise IndexError(f"ids {ids.tolist()!s:.200} of a weight of {self.num_outputs} rows")
         out = torch.empty(len(ids), self.num_inputs, dtype=torch.bfloat16)
         _kernel("rows")(
             self._address,

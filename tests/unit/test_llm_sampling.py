@@ -1,10 +1,13 @@
-"""A sequence whose logits are no finite numbers ends with an error; the others go on.
+"""How tokens are chosen, through a whole engine in this process.
 
-The model is a tiny random one in which the embedding of the letter `x` is NaN.
+The model is a tiny random one of bytes in which the embedding of the letter `x` is NaN, so that
+nothing can be computed after it.
 """
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -62,3 +65,54 @@ def test_scores_of_a_broken_text_are_an_error(llm: LLM) -> None:
     assert all(math.isfinite(value) for value in good.logprobs)
     assert bad.finish_reason == "error"
     assert "not finite" in str(bad.error)
+
+
+def test_only_allowed_tokens_are_written(llm: LLM) -> None:
+    """Each request has its own; a pool that is too small for all preempts some of them."""
+    letters = llm.get_tokenizer().encode("abcdefgh")
+    sampling = [
+        GREEDY.model_copy(update={"temperature": 1.0, "max_tokens": 40, "allowed_token_ids": ids})
+        for ids in [*pairwise(letters), None]
+    ]
+    outputs = llm.generate(["abc"] * len(sampling), sampling)
+    for output, params in zip(outputs, sampling, strict=True):
+        assert len(output.outputs[0].token_ids) == 40 or params.allowed_token_ids is None
+        if params.allowed_token_ids is not None:
+            assert {*output.outputs[0].token_ids} <= {*params.allowed_token_ids}
+
+
+def test_bad_words_are_not_written(llm: LLM) -> None:
+    letters = tuple(llm.get_tokenizer().encode("ab"))
+    sampling = SamplingParams(max_tokens=200, seed=1, allowed_token_ids=letters)
+    [free] = llm.generate("a", sampling)
+    assert "aba" in free.outputs[0].text
+    [limited] = llm.generate("a", sampling.model_copy(update={"bad_words": ("aba", "bbb")}))
+    assert len(limited.outputs[0].text) == 200
+    assert "aba" not in limited.outputs[0].text
+    assert "bbb" not in limited.outputs[0].text
+    assert "ab" in limited.outputs[0].text
+
+
+def test_no_text_is_made_where_none_is_wanted(llm: LLM) -> None:
+    [plain] = llm.generate("abc", GREEDY)
+    [silent] = llm.generate("abc", GREEDY.model_copy(update={"detokenize": False}))
+    assert silent.outputs[0].token_ids == plain.outputs[0].token_ids
+    assert silent.outputs[0].text == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"stop_token_ids": [257], "min_tokens": 1},
+            "stop_token_ids: 257 is no token",
+        ),
+        ({"logit_bias": {257: 1.0}}, "logit_bias: 257 is no token"),
+        ({"allowed_token_ids": [3, 257]}, "allowed_token_ids: 257 is no token"),
+        ({"allowed_token_ids": [0], "min_tokens": 1}, "allowed_token_ids has nothing but tokens"),
+    ],
+)
+def test_tokens_that_the_model_lacks_cost_the_call_alone(llm: LLM, given: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"prompts\[0\]: {said}"):
+        llm.generate("abc", SamplingParams(**given))
+    assert llm.generate("abc", GREEDY)[0].finished
