@@ -76,20 +76,22 @@ class ResultFile:
         """Start writing, now that the engine is up.
 
         Args:
-            resolved: what the engine's `auto` settings have come to.
+            resolved: what is known once it is, see `resolved_settings`.
 
         Raises:
             ValueError: they have come to something else than for the results that are there.
         """
         before = self._before.get("resolved") or {}
-        if before and resolved and (changed := difference(before, resolved)) is not None:
+        both = before.keys() & resolved.keys()
+        changed = difference({k: before[k] for k in both}, {k: resolved[k] for k in both})
+        if changed is not None:
             raise ValueError(
-                f"output: {self.path} holds results of another kind of machine: {changed}; set it "
+                f"output: {self.path} holds results of another model or machine: {changed}; set it "
                 "as it was to resume, or start anew with --overwrite"
             )
         if self._overwrite:
             self._file.truncate(0)
-        data = {"format": FORMAT, "settings": self._settings, "resolved": dict(resolved) or before}
+        data = {"format": FORMAT, "settings": self._settings, "resolved": {**before, **resolved}}
         write_json(self.sidecar, data)
 
     def write(self, record: Record) -> None:

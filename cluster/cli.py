@@ -192,7 +192,7 @@ def serve(
 
 
 @bench.command()
-@with_settings(sampling=False)
+@with_settings(sampling=False, watched=True)
 def throughput(
     prompts: Annotated[
         Path | None,
@@ -223,7 +223,7 @@ def throughput(
 
 
 @bench.command()
-@with_settings(sampling=False)
+@with_settings(sampling=False, watched=True)
 def profile(
     num_requests: Annotated[int, typer.Option(min=1, help="Prompts, random token ids.")] = 16,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,

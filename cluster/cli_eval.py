@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 evaluation = App(help="Measure the quality of retention settings, beside full retention.")
 
-eval_settings = with_settings(sampling=False, without=("retention", "budget"))
+eval_settings = with_settings(sampling=False, without=("retention", "budget"), watched=True)
 
 Retentions = Annotated[
     list[str] | None,

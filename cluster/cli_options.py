@@ -9,9 +9,10 @@ one line.
 import functools
 import inspect
 import logging
+import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -23,6 +24,7 @@ from saqqara.compression.retention import Retention
 from saqqara.configs import vllm_names
 from saqqara.configs.schema import EngineConfig
 
+from .long_wait import LongWait
 from .request import SamplingParams
 from .settings import engine_config, read_config_file, sampling_params
 
@@ -49,6 +51,8 @@ PANELS = {
     ),
 }
 """Headings in the help for engine settings; what is in none stands under `Engine`."""
+
+QUIET_SECONDS = 4.8  # more than those of waits within a command, which say more
 
 ENGINE_PREFIX = "engine_"
 SAMPLING_PREFIX = "sampling_"
@@ -86,7 +90,10 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def with_settings(
-    sampling: bool = True, without: Collection[str] = (), checked: bool = True
+    sampling: bool = True,
+    without: Collection[str] = (),
+    checked: bool = True,
+    watched: bool = False,
 ) -> Callable[[Command], Command]:
     """Give a command `--config` and a flag per setting; it receives them as `settings`.
 
@@ -95,6 +102,8 @@ def with_settings(
         without: fields of `EngineConfig` that get no flag, because the command has its own.
         checked: without it `settings` are the engine settings that were written, as a mapping,
             for a command that has others beside them.
+        watched: whether a line is logged every few seconds while the command runs and nothing else
+            is; a terminal has bars instead.
     """
 
     def decorate(command: Command) -> Command:
@@ -111,7 +120,9 @@ def with_settings(
         @functools.wraps(command)
         def wrapped(**given: Any) -> None:
             written = {flag.name: given.pop(flag.name) for flag in flags}
-            with errors_in_one_line():
+            quiet = not watched or sys.stderr.isatty()
+            name = command.__name__.replace("_", "-")
+            with errors_in_one_line(), nullcontext() if quiet else LongWait(name, QUIET_SECONDS):
                 engine, params = _written(written)
                 if checked:
                     settings = Settings(engine_config(engine), sampling_params(params))

@@ -20,6 +20,7 @@ from .chat_template import ChatOptions
 from .engine import Engine, EngineReport, Executor, LocalExecutor
 from .engine_loop import EngineDeadError, EngineLoop
 from .metrics import Sink
+from .model_fit import check_fits
 from .report import BatchRows
 from .request import RequestOutput, SamplingParams, ScoreOutput
 from .sequence import ContextLengthError
@@ -160,6 +161,7 @@ class LocalClient:
     ) -> None:
         started = time.monotonic()
         spec = load_spec(config.model)  # first, since it says best what is wrong with a folder
+        check_fits(config, spec)
         tokenizer = Tokenizer.load(config.tokenizer or config.model)
         executor = executor or LocalExecutor(config)
         try:

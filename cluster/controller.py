@@ -19,11 +19,13 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers.models.spec import load_spec
 
 from .client import EngineDescription, EngineRequest, LocalClient, Rejection
 from .engine import EngineReport
 from .engine_loop import EngineDeadError
 from .executor import PROGRESS_SECONDS, RayExecutor, exit_reason, one_line
+from .model_fit import check_fits, check_fits_if_local
 from .placement import DEFAULT_TIMEOUT_SECONDS, Placement, PlacementError, reserve
 from .rank_process import WorkerFactory, log_process_to, new_log_dir
 from .ray_metrics import RaySink
@@ -98,6 +100,7 @@ def start_controller(
         ValueError: a setting that the model or a machine cannot meet.
         EngineDeadError: a rank or the controller did not start.
     """
+    check_fits_if_local(config)
     started_ray = connect()
     log_dir = new_log_dir(config)
     try:
@@ -165,6 +168,7 @@ class Controller:
 
     def start(self) -> EngineDescription:
         """Start the ranks and the engine."""
+        check_fits(self._config, load_spec(self._config.model))
         executor = RayExecutor(
             self._config,
             placement=self._placement,

@@ -17,6 +17,7 @@ from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 from .chat_template import ChatOptions
 from .events import Event, Finished, NewScores, NewToken, Preempted, Prefilled
 from .metrics import PrometheusSink, Sink
+from .model_fit import check_fits
 from .output import Choice, RequestState
 from .report import BatchRows, EngineReport
 from .request import (
@@ -130,11 +131,7 @@ class Engine:
         sinks: Many[Sink] = (),
         model_name: str | None = None,
     ) -> None:
-        if config.max_model_len is not None and config.max_model_len > spec.max_position:
-            raise ValueError(
-                f"max_model_len={config.max_model_len} is more than the model's context of "
-                f"{spec.max_position} tokens"
-            )
+        check_fits(config, spec)
         self.config = config
         self.retention = Retention.parse(config.retention, config.budget)
         self.metrics = PrometheusSink(model_name or config.model)

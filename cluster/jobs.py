@@ -165,7 +165,7 @@ def _run_rows(
             stack.callback(own.shutdown)
         else:
             client.reset_stats()
-        results.begin(resolved_settings(client.describe().workers))
+        results.begin(resolved_settings(job.config, client.describe().workers))
         started = time.perf_counter()
         stack.enter_context(progress)
         parser = RowParser(

@@ -10,8 +10,8 @@ Under a decode-stage retention all rows of a sequence shrink together, too, afte
 tokens that are known (`compression.decode_stage.Cycle`): then pages are a function of how many
 tokens rows have *grown* by. A step that compacts appends first, so it is charged what it holds at
 its peak, and `settle`, at the end of the plan, gives back what the compaction returns. The ring of
-queries and the sums of attention that such a sequence may have lie outside the pool and are not
-charged here.
+queries that a sequence may have (`workers/rings.py`) and its sums of attention lie outside the
+pool: they are charged no pages. The bytes of its ring are counted in `usage`.
 
 Rows that PyramidInfer's generation stage trims do not grow alike: `trimmed.TrimmedPages` counts
 their pages, one sequence at a time, in the place of the function above.
@@ -29,6 +29,7 @@ from saqqara.compression.decode_stage import Cycle, cycle_of, grown, trimmed_row
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import WorkerInfo
 
+from .ring_bytes import ring_bytes
 from .trimmed import TrimmedDemand, TrimmedPages
 
 Ints = NDArray[np.int64]
@@ -43,23 +44,29 @@ class Demand:
     `rows` int32 [L, H] expected kept tokens; `base` int64 [W] pages after prefill; `crossings`
     int64 [W, P] pages that the first k < P tokens after the prompt add. Exact unless `ragged`.
     `cycle` says when rows are compacted while decoding; None: never. `trimmed` counts in the place
-    of `base` and `crossings` where rows are trimmed.
+    of `base` and `crossings` where rows are trimmed. `ring_bytes`, int64 [W], are those of the
+    ring of queries that a sequence has as long as it holds its slot.
     """
 
     rows: NDArray[np.int32]
     base: Ints
     crossings: Ints
     ragged: bool
+    ring_bytes: Ints
     cycle: Cycle | None = None
     trimmed: TrimmedDemand | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Bytes of the pages that prefilled sequences hold, and what full retention would hold."""
+    """Bytes of the pages that prefilled sequences hold, and what full retention would hold.
+
+    `ring_bytes` are those of the queries, and their normalisers, that all sequences remember.
+    """
 
     kept_bytes: int
     full_bytes: int
+    ring_bytes: int = 0
 
 
 class Ledger:
@@ -102,6 +109,7 @@ class Ledger:
         self._base_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
         self._rows_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
         self._crossings_SWP = np.zeros((num_slots, num_workers, self.page_tokens), dtype=np.int64)
+        self._ring_bytes_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
         self._trimmed: dict[int, TrimmedPages] = {}  # by slot
         self._demands: dict[tuple[Retention, int], Demand] = {}
 
@@ -145,6 +153,7 @@ class Ledger:
             self._grace_S[slot], self._slack_S[slot] = demand.cycle.grace, demand.cycle.slack
         if demand.trimmed is not None:
             self._trimmed[slot] = demand.trimmed.sequence(reserve_tokens)
+        self._ring_bytes_SW[slot] = demand.ring_bytes
         self._kept_SLH[slot] = demand.rows
         self._base_SW[slot] = demand.base
         self._rows_SW[slot] = self._rows_W
@@ -160,6 +169,7 @@ class Ledger:
         for counts in (self._prompt_S, self._fed_S, self._reserved_S, self._layers_S):
             counts[slot] = 0
         self._grace_S[slot] = self._slack_S[slot] = 0
+        self._ring_bytes_SW[slot] = 0
         self._trimmed.pop(slot, None)
         self._kept_SLH[slot] = 0
 
@@ -259,7 +269,11 @@ class Ledger:
         full_NW = -(-tokens_N // self.page_tokens)[:, None] * self._rows_SW[slots]
         kept_W = (kept_NW * exact_NW).sum(axis=0)
         full_W = (full_NW * exact_NW).sum(axis=0)
-        return Usage(int(kept_W @ self._page_bytes), int(full_W @ self._page_bytes))
+        return Usage(
+            int(kept_W @ self._page_bytes),
+            int(full_W @ self._page_bytes),
+            int(self._ring_bytes_SW.sum()),
+        )
 
     def allocated(self) -> Ints:
         """Pages that each worker holds once the planned steps have run, int64 [W].
@@ -384,4 +398,5 @@ class Ledger:
             ragged=ragged,
             cycle=cycle,
             trimmed=None if trimmed is None else TrimmedDemand(trimmed, self.workers),
+            ring_bytes=ring_bytes(retention, prompt_tokens, self.workers),
         )

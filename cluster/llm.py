@@ -13,6 +13,7 @@ from saqqara.compression.retention import Retention
 
 from .client import EngineDeadError, EngineRequest
 from .launch import launch
+from .long_wait import LongWait
 from .report import EngineReport
 from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
 from .settings import check_keys, engine_config
@@ -112,7 +113,7 @@ class LLM:
                 `{"prompt_token_ids": token ids}`.
             sampling_params: for all prompts, or one for each.
             prompt_token_ids: token ids of one or several prompts, instead of `prompts`.
-            use_tqdm: show a progress bar when the output is a terminal.
+            use_tqdm: show progress: a bar on a terminal, else a line in the log every few seconds.
             retention: overrides the engine's, for all prompts or one for each.
             budget: overrides the engine's, for all prompts or one for each.
 
@@ -312,9 +313,19 @@ class LLM:
 
 @contextmanager
 def _progress(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, nothing anywhere else; yields what counts one more."""
-    if not wanted or not sys.stderr.isatty():
+    """A bar on a terminal, a line in the log elsewhere; yields what counts one more."""
+    if not wanted:
         yield lambda: None
+        return
+    if not sys.stderr.isatty():
+        num_ended = 0
+
+        def advance() -> None:
+            nonlocal num_ended
+            num_ended += 1
+
+        with LongWait(lambda: f"{num_ended} of {total} requests have ended"):
+            yield advance
         return
     from rich.console import Console
     from rich.progress import Progress

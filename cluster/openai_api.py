@@ -130,9 +130,10 @@ class GenerationRequest(IdleFields):
     def check_profile(self) -> None:
         """Raise an `ApiError` if `retention` names a file: clients read none of the server's."""
         profile = self.retention.get("profile") if isinstance(self.retention, dict) else None
+        if profile is None or isinstance(profile, dict):
+            return
         shipped = {file.stem for file in (CONFIG_DIR / "profiles").glob("*.json")}
-        is_shipped = isinstance(profile, str) and profile in shipped
-        if profile is not None and not isinstance(profile, dict) and not is_shipped:
+        if not isinstance(profile, str) or profile not in shipped:
             raise ApiError(
                 400,
                 f"retention: profile must be one of {sorted(shipped)} or the measured scores",
@@ -200,9 +201,9 @@ class GenerationRequest(IdleFields):
         Raises:
             ApiError: `retention` or `budget` is wrong.
         """
-        if self.retention is None and self.budget is None:
+        if not self.retention and self.budget is None:
             return default
-        spec = default if self.retention is None else self.retention
+        spec = self.retention or default
         try:
             return Retention.parse(spec, self.budget)
         except ValueError as error:

@@ -49,7 +49,7 @@ class ResponseFormat(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    type: Annotated[Any, only("text", why=_NO_GRAMMAR)]
+    type: Annotated[Any, only("text", why=_NO_GRAMMAR)] = None
     json_schema: Annotated[Any, only(why=_NO_GRAMMAR)] = None
 
 

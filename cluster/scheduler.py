@@ -11,7 +11,7 @@ from itertools import islice
 
 import numpy as np
 
-from saqqara.compression.decode_stage import sums_mass
+from saqqara.compression.decode_stage import feeds_single_tokens
 from saqqara.workers.plan import (
     DecodeItem,
     NewSequence,
@@ -359,11 +359,11 @@ class Scheduler:
         A compaction depends on the tokens before it, so no step spans one. A resumed sequence with
         a decode stage is replayed token by token, by the very steps that it was decoded with;
         scoring feeds pieces that end where rows are compacted, which is the same but for rounding
-        (single tokens where sums of attention decide, which decode steps alone report, or where
-        the request wants it).
+        (single tokens where cuts go by what decode steps alone report, or where the request wants
+        it).
         """
         request = sequence.request
-        if request.token_by_token or sums_mass(request.retention):
+        if request.token_by_token or feeds_single_tokens(request.retention):
             return 1
         room = self.ledger.room(_slot(sequence))
         if room is None:

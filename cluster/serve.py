@@ -34,6 +34,7 @@ from .engine import Engine, Executor, LocalExecutor
 from .executor import RayExecutor
 from .generation import Generation
 from .http_app import make_app
+from .model_fit import check_fits, check_fits_if_local
 from .placement import (
     Placement,
     PlacementPlan,
@@ -89,6 +90,7 @@ class Replica:
         tokenizer = config.tokenizer or config.model
         name = plan.config.model_loading_config.model_id
         spec = load_spec(config.model)  # first, since it says best what is wrong with a folder
+        check_fits(config, spec)
         engine = Engine(
             config,
             _executor(plan),
@@ -168,8 +170,9 @@ def plan_replica(config: ServeConfig, engine: EngineConfig, keys: ApiKeys) -> Re
     """What one replica asks of the cluster; Ray must be connected where `device` is `auto`.
 
     Raises:
-        ValueError: `placement_group_config` does not fit the engine.
+        ValueError: `placement_group_config` does not fit the engine, or the engine not the model.
     """
+    check_fits_if_local(engine)
     gpu = uses_gpus(engine)
     actor = dict(config.deployment_config.ray_actor_options)
     if engine.executor == "local":

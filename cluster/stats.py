@@ -48,6 +48,7 @@ class EngineStats:
         self._e2e = LatencyRecorder()
         self._usage = Usage(0, 0)
         self._usage_peak = Usage(0, 0)
+        self._ring_bytes_peak = 0
         self._kept_L = np.zeros(self._num_layers, dtype=np.int64)
         self._dropped_L = np.zeros(self._num_layers, dtype=np.int64)
         self._first_time: float | None = None
@@ -110,6 +111,7 @@ class EngineStats:
         self._counts["num_steps"] += 1
         self._last_time = now
         self._usage = usage
+        self._ring_bytes_peak = max(self._ring_bytes_peak, usage.ring_bytes)
         if usage.kept_bytes > self._usage_peak.kept_bytes or (
             usage.kept_bytes == self._usage_peak.kept_bytes
             and usage.full_bytes > self._usage_peak.full_bytes
@@ -186,6 +188,7 @@ class EngineStats:
             e2e_latency=self._e2e.summary(),
             kv_kept_bytes_peak=self._usage_peak.kept_bytes,
             kv_full_bytes_peak=self._usage_peak.full_bytes,
+            kv_ring_bytes_peak=self._ring_bytes_peak,
             kept_tokens_by_layer=tuple(self._kept_L.tolist()),
             dropped_tokens_by_layer=tuple(self._dropped_L.tolist()),
             pages_leaked=self._pages_in_use() if is_idle else None,

@@ -278,7 +278,7 @@ def _check_message(message: Mapping[str, Any], field: str) -> dict[str, str]:
             raise ValueError(f"{field}.{key} is missing")
     checked = {"content": _check_content(message["content"], f"{field}.content")}
     for key, value in message.items():
-        if key in ("role", "name"):
+        if key == "role" or (key == "name" and value is not None):
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{field}.{key} must be a non-empty string, not {value!r:.80}")
             checked[key] = value

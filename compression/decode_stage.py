@@ -19,7 +19,7 @@ from saqqara.configs.shown import shown
 
 from .bounds import check
 from .registry import score_method
-from .trim import TrimmedRows, TrimStage
+from .trim import TrimmedRows, TrimStage, most_queries
 
 if TYPE_CHECKING:
     from .retention import Retention
@@ -155,21 +155,54 @@ def trimmed_rows(retention: "Retention", prompt_tokens: int, num_layers: int) ->
 
 
 def num_ring_queries(retention: "Retention") -> int:
-    """Queries of the last tokens that must be remembered while a sequence decodes."""
-    if retention.decode is None:
+    """Queries of the last tokens that a compaction of a row with a target looks at."""
+    if not isinstance(retention.decode, DecodeStage):
         return 0
-    if isinstance(retention.decode, TrimStage):
-        return 1
     observed = _observed(retention)
     return {"nothing": 0, "mass": 0, "window queries": retention.window, "last query": 1}[observed]
 
 
-def sums_mass(retention: "Retention") -> bool:
-    """Whether the attention that each stored token gets must be summed up while decoding.
+def ring_size(retention: "Retention", prompt_tokens: int, max_tokens: int) -> int:
+    """Queries of the last tokens that must be remembered while a sequence decodes.
 
-    Such a sequence is fed token by token, also where it is scored: only decode steps report
-    attention.
+    Args:
+        retention: of the sequence.
+        prompt_tokens: length of its prompt.
+        max_tokens: of prompt and output together.
     """
+    if not isinstance(retention.decode, TrimStage):
+        # A ring that no sequence can fill is never read.
+        return min(num_ring_queries(retention), max_tokens)
+    assert retention.propagate is not None, "checked by Retention"
+    return most_queries(retention.decode, retention.propagate, prompt_tokens, max_tokens)
+
+
+def most_ring_size(retention: "Retention", max_tokens: int) -> int:
+    """The largest `ring_size` of any sequence of at most so many tokens."""
+    if isinstance(retention.decode, TrimStage) and retention.decode.is_published:
+        assert retention.propagate is not None, "checked by Retention"
+        return retention.propagate.recent_tokens(max_tokens)
+    return ring_size(retention, max_tokens, max_tokens)
+
+
+def remembers_normalisers(retention: "Retention") -> bool:
+    """Whether each remembered query needs the normaliser that its attention had.
+
+    A later cut drops keys which that query saw, so it cannot be found again.
+    """
+    return isinstance(retention.decode, TrimStage) and retention.decode.is_published
+
+
+def feeds_single_tokens(retention: "Retention") -> bool:
+    """Whether such a sequence is always fed token by token, also where it is scored.
+
+    Decode steps alone report the attention, or the normalisers, that its cuts go by.
+    """
+    return sums_mass(retention) or remembers_normalisers(retention)
+
+
+def sums_mass(retention: "Retention") -> bool:
+    """Whether the attention that each stored token gets must be summed up while decoding."""
     return isinstance(retention.decode, DecodeStage) and _observed(retention) == "mass"
 
 

@@ -50,15 +50,16 @@ def select_trimmed(scores: Tensor, trim: Trim) -> Tensor:
     """Choose what stays of one layer of sequences that are trimmed; all its heads keep the same.
 
     Args:
-        scores: of the stored tokens of each sequence, [N, stored]: the attention that the last
-            query pays to them, as a mean over all query heads, which is PyramidInfer's (arXiv
-            2405.12532) with the one query that a decode step has. Of equal scores the later token
-            wins.
+        scores: of the tokens of each sequence that may be cut, [N, stop - start]: the attention
+            that they get, as a mean over all query heads. With the published trigger that is
+            PyramidInfer's own (arXiv 2405.12532): the mean over the last query and the recent
+            ones, weighted from 1 for the oldest to `distance_weight`. With ours it is the last
+            query's. Of equal scores the later token wins.
         trim: what is cut.
 
     Returns:
         int64 [N, stored - (stop - start) + keep], places in storage, ascending in each row.
     """
-    chosen = topk_positions(scores[:, trim.start : trim.stop], trim.keep) + trim.start
+    chosen = topk_positions(scores, trim.keep) + trim.start
     places = torch.arange(trim.stored, device=scores.device).expand(len(scores), -1)
     return torch.cat([places[:, : trim.start], chosen, places[:, trim.stop :]], dim=1)

@@ -8,11 +8,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .budget import budget_mistake
 from .worker_settings import WorkerSettings
 
+MAX_TOKENS = 2**24
+MAX_NUM_SEQS = 4096
+MAX_RANKS = 1024
+
 
 class EngineConfig(BaseModel):
     """Settings of one engine replica. Sizes are per replica unless the name says otherwise."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field(
         description="Folder, or hub id (ORG/NAME or ORG/NAME@REVISION), of a Llama-class model."
@@ -23,30 +27,46 @@ class EngineConfig(BaseModel):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = Field(0, ge=0, description="Seeds requests that bring no seed of their own.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seeds requests that bring no seed of their own."
+    )
 
     max_model_len: int | None = Field(
-        None, ge=1, description="Prompt plus generated tokens; default: the model's context."
+        None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Prompt plus generated tokens; default: the model's context.",
     )
-    max_num_seqs: int = Field(64, ge=1, description="Sequences that hold a slot at once.")
+    max_num_seqs: int = Field(
+        64, ge=1, le=MAX_NUM_SEQS, description="Sequences that hold a slot at once."
+    )
     max_prefill_tokens: int = Field(
-        2048, ge=1, description="Prompt tokens concatenated into one prefill group."
+        2048, ge=1, le=MAX_TOKENS, description="Prompt tokens concatenated into one prefill group."
     )
     prefill_quantum: int | None = Field(
         32768,
         ge=1,
+        le=2**40,
         description="Layers x tokens of prefill per step while others decode; none: no bound.",
     )
     max_extend_tokens: int = Field(
-        1024, ge=1, description="Tokens replayed or scored per step in one `extend`."
+        1024, ge=1, le=MAX_TOKENS, description="Tokens replayed or scored per step in one `extend`."
     )
     linear_chunk_tokens: int = Field(
-        2048, ge=1, description="Tokens per chunk in linear layers and MLP during prefill."
+        2048,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Tokens per chunk in linear layers and MLP during prefill.",
     )
 
-    page_tokens: int = Field(16, ge=1, description="Tokens of one page (one row's K and V).")
+    page_tokens: int = Field(
+        16, ge=1, le=1024, description="Tokens of one page (one row's K and V)."
+    )
     kv_memory_gib: float | None = Field(
-        None, gt=0, description="KV pool in GiB; default on CPU: min(4, 30% of available memory)."
+        None,
+        gt=0,
+        le=2**14,
+        description="KV pool in GiB; default on CPU: min(4, 30% of available memory).",
     )
     memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of GPU memory the engine may use."
@@ -66,14 +86,17 @@ class EngineConfig(BaseModel):
     cuda_graphs: Literal["auto", "off"] = Field(
         "auto", description="'auto': replay recorded decode steps on a GPU; 'off': launch each."
     )
-    tensor_parallel_size: int = Field(1, ge=1)
-    pipeline_parallel_size: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1, le=MAX_RANKS)
+    pipeline_parallel_size: int = Field(1, ge=1, le=MAX_RANKS)
     layer_split: tuple[int, ...] | None = Field(
         None, description="Layers per pipeline stage, e.g. [16, 14]; default: balanced."
     )
     executor: Literal["local", "ray"] = "local"
     num_threads: int | None = Field(
-        None, ge=1, description="CPU threads per worker; default: cores / ranks on the host."
+        None,
+        ge=1,
+        le=4096,
+        description="CPU threads per worker; default: cores / ranks on the host.",
     )
     warmup: bool = Field(True, description="Run one small step before the first request.")
     check_integrity: bool = Field(False, description="Prove page ownership after every step.")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers.models.source import whole_folder
 from saqqara.workers.models.spec import load_spec
 
 from .kept_positions import Rows, kept_positions
@@ -29,8 +30,8 @@ class AttentionMaps:
         maps: fp32 [layers, kv heads, queries, keys], softmax weights of transformers' eager
             attention in fp32, mean over the query heads of each kv head.
         layers: numbers of these layers in the model.
-        kept: by the settings' labels, the positions kept in every layer of the model, read from
-            the engine's own pages.
+        kept: by the settings' labels, the positions kept in every layer of the model, as the
+            engine's own worker says.
     """
 
     maps: Floats
@@ -77,7 +78,7 @@ def _eager_attention(
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        model_name, dtype=torch.float32, attn_implementation="eager"
+        str(whole_folder(model_name)), dtype=torch.float32, attn_implementation="eager"
     ).eval()
     with torch.inference_mode():
         attentions = model(torch.tensor([list(prompt)]), output_attentions=True).attentions

@@ -132,6 +132,11 @@ def check_decode(device: torch.device, dtype: torch.dtype, seed: int) -> float:
     cut, mass_NHT = decode.decode(q, rows, scale, return_mass=True, split_tokens=64)
     assert mass_NHT is not None
     _close(mass_NHT, expected_mass, MASS_TOLERANCE)
+    _, expected_lse = _ORACLE.decode_and_lse(_plain(q), _plain_view(view), scale)
+    for split_tokens in (64, 512):
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=device)
+        decode.decode(q, rows, scale, lse=lse, split_tokens=split_tokens)
+        _close(lse.exp(), expected_lse.exp(), MASS_TOLERANCE)
     return max(_close(out, expected, TOLERANCES[dtype]) for out in (whole, cut))
 
 
@@ -208,6 +213,9 @@ def check_mass(device: torch.device, dtype: torch.dtype, seed: int) -> float:
             keys = slice(*cu_k.host[n : n + 2])
             plain = (_plain(q[queries]), _plain(k[keys]), scale, _plain(weights[queries]))
             worst = max(worst, _close(got[:, keys], _ORACLE.mass(*plain), MASS_TOLERANCE))
+        lse = TritonAttention().normalisers(q[: counts[0]], k[:90], scale)
+        expected_lse = _ORACLE.normalisers(_plain(q[: counts[0]]), _plain(k[:90]), scale)
+        _close(lse.exp(), expected_lse.exp(), MASS_TOLERANCE)
         one = TritonAttention().mass(q[: counts[0]], k[:90], scale)
         alone = _ORACLE.mass(_plain(q[: counts[0]]), _plain(k[:90]), scale)
         worst = max(worst, _close(one, alone, MASS_TOLERANCE))

@@ -110,6 +110,7 @@ def measure(config: EngineConfig, workload: Workload) -> dict[str, Any]:
         "total_tokens_per_second": (num_prompt + num_generated) / wall_seconds,
         "kv_kept_bytes_peak": report.kv_kept_bytes_peak,
         "kv_full_bytes_peak": report.kv_full_bytes_peak,
+        "kv_ring_bytes_peak": report.kv_ring_bytes_peak,
         "prefill_kv_bytes_peak": report.prefill_kv_bytes_peak,
         "prefill_activation_bytes_peak": report.prefill_activation_bytes_peak,
         "peak_rss_bytes": report.resident_bytes_peak,

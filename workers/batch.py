@@ -17,36 +17,40 @@ from .kv.store import AppendPlan, KVStore, KVView
 from .mass_sums import MassSums
 from .models.layer import QKV, Layer, Places
 from .plan import DecodeItem
-from .rings import RingWrites
+from .rings import QueryRings, RingWrites
 from .shard import Shard
 from .transfer import to_device
 
 
 @dataclass(frozen=True)
-class Counted:
-    """The decoding sequences whose attention is added to their sums.
+class Company:
+    """Decoding sequences that attend together, because the same is wanted of their attention.
 
     Attributes:
         slots: theirs, int64 [C].
         rows: which of the decoding sequences they are, int64 [C]; None for all.
-        others: the rest, int64; None if there is no rest.
+        sums: whether the attention that tokens get is added to their sums.
+        places: where their normalisers are remembered, int64 [C]; None if they are not.
     """
 
     slots: NDArray[np.int64]
     rows: Tensor | None
-    others: Tensor | None
+    sums: bool = False
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class DecodeBatch:
     """Fed tokens in the order of the plan, and the pages reserved for them.
 
-    Sequences that feed one token (`num_single` of them) decode; those that feed several extend.
+    Sequences that feed one token (`num_single` of them) decode, at `single_positions`; those that
+    feed several extend.
     In `append` the single ones come first. `rows` says which fed tokens those are, in that order;
     None where that is the plan's own order and nobody is left out. Tokens of refused slots are in
     the batch, because other ranks count on its size, but attend to nothing and are not stored.
-    `rings` says which queries are remembered for compactions, and `counted` whose attention is
-    summed up; None where no sequence needs any.
+    `rings` says which queries are remembered for cuts; None where no sequence needs any.
+    `companies` has the decoding sequences apart by what is wanted of their attention; none where
+    that is the output alone.
     """
 
     positions: NDArray[np.int64]
@@ -54,8 +58,9 @@ class DecodeBatch:
     rows: Tensor | None
     num_single: int
     cu: CuSeqlens | None
+    single_positions: NDArray[np.int64]
     rings: RingWrites | None = None
-    counted: Counted | None = None
+    companies: tuple[Company, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +81,7 @@ class DecodeBatch:
         )
         if not fitting:
             nothing = torch.empty(0, dtype=torch.int64, device=device)
-            return cls(positions, None, nothing, 0, None)
+            return cls(positions, None, nothing, 0, None, positions[:0])
         single = [item for item in fitting if item.num_tokens == 1]
         several = [item for item in fitting if item.num_tokens > 1]
         slots = np.array([item.slot for item in single + several], dtype=np.int64)
@@ -94,25 +99,30 @@ class DecodeBatch:
             ]
             rows = to_device(np.concatenate(order), device)
         cu = CuSeqlens.of([item.num_tokens for item in several], device) if several else None
-        return cls(positions, append, rows, len(single), cu)
+        at = np.array([item.position for item in single], dtype=np.int64)
+        return cls(positions, append, rows, len(single), cu, at)
 
-    def counted_by(self, sums: MassSums) -> Counted | None:
-        """Whose attention must be added to these sums; None for nobody's."""
+    def keep_company(self, sums: MassSums, rings: QueryRings) -> "DecodeBatch":
+        """The same batch, its sequences apart by what else must be noted of their attention."""
         if self.append is None:
-            return None
+            return self
         slots, device = self.append.slots, self.append.device_slots.device
-        has = sums.has(slots)
-        assert not has[self.num_single :].any(), "attention is summed up token by token"
-        if not has.any():
-            return None
-        if has.all():
-            return Counted(slots, None, None)
-        rows, others = np.flatnonzero(has), np.flatnonzero(~has[: self.num_single])
-        return Counted(
-            slots[rows],
-            torch.from_numpy(rows).to(device),
-            torch.from_numpy(others).to(device) if len(others) else None,
-        )
+        has_sums, has_lse = sums.has(slots), rings.normalised(slots)
+        noted = has_sums | has_lse
+        assert not noted[self.num_single :].any(), "attention is noted token by token"
+        if not noted.any():
+            return self
+        companies = []
+        for chosen in (has_sums, has_lse, ~noted):
+            among = np.flatnonzero(chosen[: self.num_single])
+            if len(among) == 0:
+                continue
+            rows = None if len(among) == self.num_single else to_device(among, device)
+            places = None
+            if chosen is has_lse:
+                places = rings.places(slots[among], self.single_positions[among])
+            companies.append(Company(slots[among], rows, chosen is has_sums, places))
+        return replace(self, companies=tuple(companies))
 
     def attend(
         self, shard: Shard, index: int, layer: Layer, hidden_TE: Tensor, places: Places
@@ -160,33 +170,35 @@ class DecodeBatch:
         return torch.cat(parts)
 
     def _decode(self, shard: Shard, index: int, q: Tensor, view: KVView) -> Tensor:
-        """Decode the single tokens; those whose attention is summed up apart from the others.
+        """Decode the single tokens, company by company.
 
         So nobody's output depends, not even in its rounding, on who else is in the batch.
         """
-        counted = self.counted
-        if counted is None:
-            return _attended(shard, q, view)
-        if counted.others is None:
-            attended, masses = shard.backend.decode_and_mass(q, view, shard.scale)
-            shard.sums.add(counted.slots, index, masses)
-            return attended
-        assert counted.rows is not None
-        longest = int(shard.kv.table.kept[counted.slots, index].max())
-        chosen = _pick(view, counted.rows, longest)
-        attended, masses = shard.backend.decode_and_mass(q[counted.rows], chosen, shard.scale)
-        shard.sums.add(counted.slots, index, masses)
+        if not self.companies:
+            return shard.backend.decode(q, view, shard.scale)
+        if self.companies[0].rows is None:
+            return _attended(shard, index, q, view, self.companies[0])
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        out[counted.rows] = attended
-        rest = _pick(view, counted.others, view.max_length)
-        out[counted.others] = _attended(shard, q[counted.others], rest)
+        for company in self.companies:
+            assert company.rows is not None
+            longest = int(shard.kv.table.kept[company.slots, index].max())
+            chosen = _pick(view, company.rows, longest)
+            out[company.rows] = _attended(shard, index, q[company.rows], chosen, company)
         return out
 
 
-def _attended(shard: Shard, q: Tensor, view: KVView) -> Tensor:
-    attended = shard.backend.decode(q, view, shard.scale)
-    assert isinstance(attended, Tensor), "no mass was asked for"
-    return attended
+def _attended(shard: Shard, index: int, q: Tensor, view: KVView, company: Company) -> Tensor:
+    """Attention of one company; what is wanted besides goes to where it is kept."""
+    backend, scale = shard.backend, shard.scale
+    if company.sums:
+        attended, masses = backend.decode_and_mass(q, view, scale)
+        shard.sums.add(company.slots, index, masses)
+        return attended
+    if company.places is not None:
+        attended, lse = backend.decode_and_lse(q, view, scale)
+        shard.rings.normalise(company.places, index, lse)
+        return attended
+    return backend.decode(q, view, scale)
 
 
 def _pick(view: KVView, sequences: Tensor, max_length: int) -> KVView:

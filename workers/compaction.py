@@ -17,15 +17,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saqqara.compression.decode_stage import num_ring_queries, sums_mass
+from saqqara.compression.decode_stage import (
+    num_ring_queries,
+    remembers_normalisers,
+    sums_mass,
+)
 from saqqara.compression.observation import Observation
 from saqqara.compression.registry import score_method
 from saqqara.compression.retention import Retention
-from saqqara.compression.scores import mean_of_heads, ordered_mean
+from saqqara.compression.scores import ordered_mean
 from saqqara.compression.stored import select_stored, select_trimmed
+from saqqara.compression.survivors import query_weights
 from saqqara.compression.trim import Trim
 
-from .kv.rows import Rows, compact_rows, read_rows
+from .kv.rows import Rows, compact_rows, read_places, read_rows
 from .plan import DecodeItem
 from .shard import Shard
 
@@ -61,16 +66,16 @@ def compact(shard: Shard, items: tuple[DecodeItem, ...]) -> None:
     for number, f in enumerate(firing):
         alone = number if _asks_ranks(shard, f.retention) else -1
         together[f.retention, f.compaction, alone].append(f)
-    trims_together: dict[tuple[Trim, int], list[DecodeItem]] = defaultdict(list)
+    trims_together: dict[tuple[Trim, Retention, int], list[DecodeItem]] = defaultdict(list)
     for number, (item, trim) in enumerate(trims):
         alone = -1 if shard.mesh.layout.tensor_size == 1 else number
-        trims_together[trim, alone].append(item)
+        trims_together[trim, shard.slots[item.slot].retention, alone].append(item)
     with shard.clock.phase("compact"):
         for group in together.values():
             with shard.faults.blame([f.slot for f in group], "compaction"):
                 for index in range(len(shard.layers)):
                     _compact_layer(shard, index, group)
-        for (trim, _), alike in trims_together.items():
+        for (trim, _, _), alike in trims_together.items():
             with shard.faults.blame([item.slot for item in alike], "trimming"):
                 _trim_layer(shard, alike, trim)
 
@@ -137,28 +142,16 @@ def _trim_layer(shard: Shard, items: list[DecodeItem], trim: Trim) -> None:
     With tensor ranks that is one sequence; ranks whose slot is refused help the others.
     """
     index, num_heads = trim.layer - shard.layers.start, len(shard.heads.kv)
-    is_alone = shard.mesh.layout.tensor_size == 1
     present = [item for item in items if item.slot not in shard.refused]
-    if not present and is_alone:
+    if not present and shard.mesh.layout.tensor_size == 1:
         return
     seen = present or items
     slots = np.array([item.slot for item in seen], dtype=np.int64)
     heads = np.tile(np.arange(num_heads), len(seen))
     rows = Rows(index, slots.repeat(num_heads), heads)
-    if present:
-        k_RND, v_RND = read_rows(shard.kv, rows)
-        assert k_RND.shape[1] == trim.stored, f"{k_RND.shape[1]} stored tokens, not {trim.stored}"
-    else:
-        k_RND = v_RND = _nothing(shard, trim.stored)
     stops = np.array([item.position + item.num_tokens for item in seen])
-    ring = shard.rings.read(slots, index, stops)  # [N, 1, Hq, D]
-    queries = ring.view(len(rows.slots), 1, -1, ring.shape[-1])
-    observation = _observation(shard, index, heads, k_RND, v_RND, queries)
-    mass_RN = observation.window_mass()
-    if is_alone:
-        scores = ordered_mean(mass_RN.view(len(seen), num_heads, -1).transpose(0, 1))
-    else:
-        scores = mean_of_heads(observation, mass_RN)[None]
+    weigh = _recent_mass if remembers_normalisers(shard.slots[slots[0]].retention) else _last_mass
+    scores = weigh(shard, rows, slots, stops, trim, holds_rows=bool(present))
     indices = select_trimmed(scores, trim).repeat_interleave(num_heads, dim=0)
     if not present or compact_rows(shard.kv, rows, indices):
         return
@@ -167,6 +160,87 @@ def _trim_layer(shard: Shard, items: list[DecodeItem], trim: Trim) -> None:
         return
     for item in present:  # some may fit
         _trim_layer(shard, [item], trim)
+
+
+def _last_mass(
+    shard: Shard, rows: Rows, slots: Ints, stops: Ints, trim: Trim, *, holds_rows: bool
+) -> Tensor:
+    """Attention of the last query on the tokens that may be cut, [N, stop - start]: of all heads.
+
+    It is over what the rows store now, [R, stored] by sequence and head.
+    """
+    if holds_rows:
+        k_RND, v_RND = read_rows(shard.kv, rows)
+        assert k_RND.shape[1] == trim.stored, f"{k_RND.shape[1]} stored tokens, not {trim.stored}"
+    else:
+        k_RND = v_RND = _nothing(shard, trim.stored)
+    ring = shard.rings.read(slots, rows.layer, stops)  # [N, 1, Hq, D]
+    queries = ring.view(len(rows.slots), 1, -1, ring.shape[-1])
+    observation = _observation(shard, rows.layer, rows.heads, k_RND, v_RND, queries)
+    mass_RN = observation.window_mass()[:, trim.start : trim.stop]
+    return _mean_of_heads(shard, mass_RN.view(len(slots), -1, mass_RN.shape[1]))
+
+
+def _recent_mass(
+    shard: Shard, rows: Rows, slots: Ints, stops: Ints, trim: Trim, *, holds_rows: bool
+) -> Tensor:
+    """As `_last_mass`, but the weighted mean over the last queries, each as it once attended."""
+    retention, layer, num_heads = shard.slots[slots[0]].retention, rows.layer, len(shard.heads.kv)
+    num_candidates = trim.stop - trim.start
+    if holds_rows:
+        k_RCD = read_places(shard.kv, rows, trim.start, trim.stop)
+    else:
+        k_RCD = _nothing(shard, num_candidates)
+    assert retention.propagate is not None
+    weights = query_weights(retention.propagate, trim.num_queries, shard.device)
+    assert weights is not None
+    mass = torch.empty(len(slots), num_heads, num_candidates, device=shard.device)
+    query_bytes = 4 * len(shard.heads.query) * (shard.spec.head_dim + num_candidates)
+    step = max(1, _MASS_BYTES // (trim.num_queries * query_bytes))
+    for first in range(0, len(slots), step):
+        part = slice(first, first + step)
+        q = shard.rings.read(slots[part], layer, stops[part], trim.num_queries)
+        lse = shard.rings.read_normalisers(slots[part], layer, stops[part], trim.num_queries)
+        k = k_RCD.view(len(slots), num_heads, num_candidates, -1)[part]
+        mass[part] = remembered_mass(q, lse, k, shard.scale, weights)
+    if shard.heads.replicated:
+        mass = shard.mesh.reduce_replicas(mass)
+    return _mean_of_heads(shard, mass / (trim.num_queries * shard.spec.group_size))
+
+
+def _mean_of_heads(shard: Shard, mass_NHC: Tensor) -> Tensor:
+    """Mean over all kv heads of the model, [N, C]: the same bits on every tensor rank.
+
+    Ranks take one sequence at a time.
+    """
+    if shard.mesh.layout.tensor_size == 1:
+        return ordered_mean(mass_NHC.transpose(0, 1))
+    assert len(mass_NHC) == 1
+    return ordered_mean(shard.gather_heads(mass_NHC[0]))[None]
+
+
+def remembered_mass(
+    q: Tensor, lse: Tensor, k: Tensor, scale: float, query_weights: Tensor
+) -> Tensor:
+    """Attention on keys that all of these queries saw, by the normalisers that it then had.
+
+    Args:
+        q: [N, w, H G, D].
+        lse: float32 [N, w, H G].
+        k: [N, H, C, D].
+        scale: factor of the scores.
+        query_weights: [w].
+
+    Returns:
+        float32 [N, H, C], summed over the queries, with their weights, and over the group.
+    """
+    (num, num_queries, _, dim), num_heads = q.shape, k.shape[1]
+    q_NHMD = q.view(num, num_queries, num_heads, -1, dim).transpose(1, 2).flatten(2, 3)
+    lse_NHM = lse.view(num, num_queries, num_heads, -1).transpose(1, 2).flatten(2, 3)
+    scores = torch.matmul(q_NHMD.float(), k.float().transpose(2, 3)).mul_(scale)
+    weights = scores.sub_(lse_NHM[..., None]).exp_()
+    group = weights.shape[2] // num_queries
+    return (weights * query_weights.repeat_interleave(group)[:, None]).sum(dim=2)
 
 
 def _queries(shard: Shard, index: int, firing: list[_Firing]) -> Tensor:

@@ -82,8 +82,8 @@ class Decode:
         fitting = [item for item in items if item.slot not in shard.refused]
         while (batch := DecodeBatch.reserve(shard.kv, items, fitting, shard.device)) is None:
             shard.refuse(fitting.pop().slot)
-        if shard.sums.num_open:
-            batch = replace(batch, counted=batch.counted_by(shard.sums))
+        if shard.sums.num_open or shard.rings.num_open:
+            batch = batch.keep_company(shard.sums, shard.rings)
         if not shard.rings.num_open:
             return batch
         slots = np.array([item.slot for item in items], dtype=np.int64)

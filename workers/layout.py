@@ -130,7 +130,8 @@ def intermediate_shard(intermediate_size: int, tensor_size: int, tensor_rank: in
     """
     if intermediate_size < tensor_size:
         raise ValueError(
-            f"tensor_parallel_size={tensor_size} exceeds intermediate_size={intermediate_size}"
+            f"tensor_parallel_size={tensor_size} exceeds intermediate_size={intermediate_size}; it "
+            f"can be at most {intermediate_size}"
         )
     unit = _CHANNEL_MULTIPLE
     if intermediate_size % unit or intermediate_size // unit < tensor_size:
@@ -155,7 +156,8 @@ def layer_split(
     """
     if pipeline_size > num_layers:
         raise ValueError(
-            f"pipeline_parallel_size={pipeline_size} exceeds the model's {num_layers} layers"
+            f"pipeline_parallel_size={pipeline_size} exceeds the model's {num_layers} layers; it "
+            f"can be at most {num_layers}"
         )
     counts = explicit or _balanced_counts(num_layers, pipeline_size, head_layers)
     if len(counts) != pipeline_size or sum(counts) != num_layers or min(counts) < 1:

@@ -8,7 +8,7 @@ import torch
 
 from saqqara.configs.worker_settings import WorkerSettings
 
-from .host_memory import available_bytes, resident_bytes
+from .host_memory import available_bytes, resident_bytes, total_bytes
 from .plan import WorkerMemory
 
 GIB = 1024**3
@@ -94,7 +94,8 @@ def pool_pages(
         step_bytes: peak of one step's activations (GPU only).
 
     Raises:
-        ValueError: not even one full-length sequence's rows would get a page each.
+        ValueError: not even one full-length sequence's rows would get a page each, or the pool is
+            larger than the machine's memory.
     """
     if config.kv_memory_gib is not None:
         pool_bytes = config.kv_memory_gib * GIB * local_rows / all_rows
@@ -106,6 +107,11 @@ def pool_pages(
         pool_bytes = min(_CPU_MAX_BYTES, _CPU_SHARE * available_bytes()) * local_rows / all_rows
     most = config.max_num_seqs * local_rows * -(-max_row_tokens // config.page_tokens)
     pages = min(int(pool_bytes // page_bytes), most)
+    if device.type == "cpu" and pages * page_bytes > total_bytes():
+        raise ValueError(
+            f"kv_memory_gib={config.kv_memory_gib:g}: this worker's {pages} pages would take "
+            f"{pages * page_bytes / GIB:.1f} GiB; the machine has {total_bytes() / GIB:.1f} GiB"
+        )
     if pages < local_rows:
         raise ValueError(
             f"kv_memory_gib: {max(pool_bytes, 0) / GIB:.4f} GiB holds {pages} pages on this worker,"

@@ -211,6 +211,9 @@ class WorkerInfo:
     """What one worker is once it has started: its shard and what fits into it.
 
     Layers are `[start_layer, stop_layer)`, kv heads `[start_head, stop_head)` of the whole model.
+    `ring_query_bytes` and `ring_normaliser_bytes` are those of one token whose queries (and their
+    normalisers) are remembered for cuts while decoding, in all of its layers; how many tokens that
+    is depends on `max_model_len`, too.
     """
 
     rank: int
@@ -234,3 +237,6 @@ class WorkerInfo:
     hostname: str
     pid: int
     log_file: str | None = None
+    max_model_len: int = 0
+    ring_query_bytes: int = 0
+    ring_normaliser_bytes: int = 0

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from saqqara.compression.decode_stage import sums_mass
+from saqqara.compression.decode_stage import remembers_normalisers, sums_mass
 from saqqara.compression.retention import Retention
 from saqqara.compression.select import select
 
@@ -67,6 +67,7 @@ class Prefill:
         self._observer = Observer(shard)
         self._parked: dict[tuple[int, ...], ParkedPrefill] = {}
         self._layer_tokens = 0
+        self.watched: dict[tuple[int, int], list[Tensor]] | None = None  # `Worker.watch_positions`
 
     @property
     def parked_bytes(self) -> int:
@@ -280,7 +281,7 @@ class Prefill:
             chosen: dict[Retention, tuple[Selection, Tensor | None]] = {}
             for slot in family:
                 held = self._shard.slots[slot]
-                self._shard.rings.store(slot, local_layer, prompt.q, held.prompt_tokens)
+                self._remember_queries(local_layer, slot, prompt, prompt_lse)
                 # On every rank, refused or not: some scores are reduced over ranks.
                 if held.retention not in chosen:
                     with self._shard.faults.blame([slot], "retention"):
@@ -289,11 +290,40 @@ class Prefill:
                     continue
                 indices, masses = chosen[held.retention]
                 self._remember(local_layer, slot, len(prompt.k), indices, masses)
+                if self.watched is not None:
+                    entered = parked.places.positions_T[start:stop]
+                    self.watched[slot, layer] = self._positions(entered, indices)
                 if slot not in self._shard.refused:
                     writes.append(PromptWrite(slot, start, stop - start, indices))
         self._write(local_layer, qkv, writes)
         # The pages just written and the layer's fresh keys and values exist side by side.
         self._shard.meter.see_prefill(self._kv_bytes(qkv), 0)
+
+    def _positions(self, entered: Tensor, indices: Selection) -> list[Tensor]:
+        """Positions in the prompt that each local kv head keeps of those that entered a layer."""
+        if indices is None:
+            return [entered] * len(self._shard.heads.kv)
+        return [entered[places] for places in indices]
+
+    def _remember_queries(
+        self, local_layer: int, slot: int, prompt: QKV, lse: Tensor | None
+    ) -> None:
+        """Begin the slot's ring, if it has one, with the prompt's last queries.
+
+        `lse` is as for `_retain`.
+        """
+        shard, held = self._shard, self._shard.slots[slot]
+        normalisers, queries = None, prompt.q
+        if remembers_normalisers(held.retention):
+            assert held.retention.propagate is not None
+            # Of adjacent tokens; those before them did not all enter the layer.
+            recent = held.retention.propagate.recent_tokens(held.prompt_tokens)
+            queries = queries[-recent:]
+            if lse is None:
+                normalisers = shard.backend.normalisers(queries, prompt.k, shard.scale)
+            else:
+                normalisers = lse[-recent:]
+        shard.rings.store(slot, local_layer, queries, held.prompt_tokens, normalisers)
 
     def _remember(
         self,

@@ -1,10 +1,12 @@
 """The queries of each sequence's last tokens, for the scores that look at them while decoding.
 
 Only sequences whose retention needs them have a ring. A ring of w queries takes as much memory as
-w * G / 2 tokens of KV in each row. Rings are not charged to the page pool: they all lie in one
-buffer, which grows on demand (with one w to at most `max_num_seqs * w` queries per layer, which on
-a GPU is set aside before the pool is sized) and goes when the last ring is closed.
-`WorkerMemory.ring_bytes` reports it.
+w * G / 2 tokens of KV in each row; where it remembers the queries' normalisers, too, 4 bytes more
+for each query and head. How many queries a ring has follows from the prompt's length
+(`decode_stage.ring_size`), so the ledger counts the same bytes. Rings are not charged to the page
+pool: they all lie in one buffer, which grows on demand, moves together before it grows (so it never
+has more than `max_num_seqs` times the largest ring, which on a GPU is set aside before the pool is
+sized) and goes when the last ring is closed. `WorkerMemory.ring_bytes` reports it.
 
 Shapes: T packed tokens, N sequences, L local layers, Hq local query heads, D head dim, w queries of
 a ring, C queries of the whole buffer.
@@ -18,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .transfer import to_device
+
+NORMALISER_BYTES = 4  # float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,30 +59,34 @@ class QueryRings:
         device: torch.device,
     ) -> None:
         self._empty = torch.empty(num_layers, 0, num_heads, head_dim, dtype=dtype, device=device)
+        self._no_lse = torch.empty(num_layers, 0, num_heads, dtype=torch.float32, device=device)
         self._buffer = self._empty  # [L, C, Hq, D]
+        self._lse = self._no_lse  # [L, C, Hq], or without entries while no ring has normalisers
         self._start_S: NDArray[np.int64] = np.zeros(num_slots, dtype=np.int64)
         self._size_S: NDArray[np.int64] = np.zeros(num_slots, dtype=np.int64)
+        self._normalised_S: NDArray[np.bool_] = np.zeros(num_slots, dtype=np.bool_)
         self.num_open = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the buffer."""
-        return self._buffer.nbytes
+        return self._buffer.nbytes + self._lse.nbytes
 
-    def open(self, slot: int, num_queries: int) -> None:
+    def open(self, slot: int, num_queries: int, *, with_normalisers: bool = False) -> None:
         """Give a slot a ring of so many queries; 0 for none."""
         assert self._size_S[slot] == 0, f"slot {slot} has a ring"
         if num_queries == 0:
             return
-        start = self._first_gap(num_queries)
-        capacity = self._buffer.shape[1]
+        start, capacity = self._first_gap(num_queries), self._buffer.shape[1]
         if start + num_queries > capacity:
-            num_layers, _, num_heads, dim = self._buffer.shape
+            used = int(self._size_S.sum())
             doubled = min(2 * capacity, len(self._size_S) * num_queries)
-            more = max(start + num_queries, doubled) - capacity
-            added = self._buffer.new_zeros(num_layers, more, num_heads, dim)
-            self._buffer = torch.cat([self._buffer, added], dim=1)
+            self._move_together(max(capacity, used + num_queries, doubled))
+            start = used
         self._start_S[slot], self._size_S[slot] = start, num_queries
+        self._normalised_S[slot] = with_normalisers
+        if with_normalisers and self._lse.shape[1] == 0:
+            self._lse = self._no_lse.new_zeros(self._buffer.shape[:3])
         self.num_open += 1
 
     def close(self, slot: int) -> None:
@@ -86,22 +94,51 @@ class QueryRings:
         if self._size_S[slot] == 0:
             return
         self._size_S[slot] = 0
+        self._normalised_S[slot] = False
         self.num_open -= 1
         if self.num_open == 0:
             self._buffer = self._empty
+        if not self._normalised_S.any():
+            self._lse = self._no_lse
 
-    def store(self, slot: int, layer: int, queries: Tensor, next_position: int) -> None:
-        """Remember the last of these queries [T, Hq, D]; `next_position` follows their last one.
+    def size(self, slot: int) -> int:
+        """Queries of a slot's ring; 0 for none."""
+        return int(self._size_S[slot])
+
+    def normalised(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these slots remember normalisers, [N]."""
+        has: NDArray[np.bool_] = self._normalised_S[slots]
+        return has
+
+    def store(
+        self,
+        slot: int,
+        layer: int,
+        queries: Tensor,
+        next_position: int,
+        normalisers: Tensor | None = None,
+    ) -> None:
+        """Remember the last of a prompt's queries.
 
         Does nothing for a slot without a ring.
+
+        Args:
+            slot: the sequence's.
+            layer: local layer.
+            queries: [T, Hq, D], of adjacent tokens as far as the ring reaches.
+            next_position: follows that of their last one.
+            normalisers: float32 [T, Hq], where the ring has them.
         """
-        size = int(self._size_S[slot])
+        size = self.size(slot)
         if size == 0:
             return
         last = queries[-size:]
         positions = np.arange(next_position - len(last), next_position)
         refs = self._to_device(self._start_S[slot] + positions % size)
         self._buffer[layer].index_copy_(0, refs, last)
+        assert (normalisers is not None) == self._normalised_S[slot]
+        if normalisers is not None:
+            self._lse[layer].index_copy_(0, refs, normalisers[-size:])
 
     def writes(
         self, slots: NDArray[np.int64], num_tokens: NDArray[np.int64], positions: NDArray[np.int64]
@@ -128,34 +165,98 @@ class QueryRings:
         chosen = queries if writes.rows is None else queries.index_select(0, writes.rows)
         self._buffer[layer].index_copy_(0, writes.refs, chosen)
 
+    def places(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
+        """Where the queries at these positions [N] of these slots [N] lie, for `normalise`."""
+        return self._to_device(self._start_S[slots] + positions % self._size_S[slots])
+
+    def normalise(self, places: Tensor, layer: int, normalisers: Tensor) -> None:
+        """Remember the normalisers [N, Hq] of the queries at these `places`."""
+        self._lse[layer].index_copy_(0, places, normalisers)
+
     def read(
-        self, slots: NDArray[np.int64], layer: int, next_positions: NDArray[np.int64]
+        self,
+        slots: NDArray[np.int64],
+        layer: int,
+        next_positions: NDArray[np.int64],
+        num_queries: int | None = None,
     ) -> Tensor:
-        """The last w queries of slots with rings of one size, oldest first, [N, w, Hq, D].
+        """The last queries of slots with rings, oldest first, [N, w, Hq, D].
 
         Args:
             slots: [N].
             layer: local layer.
             next_positions: the position after the last token of each, at least w, [N].
+            num_queries: w; default: all that the rings have, which then are of one size.
         """
-        size = int(self._size_S[slots[0]])
-        assert size > 0, f"slot {slots[0]} has no ring"
-        assert (self._size_S[slots] == size).all(), "rings of different sizes"
-        assert (next_positions >= size).all(), "a ring is not full yet"
-        positions = next_positions[:, None] - size + np.arange(size)
-        refs = self._to_device(self._start_S[slots][:, None] + positions % size)
+        refs = self._last(slots, next_positions, num_queries)
         queries = self._buffer[layer].index_select(0, refs.view(-1))
-        return queries.view(len(slots), size, *queries.shape[1:])
+        return queries.view(*refs.shape, *queries.shape[1:])
+
+    def read_normalisers(
+        self,
+        slots: NDArray[np.int64],
+        layer: int,
+        next_positions: NDArray[np.int64],
+        num_queries: int,
+    ) -> Tensor:
+        """The normalisers of the queries that `read` returns, float32 [N, w, Hq]."""
+        assert self._normalised_S[slots].all(), "a ring has no normalisers"
+        refs = self._last(slots, next_positions, num_queries)
+        lse = self._lse[layer].index_select(0, refs.view(-1))
+        return lse.view(*refs.shape, -1)
+
+    def _last(
+        self,
+        slots: NDArray[np.int64],
+        next_positions: NDArray[np.int64],
+        num_queries: int | None,
+    ) -> Tensor:
+        """Places of the last queries, int64 [N, w]."""
+        size_N = self._size_S[slots]
+        if num_queries is None:
+            num_queries = int(size_N[0])
+            assert (size_N == num_queries).all(), "rings of different sizes"
+        assert num_queries > 0, f"slot {slots[0]} has no ring"
+        assert (size_N >= num_queries).all(), f"rings of {size_N} have no {num_queries} queries"
+        assert (next_positions >= num_queries).all(), "a ring is not full yet"
+        positions = next_positions[:, None] - num_queries + np.arange(num_queries)
+        return self._to_device(self._start_S[slots][:, None] + positions % size_N[:, None])
 
     def _first_gap(self, num_queries: int) -> int:
         """The lowest place where so many entries lie free (maybe past the end)."""
-        taken = np.flatnonzero(self._size_S)
         end = 0
-        for slot in taken[np.argsort(self._start_S[taken])].tolist():
+        for slot in self._in_order():
             if self._start_S[slot] - end >= num_queries:
                 break
             end = int(self._start_S[slot] + self._size_S[slot])
         return end
+
+    def _move_together(self, capacity: int) -> None:
+        """Lay all rings side by side in a new buffer of so many entries."""
+        num_layers, _, num_heads, dim = self._buffer.shape
+        old = [
+            np.arange(self._start_S[slot], self._start_S[slot] + self._size_S[slot])
+            for slot in self._in_order()
+        ]
+        end = 0
+        for slot in self._in_order():
+            self._start_S[slot], end = end, end + int(self._size_S[slot])
+        buffer = self._buffer.new_zeros(num_layers, capacity, num_heads, dim)
+        lse = self._no_lse
+        if self._normalised_S.any():
+            lse = self._lse.new_zeros(num_layers, capacity, num_heads)
+        if old:
+            refs = self._to_device(np.concatenate(old))
+            buffer[:, :end] = self._buffer.index_select(1, refs)
+            if lse is not self._no_lse:
+                lse[:, :end] = self._lse.index_select(1, refs)
+        self._buffer, self._lse = buffer, lse
+
+    def _in_order(self) -> list[int]:
+        """The slots with rings, as these lie in the buffer."""
+        taken = np.flatnonzero(self._size_S)
+        slots: list[int] = taken[np.argsort(self._start_S[taken])].tolist()
+        return slots
 
     def _to_device(self, places: NDArray[np.int64]) -> Tensor:
         return to_device(places, self._buffer.device)

@@ -16,7 +16,9 @@ from saqqara.compression.decode_stage import (
     Cycle,
     DecodeStage,
     cycle_of,
-    num_ring_queries,
+    most_ring_size,
+    remembers_normalisers,
+    ring_size,
     sums_mass,
     trimmed_rows,
 )
@@ -28,6 +30,7 @@ from .attention.base import get_backend
 from .clock import StepClock
 from .device_decode import graph_bytes
 from .faults import Faults
+from .host_memory import check_threads
 from .kv.store import KVStore
 from .layout import MeshLayout, head_shard, layer_split
 from .mass_sums import MassSums
@@ -43,7 +46,7 @@ from .models.decoder import Decoder, choose_linear_backend
 from .models.spec import load_spec
 from .models.weights import open_weights
 from .plan import NewSequence, WorkerInfo
-from .rings import QueryRings
+from .rings import NORMALISER_BYTES, QueryRings
 from .slots import SlotTable
 from .step_size import measure_step
 from .transfer import to_device
@@ -74,6 +77,7 @@ class Shard:
         self, config: WorkerSettings, layout: MeshLayout, rank: int, store: tuple[str, int] | None
     ) -> None:
         if config.num_threads is not None:
+            check_threads(config.num_threads)
             torch.set_num_threads(config.num_threads)
         self.config = config
         self.spec = load_spec(config.model)
@@ -167,8 +171,10 @@ class Shard:
     def _stage_bytes(self) -> int:
         """Bytes of every slot's ring and sums under the engine's own retention."""
         retention = Retention.parse(self.config.retention, self.config.budget)
-        query_bytes = len(self.heads.query) * self.spec.head_dim * self.dtype.itemsize
-        slot_bytes = num_ring_queries(retention) * len(self.layers) * query_bytes
+        query_bytes = self.ring_query_bytes
+        if remembers_normalisers(retention):
+            query_bytes += self.ring_normaliser_bytes
+        slot_bytes = most_ring_size(retention, self.max_model_len) * query_bytes
         if sums_mass(retention):
             assert isinstance(retention.decode, DecodeStage)
             rows = retention.row_tokens(
@@ -178,6 +184,16 @@ class Shard:
             num_rows = len(self.layers) * len(self.heads.kv)
             slot_bytes += 4 * num_rows * (int(rows.max()) + slack)
         return self.config.max_num_seqs * slot_bytes
+
+    @property
+    def ring_query_bytes(self) -> int:
+        """Bytes of a query that a ring remembers, in all layers."""
+        return len(self.layers) * len(self.heads.query) * self.spec.head_dim * self.dtype.itemsize
+
+    @property
+    def ring_normaliser_bytes(self) -> int:
+        """Bytes of a query's normalisers, in all layers."""
+        return len(self.layers) * len(self.heads.query) * NORMALISER_BYTES
 
     def info(self, hostname: str, pid: int, log_file: str | None) -> WorkerInfo:
         """What the scheduler and the start-up log want to know."""
@@ -203,6 +219,9 @@ class Shard:
             hostname=hostname,
             pid=pid,
             log_file=log_file,
+            max_model_len=self.max_model_len,
+            ring_query_bytes=self.ring_query_bytes,
+            ring_normaliser_bytes=self.ring_normaliser_bytes,
         )
 
     def add(self, new: NewSequence) -> None:
@@ -225,8 +244,11 @@ class Shard:
         trimmed = trimmed_rows(new.retention, new.prompt_tokens, self.spec.num_layers)
         if trimmed is not None:
             self.trimmed[new.slot] = trimmed
-        # A ring that no sequence can fill is never read.
-        self.rings.open(new.slot, min(num_ring_queries(new.retention), self.max_model_len))
+        self.rings.open(
+            new.slot,
+            ring_size(new.retention, new.prompt_tokens, self.max_model_len),
+            with_normalisers=remembers_normalisers(new.retention),
+        )
         if sums_mass(new.retention):
             self.sums.open(new.slot)
 

@@ -125,6 +125,19 @@ class Worker:
         self._shard.clock.spans = spans
         return spans
 
+    def watch_positions(self) -> dict[tuple[int, int], list[Tensor]]:
+        """Begin to record which tokens prefill keeps; returns what they are added to.
+
+        Pages hold keys, not positions, so this is for those who want to look.
+
+        Returns:
+            By slot and layer of the whole model: positions in the prompt, int64 and ascending, of
+            each local kv head in order. Cuts while decoding do not change them.
+        """
+        watched: dict[tuple[int, int], list[Tensor]] = {}
+        self._prefill.watched = watched
+        return watched
+
     def check_integrity(self) -> None:
         """Prove that every page has exactly the owners that the tables say.
 

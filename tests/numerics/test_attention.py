@@ -103,6 +103,7 @@ def test_reference_is_the_textbook_formula() -> None:
     assert_close(ORACLE.mass(q[7:], k, SCALE), weights[:, 7:].sum(dim=1), torch.float32)
     _, lse = ORACLE.prefill(q, k, v, cu, cu, SCALE)
     assert_close(lse, scores.logsumexp(dim=-1).T, torch.float32)
+    assert_close(ORACLE.normalisers(q[7:], k, SCALE), lse[7:], torch.float32)
     part = ORACLE.mass(q[7:], k, SCALE, lse=lse[7:], num_columns=5)
     assert_close(part, weights[:, 7:, :5].sum(dim=1), torch.float32)
     # Decoding or extending over keys in pages is the same attention.
@@ -113,6 +114,9 @@ def test_reference_is_the_textbook_formula() -> None:
     out, mass = ORACLE.decode_and_mass(q[-1:], view, SCALE)
     assert_close(out, expected, torch.float32)
     assert_close(mass[0], scores.softmax(dim=-1)[:, 0], torch.float32)
+    out, lse = ORACLE.decode_and_lse(q[-1:], view, SCALE)
+    assert_close(out, expected, torch.float32)
+    assert_close(lse, scores.logsumexp(dim=-1).T, torch.float32)
     new = randn(2, num_heads, HEAD_DIM, seed=8)
     extended = ORACLE.extend(q[:2], new, new, CuSeqlens.of([2], CPU), view, SCALE)
     whole = CuSeqlens.of([n + 2], CPU)
@@ -172,6 +176,9 @@ def test_decode(
     assert mass.shape == (len(lengths), num_kv_heads, 160)
     assert mass.dtype == torch.float32
     assert_close(mass, expected_mass, dtype)
+    out, lse = backend.decode_and_lse(q, view, SCALE)
+    assert torch.equal(out, backend.decode(q, view, SCALE))
+    assert_close(lse, ORACLE.decode_and_lse(q, view, SCALE)[1], dtype)
 
 
 def test_decode_does_not_depend_on_the_batch() -> None:
@@ -261,6 +268,8 @@ def test_mass(
     assert_close(weighted, ORACLE.mass(q, k, SCALE, query_weights=weights), torch.float32)
     fewer = backend.mass(q, k, SCALE, query_weights=weights, num_columns=num_keys // 2)
     assert torch.equal(fewer, weighted[:, : num_keys // 2])
+    lse = backend.normalisers(q, k, SCALE)
+    assert_close(lse, ORACLE.normalisers(q, k, SCALE), torch.float32)
 
 
 def test_queries_may_be_slices_of_a_fused_projection() -> None:

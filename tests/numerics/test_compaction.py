@@ -16,6 +16,7 @@ from support.plans import new_sequence, prefill_plan, run_greedy
 from support.tiny import VOCAB, save_tiny
 
 from saqqara import LLM, SamplingParams
+from saqqara.cluster.ledger import Ledger
 from saqqara.compression.decode_stage import DecodeStage
 from saqqara.compression.retention import Retention
 from saqqara.compression.trim import TrimStage
@@ -263,6 +264,27 @@ def test_a_full_sequence_costs_no_ring(model: tuple[Any, Path]) -> None:
     )
     ring = LAYERS * WINDOW * 6 * 16 * 4  # layers, queries, heads, head_dim, fp32
     assert worker.execute(StepPlan(9)).memory.ring_bytes == ring
+
+
+def test_the_ledger_counts_the_bytes_of_a_ring(model: tuple[Any, Path]) -> None:
+    """The published trigger's ring has room for all recent tokens there will be, and normalisers.
+
+    Layer 0 stores up to 119 tokens of such a text; a fifth of them and the last one are recent.
+    """
+    worker = make_worker(model[1])
+    [prompt] = prompts([80])
+    for name, query_bytes in (("published", 24 * (16 + 1)), ("stored", 16), ("snapkv", 8 * 16)):
+        retention, ledger = retention_of(name), Ledger([worker.info], 1)
+        result = worker.execute(
+            prefill_plan(worker, [new_sequence(0, prompt, retention=retention)])
+        )
+        ledger.admit(0, ledger.demand(retention, 80), 80)
+        counted = ledger.usage().ring_bytes
+        assert counted == result.memory.ring_bytes
+        assert counted == LAYERS * 6 * query_bytes * 4  # layers, query heads, numbers, fp32
+        assert worker.execute(StepPlan(1, free=(0,))).memory.ring_bytes == 0
+        ledger.release(0)
+        assert ledger.usage().ring_bytes == 0
 
 
 @pytest.mark.parametrize(

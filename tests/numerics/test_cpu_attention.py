@@ -198,6 +198,11 @@ def test_decode(
     assert_close(out, expected, view.v_pages.nan_to_num().abs().max().item())
     assert_mass_close(mass, expected_mass)
     assert torch.equal(backend.decode(q, view, 0.125), out)
+    same, lse = backend.decode_and_lse(q, view, 0.125)
+    assert torch.equal(same, out)
+    # Scores of up to about 10, summed up in float32 in another order.
+    expected_lse = ORACLE.decode_and_lse(q.float(), exact(view), 0.125)[1]
+    torch.testing.assert_close(lse, expected_lse, atol=1e-3, rtol=1e-4)
     empty = view.lengths.repeat_interleave(num_query_heads // num_heads, dim=1) == 0
     assert not out[empty].any()
 

@@ -82,13 +82,28 @@ def greedy(folder: Path, backend: str, retention: Retention, **settings: Any) ->
 
 
 @interpreted
-@pytest.mark.parametrize("retention", ["full", "snapkv"])
-def test_tokens_are_those_of_the_torch_backend(retention: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        Retention(),
+        Retention.parse({"score": "snapkv", "window": 4, "budget": 12}),
+        Retention.parse(
+            {
+                "method": "pyramidinfer",
+                "rho": 0.5,
+                "min_context": 4,
+                "recent_ratio": 0.05,
+                "decode": {
+                    "trigger": "published",
+                    "exceed": 2,
+                },  # fires in the second or third step
+            }
+        ),
+    ],
+    ids=["full", "snapkv", "published"],
+)
+def test_tokens_are_those_of_the_torch_backend(method: Retention, tmp_path: Path) -> None:
     save_tiny("llama-gqa", tmp_path, num_layers=2)
-    method = Retention.parse(
-        "full" if retention == "full" else {"score": "snapkv", "window": 4},
-        None if retention == "full" else 12,
-    )
     expected = greedy(tmp_path, "torch", method)
     assert greedy(tmp_path, "triton", method) == expected
     assert [len(tokens) for tokens in expected] == [5, 4, 4]

@@ -61,6 +61,7 @@ def main() -> None:
         rows = decode.PagedRows(k_pages, v_pages, table, lengths, max_length, slots)
         decode.decode(q, rows, 0.1, new=(k, k), return_mass=True)
         rows = decode.PagedRows(k_pages, v_pages, table, lengths, max_length)
+        decode.decode(q, rows, 0.1, lse=torch.zeros(tokens, heads * group))
         attend.attend(q, k, k, cu, cu, 64, 0.1, rows)
         mass.mass(q, k, cu, cu, 64, max_length, 0.1, torch.ones(tokens))
         jobs, some = torch.zeros(3, 5, dtype=torch.int64), numbers[first:]

@@ -242,30 +242,72 @@ def once(settings: dict[str, Any]) -> PassOn:
 # Generation stage ---------------------------------------------------------------------------------
 
 
+def trimmed_share(layer: int, num_layers: int) -> float:
+    """What a layer keeps of what it looks at."""
+    return 0.9 * (0.1 + 0.9 * (math.cos(math.pi * layer / num_layers) + 1) / 2)
+
+
 @dataclass(frozen=True)
 class Trimming:
-    """PyramidInfer's generation stage; `published` counts what was ever seen, `stored` what is."""
+    """PyramidInfer's generation stage with our trigger, which counts what is stored."""
 
-    trigger: str
     exceed: int
     recent_part: Fraction
     sinks: int
 
     def places(
-        self, stored: Stored, seen: int, lowest: int, after_cut: int, num_layers: int, cuts: Cuts
-    ) -> list[int] | None:
-        """What stays of a layer's rows; None where it does not fire."""
+        self, stored: Stored, seen: int, lowest: int, mark: int, num_layers: int, cuts: Cuts
+    ) -> tuple[list[int], int] | None:
+        """What stays of a layer's rows, and the mark; None where it does not fire."""
         m = len(stored.rows[0])
-        recent = int(self.recent_part * lowest)
-        new = {"published": seen - recent, "stored": m}[self.trigger] - after_cut
-        first = m - 1 - recent - self.exceed
-        if new < self.exceed or first < self.sinks:
+        first = m - 1 - int(self.recent_part * lowest) - self.exceed
+        if m - mark < self.exceed or first < self.sinks:
             return None
-        cosine = 0.1 + 0.9 * (math.cos(math.pi * stored.layer / num_layers) + 1) / 2
-        keep = max(int(round(0.9 * self.exceed * cosine, 9)), 1)
+        share = trimmed_share(stored.layer, num_layers)
+        keep = max(int(round(share * self.exceed, 9)), 1)
         scores = last_query(stored, 0)[first : first + self.exceed]
         stay = [first + j for j in best(scores, keep, 0, cuts)]
-        return [*range(first), *stay, *range(first + self.exceed, m)]
+        places = [*range(first), *stay, *range(first + self.exceed, m)]
+        return places, len(places)
+
+
+@dataclass(frozen=True)
+class PublishedTrimming:
+    """PyramidInfer's generation stage as its release computes it, but for its weights.
+
+    (There they are multiplied into the remembered rows, anew at each firing.)
+    """
+
+    exceed: int
+    recent_part: Fraction
+    distance_weight: float
+
+    def places(
+        self, stored: Stored, seen: int, lowest: int, mark: int, num_layers: int, cuts: Cuts
+    ) -> tuple[list[int], int] | None:
+        """What stays of a layer's rows, and the mark; None where it does not fire.
+
+        `lowest` is what layer 0 stored and the step's own token.
+        """
+        r = int(self.recent_part * lowest)
+        if seen - r - mark < self.exceed:
+            return None
+        entries = stored.rows[0]
+        before = range(len(entries))[: len(entries) - (1 + r)]
+        candidates = before[-self.exceed :]
+        scores = []
+        for place in candidates:
+            total = 0.0
+            for i, row in enumerate(stored.seen_by[-(1 + r) :]):
+                weight = 1 + (self.distance_weight - 1) * i / r if r else 1.0
+                total += weight * row[entries[place].position]
+            scores.append(total / (1 + r))
+        share = trimmed_share(stored.layer, num_layers)
+        keep = max(int(round(len(candidates) * share, 9)), 1)
+        stay = [candidates[j] for j in best(scores, keep, 0, cuts)]
+        after = range(len(before), len(entries))
+        places = [*before[: len(before) - len(candidates)], *stay, *after]
+        return places, len(places) - r
 
 
 # Cuts ---------------------------------------------------------------------------------------------
@@ -322,7 +364,7 @@ class Rules:
     compete: bool = False
     floor: Fraction = Fraction(1, 5)
     propagate: PassOn = all_go_on
-    trimming: Trimming | None = None
+    trimming: Trimming | PublishedTrimming | None = None
     num_heads: int = 3
 
     def counts(self, num_tokens: int, num_layers: int, num_heads: int) -> list[list[int]] | None:
@@ -374,12 +416,12 @@ class Rules:
         return self.propagate(layer, attention, num_tokens, num_layers, self.num_heads, cuts)
 
     def trim(
-        self, stored: Stored, seen: int, lowest: int, after_cut: int, num_layers: int, cuts: Cuts
-    ) -> list[int] | None:
-        """Places that stay in all rows of a layer after a decode step; None: all."""
+        self, stored: Stored, seen: int, lowest: int, mark: int, num_layers: int, cuts: Cuts
+    ) -> tuple[list[int], int] | None:
+        """Places that stay in all rows of a layer after a decode step, and its mark; None: all."""
         if self.trimming is None:
             return None
-        return self.trimming.places(stored, seen, lowest, after_cut, num_layers, cuts)
+        return self.trimming.places(stored, seen, lowest, mark, num_layers, cuts)
 
     def _recent(self, keep: int) -> int:
         if self.recent_part is None:

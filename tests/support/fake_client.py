@@ -110,6 +110,7 @@ class FakeClient:
             e2e_latency=latency,
             kv_kept_bytes_peak=2**20,
             kv_full_bytes_peak=2**22,
+            kv_ring_bytes_peak=0,
             kept_tokens_by_layer=(10, 5),
             dropped_tokens_by_layer=(0, 5),
             pages_leaked=0,

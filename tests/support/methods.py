@@ -17,6 +17,7 @@ from typing import Any
 from saqqara.compression.retention import Retention
 
 from .definitions import (
+    PublishedTrimming,
     Rules,
     Trimming,
     by_profile,
@@ -64,8 +65,9 @@ class Stage:
         """What they mean."""
         if self.trigger is None:
             return rules
-        trimming = Trimming(self.trigger, self.exceed, RECENT_PART, SMALL["sinks"])
-        return replace(rules, trimming=trimming)
+        if self.trigger == "published":
+            return replace(rules, trimming=PublishedTrimming(self.exceed, RECENT_PART, 1.2))
+        return replace(rules, trimming=Trimming(self.exceed, RECENT_PART, SMALL["sinks"]))
 
 
 PREFILL = Stage(2)

@@ -7,6 +7,7 @@ Shapes: m tokens on their way, E hidden size, Hq query heads, H kv heads, D head
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,13 +33,16 @@ class Stored:
     """What a definition may look at when the rows of one layer are cut.
 
     `rows` holds the tokens of each kv head in the order of the text; `queries` the position and the
-    query vectors [Hq, D] of the last tokens, oldest first. `compaction` is 0 at prefill.
+    query vectors [Hq, D] of the last tokens, oldest first. `compaction` is 0 at prefill. `seen_by`
+    has what each query of the layer attended to when it was computed, oldest first: the mean of all
+    heads by the position of the token.
     """
 
     layer: int
     rows: list[list[Entry]]
     queries: list[tuple[int, Tensor]]
     compaction: int = 0
+    seen_by: list[dict[int, float]] = field(default_factory=list)
 
     @property
     def group(self) -> int:
@@ -93,12 +97,12 @@ class Definition(Protocol):
         ...
 
     def trim(
-        self, stored: Stored, seen: int, lowest: int, after_cut: int, num_layers: int, cuts: Cuts
-    ) -> list[int] | None:
-        """Places that stay in all rows of a layer after a decode step; None: all.
+        self, stored: Stored, seen: int, lowest: int, mark: int, num_layers: int, cuts: Cuts
+    ) -> tuple[list[int], int] | None:
+        """Places that stay in all rows of a layer after a decode step, and its next mark.
 
-        `seen` counts all tokens, `lowest` what layer 0 stores before it is trimmed, `after_cut`
-        what this layer stored after prefill or when it was last trimmed.
+        None where it does not fire. `seen` counts all tokens, `lowest` what layer 0 stores before
+        it is trimmed, `mark` is what this layer stored after prefill or what it was last given.
         """
         ...
 
@@ -165,9 +169,10 @@ class SlowLlama:
 
     def __post_init__(self) -> None:
         self._targets: list[list[int]] = []
-        self._after_cut: list[int] = []  # tokens of each layer when it was last trimmed
+        self._marks: list[int] = []  # of each layer, from when it was last trimmed
         self.num_trims: list[int] = []  # by layer
         self._queries: list[list[tuple[int, Tensor]]] = []
+        self._seen_by: list[list[dict[int, float]]] = []  # [layer][query]
 
     def greedy(
         self, prompt: list[int], num_tokens: int, after: Callable[[int], None] | None = None
@@ -215,6 +220,8 @@ class SlowLlama:
             self._queries[layer].append((position, q[0]))
             group = q.shape[1] // len(rows)
             mixed = []
+            seen_by: dict[int, float] = defaultdict(float)
+            self._seen_by[layer].append(seen_by)
             for number, row in enumerate(rows):
                 row.append(Entry(position, k[0, number], v[0, number]))
                 keys = torch.stack([entry.key for entry in row])
@@ -224,6 +231,7 @@ class SlowLlama:
                     mixed.append(weights @ values)
                     for entry, weight in zip(row, weights.tolist(), strict=True):
                         entry.mass += weight / group
+                        seen_by[entry.position] += weight / q.shape[1]
             hidden = self._finish(layer, hidden, torch.cat(mixed)[None])
         self._cut_full_rows()
         self._trim_layers(position + 1)
@@ -245,10 +253,12 @@ class SlowLlama:
             ]
         )
         self._queries.append([(p, q[j]) for j, p in enumerate(positions)])
+        mean = attention.mean(0).tolist()
+        self._seen_by.append([dict(zip(positions, row, strict=True)) for row in mean])
 
     def _cut_prompt(self, layer: int, counts: list[list[int]] | None, num_tokens: int) -> None:
         rows = self.rows[layer]
-        self._after_cut.append(len(rows[0]))
+        self._marks.append(len(rows[0]))
         self.num_trims.append(0)
         if counts is not None:
             keep = [min(count, len(row)) for count, row in zip(counts[layer], rows, strict=True)]
@@ -277,17 +287,16 @@ class SlowLlama:
     def _trim_layers(self, seen: int) -> None:
         lowest = len(self.rows[0][0])
         for layer, rows in enumerate(self.rows):
-            stored = Stored(layer, rows, list(self._queries[layer]))
-            after_cut = self._after_cut[layer]
-            places = self.definition.trim(
-                stored, seen, lowest, after_cut, len(self.rows), self.cuts
+            stored = Stored(layer, rows, list(self._queries[layer]), seen_by=self._seen_by[layer])
+            trimmed = self.definition.trim(
+                stored, seen, lowest, self._marks[layer], len(self.rows), self.cuts
             )
-            if places is not None:
+            if trimmed is not None:
+                places, self._marks[layer] = trimmed
                 assert places == sorted(set(places))
+                self.num_trims[layer] += len(places) < len(rows[0])
                 for row in rows:
                     row[:] = [row[j] for j in places]
-                self._after_cut[layer] = len(places)
-                self.num_trims[layer] += 1
 
     def _cut(self, layer: int, keep: list[int]) -> None:
         rows = self.rows[layer]

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from support.fake_client import FakeClient
 from unit.test_jobs import make_job, run
 
+from saqqara.cluster import batch_fingerprint
 from saqqara.cluster.batch_fingerprint import (
     NEUTRAL_SETTINGS,
     difference,
     fingerprint,
     weights_digest,
 )
-from saqqara.cluster.client import EngineDescription
+from saqqara.cluster.client import EngineDeadError, EngineDescription
 from saqqara.cluster.jobs import run_batch
 from saqqara.cluster.request import SamplingParams
 from saqqara.configs.schema import EngineConfig
@@ -225,3 +226,22 @@ def test_a_job_with_another_model_in_the_same_place_is_refused(tmp_path: Path, m
         tmp_path, [{"prompt": "x"}], config=EngineConfig(model=str(model)), overwrite=True
     )
     assert run(anew)[0]["error"] is None
+
+
+def test_a_hub_model_is_told_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(tmp_path, [{"prompt": f"row {i}"} for i in range(9)])
+    with pytest.raises(EngineDeadError):
+        run_batch(job, FakeClient(die_after=3, per_poll=1))  # where no hub can say which it is
+
+    def commit(name: str) -> None:
+        folder = tmp_path / "snapshots" / name
+        monkeypatch.setattr(batch_fingerprint, "described_folder", lambda model: folder)
+
+    commit("abc")
+    with pytest.raises(EngineDeadError):
+        run_batch(job, FakeClient(die_after=3, per_poll=1))
+    commit("def")
+    with pytest.raises(ValueError, match="commit of the model was 'abc' and is now 'def'"):
+        run_batch(job, FakeClient())
+    commit("abc")
+    assert run_batch(job, FakeClient()).resumed == 6

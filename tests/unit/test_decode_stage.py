@@ -3,10 +3,14 @@
 Plain loops that feed one token at a time are the oracle of the closed forms.
 """
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import support
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,12 +23,16 @@ from saqqara.cluster.sequence import Request
 from saqqara.compression.decode_stage import (
     DecodeStage,
     cycle_of,
+    feeds_single_tokens,
+    most_ring_size,
     num_ring_queries,
+    ring_size,
     sums_mass,
+    trimmed_rows,
 )
 from saqqara.compression.retention import Retention
 from saqqara.compression.trim import TrimStage
-from saqqara.workers.compaction import rows_mass
+from saqqara.workers.compaction import remembered_mass, rows_mass
 from saqqara.workers.mass_sums import MassSums
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 from saqqara.workers.rings import QueryRings
@@ -121,7 +129,11 @@ def test_only_scores_that_look_at_queries_need_rings() -> None:
     assert sums_mass(h2o)
     assert not sums_mass(retention("snapkv"))
     assert not sums_mass(Retention.parse({"method": "h2o", "budget": 64}))
-    assert num_ring_queries(trimming("stored")) == 1
+    assert ring_size(trimming("stored"), 50, 100) == 1
+    assert ring_size(retention("snapkv"), 50, 100) == 3
+    assert feeds_single_tokens(h2o)
+    assert feeds_single_tokens(trimming("published"))
+    assert not feeds_single_tokens(trimming("stored"))
 
 
 def trimming(trigger: str, exceed: int = 16, **settings: object) -> Retention:
@@ -183,18 +195,68 @@ def trimmed_by_hand(
     trigger: str, exceed: int, stored: list[int], prompt_tokens: int, num_fed: int
 ) -> list[tuple[list[int], list[int]]]:
     """Lengths by layer, at the peak of each fed token's step and after it; sinks 4, recent 0.2."""
-    num_layers, after_cut, lengths = len(stored), list(stored), []
+    num_layers, mark, lengths = len(stored), list(stored), []
+    published = trigger == "published"
     for seen in range(prompt_tokens + 1, prompt_tokens + num_fed + 1):
+        recent = (stored[0] + 1) * 2 // 10
         stored = [length + 1 for length in stored]
-        peak, recent = list(stored), stored[0] * 2 // 10
+        peak = list(stored)
         for layer, length in enumerate(peak):
-            since = (length if trigger == "stored" else seen - recent) - after_cut[layer]
-            if since < exceed or length - 1 - recent - exceed < 4:
+            before = length - 1 - recent
+            if (seen - recent if published else length) - mark[layer] < exceed:
                 continue
+            if not published and before - exceed < 4:
+                continue
+            looked_at = min(exceed, before)
             share = 0.1 + 0.9 * (1 + math.cos(math.pi * layer / num_layers)) / 2
-            stored[layer] = after_cut[layer] = length - exceed + max(int(0.9 * exceed * share), 1)
+            keep = min(max(int(round(0.9 * share * looked_at, 9)), 1), looked_at)
+            stored[layer] -= looked_at - keep
+            mark[layer] = stored[layer] - (recent if published else 0)
         lengths.append((peak, list(stored)))
     return lengths
+
+
+COUNTS = json.loads((Path(support.__file__).parent / "pyramidinfer_counts.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "run", COUNTS, ids=[f"{run['prompt_tokens']}+{run['fed_tokens']}" for run in COUNTS]
+)
+def test_the_published_stage_stores_what_the_release_stores(run: dict[str, Any]) -> None:
+    """`pyramidinfer_counts.json`: what the authors' release left of each of 30 layers.
+
+    The longest run there is a simulation of its counts.
+    """
+    rows = trimmed_rows(trimming("published"), run["prompt_tokens"], 30)
+    assert rows is not None
+    for _ in range(run["fed_tokens"]):
+        rows.feed(1)
+    assert rows.stored.tolist() == run["stored"]
+    assert rows.stored.sum() == run["total"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    exceed=st.integers(2, 40),
+    recent_ratio=st.sampled_from([0, 0.05, 0.2, 0.5, 0.95]),
+    prompt_tokens=st.integers(1, 300),
+    num_fed=st.sampled_from([1, 30, 700]),
+)
+def test_a_ring_has_room_for_every_cut(
+    exceed: int, recent_ratio: float, prompt_tokens: int, num_fed: int
+) -> None:
+    settings = trimming("published", exceed, recent_ratio=recent_ratio, min_context=8)
+    rows = trimmed_rows(settings, prompt_tokens, 2)
+    assert rows is not None
+    most = 0
+    for _ in range(num_fed):
+        recent = int(round(recent_ratio * (int(rows.stored[0]) + 1), 9))
+        most = max(most, 1 + recent)
+        assert all(trim.num_queries == 1 + recent for trim in rows.feed(1))
+        assert rows.stored.min() >= 1
+    max_tokens = prompt_tokens + num_fed
+    assert ring_size(settings, prompt_tokens, max_tokens) == most
+    assert most <= most_ring_size(settings, max_tokens)
 
 
 @settings(max_examples=40)
@@ -350,6 +412,56 @@ def test_rings_share_a_buffer_that_is_used_again_and_given_back() -> None:
     rings.close(0)  # it has none any more
     assert rings.num_bytes == 0
     assert rings.num_open == 0
+
+
+def test_rings_move_together_before_they_grow_and_keep_normalisers() -> None:
+    """Rings of several sizes, some with normalisers, opened and closed in turns."""
+    rings = QueryRings(6, 2, 3, 5, torch.float32, torch.device("cpu"))
+    numbers = np.random.default_rng(0)
+    held: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    for step in range(60):
+        slot = int(numbers.integers(6))
+        if slot in held:
+            rings.close(slot)
+            del held[slot]
+            continue
+        size = int(numbers.integers(1, 9))
+        rings.open(slot, size, with_normalisers=slot % 2 == 0)
+        queries, lse = torch.randn(size, 3, 5), torch.randn(size, 3) if slot % 2 == 0 else None
+        for layer in range(2):
+            rings.store(slot, layer, queries, 100 + step, lse)
+        held[slot] = queries, lse
+        assert rings.num_bytes <= 2 * 6 * 8 * 3 * (5 + 1) * 4  # layers, rings, queries, heads
+        for other, (queries, lse) in held.items():
+            end, some = np.array([97]), np.array([other])
+            size, last = rings.size(other), len(queries) // 2 + 1
+            got = rings.read(some, 1, end, size)[0]
+            assert sorted(got[:, 0, 0].tolist()) == sorted(queries[:, 0, 0].tolist())
+            if lse is not None:
+                got = rings.read_normalisers(some, 1, end, last)[0]
+                assert set(got[:, 0].tolist()) <= set(lse[:, 0].tolist())
+    place = rings.places(np.array([4]), np.array([33]))
+    if rings.size(4):
+        rings.normalise(place, 0, torch.full((1, 3), 7.0))
+        assert (rings.read_normalisers(np.array([4]), 0, np.array([34]), 1) == 7).all()
+
+
+def test_remembered_attention_is_that_of_the_time() -> None:
+    """Queries saw more keys than are left; their weights on these are what they were."""
+    generator = torch.Generator().manual_seed(0)
+    num, window, heads, group, dim = 2, 4, 3, 2, 6
+    q = torch.randn(num, window, heads * group, dim, generator=generator, dtype=torch.float64)
+    k = torch.randn(num, heads, 9, dim, generator=generator, dtype=torch.float64)
+    weights = torch.linspace(1, 1.2, window)
+    lse = torch.empty(num, window, heads * group)
+    expected = torch.zeros(num, heads, 3, dtype=torch.float64)
+    for n, i, head in np.ndindex(num, window, heads * group):
+        scores = k[n, head // group] @ q[n, i, head] * 0.3
+        lse[n, i, head] = scores.logsumexp(dim=0)
+        expected[n, head // group] += weights[i] * torch.softmax(scores, dim=0)[[1, 4, 5]]
+    got = remembered_mass(q.float(), lse, k[:, :, [1, 4, 5]].float(), 0.3, weights)
+    # fp32 against float64: sums of 8 weights of about 1.
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
 
 
 def test_mass_of_many_rows_is_that_of_each() -> None:

@@ -1,5 +1,6 @@
 """`saqqara eval`: what the commands run and write, on a fake engine, and how mistakes are told."""
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -243,18 +244,42 @@ def test_kept_positions_are_those_of_the_definition(tmp_path: Path) -> None:
             assert head[-8:] == tuple(range(72, 80))
 
 
+def test_kept_positions_where_hidden_states_are_dropped(tmp_path: Path) -> None:
+    """No key of the upper layers is one of the whole prompt's: the worker has to know."""
+    save_tiny("llama-gqa", tmp_path)
+    dropping = {"rho": 0.4, "min_context": 4}
+    cut_too = {"method": "pyramidkv", "budget": 24, "window": 8}
+    settings = [
+        Retention.parse({"method": "pyramidinfer", **dropping}),
+        Retention.parse({**cut_too, "propagate": {"kind": "pyramidinfer", **dropping}}),
+    ]
+    prompt = [3 + (7 * i * i + i) % 190 for i in range(80)]
+    entered, cut = kept_positions(EngineConfig(model=str(tmp_path)), prompt, settings)
+    assert [len(layer[0]) for layer in entered] == list(settings[0].entering_tokens(80, 3))
+    for below, rows in itertools.pairwise(entered):
+        assert set(rows) == {rows[0]}, "heads of a layer differ"
+        assert set(rows[0]) <= set(below[0])
+        assert rows[0][:4] == (0, 1, 2, 3)
+        assert rows[0][-17:] == tuple(range(63, 80))
+    counts = [[len(head) for head in layer] for layer in cut]
+    assert counts == settings[1].row_tokens(80, 3, 3).tolist()
+    for rows, whole in zip(cut, entered, strict=True):
+        assert all(set(head) <= set(whole[0]) for head in rows)
+
+
 def test_attention_maps_are_causal_shares_of_the_chosen_layers(tmp_path: Path) -> None:
     save_tiny("llama-gqa", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config.num_hidden_layers == 3
     config = EngineConfig(model=str(tmp_path))
     setting = Retention.parse({"method": "snapkv", "budget": 24, "window": 8})
+    dropping = Retention.parse({"method": "pyramidinfer", "rho": 0.4, "min_context": 4})
     prompt = list(range(3, 63))
-    found = attention_maps(config, prompt, [setting], layers=[0, 2])
+    found = attention_maps(config, prompt, [setting, dropping], layers=[0, 2])
     assert found.maps.shape == (2, 3, 60, 60)
     assert found.maps.sum(axis=-1) == pytest.approx(1.0, abs=1e-5)
     assert found.maps[..., 0, 1:].max() == 0.0
-    assert len(found.kept[setting.label]) == 3
+    assert [len(found.kept[one.label]) for one in (setting, dropping)] == [3, 3]
     assert png(draw(found)).startswith(PNG)
     with pytest.raises(ValueError, match="layers: must be of 0 to 2"):
         attention_maps(config, prompt, [setting], layers=[3])

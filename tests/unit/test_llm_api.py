@@ -1,6 +1,6 @@
 """`LLM`, the Python front door: vLLM's names, results in order, errors that name the prompt."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from support.tiny import save_tiny
 
 from saqqara import LLM, Retention, SamplingParams
 from saqqara.cluster import llm as llm_module
+from saqqara.cluster.long_wait import LongWait
 from saqqara.configs.schema import EngineConfig
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -164,3 +165,26 @@ def test_a_real_engine_scores_and_refuses(tiny: LLM) -> None:
     many = list(range(5, 105))
     (output,) = tiny.generate(many, SamplingParams(max_tokens=4), retention="knorm", budget="25%")
     assert output.prompt_token_ids == tuple(many)
+
+
+def test_progress_is_logged_where_there_is_no_terminal(
+    fake: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+
+    class Wait(LongWait):
+        """Logs nothing; says at its end what it would have."""
+
+        def __init__(self, what: Callable[[], str]) -> None:
+            super().__init__(what)
+            self.what = what
+
+        def __exit__(self, *error: Any) -> None:
+            lines.append(self.what())
+            super().__exit__(*error)
+
+    monkeypatch.setattr(llm_module, "LongWait", Wait)
+    fake.generate(["one", "two", "three"])
+    fake.generate("one", use_tqdm=False)
+    fake.score("context", "continuation")
+    assert lines == ["3 of 3 requests have ended", "1 of 1 requests have ended"]

@@ -19,10 +19,12 @@ from support.byte_llama import CHAT_TEMPLATE, save_tiny_llama
 from support.in_process import InProcessServer
 
 from saqqara import LLM
-from saqqara.cluster.batch_input import BadLine, RowParser
+from saqqara.cluster.batch_input import BadLine, Row, RowParser
 from saqqara.cluster.jobs import BatchJob, run_batch
 from saqqara.cluster.openai_api import ChatRequest, CompletionRequest
 from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.scheduler import Scheduler
+from saqqara.cluster.sequence import Request
 
 Json = dict[str, Any]
 
@@ -92,7 +94,9 @@ CASES: dict[str, Case] = {
         **dict.fromkeys(("suffix", "echo", "best_of", "logprobs", "prompt_logprobs", "user"))
     ),
     "empty asks for nothing": chat(
-        tools=[], chat_template_kwargs={}, logit_bias={}, stop=[], stop_token_ids=[], metadata={}
+        **{key: [] for key in ("tools", "functions", "stop", "stop_token_ids", "documents")},
+        **{key: {} for key in ("chat_template_kwargs", "logit_bias", "metadata", "retention")},
+        **{key: {} for key in ("response_format", "stream_options", "structured_outputs")},
     ),
     "book-keeping": chat(
         store=False,
@@ -185,6 +189,7 @@ CASES: dict[str, Case] = {
     "a bias for a word": wrong(completion(logit_bias={"x": 1}), "logit_bias"),
     "a bias for no token": wrong(completion(logit_bias={"9999": 1}), "logit_bias"),
     "a priority beyond any": wrong(completion(priority=2**40), "priority"),
+    "a retention that is a number": wrong(completion(retention=3), "retention"),
     "an unknown retention": wrong(completion(retention="magic"), "retention"),
     "a budget that is none": wrong(completion(retention="snapkv", budget="x"), "budget"),
     "min above max": wrong(completion(min_tokens=9), "min_tokens"),
@@ -378,6 +383,28 @@ def test_tokenize_writes_a_chat_as_a_chat_is_answered(model: Path) -> None:
 
     server = InProcessServer(model)
     assert asyncio.run(counts()) == [9, 25, "chat_template_kwargs", "messages"]
+
+
+def test_a_priority_reaches_the_scheduler(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    priorities: dict[str, int] = {}
+    check = Scheduler.check
+
+    def note(scheduler: Scheduler, request: Request) -> None:
+        priorities[request.request_id] = request.priority
+        check(scheduler, request)
+
+    async def ask() -> None:
+        server = InProcessServer(model)
+        for case in (CASES["a priority"], CASES["a bias"]):
+            assert (await server.post(case.url, case.body))[0] == 200
+        await server.generation.shutdown()
+
+    monkeypatch.setattr(Scheduler, "check", note)
+    asyncio.run(ask())
+    assert list(priorities.values()) == [-5, 0]
+    row = RowParser("tiny", {}).parse(1, json.dumps({"prompt": "hi", "priority": 7}))
+    assert isinstance(row, Row)
+    assert row.requests[0].priority == 7
 
 
 FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields})

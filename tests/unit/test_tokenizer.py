@@ -118,7 +118,7 @@ def test_malformed_messages_name_the_field(messages: Any, field: str) -> None:
 
 def test_unset_fields_of_clients_are_ignored() -> None:
     message: dict[str, Any] = {"role": "assistant", "content": "x", "refusal": None}
-    message["tool_calls"] = []
+    message |= {"tool_calls": [], "name": None}
     assert check_messages([message]) == [{"role": "assistant", "content": "x"}]
 
 

@@ -93,6 +93,15 @@ class AttentionBackend(Protocol):
         """
         ...
 
+    def decode_and_lse(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
+        """`decode`, and the normaliser of each query's softmax.
+
+        Returns:
+            [N, Hq, D], and float32 [N, Hq]: the logarithm of the sum of the exponentials of each
+            query's scores, -inf for rows without tokens.
+        """
+        ...
+
     def decode_and_mass(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
         """`decode`, and how much attention every kept token got.
 
@@ -142,6 +151,19 @@ class AttentionBackend(Protocol):
         Returns:
             float32 [H, num_columns]: causal softmax attention, summed over the window's queries
             and over the query heads of each kv head.
+        """
+        ...
+
+    def normalisers(self, q_window: Tensor, k: Tensor, scale: float) -> Tensor:
+        """The normalisers of the last queries of one sequence, as `prefill` may return them.
+
+        Args:
+            q_window: queries of the last w tokens, [w, Hq, D].
+            k: all keys, [n, H, D].
+            scale: factor of the scores.
+
+        Returns:
+            float32 [w, Hq]: the logarithm of the sum of the exponentials of each query's scores.
         """
         ...
 

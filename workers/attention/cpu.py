@@ -43,7 +43,7 @@ class _Decode(Structure):
     """`Arguments` of attention_decode.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "out", "mass", "weights")),
+        *((name, c_void_p) for name in ("q", "out", "mass", "weights", "lse")),
         *((name, c_void_p) for name in ("k_pages", "v_pages", "page_table", "lengths")),
         ("q_stride", c_int64),
         *((name, c_int) for name in ("num_sequences", "num_heads", "group", "dim")),
@@ -145,15 +145,28 @@ class CpuAttention:
         """Attention of one query per sequence over what its rows keep, read once from the pages."""
         return self._attend_rows(q, view, scale)
 
+    def decode_and_lse(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
+        """`decode`, and the normaliser of each query's softmax."""
+        lse = torch.empty(q.shape[:2])
+        return self._attend_rows(q, view, scale, lse=lse), lse
+
     def decode_and_mass(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
         """`decode`, and the attention that every kept token got."""
         mass = torch.empty(*view.lengths.shape, view.max_length)
         return self._attend_rows(q, view, scale, mass), mass
 
     def _attend_rows(
-        self, q: Tensor, view: KVView, scale: float, mass: Tensor | None = None
+        self,
+        q: Tensor,
+        view: KVView,
+        scale: float,
+        mass: Tensor | None = None,
+        lse: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one query per sequence; writes what each token got into `mass`."""
+        """Attention of one query per sequence.
+
+        Writes what each token got into `mass`, and the normalisers into `lse`.
+        """
         _check(scale, q)
         q = _heads_together(q)
         (num_sequences, num_heads), (_, num_query_heads, dim) = view.lengths.shape, q.shape
@@ -180,6 +193,8 @@ class CpuAttention:
         if mass is not None:
             weights = torch.empty(num_sequences, num_query_heads, view.max_length)
             arguments.mass, arguments.weights = mass.data_ptr(), weights.data_ptr()
+        if lse is not None:
+            arguments.lse = lse.data_ptr()
         self._decode(byref(arguments))
         return out
 
@@ -226,6 +241,11 @@ class CpuAttention:
             arguments.query_weights = query_weights.data_ptr()
         self._mass(byref(arguments))
         return mass
+
+    def normalisers(self, q_window: Tensor, k: Tensor, scale: float) -> Tensor:
+        """The normalisers of the last queries of one sequence."""
+        _check(scale, q_window, k)
+        return self._log_sum_exps(_heads_together(q_window), _heads_together(k), scale)
 
     def _log_sum_exps(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Of the last queries [w, Hq, D] of one sequence with keys [n, H, D]: float32 [w, Hq]."""

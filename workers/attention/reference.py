@@ -46,6 +46,16 @@ class ReferenceAttention:
         """Attention of one query per sequence over what its rows keep."""
         return self.decode_and_mass(q, view, scale)[0]
 
+    def decode_and_lse(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
+        """`decode`, and the normaliser of each query's softmax."""
+        group = q.shape[1] // view.lengths.shape[1]
+        lse = torch.empty(q.shape[:2], device=q.device)
+        for n in range(q.shape[0]):
+            for head in range(q.shape[1]):
+                k, _ = _row(view, n, head // group)
+                lse[n, head] = torch.logsumexp(_scores(q[n, head], k, scale), dim=0)
+        return self.decode(q, view, scale), lse
+
     def decode_and_mass(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
         """`decode`, and the attention that every kept token got."""
         num_sequences, num_heads = view.lengths.shape
@@ -101,6 +111,16 @@ class ReferenceAttention:
                     weights if query_weights is None else query_weights[i] * weights
                 )
         return mass[:, :num_columns]
+
+    def normalisers(self, q_window: Tensor, k: Tensor, scale: float) -> Tensor:
+        """The normalisers of the last queries of one sequence."""
+        num_queries, group = len(q_window), q_window.shape[1] // k.shape[1]
+        lse = torch.empty(q_window.shape[:2], device=k.device)
+        for i in range(num_queries):
+            for head in range(q_window.shape[1]):
+                keys = k[: len(k) - num_queries + i + 1, head // group]
+                lse[i, head] = torch.logsumexp(_scores(q_window[i, head], keys, scale), dim=0)
+        return lse
 
 
 def _scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -133,11 +133,37 @@ class TorchAttention:
                 mass[head, :seen] += weights[start * group : stop * group] @ softmax(scores)[0]
         return mass[:, :num_columns]
 
+    def normalisers(self, q_window: Tensor, k: Tensor, scale: float) -> Tensor:
+        """The normalisers of the last queries of one sequence, in float32 throughout as `mass`."""
+        num_queries, num_query_heads, dim = q_window.shape
+        num_keys, num_heads, _ = k.shape
+        group = num_query_heads // num_heads
+        lse = torch.empty(num_queries, num_query_heads, device=k.device)
+        work = self._workspace(k.device)
+        block = work.tiling.queries(4 * group * num_keys)
+        for head in range(num_heads):
+            keys = work.take("keys", (num_keys, dim), torch.float32).copy_(k[:, head])
+            heads = slice(head * group, (head + 1) * group)
+            for start in range(0, num_queries, block):
+                stop = min(start + block, num_queries)
+                seen = num_keys - num_queries + stop
+                queries = q_window[start:stop, heads].float().reshape(1, -1, dim)
+                scores = scaled_scores(queries, keys[None, :seen], scale, work)
+                hide_later(scores, stop - start, seen - (stop - start))
+                lse[start:stop, heads] = scores[0].logsumexp(dim=-1).view(-1, group)
+        return lse
+
     # -- pages ------------------------------------------------------------------------------
 
     def decode(self, q: Tensor, view: KVView, scale: float) -> Tensor:
         """Attention of one query per sequence over what its rows keep, like lengths together."""
         return self._decode(q, view, scale)
+
+    def decode_and_lse(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
+        """`decode`, and the normaliser of each query's softmax."""
+        lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
+        lse_RG = lse.view(view.lengths.numel(), -1)
+        return self._decode(q, view, scale, lse_RG=lse_RG), lse
 
     def decode_and_mass(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
         """`decode`, and the attention that every kept token got."""
@@ -145,9 +171,17 @@ class TorchAttention:
         return self._decode(q, view, scale, mass_NHS.flatten(0, 1)), mass_NHS
 
     def _decode(
-        self, q: Tensor, view: KVView, scale: float, mass_RS: Tensor | None = None
+        self,
+        q: Tensor,
+        view: KVView,
+        scale: float,
+        mass_RS: Tensor | None = None,
+        lse_RG: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one query per sequence; writes what each token got into `mass_RS`."""
+        """Attention of one query per sequence.
+
+        Writes what each token got into `mass_RS`, and the normalisers into `lse_RG`.
+        """
         num_sequences, num_heads = view.lengths.shape
         num_rows, dim = num_sequences * num_heads, q.shape[-1]
         dtype, work = tile_dtype(q.dtype, q.device), self._workspace(q.device)
@@ -164,6 +198,8 @@ class TorchAttention:
             queries = q_RGD.index_select(0, rows).to(dtype)
             scores = scaled_scores(queries, k_RSD, scale, work)
             hide_padding(scores, lengths[chosen])
+            if lse_RG is not None:
+                lse_RG[rows] = scores.float().logsumexp(dim=-1)
             if mass_RS is not None:
                 probs = torch.softmax(scores, dim=-1, dtype=torch.float32)
                 width = min(probs.shape[-1], view.max_length)

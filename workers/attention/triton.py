@@ -89,6 +89,11 @@ class TritonAttention:
         """Attention of one query per sequence over what its rows keep, read once from the pages."""
         return self._decode.decode(q, self._rows(view), scale)[0]
 
+    def decode_and_lse(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
+        """`decode`, and the normaliser of each query's softmax."""
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        return self._decode.decode(q, self._rows(view), scale, lse=lse)[0], lse
+
     def decode_and_mass(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
         """`decode`, and the attention that every kept token got."""
         out, mass = self._decode.decode(q, self._rows(view), scale, return_mass=True)
@@ -105,13 +110,22 @@ class TritonAttention:
         num_columns: int | None = None,
     ) -> Tensor:
         """Attention that each key gets from the last queries, summed over them and the group."""
-        num_queries, num_keys = len(q_window), len(k)
-        assert num_queries <= num_keys, f"{num_queries} queries of {num_keys} tokens"
-        ends = torch.arange(2, dtype=torch.int32, device=k.device)
-        bounds = (ends * num_queries, ends * num_keys, num_queries, num_keys)
+        bounds = _bounds_of_one(q_window, k)
         return self._mass.mass(q_window, k, *bounds, scale, query_weights, lse)[:, :num_columns]
+
+    def normalisers(self, q_window: Tensor, k: Tensor, scale: float) -> Tensor:
+        """The normalisers of the last queries of one sequence."""
+        return self._mass.log_sum_exps(q_window, k, *_bounds_of_one(q_window, k), scale)
 
     def _rows(self, view: KVView) -> "PagedRows":
         return self._decode.PagedRows(
             view.k_pages, view.v_pages, view.page_table, view.lengths, view.max_length
         )
+
+
+def _bounds_of_one(q_window: Tensor, k: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """Where the last queries and the keys of one sequence start, and how many they are."""
+    num_queries, num_keys = len(q_window), len(k)
+    assert num_queries <= num_keys, f"{num_queries} queries of {num_keys} tokens"
+    ends = torch.arange(2, dtype=torch.int32, device=k.device)
+    return ends * num_queries, ends * num_keys, num_queries, num_keys

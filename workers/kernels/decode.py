@@ -88,7 +88,8 @@ def _decode_kernel(
     G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, HAS_NEW: tl.constexpr, HAS_SCORES: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_NEW: tl.constexpr,
+    HAS_SCORES: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """One part of one row; scores in units of log 2."""
     row, entry, head, length = _row_of_program(
@@ -167,7 +168,7 @@ def _decode_kernel(
     if num_splits == 1:
         heads = n.to(tl.int64) * H * G + q_heads
         tl.store(out + heads[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=tile)
-        if HAS_SCORES:
+        if HAS_LSE:
             tl.store(lse + row * G + g, log, mask=of_group)
     else:
         part = (row.to(tl.int64) * MAX_SPLITS + split) * G + g
@@ -180,7 +181,7 @@ def _merge_kernel(
     out, parts, parts_lse, lse, lengths, slots, length_stride_n, length_stride_h, H,
     G: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, HAS_SCORES: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """The parts of one row to its output."""
     row, _entry, head, length = _row_of_program(
@@ -209,7 +210,7 @@ def _merge_kernel(
     heads = (row // H).to(tl.int64) * H * G + head * G + g
     acc = acc / total[:, None]
     tl.store(out + heads[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=tile)
-    if HAS_SCORES:
+    if HAS_LSE:
         tl.store(lse + row * G + g, best + tl.log2(total), mask=of_group)
 
 
@@ -238,6 +239,7 @@ def decode(
     scale: float,
     new: tuple[Tensor, Tensor] | None = None,
     return_mass: bool = False,
+    lse: Tensor | None = None,
     split_tokens: int = SPLIT_TOKENS,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one query per sequence over its rows.
@@ -248,7 +250,9 @@ def decode(
         scale: factor of the scores.
         new: keys and values of the newest token of each row, [N, H, D] each. They are stored as
             its last token, `lengths - 1`, and attended to. None: that token is in its page.
-        return_mass: also return the attention on every token.
+        return_mass: also return the attention on every token; then there is no `lse`.
+        lse: float32 [N, H G], contiguous: receives the logarithm of the sum of the exponentials of
+            each query's scores. None: not wanted.
         split_tokens: a row is cut into parts of about this many tokens, at most 32.
 
     Returns:
@@ -266,13 +270,17 @@ def decode(
     parts = new_floats(num_rows * MAX_SPLITS * group * dim if num_splits > 1 else 0)
     parts_lse = new_floats(num_rows * MAX_SPLITS * group if num_splits > 1 else 0)
     scores = new_floats(num_rows * group * width if return_mass else 0)
-    lse = new_floats(num_rows * group if return_mass else 0)
+    wants_lse = lse is not None
+    assert not (wants_lse and return_mass), "masses and normalisers are not wanted at once"
+    if lse is None:
+        lse = new_floats(num_rows * group if return_mass else 0)
     k, v = (dense(x) for x in new) if new is not None else (q, q)
     slots = rows.lengths if rows.slots is None else rows.slots
     of_rows = (*rows.lengths.stride(), num_heads)
     sizes = {"G": group, "BLOCK_G": padded(group), "HAS_SLOTS": rows.slots is not None}
     dims = {"D": dim, "BLOCK_D": padded(dim)}
-    splits = {"SPLIT_TOKENS": split_tokens, "MAX_SPLITS": MAX_SPLITS, "HAS_SCORES": return_mass}
+    splits = {"SPLIT_TOKENS": split_tokens, "MAX_SPLITS": MAX_SPLITS}
+    splits["HAS_LSE"] = return_mass or wants_lse
     assert rows.page_table.stride(-1) == 1, "the page table of a row must lie together"
     if num_rows == 0:
         return out, new_floats(num_sequences, num_heads, width).zero_() if return_mass else None
@@ -282,13 +290,15 @@ def decode(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *rows.page_table.stride()[:2],
         *rows.lengths.stride(), width, num_heads, scale * LOG2_E,
         PAGE=rows.page_tokens, BLOCK_T=BLOCK_TOKENS, HAS_NEW=new is not None,
-        num_warps=4, num_stages=3, **sizes, **dims, **splits,
+        HAS_SCORES=return_mass, num_warps=4, num_stages=3, **sizes, **dims, **splits,
     )  # fmt: skip
     if num_splits > 1:
         _merge_kernel[(num_rows,)](
             out, parts, parts_lse, lse, rows.lengths, slots, *of_rows, **sizes, **dims, **splits
         )
     if not return_mass:
+        if wants_lse:
+            lse.div_(LOG2_E)
         return out, None
     mass = new_floats(num_sequences, num_heads, width)
     if width:

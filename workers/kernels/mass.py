@@ -144,26 +144,17 @@ def mass(
     """
     q, k = dense(q), dense(k)
     check(q, k)
-    (num_queries, num_query_heads, dim), (num_keys, num_heads, _) = q.shape, k.shape
+    (_, num_query_heads, dim), (num_keys, num_heads, _) = q.shape, k.shape
     group, num_sequences = num_query_heads // num_heads, len(cu_q) - 1
     result = torch.zeros(num_heads, num_keys, dtype=torch.float32, device=q.device)
     if max_q == 0 or num_sequences == 0:
         return result
     side = block_side(q.dtype)
-    block = min(side, padded(max_q * group))
-    query_blocks = -(-max_q * group // block)
-    # Few queries would leave most of the device idle; many keep it busy by themselves.
-    splits = min(_MAX_SPLITS, -(-max_k // _SPLIT_KEYS)) if query_blocks <= _MAX_SPLITS else 1
     strides = (*q.stride()[:2], *k.stride()[:2])
     sizes = {"H": num_heads, "G": group, "D": dim, "BLOCK_D": padded(dim)}
-    blocks = {"BLOCK_M": block, "BLOCK_N": side}
+    blocks = {"BLOCK_M": min(side, padded(max_q * group)), "BLOCK_N": side}
     if lse is None:
-        parts = q.new_empty(splits, num_queries, num_query_heads, dtype=torch.float32)
-        _queries_kernel[query_blocks * splits, num_heads, num_sequences](
-            q, k, parts, cu_q, cu_k, num_queries, splits, *strides, scale * LOG2_E,
-            num_warps=4, num_stages=2, **sizes, **blocks,
-        )  # fmt: skip
-        lse = parts[0] if splits == 1 else parts.logsumexp(dim=0)
+        lse = log_sum_exps(q, k, cu_q, cu_k, max_q, max_k, scale)
     lse = lse.contiguous()
     weights = lse if query_weights is None else query_weights.float().contiguous()
     _keys_kernel[-(-max_k // side), num_heads, num_sequences](
@@ -171,3 +162,29 @@ def mass(
         HAS_WEIGHTS=query_weights is not None, num_warps=4, num_stages=2, **sizes, **blocks,
     )  # fmt: skip
     return result
+
+
+def log_sum_exps(
+    q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float
+) -> Tensor:
+    """The normalisers of causal softmax attention; arguments as `mass`.
+
+    Returns:
+        float32 [Tq, H G], the logarithm of the sum of the exponentials of each query's scores.
+    """
+    q, k = dense(q), dense(k)
+    check(q, k)
+    (num_queries, num_query_heads, dim), (_, num_heads, _) = q.shape, k.shape
+    group, num_sequences = num_query_heads // num_heads, len(cu_q) - 1
+    side = block_side(q.dtype)
+    block = min(side, padded(max_q * group))
+    query_blocks = -(-max_q * group // block)
+    # Few queries would leave most of the device idle; many keep it busy by themselves.
+    splits = min(_MAX_SPLITS, -(-max_k // _SPLIT_KEYS)) if query_blocks <= _MAX_SPLITS else 1
+    parts = q.new_empty(splits, num_queries, num_query_heads, dtype=torch.float32)
+    _queries_kernel[query_blocks * splits, num_heads, num_sequences](
+        q, k, parts, cu_q, cu_k, num_queries, splits, *q.stride()[:2], *k.stride()[:2],
+        scale * LOG2_E, H=num_heads, G=group, D=dim, BLOCK_D=padded(dim), BLOCK_M=block,
+        BLOCK_N=side, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return parts[0] if splits == 1 else parts.logsumexp(dim=0)

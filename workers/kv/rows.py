@@ -41,6 +41,18 @@ def read_rows(kv: KVStore, rows: Rows) -> tuple[Tensor, Tensor]:
     return k, v
 
 
+def read_places(kv: KVStore, rows: Rows, start: int, stop: int) -> Tensor:
+    """Copies of the keys at the storage places `[start, stop)` of rows, [R, stop - start, D]."""
+    kept = kv.table.kept[rows.slots, rows.layer, rows.heads]
+    assert (stop <= kept).all(), f"places up to {stop} of rows of {kept} tokens"
+    first = start // kv.page_tokens
+    pages = rows.pages(kv, -(-stop // kv.page_tokens))[:, first:]
+    skipped = start - first * kv.page_tokens
+    k = kv.pool.k_pages.index_select(0, pages.reshape(-1))
+    k = k.view(len(kept), -1, k.shape[-1])
+    return k[:, skipped : skipped + stop - start].contiguous()
+
+
 def compact_rows(kv: KVStore, rows: Rows, indices: Tensor) -> bool:
     """Keep only some tokens of rows of one length, in place; surplus pages are free at once.
 

@@ -25,6 +25,7 @@ struct Arguments {
   void* out;
   float* mass;     // [N, H, max_length], or null
   float* weights;  // [N, H, G, max_length], for the mass
+  float* lse;      // [N, H, G], the normalisers of the softmax, or null
   const void* k_pages;
   const void* v_pages;
   const int32_t* page_table;
@@ -257,7 +258,7 @@ void attend_part(const Arguments& a, const Part<typename T::Number>& part, Parti
   }
 }
 
-// Merges the parts of a row: its outputs, and its mass if wanted.
+// Merges the parts of a row: its outputs, and its mass and normalisers if wanted.
 template <class T>
 void merge_row(const Arguments& a, int64_t row, int64_t num_parts, const Partial* partials,
                int64_t out_stride, const float* parts) {
@@ -274,6 +275,7 @@ void merge_row(const Arguments& a, int64_t row, int64_t num_parts, const Partial
       const Partial& partial = partials[p * a.group + g];
       sum += partial.sum * std::exp2(partial.maximum - maximum);
     }
+    if (a.lse) a.lse[row * a.group + g] = (maximum + std::log2(sum)) / kLog2E;
     __m512 total[kMaxDim / kLanes] = {};
     for (int64_t p = 0; p < num_parts; ++p) {
       const float share = std::exp2(partials[p * a.group + g].maximum - maximum) / sum;

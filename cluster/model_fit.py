@@ -1,0 +1,34 @@
+"""Whether a model can be cut as the settings say: known from its config, before any rank starts."""
+
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.layout import head_shard, intermediate_shard, layer_split
+from saqqara.workers.models.source import local_folder
+from saqqara.workers.models.spec import ModelSpec, load_spec
+
+
+def check_fits(config: EngineConfig, spec: ModelSpec) -> None:
+    """Raise a ValueError that names the setting which this model cannot meet."""
+    tensor_size = config.tensor_parallel_size
+    head_shard(spec.num_query_heads, spec.num_kv_heads, tensor_size, 0)
+    intermediate_shard(spec.intermediate_size, tensor_size, 0)
+    layer_split(
+        spec.num_layers,
+        config.pipeline_parallel_size,
+        spec.head_layers,
+        config.layer_split,
+    )
+    if config.max_model_len is not None and config.max_model_len > spec.max_position:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} is more than the model's context of "
+            f"{spec.max_position} tokens"
+        )
+
+
+def check_fits_if_local(config: EngineConfig) -> None:
+    """The same where the model's folder lies on this machine; another one checks it later."""
+    try:
+        is_local = local_folder(config.model) is not None
+    except ValueError:
+        return
+    if is_local:
+        check_fits(config, load_spec(config.model))
