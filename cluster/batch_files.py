@@ -15,6 +15,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
+from saqqara.configs.json_text import json_text
+
 from .batch_fingerprint import difference
 from .batch_output import Record
 
@@ -238,7 +240,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json_text(data, indent=2) + "\n", encoding="utf-8")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -26,6 +26,8 @@ from .request import RequestOutput, SamplingParams, ScoreOutput
 from .sequence import ContextLengthError
 from .tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 __all__ = [
     "EngineClient",
     "EngineDeadError",
@@ -34,8 +36,6 @@ __all__ = [
     "LocalClient",
     "Rejection",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +258,7 @@ class LocalClient:
         except ValueError as error:
             is_too_long = isinstance(error, ContextLengthError)
             return Rejection(request.request_id, str(error), is_too_long)
-        except Exception as error:  # a fault of ours, and still no reason to lose the others
-            logger.exception("request %s could not be taken", request.request_id)
-            message = f"the request could not be taken: {type(error).__name__}: {error}"
-            return Rejection(request.request_id, message)
+        except Exception as error:  # a fault of ours; it costs this request alone
+            logger.exception("request %s could not be queued", request.request_id)
+            return Rejection(request.request_id, f"{type(error).__name__}: {error}")
         return None
