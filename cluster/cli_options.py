@@ -249,7 +249,12 @@ def _members(field: FieldInfo) -> tuple[Any, ...]:
 
 
 def _is_list_of_strings(field: FieldInfo) -> bool:
-    return _members(field) == (tuple[str, ...],)
+    """A field of type `tuple[str, ...]`; its strings may have bounds."""
+    members = _members(field)
+    if len(members) != 1 or get_origin(members[0]) is not tuple:
+        return False
+    item = get_args(members[0])[0]
+    return item is str or (get_origin(item) is Annotated and get_args(item)[0] is str)
 
 
 def _metavar(field: FieldInfo) -> str:
