@@ -253,15 +253,12 @@ def _members(field: FieldInfo) -> tuple[Any, ...]:
 
 
 def _is_list_of_strings(field: FieldInfo) -> bool:
-    return any(
-        get_origin(member) is tuple and _plain(get_args(member)[0]) is str
-        for member in _members(field)
-    )
-
-
-def _plain(kind: Any) -> Any:
-    """A type without the bounds that it is annotated with."""
-    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    """A field of type `tuple[str, ...]`; its strings may have bounds."""
+    members = _members(field)
+    if len(members) != 1 or get_origin(members[0]) is not tuple:
+        return False
+    item = get_args(members[0])[0]
+    return item is str or (get_origin(item) is Annotated and get_args(item)[0] is str)
 
 
 def _metavar(field: FieldInfo) -> str:
