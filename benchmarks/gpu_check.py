@@ -35,6 +35,7 @@ from gpu_report import (
 )
 
 from saqqara.compression.retention import Retention
+from saqqara.configs.json_text import json_text
 
 TOTAL_SECONDS = 520.0
 NUM_SEEDS = 4
@@ -134,7 +135,7 @@ class Results:
             "has_passed": self.has_passed,
             "rows": [asdict(row) for row in self.rows],
         }
-        self.out.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        self.out.write_text(json_text(facts, indent=1), encoding="utf-8")
 
     def resume(self) -> None:
         """Go on after the sections that the file has."""

@@ -21,7 +21,6 @@ ratio of the longest to the shortest length, and the exponent `e` of a fit `valu
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +40,9 @@ from rich.table import Table
 from stepped import SteppedEngine
 
 from saqqara.cluster.tables import print_table
+from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
+from saqqara.evaluation.plots import distinct_colours
 from saqqara.evaluation.throughput import MIB, Workload
 from saqqara.workers.models.demo import fetch_demo_model
 from saqqara.workers.models.spec import load_spec
@@ -172,11 +173,18 @@ def plot(path: Path, summary: dict[str, Any]) -> None:
     )
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 4))
     for axis, (name, unit, label, scale) in zip(axes, panels, strict=True):
-        for setting, figures in summary.items():
+        colours = distinct_colours(len(summary))
+        for colour, (setting, figures) in zip(colours, summary.items(), strict=True):
             lengths, values = figures["prompt_tokens"], figures[name]
             middle, low, high = (np.array(values[key]) * unit for key in ("median", "low", "high"))
             axis.errorbar(
-                lengths, middle, [middle - low, high - middle], marker="o", capsize=3, label=setting
+                lengths,
+                middle,
+                [middle - low, high - middle],
+                color=colour,
+                marker="o",
+                capsize=3,
+                label=setting,
             )
         axis.set_xscale("log", base=2)
         axis.set_yscale(scale)
@@ -274,7 +282,7 @@ def main() -> None:
             "results": summary,
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json_text(report, indent=2) + "\n", encoding="utf-8")
     if options.plot is not None:
         plot(options.plot, summary)
     for length in set(options.lengths) - set(lengths):

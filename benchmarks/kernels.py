@@ -15,7 +15,6 @@ come from memory, not cache.
 
 import argparse
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import torch
 from limits import Call, make_limits, measure
 from torch import Tensor
 
+from saqqara.configs.json_text import json_text
 from saqqara.workers.attention.base import AttentionBackend, CuSeqlens
 from saqqara.workers.attention.cpu import CpuAttention
 from saqqara.workers.attention.sdpa import TorchAttention
@@ -234,7 +234,7 @@ def main() -> None:
             "results": results,
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json_text(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from saqqara.compression.observation import Observation
 from saqqara.compression.registry import score_method
 from saqqara.compression.retention import Retention
 from saqqara.compression.select import select
+from saqqara.configs.json_text import json_text
 from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.throughput import Workload
@@ -266,7 +267,7 @@ def main() -> int:
             for name in ("prompt_tokens", "num_prompts", "shares", "window", "kernel", "beta")
         }
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"settings": settings, "results": [asdict(r) for r in results]}, indent=1)
+        text = json_text({"settings": settings, "results": [asdict(r) for r in results]}, indent=1)
         given.json.write_text(text + "\n", encoding="utf-8")
     print_table(table_of(results))
     return 1 if any(one.far_tokens for one in results) else 0

@@ -12,7 +12,6 @@ over the rounds, which a busy machine disturbs less than whole passes.
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from saqqara.configs.json_text import json_text
 from saqqara.workers.layers.norm import rms_norm
 from saqqara.workers.layers.rotary import RotaryTable, rotate
 from saqqara.workers.models.spec import RopeSpec
@@ -216,7 +216,7 @@ def main() -> None:
             "results": results,
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json_text(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ from saqqara.cluster.tables import print_table
 from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.compression.decode_stage import DecodeStage, cycle_of
 from saqqara.compression.retention import Retention
+from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
+from saqqara.evaluation.plots import distinct_colours
 from saqqara.evaluation.throughput import MIB, Workload
 from saqqara.workers.models.demo import fetch_demo_model
 from saqqara.workers.models.spec import ModelSpec, load_spec
@@ -314,7 +316,7 @@ def table(results: Sequence[Outcome], prompt_tokens: int, new_tokens: int) -> Ta
 def plot(path: Path, results: Sequence[Outcome]) -> None:
     """Mean row length by fed tokens (logarithmic), and agreement with full, in like colours."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    colours = plt.get_cmap("tab20")(np.arange(len(results)) % 20)
+    colours = distinct_colours(len(results))
     for one, colour in zip(results, colours, strict=True):
         fed = EVERY * np.arange(1, len(one.mean_lengths) + 1)
         left.plot(fed, one.mean_lengths, color=colour, linewidth=1.2)
@@ -373,7 +375,7 @@ def run(options: argparse.Namespace, model: str, spec: ModelSpec) -> list[Outcom
             assert answer is not None
             if options.answer is not None:
                 saved = {"prompt": list(prompt), "tokens": answer}
-                options.answer.write_text(json.dumps(saved), encoding="utf-8")
+                options.answer.write_text(json_text(saved), encoding="utf-8")
         task = bar.add_task("all are fed its tokens", total=options.new_tokens)
         scores: dict[str, ScoreOutput] = {}
         for done in bench.feed(prompt, answer, retentions):
@@ -438,7 +440,7 @@ def main() -> None:
             "results": [asdict(one) for one in results],
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
     if options.plot is not None:
         plot(options.plot, results)
     print_table(table(results, options.prompt_tokens, options.new_tokens))

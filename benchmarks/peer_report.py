@@ -13,8 +13,10 @@ from matplotlib import pyplot as plt
 from rich.table import Table
 
 from saqqara.evaluation.agreement import answer_agreement
+from saqqara.evaluation.plots import distinct_colours
 
 GIB = 2**30
+COLUMNS = 2  # panels of a picture side by side
 BUSY_SHARE = 0.05  # of the machine: above it, a figure is marked as disturbed
 
 
@@ -121,9 +123,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
 def _table(workload: dict[str, Any], figures: dict[str, Any]) -> Table:
     engines: dict[str, Any] = figures["engines"]
     reference = next(iter(engines))
-    title = "{name}: {num_requests} x {prompt_tokens} in, {new_tokens} out".format(**workload)
     table = Table(
-        title=title,
+        title=f"{workload['name']}: {title_of(workload)}",
         caption=f"x NAME: wall time over that of saqqara:NAME; agreement with {reference}; "
         f"*: more than {BUSY_SHARE:.0%} of the machine was busy with something else",
     )
@@ -147,23 +148,48 @@ def _table(workload: dict[str, Any], figures: dict[str, Any]) -> Table:
     return table
 
 
+def title_of(workload: dict[str, Any]) -> str:
+    """A workload in words."""
+    return "{num_requests} requests x {prompt_tokens:,} in, {new_tokens:,} out".format(**workload)
+
+
+def _work(workload: dict[str, Any]) -> tuple[int, int]:
+    """Tokens in and out of a workload, by which pictures are ordered."""
+    count = workload["num_requests"]
+    return count * workload["prompt_tokens"], count * workload["new_tokens"]
+
+
 def plot(path: Path, result: dict[str, Any]) -> None:
-    """Wall seconds of each engine as bars, prefill and the rest apart, one panel a workload."""
+    """Wall seconds of each engine as bars, prefill and the rest apart, one panel a workload.
+
+    An engine has the same colour in every panel, and no other has it; the least work comes first.
+    """
     found = result["results"]
     if not found:
         return
-    figure, panels = plt.subplots(1, len(found), figsize=(5.5 * len(found), 5), squeeze=False)
-    for panel, (name, figures) in zip(panels[0], found.items(), strict=True):
-        engines = figures["engines"]
+    names = sorted(found, key=lambda name: _work(result["workloads"][name]))
+    known = list(dict.fromkeys(engine for name in names for engine in found[name]["engines"]))
+    colour_of = dict(zip(known, distinct_colours(len(known)), strict=True))
+    rows = -(-len(names) // COLUMNS)
+    columns = min(len(names), COLUMNS)
+    height = 1.2 + 0.32 * len(known)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(6.5 * columns, height * rows), squeeze=False
+    )
+    for panel in panels.flat[len(names) :]:
+        panel.set_axis_off()
+    for panel, name in zip(panels.flat, names, strict=False):
+        engines = found[name]["engines"]
         labels = list(engines)[::-1]
         prefill = [engines[label]["prefill_seconds"] for label in labels]
         wall = [engines[label]["wall_seconds"] for label in labels]
-        colours = ["C0" if is_ours(label) else "C7" for label in labels]
+        colours = [colour_of[label] for label in labels]
         rest = [a - b for a, b in zip(wall, prefill, strict=True)]
         panel.barh(labels, prefill, color=colours)
         bars = panel.barh(labels, rest, left=prefill, color=colours, alpha=0.5)
         panel.bar_label(bars, [f"{seconds:.1f}" for seconds in wall], padding=3)
-        panel.set(title=name, xlabel="s, prefill dark", xlim=(0, 1.25 * max(wall)))
+        title = title_of(result["workloads"][name])
+        panel.set(title=title, xlabel="s, prefill dark", xlim=(0, 1.25 * max(wall)))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -28,6 +28,7 @@ from peer_process import EngineFailedError, EngineProcess, EngineSpec
 from peer_report import Sample, plot, summarise, tables
 
 from saqqara.cluster.tables import print_table
+from saqqara.configs.json_text import json_text
 from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation import throughput
@@ -311,7 +312,7 @@ def main() -> int:
             run.measure(workload, given.rounds, slow_rounds, given.slow_seconds)
             if given.json is not None:
                 given.json.parent.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(run.result(workloads, given), indent=1) + "\n"
+                text = json_text(run.result(workloads, given), indent=1) + "\n"
                 given.json.write_text(text, encoding="utf-8")
     result = run.result(workloads, given)
     if given.plot is not None:

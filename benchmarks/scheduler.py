@@ -8,7 +8,6 @@ which 512 sequences decode and a finished one is replaced).
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from saqqara.cluster.scheduler import Scheduler
 from saqqara.cluster.sequence import Request
 from saqqara.cluster.tables import print_table
 from saqqara.compression.retention import Retention
+from saqqara.configs.json_text import json_text
 from saqqara.workers.plan import (
     KeptCounts,
     SampledToken,
@@ -156,7 +156,7 @@ def main() -> None:
     print_table(table)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(json_text(rows, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

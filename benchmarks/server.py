@@ -10,7 +10,6 @@ subtracted from what the client saw.
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from rich.table import Table
 from saqqara.cluster.client import EngineRequest, LocalClient
 from saqqara.cluster.request import SamplingParams
 from saqqara.cluster.tables import print_table
+from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.demo import fetch_demo_model
 from saqqara.workers.models.spec import load_spec
@@ -60,7 +60,7 @@ def main() -> int:
     print_table(table(result))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(json_text(result, indent=2) + "\n", encoding="utf-8")
     return 0 if result["meets_targets"] else 1
 
 

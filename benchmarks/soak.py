@@ -10,7 +10,6 @@ engine). Prints a table, writes JSON and a plot of memory over time.
 
 import argparse
 import asyncio
-import json
 import random
 import statistics
 import sys
@@ -25,6 +24,7 @@ from local_server import LocalServer, local_server
 from rich.table import Table
 
 from saqqara.cluster.tables import print_table
+from saqqara.configs.json_text import json_text
 from saqqara.workers.models.demo import fetch_demo_model
 
 mpl.use("agg")
@@ -209,7 +209,7 @@ def report(result: dict[str, Any], folder: Path) -> None:
     for name, holds in result["checks"].items():
         table.add_row(name, "yes" if holds else "NO")
     print_table(table)
-    (folder / "soak.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (folder / "soak.json").write_text(json_text(result, indent=2) + "\n", encoding="utf-8")
     figure, axes = plt.subplots(figsize=(8, 3.5))
     axes.plot(
         [s["seconds"] / 60 for s in result["samples"]],

@@ -19,7 +19,6 @@ run whose parts are timed, which takes some time of its own.
 """
 
 import argparse
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from stepped import Run, SteppedEngine
 
 from saqqara.cluster.tables import print_table
 from saqqara.compression.retention import Retention
+from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.profile import Row, profile_table
 from saqqara.evaluation.throughput import MIB, Workload
@@ -248,7 +248,7 @@ def main() -> None:
             "results": result.to_dict(),
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json_text(report, indent=2) + "\n", encoding="utf-8")
     print_table(profile_table(list(result.profile)))
     title = (
         f"Decode step of {options.prompts} sequences, {METHOD} {options.budget}, "

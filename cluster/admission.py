@@ -3,11 +3,13 @@
 import asyncio
 import math
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _MAX_RETRY_SECONDS = 60
-_SMOOTHING = 0.2  # share of the latest request in the mean
+_UNKNOWN_RETRY_SECONDS = 5  # nothing has finished yet under load
+_NUM_FINISHED = 32  # sequences that the rate is measured over
 
 
 class OverloadedError(RuntimeError):
@@ -21,6 +23,9 @@ class OverloadedError(RuntimeError):
 class DrainingError(RuntimeError):
     """The server finishes what it has and takes nothing new."""
 
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down and takes no more requests")
+
 
 class Admission:
     """Counts the sequences of a server; used in one event loop.
@@ -28,15 +33,18 @@ class Admission:
     Args:
         max_running: sequences that the engine runs at once.
         max_waiting: sequences that may wait beyond those.
+        clock: seconds that only grow.
     """
 
-    def __init__(self, max_running: int, max_waiting: int) -> None:
+    def __init__(
+        self, max_running: int, max_waiting: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._max_running = max_running
         self._capacity = max_running + max_waiting
         self._num_sequences = 0
         self._num_requests = 0
-        self._mean_seconds = 1.0
-        self._is_closed = False
+        self._pace = _Pace(max_running, clock)
+        self._closing = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -44,11 +52,6 @@ class Admission:
     def capacity(self) -> int:
         """Sequences that are taken at most."""
         return self._capacity
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether nothing new is taken."""
-        return self._is_closed
 
     @property
     def num_requests(self) -> int:
@@ -63,23 +66,28 @@ class Admission:
             DrainingError: the server is ending.
             OverloadedError: there is no room now.
         """
-        if self._is_closed:
-            raise DrainingError("the server is shutting down and takes no more requests")
+        self.check_open()
         assert num_sequences <= self._capacity, "there never will be room for so many"
         if self._num_sequences + num_sequences > self._capacity:
             raise OverloadedError(self._retry_seconds())
         self._change(num_sequences, 1)
-        started = time.monotonic()
         try:
             yield
         finally:
             self._change(-num_sequences, -1)
-            seconds = time.monotonic() - started
-            self._mean_seconds += _SMOOTHING * (seconds - self._mean_seconds)
+
+    def check_open(self) -> None:
+        """Raise `DrainingError` if nothing new is taken."""
+        if self._closing.is_set():
+            raise DrainingError
 
     def close(self) -> None:
         """Take nothing new from now on."""
-        self._is_closed = True
+        self._closing.set()
+
+    async def wait_closed(self) -> None:
+        """Wait until nothing new is taken."""
+        await self._closing.wait()
 
     async def wait_idle(self, timeout_seconds: float | None = None) -> bool:
         """Wait until nothing is being served; whether that came within the time."""
@@ -92,6 +100,7 @@ class Admission:
         return True
 
     def _change(self, num_sequences: int, num_requests: int) -> None:
+        self._pace.note(self._num_sequences, num_finished=max(-num_sequences, 0))
         self._num_sequences += num_sequences
         self._num_requests += num_requests
         if self._num_requests == 0:
@@ -100,7 +109,40 @@ class Admission:
             self._idle.clear()
 
     def _retry_seconds(self) -> int:
-        """Until as many sequences as wait now have had their turn, at the pace of late."""
+        """Until as many sequences as wait now have finished, at the rate of late."""
+        rate = self._pace.per_second(self._num_sequences)
+        if rate is None:
+            return _UNKNOWN_RETRY_SECONDS
         waiting = max(self._num_sequences - self._max_running, 1)
-        seconds = self._mean_seconds * waiting / self._max_running
-        return min(max(math.ceil(seconds), 1), _MAX_RETRY_SECONDS)
+        return min(max(math.ceil(waiting / rate), 1), _MAX_RETRY_SECONDS)
+
+
+class _Pace:
+    """How many sequences finish per second while all slots are taken.
+
+    Time in which slots were free does not count: it says how much was asked for, not how much can
+    be done.
+    """
+
+    def __init__(self, num_slots: int, clock: Callable[[], float]) -> None:
+        self._num_slots = num_slots
+        self._clock = clock
+        self._noted = clock()
+        self._busy_seconds = 0.0
+        # When each of the latest finished, in busy seconds; before them, when the measuring began.
+        self._finished: deque[float] = deque([0.0], maxlen=_NUM_FINISHED + 1)
+
+    def note(self, num_sequences: int, num_finished: int) -> None:
+        """Count the time since the last call, in which there were `num_sequences`."""
+        now = self._clock()
+        if num_sequences >= self._num_slots:
+            self._busy_seconds += now - self._noted
+            self._finished.extend([self._busy_seconds] * num_finished)
+        self._noted = now
+
+    def per_second(self, num_sequences: int) -> float | None:
+        """The rate, or None before anything has finished."""
+        self.note(num_sequences, 0)
+        seconds = self._busy_seconds - self._finished[0]
+        num_finished = len(self._finished) - 1
+        return num_finished / seconds if num_finished and seconds > 0 else None

@@ -94,6 +94,12 @@ def batch(
         bool,
         typer.Option("--overwrite", help="Start anew instead of resuming, once the engine is up."),
     ] = False,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name of the model in OpenAI lines and their records.")
+    ] = None,
+    ignore_model: Annotated[
+        bool, typer.Option("--ignore-model", help="OpenAI lines may name any model.")
+    ] = False,
     fail_on_errors: Annotated[
         bool, typer.Option("--fail-on-errors", help="Exit with 3 if a row has an error record.")
     ] = False,
@@ -130,6 +136,8 @@ def batch(
         return_token_ids=return_token_ids or compare is not None,
         max_in_flight=max_in_flight,
         overwrite=overwrite,
+        served_model_name=served_model_name,
+        ignore_model=ignore_model,
     )
     if code := run_and_summarise(job, summary, compare, fail_on_errors=fail_on_errors):
         raise typer.Exit(code)
@@ -161,6 +169,16 @@ def serve(
     max_body_bytes: Annotated[
         int | None, typer.Option(min=1, help="Largest body of a request. [default: 4194304]")
     ] = None,
+    body_timeout_seconds: Annotated[
+        float | None, typer.Option(min=0.001, help="Time for a body to come. [default: 30]")
+    ] = None,
+    route_prefix: Annotated[
+        str | None, typer.Option(help="Path before /v1, beside other applications. [default: /]")
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin whose web pages may use the server, or *; may be repeated."),
+    ] = None,
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="Time to finish what runs after SIGTERM.")
     ] = 600.0,
@@ -168,7 +186,7 @@ def serve(
     settings: dict[str, Any],
 ) -> None:
     """Serve the OpenAI HTTP API on Ray Serve until SIGTERM, which finishes what runs."""
-    from .cli_serve import ServerFlags, serve_until_stopped
+    from .cli_serve import ServerFlags, exit_at_once, serve_until_stopped
 
     flags = ServerFlags(
         host=host,
@@ -178,9 +196,13 @@ def serve(
         api_key_file=api_key_file,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
+        body_timeout_seconds=body_timeout_seconds,
+        route_prefix=route_prefix,
+        allowed_origins=tuple(allowed_origins or ()),
         drain_seconds=drain_seconds,
     )
     serve_until_stopped(server, flags, settings)
+    exit_at_once()
 
 
 @bench.command()
@@ -241,16 +263,16 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the retention methods: what each keeps, needs and costs."""
-    import json
 
     from saqqara.compression.methods import method_table
+    from saqqara.configs.json_text import json_text
 
     from .cli_methods import print_methods
 
     with errors_in_one_line():
         rows = method_table()
         if as_json:
-            typer.echo(json.dumps({row.name: row.to_dict() for row in rows}, indent=2))
+            typer.echo(json_text({row.name: row.to_dict() for row in rows}, indent=2))
         else:
             print_methods(rows)
 

@@ -1,15 +1,18 @@
 """What `saqqara serve` does: a Serve config file and flags to a running server."""
 
+import logging
+import os
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from saqqara.configs.schema import ServeConfig
 
-from .settings import read_serve_file, serve_config
-
-DEFAULT_PORT = 8000
+from .ports import DEFAULT_PORT, LOOPBACK, Binding, ReservedPort
+from .settings import ServeFile, read_serve_file, serve_config
+from .stop_signals import StopSignals
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,27 +26,55 @@ class ServerFlags:
     api_key_file: str | None = None
     max_queue: int | None = None
     max_body_bytes: int | None = None
+    body_timeout_seconds: float | None = None
+    route_prefix: str | None = None
+    allowed_origins: tuple[str, ...] = ()
     drain_seconds: float = 600.0
 
 
 def serve_until_stopped(file: str | None, flags: ServerFlags, engine: Mapping[str, Any]) -> None:
-    """Run a server until SIGTERM.
+    """Run a server until SIGTERM, which may come at any time.
 
     Raises:
         ValueError: a setting is wrong; names the field.
+        PortInUseError: somebody listens on the port.
         RuntimeError: Ray Serve is not installed, or the server did not start.
     """
-    args, http = ({}, {}) if file is None else read_serve_file(file)
-    config = merged_config(args, flags, engine)
-    host = flags.host or http.get("host") or "127.0.0.1"
-    port = http.get("port", DEFAULT_PORT) if flags.port is None else flags.port
+    with StopSignals() as signals:  # before the imports, which take seconds
+        given = ServeFile() if file is None else read_serve_file(file)
+        config = merged_config(given.args, flags, engine)
+        asked = Binding(
+            host=flags.host or given.http.get("host"),
+            port=given.http.get("port") if flags.port is None else flags.port,
+            route_prefix=flags.route_prefix or given.route_prefix,
+            app_name=given.name,
+        )
+        if os.environ.get("RAY_ADDRESS"):  # its head node has the port, and perhaps Serve already
+            _run(config, asked, signals, flags.drain_seconds)
+            return
+        host, port = asked.host or LOOPBACK, DEFAULT_PORT if asked.port is None else asked.port
+        with ReservedPort(host, port) as reserved:
+            asked = replace(asked, host=host, port=reserved.port)
+            _run(config, asked, signals, flags.drain_seconds)
+
+
+def _run(config: ServeConfig, asked: Binding, signals: StopSignals, drain_seconds: float) -> None:
     try:
-        from .serve import run_server
+        with signals.interrupting():
+            from .serve_run import run_server
     except ImportError as error:
         raise RuntimeError(
             f"the server needs Ray Serve: pip install 'saqqara[serve]' ({error})"
         ) from error
-    run_server(config, host, port, drain_seconds=flags.drain_seconds)
+    run_server(config, asked, signals, drain_seconds=drain_seconds)
+
+
+def exit_at_once() -> NoReturn:
+    """End this process without tearing the interpreter down, which takes seconds after Ray."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def merged_config(
@@ -66,7 +97,15 @@ def merged_config(
     merged["model_loading_config"] = loading
     merged["engine_kwargs"] = {**(args.get("engine_kwargs") or {}), **engine}
     _set(merged, "deployment_config", num_replicas=flags.num_replicas)
-    _set(merged, "limits", max_queue=flags.max_queue, max_body_bytes=flags.max_body_bytes)
+    _set(
+        merged,
+        "limits",
+        max_queue=flags.max_queue,
+        max_body_bytes=flags.max_body_bytes,
+        body_timeout_seconds=flags.body_timeout_seconds,
+    )
+    if flags.allowed_origins:
+        merged["allowed_origins"] = flags.allowed_origins
     if flags.api_key_file is not None:
         merged["api_key_file"] = flags.api_key_file
     return serve_config(merged)

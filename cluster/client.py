@@ -5,6 +5,7 @@ The command line, batch jobs, `LLM` and the HTTP server are written against `Eng
 the Ray actor that owns one.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from .report import BatchRows
 from .request import RequestOutput, SamplingParams, ScoreOutput
 from .sequence import ContextLengthError
 from .tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "EngineClient",
@@ -255,4 +258,7 @@ class LocalClient:
         except ValueError as error:
             is_too_long = isinstance(error, ContextLengthError)
             return Rejection(request.request_id, str(error), is_too_long)
+        except Exception as error:  # a fault of ours; it costs this request alone
+            logger.exception("request %s could not be queued", request.request_id)
+            return Rejection(request.request_id, f"{type(error).__name__}: {error}")
         return None

@@ -3,12 +3,12 @@
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -16,11 +16,13 @@ from starlette.requests import ClientDisconnect
 from saqqara import __version__
 
 from .admission import DrainingError, OverloadedError
+from .api_docs import Endpoint, docs_page, openapi
 from .api_keys import ApiKeys
 from .chat_stream import dead_engine, event_stream
 from .engine_loop import EngineDeadError
 from .generation import Generation, Job
-from .http_io import EventStream, read_body, unless_disconnected
+from .http_guard import add_guards, check_is_json
+from .http_io import EventStream, race, read_body, unless_disconnected
 from .openai_api import (
     ChatRequest,
     CompletionRequest,
@@ -41,12 +43,30 @@ DRAIN_RETRY_SECONDS = 5
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def make_app(generation: Generation, keys: ApiKeys) -> FastAPI:
+_POSTS = (
+    Endpoint("POST", "/v1/chat/completions", "Answer a chat.", ChatRequest, streams=True),
+    Endpoint("POST", "/v1/completions", "Continue a text.", CompletionRequest, streams=True),
+    Endpoint("POST", "/tokenize", "The token ids of a text or a chat.", TokenizeRequest),
+    Endpoint("POST", "/detokenize", "The text of token ids.", DetokenizeRequest),
+)
+_GETS = (
+    Endpoint("GET", "/v1/models", "The one model of this server."),
+    Endpoint("GET", "/v1/models/{model}", "The model, if this is its name."),
+    Endpoint("GET", "/health", "200 if requests are taken.", needs_key=False),
+    Endpoint("GET", "/version", "The server's version.", needs_key=False),
+    Endpoint(
+        "GET", "/metrics", "Metrics for Prometheus.", needs_key=False, media_type="text/plain"
+    ),
+)
+
+
+def make_app(generation: Generation, keys: ApiKeys, allowed_origins: Sequence[str] = ()) -> FastAPI:
     """The application.
 
     Args:
         generation: the engine and its queue; ended with the application.
         keys: who may use what is behind `/v1`, `/tokenize` and `/detokenize`.
+        allowed_origins: origins whose web pages may use it.
     """
 
     @asynccontextmanager
@@ -55,6 +75,7 @@ def make_app(generation: Generation, keys: ApiKeys) -> FastAPI:
         await generation.shutdown()
 
     app = FastAPI(title="Saqqara", version=__version__, openapi_url=None, lifespan=lifespan)
+    add_guards(app, allowed_origins)
     _add_error_handlers(app)
     _Routes(generation, keys).add_to(app)
     return app
@@ -82,10 +103,12 @@ class _Routes:
             "/health": self.health,
             "/version": self.version,
             "/metrics": self.metrics,
+            "/openapi.json": self.openapi,
+            "/docs": self.docs,
         }
-        for method, routes in (("POST", post), ("GET", get)):
+        for methods, routes in ((["POST"], post), (["GET", "HEAD"], get)):
             for path, handler in routes.items():
-                app.add_api_route(path, handler, methods=[method], response_model=None)
+                app.add_api_route(path, handler, methods=methods, response_model=None)
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
@@ -138,8 +161,7 @@ class _Routes:
     async def health(self) -> Response:
         """`GET /health`: 200 if requests are taken, else 503."""
         self._generation.engine.check()
-        if self._generation.admission.is_closed:
-            raise DrainingError("the server is shutting down")
+        self._generation.admission.check_open()
         return _json({"status": "ok"})
 
     async def version(self) -> Response:
@@ -151,6 +173,14 @@ class _Routes:
         return PlainTextResponse(
             self._generation.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
+
+    async def openapi(self, request: Request) -> Response:
+        """`GET /openapi.json`: what there is, for programs."""
+        return JSONResponse(_description(request))
+
+    async def docs(self, request: Request) -> Response:
+        """`GET /docs`: the same for people."""
+        return HTMLResponse(docs_page(_description(request)))
 
     async def _generate(
         self, request: Request, kind: type[CompletionRequest] | type[ChatRequest]
@@ -206,8 +236,15 @@ class _Routes:
     async def _read(self, request: Request, kind: type[Body]) -> Body:
         """Let in who may come in, and read and check the body."""
         self._authorize(request)
-        content = await read_body(request, self._generation.limits.max_body_bytes)
-        return read_request(kind, read_object(content, "the body"))
+        check_is_json(request)
+        return read_request(kind, read_object(await self._read_body(request), "the body"))
+
+    async def _read_body(self, request: Request) -> bytes:
+        """The body; a client that is slow with it is not waited for when the server ends."""
+        admission, limits = self._generation.admission, self._generation.limits
+        admission.check_open()
+        reading = read_body(request, limits.max_body_bytes, limits.body_timeout_seconds)
+        return await race(reading, admission.wait_closed(), DrainingError())
 
     def _authorize(self, request: Request) -> None:
         if not self._keys.accepts(request.headers.get("authorization")):
@@ -222,6 +259,10 @@ class _Routes:
 
 async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(events)
+
+
+def _description(request: Request) -> dict[str, Any]:
+    return openapi((*_POSTS, *_GETS), __version__, request.scope.get("root_path", ""))
 
 
 def _json(data: Mapping[str, Any]) -> Response:

@@ -13,13 +13,24 @@ from .openai_errors import ApiError
 T = TypeVar("T")
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int, timeout_seconds: float) -> bytes:
     """The body of a request.
 
     Raises:
-        ApiError: it is larger than allowed (413); what is beyond that is not read.
+        ApiError: it is larger than allowed (413), of which what is beyond is not read, or has not
+            come in time (408).
         ClientDisconnect: the client left while it sent the body.
     """
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            return await _read_body(request, max_bytes)
+    except TimeoutError:
+        message = f"the body has not come within {timeout_seconds:g} s"
+        close = {"Connection": "close"}  # the rest of the body would be taken for a request
+        raise ApiError(408, message, None, "request_timeout", close) from None
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
     too_large = ApiError(
         413, f"the body may have at most {max_bytes} bytes", None, "request_too_large"
     )
@@ -40,7 +51,7 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
     Raises:
         ClientDisconnect: the client has left.
     """
-    return await _race(work, request.receive)
+    return await race(work, _disconnect(request.receive), ClientDisconnect())
 
 
 class EventStream(Response):
@@ -63,7 +74,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; see ASGI."""
         try:
-            await _race(self._write(send), receive)
+            await race(self._write(send), _disconnect(receive), ClientDisconnect())
         except ClientDisconnect:
             return
         finally:
@@ -77,19 +88,20 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _race(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+async def race(work: Coroutine[Any, Any, T], end: Coroutine[Any, Any, None], error: Exception) -> T:
+    """The result of `work`; if `end` comes first, `work` is cancelled and the error raised."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnect(receive))
+    ending = asyncio.ensure_future(end)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, ending), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientDisconnect
+            raise error
         return task.result()
     finally:
         task.cancel()
-        gone.cancel()
+        ending.cancel()
         # Cancelled work must have ended, and let go of its sequence, before anybody goes on.
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, ending, return_exceptions=True)
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, cast, overload
 
 from saqqara.compression.retention import Retention
 
+from .chat_template import ChatOptions
 from .client import EngineDeadError, EngineRequest
 from .launch import launch
 from .long_wait import LongWait
@@ -133,6 +134,10 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
         budget: Budget | Sequence[Budget | None] | None = None,
     ) -> list[RequestOutput]:
@@ -142,6 +147,11 @@ class LLM:
             messages: one conversation (a list of `{"role", "content"}`) or several.
             sampling_params: as for `generate`.
             use_tqdm: as for `generate`.
+            chat_template: a Jinja template instead of the model's own.
+            add_generation_prompt: end with the head of the assistant's answer.
+            continue_final_message: leave the final message open, so that the answer goes on with
+                it; needs `add_generation_prompt=False`.
+            chat_template_kwargs: variables for the template, e.g. `{"enable_thinking": False}`.
             retention: as for `generate`.
             budget: as for `generate`.
 
@@ -152,7 +162,16 @@ class LLM:
         several: Sequence[Any] = messages
         if messages and isinstance(messages[0], Mapping):
             several = [messages]
-        parts = [{"messages": _conversation(given, i)} for i, given in enumerate(several)]
+        options = ChatOptions(
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_args=dict(chat_template_kwargs or {}),
+            chat_template=chat_template,
+        )
+        parts = [
+            {"messages": _conversation(given, i), "chat_options": options}
+            for i, given in enumerate(several)
+        ]
         return self._generate(parts, "messages", sampling_params, retention, budget, use_tqdm)
 
     @overload

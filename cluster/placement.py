@@ -14,7 +14,7 @@ Data parallelism is one placement group per replica, so that replicas start, fai
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ class PlacementPlan:
     strategy: Strategy = "PACK"
 
     def __str__(self) -> str:
-        kinds = Counter(_show(bundle) for bundle in self.bundles)
+        kinds = Counter(show_resources(bundle) for bundle in self.bundles)
         return ", ".join(f"{count} x {{{kind}}}" for kind, count in kinds.items())
 
 
@@ -195,25 +195,31 @@ def reserve(
 
 def _no_room(config: EngineConfig, plan: PlacementPlan, waited_seconds: float) -> str:
     free = ray.available_resources()
-    nodes = "; ".join(
-        f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}): "
-        f"{_show(node['Resources']) or 'neither CPU nor GPU'}"
-        for node in _alive_nodes()
-    )
     hint = "use device='cpu', smaller sizes, or add nodes" if plan.rank_gpus else "add nodes"
     return (
         f"the cluster has no room for tensor_parallel_size={config.tensor_parallel_size} x "
         f"pipeline_parallel_size={config.pipeline_parallel_size} on "
         f"device={'cuda' if plan.rank_gpus else 'cpu'} after {waited_seconds:g} s: asked for "
-        f"{plan}, each on one node; nodes: {nodes or 'none'}; free in all: "
-        f"{_show(free) or 'nothing'}; {hint}"
+        f"{plan}, each on one node; nodes: {describe_nodes()}; free in all: "
+        f"{show_resources(free) or 'nothing'}; {hint}"
     )
+
+
+def describe_nodes() -> str:
+    """The nodes of the cluster, and what each has in all."""
+    nodes = [
+        f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}): "
+        f"{show_resources(node['Resources']) or 'neither CPU nor GPU'}"
+        for node in _alive_nodes()
+    ]
+    return "; ".join(nodes) or "none"
 
 
 def _alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _show(resources: dict[str, float]) -> str:
+def show_resources(resources: Mapping[str, float]) -> str:
+    """CPUs and GPUs of a mapping of resources."""
     kinds = [(name, resources[name]) for name in ("CPU", "GPU") if resources.get(name)]
     return ", ".join(f"{name}: {amount:g}" for name, amount in kinds)

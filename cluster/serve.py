@@ -8,28 +8,22 @@ the placement group that Serve reserves with it, so a replica starts, moves and 
 
 import faulthandler
 import logging
-import os
 import signal
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from queue import SimpleQueue
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
-from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig, ServeConfig
 from saqqara.workers.layout import MeshLayout
 from saqqara.workers.models.spec import load_spec
 
-from .api_keys import KEYS_VARIABLE, ApiKeys
-from .controller import connect
+from .api_keys import ApiKeys
 from .engine import Engine, Executor, LocalExecutor
 from .executor import RayExecutor
 from .generation import Generation
@@ -47,22 +41,19 @@ from .rank_process import usable_cores
 from .ray_metrics import RaySink
 from .report import EngineReport
 from .serve_router import RefusingRouter
+from .serve_start import ReplicaStartError, one_line_reason
 from .settings import serve_config, served_engine
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-APP_NAME = "saqqara"
-LOOPBACK = "127.0.0.1"
 _ACCELERATOR_SHARE = 0.001  # how Ray asks for a node that has an accelerator of this type
-_RAY_SETTINGS = {  # for a Ray that the server starts itself
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine needs more than Serve's 5
-    "RAY_worker_niceness": "0",  # Ray runs workers as background jobs, which a server is not
-}
 _STDERR = 2  # Serve puts an object without a file in the place of sys.stderr
 _SWITCH_SECONDS = 0.0005  # what the event loop may have to wait for the thread of the engine
-_ANSWER_SECONDS = 30.0  # for a replica to say that it has drained
-_SPARE_REQUESTS = 64  # beyond the queue, so that a full one is answered and not waited for
+# Serve counts requests whose bodies are still on their way, and holds back those beyond this: then
+# slow clients would block `/health`. What the engine takes on is bounded by the admission queue.
+_MAX_ONGOING_REQUESTS = 100_000
+_DRAIN_POLL_SECONDS = 0.2  # of Serve, for the requests of a replica that is to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,26 +76,17 @@ class Replica:
 
     def __init__(self, plan: ReplicaPlan) -> None:
         sys.setswitchinterval(_SWITCH_SECONDS)
-        _show_stacks_when_asked()
-        config = plan.engine
-        tokenizer = config.tokenizer or config.model
-        name = plan.config.model_loading_config.model_id
-        spec = load_spec(config.model)  # first, since it says best what is wrong with a folder
-        check_fits(config, spec)
-        engine = Engine(
-            config,
-            _executor(plan),
-            Tokenizer.load(tokenizer),
-            spec,
-            sinks=[RaySink(name)],
-            model_name=name,
-        )
-        self._keys = plan.keys
-        self._generation = Generation(plan.config, config, engine, Tokenizer.load(tokenizer))
+        show_stacks_when_asked()
+        self._plan = plan
+        try:
+            self._generation = _start(plan)
+        except Exception as error:
+            logger.exception("the replica cannot start")
+            raise ReplicaStartError(one_line_reason(error)) from None
 
     def __serve_build_asgi_app__(self) -> Any:
         """The HTTP application, as Serve asks for it."""
-        return make_app(self._generation, self._keys)
+        return make_app(self._generation, self._plan.keys, self._plan.config.allowed_origins)
 
     async def check_health(self) -> None:
         """Raise if the engine has failed, upon which Serve starts another replica."""
@@ -138,17 +120,31 @@ def application(config: ServeConfig) -> serve.Application:
     Raises:
         ValueError: a setting is wrong; names the field.
     """
-    engine = served_engine(config)
-    Retention.parse(
-        engine.retention, engine.budget
-    )  # rather than in every replica, again and again
+    engine = checked_engine(config)
     plan = plan_replica(config, engine, ApiKeys.load(config.api_key_file))
+    return planned_application(plan)
+
+
+def checked_engine(config: ServeConfig) -> EngineConfig:
+    """The engine's settings; what can be checked here is not left to every replica.
+
+    Raises:
+        ValueError: a setting is wrong; names the field.
+    """
+    engine = served_engine(config)
+    Retention.parse(engine.retention, engine.budget)
+    return engine
+
+
+def planned_application(plan: ReplicaPlan) -> serve.Application:
+    """A Serve application of replicas as planned."""
+    config = plan.config
     given = config.deployment_config
     options: dict[str, Any] = {
         "ray_actor_options": plan.actor_options,
-        "max_ongoing_requests": given.max_ongoing_requests
-        or plan.engine.max_num_seqs + config.limits.max_queue + _SPARE_REQUESTS,
+        "max_ongoing_requests": given.max_ongoing_requests or _MAX_ONGOING_REQUESTS,
         "graceful_shutdown_timeout_s": given.graceful_shutdown_timeout_s,
+        "graceful_shutdown_wait_loop_s": _DRAIN_POLL_SECONDS,
         "health_check_period_s": given.health_check_period_s,
         "health_check_timeout_s": given.health_check_timeout_s,
     }
@@ -204,6 +200,24 @@ def plan_replica(config: ServeConfig, engine: EngineConfig, keys: ApiKeys) -> Re
     return ReplicaPlan(config, engine, keys, actor, placement)
 
 
+def _start(plan: ReplicaPlan) -> Generation:
+    """The engine of a replica, ready for requests."""
+    config = plan.engine
+    tokenizer = config.tokenizer or config.model
+    name = plan.config.model_loading_config.model_id
+    spec = load_spec(config.model)  # first, since it says best what is wrong with a folder
+    check_fits(config, spec)
+    engine = Engine(
+        config,
+        _executor(plan),
+        Tokenizer.load(tokenizer),
+        spec,
+        sinks=[RaySink(name)],
+        model_name=name,
+    )
+    return Generation(plan.config, config, engine, Tokenizer.load(tokenizer))
+
+
 def _executor(plan: ReplicaPlan) -> Executor:
     """The worker in this process, or ranks in the replica's placement group."""
     if plan.placement is None:
@@ -215,93 +229,6 @@ def _executor(plan: ReplicaPlan) -> Executor:
     return RayExecutor(plan.engine, placement=Placement(plan.placement, group))
 
 
-def run_server(config: ServeConfig, host: str, port: int, *, drain_seconds: float) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what runs and end.
-
-    Ray is that of `RAY_ADDRESS`, or a local one that ends with the server.
-
-    Args:
-        config: the server's settings.
-        host: address to bind to.
-        port: port to bind to; 0 takes a free one.
-        drain_seconds: how long running requests may take after the signal.
-
-    Raises:
-        ValueError: a setting is wrong; names the field.
-        RuntimeError: the replicas did not start.
-    """
-    port = port or free_port(host)
-    if host != LOOPBACK and not (config.api_key_file or os.environ.get(KEYS_VARIABLE)):
-        logger.warning("anybody who reaches %s may use this server: it has no API keys", host)
-    for name, value in _RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    _show_stacks_when_asked()
-    owns_ray = connect()
-    signals: SimpleQueue[int] = SimpleQueue()  # an Event could be set while its own lock is held
-    previous = {
-        number: signal.signal(number, lambda number, _: signals.put(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        handle = start(config, host, port)
-        logger.info(
-            "serving %s at http://%s:%d/v1", config.model_loading_config.model_id, host, port
-        )
-        signals.get()
-        logger.info("finishing what runs, taking nothing more")
-        left = drain(handle, drain_seconds)
-        if left:
-            logger.warning("%d requests were cut off after %g s", left, drain_seconds)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if owns_ray:
-            serve.shutdown()
-            ray.shutdown()
-        else:
-            serve.delete(APP_NAME)
-
-
-def _show_stacks_when_asked() -> None:
+def show_stacks_when_asked() -> None:
     """Have SIGUSR1 write the stack of every thread to stderr, which shows what a process does."""
     faulthandler.register(signal.SIGUSR1, file=_STDERR, all_threads=True)
-
-
-def start(config: ServeConfig, host: str, port: int, name: str = APP_NAME) -> DeploymentHandle:
-    """Start the server on the Ray that is connected, and wait until its replicas are ready.
-
-    Raises:
-        ValueError: a setting is wrong; names the field.
-        RuntimeError: the replicas did not start.
-    """
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-    handle: DeploymentHandle = serve.run(application(config), name=name, route_prefix="/")
-    return handle
-
-
-def drain(handle: DeploymentHandle, timeout_seconds: float) -> int:
-    """Have every replica take nothing more and finish; returns how many requests are left.
-
-    A replica that is gone or does not answer has nothing that could be waited for, and the others
-    are waited for all the same.
-    """
-    try:
-        answers: list[int | Exception] = handle.broadcast("drain", timeout_seconds).results(
-            timeout_s=timeout_seconds + _ANSWER_SECONDS, return_exceptions=True
-        )
-    except (DeploymentUnavailableError, TimeoutError) as error:
-        answers = [error]
-    left = 0
-    for answer in answers:
-        if isinstance(answer, Exception):
-            logger.warning("a replica could not finish: %s: %s", type(answer).__name__, answer)
-        else:
-            left += answer
-    return left
-
-
-def free_port(host: str = LOOPBACK) -> int:
-    """A port that was free a moment ago: Serve does not tell which one it takes for 0."""
-    with socket.create_server((host, 0)) as server:
-        port: int = server.getsockname()[1]
-    return port

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
@@ -97,8 +98,23 @@ def served_engine(config: ServeConfig) -> EngineConfig:
     return engine_config(given, "engine_kwargs")
 
 
-def read_serve_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of the only application of a Serve config file or preset, and its HTTP options.
+@dataclass(frozen=True, slots=True)
+class ServeFile:
+    """What a Serve config file says of a server of ours: the only application in it.
+
+    Attributes:
+        args: its settings, fields of `ServeConfig`.
+        http: Serve's `http_options`.
+    """
+
+    args: Mapping[str, Any] = field(default_factory=dict)
+    http: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "saqqara"
+    route_prefix: str = "/"
+
+
+def read_serve_file(path: str) -> ServeFile:
+    """A Serve config file or preset.
 
     Raises:
         ValueError: an unreadable file, or one that `serve run` could not use for a server of ours.
@@ -107,14 +123,16 @@ def read_serve_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     applications = data.get("applications")
     if not isinstance(applications, list) or len(applications) != 1:
         raise ValueError(f"config {path}: applications must be a list with one application")
-    args = applications[0].get("args") if isinstance(applications[0], dict) else None
+    application = applications[0] if isinstance(applications[0], dict) else {}
+    args = application.get("args")
     if not isinstance(args, dict):
         raise ValueError(f"config {path}: applications[0].args must be a mapping of settings")
     check_keys(args, ServeConfig.model_fields, f"config {path}: applications[0].args")
     http = data.get("http_options") or {}
     if not isinstance(http, dict):
         raise ValueError(f"config {path}: http_options must be a mapping")
-    return args, http
+    given = {key: application[key] for key in ("name", "route_prefix") if application.get(key)}
+    return ServeFile(args, http, **given)
 
 
 def sampling_params(settings: Mapping[str, Any], where: str = "") -> SamplingParams:

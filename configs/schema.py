@@ -1,5 +1,6 @@
 """Every setting of engine and server, with its default, unit and check. Unknown keys are errors."""
 
+import re
 from dataclasses import fields
 from typing import Any, Literal, Self
 
@@ -11,6 +12,8 @@ from .worker_settings import WorkerSettings
 MAX_TOKENS = 2**24
 MAX_NUM_SEQS = 4096
 MAX_RANKS = 1024
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", re.IGNORECASE)
 
 
 class EngineConfig(BaseModel):
@@ -159,7 +162,7 @@ class DeploymentConfig(BaseModel):
         None, description="Instead of num_replicas: Serve's settings for a changing number."
     )
     max_ongoing_requests: int | None = Field(
-        None, ge=1, description="Open requests per replica; default: what it can run and queue."
+        None, ge=1, description="Open requests per replica; default: no bound but `limits`."
     )
     graceful_shutdown_timeout_s: float = Field(
         600.0, ge=0, description="Seconds a replica that is to end has to finish its requests."
@@ -189,6 +192,9 @@ class ServerLimits(BaseModel):
         256, ge=0, description="Sequences that may wait beyond max_num_seqs; more get status 429."
     )
     max_body_bytes: int = Field(4 * 2**20, ge=1, description="A larger body gets status 413.")
+    body_timeout_seconds: float = Field(
+        30.0, gt=0, description="A body that has not come within this time gets status 408."
+    )
     max_n: int = Field(16, ge=1, le=128, description="Choices per prompt.")
     max_logprobs: int = Field(20, ge=0, le=20, description="Best tokens beside the sampled one.")
     max_stop: int = Field(16, ge=0, description="Stop strings of a request.")
@@ -212,4 +218,18 @@ class ServeConfig(BaseModel):
     api_key_file: str | None = Field(
         None, description="File with one key per line; also read: SAQQARA_API_KEYS (with commas)."
     )
+    allowed_origins: tuple[str, ...] = Field(
+        (), description="Origins whose web pages may use the server, such as https://example.com."
+    )
     limits: ServerLimits = ServerLimits()
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin; write scheme, host and port without a path, such as "
+                    "https://example.com or http://localhost:3000, or '*' for all"
+                )
+        return origins

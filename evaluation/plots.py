@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -17,9 +19,12 @@ from .result import Result
 from .summary import main_figure, summarise
 
 SUFFIXES = (".png", ".svg", ".pdf")
-NUM_COLOURS, MARKS, LINES = 10, "osD^", ("-", "--", ":", "-.")
+MANY_SERIES = 10  # more have their legend beside the picture
+MARKS, LINES = "osD^", ("-", "--", ":", "-.")
+LARGEST_LISTS = ("tab10", "tab20")  # colours that were chosen to be told apart, the fewest first
 COLUMNS = 3
 COLOURS = "RdYlGn"
+DARK = 0.12  # as near to an end of these colours, black is hard to read
 LOWER_IS_BETTER = frozenset({"perplexity"})
 
 Floats = NDArray[np.float64]
@@ -52,6 +57,17 @@ def png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
     return file.getvalue()
+
+
+def distinct_colours(count: int) -> list[str]:
+    """So many colours, none twice, as `#rrggbb`: those of a list, else steps around the wheel."""
+    for name in LARGEST_LISTS:
+        listed = [to_hex(colour) for colour in map(colormaps[name], range(colormaps[name].N))]
+        if count <= len(listed):
+            return listed[:count]
+    # Neighbours in a legend differ in lightness, too.
+    hues = np.arange(count) / count
+    return [to_hex(hsv_to_rgb((hue, 0.85, (0.9, 0.55)[i % 2]))) for i, hue in enumerate(hues)]
 
 
 def needle_maps(result: Result) -> Figure:
@@ -96,6 +112,7 @@ def quality_curve(result: Result) -> Figure:
     name, reference, _ = main_figure(full)
     panel.axhline(reference.value, color="black", linestyle="--", linewidth=1, label="full")
     all_series = dict.fromkeys(_series(row.retention) for row in rows)
+    colours = distinct_colours(len(all_series))
     for number, series in enumerate(all_series):
         mine = sorted(
             (row for row in rows if _series(row.retention) == series), key=lambda r: r.kept_share
@@ -105,14 +122,13 @@ def quality_curve(result: Result) -> Figure:
         below = np.nan_to_num([max(e.value - e.low, 0.0) for e in estimates])
         above = np.nan_to_num([max(e.high - e.value, 0.0) for e in estimates])
         kept = [100 * row.kept_share for row in mine]
-        lap = number // NUM_COLOURS  # the same colour comes again with another mark
         panel.errorbar(
             kept,
             values,
             [below, above],
-            color=f"C{number % NUM_COLOURS}",
-            marker=MARKS[lap % len(MARKS)],
-            linestyle=LINES[lap % len(LINES)],
+            color=colours[number],
+            marker=MARKS[number % len(MARKS)],
+            linestyle=LINES[number // len(MARKS) % len(LINES)],
             elinewidth=0.6,
             capsize=2,
             label=series,
@@ -121,7 +137,7 @@ def quality_curve(result: Result) -> Figure:
     panel.set_ylabel(name)
     panel.set_title(f"{result.task}{_direction(result.task)}", fontsize=10)
     panel.grid(alpha=0.3)
-    if len(all_series) > NUM_COLOURS:
+    if len(all_series) > MANY_SERIES:
         figure.set_figwidth(9)
         panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     else:
@@ -160,7 +176,10 @@ def _heat_map(panel: Axes, values: Floats, rows: Sequence[str], columns: Sequenc
     panel.set_xticks(range(len(columns)), columns, fontsize=8)
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
-            panel.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7)
+            colour = "black" if DARK < value < 1 - DARK else "white"
+            panel.text(
+                column, row, f"{value:.0%}", ha="center", va="center", fontsize=7, color=colour
+            )
 
 
 def _series(label: str) -> str:

@@ -6,7 +6,6 @@ a decode step, *head* samples, and *host* is what lies outside the worker: sched
 metrics.
 """
 
-import json
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rich.table import Table
 from saqqara.cluster.engine import Engine, LocalExecutor
 from saqqara.cluster.request import SamplingParams
 from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.clock import Span
 from saqqara.workers.models.spec import load_spec
@@ -123,7 +123,7 @@ def write_trace(spans: list[Span], path: Path) -> None:
         for span in spans
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+    path.write_text(json_text({"traceEvents": events}), encoding="utf-8")
 
 
 def _kind(spans: list[Span]) -> str:

@@ -1,11 +1,11 @@
 """One HTML page with tables and pictures, which needs no other file."""
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 
 from saqqara import __version__
+from saqqara.configs.json_text import json_text
 
 from .result import Result
 from .summary import group_cells, main_figure, overall_cells, summarise
@@ -79,7 +79,7 @@ def _section(result: Result, pictures: Sequence[tuple[str, bytes]]) -> str:
     if len(result.groups) > 1:
         parts.append(_table(group_cells(result)))
     parts += [_image(name, data) for name, data in pictures]
-    settings = json.dumps({"settings": result.settings, "retentions": result.retentions}, indent=1)
+    settings = json_text({"settings": result.settings, "retentions": result.retentions}, indent=1)
     parts.append(f"<details><summary>settings</summary><pre>{escape(settings)}</pre></details>")
     return "".join(parts)
 

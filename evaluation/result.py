@@ -1,12 +1,14 @@
 """What an evaluation found, prompt by prompt: enough to make every table and plot again."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from saqqara.compression.retention import Retention
+from saqqara.configs.json_text import json_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class Result:
         """Write as JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        part.write_text(json_text(asdict(self), indent=1) + "\n", encoding="utf-8")
         part.replace(path)
 
     @classmethod
@@ -108,7 +110,13 @@ class Result:
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            outcomes = tuple(Outcome(**outcome) for outcome in data.pop("outcomes"))
+            outcomes = tuple(_outcome(outcome) for outcome in data.pop("outcomes"))
             return cls(outcomes=outcomes, **data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not the result of an evaluation: {error}") from None
+
+
+def _outcome(data: Mapping[str, Any]) -> Outcome:
+    """An outcome of a file, which has null for a score that is no finite number."""
+    score = math.nan if data["score"] is None else data["score"]
+    return Outcome(**{**data, "score": score})

@@ -83,6 +83,7 @@ def measure(config: EngineConfig, workload: Workload) -> dict[str, Any]:
     Raises:
         ValueError: a setting or a prompt is wrong.
         EngineDeadError: the engine failed.
+        RuntimeError: it failed on a prompt.
     """
     prompts = workload.token_ids(config)
     sampling = SamplingParams(temperature=0.0, max_tokens=workload.new_tokens, ignore_eos=True)
@@ -93,6 +94,9 @@ def measure(config: EngineConfig, workload: Workload) -> dict[str, Any]:
         outputs = llm.generate(prompt_token_ids=prompts, sampling_params=sampling)
         wall_seconds = time.perf_counter() - start
         report = llm.report()
+    for output in outputs:
+        if output.error is not None:
+            raise RuntimeError(output.error)
     first_tokens = [output.metrics.first_token_time for output in outputs]
     prefill_seconds = max(t for t in first_tokens if t is not None) - submitted
     answers = [list(output.outputs[0].token_ids) for output in outputs]

@@ -26,11 +26,11 @@ def test_there_are_presets() -> None:
 def test_presets_are_valid_serve_config_files(name: str) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    args, http = read_serve_file(name)
-    engine = served_engine(serve_config(args))
+    file = read_serve_file(name)
+    engine = served_engine(serve_config(file.args))
     # One that fits any model: `recommended` brings a profile of one.
     assert Retention.parse(engine.retention, engine.budget).profile is None
-    assert http["host"] == "127.0.0.1"
+    assert (file.http["host"], file.name, file.route_prefix) == ("127.0.0.1", "saqqara", "/")
     content = yaml.safe_load((CONFIG_DIR / "serve" / f"{name}.yaml").read_text())
     assert content["applications"][0]["import_path"] == "saqqara.cluster.serve:build_app"
     ServeDeploySchema.model_validate(content)

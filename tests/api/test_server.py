@@ -3,14 +3,16 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from fastapi.openapi.models import OpenAPI
 from openai import AsyncOpenAI, OpenAI
-from support.api_server import MAX_MODEL_LEN, MAX_QUEUE, MODEL, NUM_SLOTS
-from support.server import Server
+from support.api_server import KEY, MAX_MODEL_LEN, MAX_QUEUE, MODEL, NUM_SLOTS, engine_flags
+from support.server import Answer, Server, fetch, half_sent_requests, starting_server
 
 from saqqara import __version__
 
@@ -100,6 +102,73 @@ def test_a_full_queue_is_told_when_to_come_again(client: OpenAI, server: Server)
     wait_for(lambda: server.metric("vllm:num_requests_running") == 0, 2.0)
     answer = client.completions.create(model=MODEL, prompt="hello", max_tokens=1)
     assert answer.usage is not None
+
+
+@pytest.mark.parametrize("path", ["/health", "/version", "/metrics", "/docs", "/openapi.json"])
+def test_head_answers_as_get_without_the_body(server: Server, path: str) -> None:
+    head, get = (fetch(f"{server.url}{path}", method) for method in ("HEAD", "GET"))
+    assert (head.status, head.text) == (200, "")
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_the_api_describes_itself(server: Server) -> None:
+    spec = json.loads(server.get("/openapi.json")[1])
+    OpenAPI.model_validate(spec)
+    for path, methods in spec["paths"].items():
+        for method in methods:
+            url = server.url + path.replace("{model}", MODEL)
+            assert fetch(url, method.upper()).status in (200, 401), f"{method} {path} is there"
+    assert "<code>messages</code>" in server.get("/docs")[1]
+
+
+@pytest.mark.parametrize("given", ["text/plain", "application/x-www-form-urlencoded", "json"])
+def test_a_body_that_is_not_declared_as_json_is_refused(server: Server, given: str) -> None:
+    """A web page may send these to any server that its browser reaches, without asking before."""
+    answer = post(server, {"Content-Type": given})
+    assert answer.status == 415
+    error = json.loads(answer.text)["error"]
+    assert error["code"] == "unsupported_media_type"
+    assert "application/json" in error["message"]
+
+
+@pytest.mark.parametrize("given", ["application/json", "Application/JSON; charset=utf-8"])
+def test_a_body_that_is_declared_as_json_is_taken(server: Server, given: str) -> None:
+    assert post(server, {"Content-Type": given}).status == 200
+
+
+def test_pages_of_other_origins_are_refused(server: Server) -> None:
+    answer = post(server, {"Origin": "https://example.com"})
+    assert answer.status == 403
+    assert json.loads(answer.text)["error"]["code"] == "origin_not_allowed"
+    assert post(server, {"Origin": server.url}).status == 200
+
+
+def test_bodies_that_do_not_come_hold_up_nobody(client: OpenAI, server: Server) -> None:
+    """More of them than the server runs and queues; none counts before it is there."""
+    with half_sent_requests(server, 200, KEY):
+        assert server.get("/health")[0] == 200
+        assert server.metric("vllm:num_requests_running") == 0
+        answer = client.completions.create(model=MODEL, prompt="hello", max_tokens=1)
+        assert answer.usage is not None
+
+
+def test_a_port_in_use_is_an_error_before_anything_is_started(
+    server: Server, byte_model: Path, tmp_path: Path
+) -> None:
+    """Serve itself would share the port, and each server would get some of the requests."""
+    with starting_server(tmp_path / "log", *engine_flags(byte_model), port=server.port) as second:
+        assert second.process.wait(60) == 1
+        [line] = second.log.read_text().splitlines()
+        assert line.startswith(f"error: port {server.port} of 127.0.0.1 is in use: ")
+        assert not second.left_behind()
+    assert server.get("/health")[0] == 200
+
+
+def post(server: Server, headers: Mapping[str, str]) -> Answer:
+    """The answer to a short completion with these headers."""
+    body = {"model": MODEL, "prompt": "hello", "max_tokens": 1}
+    url = f"{server.url}/v1/completions"
+    return fetch(url, "POST", {"Authorization": f"Bearer {KEY}", **headers}, body)
 
 
 def aborted(server: Server) -> float:

@@ -33,7 +33,10 @@ RAY_FILES = {
         "placement",
         "jobs",
         "serve",
+        "serve_cluster",
         "serve_router",
+        "serve_run",
+        "serve_start",
         "ray_metrics",
     )
 }

@@ -11,6 +11,7 @@ from saqqara.compression.retention import Retention
 from saqqara.evaluation import text_metrics as metrics
 from saqqara.evaluation.grid import full_bytes, kept_share, parse_grid, parse_setting, with_full
 from saqqara.evaluation.interval import bootstrapped, proportion
+from saqqara.evaluation.plots import distinct_colours
 from saqqara.evaluation.result import Outcome, Result
 from saqqara.evaluation.summary import group_cells, overall_cells, summarise
 from saqqara.workers.models.spec import load_spec
@@ -205,3 +206,9 @@ def test_agreement_names_what_it_has() -> None:
     assert row.figures["top-1 agreement"][0].value == 0.75
     assert row.figures["logprob of full's token - full's"][0].value == -0.75
     assert row.figures["greedy answers identical"][0].value == 0.5
+
+
+@pytest.mark.parametrize("count", [0, 1, 10, 11, 20, 21, 60])
+def test_no_colour_comes_twice_in_a_picture(count: int) -> None:
+    colours = distinct_colours(count)
+    assert len(set(colours)) == len(colours) == count

@@ -10,6 +10,7 @@ from support.tiny import save_tiny
 
 from saqqara import LLM, Retention, SamplingParams
 from saqqara.cluster import llm as llm_module
+from saqqara.cluster.chat_template import ChatOptions
 from saqqara.cluster.long_wait import LongWait
 from saqqara.configs.schema import EngineConfig
 
@@ -66,6 +67,17 @@ def test_settings_are_for_all_prompts_or_one_each(fake: LLM, client: FakeClient)
 def test_chat_takes_one_conversation_or_several(fake: LLM) -> None:
     assert texts(fake.chat(CHAT)) == ["ih"]
     assert texts(fake.chat([CHAT, [{"role": "user", "content": "ho"}]])) == ["ih", "oh"]
+
+
+def test_chat_says_how_conversations_are_written(fake: LLM, client: FakeClient) -> None:
+    given: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
+    fake.chat(CHAT, **given, chat_template="{{ x }}", chat_template_kwargs={"x": 1})
+    options = ChatOptions(**given, chat_template="{{ x }}", template_args={"x": 1})
+    assert client.submitted[0].chat_options == options
+    with pytest.raises(ValueError, match="continue_final_message: the answer either goes on"):
+        fake.chat(CHAT, continue_final_message=True)
+    with pytest.raises(ValueError, match="'messages' is no variable"):
+        fake.chat(CHAT, chat_template_kwargs={"messages": []})
 
 
 def test_score_takes_one_pair_or_lists(fake: LLM) -> None:
@@ -137,6 +149,49 @@ def tiny(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     settings: dict[str, Any] = {"kv_memory_gib": 0.1, "check_integrity": True, "max_num_seqs": 4}
     with LLM(str(folder), dtype="float32", **settings) as llm:
         yield llm
+
+
+def test_the_tokenizer_is_hugging_faces(tiny: LLM) -> None:
+    tokenizer = tiny.get_tokenizer()
+    assert tokenizer is tiny.get_tokenizer()
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    params = SamplingParams(temperature=0.0, max_tokens=4)
+    ids = tokenizer.encode(text)
+    [chat] = tiny.chat(CHAT, params)
+    assert chat.prompt_token_ids == tuple(ids)
+    [written] = tiny.generate([ids], params)
+    assert chat.outputs[0].token_ids == written.outputs[0].token_ids
+
+
+def test_log_probabilities_of_any_tokens_have_names_and_bytes(tiny: LLM) -> None:
+    """A random model writes parts of characters; its best tokens stay five, apart by name."""
+    parts = tuple(dict.fromkeys(tiny.get_tokenizer().encode("🐫🏜️ 日本語のテキスト")))
+    params = SamplingParams(max_tokens=40, seed=1, logprobs=5, allowed_token_ids=parts)
+    answers = [output.outputs[0] for output in tiny.generate(["日本語", "the"] * 2, params)]
+    names = []
+    for answer in answers:
+        assert answer.logprobs is not None
+        for token_id, entry in zip(answer.token_ids, answer.logprobs, strict=True):
+            assert {1, 2, 3, 4, 5} <= {one.rank for one in entry.values()}
+            assert len({one.decoded_token for one in entry.values()}) == len(entry)
+            names.append(entry[token_id].decoded_token)
+        chosen = (entry[i] for i, entry in zip(answer.token_ids, answer.logprobs, strict=True))
+        data = b"".join(token.token_bytes for token in chosen)
+        assert data.decode(errors="replace") == answer.text
+    assert any(str(name).startswith("bytes:") for name in names)
+
+
+def test_a_conversation_goes_through_another_template(tiny: LLM) -> None:
+    template = "{% for m in messages %}[{{ m['content'] }}{{ mark }}]{% endfor %}"
+    begun = [*CHAT, {"role": "assistant", "content": "Well"}]
+    [output] = tiny.chat(
+        begun,
+        SamplingParams(max_tokens=1),
+        chat_template=template,
+        chat_template_kwargs={"mark": "!"},
+        add_generation_prompt=False,
+    )
+    assert tiny.get_tokenizer().decode(output.prompt_token_ids) == "[hi!][Well!]"
 
 
 def test_a_real_engine_answers_alone_as_together(tiny: LLM) -> None:

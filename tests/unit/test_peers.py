@@ -110,6 +110,36 @@ def test_table_and_picture(scripts: Any, summary: Any, tmp_path: Path) -> None:
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_writes_workloads_out_and_gives_each_engine_a_colour(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = scripts["peer_report"]
+    figures: list[Any] = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    engine = {"wall_seconds": 2.0, "prefill_seconds": 1.0}
+    workloads = {
+        "W3": {"num_requests": 8, "prompt_tokens": 6144, "new_tokens": 256},
+        "W1": {"num_requests": 16, "prompt_tokens": 512, "new_tokens": 128},
+    }
+    results = {
+        "W3": {"engines": {"saqqara:full": engine, "vllm": engine}},
+        "W1": {"engines": {"vllm": engine, "saqqara:full": engine, "saqqara:tova@9": engine}},
+    }
+    report.plot(tmp_path / "peers.png", {"results": results, "workloads": workloads})
+    panels = [panel for panel in figures[0].axes if panel.has_data()]
+    assert [panel.get_title() for panel in panels] == [
+        "16 requests x 512 in, 128 out",
+        "8 requests x 6,144 in, 256 out",
+    ]
+    colours: dict[str, set[Any]] = {}
+    for panel in panels:
+        names = [label.get_text() for label in panel.get_yticklabels()]
+        for name, bar in zip(names, panel.patches, strict=False):
+            colours.setdefault(name, set()).add(bar.get_facecolor())
+    assert {len(own) for own in colours.values()} == {1}
+    assert len(set.union(*colours.values())) == len(colours) == 3
+
+
 def test_variants_of_our_engine_are_held_against_the_plain_ones(scripts: Any) -> None:
     plain = scripts["peer_report"].plain
     ours = ["saqqara:full/executor=ray", "saqqara:full", "saqqara:pyramidkv@25%"]

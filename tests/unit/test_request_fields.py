@@ -25,6 +25,7 @@ from saqqara.cluster.openai_api import ChatRequest, CompletionRequest
 from saqqara.cluster.request import SamplingParams
 from saqqara.cluster.scheduler import Scheduler
 from saqqara.cluster.sequence import Request
+from saqqara.cluster.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 
@@ -364,6 +365,23 @@ def test_a_template_that_fails_is_a_value_error_in_python(llm: LLM, word: str) -
     with pytest.raises(ValueError, match=r"messages\[0\]: messages: the model's chat template"):
         llm.chat(user(word))
     assert llm.chat(user("hi"), SamplingParams(max_tokens=2))[0].finished
+
+
+def test_a_fault_with_one_row_is_its_error_record(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Tokenizer.encode
+
+    def fail(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+        if text == "odd":
+            raise TypeError("TextInputSequence must be str")
+        return encode(tokenizer, text, add_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "encode", fail)
+    lines: list[Json] = [{"custom_id": word, "prompt": word} for word in ("odd", "even")]
+    records = run_lines(llm, lines, tmp_path, max_tokens=1)
+    assert records["odd"]["error"]["message"] == "TypeError: TextInputSequence must be str"
+    assert records["even"]["error"] is None
 
 
 def test_tokenize_writes_a_chat_as_a_chat_is_answered(model: Path) -> None:

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
+from starlette.types import Message
 
 from saqqara.cluster.admission import Admission, DrainingError, OverloadedError
 from saqqara.cluster.api_keys import KEYS_VARIABLE, ApiKeys
 from saqqara.cluster.chat_stream import dead_engine
 from saqqara.cluster.cli_serve import ServerFlags, merged_config
 from saqqara.cluster.engine_loop import EngineDeadError
+from saqqara.cluster.http_io import race, read_body
+from saqqara.cluster.openai_errors import ApiError
 from saqqara.cluster.settings import serve_config, served_engine
 from saqqara.cluster.worker_died import WorkerDiedError
 
@@ -62,6 +66,91 @@ def test_admission_counts_sequences_and_says_when_to_come_again() -> None:
     assert admission.num_requests == 0
     with admission.enter(5):
         pass
+
+
+class Clock:
+    """Time that only goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def refused_for(admission: Admission) -> int:
+    """What a client is told that finds the queue full."""
+    with pytest.raises(OverloadedError) as caught, admission.enter(1):
+        pass
+    return caught.value.retry_seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "num_at_once", "told"), [(2.0, 1, 20), (0.5, 1, 5), (4.0, 4, 10), (0.01, 1, 1)]
+)
+def test_the_wait_is_the_queue_by_the_rate_at_which_requests_finish(
+    seconds: float, num_at_once: int, told: int
+) -> None:
+    clock = Clock()
+    admission = Admission(max_running=2, max_waiting=10, clock=clock)
+    with admission.enter(1):
+        clock.now += 3600  # with a free slot, which says nothing of what can be done
+    with admission.enter(12 - num_at_once):
+        for _ in range(40):
+            with admission.enter(num_at_once):
+                clock.now += seconds
+        with admission.enter(num_at_once):
+            assert refused_for(admission) == told
+
+
+def test_the_wait_grows_while_nothing_finishes_and_has_a_bound() -> None:
+    clock = Clock()
+    admission = Admission(max_running=2, max_waiting=10, clock=clock)
+    with admission.enter(10):
+        with admission.enter(2):
+            clock.now += 1
+        with admission.enter(2):
+            assert refused_for(admission) == 5
+            clock.now += 3
+            assert refused_for(admission) == 20
+            clock.now += 1000
+            assert refused_for(admission) == 60
+
+
+def half_a_body(*chunks: bytes) -> Request:
+    """A request whose body goes on for ever after these chunks."""
+    messages = iter(chunks)
+
+    async def receive() -> Message:
+        for chunk in messages:
+            return {"type": "http.request", "body": chunk, "more_body": True}
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    return Request({"type": "http", "method": "POST", "headers": []}, receive)
+
+
+async def test_a_body_that_does_not_come_in_time_is_given_up() -> None:
+    with pytest.raises(ApiError, match=r"has not come within 0\.01 s") as caught:
+        await read_body(half_a_body(b"{"), max_bytes=100, timeout_seconds=0.01)
+    assert (caught.value.status, caught.value.code) == (408, "request_timeout")
+    assert caught.value.headers["Connection"] == "close"
+
+
+async def test_a_body_without_a_length_is_cut_where_it_is_too_large() -> None:
+    with pytest.raises(ApiError) as caught:
+        await read_body(half_a_body(b"x" * 60, b"x" * 60), max_bytes=100, timeout_seconds=60)
+    assert (caught.value.status, caught.value.code) == (413, "request_too_large")
+
+
+async def test_a_body_on_its_way_does_not_hold_up_the_end() -> None:
+    admission = Admission(max_running=1, max_waiting=0)
+    reading = read_body(half_a_body(b"{"), max_bytes=100, timeout_seconds=60)
+    waits = asyncio.create_task(race(reading, admission.wait_closed(), DrainingError()))
+    await asyncio.sleep(0)
+    admission.close()
+    with pytest.raises(DrainingError):
+        await waits
 
 
 async def test_a_closed_admission_lets_what_is_in_finish() -> None:
@@ -137,11 +226,19 @@ def test_flags_override_the_file() -> None:
         "engine_kwargs": {"max_num_seqs": 4, "retention": "full"},
         "limits": {"max_n": 2, "max_queue": 9},
     }
-    flags = ServerFlags(max_queue=0, num_replicas=3, served_model_name="mine")
+    flags = ServerFlags(
+        max_queue=0,
+        num_replicas=3,
+        served_model_name="mine",
+        body_timeout_seconds=2.5,
+        allowed_origins=("https://example.com",),
+    )
     config = merged_config(args, flags, {"retention": "pyramidkv", "budget": "25%"})
     assert config.model_loading_config.model_dump() == {**MODEL, "model_id": "mine"}
     assert config.engine_kwargs == {"max_num_seqs": 4, "retention": "pyramidkv", "budget": "25%"}
     assert (config.limits.max_n, config.limits.max_queue) == (2, 0)
+    assert config.limits.body_timeout_seconds == 2.5
+    assert config.allowed_origins == ("https://example.com",)
     assert config.deployment_config.num_replicas == 3
     named = merged_config({}, ServerFlags(), {"model": "/models/SmolLM2"})
     assert named.model_loading_config.model_id == "SmolLM2"

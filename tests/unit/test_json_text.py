@@ -1,0 +1,64 @@
+"""What we write as JSON can be read by any reader: it has no bare NaN or infinity."""
+
+import ast
+import json
+import math
+from pathlib import Path
+
+from saqqara.cluster.batch_files import write_json
+from saqqara.configs.json_text import json_text
+from saqqara.evaluation.result import Outcome, Result
+
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = {"a": math.nan, "b": [1.5, (math.inf, -math.inf)], "c": {"d": "NaN"}, "e": True}
+
+
+def strictly(text: str) -> object:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_is_no_finite_number_is_null(tmp_path: Path) -> None:
+    expected = {"a": None, "b": [1.5, [None, None]], "c": {"d": "NaN"}, "e": True}
+    assert strictly(json_text(FIGURES)) == expected
+    write_json(tmp_path / "summary.json", FIGURES)
+    assert strictly((tmp_path / "summary.json").read_text()) == expected
+
+
+def test_the_result_of_an_evaluation_is_read_back(tmp_path: Path) -> None:
+    outcomes = (Outcome("full", 0, "g", 5, math.nan), Outcome("full", 1, "g", 5, 0.5))
+    result = Result("task", "model", {}, {"full": {}}, {"full": 1.0}, 9.0, outcomes)
+    file = tmp_path / "result.json"
+    result.write(file)
+    strictly(file.read_text())
+    first, second = Result.read(file).outcomes
+    assert math.isnan(first.score)
+    assert second == outcomes[1]
+
+
+def test_json_that_leaves_the_process_is_written_strictly() -> None:
+    """Every `json.dumps` whose text is written to a file or sent refuses what JSON lacks.
+
+    Error messages (`openai_fields.py`) show a client its own value.
+    """
+    loose = []
+    for folder in ("cluster", "evaluation"):
+        for source in sorted((ROOT / folder).rglob("*.py")):
+            tree = ast.parse(source.read_text(encoding="utf-8"))
+            within_loads = {
+                id(call.args[0])
+                for call in ast.walk(tree)
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "json.loads"
+            }
+            loose += [
+                f"{source.relative_to(ROOT)}:{call.lineno}"
+                for call in ast.walk(tree)
+                if isinstance(call, ast.Call)
+                and ast.unparse(call.func) in ("json.dump", "json.dumps")
+                and id(call) not in within_loads
+                and source.name != "openai_fields.py"
+                and not any(keyword.arg == "allow_nan" for keyword in call.keywords)
+            ]
+    assert loose == [], "use configs.json_text, or allow_nan=False"
