@@ -2,11 +2,17 @@
 
 import json
 import logging
+import os
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# Read when Ray is imported or a process of it starts; see tests/ray/conftest.py.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 import ray
