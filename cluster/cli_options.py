@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 from saqqara.compression.retention import Retention
 from saqqara.configs import vllm_names
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers.models.source import local_folder
 
 from .long_wait import LongWait
 from .request import SamplingParams
@@ -128,6 +129,9 @@ def with_settings(
                     settings = Settings(engine_config(engine), sampling_params(params))
                     # A mistake in it is known before anything is loaded.
                     Retention.parse(settings.config.retention, settings.config.budget)
+                    local_folder(settings.config.model)
+                    if settings.config.tokenizer is not None:
+                        local_folder(settings.config.tokenizer, "tokenizer")
                     command(**given, settings=settings)
                 else:
                     command(**given, settings=engine)
