@@ -142,6 +142,7 @@ def _unknown(param: str, known: Iterable[str]) -> str:
 
 def _message(param: str | None, kind: str, message: str, given: Any) -> str:
     message = message.removeprefix("Value error, ")
+    message = message.replace("Tuple should", "List should").replace(" after validation", "")
     if param is None:
         return message
     if kind == "missing":

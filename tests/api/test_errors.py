@@ -48,6 +48,7 @@ COMPLETION_ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
         "invalid_value",
     ),
     "no token allowed": ({"allowed_token_ids": []}, "allowed_token_ids", "invalid_value"),
+    "too many bad words": ({"bad_words": ["w"] * 257}, "bad_words", "invalid_value"),
     "an empty bad word": ({"bad_words": [""]}, "bad_words", "invalid_value"),
     "a penalty that is 0 in fp32": (
         {"repetition_penalty": 1e-46},

@@ -163,6 +163,24 @@ def test_the_tokenizer_is_hugging_faces(tiny: LLM) -> None:
     assert chat.outputs[0].token_ids == written.outputs[0].token_ids
 
 
+def test_log_probabilities_of_any_tokens_have_names_and_bytes(tiny: LLM) -> None:
+    """A random model writes parts of characters; its best tokens stay five, apart by name."""
+    parts = tuple(dict.fromkeys(tiny.get_tokenizer().encode("🐫🏜️ 日本語のテキスト")))
+    params = SamplingParams(max_tokens=40, seed=1, logprobs=5, allowed_token_ids=parts)
+    answers = [output.outputs[0] for output in tiny.generate(["日本語", "the"] * 2, params)]
+    names = []
+    for answer in answers:
+        assert answer.logprobs is not None
+        for token_id, entry in zip(answer.token_ids, answer.logprobs, strict=True):
+            assert {1, 2, 3, 4, 5} <= {one.rank for one in entry.values()}
+            assert len({one.decoded_token for one in entry.values()}) == len(entry)
+            names.append(entry[token_id].decoded_token)
+        chosen = (entry[i] for i, entry in zip(answer.token_ids, answer.logprobs, strict=True))
+        data = b"".join(token.token_bytes for token in chosen)
+        assert data.decode(errors="replace") == answer.text
+    assert any(str(name).startswith("bytes:") for name in names)
+
+
 def test_a_conversation_goes_through_another_template(tiny: LLM) -> None:
     template = "{% for m in messages %}[{{ m['content'] }}{{ mark }}]{% endfor %}"
     begun = [*CHAT, {"role": "assistant", "content": "Well"}]

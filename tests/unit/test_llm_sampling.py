@@ -68,7 +68,7 @@ def test_scores_of_a_broken_text_are_an_error(llm: LLM) -> None:
 
 
 def test_only_allowed_tokens_are_written(llm: LLM) -> None:
-    """Each request has its own; a pool that is too small for all preempts some of them."""
+    """Each request of a batch has its own, or none."""
     letters = llm.get_tokenizer().encode("abcdefgh")
     sampling = [
         GREEDY.model_copy(update={"temperature": 1.0, "max_tokens": 40, "allowed_token_ids": ids})

@@ -1,6 +1,7 @@
 """Reading weights slice by slice, from files and from nothing."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -151,25 +152,43 @@ def test_dummy_weights_look_like_a_fresh_model() -> None:
     assert not torch.equal(DummyWeights(source.shapes, seed=1).read("a"), a)
 
 
-def test_a_missing_tensor_is_named_with_its_file(
-    tmp_path: Path, single: Path, sharded: Path, tensors: dict[str, torch.Tensor]
+def test_missing_tensors_are_named_with_their_file(
+    single: Path, sharded: Path, tensors: dict[str, torch.Tensor]
 ) -> None:
     some = {name: tensor for name, tensor in tensors.items() if name != DOWN}
     save_file(some, single / "model.safetensors")
-    with (
-        open_weights(single, SPEC) as source,
-        pytest.raises(ValueError, match=rf"{DOWN}.* is not in .*single/model\.safetensors"),
-    ):
-        source.read(DOWN)
+    with pytest.raises(ValueError, match=rf"single/model\.safetensors lacks tensor '{DOWN}',"):
+        open_weights(single, SPEC)
     index = sharded / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     del content["weight_map"][DOWN]
     index.write_text(json.dumps(content))
-    with (
-        open_weights(sharded, SPEC) as source,
-        pytest.raises(ValueError, match=rf"{DOWN}.* is not in .*index\.json"),
-    ):
-        source.read(DOWN)
+    with pytest.raises(ValueError, match=rf"index\.json lacks tensor '{DOWN}', which the config"):
+        open_weights(sharded, SPEC)
+    deeper = weight_shapes(replace(SPEC, num_layers=3)).keys() - SHAPES.keys()
+    with pytest.raises(ValueError, match=rf"lacks tensors .* and {len(deeper) - 5 + 1} more"):
+        open_weights(single, replace(SPEC, num_layers=3))
+
+
+def test_tensors_that_nobody_reads_are_named(single: Path, sharded: Path) -> None:
+    """A config of fewer layers would run another model than was saved."""
+    flatter = replace(SPEC, num_layers=1)
+    unread = len(SHAPES.keys() - weight_shapes(flatter).keys())
+    for folder in (single, sharded):
+        with pytest.raises(
+            ValueError, match=rf"holds tensors 'model\.layers\.1\..* and {unread - 5} more, which"
+        ):
+            open_weights(folder, flatter)
+
+
+def test_what_checkpoints_hold_without_harm_is_left_alone(
+    single: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Rotary frequencies of old checkpoints, and the head beside an embedding it is tied to."""
+    rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file({**tensors, **rotary}, single / "model.safetensors")
+    with open_weights(single, replace(SPEC, tie_embeddings=True)) as source:
+        assert torch.equal(source.read(NORM), tensors[NORM])
 
 
 def test_a_tensor_of_another_shape_is_named(single: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -6,9 +6,11 @@ A `WeightSource` is a checkpoint in safetensors format (one file, or shards with
 
 import hashlib
 import json
+import logging
 import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,8 +21,15 @@ from safetensors import SafetensorError, safe_open
 from .source import whole_folder
 from .spec import ModelSpec
 
+logger = logging.getLogger(__name__)
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+
+# Held by checkpoints, read by nobody: `lm_head.weight` where embeddings are tied (else it is read).
+_HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "lm_head.weight")
+_NUM_LISTED = 5
+_LOG_SECONDS = 4.0  # between lines about what has been read
 
 _DUMMY_STD = 0.02
 _DUMMY_BLOCK_ELEMENTS = 1 << 22
@@ -80,6 +89,28 @@ def open_weights(
     return SafetensorsWeights(whole_folder(model), weight_shapes(spec), dtype, device)
 
 
+class _Progress:
+    """Logs how much has been read, every few seconds."""
+
+    def __init__(self) -> None:
+        self._num_tensors = 0
+        self._num_bytes = 0
+        self._logged = time.monotonic()
+
+    def note(self, part: torch.Tensor) -> None:
+        """One more tensor, or this rank's part of it, is read."""
+        self._num_tensors += 1
+        self._num_bytes += part.numel() * part.element_size()
+        now = time.monotonic()
+        if now - self._logged >= _LOG_SECONDS:
+            self._logged = now
+            logger.info(
+                "weights: %d tensors, %.1f GiB read so far",
+                self._num_tensors,
+                self._num_bytes / 2**30,
+            )
+
+
 class WeightSource(ABC):
     """Reads slices of named tensors, cast to `dtype` on `device`."""
 
@@ -92,6 +123,7 @@ class WeightSource(ABC):
         self.shapes = shapes
         self.dtype = dtype
         self.device = torch.device(device)
+        self._progress = _Progress()
 
     def read(
         self,
@@ -114,6 +146,7 @@ class WeightSource(ABC):
         assert 0 <= rows.start <= rows.stop <= shape[0], f"{name}: rows {rows} of {shape}"
         assert 0 <= cols.start <= cols.stop <= shape[-1], f"{name}: columns {cols} of {shape}"
         part = self._read(name, shape, rows, cols)
+        self._progress.note(part)
         if pad_rows_to is None or pad_rows_to == len(rows):
             return part.to(self.device, self.dtype).contiguous()
         size = (pad_rows_to, *part.shape[1:])
@@ -155,6 +188,11 @@ class SafetensorsWeights(WeightSource):
         self.folder = folder
         self._files: dict[str, Any] = {}
         self._index = self._read_index()
+        try:
+            self._check_names()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Unmap the files."""
@@ -179,21 +217,41 @@ class SafetensorsWeights(WeightSource):
                 raise ValueError(f"model: {index} names {file}, which is not in the folder")
         return weight_map
 
+    def _check_names(self) -> None:
+        """Raise unless the checkpoint holds what the config implies, and nothing else.
+
+        A tensor that nobody reads means that another model would run than was saved. Harmless are
+        the rotary frequencies that old checkpoints hold, and the head of a model that ties it.
+        """
+        if self._index is None:
+            where, held = self.folder / _SINGLE, set(self._file(_SINGLE).keys())
+        else:
+            where, held = self.folder / _INDEX, set(self._index)
+        if missing := sorted(self.shapes.keys() - held):
+            raise ValueError(f"model: {where} lacks {_listed(missing)}, which the config implies")
+        unread = sorted(
+            name for name in held - self.shapes.keys() if not name.endswith(_HARMLESS_ENDINGS)
+        )
+        if unread:
+            raise ValueError(
+                f"model: {where} holds {_listed(unread)}, which the config has no place for; do "
+                "config.json and the weights belong together?"
+            )
+
     def _open(self, name: str) -> tuple[Any, Path]:
         """The open file that should hold `name`."""
-        if self._index is None:
-            file = _SINGLE
-        elif name in self._index:
-            file = self._index[name]
-        else:
-            raise ValueError(f"model: tensor {name!r} is not in {self.folder / _INDEX}")
+        file = _SINGLE if self._index is None else self._index[name]
+        return self._file(file), self.folder / file
+
+    def _file(self, file: str) -> Any:
+        """A file of the folder, opened once."""
         path = self.folder / file
         if file not in self._files:
             try:
                 self._files[file] = safe_open(path, framework="pt", device="cpu")
             except SafetensorError as error:
                 raise ValueError(f"model: {path} is not a safetensors file: {error}") from error
-        return self._files[file], path
+        return self._files[file]
 
     def _read(self, name: str, shape: tuple[int, ...], rows: range, cols: range) -> torch.Tensor:
         handle, path = self._open(name)
@@ -258,3 +316,10 @@ class DummyWeights(WeightSource):
         generator = torch.Generator(self.device)
         generator.manual_seed(int.from_bytes(digest, "little") >> 1)
         return torch.randn(shape, generator=generator, device=self.device) * _DUMMY_STD
+
+
+def _listed(names: Sequence[str]) -> str:
+    """A few names, and how many there are."""
+    more = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
+    noun = "tensor" if len(names) == 1 else "tensors"
+    return f"{noun} {', '.join(map(repr, names[:_NUM_LISTED]))}{more}"
