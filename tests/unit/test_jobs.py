@@ -498,6 +498,33 @@ def test_a_signal_ends_a_job_and_leaves_the_handlers_as_they_were(
     assert run_batch(job, FakeClient()).resumed == client.answered
 
 
+STUCK = """
+import time
+from saqqara.cluster import stop
+stop._SAME_STOP_SECONDS = 0.0
+with stop.StopSignals() as signals, signals.deferred():
+    print("listening", flush=True)
+    while signals.received is None:
+        time.sleep(0.01)
+    print("noted", signals.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_signal_ends_a_job_at_once() -> None:
+    command = [sys.executable, "-c", STUCK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "listening\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.stdout.readline() == "noted SIGTERM\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == -signal.SIGINT
+        finally:
+            process.kill()
+
+
 def test_a_signal_ends_the_start_of_an_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
