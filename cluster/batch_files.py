@@ -23,6 +23,10 @@ from .batch_output import Record
 FORMAT = 2  # of the settings beside the results
 
 
+class WriteError(RuntimeError):
+    """A file cannot be written; the message names it and says why."""
+
+
 class ResultFile:
     """The output of a job: appended to, one whole line per row, by one process at a time.
 
@@ -74,27 +78,30 @@ class ResultFile:
         """Start writing, now that the engine is up.
 
         Args:
-            resolved: what the engine's `auto` settings have come to.
+            resolved: what is known once it is, see `resolved_settings`.
 
         Raises:
             ValueError: they have come to something else than for the results that are there.
         """
         before = self._before.get("resolved") or {}
-        if before and resolved and (changed := difference(before, resolved)) is not None:
+        both = before.keys() & resolved.keys()
+        changed = difference({k: before[k] for k in both}, {k: resolved[k] for k in both})
+        if changed is not None:
             raise ValueError(
-                f"output: {self.path} holds results of another kind of machine: {changed}; set it "
+                f"output: {self.path} holds results of another model or machine: {changed}; set it "
                 "as it was to resume, or start anew with --overwrite"
             )
         if self._overwrite:
             self._file.truncate(0)
-        data = {"format": FORMAT, "settings": self._settings, "resolved": dict(resolved) or before}
+        data = {"format": FORMAT, "settings": self._settings, "resolved": {**before, **resolved}}
         write_json(self.sidecar, data)
 
     def write(self, record: Record) -> None:
         """Append one record and hand it to the operating system at once.
 
         Raises:
-            RuntimeError: the disk does not take it; what is there is whole lines.
+            WriteError: the disk does not take it; what is there is whole lines.
+        ValueError: the record is no JSON; nothing was written.
         """
         data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         start = os.fstat(self._file.fileno()).st_size
@@ -131,7 +138,7 @@ class ResultFile:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.close()
-        except RuntimeError:
+        except WriteError:
             if kind is None:  # else: that error came first
                 raise
 
@@ -219,15 +226,15 @@ class ResultFile:
         self._file.truncate(end)
 
 
-def _cannot_write(path: Path, error: OSError, hint: str = "") -> RuntimeError:
-    return RuntimeError(f"cannot write {path}: {error.strerror}" + (f"; {hint}" if hint else ""))
+def _cannot_write(path: Path, error: OSError, hint: str = "") -> WriteError:
+    return WriteError(f"cannot write {path}: {error.strerror}" + (f"; {hint}" if hint else ""))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON file that is either there as a whole or not at all.
 
     Raises:
-        RuntimeError: it cannot be written.
+        WriteError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

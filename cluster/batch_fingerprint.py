@@ -14,7 +14,7 @@ from typing import Any
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.models.source import hub_parts, local_folder
+from saqqara.workers.models.source import described_folder, local_folder
 from saqqara.workers.plan import WorkerInfo
 
 from .request import SamplingParams
@@ -65,13 +65,15 @@ def fingerprint(
     return plain
 
 
-def resolved_settings(workers: Sequence[WorkerInfo]) -> dict[str, str]:
-    """What `auto` has come to on the machines of a running engine, where answers depend on it."""
+def resolved_settings(config: EngineConfig, workers: Sequence[WorkerInfo]) -> dict[str, str]:
+    """What is known once an engine runs: what `auto` has come to there, and a hub's commits."""
     found = {
         "device": {worker.device.partition(":")[0] for worker in workers},
         "dtype": {worker.dtype for worker in workers},
         "attention_backend": {worker.attention_backend for worker in workers},
         "linear_backend": {worker.linear_backend for worker in workers},
+        "commit of the model": _commits(config.model),
+        "commit of the tokenizer": _commits(config.tokenizer or config.model),
     }
     return {name: ", ".join(sorted(values)) for name, values in found.items() if values}
 
@@ -95,7 +97,7 @@ def _model(name: str, model: str, weights: bool) -> dict[str, Any]:
     """A model's content as settings: one for each file that is read whole, one for the weights."""
     folder = local_folder(model)
     if folder is None:
-        return {name: model, f"{name}.commit": _cached_commit(model)}
+        return {name: model}  # its commit is known once an engine has it
     files = {file for pattern in _CONTENT for file in folder.glob(pattern) if file.is_file()}
     try:
         found = {
@@ -109,13 +111,12 @@ def _model(name: str, model: str, weights: bool) -> dict[str, Any]:
     return found
 
 
-def _cached_commit(model: str) -> str | None:
-    """The commit of a hub model in the local cache; None before it is there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    repository, revision = hub_parts(model)
-    file = try_to_load_from_cache(repository, "config.json", revision=revision)
-    return Path(file).parent.name if isinstance(file, str) else None
+def _commits(model: str) -> set[str]:
+    """The commit of a hub model's files; empty for a folder, or where no hub or cache has it."""
+    try:
+        return set() if local_folder(model) is not None else {described_folder(model).name}
+    except ValueError:
+        return set()
 
 
 def _file_hash(file: Path) -> str:

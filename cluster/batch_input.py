@@ -72,11 +72,15 @@ class RowParser:
         model: the name that OpenAI bodies may give, besides its last path component.
         sampling: settings of lines that bring none of their own.
         retention: the engine's, for lines that give a budget only.
+        served_model_name: another name that OpenAI bodies may give.
+        ignore_model: let OpenAI bodies give any name.
     """
 
     model: str
     sampling: Mapping[str, Any]
     retention: Retention = field(default_factory=lambda: Retention.parse("full"))
+    served_model_name: str | None = None
+    ignore_model: bool = False
 
     def parse(self, line: int, text: str) -> Row | BadLine:
         """One line of input; whatever is wrong with it comes back as a `BadLine`."""
@@ -132,7 +136,8 @@ class RowParser:
         request: ChatRequest | CompletionRequest,
         names: Mapping[str, str],
     ) -> Row:
-        check_model(request.model, [self.model, self.model.rstrip("/").rsplit("/", 1)[-1]])
+        if not self.ignore_model:
+            check_model(request.model, self._model_names())
         if request.stream:
             raise _invalid("stream must be false: a batch job writes whole answers", "stream")
         request.check_limits(LIMITS)
@@ -152,6 +157,10 @@ class RowParser:
         )
         is_chat = isinstance(request, ChatRequest)
         return Row(line, custom_id, url, requests, is_chat, {**request.names, **names})
+
+    def _model_names(self) -> list[str]:
+        own = [self.model, self.model.rstrip("/").rsplit("/", 1)[-1]]
+        return own if self.served_model_name is None else [self.served_model_name, *own]
 
 
 def _url_of(data: Mapping[str, Any]) -> str | None:

@@ -69,6 +69,13 @@ def rejected_record(row: Row, rejection: Rejection) -> Record:
     return _error_record(row.line, row.custom_id, row.url, error.renamed(row.names))
 
 
+def failed_record(row: Row, error: Exception) -> Record:
+    """The error record of a row whose answer cannot be written as JSON."""
+    message = f"the answer cannot be written: {type(error).__name__}: {error}"
+    failure = ApiError(500, message, None, "internal_error")
+    return _error_record(row.line, row.custom_id, row.url, failure)
+
+
 def _error_record(line: int, custom_id: str | None, url: str | None, error: ApiError) -> Record:
     record: Record = {"line": line, "custom_id": custom_id}
     if url is None:

@@ -34,6 +34,7 @@ class BatchProgress:
         self._bar = _progress_bar() if sys.stderr.isatty() else None
 
     def __enter__(self) -> Self:
+        self._shown = time.monotonic()
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task("", total=self.num_rows, completed=self._resumed)

@@ -6,6 +6,7 @@ file, so a file that is replaced meanwhile does not matter, and one that is writ
 
 import gzip
 import hashlib
+import logging
 import os
 import shutil
 import stat
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import IO, Any, Self, cast
 
 from .batch_input import BadLine, Row, RowParser
+
+logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 16 * 2**20
 _CHUNK_BYTES = 2**20
@@ -216,7 +219,12 @@ class BatchSource:
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             return BadLine(number, None, None, f"not UTF-8: byte {error.start + 1} of the line")
-        return parser.parse(number, text)
+        try:
+            return parser.parse(number, text)
+        except Exception as error:  # a fault of ours, and still no reason to lose the others
+            logger.exception("line %d could not be read", number)
+            message = f"the line could not be read: {type(error).__name__}: {error}"
+            return BadLine(number, None, None, message)
 
 
 def _open_stdin() -> IO[bytes]:

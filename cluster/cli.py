@@ -94,6 +94,12 @@ def batch(
         bool,
         typer.Option("--overwrite", help="Start anew instead of resuming, once the engine is up."),
     ] = False,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name of the model in OpenAI lines and their records.")
+    ] = None,
+    ignore_model: Annotated[
+        bool, typer.Option("--ignore-model", help="OpenAI lines may name any model.")
+    ] = False,
     fail_on_errors: Annotated[
         bool, typer.Option("--fail-on-errors", help="Exit with 3 if a row has an error record.")
     ] = False,
@@ -130,6 +136,8 @@ def batch(
         return_token_ids=return_token_ids or compare is not None,
         max_in_flight=max_in_flight,
         overwrite=overwrite,
+        served_model_name=served_model_name,
+        ignore_model=ignore_model,
     )
     if code := run_and_summarise(job, summary, compare, fail_on_errors=fail_on_errors):
         raise typer.Exit(code)

@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 from saqqara.compression.retention import Retention
 from saqqara.configs import vllm_names
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers.models.source import local_folder
 
 from .long_wait import LongWait
 from .request import SamplingParams
@@ -128,6 +129,9 @@ def with_settings(
                     settings = Settings(engine_config(engine), sampling_params(params))
                     # A mistake in it is known before anything is loaded.
                     Retention.parse(settings.config.retention, settings.config.budget)
+                    local_folder(settings.config.model)
+                    if settings.config.tokenizer is not None:
+                        local_folder(settings.config.tokenizer, "tokenizer")
                     command(**given, settings=settings)
                 else:
                     command(**given, settings=engine)
@@ -249,7 +253,12 @@ def _members(field: FieldInfo) -> tuple[Any, ...]:
 
 
 def _is_list_of_strings(field: FieldInfo) -> bool:
-    return _members(field) == (tuple[str, ...],)
+    """A field of type `tuple[str, ...]`; its strings may have bounds."""
+    members = _members(field)
+    if len(members) != 1 or get_origin(members[0]) is not tuple:
+        return False
+    item = get_args(members[0])[0]
+    return item is str or (get_origin(item) is Annotated and get_args(item)[0] is str)
 
 
 def _metavar(field: FieldInfo) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from saqqara.configs.schema import ServeConfig
+from saqqara.workers.models.source import local_folder
 
 from .ports import DEFAULT_PORT, LOOPBACK, Binding, ReservedPort
-from .settings import ServeFile, read_serve_file, serve_config
+from .settings import ServeFile, read_serve_file, serve_config, served_engine
 from .stop_signals import StopSignals
 
 
@@ -52,6 +53,7 @@ def serve_until_stopped(file: str | None, flags: ServerFlags, engine: Mapping[st
         if os.environ.get("RAY_ADDRESS"):  # its head node has the port, and perhaps Serve already
             _run(config, asked, signals, flags.drain_seconds)
             return
+        local_folder(served_engine(config).model)  # of this machine, whose Ray it will be
         host, port = asked.host or LOOPBACK, DEFAULT_PORT if asked.port is None else asked.port
         with ReservedPort(host, port) as reserved:
             asked = replace(asked, host=host, port=reserved.port)

@@ -24,7 +24,7 @@ from saqqara.workers.models.spec import load_spec
 from .client import EngineDescription, EngineRequest, LocalClient, Rejection
 from .engine import EngineReport
 from .engine_loop import EngineDeadError
-from .executor import RayExecutor, exit_reason, one_line
+from .executor import PROGRESS_SECONDS, RayExecutor, exit_reason, one_line
 from .model_fit import check_fits, check_fits_if_local
 from .placement import DEFAULT_TIMEOUT_SECONDS, Placement, PlacementError, reserve
 from .rank_process import WorkerFactory, log_process_to, new_log_dir
@@ -160,6 +160,11 @@ class Controller:
         self._metrics_host = metrics_host
         self._make_worker = make_worker
         self._client: LocalClient | None = None
+        self._progress = "its ranks are starting"
+
+    def progress(self) -> str:
+        """How far `start` is, in words."""
+        return self._progress
 
     def start(self) -> EngineDescription:
         """Start the ranks and the engine."""
@@ -169,7 +174,9 @@ class Controller:
             placement=self._placement,
             log_dir=Path(self._log_dir),
             make_worker=self._make_worker,
+            on_progress=self._note_progress,
         )
+        self._note_progress("the ranks are up, the scheduler starts")
         self._client = LocalClient(
             self._config,
             executor,
@@ -211,6 +218,9 @@ class Controller:
         if self._client is not None:
             self._client.shutdown()
 
+    def _note_progress(self, text: str) -> None:
+        self._progress = text
+
     def _running(self) -> LocalClient:
         assert self._client is not None, "the controller has not started"
         return self._client
@@ -225,7 +235,7 @@ class ControllerClient:
         self._log_file = log_file
         self._owns_ray = owns_ray
         self._closed = False
-        self._description: EngineDescription = self._call("start")
+        self._description: EngineDescription = self._start()
 
     def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
         """Queue requests; a bad one costs only itself and comes back as a `Rejection`."""
@@ -278,11 +288,32 @@ class ControllerClient:
         if self._owns_ray:
             ray.shutdown()
 
+    def _start(self) -> EngineDescription:
+        """Wait for the engine's start, and say how far it is now and then."""
+        started = time.monotonic()
+        call = self._actor.start.remote()
+        while not ray.wait([call], timeout=PROGRESS_SECONDS)[0]:
+            seconds = time.monotonic() - started
+            logger.info("starting the engine: %s (%.0f s)", self._progress(), seconds)
+        description: EngineDescription = self._result(call)
+        return description
+
+    def _progress(self) -> str:
+        try:
+            text: str = ray.get(self._actor.progress.remote(), timeout=1.0)
+        except RayError:  # what is wrong, the call of `start` says
+            return "its controller's process is starting"
+        return text
+
     def _call(self, method: str, *args: Any) -> Any:
         if self._closed:  # a call to an actor would start another Ray
             raise EngineDeadError("the engine was shut down")
+        return self._result(getattr(self._actor, method).remote(*args))
+
+    def _result(self, call: Any) -> Any:
+        """What a call of the actor has come to, its errors as those of an engine."""
         try:
-            return ray.get(getattr(self._actor, method).remote(*args))
+            return ray.get(call)
         except RayTaskError as error:
             if isinstance(error.cause, EngineDeadError | PlacementError | ValueError):
                 raise error.cause from error

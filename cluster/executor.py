@@ -11,7 +11,8 @@ with it and would wait for ever. They are killed, and every future gets a `Worke
 import logging
 import pickle
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,6 +32,7 @@ from .worker_died import WorkerDiedError
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
+PROGRESS_SECONDS = 3.0  # between words about how far the start is
 _SETTLE_SECONDS = 2.0  # peers of a dead rank fail too; this long to find out who was first
 _CLOSE_SECONDS = 5.0
 _DRAIN_SECONDS = 30.0
@@ -47,6 +49,7 @@ class RayExecutor:
         placement: room for the ranks, which stays the caller's to release; default: reserved here.
         log_dir: folder of the per-rank logs; default: `config.log_dir` or a new one in the cache.
         make_worker: makes a rank's worker; default: `saqqara.workers.worker.Worker`.
+        on_progress: told every few seconds how far the ranks' start is, in words.
         start_timeout_seconds: how long starting the ranks may take, loading weights included.
         step_timeout_seconds: how long a rank may take for a step before it counts as hung; longer
             than ranks wait for each other (`MeshLayout`'s groups: 600), whose error says more.
@@ -64,6 +67,7 @@ class RayExecutor:
         placement: Placement | None = None,
         log_dir: Path | None = None,
         make_worker: WorkerFactory | None = None,
+        on_progress: Callable[[str], None] | None = None,
         start_timeout_seconds: float = 1800.0,
         step_timeout_seconds: float = 900.0,
     ) -> None:
@@ -77,6 +81,7 @@ class RayExecutor:
         self._failure: WorkerDiedError | None = None
         self._closed = False
         self._step_timeout_seconds = step_timeout_seconds
+        self._on_progress = on_progress
         self._lock = threading.Lock()
         self._steps: SimpleQueue[_Step | None] = SimpleQueue()
         device = "cuda" if self._placement.plan.rank_gpus else "cpu"
@@ -167,28 +172,35 @@ class RayExecutor:
                 )
             )
         self._processes = self._collect(
-            [actor.facts.remote() for actor in self._actors], timeout_seconds
+            [actor.facts.remote() for actor in self._actors],
+            timeout_seconds,
+            "rank processes are up",
         )
         one_host = len(set(addresses)) == 1
         store = None
         if self.layout.world_size > 1:
             # Within one host loopback always works, whatever the host's name resolves to.
             host = LOOPBACK if one_host else addresses[0]
-            [store] = self._collect([self._actors[0].open_store.remote(host)], timeout_seconds)
+            [store] = self._collect(
+                [self._actors[0].open_store.remote(host)], timeout_seconds, "stores are open"
+            )
         calls = [
             actor.start.remote(
                 config, self.layout, store, LOOPBACK if one_host else address, make_worker
             )
             for actor, address in zip(self._actors, addresses, strict=True)
         ]
-        workers: list[WorkerInfo] = self._collect(calls, timeout_seconds)
+        workers: list[WorkerInfo] = self._collect(
+            calls, timeout_seconds, "ranks have loaded their part of the model"
+        )
         logger.info("%d ranks have started, logs in %s", len(workers), self.log_dir)
         return workers
 
-    def _collect(self, calls: list[Any], timeout_seconds: float) -> list[Any]:
+    def _collect(self, calls: list[Any], timeout_seconds: float, what: str) -> list[Any]:
         """Results of a start-up phase, or the error that tells the user most."""
         try:
-            return ray.get(calls, timeout=timeout_seconds)  # type: ignore[no-any-return]
+            self._wait(calls, timeout_seconds, what)
+            return ray.get(calls, timeout=0)  # type: ignore[no-any-return]
         except GetTimeoutError as error:
             done, late = ray.wait(calls, num_returns=len(calls), timeout=0)
             ranks = [calls.index(call) for call in late] or [calls.index(call) for call in done]
@@ -202,6 +214,22 @@ class RayExecutor:
             if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
                 raise error.cause from error
             raise self._fail(calls, error) from error
+
+    def _wait(self, calls: list[Any], timeout_seconds: float, what: str) -> None:
+        """Wait until all calls have ended well or one has not; say how many have now and then."""
+        deadline = time.monotonic() + timeout_seconds
+        pending = list(calls)
+        while pending:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            done, pending = ray.wait(pending, timeout=min(left, PROGRESS_SECONDS))
+            ray.get(done)
+            if not done:
+                text = f"{len(calls) - len(pending)} of {len(calls)} {what}"
+                logger.info("%s", text)
+                if self._on_progress is not None:
+                    self._on_progress(text)
 
     def _gather(self) -> None:
         """Thread: turns the results of each step into its future, in order."""

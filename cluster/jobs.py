@@ -17,10 +17,10 @@ from typing import Any
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 
-from .batch_files import ResultFile
+from .batch_files import ResultFile, WriteError
 from .batch_fingerprint import fingerprint, resolved_settings
 from .batch_input import BadLine, Row, RowParser
-from .batch_output import Record, bad_line_record, rejected_record, result_record
+from .batch_output import Record, bad_line_record, failed_record, rejected_record, result_record
 from .batch_progress import BatchProgress
 from .batch_source import BatchSource, InputSummary
 from .batch_summary import BatchSummary, integrity_of
@@ -48,7 +48,9 @@ class BatchJob:
         sampling: sampling of lines without their own.
         return_token_ids: also write the token ids of each answer.
         max_in_flight: rows that the engine has at once; default: twice `config.max_num_seqs`.
-        overwrite: start anew instead of resuming.
+        overwrite: start anew instead of resuming, once the engine is up.
+        served_model_name: a name for OpenAI lines and their records, besides the model's own.
+        ignore_model: OpenAI lines may give any name.
     """
 
     input: Path
@@ -58,6 +60,13 @@ class BatchJob:
     return_token_ids: bool = False
     max_in_flight: int | None = None
     overwrite: bool = False
+    served_model_name: str | None = None
+    ignore_model: bool = False
+
+    @property
+    def model_name(self) -> str:
+        """The name that OpenAI records give."""
+        return self.served_model_name or self.config.model
 
 
 def run_batch(job: BatchJob, client: EngineClient | None = None) -> BatchSummary:
@@ -67,7 +76,7 @@ def run_batch(job: BatchJob, client: EngineClient | None = None) -> BatchSummary
         ValueError: a file or setting is wrong; nothing has run then, except that the input was
             changed meanwhile.
         EngineDeadError: the engine failed; what was answered is on disk.
-        RuntimeError: the results cannot be written.
+        WriteError: the results cannot be written.
         Stopped: a signal came; what was answered is on disk.
     """
     with (
@@ -116,7 +125,12 @@ def _open_results(job: BatchJob, source: BatchSource) -> ResultFile:
 
 def _fingerprint(job: BatchJob, found: InputSummary) -> dict[str, Any]:
     return fingerprint(
-        job.config, job.sampling, found.sha256, return_token_ids=job.return_token_ids
+        job.config,
+        job.sampling,
+        found.sha256,
+        return_token_ids=job.return_token_ids,
+        served_model_name=job.served_model_name,
+        ignore_model=job.ignore_model,
     )
 
 
@@ -151,16 +165,18 @@ def _run_rows(
             stack.callback(own.shutdown)
         else:
             client.reset_stats()
-        results.begin(resolved_settings(client.describe().workers))
+        results.begin(resolved_settings(job.config, client.describe().workers))
         started = time.perf_counter()
         stack.enter_context(progress)
         parser = RowParser(
             job.config.model,
             job.sampling.model_dump(exclude_unset=True),
             Retention.parse(job.config.retention, job.config.budget),
+            job.served_model_name,
+            job.ignore_model,
         )
         rows = (row for row in source.rows(parser) if row.line not in results.done)
-        loop = _Loop(client, results, progress, job.config.model, job.return_token_ids)
+        loop = _Loop(client, results, progress, job.model_name, job.return_token_ids)
         loop.run(rows, job.max_in_flight or 2 * job.config.max_num_seqs, stop)
         if stop.received is not None and not progress.is_complete:
             results.sync()
@@ -273,7 +289,17 @@ class _Loop:
         if len(done) == len(row.requests):
             outputs = [done[request.request_id] for request in row.requests]
             del self.outputs[row.line]
+            self._write_result(row, outputs)
+
+    def _write_result(self, row: Row, outputs: list[RequestOutput]) -> None:
+        """Write a row's answer; one that is no JSON costs only itself."""
+        try:
             self._write(result_record(row, outputs, self.model, self.return_token_ids))
+        except WriteError:
+            raise
+        except Exception as error:
+            logger.exception("line %d: its answer cannot be written", row.line)
+            self._write(failed_record(row, error))
 
     def _write(self, record: Record) -> None:
         self.results.write(record)

@@ -10,6 +10,7 @@ from saqqara.workers.models.spec import load_spec
 from saqqara.workers.plan import WorkerInfo
 
 from .client import EngineClient, EngineDescription, LocalClient
+from .long_wait import LongWait
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,13 @@ def launch(config: EngineConfig) -> EngineClient:
     """
     client: EngineClient
     if config.executor == "local":
-        client = LocalClient(config)
+        with LongWait(f"starting {config.model}"):
+            client = LocalClient(config)
     else:
         from .controller import start_controller
 
-        client = start_controller(config)
+        with LongWait("connecting to Ray and starting its processes"):
+            client = start_controller(config)
     for line in start_lines(client.describe()):
         logger.info("%s", line)
     return client

@@ -15,6 +15,14 @@ from saqqara.configs.yaml_files import load_yaml
 from .request import SamplingParams
 
 SAMPLING_KEY = "sampling"
+MEANT = {
+    "gpu": "cuda",
+    "half": "float16",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+}
+"""Other names of values, which no likeness of letters finds."""
 
 
 def check_keys(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
@@ -163,7 +171,9 @@ def validation_message(error: ValidationError) -> str:
         return text
     close = None
     if first["type"] == "literal_error":
-        close = closest(str(first["input"]), re.findall(r"'([^']+)'", first["ctx"]["expected"]))
+        choices = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+        meant = MEANT.get(str(first["input"]).lower())
+        close = meant if meant in choices else closest(str(first["input"]), choices)
     return f"{text} (got {first['input']!r}{'' if close is None else f'; did you mean {close!r}?'})"
 
 

@@ -42,7 +42,7 @@ def _preset(name: str) -> Path:
     """The file of a preset, wherever it lies under `configs/`."""
     presets = {file.stem: file for file in sorted(CONFIG_DIR.glob("*/*.yaml"))}
     if name not in presets:
-        if "/" in name:
+        if "/" in name or name.endswith((".yaml", ".yml")):
             raise ValueError(f"config: there is no file {name!r} (a model is given as --model)")
         hint = did_you_mean(name, presets)
         raise ValueError(f"config: no file or preset {name!r}; {hint}")

@@ -20,6 +20,7 @@ from support.arrangements import (
     config_of,
     is_looked_at,
     is_run,
+    replay_cases,
     run_all_layouts,
     run_cases,
 )
@@ -162,6 +163,25 @@ def test_rows_and_tokens_are_those_of_the_definition(
             assert slow.num_compactions == NUM_COMPACTIONS[number]
         elif stage != "prefill":
             assert min(slow.num_trims) >= 1
+
+
+@pytest.mark.parametrize("stage", ["published", "stored"])
+def test_a_replay_ends_as_the_definition_says(
+    stage: str, oracle: Oracle, tiny: tuple[Path, Any]
+) -> None:
+    """After a preemption, with the remembered queries and normalisers made anew."""
+    methods = ("pyramidinfer", "pyramidinfer-13b")
+    cases = [case for case in CASES if case.stage_name == stage and case.method in methods]
+    for case in cases:
+        oracle.know(case)
+    worker = Worker.local(config_of(tiny[0], MeshLayout(), len(cases)).for_worker())
+    outcome = replay_cases(worker, cases, oracle.tokens)
+    for case in cases:
+        fed = case.stage.num_steps
+        assert outcome.tokens[case] == oracle.tokens[case][fed // 2 :]
+        for layer, head in np.ndindex(LAYERS, HEADS):
+            got, held = (found.rows[case, fed, layer, head] for found in (outcome, oracle))
+            np.testing.assert_allclose(got, held, atol=TOLERANCE, rtol=1e-4)
 
 
 def test_the_cases_show_something(oracle: Oracle) -> None:

@@ -1,4 +1,4 @@
-"""A batch job on Ray workers, killed half-way: the same command ends with each row exactly once."""
+"""A batch job on Ray workers, stopped and killed: the same command ends with each row once."""
 
 import json
 import os
@@ -17,11 +17,41 @@ from saqqara.configs.schema import EngineConfig
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 NUM_ROWS = 40
+Ended = subprocess.CompletedProcess[str]
 TIMEOUT_SECONDS = 180  # Ray starts slowly on a busy machine
 
 
+def rows_of(output: Path) -> int:
+    """Whole lines of the results so far."""
+    return output.read_bytes().count(b"\n") if output.exists() else 0
+
+
+def end_at(num_rows: int, signum: signal.Signals, command: list[str], output: Path) -> Ended:
+    """Run a job until it has written some rows, and end it with a signal."""
+    job = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while rows_of(output) < num_rows:
+            assert job.poll() is None, "the job ended before it could be stopped"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(job.pid, signum)
+        _, said = job.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        job.kill()
+        job.wait()
+    return subprocess.CompletedProcess(command, job.returncode, "", said)
+
+
+def environment() -> dict[str, str]:
+    """That of a process which uses the Ray of this folder's tests."""
+    return os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
 @pytest.mark.timeout(420)
-def test_a_killed_job_on_ray_goes_on(tiny_config: EngineConfig, tmp_path: Path) -> None:
+def test_a_job_on_ray_goes_on_after_a_stop_and_a_kill(
+    tiny_config: EngineConfig, tmp_path: Path
+) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [{"prompt": f"row {i} " * (1 + i % 9), "custom_id": f"id-{i}"} for i in range(NUM_ROWS)]
     rows[7]["prompt"] = "too long " * 200
@@ -32,22 +62,20 @@ def test_a_killed_job_on_ray_goes_on(tiny_config: EngineConfig, tmp_path: Path) 
     command += ["--max-model-len", "256", "--max-num-seqs", "2", "--kv-memory-gib", "0.02"]
     command += ["--num-threads", "1", "--log-dir", str(tmp_path / "logs"), "--check-integrity"]
     command += ["--retention", "pyramidkv", "--budget", "40", "--ignore-eos", "--max-tokens", "40"]
-    address = ray.get_runtime_context().gcs_address
-    env = os.environ | {"RAY_ADDRESS": address}
 
-    job = subprocess.Popen(command, env=env)
-    try:
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while not output.exists() or output.read_bytes().count(b"\n") < 8:
-            assert job.poll() is None, "the job ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        os.kill(job.pid, signal.SIGKILL)
-        job.wait()
-
+    stopped = end_at(4, signal.SIGTERM, command, output)
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    assert f"stopped by SIGTERM: {rows_of(output)} of {NUM_ROWS} rows" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    killed = end_at(rows_of(output) + 4, signal.SIGKILL, command, output)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        command,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in output.read_text().splitlines()]

@@ -2,16 +2,21 @@
 
 import json
 import logging
+import os
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Read when Ray is imported or a process of it starts; see tests/ray/conftest.py.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 import pytest
 import ray
 import yaml
-from ray import serve
 from support.api_server import ENGINE, MODEL, engine_flags
 from support.byte_llama import save_tiny_llama
 from support.server import (
@@ -98,6 +103,20 @@ class Alien:
         return "alien"
 
 
+def applications() -> set[str]:
+    """The names of Serve's applications."""
+    from ray import serve  # its import warns, an error while tests are collected
+
+    return set(serve.status().applications)
+
+
+def run_alien() -> None:
+    from ray import serve
+
+    alien = serve.deployment(Alien).options(ray_actor_options={"num_cpus": 0})
+    serve.run(alien.bind(), name="alien", route_prefix="/alien")
+
+
 @pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Ray that is not the servers' own."""
@@ -109,7 +128,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         _temp_dir=str(tmp_path_factory.mktemp("r")),
     )
     yield context.address_info["gcs_address"]
-    serve.shutdown()
     ray.shutdown()
 
 
@@ -121,7 +139,7 @@ def test_servers_of_one_cluster_leave_each_other_and_others_alone(
     port = free_port()
     with starting_server(tmp_path / "a", *flags, port=port, ray_address=cluster) as first:
         wait_until_up(first)
-        [app] = serve.status().applications
+        [app] = applications()
         refused_where_another_has_the_route(tmp_path / "r", flags, app, cluster)
 
         prefixed = [*flags, "--route-prefix", "/b"]
@@ -129,15 +147,14 @@ def test_servers_of_one_cluster_leave_each_other_and_others_alone(
             url = f"http://127.0.0.1:{port}"
             wait_for_log(second, f"serving {MODEL} at {url}/b/v1")
             assert f"port={second.port} has no effect" in second.log.read_text()
-            alien = serve.deployment(Alien).options(ray_actor_options={"num_cpus": 0})
-            serve.run(alien.bind(), name="alien", route_prefix="/alien")
+            run_alien()
             for base in (url, f"{url}/b"):
                 assert answers(base)
             spec = json.loads(fetch(f"{url}/b/openapi.json").text)
             assert spec["servers"] == [{"url": "/b"}]
 
             assert first.stop() == 0
-            assert app not in serve.status().applications
+            assert app not in applications()
             assert not answers(url)
             assert answers(f"{url}/b")
             assert fetch(f"{url}/alien").text == "alien"
@@ -146,7 +163,7 @@ def test_servers_of_one_cluster_leave_each_other_and_others_alone(
             assert answers(f"{url}/b")
             assert second.stop() == 0
         assert fetch(f"{url}/alien").text == "alien"
-        assert set(serve.status().applications) == {"alien"}
+        assert applications() == {"alien"}
 
 
 def refused_where_another_has_the_route(
@@ -171,7 +188,7 @@ def waits_for_room_until_asked_to_end(folder: Path, model: Path, cluster: str) -
     with starting_server(folder / "big", str(file), ray_address=cluster) as server:
         wait_for_log(server, "it asks for CPU: 64; free in all: CPU: ")
         assert server.stop() == 0
-        assert not any(name.startswith("big") for name in serve.status().applications)
+        assert not any(name.startswith("big") for name in applications())
 
 
 def wait_for_log(server: Server, text: str) -> None:

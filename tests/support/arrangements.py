@@ -106,6 +106,35 @@ def run_cases(worker: Worker, cases: Sequence[Case]) -> Outcome:
     return outcome
 
 
+def replay_cases(worker: Worker, cases: Sequence[Case], known: dict[Case, list[int]]) -> Outcome:
+    """All cases at once, as they go on after a preemption: half of their tokens are known already.
+
+    They are prefilled anew and fed these tokens one by one, then they generate the rest.
+    """
+    outcome, halves = Outcome(), {case: case.stage.num_steps // 2 for case in cases}
+    new = tuple(
+        new_sequence(slot, list(case.prompt), known[case][: halves[case]], retention=case.retention)
+        for slot, case in enumerate(cases)
+    )
+    group = PrefillGroup(tuple(range(len(cases))), 0, worker.spec.num_layers)
+    plan = StepPlan(0, new=new, prefill=(group,))
+    for fed in range(max(case.stage.num_steps for case in cases) + 1):
+        for sampled in worker.execute(plan).sampled:
+            outcome.tokens.setdefault(cases[sampled.slot], []).append(sampled.token_id)
+        worker.check_integrity()
+        for slot, case in enumerate(cases):
+            if fed == case.stage.num_steps:
+                outcome.rows |= _rows(worker, slot, case, fed)
+        items = tuple(
+            DecodeItem(slot, len(case.prompt) + fed, sample=fed >= halves[case] - 1)
+            for slot, case in enumerate(cases)
+            if fed < case.stage.num_steps
+        )
+        plan = StepPlan(fed + 1, decode=items)
+    worker.execute(StepPlan(plan.step + 1, free=tuple(range(len(cases)))))
+    return outcome
+
+
 def _rows(worker: Worker, slot: int, case: Case, fed: int) -> dict[Row, Any]:
     info = worker.info
     return {

@@ -6,6 +6,7 @@ real engine under a batch job is in tests/ray.
 
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from hypothesis import strategies as st
 from support.fake_client import FakeClient
 
 from saqqara.cluster.batch_input import BadLine, Row, RowParser
+from saqqara.cluster.batch_output import result_record
+from saqqara.cluster.batch_source import BatchSource
 from saqqara.cluster.batch_summary import BatchSummary
 from saqqara.cluster.client import EngineDeadError
 from saqqara.cluster.jobs import BatchJob, run_batch
@@ -258,6 +261,51 @@ def test_the_metrics_hear_how_far_a_job_is(tmp_path: Path, monkeypatch: pytest.M
     assert len(set(left)) > 2
 
 
+def test_openai_lines_may_name_the_model_as_it_is_served(tmp_path: Path) -> None:
+    bodies = [{"prompt": "ab", "model": name} for name in ("gpt-4o", "ours", "models/fake")]
+    lines = [{**WRAPPED, "custom_id": str(i), "body": body} for i, body in enumerate(bodies)]
+    gpt, ours, path = run(make_job(tmp_path, lines, served_model_name="ours"))
+    assert gpt["error"]["param"] == "model"
+    assert "'ours'" in gpt["error"]["message"]
+    assert [record["error"] for record in (ours, path)] == [None, None]
+    assert ours["response"]["body"]["model"] == "ours"
+    anyone = run(make_job(tmp_path, lines, ignore_model=True, overwrite=True))
+    assert [record["error"] for record in anyone] == [None] * 3
+    assert anyone[0]["response"]["body"]["model"] == "models/fake"
+
+
+def test_an_answer_that_is_no_json_costs_only_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(row: Row, *args: Any) -> dict[str, Any]:
+        record = result_record(row, *args)
+        if row.line == 2:
+            record["logprobs"] = math.nan
+        elif row.line == 3:
+            raise ZeroDivisionError("oh")
+        return record
+
+    monkeypatch.setattr("saqqara.cluster.jobs.result_record", broken)
+    one, two, three, four = run(make_job(tmp_path, [{"prompt": c} for c in "abcd"]))
+    assert (one["error"], four["error"]) == (None, None)
+    assert "the answer cannot be written: ValueError" in two["error"]["message"]
+    assert "ZeroDivisionError: oh" in three["error"]["message"]
+
+
+def test_a_line_that_the_parser_breaks_on_costs_only_itself(tmp_path: Path) -> None:
+    class Breaking(RowParser):
+        def parse(self, line: int, text: str) -> Row | BadLine:
+            if line == 2:
+                raise ZeroDivisionError("oh")
+            return super().parse(line, text)
+
+    job = make_job(tmp_path, [{"prompt": c} for c in "abc"])
+    with BatchSource(job.input) as source:
+        source.scan(tmp_path)
+        rows = list(source.rows(Breaking("models/fake", {})))
+    assert [isinstance(row, Row) for row in rows] == [True, False, True]
+
+
 # Resuming -----------------------------------------------------------------------------------------
 
 
@@ -448,6 +496,33 @@ def test_a_signal_ends_a_job_and_leaves_the_handlers_as_they_were(
     after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     assert after == before
     assert run_batch(job, FakeClient()).resumed == client.answered
+
+
+STUCK = """
+import time
+from saqqara.cluster import stop
+stop._SAME_STOP_SECONDS = 0.0
+with stop.StopSignals() as signals, signals.deferred():
+    print("listening", flush=True)
+    while signals.received is None:
+        time.sleep(0.01)
+    print("noted", signals.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_signal_ends_a_job_at_once() -> None:
+    command = [sys.executable, "-c", STUCK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "listening\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.stdout.readline() == "noted SIGTERM\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == -signal.SIGINT
+        finally:
+            process.kill()
 
 
 def test_a_signal_ends_the_start_of_an_engine(

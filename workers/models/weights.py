@@ -6,7 +6,9 @@ A `WeightSource` is a checkpoint in safetensors format (one file, or shards with
 
 import hashlib
 import json
+import logging
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,12 +21,15 @@ from safetensors import SafetensorError, safe_open
 from .source import whole_folder
 from .spec import ModelSpec
 
+logger = logging.getLogger(__name__)
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 # Held by checkpoints, read by nobody: `lm_head.weight` where embeddings are tied (else it is read).
 _HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "lm_head.weight")
 _NUM_LISTED = 5
+_LOG_SECONDS = 4.0  # between lines about what has been read
 
 _DUMMY_STD = 0.02
 _DUMMY_BLOCK_ELEMENTS = 1 << 22
@@ -84,6 +89,28 @@ def open_weights(
     return SafetensorsWeights(whole_folder(model), weight_shapes(spec), dtype, device)
 
 
+class _Progress:
+    """Logs how much has been read, every few seconds."""
+
+    def __init__(self) -> None:
+        self._num_tensors = 0
+        self._num_bytes = 0
+        self._logged = time.monotonic()
+
+    def note(self, part: torch.Tensor) -> None:
+        """One more tensor, or this rank's part of it, is read."""
+        self._num_tensors += 1
+        self._num_bytes += part.numel() * part.element_size()
+        now = time.monotonic()
+        if now - self._logged >= _LOG_SECONDS:
+            self._logged = now
+            logger.info(
+                "weights: %d tensors, %.1f GiB read so far",
+                self._num_tensors,
+                self._num_bytes / 2**30,
+            )
+
+
 class WeightSource(ABC):
     """Reads slices of named tensors, cast to `dtype` on `device`."""
 
@@ -96,6 +123,7 @@ class WeightSource(ABC):
         self.shapes = shapes
         self.dtype = dtype
         self.device = torch.device(device)
+        self._progress = _Progress()
 
     def read(
         self,
@@ -118,6 +146,7 @@ class WeightSource(ABC):
         assert 0 <= rows.start <= rows.stop <= shape[0], f"{name}: rows {rows} of {shape}"
         assert 0 <= cols.start <= cols.stop <= shape[-1], f"{name}: columns {cols} of {shape}"
         part = self._read(name, shape, rows, cols)
+        self._progress.note(part)
         if pad_rows_to is None or pad_rows_to == len(rows):
             return part.to(self.device, self.dtype).contiguous()
         size = (pad_rows_to, *part.shape[1:])

@@ -15,6 +15,7 @@ addresses from `pointer`:
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -28,6 +29,8 @@ import torch
 from torch import Tensor
 
 from saqqara.configs.paths import cache_dir
+
+logger = logging.getLogger(__name__)
 
 _SOURCE_DIR = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
@@ -106,6 +109,7 @@ def _build() -> Path:
     folder = cache_dir() / "native" / digest.hexdigest()[:16]
     target = folder / "libsaqqara_native.so"
     if not target.exists():
+        logger.info("compiling our CPU kernels for this machine, once; about a minute")
         folder.mkdir(parents=True, exist_ok=True)
         # Processes may race to build the same library: each works in a folder of its own, and
         # the last rename wins with identical contents.
