@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.plans import new_sequence, prefill_plan, run_greedy
+from support.pyramidinfer_counts import RELEASE, stored_by_a_worker
 from support.tiny import VOCAB, save_tiny
 
 from saqqara import LLM, SamplingParams
@@ -285,6 +286,13 @@ def test_the_ledger_counts_the_bytes_of_a_ring(model: tuple[Any, Path]) -> None:
         assert worker.execute(StepPlan(1, free=(0,))).memory.ring_bytes == 0
         ledger.release(0)
         assert ledger.usage().ring_bytes == 0
+
+
+def test_workers_store_what_the_release_of_pyramidinfer_stores(tmp_path: Path) -> None:
+    """More runs are in `tests/slow`, and as counts without a worker in `tests/unit`."""
+    run = RELEASE[0]
+    stored = stored_by_a_worker(tmp_path, run["prompt_tokens"], run["fed_tokens"])
+    assert stored == [[length] * HEADS for length in run["stored"]]
 
 
 @pytest.mark.parametrize(

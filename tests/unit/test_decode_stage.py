@@ -3,18 +3,16 @@
 Plain loops that feed one token at a time are the oracle of the closed forms.
 """
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import support
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_replica import FakeReplica, make_workers, next_token
+from support.pyramidinfer_counts import RELEASE, RETENTION
 
 from saqqara.cluster.ledger import Ledger
 from saqqara.cluster.request import SamplingParams
@@ -216,18 +214,11 @@ def trimmed_by_hand(
     return lengths
 
 
-COUNTS = json.loads((Path(support.__file__).parent / "pyramidinfer_counts.json").read_text())
-
-
 @pytest.mark.parametrize(
-    "run", COUNTS, ids=[f"{run['prompt_tokens']}+{run['fed_tokens']}" for run in COUNTS]
+    "run", RELEASE, ids=[f"{run['prompt_tokens']}+{run['fed_tokens']}" for run in RELEASE]
 )
 def test_the_published_stage_stores_what_the_release_stores(run: dict[str, Any]) -> None:
-    """`pyramidinfer_counts.json`: what the authors' release left of each of 30 layers.
-
-    The longest run there is a simulation of its counts.
-    """
-    rows = trimmed_rows(trimming("published"), run["prompt_tokens"], 30)
+    rows = trimmed_rows(RETENTION, run["prompt_tokens"], 30)
     assert rows is not None
     for _ in range(run["fed_tokens"]):
         rows.feed(1)
