@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 20
 
-demo: $(INSTALLED) ## Run 32 prompts on a local Ray with and without retention, and compare
+demo: $(INSTALLED) ## Find facts in documents on a local Ray, with and without retention
 	$(BIN)/python benchmarks/demo.py
 
 # Tests that start Ray run alone: they have many processes and watch the time.

@@ -1,72 +1,86 @@
-"""`make demo`: one batch job on Ray over a real model, with full retention and with PyramidKV.
+"""`make demo`: what retention is for, on a real model and a pool of KV that is too small.
 
-Fetches the demo model, writes 32 prompts about Python's own documentation, starts a Ray head,
-submits `saqqara batch` twice and compares the two runs. Everything is left in results/demo/.
+Fetches the demo model, hides facts in documents of 1,500 to 3,000 tokens, starts a Ray head, and
+submits `saqqara batch` three times: all keys and values, PyramidKV as published, and our own
+setting, in the same pool. Compares speed, memory, and how many facts the answers give. Everything
+is left in results/demo/.
 """
 
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 
-import matplotlib
-
-matplotlib.use("Agg")
+import torch
+from demo_documents import Document, facts_found, make_documents, write_documents
 from local_ray import RayHead, environment, ray_head, show
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from rich.table import Table
 
-from saqqara.cluster.batch_summary import MIB, BatchSummary, summary_table
+from saqqara.cluster.batch_summary import MIB, BatchSummary
+from saqqara.cluster.report import EngineReport
 from saqqara.cluster.tables import print_table
 from saqqara.cluster.tokenizer import Tokenizer
-from saqqara.evaluation.agreement import Agreement, compare_results
+from saqqara.configs.worker_settings import WorkerSettings
+from saqqara.workers.memory import choose_dtype
+from saqqara.workers.models.spec import load_spec
 
-NUM_PROMPTS = 32
-SHORTEST, LONGEST = 310, 2990  # tokens, the chat template included
+NUM_DOCUMENTS = 26
+SHORTEST, LONGEST = 1500, 3000  # tokens of a prompt
 NUM_STAGES = 2
-QUESTIONS = (
-    "Summarise the text above in two sentences.",
-    "What is the most important rule in the text above, and why?",
-    "Explain the text above to somebody who is new to Python.",
-    "Which mistakes does the text above warn of?",
-    "Name three terms that the text above defines, each with its meaning.",
-    "Write one question that the text above answers, and its answer.",
-)
+POOL_PROMPTS = 3  # the longest prompts, with all of their KV, that fill the pool
+GIB = 2**30
 
 
 def main() -> int:
-    """Run the demo; 0 when both jobs answered every prompt."""
+    """Run the demo; 0 when every job answered every document."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("results/demo"), help="result folder")
-    parser.add_argument("--max-tokens", type=int, default=64, help="tokens per answer")
-    parser.add_argument("--budget", default="25%", help="of PyramidKV: tokens, or a share")
-    parser.add_argument("--num-prompts", type=int, default=NUM_PROMPTS)
+    parser.add_argument("--max-tokens", type=int, default=256, help="tokens of each answer")
+    parser.add_argument("--budget", default="25%", help="of the reduced runs: tokens, or a share")
+    parser.add_argument("--num-documents", type=int, default=NUM_DOCUMENTS)
     arguments = parser.parse_args()
     folder = arguments.output.resolve()
     start = time.monotonic()
 
     model = fetch_model()
-    prompts = folder / "prompts.jsonl"
-    write_prompts(prompts, model, arguments.num_prompts)
-
-    full, pyramid = folder / "full.jsonl", folder / "pyramidkv.jsonl"
+    lengths = prompt_lengths(arguments.num_documents)
+    documents = make_documents(Tokenizer.load(model), lengths)
+    prompts = write_documents(folder, documents)
+    print(
+        f"\n{len(documents)} documents of {min(lengths):,} to {max(lengths):,} tokens "
+        f"({sum(lengths):,} in all), {sum(len(d.facts) for d in documents)} facts: {prompts}"
+    )
+    pool_gib = kv_memory_gib(model, LONGEST + arguments.max_tokens)
     common = ["saqqara", "batch", str(prompts), "--model", model, "--config", "ray-pp2"]
-    common += ["--temperature", "0", "--max-tokens", str(arguments.max_tokens)]
-    common += ["--check-integrity", "--return-token-ids", "--overwrite"]
+    common += ["--temperature", "0", "--max-tokens", str(arguments.max_tokens), "--ignore-eos"]
+    common += ["--kv-memory-gib", f"{pool_gib:.3f}", "--check-integrity", "--overwrite"]
+    runs = []
     with ray_head(num_cpus=max(NUM_STAGES, os.cpu_count() or 1)) as ray:
-        submit(ray, [*common, "--output", str(full), "--retention", "full"])
-        reduced = ["--retention", "pyramidkv", "--budget", arguments.budget]
-        submit(ray, [*common, "--output", str(pyramid), *reduced, "--compare", str(full)])
+        for method in ("full", "pyramidkv", "recommended"):
+            output = folder / f"{method}.jsonl"
+            budget = [] if method == "full" else ["--budget", arguments.budget]
+            submit(ray, [*common, "--output", str(output), "--retention", method, *budget])
+            runs.append(read_run(output, documents))
 
-    summaries = [read_summary(full), read_summary(pyramid)]
-    agreement = compare_results(pyramid, full)
-    report(folder, summaries, agreement)
-    print(f"\nDone in {time.monotonic() - start:.0f} s; prompts, answers and numbers: {folder}")
-    return 0 if all(s.answered == s.rows for s in summaries) else 1
+    report(folder, runs, pool_gib)
+    print(f"\nDone in {time.monotonic() - start:.0f} s; documents, answers and numbers: {folder}")
+    return 0 if all(run.summary.answered == run.summary.rows for run in runs) else 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job: its summary, its engine's report, and how many of how many facts it found."""
+
+    summary: BatchSummary
+    report: EngineReport
+    found: int
+    num_facts: int
 
 
 def fetch_model() -> str:
@@ -78,33 +92,25 @@ def fetch_model() -> str:
     return done.stdout.strip()
 
 
-def write_prompts(path: Path, model: str, count: int) -> None:
-    """Write chat prompts whose lengths go from `SHORTEST` to `LONGEST` tokens, in mixed order."""
-    tokenizer = Tokenizer.load(model)
-    shuffled = random.Random(0)
+def prompt_lengths(count: int) -> list[int]:
+    """Lengths from `SHORTEST` to `LONGEST`, more of the short ones, in mixed order."""
     ratio = LONGEST / SHORTEST
-    lengths = [round(SHORTEST * ratio ** (i / max(count - 1, 1))) for i in range(count)]
-    shuffled.shuffle(lengths)
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sizes = []
-    with path.open("w", encoding="utf-8") as file:
-        for i, length in enumerate(lengths):
-            first = text.index("\n\n", i * (len(text) - 8 * LONGEST) // count) + 2
-            messages = make_chat(tokenizer, text[first:], QUESTIONS[i % len(QUESTIONS)], length)
-            sizes.append(len(tokenizer.apply_chat(messages)))
-            file.write(json.dumps({"custom_id": f"prompt-{i + 1}", "messages": messages}) + "\n")
-    print(f"\n{count} prompts of {min(sizes)} to {max(sizes)} tokens ({sum(sizes)} in all): {path}")
+    lengths = [round(SHORTEST * ratio ** ((i / max(count - 1, 1)) ** 2)) for i in range(count)]
+    return lengths[::2] + lengths[1::2][::-1]
 
 
-def make_chat(
-    tokenizer: Tokenizer, text: str, question: str, num_tokens: int
-) -> list[dict[str, str]]:
-    """One user message of about `num_tokens` tokens: the start of a text, and a question."""
-    around = len(tokenizer.apply_chat([{"role": "user", "content": question}]))
-    ids = tokenizer.encode(text[: 8 * num_tokens], add_special_tokens=False)
-    excerpt = tokenizer.decode(ids[: num_tokens - around])
-    return [{"role": "user", "content": f"{excerpt}\n\n{question}"}]
+def kv_memory_gib(model: str, num_tokens: int) -> float:
+    """A pool that `POOL_PROMPTS` sequences of so many tokens fill when all of their KV is kept."""
+    spec = load_spec(model)
+    dtype, _ = choose_dtype(WorkerSettings(model=model), torch.device("cpu"))
+    token_bytes = (
+        2  # key + value
+        * spec.num_layers
+        * spec.num_kv_heads
+        * spec.head_dim
+        * dtype.itemsize
+    )
+    return POOL_PROMPTS * num_tokens * token_bytes / GIB
 
 
 def submit(ray: RayHead, entrypoint: list[str]) -> None:
@@ -114,41 +120,85 @@ def submit(ray: RayHead, entrypoint: list[str]) -> None:
     subprocess.run(command, env=ray.env, check=True)
 
 
-def read_summary(results: Path) -> BatchSummary:
-    """The summary that a batch job left beside its results."""
+def read_run(results: Path, documents: Sequence[Document]) -> Run:
+    """What a batch job left: its summary beside its results, and the facts in its answers."""
     data = json.loads(results.with_name(results.name + ".summary.json").read_text("utf-8"))
-    return BatchSummary.model_validate(data)
+    summary = BatchSummary.model_validate(data)
+    assert summary.report is not None, "the job ran nothing"
+    num_facts = sum(len(document.facts) for document in documents)
+    return Run(summary, summary.report, facts_found(results, documents), num_facts)
 
 
-def report(folder: Path, summaries: list[BatchSummary], agreement: Agreement) -> None:
-    """Print one table for both jobs; leave it as JSON and as a picture."""
-    extra = [(label, ["-", *cells]) for label, cells in agreement.cells()]
+def _kv(report: EngineReport) -> str:
+    kept, full = report.kv_kept_bytes_peak, report.kv_full_bytes_peak
+    return f"{kept / MIB:.0f} of {full / MIB:.0f} MiB"
+
+
+ROWS: tuple[tuple[str, Callable[[Run], str]], ...] = (
+    ("documents answered", lambda run: f"{run.summary.answered} of {run.summary.rows}"),
+    ("facts found", lambda run: f"{run.found} of {run.num_facts}"),
+    ("wall time", lambda run: f"{run.report.wall_seconds:.0f} s"),
+    ("tokens/s out", lambda run: f"{run.report.generation_tokens_per_second:.1f}"),
+    ("time between tokens, p50", lambda run: f"{run.report.inter_token_latency.p50 * 1e3:.0f} ms"),
+    (
+        "time between tokens, mean",
+        lambda run: f"{run.report.inter_token_latency.mean * 1e3:.0f} ms",
+    ),
+    ("time to first token, p50", lambda run: f"{run.report.time_to_first_token.p50:.1f} s"),
+    ("KV at peak, of what full needs", lambda run: _kv(run.report)),
+    ("sequences at once, at most", lambda run: str(run.report.num_running_peak)),
+    ("preemptions", lambda run: str(run.report.num_preemptions)),
+    ("page integrity", lambda run: run.summary.integrity or "-"),
+)
+
+
+def report(folder: Path, runs: Sequence[Run], pool_gib: float) -> None:
+    """Print one table for all jobs; leave it as JSON and as a picture."""
+    table = Table(title=f"The same {pool_gib * GIB / MIB:.0f} MiB for keys and values")
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.summary.title, justify="right")
+    for label, cell in ROWS:
+        table.add_row(label, *map(cell, runs))
+    rates = [run.report.generation_tokens_per_second for run in runs]
+    table.add_row("tokens/s out, of full", *(f"{rate / rates[0]:.2f}" for rate in rates))
     print()
-    print_table(summary_table(summaries, extra))
-    data = {s.title: s.model_dump(mode="json") for s in summaries}
-    data["agreement"] = agreement.to_dict()
+    print_table(table)
+    data = {
+        run.summary.title: {
+            "facts_found": run.found,
+            "num_facts": run.num_facts,
+            **run.summary.model_dump(mode="json"),
+        }
+        for run in runs
+    }
     (folder / "summary.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    plot(folder / "summary.png", summaries)
+    plot(runs).savefig(folder / "summary.png", dpi=120)
 
 
-def plot(path: Path, summaries: list[BatchSummary]) -> None:
-    """The pyramid (kept tokens by layer), and memory and speed beside it."""
-    figure, (layers, memory, speed) = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(2, 1, 1))
-    names = [summary.title for summary in summaries]
-    reports = [summary.report for summary in summaries if summary.report is not None]
-    for name, one in zip(names, reports, strict=True):
-        kept = [tokens / one.num_requests for tokens in one.kept_tokens_by_layer]
-        layers.step(range(len(kept)), kept, where="mid", label=name)
-    layers.set(xlabel="layer", ylabel="kept tokens per prompt, over kv heads", ylim=(0, None))
+def plot(runs: Sequence[Run]) -> Figure:
+    """Kept tokens by layer, and beside them facts, speed and sequences; a colour for each run."""
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    layers, *others = figure.subplots(1, 4, width_ratios=(2, 1, 1, 1))
+    names = [run.summary.title for run in runs]
+    colours = [f"C{i}" for i in range(len(runs))]
+    for run, colour in zip(runs, colours, strict=True):
+        prompts = run.report.num_requests
+        kept = [tokens / prompts for tokens in run.report.kept_tokens_by_layer]
+        layers.step(range(len(kept)), kept, where="mid", label=run.summary.title, color=colour)
+    layers.set(xlabel="layer", ylabel="tokens kept of a prompt, over kv heads", ylim=(0, None))
     layers.legend()
-    colours = [f"C{i}" for i in range(len(names))]
-    memory.bar(names, [one.kv_kept_bytes_peak / MIB for one in reports], color=colours)
-    memory.set(ylabel="KV at the peak, MiB")
-    speed.bar(names, [one.generation_tokens_per_second for one in reports], color=colours)
-    speed.set(ylabel="tokens/s out")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    panels: tuple[tuple[str, list[float]], ...] = (
+        ("facts found, %", [100 * run.found / run.num_facts for run in runs]),
+        ("tokens/s out", [run.report.generation_tokens_per_second for run in runs]),
+        ("sequences at once, at most", [float(run.report.num_running_peak) for run in runs]),
+    )
+    for axes, (title, values) in zip(others, panels, strict=True):
+        bars = axes.bar(names, values, color=colours)
+        axes.bar_label(bars, fmt="%.0f")
+        axes.set(title=title, ylim=(0, 1.1 * max(*values, 1.0)))
+        axes.tick_params(axis="x", labelrotation=20)
+    return figure
 
 
 if __name__ == "__main__":

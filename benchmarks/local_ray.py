@@ -1,5 +1,6 @@
 """A Ray head of our own on this machine, with job submission, for as long as a script needs it."""
 
+import json
 import os
 import secrets
 import shlex
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SCRIPTS = Path(sys.executable).parent  # where `ray` and `saqqara` of this environment are
-START_SECONDS = 90
+START_SECONDS = 180
 STOP_SECONDS = 30
 
 
@@ -60,7 +61,8 @@ def ray_head(num_cpus: int, object_store_bytes: int = 200 * 2**20) -> Iterator[R
     folder = Path(tempfile.mkdtemp(prefix="sq-"))  # short: Ray puts sockets below it
     token = folder / "token"
     token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32), encoding="ascii")
+    secret = secrets.token_hex(32)
+    token.write_text(secret, encoding="ascii")
     env = environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     gcs, dashboard, client, agent, agent_grpc = _free_ports(5)
     command = ["ray", "start", "--head", "--block", "--disable-usage-stats"]
@@ -82,28 +84,32 @@ def ray_head(num_cpus: int, object_store_bytes: int = 200 * 2**20) -> Iterator[R
         )
     try:
         address = f"http://127.0.0.1:{dashboard}"
-        _wait_until_up(address, head, log)
+        _wait_until_up(address, secret, head, log)
         yield RayHead(address, env)
     finally:
         _stop(head)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_until_up(address: str, head: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until jobs can be submitted."""
+def _wait_until_up(address: str, token: str, head: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Wait until a job is taken; the head answers some seconds before an agent can run one."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    body = json.dumps({"entrypoint": "true"}).encode()
+    request = urllib.request.Request(f"{address}/api/jobs/", data=body, headers=headers)
     deadline = time.monotonic() + START_SECONDS
+    answer = ""
     while time.monotonic() < deadline and head.poll() is None:
         try:
-            with opener.open(f"{address}/api/jobs/", timeout=5):
+            with opener.open(request, timeout=30):
                 return
         except urllib.error.HTTPError as error:
-            if error.code in (401, 403):  # up, and asks for the token that `ray job submit` has
-                return
-            time.sleep(0.5)
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise RuntimeError(f"Ray did not start; it said:\n{log.read_text(errors='replace')}")
+            answer = error.read().decode(errors="replace")
+        except (urllib.error.URLError, OSError) as error:
+            answer = str(error)
+        time.sleep(0.5)
+    said = log.read_text(errors="replace")
+    raise RuntimeError(f"Ray takes no job ({answer.strip()}); it said:\n{said}")
 
 
 def _stop(head: "subprocess.Popen[bytes]") -> None:

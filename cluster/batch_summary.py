@@ -101,6 +101,7 @@ ROWS: tuple[tuple[str, Callable[[BatchSummary], str]], ...] = (
     ("inter-token latency, p50", _of(lambda r: f"{r.inter_token_latency.p50:.3f} s")),
     ("inter-token latency, p99", _of(lambda r: f"{r.inter_token_latency.p99:.3f} s")),
     ("KV kept of full, at peak", _of(_kept)),
+    ("sequences at once, at most", _of(lambda r: str(r.num_running_peak))),
     ("preemptions", _of(lambda r: str(r.num_preemptions))),
     ("page integrity", lambda s: s.integrity or "-"),
 )

@@ -94,6 +94,7 @@ class EngineReport(BaseModel):
 
     Attributes:
         requests: finished requests by reason (`stop`, `length`, `abort`, `error`).
+        num_running_peak: most sequences that had a slot at one moment.
         wall_seconds: from the first request to the last output.
         prefill_seconds, decode_seconds: summed over steps, the slowest worker of each step.
         phase_seconds: the same for every phase that workers report.
@@ -118,6 +119,7 @@ class EngineReport(BaseModel):
     scored_tokens: int
     num_steps: int
     num_preemptions: int
+    num_running_peak: int
     wall_seconds: float
     prefill_seconds: float
     decode_seconds: float

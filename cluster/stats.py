@@ -48,6 +48,7 @@ class EngineStats:
         self._e2e = LatencyRecorder()
         self._usage = Usage(0, 0)
         self._usage_peak = Usage(0, 0)
+        self._running_peak = 0
         self._ring_bytes_peak = 0
         self._kept_L = np.zeros(self._num_layers, dtype=np.int64)
         self._dropped_L = np.zeros(self._num_layers, dtype=np.int64)
@@ -131,6 +132,7 @@ class EngineStats:
 
     def publish(self, num_running: int, num_waiting: int, now: float, *, is_idle: bool) -> None:
         """Send gauges and per-layer counters to the sinks, if it is time or the engine is idle."""
+        self._running_peak = max(self._running_peak, num_running)
         if not is_idle and now - self._published_time < _PUBLISH_SECONDS:
             return
         self._published_time = now
@@ -177,6 +179,7 @@ class EngineStats:
             scored_tokens=counts["scored_tokens"],
             num_steps=counts["num_steps"],
             num_preemptions=counts["num_preemptions"],
+            num_running_peak=self._running_peak,
             wall_seconds=wall,
             prefill_seconds=self._phase_seconds["prefill"],
             decode_seconds=self._phase_seconds["decode"],

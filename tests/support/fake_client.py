@@ -99,6 +99,7 @@ class FakeClient:
             scored_tokens=0,
             num_steps=7,
             num_preemptions=0,
+            num_running_peak=2,
             wall_seconds=2.0,
             prefill_seconds=1.0,
             decode_seconds=1.0,

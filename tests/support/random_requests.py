@@ -228,7 +228,8 @@ def _score(drawn: _Draw) -> dict[str, Any]:
         settings["decode"] = {"slack_pages": drawn.number("decode.slack_pages", bound)}
     budgets = st.integers(40, 90) | st.integers(1, 100).map(lambda share: f"{share}%")
     settings["budget"] = drawn.draw(budgets)
-    if method.fixed_window is None and method.min_window == 0 and drawn.chance(6):
+    may_be_zero = method.fixed_window is None and method.min_window == 0
+    if may_be_zero and not drawn.is_wrong and drawn.chance(6):
         settings |= {"window": 0, "sinks": 0}  # so that any number of tokens will do
         settings["budget"] = drawn.number("budget", BOUNDS["budget"])
     return settings

@@ -499,6 +499,7 @@ def test_the_report_adds_up() -> None:
     assert report.time_to_first_token.count == 6
     assert report.inter_token_latency.count == 24
     assert report.e2e_latency.count == 6
+    assert report.num_running_peak == 4
     assert 0 < report.e2e_latency.p50 <= report.e2e_latency.p99 <= 1.02 * report.wall_seconds
     assert report.generation_tokens_per_second == pytest.approx(30 / report.wall_seconds)
     assert (report.prefill_seconds, report.decode_seconds) == (0.5, 0.5 * report.num_steps)
