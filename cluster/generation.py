@@ -152,6 +152,14 @@ class Generation:
 
         return await self._off_loop_if_long(len(text), encode)
 
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special ones by their names."""
+
+        def decode() -> str:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+        return await self._off_loop_if_long(len(token_ids), decode)
+
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
     ) -> list[int]:
@@ -160,14 +168,12 @@ class Generation:
         Raises:
             ApiError: a message is wrong; names its field.
         """
-        contents = [message.get("content") for message in messages]
-        length = sum(len(c) if isinstance(c, str | list) else 0 for c in contents)
 
         def encode() -> list[int]:
             return self.tokenizer.apply_chat(messages, options)
 
         try:
-            return await self._off_loop_if_long(length, encode)
+            return await self._off_loop_if_long(_num_chars(messages), encode)
         except ValueError as error:
             raise ApiError.of(error, "messages") from None
 
@@ -219,6 +225,17 @@ class Generation:
                     yield output
         except ValueError as error:
             raise ApiError.of(error, "prompt").renamed(job.names) from None
+
+
+def _num_chars(value: Any) -> int:
+    """About how much there is to read in a JSON value, wherever it stands."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(1 + _num_chars(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(1 + _num_chars(item) for item in value)
+    return 0
 
 
 async def _merged(

@@ -145,7 +145,7 @@ class _Routes:
             if not 0 <= token < tokenizer.vocab_size:
                 field = f"tokens[{place}]"
                 raise ApiError(400, f"{field}={token} is no token", field, "invalid_value")
-        return _json({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return _json({"prompt": await self._generation.decode(body.tokens)})
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""

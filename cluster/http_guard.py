@@ -38,7 +38,11 @@ def add_guards(app: FastAPI, allowed_origins: Sequence[str]) -> None:
 
 
 def check_is_json(request: Request) -> None:
-    """Raise an `ApiError` (415) unless the request says that its body is JSON."""
+    """Raise an `ApiError` (415) unless the request says that its body is JSON, as it is."""
+    packed = request.headers.get("content-encoding", "identity")
+    if packed.lower() != "identity":
+        message = f"a body must come without `Content-Encoding`, not packed as {packed!r:.100}"
+        raise ApiError(415, message, None, "unsupported_media_type")
     given = request.headers.get("content-type", "")
     if given.partition(";")[0].strip().lower() != _JSON:
         said = f"not {given!r:.100}" if given else "which is missing"

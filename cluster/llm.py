@@ -10,6 +10,8 @@ from types import TracebackType
 from typing import Any, Literal, Self, cast, overload
 
 from saqqara.compression.retention import Retention
+from saqqara.configs.budget import budget_mistake
+from saqqara.configs.shown import shown
 
 from .chat_template import ChatOptions
 from .client import EngineDeadError, EngineRequest
@@ -159,6 +161,11 @@ class LLM:
             ValueError: a conversation or setting is wrong; names the conversation's index.
             EngineDeadError: the engine has failed.
         """
+        if not _is_list(messages):
+            raise ValueError(
+                "messages must be a list of messages, or a list of those, not "
+                f"{type(messages).__name__} {shown(messages)}"
+            )
         several: Sequence[Any] = messages
         if messages and isinstance(messages[0], Mapping):
             several = [messages]
@@ -298,6 +305,8 @@ class LLM:
         count = len(parts)
         sampling = _one_each(sampling_params, SamplingParams, count, "sampling_params")
         retentions = _one_each(retention, (str, Mapping, Retention), count, "retention")
+        if isinstance(budget, float):
+            raise ValueError(budget_mistake(budget))
         budgets = _one_each(budget, (int, str), count, "budget")
         return [
             EngineRequest(
@@ -358,14 +367,23 @@ def _is_single(value: Any) -> bool:
     """Whether a prompt stands alone: text, a mapping, or a plain list of token ids."""
     if isinstance(value, (str, Mapping)):
         return True
-    return isinstance(value, Sequence) and bool(value) and isinstance(value[0], Integral)
+    return _is_list(value) and bool(value) and _is_token(value[0])
+
+
+def _is_list(value: Any) -> bool:
+    """Whether it may hold token ids or prompts; bytes are a sequence of numbers, but no prompt."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _as_list(value: Any, name: str) -> list[Any]:
     if _is_single(value):
         return [value]
-    if not isinstance(value, Sequence):
-        raise ValueError(f"{name} must be text, token ids, or a list of these, not {value!r}")
+    if not _is_list(value):
+        raise ValueError(f"{name} must be text, token ids, or a list of these, not {shown(value)}")
     return list(value)
 
 
@@ -379,9 +397,9 @@ def _prompt(prompt: Any, index: int, name: str = "prompts") -> dict[str, Any]:
         prompt = given[0]
     if isinstance(prompt, str):
         return {"prompt": prompt}
-    if isinstance(prompt, Sequence) and all(isinstance(token, Integral) for token in prompt):
+    if _is_list(prompt) and all(map(_is_token, prompt)):
         return {"prompt_token_ids": tuple(int(token) for token in prompt)}
-    raise ValueError(f"{name}[{index}] must be text or a list of token ids, not {prompt!r}")
+    raise ValueError(f"{name}[{index}] must be text or a list of token ids, not {shown(prompt)}")
 
 
 def _conversation(messages: Any, index: int) -> tuple[Message, ...]:
@@ -397,9 +415,10 @@ def _one_each(value: Any, kinds: type | tuple[type, ...], count: int, name: str)
         return [value] * count
     if not isinstance(value, Sequence) or len(value) != count:
         raise ValueError(
-            f"{name} must be one value, or a list with one for each of {count} prompts"
+            f"{name} must be one value, or a list with one for each of {count} prompts, not "
+            f"{type(value).__name__} {shown(value)}"
         )
     for i, one in enumerate(value):
         if one is not None and not isinstance(one, kinds):
-            raise ValueError(f"{name}[{i}]: cannot be {one!r}")
+            raise ValueError(f"{name}[{i}]: cannot be {shown(one)}")
     return list(value)

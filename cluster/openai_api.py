@@ -17,7 +17,7 @@ from saqqara.configs.yaml_files import CONFIG_DIR
 from .chat_template import ChatOptions
 from .openai_errors import ApiError, type_name
 from .openai_fields import IdleChatFields, IdleCompletionFields, IdleFields, StreamOptions
-from .request import SamplingParams
+from .request import FEW_ENTRIES, FailFastList, SamplingParams
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -58,6 +58,9 @@ def read_request(kind: type[Body], fields: Mapping[str, Any]) -> Body:
     Raises:
         ApiError: a field is unknown, missing or wrong; names it.
     """
+    if len(fields) > len(kind.model_fields):  # pydantic would write an error for each of them
+        unknown = next(name for name in fields if name not in kind.model_fields)
+        raise ApiError.unknown(unknown, kind.model_fields)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -89,18 +92,18 @@ class GenerationRequest(IdleFields):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | FailFastList[str] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], FEW_ENTRIES] | None = None
 
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    stop_token_ids: FailFastList[int] | None = None
+    allowed_token_ids: FailFastList[int] | None = None
+    bad_words: FailFastList[str] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -216,7 +219,7 @@ class GenerationRequest(IdleFields):
 class CompletionRequest(GenerationRequest, IdleCompletionFields):
     """`POST /v1/completions`."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | FailFastList[int] | FailFastList[str] | FailFastList[FailFastList[int]]
     logprobs: int | None = None
 
     @property
@@ -273,7 +276,7 @@ class ChatFields(BaseModel):
 class ChatRequest(GenerationRequest, ChatFields, IdleChatFields):
     """`POST /v1/chat/completions`. Messages are checked by the tokenizer, which reads them."""
 
-    messages: list[dict[str, Any]]
+    messages: FailFastList[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -317,7 +320,7 @@ class TokenizeRequest(ChatFields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: FailFastList[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
 
     @model_validator(mode="after")
@@ -333,7 +336,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
-    tokens: list[int]
+    tokens: FailFastList[int]
 
 
 def _check_limit(name: str, value: int, limit: int, what: str = "") -> None:
@@ -344,9 +347,13 @@ def _check_limit(name: str, value: int, limit: int, what: str = "") -> None:
 
 
 def _token_ids(bias: Mapping[str, float]) -> dict[int, float]:
-    for key in bias:
+    ids: dict[int, float] = {}
+    for key, value in bias.items():
         if not key.isascii() or not key.isdigit() or len(key) > _MAX_ID_DIGITS:
-            raise ApiError(
-                400, f"logit_bias: {key!r:.80} is no token id", "logit_bias", "invalid_value"
-            )
-    return {int(key): value for key, value in bias.items()}
+            message = f"logit_bias: {key!r:.80} is no token id"
+            raise ApiError(400, message, "logit_bias", "invalid_value")
+        if int(key) in ids:  # such as "7" and "07"
+            message = f"logit_bias: {key!r} is a token id that is there already"
+            raise ApiError(400, message, "logit_bias", "invalid_value")
+        ids[int(key)] = value
+    return ids

@@ -24,6 +24,8 @@ _FIELDS = {
     *("continue_final_message", "chat_template_kwargs"),
 }
 _NESTED = {"stream_options", "response_format"}
+_MAX_NAME_CHARS = 100  # longer than any field; what a client wrote may have megabytes
+_MAX_MESSAGE_CHARS = 2000
 _TYPES = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
 
 
@@ -46,9 +48,9 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(_cut(message, _MAX_MESSAGE_CHARS))
         self.status = status
-        self.param = param
+        self.param = None if param is None else _cut(param, _MAX_NAME_CHARS)
         self.code = code
         self.headers = dict(headers or {})
 
@@ -72,17 +74,25 @@ class ApiError(Exception):
         """
         if isinstance(error, ContextLengthError):
             return cls.rejected(str(error), is_too_long=True)
-        code = "invalid_value"
         if isinstance(error, ValidationError):
-            first = error.errors()[0]
+            first = error.errors(include_url=False)[0]
             param = _param(first["loc"])
             if first["type"] == "extra_forbidden":
-                code, message = "unknown_parameter", _unknown(param or "", known)
-            else:
-                message = _message(param, first["type"], first["msg"], first["input"])
+                return cls.unknown(param or "", known)
+            message = _message(param, first["type"], first["msg"], first["input"])
         else:
             return cls.rejected(str(error), default_param)
-        return cls(400, message, param or _field_in_front(message) or default_param, code)
+        param = param or _field_in_front(message) or default_param
+        return cls(400, message, param, "invalid_value")
+
+    @classmethod
+    def unknown(cls, name: str, known: Iterable[str]) -> Self:
+        """The answer to a field that there is not; `known` are those that there are."""
+        name = _cut(name, _MAX_NAME_CHARS)
+        close = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        message = f"{name} is not a field that is known here{hint}"
+        return cls(400, message, name, "unknown_parameter")
 
     @classmethod
     def rejected(
@@ -110,6 +120,10 @@ def type_name(value: Any) -> str:
     return _TYPES.get(type(value), "number")
 
 
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def _field_in_front(message: str) -> str | None:
     """The field that a message starts with, if it is one of a request."""
     found = _FIELD.match(message)
@@ -132,12 +146,6 @@ def _param(location: tuple[int | str, ...]) -> str | None:
         elif location[0] in _NESTED:
             name += f".{part}"
     return name
-
-
-def _unknown(param: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(param.replace("-", "_"), sorted(known), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{param} is not a field that is known here{hint}"
 
 
 def _message(param: str | None, kind: str, message: str, given: Any) -> str:

@@ -3,11 +3,20 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from saqqara.configs.shown import shown
 from saqqara.workers.plan import SamplingSpec
 
 from .sequence import ErrorCode, FinishReason
@@ -22,6 +31,18 @@ MAX_STRING_CHARS = 1024
 _INT64 = 2**63
 _INT32 = 2**31
 
+T = TypeVar("T")
+# A list whose errors end with the first: a body of some MB can have a million, of 1 kB each.
+FailFastList = Annotated[list[T], Field(fail_fast=True)]
+
+
+def _check_size(bias: Any) -> Any:
+    if isinstance(bias, Mapping) and len(bias) > MAX_TOKEN_IDS:
+        raise ValueError(f"should have at most {MAX_TOKEN_IDS} items, not {len(bias)}")
+    return bias
+
+
+FEW_ENTRIES = BeforeValidator(_check_size)  # before there is an error for each of them
 TokenId = Annotated[int, Field(ge=0, lt=_INT32)]
 Word = Annotated[str, Field(max_length=MAX_STRING_CHARS)]
 
@@ -59,21 +80,24 @@ class SamplingParams(BaseModel):
     min_tokens: int = Field(
         default=0, ge=0, lt=_INT32, description="Tokens before a stop is possible."
     )
-    stop: tuple[Word, ...] = Field(
+    stop: Annotated[tuple[Word, ...], Field(fail_fast=True)] = Field(
         default=(),
         max_length=MAX_STRINGS,
         description="One string or several that end the text.",
     )
-    stop_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=MAX_TOKEN_IDS)
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    stop_token_ids: Annotated[tuple[TokenId, ...], Field(fail_fast=True)] = Field(
+        default=(), max_length=MAX_TOKEN_IDS
+    )
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None, FEW_ENTRIES
+    ] = Field(
         default=None,
-        max_length=MAX_TOKEN_IDS,
         description="What is added to the logits of these token ids.",
     )
-    allowed_token_ids: tuple[TokenId, ...] | None = Field(
+    allowed_token_ids: Annotated[tuple[TokenId, ...], Field(fail_fast=True)] | None = Field(
         default=None, min_length=1, description="The only tokens that may be sampled."
     )
-    bad_words: tuple[Word, ...] = Field(
+    bad_words: Annotated[tuple[Word, ...], Field(fail_fast=True)] = Field(
         default=(),
         max_length=MAX_STRINGS,
         description="Words that are not written: the last token of each is never sampled where "
@@ -209,8 +233,14 @@ def scoring_params(top_logprobs: int | None) -> SamplingParams:
     Raises:
         ValueError: `top_logprobs` is out of range.
     """
-    if top_logprobs is not None and not 0 <= top_logprobs <= MAX_LOGPROBS:
-        raise ValueError(f"top_logprobs: must be from 0 to {MAX_LOGPROBS}, not {top_logprobs}")
+    if top_logprobs is not None and (
+        not isinstance(top_logprobs, int)
+        or isinstance(top_logprobs, bool)
+        or not 0 <= top_logprobs <= MAX_LOGPROBS
+    ):
+        raise ValueError(
+            f"top_logprobs: must be from 0 to {MAX_LOGPROBS}, not {shown(top_logprobs)}"
+        )
     return SamplingParams(logprobs=top_logprobs)
 
 

@@ -76,7 +76,18 @@ class Tokenizer:
         return cls(backend, _generation_eos_ids(folder))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a plain prompt, with the BOS token where the tokenizer adds one."""
+        """Token ids of a plain prompt, with the BOS token where the tokenizer adds one.
+
+        Raises:
+            ValueError: the text has half of a surrogate pair, which is no character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"half of a surrogate pair is no text: {text[error.start]!a} at character "
+                f"{error.start}"
+            ) from None
         ids: list[int] = self.backend.encode(
             text, add_special_tokens=add_special_tokens, verbose=False
         )

@@ -96,13 +96,6 @@ def test_sigterm_ends_a_server_at_any_moment_of_its_start(
             assert "Traceback" not in said, f"{where}\n{said}"
 
 
-class Alien:
-    """Somebody else's application."""
-
-    async def __call__(self, request: Any) -> str:
-        return "alien"
-
-
 def applications() -> set[str]:
     """The names of Serve's applications."""
     from ray import serve  # its import warns, an error while tests are collected
@@ -111,7 +104,12 @@ def applications() -> set[str]:
 
 
 def run_alien() -> None:
+    """Run somebody else's application."""
     from ray import serve
+
+    class Alien:  # here, so that it is pickled by value: Ray's workers cannot import the tests
+        async def __call__(self, request: Any) -> str:
+            return "alien"
 
     alien = serve.deployment(Alien).options(ray_actor_options={"num_cpus": 0})
     serve.run(alien.bind(), name="alien", route_prefix="/alien")

@@ -4,13 +4,14 @@ import json
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.openapi.models import OpenAPI
 from starlette.testclient import TestClient
 
 from saqqara.cluster.api_docs import Endpoint, docs_page, openapi
-from saqqara.cluster.http_guard import add_guards, is_own_origin
+from saqqara.cluster.http_guard import add_guards, check_is_json, is_own_origin
 from saqqara.cluster.openai_api import ChatRequest, CompletionRequest
+from saqqara.cluster.openai_errors import ApiError
 from saqqara.cluster.settings import serve_config
 
 PAGE = "https://example.com"
@@ -62,6 +63,28 @@ def test_an_allowed_page_gets_what_its_browser_asks_for(allowed: str) -> None:
     assert answer.headers["access-control-allow-origin"] == allowed
     assert "Retry-After" in answer.headers["access-control-expose-headers"]
     assert "access-control-allow-credentials" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({"Content-Type": "application/json"}, None),
+        ({"Content-Type": "Application/JSON; charset=utf-8"}, None),
+        ({"Content-Type": "application/json", "Content-Encoding": "Identity"}, None),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, "packed as 'gzip'"),
+        ({"Content-Type": "text/plain"}, "not 'text/plain'"),
+        ({}, "which is missing"),
+    ],
+)
+def test_a_body_is_json_as_it_is(headers: dict[str, str], said: str | None) -> None:
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    request = Request({"type": "http", "headers": raw})
+    if said is None:
+        check_is_json(request)
+        return
+    with pytest.raises(ApiError, match=said) as caught:
+        check_is_json(request)
+    assert caught.value.status == 415
 
 
 def test_one_allowed_page_lets_no_other_in() -> None:

@@ -187,6 +187,7 @@ CASES: dict[str, Case] = {
     "more tokens than there are": wrong(completion(max_tokens=10**30), "max_tokens"),
     "an unknown field": wrong(chat(temprature=1), "temprature", "unknown_parameter"),
     "a bias of many digits": wrong(completion(logit_bias={MANY_DIGITS: 1}), "logit_bias"),
+    "a bias given twice": wrong(completion(logit_bias={"7": 1, "07": 2}), "logit_bias"),
     "a bias for a word": wrong(completion(logit_bias={"x": 1}), "logit_bias"),
     "a bias for no token": wrong(completion(logit_bias={"9999": 1}), "logit_bias"),
     "a priority beyond any": wrong(completion(priority=2**40), "priority"),

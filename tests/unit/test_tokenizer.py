@@ -47,6 +47,11 @@ def test_a_prompt_becomes_ids_and_text_again(tokenizer: Tokenizer) -> None:
     assert all(0 <= token_id < tokenizer.vocab_size for token_id in ids)
 
 
+def test_half_of_a_surrogate_pair_is_no_text(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"half of a surrogate pair.*at character 2"):
+        tokenizer.encode("ab\ud800")
+
+
 def test_facts_about_the_demo_model(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 49152
     assert tokenizer.eos_token_ids == (2,)

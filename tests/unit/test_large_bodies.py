@@ -1,0 +1,112 @@
+"""A body of megabytes costs no more than reading it: neither its errors nor its text hold others.
+
+What is wrong a million times is said once, and what is long is tokenised beside the event loop.
+"""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+from support.api_server import MODEL
+from support.byte_llama import CHAT_TEMPLATE, save_tiny_llama
+from support.in_process import InProcessServer
+
+from saqqara.cluster.generation import LONG_TEXT_CHARS
+from saqqara.cluster.openai_api import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    read_request,
+)
+from saqqara.cluster.openai_errors import ApiError
+from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.tokenizer import Tokenizer
+
+MANY = 2000
+WRONG: list[Any] = [
+    [{}] * MANY,
+    [None] * MANY,
+    [[{}]] * MANY,
+    [[{}] * MANY],
+    {str(i): "x" for i in range(MANY)},
+]
+KINDS: list[type[BaseModel]] = [
+    *(ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest),
+    SamplingParams,
+]
+
+
+def num_errors(kind: type[BaseModel], fields: dict[str, Any]) -> int:
+    try:
+        kind.model_validate(fields)
+    except ValidationError as error:
+        return error.error_count()
+    return 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_wrong_many_times_is_said_once(kind: type[BaseModel]) -> None:
+    assert num_errors(SamplingParams, {"logit_bias": dict.fromkeys(range(MANY), "x")}) == 1
+    for name in kind.model_fields:
+        if name in ("stream_options", "response_format"):  # their errors are short
+            continue
+        for value in WRONG:
+            count = num_errors(kind, {name: value})
+            assert count < 10, f"{count} errors for {name}: {value!r:.40}"
+
+
+def test_many_unknown_fields_are_one_error() -> None:
+    fields = {"model": MODEL, "prompt": "a", **{f"x{i}": 1 for i in range(MANY)}}
+    with pytest.raises(ApiError, match="x0 is not a field") as caught:
+        read_request(CompletionRequest, fields)
+    assert (caught.value.param, caught.value.code) == ("x0", "unknown_parameter")
+
+
+@pytest.mark.parametrize("name", ["max_token" * MANY, "é" * MANY])
+def test_a_name_of_megabytes_does_not_come_back(name: str) -> None:
+    for fields in ({name: 1}, {"stream_options": {name: 1}}):
+        with pytest.raises(ApiError) as caught:
+            read_request(CompletionRequest, {"model": MODEL, "prompt": "a", **fields})
+        assert len(str(caught.value.body)) < 1000
+
+
+def test_a_long_text_is_read_beside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in a chat it stands, and in both directions."""
+    threads: list[str] = []
+    long = "x" * (LONG_TEXT_CHARS + 1)
+    apply_chat, decode = Tokenizer.apply_chat, Tokenizer.decode
+
+    def note_chat(tokenizer: Tokenizer, messages: Any, options: Any = None) -> list[int]:
+        threads.append(threading.current_thread().name)
+        return apply_chat(tokenizer, messages, options)
+
+    def note_decode(
+        tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = True
+    ) -> str:
+        threads.append(threading.current_thread().name)
+        return decode(tokenizer, ids, skip_special_tokens)
+
+    async def ask() -> None:
+        server = InProcessServer(tmp_path)
+        monkeypatch.setattr(Tokenizer, "apply_chat", note_chat)
+        monkeypatch.setattr(Tokenizer, "decode", note_decode)
+        for message in (
+            {"role": "user", "content": long},
+            {"role": "user", "content": [{"type": "text", "text": long}]},
+            {"role": long, "content": "a"},
+        ):
+            assert (await server.post("/tokenize", {"messages": [message]}))[0] == 200
+        assert (await server.post("/detokenize", {"tokens": [65] * len(long)}))[0] == 200
+        await server.generation.shutdown()
+
+    save_tiny_llama(tmp_path, chat_template=CHAT_TEMPLATE)
+    asyncio.run(ask())
+    assert len(threads) == 4
+    assert all(name.startswith("tokenize") for name in threads), threads
