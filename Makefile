@@ -25,7 +25,7 @@ check: $(INSTALLED) ## Check format, lint and types, then run all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	MYPYPATH=tests $(BIN)/mypy tests
+	MYPYPATH=tests:benchmarks $(BIN)/mypy tests
 	MYPYPATH=benchmarks:benchmarks/peer_runners $(BIN)/mypy benchmarks
 	MYPYPATH=deploy:deploy/grafana $(BIN)/mypy deploy
 	$(MAKE) test
