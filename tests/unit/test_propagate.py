@@ -157,7 +157,7 @@ def test_ways_to_write_it() -> None:
         ({"method": "snapkv", "propagate": "some"}, 64, "propagate.kind: unknown 'some'; known: p"),
         ({"method": "snapkv", "propagate": {"rho": 0.5}}, 64, "propagate.kind: unknown None"),
         ({"method": "snapkv", "propagate": 7}, 64, "propagate: must be a kind .* not int 7"),
-        ({"method": "full", "propagate": "once"}, None, "propagate: 'full' keeps all"),
+        ({"method": "full", "propagate": "once"}, None, "propagate: 'full' keeps everything"),
     ],
 )
 def test_what_is_wrong_is_named(spec: Any, budget: Any, message: str) -> None:

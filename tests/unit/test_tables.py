@@ -16,6 +16,12 @@ from saqqara.cluster.batch_summary import BatchSummary, summary_table
 from saqqara.cluster.tables import print_table, terminal_width
 
 
+@pytest.fixture(autouse=True)
+def no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that run side by side are told how wide their terminal is; files have no width."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def printed(table: Table, width: int | None) -> str:
     """What a table looks like on a terminal of this width, or in a file."""
     file = io.StringIO()
@@ -78,7 +84,6 @@ def test_a_batch_summary_keeps_its_labels_and_numbers(width: int | None) -> None
 
 
 def test_the_width_is_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
     assert terminal_width(io.StringIO()) is None
     leader, follower = pty.openpty()
     try:
