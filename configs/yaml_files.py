@@ -15,7 +15,7 @@ _MAX_VALUES = 1_000_000  # of a file, with every alias (`*name`) in full
 class _Loader(yaml.SafeLoader):
     """Refuses a key that comes twice, of which YAML's own would drop the first in silence."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """See `SafeLoader`; the values of `<<` are not there yet, which keys may replace."""
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
