@@ -1,42 +1,45 @@
 """20,000 random requests on a tiny engine without an engine death (`make prove`)."""
 
+import multiprocessing
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from support.random_requests import SAMPLING, requests
-from support.random_runs import RandomRuns
-
-from saqqara.compression.bounds import BOUNDS
+from support.random_runs import UNFORESEEN, Door, Tally, run_door
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-NUM_REQUESTS, BATCH = 20_000, 16
-NOT_DRAWN_AS_NUMBERS = {"share", "propagate.layer"}
+NUM_OF_EACH_DOOR = 10_000
+SEEDS: Mapping[Door, int] = {"python": 1, "http": 2}
 
 
 def test_20000_requests(tmp_path: Path, capsys: Any) -> None:
-    runs = RandomRuns(tmp_path)
-    num_batches = NUM_REQUESTS // BATCH
-
-    @settings(
-        max_examples=num_batches,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(batch=st.lists(requests(), min_size=BATCH, max_size=BATCH), over_http=st.booleans())
-    def run(batch: Any, over_http: bool) -> None:
-        (runs.http if over_http else runs.python)(batch)
-
-    run()
+    """Each door in a process of its own; a dead engine or a 5xx is an error of its run."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(SEEDS), mp_context=context) as pool:
+        parts = {
+            door: pool.submit(run_door, tmp_path / door, door, seed, NUM_OF_EACH_DOOR)
+            for door, seed in SEEDS.items()
+        }
+        tallies = {door: part.result() for door, part in parts.items()}
     with capsys.disabled():
-        print(f"\n{runs.counts.total()} requests: {dict(runs.counts)}")
-        print(f"errors of requests that were taken: {dict(runs.errors)}")
-        print(f"edges tried: {dict(sorted(runs.tried.items()))}")
-    assert runs.counts.total() >= NUM_REQUESTS
-    assert runs.num_finished >= runs.counts.total() / 2
-    for name in {*SAMPLING, *BOUNDS, "priority"} - NOT_DRAWN_AS_NUMBERS:
-        for side in ("least", "most", "below", "above"):
-            assert runs.tried[f"{name} {side}"], f"{name} was never tried {side}"
+        for door, tally in tallies.items():
+            print(f"\n{door}: {_text(tally)}")
+    for door, tally in tallies.items():
+        total = tally.counts.total()
+        assert total >= NUM_OF_EACH_DOOR
+        assert tally.num_finished >= total / 2, f"{door}: {tally.counts}"
+        assert not tally.untried, f"through {door}"
+        unexpected = [error for error in tally.errors if not error.startswith(UNFORESEEN)]
+        assert not unexpected, f"{door}: requests that were taken ended with errors"
+
+
+def _text(tally: Tally) -> str:
+    times = sorted(tally.tried.values())
+    return (
+        f"{tally.counts.total()} requests, {tally.num_finished} valid and finished: "
+        f"{dict(tally.counts)}; {len(times)} edges tried, each at least {times[0]} times; "
+        f"in bounds, but refused by other checks: {tally.never_taken}; "
+        f"errors of requests that were taken: {dict(tally.errors)}"
+    )

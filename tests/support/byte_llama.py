@@ -1,6 +1,7 @@
 """A tiny Llama without weights whose tokens are bytes; `load_format="dummy"` fills it."""
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -12,9 +13,9 @@ CHAT_TEMPLATE = (
 
 
 def save_tiny_llama(
-    folder: Path, max_position: int = 512, chat_template: str = CHAT_TEMPLATE
+    folder: Path, max_position: int = 512, chat_template: str = CHAT_TEMPLATE, **sizes: Any
 ) -> None:
-    """Write the config of a four-layer Llama and a tokenizer of single bytes."""
+    """Write the config of a four-layer Llama (or of other sizes) and a tokenizer of bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<eos>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -23,13 +24,16 @@ def save_tiny_llama(
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eos>", chat_template=chat_template
     ).save_pretrained(folder)
+    usual = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     LlamaConfig(
+        **(usual | sizes),
         vocab_size=len(vocab),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=max_position,
         bos_token_id=0,
         eos_token_id=0,

@@ -5,27 +5,19 @@ A slice of what `make prove` runs 20,000 of (`tests/slow/test_random_requests.py
 
 import asyncio
 import json
-from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from support.api_server import MODEL
-from support.random_requests import Drawn, requests
-from support.random_runs import RandomRuns
+from support.random_requests import EDGES, HUGE, NUMBERS, PROFILE, at_edge, batches, random_request
+from support.random_runs import UNFORESEEN, Door, RandomRuns
 
 from saqqara.cluster.batch_input import BadLine, RowParser
 from saqqara.cluster.request import SamplingParams
+from saqqara.compression.registry import SCORES, SHAPES
 
-BATCHES = st.lists(requests(), min_size=8, max_size=8)
-slice_of_them = settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+SIZE, NUM_AIMED = 12, 6
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +25,39 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> RandomRuns:
     return RandomRuns(tmp_path_factory.mktemp("model"))
 
 
-@slice_of_them
-@given(batch=BATCHES)
-def test_no_request_ends_the_engine(runs: RandomRuns, batch: Sequence[Drawn]) -> None:
-    runs.python(batch)
+@pytest.mark.parametrize("door", ["python", "http"])
+def test_no_request_ends_the_engine_or_is_answered_with_a_failure(
+    runs: RandomRuns, door: Door
+) -> None:
+    """Each door gets half of the edges; `make prove` sends all to both."""
+    edges = EDGES[door == "http" :: 2]
+    num_batches = -(-len(edges) // NUM_AIMED)
+    runs.run(door, 3, num_batches, size=SIZE, num_aimed=NUM_AIMED, edges=edges)
+    tally = runs.tallies[door]
+    assert {*map(str, edges)} <= {*tally.tried}
+    assert tally.num_finished >= tally.counts.total() / 2, tally.counts
+    assert all(error.startswith(UNFORESEEN) for error in tally.errors)
 
 
-@slice_of_them
-@given(batch=BATCHES)
-def test_no_body_is_answered_with_a_failure(runs: RandomRuns, batch: Sequence[Drawn]) -> None:
-    runs.http(batch)
+def test_requests_are_those_of_the_seed() -> None:
+    """So that a batch that failed can be sent again."""
+    first, second, other = (repr(next(batches(seed, 20, 10))) for seed in (1, 1, 2))
+    assert first == second != other
 
 
-def test_half_of_them_finish(runs: RandomRuns) -> None:
-    """Else the tests above would say little; run after them."""
-    total = runs.counts.total()
-    if total == 0:
-        pytest.skip("the tests above did not run")
-    assert runs.num_finished >= total / 2, runs.counts
-    assert not runs.errors
+def test_values_beyond_bounds_are_beyond_them() -> None:
+    """Else a valid request would be expected to be refused, or the reverse."""
+    for name, bound in NUMBERS.items():
+        for side in ("least", "most", "below", "above"):
+            assert bound.accepts(at_edge(bound, side)) == (side in ("least", "most")), name
+        assert any(not bound.accepts(value) for value in HUGE)
+
+
+def test_a_request_is_wrong_where_it_was_aimed_beyond() -> None:
+    for edge in EDGES:
+        drawn = random_request(Random(1), edge)
+        assert edge in drawn.tried
+        assert drawn.is_wrong == edge.is_wrong, drawn
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -112,3 +118,27 @@ def test_a_wide_pooling_is_that_of_the_prompt(runs: RandomRuns) -> None:
         ended += [output for output in runs.engine.step() if output.finished]
     first, second = (output.outputs[0].token_ids for output in ended)
     assert first == second
+
+
+@pytest.mark.parametrize("shape", [name for name in SHAPES if SHAPES[name].heads_differ])
+@pytest.mark.parametrize("score", ["streaming", "knorm", "random", "h2o"])
+def test_rows_whose_share_is_nothing_are_compacted_to_nothing(
+    runs: RandomRuns, score: str, shape: str
+) -> None:
+    """Without a window and sinks a head may keep no token, after prefill and while decoding."""
+    retention: dict[str, Any] = {"score": score, "shape": shape, "sinks": 0, "budget": 1}
+    if SCORES[score].fixed_window is None:
+        retention["window"] = 0
+    if shape == "profile":
+        retention |= {"profile": {**PROFILE, "0-0": [100.0], "1-0": [100.0]}, "head_beta": 1e6}
+    runs.engine.add_request(
+        "r",
+        list(range(40)),
+        SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
+        retention={**retention, "decode": {"slack_pages": 1}},
+    )
+    ended: list[Any] = []
+    while runs.engine.has_unfinished():
+        ended += [output for output in runs.engine.step() if output.finished]
+    assert [output.error for output in ended] == [None]
+    assert len(ended[0].outputs[0].token_ids) == 24

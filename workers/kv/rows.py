@@ -59,7 +59,8 @@ def compact_rows(kv: KVStore, rows: Rows, indices: Tensor) -> bool:
     Args:
         kv: the store.
         rows: which rows.
-        indices: storage positions that each keeps, ascending, int64 [R, keep].
+        indices: storage positions that each keeps, ascending, int64 [R, keep]; with neither a
+            window nor sinks a row's share of the budget may be nothing.
 
     Returns:
         False, with nothing changed, if pages that are shared with other slots would have to be
@@ -70,10 +71,14 @@ def compact_rows(kv: KVStore, rows: Rows, indices: Tensor) -> bool:
     kept = table.kept[rows.slots, rows.layer, rows.heads]
     num_rows, keep = indices.shape
     assert (kept == kept[0]).all(), f"rows of different lengths: {kept}"
-    assert 0 < keep <= kept[0], f"{keep} of {kept[0]} tokens"
+    assert keep <= kept[0], f"{keep} of {kept[0]} tokens"
     num_used, num_keep = -(-int(kept[0]) // page_tokens), -(-keep // page_tokens)
     entries = (first[:, None] + np.arange(num_keep)).reshape(-1)
     surplus = table.flat_pages[spans(first + num_keep, np.full(num_rows, num_used - num_keep))]
+    if keep == 0:
+        pool.release(surplus)
+        table.set_rows_kept(rows.slots, rows.layer, rows.heads, keep)
+        return True
     shared = entries[:0]
     if pool.any_shared:
         shared = entries[pool.refcount[table.flat_pages[entries]] > 1]
