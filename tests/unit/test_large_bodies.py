@@ -4,6 +4,7 @@ What is wrong a million times is said once, and what is long is tokenised beside
 """
 
 import asyncio
+import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from support.api_server import MODEL
 from support.byte_llama import CHAT_TEMPLATE, save_tiny_llama
 from support.in_process import InProcessServer
 
+from saqqara.cluster.batch_input import BadLine, Row, RowParser
+from saqqara.cluster.batch_source import BatchSource
 from saqqara.cluster.generation import LONG_TEXT_CHARS
 from saqqara.cluster.openai_api import (
     ChatRequest,
@@ -110,3 +113,15 @@ def test_a_long_text_is_read_beside_the_event_loop(
     asyncio.run(ask())
     assert len(threads) == 4
     assert all(name.startswith("tokenize") for name in threads), threads
+
+
+def test_a_name_of_a_row_of_megabytes_is_said_in_short(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "a", "custom_id": "c" * 100_000})
+    (tmp_path / "rows.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    with BatchSource(tmp_path / "rows.jsonl") as source:
+        source.scan(tmp_path)
+        first, second = source.rows(RowParser(MODEL, {}))
+    assert isinstance(first, Row)
+    assert isinstance(second, BadLine)
+    assert second.message.endswith("is already that of line 1")
+    assert len(second.message) < 200
