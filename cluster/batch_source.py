@@ -108,7 +108,7 @@ class BatchSource:
             row = self._parse(parser, number, raw)
             if row.custom_id is not None and row.custom_id in first_line:
                 first = first_line[row.custom_id]
-                message = f"custom_id {row.custom_id!r} is already that of line {first}"
+                message = f"custom_id {row.custom_id!r:.80} is already that of line {first}"
                 row = BadLine(number, row.custom_id, row.url, message, "custom_id")
             elif row.custom_id is not None:
                 first_line[row.custom_id] = number

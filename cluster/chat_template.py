@@ -1,7 +1,8 @@
 """A conversation as the model's chat template writes it, within bounds.
 
 A template is a program that came with the model, and it meets whatever clients write: it may fail
-in any way, or find no end. Either costs the conversation alone.
+in any way, or find no end. Either costs the conversation alone. What it holds in memory is not
+bounded (`'a' * 10**10` in the template itself): a model's template is trusted so far.
 """
 
 import sys

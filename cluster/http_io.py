@@ -12,6 +12,8 @@ from .openai_errors import ApiError
 
 T = TypeVar("T")
 
+_MAX_LENGTH_DIGITS = 18
+
 
 async def read_body(request: Request, max_bytes: int, timeout_seconds: float) -> bytes:
     """The body of a request.
@@ -35,7 +37,8 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
         413, f"the body may have at most {max_bytes} bytes", None, "request_too_large"
     )
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > max_bytes:
+    is_number = length.isascii() and length.isdigit()
+    if is_number and (len(length) > _MAX_LENGTH_DIGITS or int(length) > max_bytes):
         raise too_large
     body = bytearray()
     async for chunk in request.stream():

@@ -232,4 +232,4 @@ class ServeConfig(BaseModel):
                     f"{origin!r} is no origin; write scheme, host and port without a path, such as "
                     "https://example.com or http://localhost:3000, or '*' for all"
                 )
-        return origins
+        return tuple(origin.lower() for origin in origins)  # as browsers send them

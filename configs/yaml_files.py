@@ -1,5 +1,6 @@
 """Where the presets lie, and how a YAML file of settings is read."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,25 @@ import yaml
 from .names import did_you_mean
 
 CONFIG_DIR = Path(__file__).resolve().parent
+_MAX_VALUES = 1_000_000  # of a file, with every alias (`*name`) in full
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML's own would drop the first in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """See `SafeLoader`; the values of `<<` are not there yet, which keys may replace."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r:.80} is there twice", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return node
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -23,7 +43,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not file.exists():
         file = _preset(str(path))
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(f"config: cannot read {file}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -35,6 +55,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"config: {file} must hold a mapping of settings, not {type(data).__name__}"
         )
+    if _num_values(data, {}) > _MAX_VALUES:
+        raise ValueError(f"config: {file} has aliases (*name) that never end, or almost")
     return data
 
 
@@ -47,6 +69,17 @@ def _preset(name: str) -> Path:
         hint = did_you_mean(name, presets)
         raise ValueError(f"config: no file or preset {name!r}; {hint}")
     return presets[name]
+
+
+def _num_values(value: Any, known: dict[int, int]) -> int:
+    """How many values there are with every alias in full; `known` has those that were counted."""
+    if not isinstance(value, Mapping | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _MAX_VALUES + 1  # what it is if it contains itself
+        items = value.values() if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_num_values(item, known) for item in items)
+    return known[id(value)]
 
 
 def _place(error: yaml.YAMLError) -> str:

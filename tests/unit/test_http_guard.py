@@ -119,6 +119,11 @@ def test_an_origin_that_is_none_is_an_error(origin: str) -> None:
         serve_config(settings)
 
 
+def test_an_origin_may_be_written_in_capitals() -> None:
+    settings = {"model_loading_config": {"model_id": "x"}, "allowed_origins": ["HTTPS://A.com"]}
+    assert serve_config(settings).allowed_origins == ("https://a.com",)
+
+
 def test_the_description_is_openapi_and_the_page_shows_its_fields() -> None:
     endpoints = (
         Endpoint("POST", "/v1/chat/completions", "Answer a chat.", ChatRequest, streams=True),

@@ -4,6 +4,7 @@ What is wrong a million times is said once, and what is long is tokenised beside
 """
 
 import asyncio
+import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
 from support.api_server import MODEL
 from support.byte_llama import CHAT_TEMPLATE, save_tiny_llama
 from support.in_process import InProcessServer
 
+from saqqara.cluster.batch_input import BadLine, Row, RowParser
+from saqqara.cluster.batch_source import BatchSource
 from saqqara.cluster.generation import LONG_TEXT_CHARS
+from saqqara.cluster.http_io import read_body
 from saqqara.cluster.openai_api import (
     ChatRequest,
     CompletionRequest,
@@ -110,3 +115,31 @@ def test_a_long_text_is_read_beside_the_event_loop(
     asyncio.run(ask())
     assert len(threads) == 4
     assert all(name.startswith("tokenize") for name in threads), threads
+
+
+@pytest.mark.parametrize(
+    ("length", "is_too_large"), [("2", False), ("²", False), ("11", True), ("9" * 5000, True)]
+)
+def test_any_content_length_is_read(length: str, is_too_large: bool) -> None:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    headers = [(b"content-length", length.encode("latin-1"))]
+    reading = read_body(Request({"type": "http", "headers": headers}, receive), 10, 60)
+    if is_too_large:
+        with pytest.raises(ApiError, match="at most 10 bytes"):
+            asyncio.run(reading)
+    else:
+        assert asyncio.run(reading) == b"{}"
+
+
+def test_a_name_of_a_row_of_megabytes_is_said_in_short(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "a", "custom_id": "c" * 100_000})
+    (tmp_path / "rows.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    with BatchSource(tmp_path / "rows.jsonl") as source:
+        source.scan(tmp_path)
+        first, second = source.rows(RowParser(MODEL, {}))
+    assert isinstance(first, Row)
+    assert isinstance(second, BadLine)
+    assert second.message.endswith("is already that of line 1")
+    assert len(second.message) < 200
