@@ -1,6 +1,6 @@
 """Random values in every field of a request: no engine death, no 5xx, and those in bounds finish.
 
-A slice of what `make prove` runs 20,000 of (`tests/slow/test_random_requests.py`).
+A slice of what `make prove` runs 20,000 of (`tests/slow/test_many_random_requests.py`).
 """
 
 import asyncio
