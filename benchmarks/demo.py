@@ -27,10 +27,11 @@ from saqqara.cluster.report import EngineReport
 from saqqara.cluster.tables import print_table
 from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.configs.worker_settings import WorkerSettings
-from saqqara.workers.memory import choose_dtype
+from saqqara.workers.memory import choose_dtype, cpu_has_bfloat16
 from saqqara.workers.models.spec import load_spec
 
 NUM_DOCUMENTS = 26
+NUM_DOCUMENTS_SLOWLY = 10  # without bfloat16 arithmetic, where each takes several times as long
 SHORTEST, LONGEST = 1500, 3000  # tokens of a prompt
 NUM_STAGES = 2
 POOL_PROMPTS = 3  # the longest prompts, with all of their KV, that fill the pool
@@ -43,13 +44,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("results/demo"), help="result folder")
     parser.add_argument("--max-tokens", type=int, default=256, help="tokens of each answer")
     parser.add_argument("--budget", default="25%", help="of the reduced runs: tokens, or a share")
-    parser.add_argument("--num-documents", type=int, default=NUM_DOCUMENTS)
+    parser.add_argument("--num-documents", type=int, help=f"default: {NUM_DOCUMENTS}")
     arguments = parser.parse_args()
     folder = arguments.output.resolve()
     start = time.monotonic()
 
     model = fetch_model()
-    lengths = prompt_lengths(arguments.num_documents)
+    lengths = prompt_lengths(arguments.num_documents or default_documents())
     documents = make_documents(Tokenizer.load(model), lengths)
     prompts = write_documents(folder, documents)
     print(
@@ -59,7 +60,7 @@ def main() -> int:
     pool_gib = kv_memory_gib(model, LONGEST + arguments.max_tokens)
     common = ["saqqara", "batch", str(prompts), "--model", model, "--config", "ray-pp2"]
     common += ["--temperature", "0", "--max-tokens", str(arguments.max_tokens), "--ignore-eos"]
-    common += ["--kv-memory-gib", f"{pool_gib:.3f}", "--check-integrity", "--overwrite"]
+    common += ["--kv-memory-gib", f"{pool_gib:.3f}", "--overwrite"]
     runs = []
     with ray_head(num_cpus=max(NUM_STAGES, os.cpu_count() or 1)) as ray:
         for method in ("full", "pyramidkv", "recommended"):
@@ -90,6 +91,17 @@ def fetch_model() -> str:
     env = environment()
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.strip()
+
+
+def default_documents() -> int:
+    """As many documents as take some minutes on this machine."""
+    if cpu_has_bfloat16():
+        return NUM_DOCUMENTS
+    print(
+        f"\nThis CPU has no bfloat16 arithmetic: {NUM_DOCUMENTS_SLOWLY} documents instead of "
+        f"{NUM_DOCUMENTS}, so that it takes minutes (all of them: --num-documents {NUM_DOCUMENTS})."
+    )
+    return NUM_DOCUMENTS_SLOWLY
 
 
 def prompt_lengths(count: int) -> list[int]:
