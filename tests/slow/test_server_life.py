@@ -96,6 +96,17 @@ def test_sigterm_ends_a_server_at_any_moment_of_its_start(
             assert "Traceback" not in said, f"{where}\n{said}"
 
 
+def test_a_replica_that_cannot_start_says_why(model: Path, tmp_path: Path) -> None:
+    """Its own words, once; Serve would try again and again, and say that it failed to."""
+    flags = [*engine_flags(model), "--tokenizer", str(tmp_path / "none")]
+    with starting_server(tmp_path / "log", *flags) as server:
+        assert server.process.wait(WAIT_SECONDS) != 0
+        error = server.log.read_text().splitlines()[-1]
+        assert error.startswith("error: ")
+        assert "tokenizer" in error
+        assert str(tmp_path / "none") in error
+
+
 def applications() -> set[str]:
     """The names of Serve's applications."""
     from ray import serve  # its import warns, an error while tests are collected
