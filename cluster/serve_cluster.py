@@ -6,6 +6,7 @@ somebody else's: never replaced, never ended.
 
 import logging
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from .ports import DEFAULT_PORT, LOOPBACK, Binding, PortInUseError, check_port
 logger = logging.getLogger(__name__)
 
 _GOING = ("DELETING", "NOT_STARTED")  # what has, or will have, no route
+_DELETE_SECONDS, _DELETE_POLL_SECONDS = 10.0, 0.1
 _HEAD = "node:__internal_head__"  # a resource that Ray gives the head node alone
 
 
@@ -96,7 +98,9 @@ def route_taken(place: Place, owner: str) -> RuntimeError:
 def leave_serve(app_name: str) -> None:
     """End our application, whatever state it is in, and nothing else.
 
-    What it still runs is cut off: a server drains before, and one that starts has nothing.
+    What it still runs is cut off: a server drains before, and one that starts has nothing. Serve
+    gives up a replica that waits for room as slowly as one that finishes requests, so after
+    `_DELETE_SECONDS` it is left to do the rest by itself.
     """
     if app_name not in applications():
         return
@@ -108,7 +112,12 @@ def leave_serve(app_name: str) -> None:
                 ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
             except ValueError:  # it has ended meanwhile
                 continue
-    serve.delete(app_name)
+    deadline = time.monotonic() + _DELETE_SECONDS
+    while app_name in applications():
+        if time.monotonic() > deadline:
+            logger.info("Serve goes on deleting the application %s by itself", app_name)
+            return
+        time.sleep(_DELETE_POLL_SECONDS)
 
 
 def _check_route(place: Place) -> None:

@@ -46,17 +46,6 @@ def test_a_server_that_starts_ends_when_it_is_asked_to(
         assert "serving" not in server.log.read_text()
 
 
-def test_a_replica_that_cannot_start_says_why(byte_model: Path, tmp_path: Path) -> None:
-    """Its own words, once; Serve would try again and again, and say that it failed to."""
-    flags = [*engine_flags(byte_model), "--tokenizer", str(tmp_path / "none")]
-    with starting_server(tmp_path / "log", *flags) as server:
-        assert server.process.wait(START_SECONDS) != 0
-        error = server.log.read_text().splitlines()[-1]
-        assert error.startswith("error: ")
-        assert "tokenizer" in error
-        assert str(tmp_path / "none") in error
-
-
 SERVES_MESSAGE = """A replica failed to start with exception. Retrying 2 more time(s). Error:
 ray::ServeReplica:saqqara:engine.initialize_and_get_metadata() (pid=1, ip=127.0.0.1)
   File "/x/concurrent/futures/_base.py", line 449, in result
