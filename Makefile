@@ -30,7 +30,7 @@ check: $(INSTALLED) ## Check format, lint and types, then run all tests
 	MYPYPATH=deploy:deploy/grafana $(BIN)/mypy deploy
 	$(MAKE) test
 
-prove: $(INSTALLED) ## The longer proofs: parity on the real model, 20,000 random requests (20 minutes)
+prove: $(INSTALLED) ## The longer proofs: parity on the real model, 20,000 random requests (half an hour)
 	$(BIN)/pytest -m slow tests/slow
 
 gpu-check: ## Prove and measure the GPU path on this machine's GPU, with the python of PYTHON

@@ -195,11 +195,13 @@ def plot(runs: Sequence[Run]) -> Figure:
     names = [run.summary.title for run in runs]
     colours = [f"C{i}" for i in range(len(runs))]
     for run, colour in zip(runs, colours, strict=True):
-        prompts = run.report.num_requests
-        kept = [tokens / prompts for tokens in run.report.kept_tokens_by_layer]
+        by_layer = zip(
+            run.report.kept_tokens_by_layer, run.report.dropped_tokens_by_layer, strict=True
+        )
+        kept = [100 * kept / (kept + dropped) for kept, dropped in by_layer]
         layers.step(range(len(kept)), kept, where="mid", label=run.summary.title, color=colour)
-    layers.set(xlabel="layer", ylabel="tokens kept of a prompt, over kv heads", ylim=(0, None))
-    layers.legend()
+    layers.set(xlabel="layer", title="kept of the prompts' tokens, %", ylim=(0, 150))
+    layers.legend(loc="upper right")
     panels: tuple[tuple[str, list[float]], ...] = (
         ("facts found, %", [100 * run.found / run.num_facts for run in runs]),
         ("tokens/s out", [run.report.generation_tokens_per_second for run in runs]),
