@@ -81,15 +81,15 @@ class Calibration:
         num_seqs = max(config.max_num_seqs, num_settings)
         with Session(config.model_copy(update={"max_num_seqs": num_seqs}), []) as session:
             num_layers, num_heads = spec.num_layers, spec.num_kv_heads
+            group = spec.num_query_heads // num_heads
             cuts = [
-                without_row(row, num_layers, num_heads, self.context_tokens)
+                without_row(row, num_layers, num_heads, group, self.context_tokens)
                 for row in range(num_layers * num_heads)
             ]
             session.retentions = (Retention(), *cuts)
             texts = importances(session, *self._texts(session))
             needles = importances(session, *self._needles(session))
             rows = combine(texts, needles).reshape(num_layers, num_heads)
-            group = spec.num_query_heads // num_heads
         return HeadProfile(tuple(tuple(float(x) for x in np.repeat(r, group)) for r in rows))
 
     def _texts(self, session: Session) -> tuple[list[TokenIds], list[TokenIds]]:
@@ -116,17 +116,26 @@ class Calibration:
         return [question.token_ids for question in questions], list(answers)
 
 
-def without_row(row: int, num_layers: int, num_heads: int, prompt_tokens: int) -> Retention:
+def without_row(
+    row: int, num_layers: int, num_heads: int, group: int, prompt_tokens: int
+) -> Retention:
     """Keep a prompt of that length whole in all rows but one, which keeps its 20th part.
 
     Up to one token a row more: a budget is a mean over rows.
+
+    Args:
+        row: layer * num_heads + kv head.
+        num_layers: of the model.
+        num_heads: its kv heads.
+        group: query heads of a kv head; a profile has a score for each of them.
+        prompt_tokens: length of the prompt.
     """
     num_rows = num_layers * num_heads
     kept = prompt_tokens // KEPT_PART
     table = {
-        f"{layer}-{head}": [float(layer * num_heads + head != row)]
+        f"{layer}-{head}": [float(layer * num_heads + head // group != row)]
         for layer in range(num_layers)
-        for head in range(num_heads)
+        for head in range(num_heads * group)
     }
     budget = -(-((num_rows - 1) * prompt_tokens + kept) // num_rows)
     shape = {"shape": "profile", "profile": table, "head_beta": 1}

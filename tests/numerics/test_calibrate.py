@@ -21,7 +21,7 @@ from saqqara.evaluation.calibrate import (
 from saqqara.evaluation.divergence import TOP_TOKENS, divergence
 from saqqara.evaluation.session import Session
 
-NUM_LAYERS, NUM_HEADS, HEAD_DIM = 3, 3, 16
+NUM_LAYERS, NUM_HEADS, GROUP, HEAD_DIM = 3, 3, 2, 16
 MUTE = 1, 2  # layer, kv head
 
 
@@ -29,12 +29,14 @@ def test_a_mute_head_has_no_importance(tmp_path: Path, demo_model: Path) -> None
     model = save_tiny("llama-gqa", tmp_path, tokenizer_of=demo_model)
     layer, head = MUTE
     with torch.no_grad():  # its two query heads no longer reach the hidden states
-        columns = slice(2 * head * HEAD_DIM, 2 * (head + 1) * HEAD_DIM)
+        columns = slice(GROUP * head * HEAD_DIM, GROUP * (head + 1) * HEAD_DIM)
         model.model.layers[layer].self_attn.o_proj.weight[:, columns] = 0
     model.save_pretrained(tmp_path)
     generator = np.random.default_rng(0)
     contexts, continuations = (generator.integers(0, 999, (2, n)).tolist() for n in (420, 8))
-    cuts = [without_row(row, NUM_LAYERS, NUM_HEADS, 420) for row in range(NUM_LAYERS * NUM_HEADS)]
+    cuts = [
+        without_row(row, NUM_LAYERS, NUM_HEADS, GROUP, 420) for row in range(NUM_LAYERS * NUM_HEADS)
+    ]
     config = EngineConfig(model=str(tmp_path), dtype="float32", kv_memory_gib=0.1, max_num_seqs=16)
     with Session(config, cuts) as session:
         found = importances(session, contexts, continuations).reshape(NUM_LAYERS, NUM_HEADS)
@@ -45,7 +47,7 @@ def test_a_mute_head_has_no_importance(tmp_path: Path, demo_model: Path) -> None
 
 @pytest.mark.parametrize("row", [0, 5, 89])
 def test_one_row_is_cut_and_the_others_are_whole(row: int) -> None:
-    kept = without_row(row, 30, 3, 2048).row_tokens(2048, 30, 3).reshape(-1)
+    kept = without_row(row, 30, 3, 3, 2048).row_tokens(2048, 30, 3).reshape(-1)
     assert 102 <= kept[row] < 102 + 90  # the 20th part, and what makes the mean an integer
     assert (np.delete(kept, row) == 2048).all()
 
