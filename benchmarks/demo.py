@@ -160,6 +160,7 @@ ROWS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("KV at peak, of what full needs", lambda run: _kv(run.report)),
     ("sequences at once, at most", lambda run: str(run.report.num_running_peak)),
     ("preemptions", lambda run: str(run.report.num_preemptions)),
+    ("page integrity", lambda run: run.summary.integrity or "-"),
 )
 
 
