@@ -420,8 +420,9 @@ def test_any_valid_parameters_give_a_token_or_an_error(rows: Any, data: st.DataO
             SamplingParams(**{"max_tokens": None} | given).spec(seed, (2,), bad_words=tuple(words))
             for given, seed, _ in rows
         ]
-    except ValueError as error:  # refused before it is queued: test_request_fields.py has the rule
-        assert "nothing but tokens that end the text" in str(error)
+    except ValueError as error:  # refused before it is queued: see test_request.py
+        if "nothing but tokens that end the text" not in str(error):
+            raise
         reject()
     seen = [
         TokenHistory(np.array(ids[:4], np.int32), np.array(ids[4:], np.int32)) for *_, ids in rows
