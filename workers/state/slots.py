@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from saqqara.compression.retention import Retention
 
-from .plan import DecodeItem, NewSequence, PrefillGroup, SamplingSpec, StepPlan
+from saqqara.workers.plan import DecodeItem, NewSequence, PrefillGroup, SamplingSpec, StepPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .transfer import to_device
-
-NORMALISER_BYTES = 4  # float32
+from saqqara.workers.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +255,3 @@ class QueryRings:
         taken = np.flatnonzero(self._size_S)
         slots: list[int] = taken[np.argsort(self._start_S[taken])].tolist()
         return slots
-
-    def _to_device(self, places: NDArray[np.int64]) -> Tensor:
-        return to_device(places, self._buffer.device)
