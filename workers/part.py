@@ -1,9 +1,10 @@
-"""What is fixed on one rank as long as its worker lives: its part of the model, and how it computes.
+"""What is fixed on one rank: its part of the model, its place in the mesh, and how it computes.
 
 Shapes: H local kv heads, m any columns.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from saqqara.configs.worker_settings import WorkerSettings
 
 from .attention.base import AttentionBackend, get_backend
-from .layout import HeadShard, MeshLayout, head_shard, layer_split
-from .mesh import Mesh
+from .mesh.layout import HeadShard, MeshLayout, head_shard, layer_split
+from .mesh.mesh import Mesh
 from .models.decoder import Decoder, choose_linear_backend
 from .models.spec import ModelSpec, load_spec
 from .models.weights import open_weights
@@ -108,7 +109,7 @@ class Part:
             choices=Choices(dtype_reason, attention_reason, linear_backend, linear_reason),
         )
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """Factor of attention scores."""
         return float(self.spec.head_dim**-0.5)
@@ -120,19 +121,15 @@ class Part:
 
     @property
     def replica_rows(self) -> int:
-        """Rows of one sequence on all ranks of the replica, those that ranks share counted twice."""
+        """Rows of one sequence on all ranks of the replica; shared ones count on each."""
         return self.spec.num_layers * sum(map(len, self.kv_heads_of_ranks))
 
-    def gather_heads(self, x: Tensor) -> Tensor:
-        """Join the [H, m] of this stage's ranks to one row per kv head of the model, in order."""
-        return self.mesh.gather_heads(x, self.kv_heads_of_ranks)
+    def gather_heads(self, x: Tensor, *, are_parts: bool = False) -> Tensor:
+        """Join the [H, m] of this stage's ranks to one row per kv head of the model, in order.
 
-    def gather_partial_heads(self, x: Tensor) -> Tensor:
-        """As `gather_heads`, for ranks that each have a part of what their kv heads' rows sum up.
-
-        Each is summed in the order of the ranks that hold a part of its query heads.
+        `are_parts` is as for `Mesh.gather_heads`.
         """
-        return self.mesh.gather_heads(x, self.kv_heads_of_ranks, are_parts=True)
+        return self.mesh.gather_heads(x, self.kv_heads_of_ranks, are_parts=are_parts)
 
 
 def choose_device(config: WorkerSettings, rank: int) -> torch.device:

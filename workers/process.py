@@ -18,6 +18,8 @@ _KEEP_BYTES = 1 << 30
 def prepare_process(config: WorkerSettings, rank: int = 0) -> None:
     """Set the threads, the current GPU and the allocator of a process that will run a worker.
 
+    A worker sets none of these: they belong to everything else in its process, too.
+
     Raises:
         ValueError: more threads than this machine can have, or a GPU that it has not.
     """

@@ -12,10 +12,10 @@ import pytest
 import torch
 from support.ranks import Store, run_ranks
 
-from saqqara.workers.layers.embedding import LMHead, VocabEmbedding, read_vocab_rows
-from saqqara.workers.layers.linear import column_parallel, row_parallel
-from saqqara.workers.layout import MeshLayout, head_shard, intermediate_shard, vocab_shard
-from saqqara.workers.mesh import Mesh
+from saqqara.workers.mesh.layout import MeshLayout, head_shard, intermediate_shard, vocab_shard
+from saqqara.workers.mesh.mesh import Mesh
+from saqqara.workers.models.embedding import LMHead, VocabEmbedding, read_vocab_rows
+from saqqara.workers.models.linear import column_parallel, row_parallel
 from saqqara.workers.models.weights import DummyWeights
 from saqqara.workers.native.build import unavailable_reason
 

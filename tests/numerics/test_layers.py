@@ -12,12 +12,12 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from saqqara.workers.layers.embedding import LMHead, VocabEmbedding, read_vocab_rows
-from saqqara.workers.layers.linear import Linear, column_parallel, row_parallel
-from saqqara.workers.layers.norm import add_rms_norm, rms_norm
-from saqqara.workers.layers.rotary import RotaryTable, inverse_frequencies, rotate
-from saqqara.workers.layout import vocab_shard
-from saqqara.workers.mesh import Mesh
+from saqqara.workers.mesh.layout import vocab_shard
+from saqqara.workers.mesh.mesh import Mesh
+from saqqara.workers.models.embedding import LMHead, VocabEmbedding, read_vocab_rows
+from saqqara.workers.models.linear import Linear, column_parallel, row_parallel
+from saqqara.workers.models.norm import add_rms_norm, rms_norm
+from saqqara.workers.models.rotary import RotaryTable, inverse_frequencies, rotate
 from saqqara.workers.models.spec import ModelSpec
 from saqqara.workers.models.weights import DummyWeights
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saqqara.workers.layers.norm import rms_norm
+from saqqara.workers.models.norm import rms_norm
 from saqqara.workers.native import linear
 from saqqara.workers.native.build import unavailable_reason
 from saqqara.workers.native.linear import Finish, Mlp, PackedLinear, Projection, RMSNorm

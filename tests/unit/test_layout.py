@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from saqqara.workers.layout import (
+from saqqara.workers.mesh.layout import (
     MeshLayout,
     head_shard,
     intermediate_shard,
@@ -12,7 +12,7 @@ from saqqara.workers.layout import (
     split_evenly,
     vocab_shard,
 )
-from saqqara.workers.mesh import Mesh
+from saqqara.workers.mesh.mesh import Mesh
 
 # (query heads, kv heads): plain, grouped, SmolLM2's 9/3, one kv head.
 HEADS = [(8, 8), (8, 4), (9, 3), (32, 8), (12, 1), (14, 2)]

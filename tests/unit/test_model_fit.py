@@ -11,7 +11,8 @@ from saqqara.cluster.engine.client import LocalClient
 from saqqara.cluster.on_ray.controller import start_controller
 from saqqara.cluster.settings import engine_config
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.host_memory import THREADS_PER_CORE, check_threads, total_bytes
+from saqqara.workers.host_memory import total_bytes
+from saqqara.workers.process import THREADS_PER_CORE, check_threads
 
 BOUNDS = ("ge", "gt", "le", "lt")
 NUMBERS = {
@@ -73,7 +74,7 @@ def test_what_the_machine_has_not(model: Path, monkeypatch: pytest.MonkeyPatch) 
     config = EngineConfig(
         model=str(model), load_format="dummy", kv_memory_gib=1e3, max_num_seqs=4096, num_threads=1
     )
-    monkeypatch.setattr("saqqara.workers.memory.total_bytes", lambda: 2**20)
+    monkeypatch.setattr("saqqara.workers.sizing.total_bytes", lambda: 2**20)
     with pytest.raises(ValueError, match=r"^kv_memory_gib=1000: .* the machine has 0.0 GiB"):
         LocalClient(config)
     assert total_bytes() > 2**28

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saqqara.workers.layers.rotary import RotaryTable
-from saqqara.workers.layout import VocabShard
-from saqqara.workers.mesh import Mesh
+from saqqara.workers.mesh.layout import VocabShard
+from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.native.linear import Finish, Mlp, PackedLinear, Projection, RMSNorm
 
 from .layer import QKV, LayerWeights, Places
+from .rotary import RotaryTable
 
 
 class NativeLayer:

@@ -1,1 +1,1 @@
-"""What a worker remembers of each slot's sequence; imports pages and plans, never a pass."""
+"""What a worker remembers of each slot's sequence; imports plans and settings, no other room."""

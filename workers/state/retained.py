@@ -31,9 +31,6 @@ class Retained:
         self._local_shape = local_shape
         self._page_tokens = page_tokens
 
-    def __bool__(self) -> bool:
-        return bool(self.cycles or self.trimmed)
-
     def __contains__(self, slot: int) -> bool:
         return slot in self.cycles or slot in self.trimmed
 

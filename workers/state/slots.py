@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saqqara.compression.retention import Retention
-
 from saqqara.workers.plan import DecodeItem, NewSequence, PrefillGroup, SamplingSpec, StepPlan
 
 

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from saqqara.workers.models.spec import RopeSpec
+from .spec import RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
