@@ -51,16 +51,6 @@ class HeadShard:
     replica_group: tuple[int, ...]
 
     @property
-    def num_kv_heads(self) -> int:
-        """Local kv heads, H."""
-        return len(self.kv)
-
-    @property
-    def num_query_heads(self) -> int:
-        """Local query heads, Hq."""
-        return len(self.query)
-
-    @property
     def replicated(self) -> bool:
         """Whether another rank holds the same kv heads."""
         return len(self.replica_group) > 1

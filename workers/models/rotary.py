@@ -59,13 +59,6 @@ class RotaryTable:
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
-    def apply(
-        self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate q [T, Hq, D] and k [T, H, D] to positions int64 [T]; new tensors."""
-        cos, sin = self.lookup(positions)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
-
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate x [T, H, D] by looked-up angles, in fp32; a new contiguous tensor, dtype as `x`.
