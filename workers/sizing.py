@@ -48,7 +48,7 @@ def pool_pages(part: Part) -> int:
     # Also where the pool has a given size: it does the first step's work, and shows that it fits.
     step_bytes = 0
     if device.type == "cuda":
-        step_bytes = measure_step(part) + graph_bytes(part) + stage_bytes(part)
+        step_bytes = measure_step(part) + graph_bytes(part) + rings_and_sums_bytes(part)
     if config.kv_memory_gib is not None:
         pool_bytes = config.kv_memory_gib * GIB * rows / part.replica_rows
     elif device.type == "cuda":
@@ -100,7 +100,7 @@ def measure_step(part: Part) -> int:
     return int(peak - before + 2 * hidden_TE.nbytes)
 
 
-def stage_bytes(part: Part) -> int:
+def rings_and_sums_bytes(part: Part) -> int:
     """Bytes of every slot's ring and sums under the engine's own retention."""
     config, max_tokens = part.config, part.max_model_len
     retention = Retention.parse(config.retention, config.budget)

@@ -33,7 +33,6 @@ class _Firing:
 
     slot: int
     retention: Retention
-    prompt_tokens: int
     next_position: int
     compaction: int
 
@@ -81,7 +80,7 @@ def _firing(shard: Shard, item: DecodeItem) -> _Firing | None:
     if not cycle.fires(fed):
         return None
     compaction = cycle.num_compactions(fed)
-    return _Firing(item.slot, held.retention, held.prompt_tokens, stop, compaction)
+    return _Firing(item.slot, held.retention, stop, compaction)
 
 
 def _compact_layer(shard: Shard, index: int, group: list[_Firing]) -> None:
