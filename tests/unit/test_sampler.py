@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from saqqara.cluster.request import MAX_TEMPERATURE, PENALTY_RANGE, SamplingParams
-from saqqara.workers.layers import sampler
-from saqqara.workers.layers.sampler import TokenHistory, gumbel, noise_keys, sample
+from saqqara.workers.passes import sampler
+from saqqara.workers.passes.sampler import TokenHistory, gumbel, noise_keys, sample
 from saqqara.workers.plan import SamplingSpec
 
 Array = NDArray[np.float64]
