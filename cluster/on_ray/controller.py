@@ -18,13 +18,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from saqqara.cluster.engine.client import EngineDescription, EngineRequest, LocalClient, Rejection
-from saqqara.cluster.engine.engine import EngineReport
-from saqqara.cluster.engine.loop import EngineDeadError
+from saqqara.cluster.engine.client import EngineDescription, LocalClient, Rejection
 from saqqara.cluster.engine.model_fit import check_fits, check_fits_if_local
-from saqqara.cluster.engine.report import BatchRows
-from saqqara.cluster.errors import WorkerDiedError
-from saqqara.cluster.request import RequestOutput, ScoreOutput
+from saqqara.cluster.engine.report import BatchRows, EngineReport
+from saqqara.cluster.errors import EngineDeadError, WorkerDiedError
+from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 
@@ -189,7 +187,7 @@ class Controller:
             start_seconds=time.monotonic() - self._started,
         )
 
-    def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
+    def submit(self, requests: Sequence[Request]) -> list[Rejection]:
         """See `EngineClient.submit`."""
         return self._running().submit(requests)
 
@@ -237,7 +235,7 @@ class ControllerClient:
         self._closed = False
         self._description: EngineDescription = self._start()
 
-    def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
+    def submit(self, requests: Sequence[Request]) -> list[Rejection]:
         """Queue requests; a bad one costs only itself and comes back as a `Rejection`."""
         rejections: list[Rejection] = self._call("submit", list(requests))
         return rejections

@@ -18,7 +18,8 @@ import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from saqqara.cluster.engine.engine import Engine, Executor, LocalExecutor
+from saqqara.cluster.engine.engine import Engine
+from saqqara.cluster.engine.executor import Executor, LocalExecutor
 from saqqara.cluster.engine.model_fit import check_fits, check_fits_if_local
 from saqqara.cluster.engine.report import EngineReport
 from saqqara.cluster.engine.tokenizer import Tokenizer

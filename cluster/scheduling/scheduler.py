@@ -11,6 +11,7 @@ from itertools import islice
 
 import numpy as np
 
+from saqqara.cluster.request import ErrorCode, FinishReason, check_room
 from saqqara.compression.decode_stage import feeds_single_tokens
 from saqqara.workers.plan import (
     DecodeItem,
@@ -28,7 +29,7 @@ from .groups import Group
 from .ledger import Ints, Ledger
 from .queue import SharedPrompts, WaitingQueue
 from .seats import Seats
-from .sequence import ErrorCode, FinishReason, Request, Sequence, Status, check_room
+from .sequence import Sequence, Status, TokenRequest
 
 
 @dataclass(slots=True)
@@ -141,7 +142,7 @@ class Scheduler:
 
     def add(
         self,
-        request: Request,
+        request: TokenRequest,
         spec: SamplingSpec,
         *,
         index: int = 0,
@@ -153,22 +154,24 @@ class Scheduler:
             ValueError: the prompt or continuation is too long, or could never fit the KV pool.
         """
         self.check(request)
-        limits = request.limits
-        room = self.max_model_len - len(request.prompt_token_ids)
+        sampling = request.sampling
+        most = self.max_model_len - len(request.prompt_token_ids)
+        if sampling.max_tokens is not None:
+            most = min(most, sampling.max_tokens)
         sequence = Sequence(
             request=request,
             index=index,
             arrival=self._num_added,
             spec=spec,
-            stop_token_ids=frozenset(limits.stop_token_ids),
-            eos_token_ids=frozenset(() if limits.ignore_eos else eos_token_ids),
-            max_output_tokens=room if limits.max_tokens is None else min(limits.max_tokens, room),
+            stop_token_ids=frozenset(sampling.stop_token_ids),
+            eos_token_ids=frozenset(() if sampling.ignore_eos else eos_token_ids),
+            max_output_tokens=most,
         )
         self._num_added += 1
         self._waiting.add(sequence)
         return sequence
 
-    def check(self, request: Request) -> None:
+    def check(self, request: TokenRequest) -> None:
         """Raise a ValueError if the request could never be served."""
         num_tokens = len(request.prompt_token_ids)
         continuation = request.score_continuation
@@ -543,7 +546,7 @@ class Scheduler:
 
     def _check_stop(self, sequence: Sequence, token_id: int) -> None:
         num_tokens = len(sequence.output_token_ids)
-        may_stop = num_tokens > sequence.request.limits.min_tokens
+        may_stop = num_tokens > sequence.request.sampling.min_tokens
         if may_stop and token_id in sequence.eos_token_ids:
             self.finish(sequence, "stop")
         elif may_stop and token_id in sequence.stop_token_ids:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from support.fake_replica import FakeReplica, make_workers, next_token
 from support.pyramidinfer_counts import RELEASE, RETENTION
 
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.cluster.scheduling.scheduler import Scheduler
-from saqqara.cluster.scheduling.sequence import Request
+from saqqara.cluster.scheduling.sequence import TokenRequest
 from saqqara.compression.decode_stage import (
     DecodeStage,
     cycle_of,
@@ -556,7 +556,7 @@ def test_long_outputs_fit_a_pool_that_never_has_to_refuse(score: tuple[int, ...]
     for number in range(12):
         prompt = tuple((number * 7 + i) % 128 for i in range(3 + 4 * number))
         params = SamplingParams(max_tokens=90, ignore_eos=True)
-        request = Request(str(number), prompt, params, retention(), 0, score)
+        request = TokenRequest(str(number), prompt, params, retention(), 0, score)
         sequences.append(scheduler.add(request, params.spec(0)))
     refused, most_items = 0, 0
     while (done := step(scheduler, replica)) is not None:
@@ -586,7 +586,7 @@ def test_what_a_compaction_returns_is_given_away_in_the_next_plan_not_in_its_own
     replica = FakeReplica(workers)
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     first, second = (
-        Request(name, tuple(range(16)), params, retention("streaming"), 0) for name in "ab"
+        TokenRequest(name, tuple(range(16)), params, retention("streaming"), 0) for name in "ab"
     )
     scheduler.add(first, params.spec(0))
     fed, started = 0, None
