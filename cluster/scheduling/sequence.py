@@ -85,6 +85,12 @@ class Sequence:
         self.prompt_hash = hash(self.request.prompt_token_ids)
 
     @property
+    def held_slot(self) -> int:
+        """Its slot, where it must have one."""
+        assert self.slot is not None, "a sequence without a slot"
+        return self.slot
+
+    @property
     def key(self) -> tuple[int, int]:
         """Order of service: lower goes first and is preempted last."""
         return (self.request.priority, self.arrival)
@@ -139,10 +145,9 @@ class Sequence:
 
     def new_sequence(self, shares_prefill_with: int | None = None) -> NewSequence:
         """What the workers are told when it takes its slot."""
-        assert self.slot is not None
         tokens = (*self.request.prompt_token_ids, *self.known_after_prompt)
         return NewSequence(
-            slot=self.slot,
+            slot=self.held_slot,
             token_ids=np.asarray(tokens, dtype=np.int32).tobytes(),
             prompt_tokens=self.prompt_tokens,
             sampling=self.spec,
