@@ -146,6 +146,6 @@ def largest_batch(
 ) -> int:
     """Sequences of a load that the worker's pool holds at their longest, by the ledger's count."""
     ledger = Ledger([worker.info], 1)
-    need = ledger.pages_needed(ledger.demand(retention, load.prompt_tokens), load.new_tokens)
+    need = ledger.demand(retention, load.prompt_tokens).most(load.new_tokens)
     fitting = int(worker.info.num_pages * (1 - _SPARE_SHARE)) // int(need[0])
     return max(1, min(fitting, settings.max_num_seqs))

@@ -7,8 +7,8 @@ import numpy as np
 from saqqara.compression.decode_stage import feeds_single_tokens
 from saqqara.workers.plan import DecodeItem
 
+from .demand import Ints
 from .draft import Draft
-from .ledger import Ints
 from .roster import Roster
 from .sequence import Sequence
 

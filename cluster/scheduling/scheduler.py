@@ -160,7 +160,7 @@ class Scheduler:
             demand = self.ledger.demand(request.retention, num_tokens)
         except ValueError as error:
             raise ValueError(f"retention: {error}") from None
-        need = self.ledger.pages_needed(demand, replay)
+        need = demand.most(replay)
         if (need > self.ledger.num_pages).any():
             raise ValueError(self._roster.seats.too_large(need))
 

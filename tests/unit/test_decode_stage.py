@@ -273,7 +273,7 @@ def test_trimmed_rows_are_charged_layer_by_layer(
         return [pages_of(np.array([lengths] * 3).T, worker) for worker in workers]
 
     most = np.max([pages(rows), *(pages(peak) for peak, _ in by_hand[:reserved])], axis=0)
-    assert ledger.pages_needed(demand, reserved).tolist() == most.tolist()
+    assert demand.most(reserved).tolist() == most.tolist()
     ledger.admit(1, demand, prompt_tokens, reserved)
     ledger.advance_prefill([1], 7)
     assert (100_000 - ledger.free).tolist() == most.tolist()
@@ -504,7 +504,7 @@ def test_a_step_is_charged_its_peak_and_settled_for_what_stays(
     grace = 0 if prompt_tokens > BUDGET else BUDGET - prompt_tokens
     limit = rows + grace + slack
     most = [pages_of(np.minimum(limit, rows + reserved), w) for w in workers]
-    assert ledger.pages_needed(demand, reserved).tolist() == most
+    assert demand.most(reserved).tolist() == most
     assert (10_000 - ledger.free).tolist() == most
     fed = 0
     for piece in pieces:

@@ -99,7 +99,7 @@ def test_expected_pages_are_exact_for_even_heads(
     )
     ledger = Ledger(workers, 1)
     rows = PYRAMID.row_tokens(prompt_tokens, 5, 3)
-    need = ledger.pages_needed(ledger.demand(PYRAMID, prompt_tokens), more)
+    need = ledger.demand(PYRAMID, prompt_tokens).most(more)
     assert need.tolist() == [pages_of(rows + more, w) for w in workers]
 
 
@@ -116,7 +116,7 @@ def test_expected_pages_bound_ragged_heads_on_a_worker_that_has_all(
         ]
     )
     ledger = Ledger([worker], 1)
-    assert pages_of(rows, worker) <= ledger.demand(RAGGED, prompt_tokens).base[0]
+    assert pages_of(rows, worker) <= ledger.demand(RAGGED, prompt_tokens).most()[0]
 
 
 def test_tokens_to_replay_are_charged_at_admission_and_not_again() -> None:
