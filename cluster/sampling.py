@@ -10,7 +10,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -239,9 +238,3 @@ def scoring_params(top_logprobs: int | None) -> SamplingParams:
             f"top_logprobs: must be from 0 to {MAX_LOGPROBS}, not {shown(top_logprobs)}"
         )
     return SamplingParams(logprobs=top_logprobs)
-
-
-def invalid_field(error: ValidationError) -> str:
-    """The name of the first field that a pydantic error complains about ('' if none)."""
-    location = error.errors()[0]["loc"]
-    return str(location[0]) if location else ""

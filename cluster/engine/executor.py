@@ -6,6 +6,8 @@ from typing import Protocol
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
+from .futures import settle
+
 
 class Executor(Protocol):
     """Where plans are carried out. Plans run in the order they were given."""
@@ -48,10 +50,7 @@ class LocalExecutor:
     def execute(self, plan: StepPlan) -> "Future[list[StepResult]]":
         """Run a step; the future is done."""
         future: Future[list[StepResult]] = Future()
-        try:
-            future.set_result([self.worker.execute(plan)])
-        except Exception as error:
-            future.set_exception(error)
+        settle(future, lambda: [self.worker.execute(plan)])
         return future
 
     def check_integrity(self) -> None:

@@ -15,6 +15,8 @@ from typing import Protocol, TypeVar
 from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.request import RequestOutput, ScoreOutput
 
+from .futures import settle
+
 logger = logging.getLogger(__name__)
 
 Output = RequestOutput | ScoreOutput
@@ -86,18 +88,13 @@ class EngineLoop:
         """
         future: Future[T] = Future()
 
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                self.check()
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
+        def run() -> T:
+            self.check()
+            return function()
 
         with self._changed:
             self.check()
-            self._calls.put(run)
+            self._calls.put(lambda: settle(future, run))
         return future
 
     def check(self) -> None:

@@ -5,11 +5,11 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import TypeVar
 
 from saqqara.cluster.errors import EngineDeadError
-from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
+from saqqara.cluster.request import Request, RequestOutput
 
 from .engine import Engine
 from .loop import EngineLoop, Output, copy_failure
@@ -80,35 +80,33 @@ class AsyncEngine:
             ValueError: this request cannot be served.
             EngineDeadError: the engine has failed or was shut down.
         """
-        async with aclosing(self._serve(request)) as outputs:
-            async for output in outputs:
-                assert isinstance(output, RequestOutput)
+        stream = _Stream()
+
+        def begin() -> None:
+            self._engine.add(request)
+            self._streams[request.request_id] = stream
+
+        def leave() -> None:
+            if self._streams.get(request.request_id) is stream:
+                del self._streams[request.request_id]
+                self._engine.abort(request.request_id)
+
+        is_finished = False
+        try:
+            await self._call(begin)
+            while not is_finished:
+                output = await stream.get()
+                assert isinstance(output, RequestOutput), "scores are not streamed"
+                is_finished = output.finished
                 yield output
-
-    async def score(self, request: Request) -> ScoreOutput:
-        """Score the continuation of a request.
-
-        Raises:
-            ValueError: this request cannot be served.
-            EngineDeadError: the engine has failed or was shut down.
-        """
-        async with aclosing(self._serve(request)) as outputs:
-            async for output in outputs:
-                assert isinstance(output, ScoreOutput)
-                return output
-        raise AssertionError("a request ended without its last output")
-
-    async def abort(self, request_id: str) -> None:
-        """Stop a request: its stream ends with an output that is finished, reason `abort`."""
-        await self._call(lambda: self._engine.abort(request_id))
+        finally:
+            if not is_finished:
+                with suppress(EngineDeadError):
+                    self._loop.submit(leave)
 
     async def report(self) -> EngineReport:
         """Measurements since the start or the last `reset_stats`."""
         return await self._call(self._engine.report)
-
-    async def reset_stats(self) -> None:
-        """Start the measurements anew."""
-        await self._call(self._engine.reset_stats)
 
     def shutdown(self) -> None:
         """End the thread after its step, and the engine; who still waits gets `EngineDeadError`.
@@ -142,30 +140,6 @@ class AsyncEngine:
         for stream in self._streams.values():
             _hand_over(stream.loop, [(stream, copy_failure(failure))])
         self._streams.clear()
-
-    async def _serve(self, request: Request) -> AsyncGenerator[Output, None]:
-        stream = _Stream()
-
-        def begin() -> None:
-            self._engine.add(request)
-            self._streams[request.request_id] = stream
-
-        def leave() -> None:
-            if self._streams.get(request.request_id) is stream:
-                del self._streams[request.request_id]
-                self._engine.abort(request.request_id)
-
-        is_finished = False
-        try:
-            await self._call(begin)
-            while not is_finished:
-                output = await stream.get()
-                is_finished = output.finished
-                yield output
-        finally:
-            if not is_finished:
-                with suppress(EngineDeadError):
-                    self._loop.submit(leave)
 
     async def _call(self, function: Callable[[], T]) -> T:
         """Run a function in the engine's thread, between two steps."""

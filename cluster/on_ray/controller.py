@@ -151,7 +151,6 @@ class Controller:
         make_worker: WorkerFactory | None,
     ) -> None:
         self._started = time.monotonic()
-        log_process_to(str(Path(log_dir) / CONTROLLER_LOG))
         self._config = config
         self._placement = placement
         self._log_dir = log_dir
@@ -165,7 +164,8 @@ class Controller:
         return self._progress
 
     def start(self) -> EngineDescription:
-        """Start the ranks and the engine."""
+        """Send the process's output to its log, then start the ranks and the engine."""
+        log_process_to(str(Path(self._log_dir) / CONTROLLER_LOG))
         check_fits(self._config, load_spec(self._config.model))
         executor = RayExecutor(
             self._config,

@@ -76,6 +76,7 @@ class Replica:
     """One engine and its HTTP API; what `serve.deployment` runs."""
 
     def __init__(self, plan: ReplicaPlan) -> None:
+        # Serve starts a process for each replica and calls nothing before this constructor.
         sys.setswitchinterval(_SWITCH_SECONDS)
         show_stacks_when_asked()
         self._plan = plan

@@ -161,11 +161,6 @@ class Ledger:
         """Whether every worker has reported what its prefill kept."""
         return bool(self._exact_SW[slot].all())
 
-    def kept(self, slot: int) -> NDArray[np.int32]:
-        """Tokens kept per row now, int32 [L, H]: those of the prompt and those grown since."""
-        kept: NDArray[np.int32] = self._kept_SLH[slot] + self._pages.grown(slot)
-        return kept
-
     def kept_of_prompt(self, slot: int) -> NDArray[np.int32]:
         """Tokens kept per row after prefill, int32 [L, H]."""
         kept: NDArray[np.int32] = self._kept_SLH[slot].copy()

@@ -62,10 +62,6 @@ class PageCounts(Protocol):
         """Tokens that one step may feed: those up to the next compaction; None: any number."""
         ...
 
-    def grown(self, slot: int) -> NDArray[np.int32]:
-        """Tokens by which rows outgrow what prefill kept, int32 [L or 1, 1]."""
-        ...
-
 
 class SlotPages:
     """The pages of all slots, whatever their rows do; see `PageCounts`."""
@@ -117,10 +113,6 @@ class SlotPages:
     def room(self, slot: int) -> int | None:
         """See `PageCounts`."""
         return self._of(slot).room(slot)
-
-    def grown(self, slot: int) -> NDArray[np.int32]:
-        """See `PageCounts`."""
-        return self._of(slot).grown(slot)
 
     def _of(self, slot: int) -> PageCounts:
         return self._trimmed if slot in self._trimmed else self._tabulated
@@ -195,11 +187,6 @@ class TabulatedPages:
             return None
         cycle = Cycle(int(self._grace_S[slot]), int(self._slack_S[slot]))
         return cycle.room(int(self._fed_S[slot]))
-
-    def grown(self, slot: int) -> NDArray[np.int32]:
-        """See `PageCounts`."""
-        growth = self._grown(np.array([slot]), self._fed_S[[slot]])
-        return growth.astype(np.int32)[:, None]
 
     def _grown(self, slots: Ints, fed_tokens: Ints) -> Ints:
         """Tokens by which rows of slots [N] outgrow what prefill kept, once so many are fed [N]."""
@@ -283,12 +270,6 @@ class TrimmedPages:
     def room(self, slot: int) -> int | None:
         """See `PageCounts`."""
         return self._open[slot].rows.room
-
-    def grown(self, slot: int) -> NDArray[np.int32]:
-        """See `PageCounts`."""
-        trimmed = self._open[slot]
-        growth_L = trimmed.rows.stored - trimmed.growth.rows.stored
-        return growth_L.astype(np.int32)[:, None]
 
     def _among(self, slots: Ints) -> "list[tuple[int, _TrimmedSlot]]":
         """Those of slots [N] that are open here, each with its place among them."""

@@ -294,7 +294,6 @@ def test_trimmed_rows_are_charged_layer_by_layer(
         ledger.append(slots, nums)
         assert (100_000 - ledger.free).tolist() == expected.tolist()
         ledger.settle()
-        assert ledger.kept(1).tolist() == [[length] * 3 for length in after]
         assert ledger.allocated().tolist() == pages(after)
         charges = most.tolist() if fed < reserved else pages(after)
         assert (100_000 - ledger.free).tolist() == charges
@@ -524,7 +523,6 @@ def test_a_step_is_charged_its_peak_and_settled_for_what_stays(
             rows -= slack
         assert not (rows >= limit).any()
         ledger.settle()
-        assert (ledger.kept(1) == rows).all()
         stays = [pages_of(rows, w) for w in workers]
         assert ledger.allocated().tolist() == stays
         if fed >= reserved:

@@ -516,7 +516,6 @@ def test_the_report_adds_up() -> None:
     kept = 4 * 2 * sum(-(-(n + 4) // 4) for n in layers)
     assert report.kv_kept_bytes_peak == kept * PAGE_BYTES
     assert report.kv_full_bytes_peak == 4 * 2 * 4 * 11 * PAGE_BYTES
-    assert 0 < report.kv_saved_share < 1
     assert report.workers[0].pages_free == 1000
     assert report.resident_bytes_peak == 11
     assert Retention.parse(engine.retention).label == report.retention
@@ -638,16 +637,12 @@ def test_gauges_are_there_before_the_first_step() -> None:
 
 async def test_many_streams_at_once(async_engine: AsyncEngine) -> None:
     names = [f"name {i}" for i in range(20)]
-    score = asyncio.create_task(
-        async_engine.score(Request("s", "context", score_continuation="answer"))
-    )
     streams = await asyncio.gather(*(collect(async_engine, n, max_tokens=5) for n in names))
-    assert len((await score).logprobs) == 6
     for name, outputs in zip(names, streams, strict=True):
         counts = [len(output.outputs[0].token_ids) for output in outputs]
         assert counts == sorted(set(counts)), "every output has something new"
         assert outputs[-1].outputs[0].token_ids == tuple(continue_text(name, 5)[1])
-    assert (await async_engine.report()).requests == {"length": 20, "stop": 1}
+    assert (await async_engine.report()).requests == {"length": 20}
 
 
 async def test_a_slow_reader_gets_the_latest_output_only(async_engine: AsyncEngine) -> None:
@@ -684,17 +679,6 @@ async def test_cancelling_aborts_too() -> None:
     assert len(outputs[-1].outputs[0].token_ids) == 3
     assert (await engine.report()).requests == {"abort": 1, "length": 1}
     await asyncio.to_thread(engine.shutdown)
-
-
-async def test_abort_ends_the_stream(async_engine: AsyncEngine) -> None:
-    outputs = []
-    async for output in async_engine.generate(
-        Request("r", "hello", greedy(max_tokens=190), stream=True)
-    ):
-        outputs.append(output)
-        if len(outputs) == 1:
-            await async_engine.abort("r")
-    assert outputs[-1].outputs[0].finish_reason == "abort"
 
 
 async def test_a_bad_request_raises_for_itself_only(async_engine: AsyncEngine) -> None:
