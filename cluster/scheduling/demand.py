@@ -94,7 +94,7 @@ class Demand:
 
     `rows` int32 [L, H] expected kept tokens; `growth` says what they take in pages, now and while
     tokens are fed after the prompt. `ring_bytes`, int64 [W], are those of the ring of queries
-    (`workers/rings.py`) that a sequence has beside the pool as long as it holds its slot.
+    (`workers/state/rings.py`) that a sequence has beside the pool as long as it holds its slot.
     """
 
     rows: NDArray[np.int32]

@@ -3,8 +3,8 @@
 What a slot holds is counted in `pages.py`; the ledger says who is charged for it and what is left.
 A step that compacts is charged what it holds at its peak, and `settle`, at the end of the plan,
 gives back what the compaction returns. The ring of queries that a sequence may have
-(`workers/rings.py`) and its sums of attention lie outside the pool: they are charged no pages. The
-bytes of its ring are counted in `usage`.
+(`workers/state/rings.py`) and its sums of attention lie outside the pool: they are charged no
+pages. The bytes of its ring are counted in `usage`.
 
 Shapes: S slots, L layers, H kv heads of the model, W workers, N slots of a step.
 """

@@ -41,7 +41,7 @@ from support.tiny import VOCAB, save_tiny
 
 from saqqara.compression.registry import SCORES, SHAPES
 from saqqara.configs.yaml_files import CONFIG_DIR
-from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.worker import Worker
 
 LENGTHS = (58, 7)

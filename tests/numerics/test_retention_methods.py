@@ -25,7 +25,7 @@ from saqqara.compression.observation import Observation
 from saqqara.compression.registry import SCORES, SHAPES
 from saqqara.compression.retention import Retention
 from saqqara.compression.select import compete, kept_positions, select, topk_positions
-from saqqara.workers.layout import HeadShard, head_shard
+from saqqara.workers.mesh.layout import HeadShard, head_shard
 
 HEAD_DIM = 8
 SCALE = HEAD_DIM**-0.5

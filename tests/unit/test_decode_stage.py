@@ -30,10 +30,10 @@ from saqqara.compression.decode_stage import (
 )
 from saqqara.compression.retention import Retention
 from saqqara.compression.trim import TrimStage
-from saqqara.workers.compaction import remembered_mass, rows_mass
-from saqqara.workers.mass_sums import MassSums
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
-from saqqara.workers.rings import QueryRings
+from saqqara.workers.retain.masses import remembered_mass, rows_mass
+from saqqara.workers.state.rings import QueryRings
+from saqqara.workers.state.sums import MassSums
 
 BUDGET = 12
 
