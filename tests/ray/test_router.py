@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
-from ray.serve.exceptions import BackPressureError
 
-from saqqara.cluster.on_ray.router import NoReplicaError, RefusingRouter
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
 
 ROOT = Path(__file__).resolve().parents[2]
 READ_ANEW = f"Ray {ray.__version__} has changed what on_ray/router.py builds on; read both anew"
 
 
 def test_the_method_that_is_overridden_has_its_signature() -> None:
+    from saqqara.cluster.on_ray.router import RefusingRouter
+
     name = "_choose_replica_for_request"
-    theirs = getattr(PowerOfTwoChoicesRequestRouter, name, None)
+    theirs = getattr(RefusingRouter.__base__, name, None)
     assert inspect.iscoroutinefunction(theirs), READ_ANEW
     parameters = inspect.signature(theirs).parameters
     assert list(parameters) == ["self", "pending_request", "is_retry"], READ_ANEW
@@ -31,12 +31,16 @@ def test_the_method_that_is_overridden_has_its_signature() -> None:
 
 
 def test_it_can_see_whether_there_are_replicas() -> None:
-    seen = inspect.getattr_static(PowerOfTwoChoicesRequestRouter, "curr_replicas", None)
+    from saqqara.cluster.on_ray.router import RefusingRouter
+
+    seen = inspect.getattr_static(RefusingRouter.__base__, "curr_replicas", None)
     assert isinstance(seen, property), READ_ANEW
 
 
 def test_its_error_is_one_that_serve_answers_with_503() -> None:
-    parameters = list(inspect.signature(BackPressureError.__init__).parameters)
+    from saqqara.cluster.on_ray.router import NoReplicaError
+
+    parameters = list(inspect.signature(NoReplicaError.__base__.__init__).parameters)
     assert parameters[1:] == [
         "num_queued_requests",
         "max_queued_requests",
