@@ -1,7 +1,6 @@
-"""What may import what. The rules keep Ray at the edge and the parts usable on their own.
+"""The walls of the house: what may import what, and how large a room or a file may be.
 
-`cluster` (decides) -> `workers` (compute) -> `compression` (what to keep), all -> `configs`.
-`evaluation` measures all of them; only the command line imports it.
+Each rule (see `support.architecture`) is also shown to fail on a planted example.
 """
 
 import ast
@@ -9,24 +8,81 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.architecture import (
+    MAX_FILES,
+    MAX_LINES,
+    House,
+    bare_imports,
+    circles,
+    foreign_imports,
+    full_rooms,
+    long_files,
+    room_of,
+    silent_rooms,
+    upward_imports,
+)
 
 import saqqara
 
 ROOT = Path(__file__).resolve().parents[2]
 
-MAY_IMPORT = {
-    "configs": set(),
-    "compression": {"configs"},
-    "workers": {"compression", "configs"},
-    "cluster": {"workers", "compression", "configs"},
-    "evaluation": {"cluster", "workers", "compression", "configs"},
+
+def _below(*rooms: str) -> frozenset[str]:
+    return frozenset(rooms)
+
+
+# What each room may import, from the bottom up; a room is a folder, or a file that is one.
+_WORKERS = {
+    "workers": _below("compression", "configs"),  # plans, clocks, transfers: words of all below
+    "workers/kernels": _below("workers"),
+    "workers/native": _below("workers", "configs"),
+    "workers/mesh": _below("workers", "workers/native"),
+    "workers/kv": _below("workers", "workers/kernels", "compression"),
+    "workers/attention": _below("workers", "workers/kv", "workers/kernels", "workers/native"),
+    "workers/models": _below("workers", "workers/mesh", "workers/native", "configs"),
+    "workers/state": _below("workers", "compression", "configs"),
 }
-RAY_FOLDER = "cluster/on_ray/"
-NO_TENSORS_FOLDER = "cluster/scheduling/"
+_WORKERS["workers/part.py"] = frozenset({*_WORKERS, "compression", "configs"})
+_WORKERS["workers/sizing.py"] = frozenset({*_WORKERS, "compression", "configs"})
+_WORKERS["workers/process.py"] = frozenset({*_WORKERS, "compression", "configs"})
+_WORKERS["workers/shard.py"] = frozenset({*_WORKERS, "compression", "configs"})
+_WORKERS["workers/retain"] = frozenset({*_WORKERS, "compression", "configs"})
+_WORKERS["workers/passes"] = frozenset({*_WORKERS, "compression", "configs"})
+_WORKERS["workers/worker.py"] = frozenset({*_WORKERS, "compression", "configs"})
+_FOUNDATION = frozenset({"configs", "compression", "cluster", *_WORKERS})
+ROOMS = {
+    "configs": _below(),
+    "compression": _below("configs"),
+    **_WORKERS,
+    "cluster": _FOUNDATION - {"cluster"},  # the words that its rooms share
+    "cluster/scheduling": _FOUNDATION,
+    "cluster/engine": _FOUNDATION | {"cluster/scheduling"},
+    "cluster/openai": _FOUNDATION,
+    "cluster/server": _FOUNDATION | {"cluster/openai", "cluster/engine", "cluster/scheduling"},
+    "cluster/on_ray": _FOUNDATION
+    | {"cluster/server", "cluster/openai", "cluster/engine", "cluster/scheduling"},
+    # The doors: an engine in this process or on Ray, Python's, and an earlier place of Serve's.
+    "cluster/launch.py": _FOUNDATION | {"cluster/on_ray", "cluster/engine"},
+    "cluster/llm.py": _FOUNDATION | {"cluster/launch.py", "cluster/engine"},
+    "cluster/serve.py": _below("cluster/on_ray"),
+    "cluster/batch": _FOUNDATION | {"cluster/launch.py", "cluster/openai", "cluster/engine"},
+    "cluster/cli": _FOUNDATION
+    | {"cluster/batch", "cluster/server", "cluster/on_ray", "cluster/launch.py", "cluster/engine"},
+    "evaluation/prompts": _FOUNDATION | {"cluster/engine"},
+    "evaluation/figures": _below("evaluation", "workers/models", "compression", "configs"),
+    "evaluation/speed": _below("evaluation/prompts", "cluster/engine") | _FOUNDATION,
+    "evaluation/tasks": _below("evaluation/prompts", "evaluation", "cluster/engine") | _FOUNDATION,
+    "evaluation": _FOUNDATION
+    | {"cluster/cli", "cluster/batch", "cluster/engine", "cluster/llm.py", "cluster/launch.py"}
+    | {"evaluation/prompts", "evaluation/figures", "evaluation/speed", "evaluation/tasks"},
+}
+FOLDERS = ("configs", "compression", "workers", "cluster", "evaluation")
+HOUSE = House(ROOT, FOLDERS)
+SOURCES = HOUSE.files
+RAY_FOLDER = "cluster/on_ray"
 OPTIONAL_PACKAGES = {"flash_attn", "triton", "lm_eval"}
 # What comes with a package that is declared, by that package; the table of CONTRIBUTING.md says so.
 COMES_WITH = {
@@ -39,25 +95,6 @@ COMES_WITH = {
     "triton": "torch",
     "pydantic_core": "pydantic",
 }
-
-SOURCES = sorted(
-    file.relative_to(ROOT).as_posix()
-    for folder in MAY_IMPORT
-    for file in ROOT.glob(f"{folder}/**/*.py")
-)
-
-
-def imports(source: str) -> Iterator[str]:
-    """Full names of the modules a file imports, wherever in it, relative ones resolved."""
-    package = ("saqqara", *Path(source).parent.parts)
-    for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def run_python(code: str) -> str:
@@ -75,29 +112,113 @@ def loaded_by(module: str) -> set[str]:
     return set(run_python(code).split())
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_dependencies_run_one_way(source: str) -> None:
-    folder = source.partition("/")[0]
-    for module in imports(source):
-        top, _, rest = module.partition(".")
-        target = rest.partition(".")[0]
-        if top == "saqqara" and target in MAY_IMPORT:
-            assert target in {folder} | MAY_IMPORT[folder], f"{source} imports {module}"
+def test_rooms_import_only_what_lies_below_them() -> None:
+    assert upward_imports(HOUSE, ROOMS) == []
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if not s.startswith(RAY_FOLDER)])
-def test_ray_is_imported_at_the_edge_only(source: str) -> None:
-    assert "ray" not in {module.partition(".")[0] for module in imports(source)}
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circles(HOUSE) == []
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if s.startswith(NO_TENSORS_FOLDER)])
-def test_the_scheduler_is_plain_python(source: str) -> None:
-    assert "torch" not in {module.partition(".")[0] for module in imports(source)}
+def test_ray_is_imported_in_one_folder() -> None:
+    assert foreign_imports(HOUSE, "ray", only_under=RAY_FOLDER) == []
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_folders_are_never_imported_bare(source: str) -> None:
-    assert not set(MAY_IMPORT) & {module.partition(".")[0] for module in imports(source)}
+@pytest.mark.parametrize("room", ["scheduling", "openai"])
+def test_rooms_without_tensors_load_neither_torch_nor_ray(room: str) -> None:
+    """In a process of its own: whatever they import, however deep, is plain Python."""
+    modules = [name for name, file in HOUSE.modules.items() if f"cluster/{room}/" in file]
+    assert len(modules) > 5
+    assert not {"torch", "ray"} & loaded_by(", ".join(modules))
+
+
+def test_folders_are_never_imported_bare() -> None:
+    assert bare_imports(HOUSE) == []
+
+
+def test_no_file_is_too_long_to_hold() -> None:
+    assert long_files(HOUSE) == []
+
+
+def test_no_room_is_too_full() -> None:
+    assert full_rooms(HOUSE) == []
+
+
+def test_every_package_says_what_it_is_for() -> None:
+    assert silent_rooms(HOUSE) == []
+
+
+def planted(folder: Path, files: dict[str, str]) -> House:
+    """A house with these files."""
+    for name, text in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return House(folder, ("low", "high"))
+
+
+def test_an_import_that_points_up_is_found(tmp_path: Path) -> None:
+    late = "def late():\n    from saqqara.high.b import x\n"
+    house = planted(tmp_path, {"low/a.py": late, "high/b.py": "from saqqara.low import a\n"})
+    rooms = {"low": frozenset[str](), "high": frozenset({"low"})}
+    assert upward_imports(house, rooms) == ["low/a.py imports high/b.py: low may not import high"]
+    with pytest.raises(ValueError, match=r"high/b\.py is in no room"):
+        upward_imports(house, {"low": frozenset()})
+
+
+def test_a_file_may_be_a_room_of_its_own(tmp_path: Path) -> None:
+    files = {"a": "", "door": "from . import a\n", "b": "from .door import x\n"}
+    house = planted(tmp_path, {f"low/{name}.py": text for name, text in files.items()})
+    rooms = {"low": frozenset[str](), "low/door.py": frozenset({"low"})}
+    assert [room_of(file, rooms) for file in house.files] == ["low", "low", "low/door.py"]
+    assert upward_imports(house, rooms) == [
+        "low/b.py imports low/door.py: low may not import low/door.py"
+    ]
+
+
+def test_a_circle_of_types_is_found(tmp_path: Path) -> None:
+    types = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .a import X\n"
+    files = {"low/a.py": "from .b import y\n", "low/b.py": types}
+    assert circles(planted(tmp_path, files)) != []
+    assert circles(planted(tmp_path / "other", files | {"low/b.py": ""})) == []
+
+
+def test_a_package_outside_its_folder_is_found(tmp_path: Path) -> None:
+    files = {"low/a.py": "import ray.util\n", "high/b.py": "from ray import serve\n"}
+    house = planted(tmp_path, files)
+    assert foreign_imports(house, "ray", only_under="high") == ["low/a.py imports ray.util"]
+
+
+def test_tensors_below_a_plain_room_would_be_seen() -> None:
+    assert "torch" in loaded_by("saqqara.workers.kv.store")
+
+
+def test_a_bare_import_is_found(tmp_path: Path) -> None:
+    files = {"low/a.py": "from high.b import x\n", "high/b.py": "from ..low import a\n"}
+    assert bare_imports(planted(tmp_path, files)) == ["low/a.py imports high.b.x"]
+
+
+def test_a_long_file_is_found(tmp_path: Path) -> None:
+    lines = "x = 1\n" * MAX_LINES
+    house = planted(tmp_path, {"low/a.py": lines, "low/b.py": lines + "y = 2\n"})
+    (tmp_path / "high").mkdir()
+    (tmp_path / "high" / "c.cpp").write_text("//\n" * (MAX_LINES + 1), encoding="utf-8")
+    assert long_files(house) == [
+        f"{name} has {MAX_LINES + 1} lines" for name in ("low/b.py", "high/c.cpp")
+    ]
+
+
+def test_a_full_room_is_found(tmp_path: Path) -> None:
+    files = {"low/__init__.py": "", **{f"low/f{i}.py": "" for i in range(MAX_FILES)}}
+    assert full_rooms(planted(tmp_path, files)) == []
+    assert full_rooms(planted(tmp_path / "other", files | {"low/g.py": ""})) == [
+        f"low has {MAX_FILES + 1} files"
+    ]
+
+
+def test_a_silent_package_is_found(tmp_path: Path) -> None:
+    files = {"low/__init__.py": "x = 1\n", "high/__init__.py": '"""What it is for."""\n'}
+    assert silent_rooms(planted(tmp_path, files)) == ["low/__init__.py"]
 
 
 def declared_packages() -> set[str]:
@@ -113,7 +234,9 @@ def test_what_is_imported_is_declared() -> None:
     declared = declared_packages()
     ours_or_standard = {"saqqara", "__future__", *sys.stdlib_module_names}
     for source in SOURCES:
-        for package in {module.partition(".")[0] for module in imports(source)} - ours_or_standard:
+        for package in {
+            module.partition(".")[0] for module in HOUSE.imports(source)
+        } - ours_or_standard:
             assert COMES_WITH.get(package, package) in declared, f"{source} imports {package}"
 
 
@@ -129,7 +252,7 @@ def test_importing_everything_loads_no_folder_bare() -> None:
         "        importlib.import_module(name)\n"
         "    except ModuleNotFoundError as error:\n"
         f"        assert error.name in {OPTIONAL_PACKAGES}, (name, error)\n"
-        f"print(*{set(MAY_IMPORT)} & set(sys.modules))\n"
+        f"print(*{set(FOLDERS)} & set(sys.modules))\n"
     )
     assert found.split() == []
 
