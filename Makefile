@@ -25,8 +25,8 @@ check: $(INSTALLED) ## Check format, lint and types, then run all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	MYPYPATH=tests:benchmarks $(BIN)/mypy tests
-	MYPYPATH=benchmarks:benchmarks/peer_runners $(BIN)/mypy benchmarks
+	MYPYPATH=tests:benchmarks:benchmarks/gpu:deploy/grafana $(BIN)/mypy tests
+	MYPYPATH=benchmarks:benchmarks/gpu:benchmarks/peer_runners $(BIN)/mypy benchmarks
 	MYPYPATH=deploy:deploy/grafana $(BIN)/mypy deploy
 	$(MAKE) test
 
@@ -34,7 +34,7 @@ prove: $(INSTALLED) ## The longer proofs: parity on the real model, 20,000 rando
 	$(BIN)/pytest -m slow tests/slow
 
 gpu-check: ## Prove and measure the GPU path on this machine's GPU, with the python of PYTHON
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu_check.py $(ARGS)
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu/gpu_check.py $(ARGS)
 
 soak: $(INSTALLED) ## Load a server for 10 minutes (MINUTES=1: shorter), and look for leaks
 	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),10)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from demo_documents import Document, facts_found, make_documents, write_documents
-from local_ray import RayHead, environment, ray_head, show
+from harness.demo_documents import Document, facts_found, make_documents, write_documents
+from harness.local_ray import RayHead, environment, ray_head, show
 from matplotlib.figure import Figure
 from rich.table import Table
 

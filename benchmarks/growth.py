@@ -33,11 +33,11 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 import torch
+from harness.stepped import SteppedEngine
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from stepped import SteppedEngine
 
 from saqqara.cluster.cli.tables import print_table
 from saqqara.configs.json_text import json_text

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from limits import Call, make_limits, measure
+from harness.limits import Call, make_limits, measure
 from torch import Tensor
 
 from saqqara.configs.json_text import json_text

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer_process import environment
+from harness.peer_process import environment
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor

@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from peer_process import EngineFailedError, EngineProcess, EngineSpec
-from peer_report import Sample, plot, summarise, tables
+from harness.peer_process import EngineFailedError, EngineProcess, EngineSpec
+from harness.peer_report import Sample, plot, summarise, tables
 
 from saqqara.cluster.cli.tables import print_table
 from saqqara.configs.json_text import json_text

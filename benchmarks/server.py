@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from local_server import LocalServer, local_server
+from harness.local_server import LocalServer, local_server
 from rich.table import Table
 
 from saqqara.cluster.cli.tables import print_table

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from local_server import LocalServer, local_server
+from harness.local_server import LocalServer, local_server
 from rich.table import Table
 
 from saqqara.cluster.cli.tables import print_table

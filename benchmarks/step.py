@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from limits import measure_limits
+from harness.limits import measure_limits
+from harness.stepped import Run, SteppedEngine
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from stepped import Run, SteppedEngine
 
 from saqqara.cluster.cli.tables import print_table
 from saqqara.compression.retention import Retention

@@ -1,4 +1,4 @@
-"""Every section of `benchmarks/gpu_check.py` at toy sizes, in Triton's interpreter on the CPU.
+"""Every section of `benchmarks/gpu/gpu_check.py` at toy sizes, in Triton's interpreter on the CPU.
 
 The scripts in `benchmarks/` find each other by their folder, so it joins the path for this file.
 What they say of speed means nothing here; what they say of correctness does.
@@ -27,19 +27,14 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("there is a GPU: run make gpu-check", allow_module_level=True)
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
 NAMES = ("gpu_report", "gpu_models", "gpu_generation", "gpu_kernels", "gpu_baselines", "gpu_engine")
 STATES = {"ok", "wrong", "missed", "failed", "skipped"}
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Iterator[dict[str, ModuleType]]:
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield {name: importlib.import_module(name) for name in (*NAMES, "gpu_check")}
-    finally:
-        sys.path[:] = before
+def gpu() -> dict[str, ModuleType]:
+    return {name: importlib.import_module(name) for name in (*NAMES, "gpu_check")}
 
 
 @pytest.fixture
@@ -269,7 +264,6 @@ def test_it_needs_torch_triton_and_transformers_only() -> None:
 import sys
 for name in {absent!r}.split():
     sys.modules[name] = None
-sys.path.insert(0, {str(BENCHMARKS)!r})
 import torch, gpu_check, gpu_engine, gpu_models
 from gpu_report import Bench, Deadline
 bench = Bench(torch.device("cpu"), torch.float32, Deadline.after(60))
@@ -277,5 +271,12 @@ tiny, load = gpu_models.Shape("tiny", 32, 48, 2, 4, 2, 61, dim=16), gpu_models.L
 rows = list(gpu_engine.measure_step(bench, tiny, load, 1 << 16))
 assert len(rows) == 2, rows
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": found},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr

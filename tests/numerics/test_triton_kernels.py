@@ -1,6 +1,6 @@
 """The Triton kernels, run by Triton's interpreter, agree with the float32 oracle.
 
-The checks are those that `benchmarks/gpu_check.py` runs on a GPU;
+The checks are those that `benchmarks/gpu/gpu_check.py` runs on a GPU;
 `evaluation/speed/kernel_checks.py` has them. The interpreter is slow and lacks bfloat16: here are
 few seeds, in float32 and float16.
 """

@@ -1,28 +1,14 @@
-"""What `make demo` asks, and how it counts what is found; no engine runs here.
-
-The scripts in `benchmarks/` find each other by their folder, so it joins the path for this file.
-"""
+"""What `make demo` asks, and how it counts what is found; no engine runs here."""
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts() -> Iterator[None]:
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-
 
 def test_at_least_a_hundred_facts_are_asked_for_in_prompts_of_1500_to_3000_tokens() -> None:
     from demo import NUM_DOCUMENTS, prompt_lengths
-    from demo_documents import FACTS_PER_DOCUMENT
+    from harness.demo_documents import FACTS_PER_DOCUMENT
 
     lengths = prompt_lengths(NUM_DOCUMENTS)
     assert (len(lengths), min(lengths), max(lengths)) == (NUM_DOCUMENTS, 1500, 3000)
@@ -30,7 +16,7 @@ def test_at_least_a_hundred_facts_are_asked_for_in_prompts_of_1500_to_3000_token
 
 
 def test_each_fact_stands_once_in_the_text(demo_model: Path) -> None:
-    from demo_documents import FACTS_PER_DOCUMENT, make_documents
+    from harness.demo_documents import FACTS_PER_DOCUMENT, make_documents
 
     from saqqara.cluster.chat import ChatOptions
     from saqqara.cluster.engine.tokenizer import Tokenizer
@@ -51,7 +37,7 @@ def test_each_fact_stands_once_in_the_text(demo_model: Path) -> None:
 
 
 def test_facts_count_where_the_answer_gives_them_in_full(tmp_path: Path) -> None:
-    from demo_documents import Document, facts_found
+    from harness.demo_documents import Document, facts_found
 
     facts = ("weighs 4711 grams", "costs 8000 crowns", "comes from Oslo", "goes to Marta")
     document = Document(({"role": "assistant", "content": "The parcel red-fox"},), facts)

@@ -3,8 +3,6 @@
 import importlib
 import json
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,8 @@ FILES = sorted(path.name for path in FOLDER.glob("*.json"))
 
 
 @pytest.fixture(scope="module")
-def dashboards() -> Iterator[Any]:
-    before = list(sys.path)
-    sys.path.insert(0, str(FOLDER))  # where the scripts find each other
-    try:
-        yield importlib.import_module("dashboards")
-    finally:
-        sys.path[:] = before
+def dashboards() -> Any:
+    return importlib.import_module("dashboards")
 
 
 def test_the_committed_files_are_what_the_code_makes(dashboards: Any, tmp_path: Path) -> None:

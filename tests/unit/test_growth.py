@@ -6,24 +6,17 @@ The scripts in `benchmarks/` find each other by their folder, so it joins the pa
 import importlib
 import io
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def growth() -> Any:
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("growth")
-    finally:
-        sys.path[:] = before
+    return importlib.import_module("growth")
 
 
 @pytest.fixture

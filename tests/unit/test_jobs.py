@@ -411,7 +411,6 @@ def test_two_jobs_cannot_write_one_file(tmp_path: Path) -> None:
 
 SLOW_JOB = """
 import sys, time
-sys.path[:0] = {path!r}
 from pathlib import Path
 from support.fake_client import FakeClient
 from unit.test_jobs import make_job
@@ -423,7 +422,7 @@ class Slow(FakeClient):
         time.sleep(0.005)
         return super().poll(timeout_seconds)
 
-lines = [{{"prompt": f"row {{i}}"}} for i in range(2000)]
+lines = [{"prompt": f"row {i}"} for i in range(2000)]
 jobs.launch = lambda config: Slow()
 sys.exit(batch.run_and_summarise(make_job(Path(sys.argv[1]), lines), None, None))
 """
@@ -432,8 +431,10 @@ sys.exit(batch.run_and_summarise(make_job(Path(sys.argv[1]), lines), None, None)
 def interrupted(job: BatchJob, *signals: int) -> "subprocess.CompletedProcess[str]":
     """Run 2000 rows of a job in a process of its own, and send it signals once it writes."""
     tests = str(Path(__file__).parents[1])
-    command = [sys.executable, "-c", SLOW_JOB.format(path=[tests]), str(job.output.parent)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    found = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", SLOW_JOB, str(job.output.parent)]
+    env = os.environ | {"PYTHONPATH": found}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
         while not job.output.exists() or job.output.stat().st_size < 20_000:

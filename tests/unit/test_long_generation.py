@@ -4,7 +4,6 @@ The scripts in `benchmarks/` find each other by their folder, so it joins the pa
 """
 
 import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,11 @@ from support.tiny import save_tiny
 from saqqara.cluster.request import RequestMetrics, ScoreOutput
 from saqqara.compression.registry import SCORES
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("long_generation")
-    finally:
-        sys.path[:] = before
+    return importlib.import_module("long_generation")
 
 
 def test_every_score_with_a_decode_stage_is_measured(script: Any) -> None:

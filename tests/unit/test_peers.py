@@ -18,12 +18,10 @@ from saqqara.cluster.cli.tables import print_table
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 TOY = """
-import sys
-sys.path.insert(0, {runners!r})
 from protocol import Answers, Clock, serve
 
 class Toy:
-    settings = {{"kind": "toy"}}
+    settings = {"kind": "toy"}
     def prepare(self, prompts, new_tokens):
         print("a library talks")
     def generate(self, prompts, new_tokens):
@@ -41,13 +39,8 @@ serve(Toy, ["pytest"])
 @pytest.fixture(scope="module")
 def scripts() -> Any:
     """Modules of the benchmark by name."""
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        names = ("peers", "peer_report", "peer_process")
-        yield {name: importlib.import_module(name) for name in names}
-    finally:
-        sys.path[:] = before
+    paths = ("peers", "harness.peer_report", "harness.peer_process")
+    return {path.rpartition(".")[2]: importlib.import_module(path) for path in paths}
 
 
 def sample(scripts: Any, engine: str, number: int, wall: float, answers: list[list[int]]) -> Any:
@@ -206,7 +199,8 @@ def test_each_recipe_is_in_the_docs_and_each_runner_is_there(scripts: Any) -> No
 def test_an_engine_answers_through_its_pipe(scripts: Any, tmp_path: Path) -> None:
     process = scripts["peer_process"]
     script = tmp_path / "run_toy.py"
-    script.write_text(TOY.format(runners=str(BENCHMARKS / "peer_runners")))
+    script.write_text(TOY)
+    (tmp_path / "protocol.py").symlink_to(BENCHMARKS / "peer_runners" / "protocol.py")
     spec = process.EngineSpec("toy", (sys.executable, str(script), "--threads", "1"))
     with process.EngineProcess(spec, tmp_path / "toy.log", 60.0) as engine:
         assert engine.started["settings"] == {"kind": "toy"}

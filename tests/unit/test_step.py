@@ -1,12 +1,8 @@
-"""The limit that `benchmarks/step.py` holds a decode step against, and the steps it is made of.
-
-The scripts in `benchmarks/` find each other by their folder, so it joins the path for this file.
-"""
+"""The limit that `benchmarks/step.py` holds a decode step against, and the steps it is made of."""
 
 import importlib
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +13,13 @@ from rich.console import Console
 from saqqara.compression.retention import Retention
 from saqqara.workers.models.spec import load_spec
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def scripts() -> Any:
     """Modules of the benchmark by name."""
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield {name: importlib.import_module(name) for name in ("step", "stepped", "limits")}
-    finally:
-        sys.path[:] = before
+    names = {"step": "step", "stepped": "harness.stepped", "limits": "harness.limits"}
+    return {name: importlib.import_module(path) for name, path in names.items()}
 
 
 def test_the_limit_adds_the_larger_of_weights_and_products_to_the_kv(scripts: Any) -> None:

@@ -1,6 +1,6 @@
 """Proves the GPU path on one GPU and measures it: kernels, graphs, parity, speed of real shapes.
 
-    PYTHONPATH=src python benchmarks/gpu_check.py [--only step] [--trace traces] [--out FILE]
+    PYTHONPATH=src python benchmarks/gpu/gpu_check.py [--only step] [--trace traces] [--out FILE]
 
 Needs torch with CUDA, triton and transformers, and neither a network nor Ray. Meant to take under
 nine minutes on an H200: every section has its time, and what does not fit is skipped and says so.

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from local_ray import environment, show
+
+from .local_ray import environment, show
 
 START_SECONDS = 300.0
 STOP_SECONDS = 120.0

@@ -1,0 +1,1 @@
+"""What several benchmarks share: limits of the machine, engines in steps, servers, peers."""
