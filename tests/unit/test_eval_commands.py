@@ -94,7 +94,7 @@ def test_equal_prompts_are_submitted_side_by_side(
     with Session(EngineConfig(model=str(demo_model)), [snapkv]) as session:
         assert session.answers([[1, 2], [3, 4]], [1, 2])[1][0].prompt_token_ids == (3, 4)
         session.scores([[5], [6]], [[7], [8, 9]])
-    submitted = [(r.prompt_token_ids, r.retention) for r in engines[0].submitted]
+    submitted = [(r.prompt, r.retention) for r in engines[0].submitted]
     assert submitted == [
         (prompt, retention)
         for prompt in [(1, 2), (3, 4), (5,), (6,)]
