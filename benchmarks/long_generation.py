@@ -53,8 +53,8 @@ from saqqara.compression.decode_stage import DecodeStage, cycle_of
 from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
-from saqqara.evaluation.plots import distinct_colours
-from saqqara.evaluation.throughput import MIB, Workload
+from saqqara.evaluation.figures.plots import distinct_colours
+from saqqara.evaluation.speed.throughput import MIB, Workload
 from saqqara.workers.models.demo import fetch_demo_model
 from saqqara.workers.models.spec import ModelSpec, load_spec
 from saqqara.workers.plan import StepPlan, StepResult

@@ -17,7 +17,7 @@ from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.request import Request
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.schema import EngineConfig
-from saqqara.evaluation.profile import Row, profile_steps
+from saqqara.evaluation.speed.profile import Row, profile_steps
 from saqqara.workers.models.spec import load_spec
 from saqqara.workers.plan import StepPlan, StepResult
 

@@ -17,13 +17,13 @@ from saqqara.cluster import llm as llm_module
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.attention_map import attention_maps, draw
+from saqqara.evaluation.figures.plots import png
 from saqqara.evaluation.kept_positions import kept_positions
-from saqqara.evaluation.plots import png
 from saqqara.evaluation.report import ReportPlan, merge
 from saqqara.evaluation.result import Outcome, Result
-from saqqara.evaluation.ruler import RulerTask
-from saqqara.evaluation.ruler_tasks import TASKS
 from saqqara.evaluation.session import Session
+from saqqara.evaluation.tasks.ruler import RulerTask
+from saqqara.evaluation.tasks.ruler_tasks import TASKS
 
 runner = CliRunner()
 PNG = b"\x89PNG"
