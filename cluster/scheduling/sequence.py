@@ -103,7 +103,7 @@ class Sequence:
     @property
     def is_score(self) -> bool:
         """Whether it scores a continuation instead of generating one."""
-        return self.request.is_score
+        return self.request.score_continuation is not None  # asked for often: no further call
 
     @property
     def is_finished(self) -> bool:

@@ -3,9 +3,11 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 
+from saqqara.cluster.engine.executor import settle
 from saqqara.cluster.engine.loop import EngineLoop, Output
 from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.request import RequestMetrics, ScoreOutput
@@ -136,3 +138,16 @@ def test_stop_shuts_the_engine_down_once(engine: CountingEngine, loop: EngineLoo
     assert engine.shutdowns == 1
     with pytest.raises(EngineDeadError, match="was shut down"):
         loop.call(lambda: engine.add(1))
+
+
+def test_a_future_gets_what_came_of_it_and_nothing_is_run_for_nobody() -> None:
+    done: Future[int] = Future()
+    settle(done, lambda: 7)
+    assert done.result() == 7
+    failed: Future[int] = Future()
+    settle(failed, lambda: 1 // 0)
+    assert isinstance(failed.exception(), ZeroDivisionError)
+    left: Future[int] = Future()
+    left.cancel()
+    settle(left, lambda: pytest.fail("nobody waits for it"))
+    assert left.cancelled()
