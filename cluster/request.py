@@ -2,20 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from saqqara.compression.retention import Retention
 
 from .chat import ChatOptions
-from .errors import ContextLengthError
+from .outcome import ErrorCode, FinishReason
 from .sampling import SamplingParams
 
 Prompt = str | Sequence[int]
 RetentionSpec = str | Mapping[str, Any] | Retention
-
-FinishReason = Literal["stop", "length", "abort", "error"]
-# Why a sequence ended with `error`: more than the replica can hold, or what it computes is broken.
-ErrorCode = Literal["request_too_large", "computation_failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +49,6 @@ class Request:
     token_by_token: bool = False
     stream: bool = False
     must_fit: bool = False
-
-
-def check_room(num_tokens: int, max_tokens: int | None, max_model_len: int) -> None:
-    """Raise a `ContextLengthError` unless a prompt, and `max_tokens` after it, fit the context."""
-    room = max_model_len - num_tokens
-    if room < 1:
-        raise ContextLengthError(
-            f"prompt has {num_tokens} tokens; max_model_len={max_model_len} leaves room "
-            f"for at most {max_model_len - 1} and one new token "
-            "(truncate_prompt_tokens=-1 keeps the last that fit)"
-        )
-    if max_tokens is not None and max_tokens > room:
-        raise ContextLengthError(
-            f"max_tokens is {max_tokens}; beside the {num_tokens} tokens of the prompt "
-            f"max_model_len={max_model_len} has room for {room}"
-        )
 
 
 @dataclass(frozen=True, slots=True)

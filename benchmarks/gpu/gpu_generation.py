@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from gpu_models import Load
 from gpu_report import Bench, Row
 
-from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.events import Finished, Preempted
 from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.cluster.scheduling.scheduler import Scheduler
@@ -20,6 +19,17 @@ from saqqara.workers.worker import Worker
 
 PREFILL_QUANTUM = 32768  # layers x tokens of prefill per step: the engine's default
 _SPARE_SHARE = 0.02  # of the pool, which admission leaves free
+_GREEDY = SamplingSpec(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class _After:
+    """Ends an output after so many tokens, and at no other."""
+
+    max_tokens: int | None
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,9 +113,9 @@ def generate(
         max_prefill_tokens=settings.max_prefill_tokens,
         prefill_quantum=PREFILL_QUANTUM,
     )
-    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    ends = _After(new_tokens)
     sequences = [
-        scheduler.add(TokenRequest(str(i), prompt, sampling, retention), sampling.spec(seed=0))
+        scheduler.add(TokenRequest(str(i), prompt, ends, retention), _GREEDY)
         for i, prompt in enumerate(prompts)
     ]
     held: set[int] = set()

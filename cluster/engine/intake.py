@@ -7,7 +7,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from saqqara.cluster.request import Prompt, Request, check_room
+from saqqara.cluster.outcome import check_room
+from saqqara.cluster.request import Prompt, Request
 from saqqara.cluster.sampling import SamplingParams, derived_seed, scoring_params
 from saqqara.cluster.scheduling.sequence import TokenRequest
 from saqqara.compression.decode_stage import num_ring_queries
@@ -74,6 +75,12 @@ class RetentionLimits:
                 f"tokens; they have room for {self.max_ring_queries} per sequence (the share of "
                 "one in max_num_seqs of the KV pool)"
             )
+
+
+def sampling_of(request: TokenRequest) -> SamplingParams:
+    """All that a request says of sampling; the scheduler knows what ends its output alone."""
+    assert isinstance(request.sampling, SamplingParams), "the intake put another value there"
+    return request.sampling
 
 
 class Intake:
@@ -146,7 +153,7 @@ class Intake:
         Raises:
             ValueError: nothing could be sampled.
         """
-        sampling = request.sampling
+        sampling = sampling_of(request)
         seed = self._request_seed(request)
         bad_words = self._tokenizer.spellings(sampling.bad_words)
         return [
@@ -156,8 +163,9 @@ class Intake:
 
     def _request_seed(self, request: TokenRequest) -> int:
         """The request's own seed, or one that the engine's seed and the request's id determine."""
-        if request.sampling.seed is not None:
-            return request.sampling.seed
+        seed = sampling_of(request).seed
+        if seed is not None:
+            return seed
         name = f"{self._seed}/{request.request_id}"
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
 

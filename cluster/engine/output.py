@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from saqqara.cluster.outcome import FinishReason
 from saqqara.cluster.request import (
     CompletionOutput,
-    FinishReason,
     Logprob,
     RequestMetrics,
     RequestOutput,
@@ -13,6 +13,7 @@ from saqqara.cluster.request import (
 from saqqara.cluster.scheduling.events import NewToken
 from saqqara.cluster.scheduling.sequence import Sequence, TokenRequest
 
+from .intake import sampling_of
 from .tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
 
 # A request with several choices counts once, under the first of these that one of them has.
@@ -28,7 +29,7 @@ class Choice:
     """
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
-        sampling = sequence.request.sampling
+        sampling = sampling_of(sequence.request)
         self.sequence = sequence
         self.last_token_time: float | None = None
         self._sampling = sampling

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
-from saqqara.cluster.request import FinishReason
+from saqqara.cluster.outcome import FinishReason
 from saqqara.cluster.scheduling.ledger import Usage
 from saqqara.workers.plan import StepResult, WorkerInfo
 

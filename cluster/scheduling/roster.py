@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
 
-from saqqara.cluster.request import ErrorCode, FinishReason
+from saqqara.cluster.outcome import ErrorCode, FinishReason
 from saqqara.workers.plan import WorkerInfo
 
 from .events import Event, Finished, Preempted

@@ -7,7 +7,7 @@ Pure Python over the ledger's integers: no tensors, no clock, no I/O. Two method
 from collections import deque
 from collections.abc import Sequence as Many
 
-from saqqara.cluster.request import ErrorCode, FinishReason, check_room
+from saqqara.cluster.outcome import ErrorCode, FinishReason, check_room
 from saqqara.workers.plan import SamplingSpec, StepPlan, StepResult, WorkerInfo
 
 from .decode import DecodePlanner

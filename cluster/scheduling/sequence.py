@@ -1,14 +1,35 @@
 """What the scheduler knows about a request and its choices. Plain values, no tensors."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 import numpy as np
 
-from saqqara.cluster.request import ErrorCode, FinishReason
-from saqqara.cluster.sampling import SamplingParams
+from saqqara.cluster.outcome import ErrorCode, FinishReason
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import NewSequence, SamplingSpec
+
+
+class OutputEnd(Protocol):
+    """What ends an output; `SamplingParams` says it, and much that is no matter of scheduling."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Most tokens of the output; None: as many as there is room for."""
+
+    @property
+    def min_tokens(self) -> int:
+        """So many come before a token may end it."""
+
+    @property
+    def stop_token_ids(self) -> Collection[int]:
+        """Tokens that end it."""
+
+    @property
+    def ignore_eos(self) -> bool:
+        """Whether the model's own tokens do not end it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +44,7 @@ class TokenRequest:
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams
+    sampling: OutputEnd
     retention: Retention
     priority: int = 0
     score_continuation: tuple[int, ...] | None = None

@@ -14,7 +14,8 @@ from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest, check_model
-from saqqara.cluster.request import Request, RequestOutput, check_room
+from saqqara.cluster.outcome import check_room
+from saqqara.cluster.request import Request, RequestOutput
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig, ServeConfig

@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 
 
-
 @pytest.fixture(scope="module")
 def growth() -> Any:
     return importlib.import_module("growth")

@@ -15,7 +15,6 @@ from saqqara.cluster.request import RequestMetrics, ScoreOutput
 from saqqara.compression.registry import SCORES
 
 
-
 @pytest.fixture(scope="module")
 def script() -> Any:
     return importlib.import_module("long_generation")

@@ -14,7 +14,6 @@ from saqqara.compression.retention import Retention
 from saqqara.workers.models.spec import load_spec
 
 
-
 @pytest.fixture(scope="module")
 def scripts() -> Any:
     """Modules of the benchmark by name."""
