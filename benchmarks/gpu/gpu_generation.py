@@ -14,7 +14,7 @@ from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.scheduling.sequence import TokenRequest
 from saqqara.compression.retention import Retention
 from saqqara.configs.worker_settings import WorkerSettings
-from saqqara.workers.plan import StepPlan
+from saqqara.workers.plan import SamplingSpec, StepPlan
 from saqqara.workers.worker import Worker
 
 PREFILL_QUANTUM = 32768  # layers x tokens of prefill per step: the engine's default
