@@ -22,10 +22,10 @@ from local_ray import RayHead, environment, ray_head, show
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from saqqara.cluster.batch_summary import MIB, BatchSummary
-from saqqara.cluster.report import EngineReport
-from saqqara.cluster.tables import print_table
-from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.cluster.batch.summary import MIB, BatchSummary
+from saqqara.cluster.cli.tables import print_table
+from saqqara.cluster.engine.report import EngineReport
+from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.configs.worker_settings import WorkerSettings
 from saqqara.workers.memory import choose_dtype, cpu_has_bfloat16
 from saqqara.workers.models.spec import load_spec

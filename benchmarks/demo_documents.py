@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.evaluation.haystack import Haystack
 from saqqara.evaluation.words import draw_key
 

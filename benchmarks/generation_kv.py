@@ -30,8 +30,8 @@ import torch
 from rich.table import Table
 from transformers import LlamaConfig
 
-from saqqara.cluster.ledger import Ledger
-from saqqara.cluster.tables import print_table
+from saqqara.cluster.cli.tables import print_table
+from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.compression.retention import Retention
 from saqqara.compression.trim import TRIGGERS
 from saqqara.configs.worker_settings import WorkerSettings

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from gpu_models import Load
 from gpu_report import Bench, Row
 
-from saqqara.cluster.events import Finished, Preempted
-from saqqara.cluster.ledger import Ledger
-from saqqara.cluster.scheduler import Scheduler
-from saqqara.cluster.sequence import Request
+from saqqara.cluster.scheduling.events import Finished, Preempted
+from saqqara.cluster.scheduling.ledger import Ledger
+from saqqara.cluster.scheduling.scheduler import Scheduler
+from saqqara.cluster.scheduling.sequence import Request
 from saqqara.compression.retention import Retention
 from saqqara.configs.worker_settings import WorkerSettings
 from saqqara.workers.plan import SamplingSpec, StepPlan

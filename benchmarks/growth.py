@@ -39,7 +39,7 @@ from rich.progress import Progress
 from rich.table import Table
 from stepped import SteppedEngine
 
-from saqqara.cluster.tables import print_table
+from saqqara.cluster.cli.tables import print_table
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.plots import distinct_colours

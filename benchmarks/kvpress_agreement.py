@@ -33,7 +33,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saqqara.cluster.tables import print_table
+from saqqara.cluster.cli.tables import print_table
 from saqqara.compression.observation import Observation
 from saqqara.compression.registry import score_method
 from saqqara.compression.retention import Retention

@@ -119,7 +119,7 @@ def local_server(*arguments: str) -> Iterator[LocalServer]:
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
-    command = [sys.executable, "-m", "saqqara.cluster.cli", "serve", *arguments]
+    command = [sys.executable, "-m", "saqqara.cli", "serve", *arguments]
     command += ["--port", str(port)]
     show(command)
     # Unix sockets lie below, so its path must be short.

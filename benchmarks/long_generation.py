@@ -43,10 +43,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from saqqara.cluster.engine import Engine, LocalExecutor
+from saqqara.cluster.cli.tables import print_table
+from saqqara.cluster.engine.engine import Engine, LocalExecutor
+from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput
-from saqqara.cluster.tables import print_table
-from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.compression.decode_stage import DecodeStage, cycle_of
 from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from rich.table import Table
 
-from saqqara.evaluation.agreement import answer_agreement
+from saqqara.cluster.batch.compare import answer_agreement
 from saqqara.evaluation.plots import distinct_colours
 
 GIB = 2**30

@@ -27,7 +27,7 @@ from typing import Any
 from peer_process import EngineFailedError, EngineProcess, EngineSpec
 from peer_report import Sample, plot, summarise, tables
 
-from saqqara.cluster.tables import print_table
+from saqqara.cluster.cli.tables import print_table
 from saqqara.configs.json_text import json_text
 from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig

@@ -16,10 +16,10 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
+from saqqara.cluster.cli.tables import print_table
 from saqqara.cluster.request import SamplingParams
-from saqqara.cluster.scheduler import Scheduler
-from saqqara.cluster.sequence import Request
-from saqqara.cluster.tables import print_table
+from saqqara.cluster.scheduling.scheduler import Scheduler
+from saqqara.cluster.scheduling.sequence import Request
 from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text
 from saqqara.workers.plan import (

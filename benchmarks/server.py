@@ -21,9 +21,9 @@ import numpy as np
 from local_server import LocalServer, local_server
 from rich.table import Table
 
-from saqqara.cluster.client import EngineRequest, LocalClient
+from saqqara.cluster.cli.tables import print_table
+from saqqara.cluster.engine.client import EngineRequest, LocalClient
 from saqqara.cluster.request import SamplingParams
-from saqqara.cluster.tables import print_table
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.demo import fetch_demo_model

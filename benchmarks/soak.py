@@ -23,7 +23,7 @@ import matplotlib as mpl
 from local_server import LocalServer, local_server
 from rich.table import Table
 
-from saqqara.cluster.tables import print_table
+from saqqara.cluster.cli.tables import print_table
 from saqqara.configs.json_text import json_text
 from saqqara.workers.models.demo import fetch_demo_model
 

@@ -33,7 +33,7 @@ from rich.progress import Progress
 from rich.table import Table
 from stepped import Run, SteppedEngine
 
-from saqqara.cluster.tables import print_table
+from saqqara.cluster.cli.tables import print_table
 from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig

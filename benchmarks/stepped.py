@@ -11,9 +11,9 @@ from statistics import median
 
 import torch
 
-from saqqara.cluster.engine import Engine, LocalExecutor
+from saqqara.cluster.engine.engine import Engine, LocalExecutor
+from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.request import SamplingParams
-from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.profile import Row, profile_steps
 from saqqara.workers.models.spec import load_spec

@@ -1,1 +1,1 @@
-"""Decides: what runs where and when. Ray is imported only at its edge."""
+"""Decides what runs where and when. Its rooms import only rooms below; Ray is in `on_ray` only."""

@@ -4,12 +4,12 @@ import logging
 
 import numpy as np
 
+from saqqara.cluster.engine.client import EngineClient, EngineDescription, LocalClient
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 from saqqara.workers.plan import WorkerInfo
 
-from .client import EngineClient, EngineDescription, LocalClient
 from .long_wait import LongWait
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def launch(config: EngineConfig) -> EngineClient:
         with LongWait(f"starting {config.model}"):
             client = LocalClient(config)
     else:
-        from .controller import start_controller
+        from saqqara.cluster.on_ray.controller import start_controller
 
         with LongWait("connecting to Ray and starting its processes"):
             client = start_controller(config)

@@ -9,18 +9,18 @@ from numbers import Integral
 from types import TracebackType
 from typing import Any, Literal, Self, cast, overload
 
+from saqqara.cluster.engine.client import EngineDeadError, EngineRequest
+from saqqara.cluster.engine.report import EngineReport
+from saqqara.cluster.engine.tokenizer import Tokenizer, check_messages
 from saqqara.compression.retention import Retention
 from saqqara.configs.budget import budget_mistake
 from saqqara.configs.shown import shown
 
-from .chat_template import ChatOptions
-from .client import EngineDeadError, EngineRequest
+from .chat import ChatOptions
 from .launch import launch
 from .long_wait import LongWait
-from .report import EngineReport
 from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
 from .settings import check_keys, engine_config
-from .tokenizer import Tokenizer, check_messages
 
 POLL_SECONDS = 1.0
 

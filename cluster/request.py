@@ -16,10 +16,9 @@ from pydantic import (
     model_validator,
 )
 
+from saqqara.cluster.scheduling.sequence import ErrorCode, FinishReason
 from saqqara.configs.shown import shown
 from saqqara.workers.plan import SamplingSpec
-
-from .sequence import ErrorCode, FinishReason
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20

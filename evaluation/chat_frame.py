@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.cluster.engine.tokenizer import Tokenizer
 
 _MARK = "@@message@@"
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.cluster.engine.tokenizer import Tokenizer
 
 from .corpus import pydoc_text
 

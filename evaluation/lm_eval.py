@@ -18,8 +18,8 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from saqqara import LLM, SamplingParams
+from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.settings import check_keys
-from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.workers.models.spec import load_spec
 
 DEFAULT_MAX_TOKENS = 256

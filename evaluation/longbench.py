@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.settings import validation_message
-from saqqara.cluster.tokenizer import Tokenizer
 
 from . import text_metrics
 from .chat_frame import ChatFrame

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.cluster.engine.tokenizer import Tokenizer
 
 from .haystack import Split
 from .prompt_maker import PromptMaker, settings_of

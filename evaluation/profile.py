@@ -14,9 +14,9 @@ from typing import Any
 
 from rich.table import Table
 
-from saqqara.cluster.engine import Engine, LocalExecutor
+from saqqara.cluster.engine.engine import Engine, LocalExecutor
+from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.request import SamplingParams
-from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.clock import Span

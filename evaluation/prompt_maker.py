@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.cluster.engine.tokenizer import Tokenizer
 
 from .chat_frame import ChatFrame
 from .haystack import Haystack, Split

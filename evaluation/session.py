@@ -6,8 +6,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from saqqara import LLM, Retention, SamplingParams
+from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.request import RequestOutput, ScoreOutput
-from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 

@@ -67,7 +67,7 @@ class Workload:
         if self.prompts is not None:
             return _read_prompts(self.prompts)
         if self.text:
-            from saqqara.cluster.tokenizer import Tokenizer
+            from saqqara.cluster.engine.tokenizer import Tokenizer
 
             tokens = Tokenizer.load(config.tokenizer or config.model).encode(pydoc_text())
             return windows(tokens, self.num_requests, self.prompt_tokens)

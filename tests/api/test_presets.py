@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def test_presets_are_valid_serve_config_files(name: str) -> None:
     assert Retention.parse(engine.retention, engine.budget).profile is None
     assert (file.http["host"], file.name, file.route_prefix) == ("127.0.0.1", "saqqara", "/")
     content = yaml.safe_load((CONFIG_DIR / "serve" / f"{name}.yaml").read_text())
-    assert content["applications"][0]["import_path"] == "saqqara.cluster.serve:build_app"
+    assert content["applications"][0]["import_path"] == "saqqara.cluster.on_ray.serve:build_app"
     ServeDeploySchema.model_validate(content)
 
 
@@ -58,8 +60,8 @@ def server(engine: dict[str, Any], **settings: Any) -> dict[str, Any]:
 
 
 def plan(engine: dict[str, Any], **settings: Any) -> Any:
-    from saqqara.cluster.api_keys import ApiKeys
-    from saqqara.cluster.serve import plan_replica
+    from saqqara.cluster.on_ray.serve import plan_replica
+    from saqqara.cluster.server.api_keys import ApiKeys
 
     config = serve_config(server(engine, **settings))
     return plan_replica(config, served_engine(config), ApiKeys())
@@ -68,7 +70,7 @@ def plan(engine: dict[str, Any], **settings: Any) -> Any:
 def test_build_app_makes_an_application_or_names_the_field() -> None:
     from ray.serve import Application
 
-    from saqqara.cluster.serve import build_app
+    from saqqara.cluster.on_ray.serve import build_app
 
     assert isinstance(build_app(server({})), Application)
     with pytest.raises(ValueError, match="unknown key 'max_sequences'"):
@@ -91,11 +93,33 @@ def test_build_app_makes_an_application_or_names_the_field() -> None:
 def test_requests_wait_for_a_replica_only_where_they_start_it(
     scaling: dict[str, Any], router: str
 ) -> None:
-    from saqqara.cluster.serve import build_app
+    from saqqara.cluster.on_ray.serve import build_app
 
     app = build_app(server({}, deployment_config=scaling))
     chosen = app._bound_deployment._deployment_config.request_router_config
     assert chosen.get_request_router_class().__name__ == router
+
+
+def test_the_router_is_shipped_to_proxies_that_have_no_package() -> None:
+    from saqqara.cluster.on_ray.serve import build_app
+
+    config = build_app(server({}))._bound_deployment._deployment_config.request_router_config
+    shipped = config.get_serialized_request_router_cls()
+    code = (
+        "import sys\n"
+        "sys.modules['saqqara'] = None  # an import of it is an error\n"
+        "from ray import cloudpickle\n"
+        f"print(cloudpickle.loads({shipped!r}).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "RefusingRouter\n", done.stderr
+
+
+def test_the_old_path_of_build_app_leads_to_the_new_one() -> None:
+    from saqqara.cluster import serve as old
+    from saqqara.cluster.on_ray import serve
+
+    assert old.build_app is serve.build_app
 
 
 def test_one_rank_runs_in_its_replica() -> None:

@@ -59,7 +59,7 @@ ray::ServeReplica:saqqara:engine.initialize_and_get_metadata() (pid=1, ip=127.0.
     [
         (
             "RuntimeError: Traceback (most recent call last):\n"
-            "saqqara.cluster.serve_start.ReplicaStartError: rank 1 died: out of memory",
+            "saqqara.cluster.on_ray.serve_start.ReplicaStartError: rank 1 died: out of memory",
             "rank 1 died: out of memory",
         ),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried", "OutOfMemoryError: CUDA out of"),
@@ -67,7 +67,7 @@ ray::ServeReplica:saqqara:engine.initialize_and_get_metadata() (pid=1, ip=127.0.
     ],
 )
 def test_the_reason_is_taken_out_of_what_serve_says(error: str, reason: str) -> None:
-    from saqqara.cluster.serve_start import failure, reason_of
+    from saqqara.cluster.on_ray.serve_start import failure, reason_of
 
     message = SERVES_MESSAGE.format(error=error)
     assert reason_of(message).startswith(reason)
@@ -78,7 +78,7 @@ def test_the_reason_is_taken_out_of_what_serve_says(error: str, reason: str) -> 
 
 
 def test_a_failure_without_a_trace_is_told_as_it_is() -> None:
-    from saqqara.cluster.serve_start import failure
+    from saqqara.cluster.on_ray.serve_start import failure
 
     details = {"status": "DEPLOY_FAILED", "message": "no\n  node", "deployments": {}}
     assert failure(details) == "no node"
@@ -94,9 +94,9 @@ def test_a_failure_without_a_trace_is_told_as_it_is() -> None:
 def test_what_a_replica_asks_for_is_counted_with_its_ranks(
     engine: dict[str, Any], options: dict[str, Any], total: dict[str, float]
 ) -> None:
-    from saqqara.cluster.api_keys import ApiKeys
-    from saqqara.cluster.serve import plan_replica
-    from saqqara.cluster.serve_run import total_of
+    from saqqara.cluster.on_ray.serve import plan_replica
+    from saqqara.cluster.on_ray.serve_run import total_of
+    from saqqara.cluster.server.api_keys import ApiKeys
     from saqqara.cluster.settings import serve_config, served_engine
 
     config = serve_config(

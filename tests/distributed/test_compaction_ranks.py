@@ -17,7 +17,7 @@ from support.plans import new_sequence, prefill_plan
 from support.ranks import Store, run_ranks
 from support.tiny import VOCAB, save_tiny
 
-from saqqara.cluster.ledger import Ledger
+from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.layout import MeshLayout

@@ -17,7 +17,7 @@ from support.pyramidinfer_counts import RELEASE, stored_by_a_worker
 from support.tiny import VOCAB, save_tiny
 
 from saqqara import LLM, SamplingParams
-from saqqara.cluster.ledger import Ledger
+from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.compression.decode_stage import DecodeStage
 from saqqara.compression.retention import Retention
 from saqqara.compression.trim import TrimStage

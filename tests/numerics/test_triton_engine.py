@@ -187,10 +187,11 @@ def test_the_core_engine_loads_without_the_cluster_packages() -> None:
 import sys
 for name in {f"{absent} {of_engine}"!r}.split():
     sys.modules[name] = None
-import saqqara.cluster.scheduler, saqqara.evaluation.kernel_checks, saqqara.workers.worker
+import saqqara.cluster.scheduling.scheduler
+import saqqara.evaluation.kernel_checks, saqqara.workers.worker
 for name in {of_engine!r}.split():
     del sys.modules[name]
-import saqqara.cluster.client, saqqara.cluster.llm
+import saqqara.cluster.engine.client, saqqara.cluster.llm
 from saqqara import LLM
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

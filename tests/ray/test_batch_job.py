@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from saqqara.cluster.batch_summary import BatchSummary
+from saqqara.cluster.batch.summary import BatchSummary
 from saqqara.configs.schema import EngineConfig
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -56,7 +56,7 @@ def test_a_job_on_ray_goes_on_after_a_stop_and_a_kill(
     rows = [{"prompt": f"row {i} " * (1 + i % 9), "custom_id": f"id-{i}"} for i in range(NUM_ROWS)]
     rows[7]["prompt"] = "too long " * 200
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "saqqara.cluster.cli", "batch", str(source)]
+    command = [sys.executable, "-m", "saqqara.cli", "batch", str(source)]
     command += ["--output", str(output), "--config", "ray-pp2", "--model", tiny_config.model]
     command += ["--load-format", "dummy", "--dtype", "float32", "--device", "cpu"]
     command += ["--max-model-len", "256", "--max-num-seqs", "2", "--kv-memory-gib", "0.02"]

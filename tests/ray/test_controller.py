@@ -10,9 +10,14 @@ import psutil
 import pytest
 import ray
 
-from saqqara.cluster.client import EngineClient, EngineDeadError, EngineRequest
-from saqqara.cluster.controller import CONTROLLER_LOG, ControllerClient, connect, start_controller
-from saqqara.cluster.placement import PlacementError
+from saqqara.cluster.engine.client import EngineClient, EngineDeadError, EngineRequest
+from saqqara.cluster.on_ray.controller import (
+    CONTROLLER_LOG,
+    ControllerClient,
+    connect,
+    start_controller,
+)
+from saqqara.cluster.on_ray.placement import PlacementError
 from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput
 from saqqara.configs.schema import EngineConfig
 

@@ -16,9 +16,9 @@ import yaml
 from support.byte_llama import save_tiny_llama
 from support.prometheus import query, running, wait_for
 
-from saqqara.cluster.batch_summary import BatchSummary
-from saqqara.cluster.controller import ControllerClient, start_controller
-from saqqara.cluster.jobs import BatchJob, run_batch
+from saqqara.cluster.batch.job import BatchJob, run_batch
+from saqqara.cluster.batch.summary import BatchSummary
+from saqqara.cluster.on_ray.controller import ControllerClient, start_controller
 from saqqara.cluster.request import SamplingParams
 from saqqara.configs.schema import EngineConfig
 

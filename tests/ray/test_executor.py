@@ -16,8 +16,8 @@ import ray
 from support.fake_worker import CRASH, DIE, RAISE, SLEEP, SLEEP_SECONDS, WRITE, FakeWorker
 from support.plans import new_sequence
 
-from saqqara.cluster.executor import RayExecutor
-from saqqara.cluster.worker_died import WorkerDiedError
+from saqqara.cluster.errors import WorkerDiedError
+from saqqara.cluster.on_ray.executor import RayExecutor
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import DecodeItem, PrefillGroup, StepPlan, WorkerInfo
 from saqqara.workers.worker import Worker

@@ -10,9 +10,9 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 from support.prometheus import WAIT_SECONDS, query, running, wait_for
 
-from saqqara.cluster.client import EngineRequest
-from saqqara.cluster.controller import ControllerClient, start_controller
-from saqqara.cluster.engine import EngineReport
+from saqqara.cluster.engine.client import EngineRequest
+from saqqara.cluster.engine.engine import EngineReport
+from saqqara.cluster.on_ray.controller import ControllerClient, start_controller
 from saqqara.cluster.request import SamplingParams
 from saqqara.configs.schema import EngineConfig
 

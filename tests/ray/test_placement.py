@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ray
 
-from saqqara.cluster.placement import (
+from saqqara.cluster.on_ray.placement import (
     CPU_SHARE,
     PlacementError,
     plan_placement,

@@ -43,7 +43,7 @@ def write_two_stage_config(
     application = {
         "name": "saqqara",
         "route_prefix": "/",
-        "import_path": "saqqara.cluster.serve:build_app",
+        "import_path": "saqqara.cluster.on_ray.serve:build_app",
         "args": args,
     }
     file = folder / "server.yaml"

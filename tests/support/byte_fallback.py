@@ -4,7 +4,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.cluster.engine.tokenizer import Tokenizer
 
 
 def byte_fallback_tokenizer() -> Tokenizer:

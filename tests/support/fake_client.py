@@ -2,8 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 
-from saqqara.cluster.client import EngineDeadError, EngineDescription, EngineRequest, Rejection
-from saqqara.cluster.report import BatchRows, EngineReport, Latency
+from saqqara.cluster.engine.client import (
+    EngineDeadError,
+    EngineDescription,
+    EngineRequest,
+    Rejection,
+)
+from saqqara.cluster.engine.report import BatchRows, EngineReport, Latency
 from saqqara.cluster.request import (
     CompletionOutput,
     Logprob,

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from saqqara.cluster.api_keys import ApiKeys
-from saqqara.cluster.engine import Engine, LocalExecutor
-from saqqara.cluster.generation import Generation
-from saqqara.cluster.http_app import make_app
+from saqqara.cluster.engine.engine import Engine, LocalExecutor
+from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.cluster.server.api_keys import ApiKeys
+from saqqara.cluster.server.app import make_app
+from saqqara.cluster.server.generation import Generation
 from saqqara.cluster.settings import serve_config, served_engine
-from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.workers.models.spec import load_spec
 
 from .api_server import ENGINE, MODEL

@@ -11,13 +11,13 @@ from itertools import cycle, islice
 from random import Random
 from typing import Any
 
+from saqqara.cluster.engine.request_checks import MAX_PRIORITY
 from saqqara.cluster.request import (
     MAX_STRING_CHARS,
     MAX_STRINGS,
     MAX_TOKEN_IDS,
     SamplingParams,
 )
-from saqqara.cluster.request_checks import MAX_PRIORITY
 from saqqara.compression.bounds import BOUNDS, Bound
 from saqqara.compression.budgets import MEANS
 from saqqara.compression.propagate import KINDS

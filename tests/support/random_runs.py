@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from saqqara.cluster.engine import Engine, LocalExecutor
-from saqqara.cluster.openai_api import CompletionRequest
+from saqqara.cluster.engine.engine import Engine, LocalExecutor
+from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.cluster.openai.requests import CompletionRequest
 from saqqara.cluster.request import SamplingParams
-from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 

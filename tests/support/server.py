@@ -177,7 +177,7 @@ def starting_server(
             env["SAQQARA_API_KEYS"] = keys
         if ray_address is not None:
             env["RAY_ADDRESS"] = ray_address
-        command = [sys.executable, "-m", "saqqara.cluster.cli", "serve", *arguments]
+        command = [sys.executable, "-m", "saqqara.cli", "serve", *arguments]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*command, "--port", str(port)],

@@ -15,11 +15,11 @@ import pytest
 from support.fake_client import FakeClient
 from unit.test_jobs import make_job, records, run
 
-from saqqara.cluster.batch_input import BadLine, Row, RowParser
-from saqqara.cluster.batch_source import BatchSource
-from saqqara.cluster.batch_summary import BatchSummary
-from saqqara.cluster.client import EngineDeadError
-from saqqara.cluster.jobs import run_batch
+from saqqara.cluster.batch.job import run_batch
+from saqqara.cluster.batch.lines import BadLine, Row, RowParser
+from saqqara.cluster.batch.source import BatchSource
+from saqqara.cluster.batch.summary import BatchSummary
+from saqqara.cluster.engine.client import EngineDeadError
 from saqqara.configs.schema import EngineConfig
 
 
@@ -177,7 +177,7 @@ def test_overwriting_waits_for_the_engine(tmp_path: Path, monkeypatch: pytest.Mo
             run_batch(anew, FakeClient())
         raise ValueError("there is no such model")
 
-    monkeypatch.setattr("saqqara.cluster.jobs.launch", launch)
+    monkeypatch.setattr("saqqara.cluster.batch.job.launch", launch)
     with pytest.raises(ValueError, match="no such model"):
         run_batch(anew)
     assert job.output.read_bytes() == before

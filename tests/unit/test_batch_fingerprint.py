@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from support.fake_client import FakeClient
 from unit.test_jobs import make_job, run
 
-from saqqara.cluster import batch_fingerprint
-from saqqara.cluster.batch_fingerprint import (
+from saqqara.cluster.batch import fingerprint as fingerprinting
+from saqqara.cluster.batch.fingerprint import (
     NEUTRAL_SETTINGS,
     difference,
     fingerprint,
     weights_digest,
 )
-from saqqara.cluster.client import EngineDeadError, EngineDescription
-from saqqara.cluster.jobs import run_batch
+from saqqara.cluster.batch.job import run_batch
+from saqqara.cluster.engine.client import EngineDeadError, EngineDescription
 from saqqara.cluster.request import SamplingParams
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import WorkerInfo, WorkerMemory
@@ -235,7 +235,7 @@ def test_a_hub_model_is_told_by_its_commit(tmp_path: Path, monkeypatch: pytest.M
 
     def commit(name: str) -> None:
         folder = tmp_path / "snapshots" / name
-        monkeypatch.setattr(batch_fingerprint, "described_folder", lambda model: folder)
+        monkeypatch.setattr(fingerprinting, "described_folder", lambda model: folder)
 
     commit("abc")
     with pytest.raises(EngineDeadError):

@@ -14,9 +14,10 @@ from support.tiny import CONFIGS
 from typer.testing import CliRunner, Result
 
 from saqqara import __version__
-from saqqara.cluster import cli_actions, jobs
-from saqqara.cluster.cli import app
-from saqqara.cluster.cli_options import Settings, with_settings
+from saqqara.cli import app
+from saqqara.cluster.batch import job as jobs
+from saqqara.cluster.cli import generate as generating
+from saqqara.cluster.cli.options import Settings, with_settings
 from saqqara.cluster.request import SamplingParams
 from saqqara.configs.schema import EngineConfig
 from saqqara.configs.yaml_files import CONFIG_DIR
@@ -313,7 +314,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
         client.config = config
         return client
 
-    monkeypatch.setattr(cli_actions, "launch", launch)
+    monkeypatch.setattr(generating, "launch", launch)
     monkeypatch.setattr(jobs, "launch", launch)
     return client
 

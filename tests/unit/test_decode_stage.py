@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from support.fake_replica import FakeReplica, make_workers, next_token
 from support.pyramidinfer_counts import RELEASE, RETENTION
 
-from saqqara.cluster.ledger import Ledger
 from saqqara.cluster.request import SamplingParams
-from saqqara.cluster.scheduler import Scheduler
-from saqqara.cluster.sequence import Request
+from saqqara.cluster.scheduling.ledger import Ledger
+from saqqara.cluster.scheduling.scheduler import Scheduler
+from saqqara.cluster.scheduling.sequence import Request
 from saqqara.compression.decode_stage import (
     DecodeStage,
     cycle_of,

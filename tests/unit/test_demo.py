@@ -32,8 +32,8 @@ def test_at_least_a_hundred_facts_are_asked_for_in_prompts_of_1500_to_3000_token
 def test_each_fact_stands_once_in_the_text(demo_model: Path) -> None:
     from demo_documents import FACTS_PER_DOCUMENT, make_documents
 
-    from saqqara.cluster.chat_template import ChatOptions
-    from saqqara.cluster.tokenizer import Tokenizer
+    from saqqara.cluster.chat import ChatOptions
+    from saqqara.cluster.engine.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(demo_model)
     documents = make_documents(tokenizer, [700, 900])

@@ -16,13 +16,13 @@ from support.fake_replica import (
     token_logprob,
 )
 
-from saqqara.cluster.async_engine import AsyncEngine
-from saqqara.cluster.engine import Engine, known_eos
-from saqqara.cluster.engine_loop import EngineDeadError
-from saqqara.cluster.metrics import MetricSpec
-from saqqara.cluster.report import BatchRows
+from saqqara.cluster.engine.engine import Engine, known_eos
+from saqqara.cluster.engine.loop import EngineDeadError
+from saqqara.cluster.engine.metrics import MetricSpec
+from saqqara.cluster.engine.report import BatchRows
+from saqqara.cluster.engine.streams import AsyncEngine
+from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput, derived_seed
-from saqqara.cluster.tokenizer import Tokenizer
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec, RopeSpec

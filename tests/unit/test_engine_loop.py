@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from saqqara.cluster.engine_loop import EngineDeadError, EngineLoop, Output
+from saqqara.cluster.engine.loop import EngineDeadError, EngineLoop, Output
 from saqqara.cluster.request import RequestMetrics, ScoreOutput
 
 

@@ -12,8 +12,8 @@ from support.tiny import save_tiny
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from saqqara.cli import app
 from saqqara.cluster import llm as llm_module
-from saqqara.cluster.cli import app
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.attention_map import attention_maps, draw

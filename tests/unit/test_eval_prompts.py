@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.evaluation.chat_frame import ChatFrame
 from saqqara.evaluation.corpus import pydoc_text
 from saqqara.evaluation.haystack import Haystack, half, read_text

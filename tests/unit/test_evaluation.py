@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from support.tiny import CONFIGS
 
+from saqqara.cluster.batch.compare import answer_agreement, common_prefix_share, compare_results
 from saqqara.configs.schema import EngineConfig
-from saqqara.evaluation.agreement import answer_agreement, common_prefix_share, compare_results
 from saqqara.evaluation.corpus import pydoc_text, windows
 from saqqara.evaluation.throughput import Workload
 

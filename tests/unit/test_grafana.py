@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from saqqara.cluster.metrics import METRICS
+from saqqara.cluster.engine.metrics import METRICS
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "grafana"
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}

@@ -8,10 +8,10 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.models import OpenAPI
 from starlette.testclient import TestClient
 
-from saqqara.cluster.api_docs import Endpoint, docs_page, openapi
-from saqqara.cluster.http_guard import add_guards, check_is_json, is_own_origin
-from saqqara.cluster.openai_api import ChatRequest, CompletionRequest
-from saqqara.cluster.openai_errors import ApiError
+from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest
+from saqqara.cluster.server.docs import Endpoint, docs_page, openapi
+from saqqara.cluster.server.guard import add_guards, check_is_json, is_own_origin
 from saqqara.cluster.settings import serve_config
 
 PAGE = "https://example.com"

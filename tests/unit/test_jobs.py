@@ -20,14 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.fake_client import FakeClient
 
-from saqqara.cluster.batch_input import BadLine, Row, RowParser
-from saqqara.cluster.batch_output import result_record
-from saqqara.cluster.batch_source import BatchSource
-from saqqara.cluster.batch_summary import BatchSummary
-from saqqara.cluster.client import EngineDeadError
-from saqqara.cluster.jobs import BatchJob, run_batch
+from saqqara.cluster.batch.job import BatchJob, run_batch
+from saqqara.cluster.batch.lines import BadLine, Row, RowParser
+from saqqara.cluster.batch.records import result_record
+from saqqara.cluster.batch.source import BatchSource
+from saqqara.cluster.batch.stop import Stopped
+from saqqara.cluster.batch.summary import BatchSummary
+from saqqara.cluster.engine.client import EngineDeadError
 from saqqara.cluster.request import SamplingParams
-from saqqara.cluster.stop import Stopped
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 
@@ -244,7 +244,7 @@ def test_several_choices_and_token_ids(tmp_path: Path) -> None:
 
 
 def test_the_metrics_hear_how_far_a_job_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saqqara.cluster.batch_progress.NOTE_SECONDS", 0.0)
+    monkeypatch.setattr("saqqara.cluster.batch.progress.NOTE_SECONDS", 0.0)
     rows = [*({"prompt": f"row {i}"} for i in range(9)), "bad", "worse"]
     with pytest.raises(EngineDeadError):
         run_batch(make_job(tmp_path, rows), FakeClient(die_after=4, per_poll=2))
@@ -285,7 +285,7 @@ def test_an_answer_that_is_no_json_costs_only_its_row(
             raise ZeroDivisionError("oh")
         return record
 
-    monkeypatch.setattr("saqqara.cluster.jobs.result_record", broken)
+    monkeypatch.setattr("saqqara.cluster.batch.job.result_record", broken)
     one, two, three, four = run(make_job(tmp_path, [{"prompt": c} for c in "abcd"]))
     assert (one["error"], four["error"]) == (None, None)
     assert "the answer cannot be written: ValueError" in two["error"]["message"]
@@ -415,7 +415,8 @@ sys.path[:0] = {path!r}
 from pathlib import Path
 from support.fake_client import FakeClient
 from unit.test_jobs import make_job
-from saqqara.cluster import cli_actions, jobs
+from saqqara.cluster.batch import job as jobs
+from saqqara.cluster.cli import batch
 
 class Slow(FakeClient):
     def poll(self, timeout_seconds=0.0):
@@ -424,7 +425,7 @@ class Slow(FakeClient):
 
 lines = [{{"prompt": f"row {{i}}"}} for i in range(2000)]
 jobs.launch = lambda config: Slow()
-sys.exit(cli_actions.run_and_summarise(make_job(Path(sys.argv[1]), lines), None, None))
+sys.exit(batch.run_and_summarise(make_job(Path(sys.argv[1]), lines), None, None))
 """
 
 
@@ -499,8 +500,9 @@ def test_a_signal_ends_a_job_and_leaves_the_handlers_as_they_were(
 
 
 STUCK = """
-import time
-from saqqara.cluster import stop
+import signal, time
+from saqqara.cluster.batch import stop
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the suite runs in the background
 stop._SAME_STOP_SECONDS = 0.0
 with stop.StopSignals() as signals, signals.deferred():
     print("listening", flush=True)
@@ -532,7 +534,7 @@ def test_a_signal_ends_the_start_of_an_engine(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal should have ended this")
 
-    monkeypatch.setattr("saqqara.cluster.jobs.launch", launch)
+    monkeypatch.setattr("saqqara.cluster.batch.job.launch", launch)
     with pytest.raises(Stopped):
         run_batch(make_job(tmp_path, [{"prompt": "x"}]))
     assert "stopped by SIGTERM: 0 of 1 rows" in caplog.text

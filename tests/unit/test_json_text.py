@@ -5,7 +5,7 @@ import json
 import math
 from pathlib import Path
 
-from saqqara.cluster.batch_files import write_json
+from saqqara.cluster.batch.files import write_json
 from saqqara.configs.json_text import json_text
 from saqqara.evaluation.result import Outcome, Result
 

@@ -17,20 +17,20 @@ from support.api_server import MODEL
 from support.byte_llama import CHAT_TEMPLATE, save_tiny_llama
 from support.in_process import InProcessServer
 
-from saqqara.cluster.batch_input import BadLine, Row, RowParser
-from saqqara.cluster.batch_source import BatchSource
-from saqqara.cluster.generation import LONG_TEXT_CHARS
-from saqqara.cluster.http_io import read_body
-from saqqara.cluster.openai_api import (
+from saqqara.cluster.batch.lines import BadLine, Row, RowParser
+from saqqara.cluster.batch.source import BatchSource
+from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.openai.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
     read_request,
 )
-from saqqara.cluster.openai_errors import ApiError
 from saqqara.cluster.request import SamplingParams
-from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.cluster.server.generation import LONG_TEXT_CHARS
+from saqqara.cluster.server.io import read_body
 
 MANY = 2000
 WRONG: list[Any] = [

@@ -4,7 +4,7 @@ from typing import Any
 
 from support.fake_replica import make_workers
 
-from saqqara.cluster.client import EngineDescription
+from saqqara.cluster.engine.client import EngineDescription
 from saqqara.cluster.launch import sequences_that_fit, start_lines
 from saqqara.configs.schema import EngineConfig
 

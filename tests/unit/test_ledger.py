@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.fake_replica import PAGE_BYTES, RaggedRetention, make_workers, split_ragged
 
-from saqqara.cluster.ledger import Ledger
+from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import WorkerInfo
 

@@ -10,7 +10,7 @@ from support.tiny import save_tiny
 
 from saqqara import LLM, Retention, SamplingParams
 from saqqara.cluster import llm as llm_module
-from saqqara.cluster.chat_template import ChatOptions
+from saqqara.cluster.chat import ChatOptions
 from saqqara.cluster.long_wait import LongWait
 from saqqara.configs.schema import EngineConfig
 

@@ -15,7 +15,7 @@ import pytest
 from support.fake_client import FakeClient
 
 from saqqara.cluster import llm as llm_module
-from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.configs.schema import EngineConfig
 
 ADAPTER = "saqqara.evaluation.lm_eval"

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from support.byte_fallback import byte_fallback_tokenizer
 from support.byte_llama import save_tiny_llama
 
-from saqqara.cluster.events import NewToken
-from saqqara.cluster.openai_replies import ChoiceProgress, ReplyHead, chunk_choice, full_reply
-from saqqara.cluster.output import Choice
+from saqqara.cluster.engine.output import Choice
+from saqqara.cluster.engine.tokenizer import BROKEN, Tokenizer
+from saqqara.cluster.openai.replies import ChoiceProgress, ReplyHead, chunk_choice, full_reply
 from saqqara.cluster.request import (
     CompletionOutput,
     Logprob,
@@ -26,9 +26,9 @@ from saqqara.cluster.request import (
     RequestOutput,
     SamplingParams,
 )
-from saqqara.cluster.sequence import Request
-from saqqara.cluster.sequence import Sequence as Answer
-from saqqara.cluster.tokenizer import BROKEN, Tokenizer
+from saqqara.cluster.scheduling.events import NewToken
+from saqqara.cluster.scheduling.sequence import Request
+from saqqara.cluster.scheduling.sequence import Sequence as Answer
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import TokenLogprobs
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from saqqara.cluster.cli import app
+from saqqara.cli import app
 from saqqara.cluster.settings import engine_config, serve_config
 from saqqara.compression.retention import Retention
 
@@ -205,7 +205,7 @@ def test_nothing_is_open_to_the_world() -> None:
 def serve_args(name: str) -> dict[str, Any]:
     config = yaml.safe_load(MANIFESTS[name]["spec"]["serveConfigV2"])
     [app] = config["applications"]
-    assert app["import_path"] == "saqqara.cluster.serve:build_app"
+    assert app["import_path"] == "saqqara.cluster.on_ray.serve:build_app"
     args: dict[str, Any] = app["args"]
     return args
 

@@ -6,8 +6,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from saqqara.cluster.cli import app
-from saqqara.cluster.cli_methods import print_methods
+from saqqara.cli import app
+from saqqara.cluster.cli.methods import print_methods
 from saqqara.compression.methods import MethodRow, method_table
 from saqqara.compression.retention_settings import presets
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from saqqara.cluster.metrics import METRICS, SPECS, Metrics, MetricSpec, PrometheusSink
+from saqqara.cluster.engine.metrics import METRICS, SPECS, Metrics, MetricSpec, PrometheusSink
 
 VLLM_NAMES = {
     "vllm:num_requests_running",

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from support.byte_llama import save_tiny_llama
 
-from saqqara.cluster.client import LocalClient
-from saqqara.cluster.controller import start_controller
+from saqqara.cluster.engine.client import LocalClient
+from saqqara.cluster.on_ray.controller import start_controller
 from saqqara.cluster.settings import engine_config
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.host_memory import THREADS_PER_CORE, check_threads, total_bytes
@@ -58,7 +58,7 @@ def test_every_number_of_the_engine_has_bounds(name: str) -> None:
 def test_a_model_that_cannot_be_cut_so_starts_nothing(
     model: Path, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saqqara.cluster.controller.connect", pytest.fail)
+    monkeypatch.setattr("saqqara.cluster.on_ray.controller.connect", pytest.fail)
     config = EngineConfig(model=str(model), executor="ray", load_format="dummy", **settings)
     with pytest.raises(ValueError, match=message):
         start_controller(config)

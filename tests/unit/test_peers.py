@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from saqqara.cluster.tables import print_table
+from saqqara.cluster.cli.tables import print_table
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from support.prometheus import find_binary
 
-from saqqara.cluster.metrics import METRICS
+from saqqara.cluster.engine.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "prometheus"

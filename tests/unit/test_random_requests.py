@@ -13,7 +13,7 @@ from support.api_server import MODEL
 from support.random_requests import EDGES, HUGE, NUMBERS, PROFILE, at_edge, batches, random_request
 from support.random_runs import UNFORESEEN, Door, RandomRuns
 
-from saqqara.cluster.batch_input import BadLine, RowParser
+from saqqara.cluster.batch.lines import BadLine, RowParser
 from saqqara.cluster.request import SamplingParams
 from saqqara.compression.registry import SCORES, SHAPES
 

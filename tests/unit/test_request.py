@@ -17,7 +17,7 @@ from saqqara.cluster.request import (
     invalid_field,
     scoring_params,
 )
-from saqqara.cluster.sequence import Request, Sequence
+from saqqara.cluster.scheduling.sequence import Request, Sequence
 from saqqara.compression.retention import Retention
 
 DEFAULTS = {

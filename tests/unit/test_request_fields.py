@@ -19,13 +19,13 @@ from support.byte_llama import CHAT_TEMPLATE, save_tiny_llama
 from support.in_process import InProcessServer
 
 from saqqara import LLM
-from saqqara.cluster.batch_input import BadLine, Row, RowParser
-from saqqara.cluster.jobs import BatchJob, run_batch
-from saqqara.cluster.openai_api import ChatRequest, CompletionRequest
+from saqqara.cluster.batch.job import BatchJob, run_batch
+from saqqara.cluster.batch.lines import BadLine, Row, RowParser
+from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest
 from saqqara.cluster.request import SamplingParams
-from saqqara.cluster.scheduler import Scheduler
-from saqqara.cluster.sequence import Request
-from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.cluster.scheduling.scheduler import Scheduler
+from saqqara.cluster.scheduling.sequence import Request
 
 Json = dict[str, Any]
 

@@ -20,10 +20,10 @@ from support.fake_replica import (
     token_logprob,
 )
 
-from saqqara.cluster.events import Event, Finished, NewToken, Preempted, Prefilled
 from saqqara.cluster.request import SamplingParams
-from saqqara.cluster.scheduler import Scheduler
-from saqqara.cluster.sequence import Request, Sequence, Status
+from saqqara.cluster.scheduling.events import Event, Finished, NewToken, Preempted, Prefilled
+from saqqara.cluster.scheduling.scheduler import Scheduler
+from saqqara.cluster.scheduling.sequence import Request, Sequence, Status
 from saqqara.compression.decode_stage import DecodeStage
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo

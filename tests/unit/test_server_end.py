@@ -8,8 +8,8 @@ from contextlib import suppress
 
 import pytest
 
-from saqqara.cluster.ports import PortInUseError, ReservedPort, check_port
-from saqqara.cluster.stop_signals import StopSignals
+from saqqara.cluster.server.ports import PortInUseError, ReservedPort, check_port
+from saqqara.cluster.server.stop_signals import StopSignals
 
 LOOPBACK = "127.0.0.1"
 

@@ -9,15 +9,15 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message
 
-from saqqara.cluster.admission import Admission, DrainingError, OverloadedError
-from saqqara.cluster.api_keys import KEYS_VARIABLE, ApiKeys
-from saqqara.cluster.chat_stream import dead_engine
-from saqqara.cluster.cli_serve import ServerFlags, merged_config
-from saqqara.cluster.engine_loop import EngineDeadError
-from saqqara.cluster.http_io import race, read_body
-from saqqara.cluster.openai_errors import ApiError
+from saqqara.cluster.cli.serve import ServerFlags, merged_config
+from saqqara.cluster.engine.loop import EngineDeadError
+from saqqara.cluster.errors import WorkerDiedError
+from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.openai.events import dead_engine
+from saqqara.cluster.server.admission import Admission, DrainingError, OverloadedError
+from saqqara.cluster.server.api_keys import KEYS_VARIABLE, ApiKeys
+from saqqara.cluster.server.io import race, read_body
 from saqqara.cluster.settings import serve_config, served_engine
-from saqqara.cluster.worker_died import WorkerDiedError
 
 MODEL = {"model_id": "tiny", "model_source": "/models/tiny"}
 

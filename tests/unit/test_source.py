@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from saqqara.cluster.tokenizer import Tokenizer
+from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.workers.models import source
 from saqqara.workers.models.source import described_folder, hub_parts, local_folder, whole_folder
 from saqqara.workers.models.spec import load_spec

@@ -12,8 +12,8 @@ import pytest
 from rich.table import Table
 from support.fake_client import FakeClient
 
-from saqqara.cluster.batch_summary import BatchSummary, summary_table
-from saqqara.cluster.tables import print_table, terminal_width
+from saqqara.cluster.batch.summary import BatchSummary, summary_table
+from saqqara.cluster.cli.tables import print_table, terminal_width
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.byte_fallback import byte_fallback_tokenizer
 
-from saqqara.cluster.tokenizer import (
+from saqqara.cluster.engine.tokenizer import (
     BROKEN,
     IncrementalDetokenizer,
     StopChecker,

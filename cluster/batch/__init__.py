@@ -1,0 +1,1 @@
+"""Batch inference over files. Imports `openai`, `engine` and the launch of an engine."""

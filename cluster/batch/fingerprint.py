@@ -1,0 +1,154 @@
+"""What the results of a batch job depend on, so that a resumed job cannot mix two kinds of results.
+
+A model is told by its content, never by its path or by times, which differ on another machine:
+config, tokenizer and templates by their hash, weights by the headers of their files and by blocks
+of every tensor. That reads 12 KiB a tensor, some ten megabytes of a 140 GB checkpoint; weights that
+differ in other places only are taken for the same.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saqqara.cluster.request import SamplingParams
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.models.source import described_folder, local_folder
+from saqqara.workers.plan import WorkerInfo
+
+# Settings that say where and how fast answers come, not what they are. Every other one counts;
+# retention and budget count as what they mean together, models as what is in them.
+NEUTRAL_SETTINGS = frozenset(
+    {
+        *("max_num_seqs", "max_prefill_tokens", "prefill_quantum", "max_extend_tokens"),
+        *("linear_chunk_tokens", "page_tokens", "kv_memory_gib", "memory_utilization"),
+        *("cuda_graphs", "tensor_parallel_size", "pipeline_parallel_size", "layer_split"),
+        *("executor", "num_threads", "warmup", "check_integrity", "metrics_port", "log_dir"),
+    }
+)
+_RESOLVED = ("model", "tokenizer", "retention", "budget")
+_CONTENT = ("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*/*.jinja")
+_BLOCK_BYTES = 4096
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_DIGEST_CHARACTERS = 32
+
+
+def fingerprint(
+    config: EngineConfig, sampling: SamplingParams, input_sha256: str, **written: Any
+) -> dict[str, Any]:
+    """Everything that is known of a job before its engine runs, as flat JSON values.
+
+    Args:
+        config: the engine's settings.
+        sampling: sampling of lines without their own.
+        input_sha256: the input's hash.
+        written: settings of the job that change what it writes.
+
+    Raises:
+        ValueError: the model cannot be read.
+    """
+    retention = Retention.parse(config.retention, config.budget)
+    settings: dict[str, Any] = {"input_sha256": input_sha256, **written}
+    counting = EngineConfig.model_fields.keys() - NEUTRAL_SETTINGS - set(_RESOLVED)
+    settings |= {name: getattr(config, name) for name in counting}
+    if retention.decode is not None:  # when rows are compacted is counted in pages
+        settings["page_tokens"] = config.page_tokens
+    settings |= _model("model", config.model, weights=config.load_format != "dummy")
+    if config.tokenizer is not None:
+        settings |= _model("tokenizer", config.tokenizer, weights=False)
+    settings |= {f"retention.{k}": v for k, v in retention.to_dict().items()}
+    settings |= {f"sampling.{k}": v for k, v in sampling.model_dump().items()}
+    plain: dict[str, Any] = json.loads(json.dumps(settings))  # tuples as they will be read back
+    return plain
+
+
+def resolved_settings(config: EngineConfig, workers: Sequence[WorkerInfo]) -> dict[str, str]:
+    """What is known once an engine runs: what `auto` has come to there, and a hub's commits."""
+    found = {
+        "device": {worker.device.partition(":")[0] for worker in workers},
+        "dtype": {worker.dtype for worker in workers},
+        "attention_backend": {worker.attention_backend for worker in workers},
+        "linear_backend": {worker.linear_backend for worker in workers},
+        "commit of the model": _commits(config.model),
+        "commit of the tokenizer": _commits(config.tokenizer or config.model),
+    }
+    return {name: ", ".join(sorted(values)) for name, values in found.items() if values}
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first setting that is not what it was, in words; None if there is none."""
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if key == "input_sha256":
+            return "the input file has changed"
+        name, slash, file = key.partition("/")
+        if slash:
+            return f"{file} of the {name} has changed"
+        return f"{key} was {old!r} and is now {new!r}"
+    return None
+
+
+def _model(name: str, model: str, weights: bool) -> dict[str, Any]:
+    """A model's content as settings: one for each file that is read whole, one for the weights."""
+    folder = local_folder(model)
+    if folder is None:
+        return {name: model}  # its commit is known once an engine has it
+    files = {file for pattern in _CONTENT for file in folder.glob(pattern) if file.is_file()}
+    try:
+        found = {
+            f"{name}/{file.relative_to(folder).as_posix()}": _short(_file_hash(file))
+            for file in sorted(files)
+        }
+        if weights:
+            found[f"{name}/weights"] = weights_digest(folder)
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read {error.filename}: {error.strerror}") from None
+    return found
+
+
+def _commits(model: str) -> set[str]:
+    """The commit of a hub model's files; empty for a folder, or where no hub or cache has it."""
+    try:
+        return set() if local_folder(model) is not None else {described_folder(model).name}
+    except ValueError:
+        return set()
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """A digest of all safetensors files of a folder: names, headers, and blocks of each tensor."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb", buffering=0) as opened:
+            length = min(int.from_bytes(opened.read(8), "little"), _MAX_HEADER_BYTES)
+            header = opened.read(length)
+            digest.update(header)
+            for start in _block_starts(header):
+                opened.seek(8 + length + start)
+                digest.update(opened.read(_BLOCK_BYTES))
+    return _short(digest.hexdigest())
+
+
+def _block_starts(header: bytes) -> Iterator[int]:
+    """Where to look into the data: start, middle and end of each tensor."""
+    try:
+        tensors = json.loads(header).items()
+        spans = [item["data_offsets"] for name, item in tensors if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # a broken file, which the engine refuses in its own words
+    for start, stop in spans:
+        last = max(start, stop - _BLOCK_BYTES)
+        yield from dict.fromkeys((start, (start + last) // 2, last))
+
+
+def _short(digest: str) -> str:
+    return digest[:_DIGEST_CHARACTERS]

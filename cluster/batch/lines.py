@@ -1,0 +1,238 @@
+"""The input lines of a batch job, checked and turned into requests; no I/O.
+
+Simple lines hold the prompt and any settings side by side:
+`{"prompt": "...", "max_tokens": 32}`, `{"messages": [...], "custom_id": "a", "budget": "25%"}`.
+OpenAI batch lines wrap a request: `{"custom_id": "a", "method": "POST", "url": ..., "body": ...}`.
+Both are read as requests of the HTTP API, with its fields, defaults, bounds and errors.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from saqqara.cluster.engine.client import EngineRequest
+from saqqara.cluster.engine.tokenizer import check_messages
+from saqqara.cluster.openai.errors import ApiError, type_name
+from saqqara.cluster.openai.requests import (
+    ChatRequest,
+    CompletionRequest,
+    check_model,
+    read_object,
+    read_request,
+)
+from saqqara.cluster.request import MAX_CHOICES
+from saqqara.cluster.settings import check_keys
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import ServerLimits
+
+logger = logging.getLogger(__name__)
+
+CHAT_URL = "/v1/chat/completions"
+COMPLETIONS_URL = "/v1/completions"
+WRAPPER_KEYS = ("custom_id", "method", "url", "body")
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+# A server's limits are for its clients; a job's rows are its owner's.
+LIMITS = ServerLimits(max_n=MAX_CHOICES, max_stop=1024, max_prompts=65536)
+
+
+@dataclass(frozen=True, slots=True)
+class BadLine:
+    """An input line that is not a request, and why. `url` is None unless it is an OpenAI line."""
+
+    line: int
+    custom_id: str | None
+    url: str | None
+    message: str
+    field: str | None = None
+    code: str | None = "invalid_value"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The requests of one input line, one for each prompt. `url` is None for a simple line.
+
+    `names` are what the line calls the fields that the engine's messages name.
+    """
+
+    line: int
+    custom_id: str | None
+    url: str | None
+    requests: tuple[EngineRequest, ...]
+    is_chat: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RowParser:
+    """Turns input lines into rows.
+
+    Args:
+        model: the name that OpenAI bodies may give, besides its last path component.
+        sampling: settings of lines that bring none of their own.
+        retention: the engine's, for lines that give a budget only.
+        served_model_name: another name that OpenAI bodies may give.
+        ignore_model: let OpenAI bodies give any name.
+    """
+
+    model: str
+    sampling: Mapping[str, Any]
+    retention: Retention = field(default_factory=lambda: Retention.parse("full"))
+    served_model_name: str | None = None
+    ignore_model: bool = False
+
+    def parse(self, line: int, text: str) -> Row | BadLine:
+        """One line of input; whatever is wrong with it comes back as a `BadLine`."""
+        custom_id: str | None = None
+        url: str | None = None
+        try:
+            data = read_object(text, "the line")
+            url = _url_of(data)
+            custom_id = _custom_id(data, required=url is not None)
+            if url is None:
+                return self._simple_row(line, custom_id, data)
+            is_chat = _body_url(data) == CHAT_URL
+            request = self._request(_given(data["body"]), is_chat=is_chat)
+            return self._row(line, custom_id, url, request, {})
+        except ApiError as error:
+            return BadLine(line, custom_id, url, str(error), error.param, error.code)
+        except Exception as error:  # a fault of ours, but no row may end its job
+            logger.exception("line %d of the input could not be read", line)
+            message = f"the line could not be read: {type(error).__name__}: {error}"
+            return BadLine(line, custom_id, url, message, None, "server_error")
+
+    def _simple_row(self, line: int, custom_id: str | None, data: Mapping[str, Any]) -> Row:
+        body = {k: v for k, v in _given(data).items() if k != "custom_id"}
+        given = [key for key in PROMPT_KEYS if key in body]
+        if len(given) != 1:
+            wanted = " or ".join(repr(key) for key in PROMPT_KEYS)
+            found = "none" if not given else " and ".join(repr(key) for key in given)
+            message = f"prompt: a line needs exactly one of {wanted}; it has {found}"
+            raise _invalid(message, "prompt")
+        names: dict[str, str] = {}
+        if given == ["prompt_token_ids"]:
+            body["prompt"] = _token_list(body.pop("prompt_token_ids"))
+            names["prompt"] = "prompt_token_ids"
+        is_chat = given == ["messages"]
+        if is_chat:
+            _split_logprobs(body)
+        request = self._request(body, is_chat=is_chat)
+        return self._row(line, custom_id, None, request, names)
+
+    def _request(
+        self, fields: Mapping[str, Any], *, is_chat: bool
+    ) -> ChatRequest | CompletionRequest:
+        fields = {"model": self.model, **fields}
+        if is_chat:
+            return read_request(ChatRequest, fields)
+        return read_request(CompletionRequest, fields)
+
+    def _row(
+        self,
+        line: int,
+        custom_id: str | None,
+        url: str | None,
+        request: ChatRequest | CompletionRequest,
+        names: Mapping[str, str],
+    ) -> Row:
+        if not self.ignore_model:
+            check_model(request.model, self._model_names())
+        if request.stream:
+            raise _invalid("stream must be false: a batch job writes whole answers", "stream")
+        request.check_limits(LIMITS)
+        sampling = request.sampling_params(self.sampling)
+        retention = request.read_retention(self.retention)
+        prompts = _prompts(request)
+        requests = tuple(
+            EngineRequest(
+                request_id=f"line-{line}" if len(prompts) == 1 else f"line-{line}-{place}",
+                sampling_params=sampling.for_prompt(place),
+                retention=retention,
+                priority=request.priority or 0,
+                must_fit=True,
+                **prompt,
+            )
+            for place, prompt in enumerate(prompts)
+        )
+        is_chat = isinstance(request, ChatRequest)
+        return Row(line, custom_id, url, requests, is_chat, {**request.names, **names})
+
+    def _model_names(self) -> list[str]:
+        own = [self.model, self.model.rstrip("/").rsplit("/", 1)[-1]]
+        return own if self.served_model_name is None else [self.served_model_name, *own]
+
+
+def _url_of(data: Mapping[str, Any]) -> str | None:
+    """The endpoint of an OpenAI batch line; None for a simple line."""
+    if not any(key in data for key in ("method", "url", "body")):
+        return None
+    url = data.get("url")
+    return url if isinstance(url, str) else ""
+
+
+def _custom_id(data: Mapping[str, Any], required: bool) -> str | None:
+    custom_id = data.get("custom_id")
+    if custom_id is None and not required:
+        return None
+    if not isinstance(custom_id, str):
+        wrong = "missing" if custom_id is None else f"a {type_name(custom_id)}"
+        raise _invalid(f"custom_id is {wrong}; it must be a string", "custom_id")
+    return custom_id
+
+
+def _body_url(data: Mapping[str, Any]) -> str:
+    """The endpoint of an OpenAI batch line, whose body is then an object."""
+    try:
+        check_keys(data, WRAPPER_KEYS)
+    except ValueError as error:
+        unknown = next(key for key in data if key not in WRAPPER_KEYS)
+        raise ApiError(400, str(error), unknown, "unknown_parameter") from None
+    if data.get("method") != "POST":
+        raise _invalid(f"method must be 'POST', not {data.get('method')!r:.80}", "method")
+    url = data.get("url")
+    if url not in (CHAT_URL, COMPLETIONS_URL):
+        raise _invalid(f"url must be {CHAT_URL!r} or {COMPLETIONS_URL!r}, not {url!r:.80}", "url")
+    body = data.get("body")
+    if not isinstance(body, dict):
+        wrong = "missing" if body is None else f"a {type_name(body)}"
+        raise _invalid(f"body is {wrong}; it must be an object with the request", "body")
+    return str(url)
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that ask for something: a null asks for nothing."""
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _prompts(request: ChatRequest | CompletionRequest) -> list[dict[str, Any]]:
+    """The prompts one by one, as keyword arguments of `EngineRequest`."""
+    if isinstance(request, ChatRequest):
+        try:
+            messages = tuple(check_messages(request.messages))
+            return [{"messages": messages, "chat_options": request.chat_options()}]
+        except ValueError as error:
+            raise ApiError.of(error, "messages") from None
+    return [
+        {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": tuple(prompt)}
+        for prompt in request.prompts(LIMITS.max_prompts)
+    ]
+
+
+def _token_list(value: Any) -> list[int]:
+    is_list = isinstance(value, list) and all(type(token) is int for token in value)
+    if not is_list or not value:
+        raise _invalid(
+            f"prompt_token_ids must be a list of token ids, not {value!r:.80}", "prompt_token_ids"
+        )
+    return list(value)
+
+
+def _split_logprobs(body: dict[str, Any]) -> None:
+    """Let a simple line say `logprobs: 5` for a chat, too, as it does for a prompt."""
+    wanted = body.get("logprobs")
+    if isinstance(wanted, int) and not isinstance(wanted, bool) and "top_logprobs" not in body:
+        body |= {"logprobs": True, "top_logprobs": wanted}
+
+
+def _invalid(message: str, field: str) -> ApiError:
+    return ApiError(400, message, field, "invalid_value")

@@ -1,0 +1,1 @@
+"""The commands that run an engine. Imports every other room of `cluster`."""

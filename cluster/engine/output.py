@@ -1,0 +1,189 @@
+"""From tokens to what the caller sees: text, stop strings, log-probabilities, times."""
+
+from dataclasses import dataclass, field
+
+from saqqara.cluster.request import (
+    CompletionOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    ScoreOutput,
+)
+from saqqara.cluster.scheduling.events import NewToken
+from saqqara.cluster.scheduling.sequence import FinishReason, Request, Sequence
+
+from .tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
+
+# A request with several choices counts once, under the first of these that one of them has.
+_REASONS: tuple[FinishReason, ...] = ("error", "abort", "length", "stop")
+
+
+class Choice:
+    """One completion in the making.
+
+    Attributes:
+        sequence: the scheduler's side of it.
+        last_token_time: when its latest token came, None before the first.
+    """
+
+    def __init__(self, sequence: Sequence, sampling: SamplingParams, tokenizer: Tokenizer) -> None:
+        self.sequence = sequence
+        self.last_token_time: float | None = None
+        self._sampling = sampling
+        self._detokenizer = IncrementalDetokenizer(tokenizer, sampling.skip_special_tokens)
+        self._stop = StopChecker(sampling.stop, sampling.include_stop_str_in_output)
+        self._text = ""
+        self._logprobs: list[dict[int, Logprob]] | None = None if sampling.logprobs is None else []
+        self._spelling = _Spelling(tokenizer, sampling.skip_special_tokens)
+        self._cumulative_logprob = 0.0
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that the text has run into."""
+        return self._stop.matched
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended: a stop string counts before the token that completed it."""
+        return "stop" if self.matched is not None else self.sequence.finish_reason
+
+    def append(self, event: NewToken) -> None:
+        """Take in the sequence's next token."""
+        sampling = self._sampling
+        is_stop_token = self.sequence.finish_reason == "stop"
+        is_shown = not is_stop_token or sampling.include_stop_str_in_output
+        if is_shown and sampling.detokenize:
+            may_stop = len(self.sequence.output_token_ids) > sampling.min_tokens
+            piece = self._detokenizer.append(event.token_id)
+            self._text += self._stop.append(piece, may_stop)
+        if self._logprobs is not None:
+            self._append_logprobs(self._logprobs, event, is_shown=is_shown)
+
+    def end(self) -> None:
+        """Let out the text that was held back; no more tokens will come."""
+        if self.matched is None:
+            self._text += self._stop.append(self._detokenizer.flush())
+            self._text += self._stop.flush()
+
+    def output(self) -> CompletionOutput:
+        """The completion so far."""
+        has_logprobs = self._logprobs is not None
+        return CompletionOutput(
+            index=self.sequence.index,
+            text=self._text,
+            token_ids=tuple(self.sequence.output_token_ids),
+            cumulative_logprob=self._cumulative_logprob if has_logprobs else None,
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self.sequence.stop_reason if self.matched is None else self.matched,
+        )
+
+    def _append_logprobs(
+        self, logprobs: list[dict[int, Logprob]], event: NewToken, *, is_shown: bool
+    ) -> None:
+        assert event.logprobs is not None, f"no log-probability came with {event.token_id}"
+        chosen = event.logprobs
+        data = self._spelling.data(event.token_id) if is_shown else b""
+        name = self._spelling.name(event.token_id)
+        entry = {event.token_id: Logprob(chosen.logprob, chosen.rank, name, data)}
+        names = {name}
+        best = zip(chosen.top_ids, chosen.top_logprobs, strict=True)
+        for rank, (token_id, logprob) in enumerate(best, start=1):
+            if token_id in entry:
+                continue
+            name = self._spelling.name(token_id)
+            name = f"token_id:{token_id}" if name in names else name
+            names.add(name)
+            entry[token_id] = Logprob(logprob, rank, name, self._spelling.data(token_id))
+        logprobs.append(entry)
+        self._spelling.pass_by(event.token_id)
+        self._cumulative_logprob += chosen.logprob
+
+
+class _Spelling:
+    """Names and bytes of the tokens that may stand next in one text."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._at_start = True
+
+    def data(self, token_id: int) -> bytes:
+        """What a token adds to the text."""
+        if token_id in self._skipped:
+            return b""
+        return self._tokenizer.token_bytes(token_id, at_start=self._at_start)
+
+    def name(self, token_id: int) -> str:
+        """A token as text; a part of a character as its bytes."""
+        if token_id in self._tokenizer.special_token_ids:
+            return self._tokenizer.token_text(token_id)
+        data = self._tokenizer.token_bytes(token_id, at_start=self._at_start)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def pass_by(self, token_id: int) -> None:
+        """This token stands next, so that others follow it."""
+        self._at_start = self._at_start and token_id in self._skipped
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """A request that is being served. With `stream`, unfinished outputs are wanted, too."""
+
+    request: Request
+    stream: bool
+    choices: list[Choice] = field(default_factory=list)
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    is_prefilled: bool = False
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all of its choices have ended."""
+        return all(choice.sequence.is_finished for choice in self.choices)
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the request as a whole ended."""
+        reasons = {choice.finish_reason for choice in self.choices}
+        return next(reason for reason in _REASONS if reason in reasons)
+
+    def output(self) -> RequestOutput | ScoreOutput:
+        """What there is of it."""
+        request = self.request
+        sequences = [choice.sequence for choice in self.choices]
+        failed = next((s for s in sequences if s.error is not None), None)
+        error = None if failed is None else failed.error
+        metrics = RequestMetrics(
+            arrival_time=request.arrival_time,
+            first_token_time=self.first_token_time,
+            finished_time=self.finished_time,
+            num_preemptions=sum(s.num_preemptions for s in sequences),
+        )
+        if request.score_continuation is not None:
+            return ScoreOutput(
+                request_id=request.request_id,
+                prompt=request.prompt,
+                prompt_token_ids=request.prompt_token_ids,
+                token_ids=request.score_continuation,
+                logprobs=tuple(sequences[0].scored_logprobs),
+                ranks=tuple(sequences[0].scored_ranks),
+                top_logprobs=tuple(sequences[0].scored_top),
+                metrics=metrics,
+                finish_reason=self.finish_reason,
+                error=error,
+            )
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=tuple(choice.output() for choice in self.choices),
+            finished=self.is_finished,
+            metrics=metrics,
+            error=error,
+            error_code=None if failed is None else failed.error_code,
+        )

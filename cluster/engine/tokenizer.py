@@ -1,0 +1,338 @@
+"""Text to tokens and back: chat templates, encoding, incremental decoding, stop strings.
+
+The way of one sequence: `Tokenizer.encode` or `apply_chat` gives its prompt; each generated token
+goes through an `IncrementalDetokenizer`, whose text goes through a `StopChecker` to the caller.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from saqqara.cluster.chat import ChatOptions, render_chat
+from saqqara.workers.models.source import described_folder
+
+from .token_bytes import TokenBytes
+
+BROKEN = "\ufffd"  # what a decoder puts for bytes that are not (yet) a character
+UNFINISHED = 3  # a character has at most 4 bytes, so 3 may be there without the last
+MAX_PENDING_TOKENS = 8  # more tokens in a row without an end are no character, but garbage
+MAX_WINDOW_TOKENS = 16
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer with the few operations that the engine uses.
+
+    Attributes:
+        backend: the Hugging Face tokenizer.
+        vocab_size: ids the tokenizer knows; the model's (padded) vocabulary may be larger.
+        bos_token_id: id that starts a text, or None.
+        eos_token_ids: ids that end an answer: the tokenizer's and those of the model's
+            generation config, ascending.
+        special_token_ids: ids that `decode` skips unless asked not to.
+        has_chat_template: whether `apply_chat` can be used.
+    """
+
+    def __init__(self, backend: Any, eos_token_ids: Sequence[int] = ()) -> None:
+        self.backend = backend
+        own = [] if backend.eos_token_id is None else [int(backend.eos_token_id)]
+        self.vocab_size: int = len(backend)
+        self.bos_token_id: int | None = backend.bos_token_id
+        self.eos_token_ids: tuple[int, ...] = tuple(sorted({*own, *eos_token_ids}))
+        self.special_token_ids: frozenset[int] = frozenset(backend.all_special_ids) | {
+            token_id for token_id, token in backend.added_tokens_decoder.items() if token.special
+        }
+        self.has_chat_template: bool = bool(backend.chat_template)
+        self._bytes = TokenBytes(backend)
+
+    @classmethod
+    def load(cls, path_or_id: str | Path) -> Self:
+        """Load from a local folder or by a Hugging Face hub id.
+
+        Raises:
+            ValueError: there is no tokenizer there.
+        """
+        from transformers import AutoTokenizer  # seconds to import; only who loads one pays
+
+        folder = described_folder(path_or_id, "tokenizer")
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise ValueError(
+                f"tokenizer: {folder} has no tokenizer ({TOKENIZER_FILES[0]}); give the folder of "
+                "one as `tokenizer`"
+            )
+        try:
+            backend = AutoTokenizer.from_pretrained(str(folder))
+        except Exception as error:  # the library for files that are wrong raises bare Exceptions
+            raise ValueError(f"tokenizer: cannot load {str(path_or_id)!r}: {error}") from error
+        return cls(backend, _generation_eos_ids(folder))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a plain prompt, with the BOS token where the tokenizer adds one.
+
+        Raises:
+            ValueError: the text has half of a surrogate pair, which is no character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"half of a surrogate pair is no text: {text[error.start]!a} at character "
+                f"{error.start}"
+            ) from None
+        ids: list[int] = self.backend.encode(
+            text, add_special_tokens=add_special_tokens, verbose=False
+        )
+        return ids
+
+    def apply_chat(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
+    ) -> list[int]:
+        """Token ids of a conversation up to where the assistant's answer starts.
+
+        Args:
+            messages: see `check_messages`.
+            options: how it is written; default: the assistant's answer is begun.
+
+        Raises:
+            ValueError: a message is malformed, the model has no chat template, or its template
+                refuses the conversation or fails on it.
+        """
+        checked = check_messages(messages)
+        options = options or ChatOptions()
+        if not self.has_chat_template and options.chat_template is None:
+            raise ValueError(
+                "messages: this model's tokenizer has no chat template; send a plain prompt"
+            )
+        text = render_chat(self.backend, checked, options)
+        return self.encode(text, add_special_tokens=False)  # the template has written them
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self.backend.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, special tokens by their name (for log-probabilities)."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int, *, at_start: bool = False) -> bytes:
+        """What one token adds to a text; joined over the tokens of a text, they are its UTF-8.
+
+        A token that is a part of a character has that part's bytes, a special token its name.
+        `at_start` is for the first token of a text, where some tokenizers drop a space.
+        """
+        return self._bytes(token_id, at_start=at_start)
+
+    def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of words as a text may have them: at its beginning, and after a space."""
+        texts = [form for word in words for form in (word, f" {word}")]
+        ids = [tuple(self.encode(text, add_special_tokens=False)) for text in texts]
+        return tuple(dict.fromkeys(filter(None, ids)))
+
+    def check_fit(self, field: str, ids: list[int], vocab_size: int) -> list[int]:
+        """Token ids that this tokenizer made, if a model with so many tokens can read them.
+
+        Raises:
+            ValueError: it cannot; names the field that they came from.
+        """
+        strange = max(ids, default=0)
+        if strange >= vocab_size:
+            raise ValueError(
+                f"{field} has {self.token_text(strange)!r}, for which the tokenizer has the token "
+                f"{strange}; the model's are 0 to {vocab_size - 1}"
+            )
+        return ids
+
+
+class IncrementalDetokenizer:
+    """Turns the tokens of one sequence into text as they come.
+
+    The texts returned by `append` and `flush` add up to `Tokenizer.decode` of all the tokens, and
+    no piece ends inside a character. (One exception: tokenizers with byte-fallback tokens void a
+    whole run of byte tokens when one of them is wrong; here characters that were already complete
+    stay.) A token costs one decode of a window of some ten tokens, however long the sequence is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._window: list[int] = []
+        self._num_emitted = 0  # characters of the window's text that are out
+        self._num_settled = 0  # tokens of the window at the last time when all text was out
+
+    def append(self, token_id: int) -> str:
+        """Take the next token and return the text that is certain with it, often one word."""
+        if token_id in self._skipped:
+            return ""
+        self._window.append(token_id)
+        num_pending_tokens = len(self._window) - self._num_settled
+        text = self._text(self._window)
+        num_held = len(text) - len(text.rstrip(BROKEN))
+        if num_pending_tokens > MAX_PENDING_TOKENS:
+            num_held = min(num_held, UNFINISHED)
+        delta = text[self._num_emitted : len(text) - num_held]
+        self._num_emitted = max(self._num_emitted, len(text) - num_held)
+        if num_held == 0:
+            self._settle()
+        elif num_pending_tokens > 2 * MAX_WINDOW_TOKENS:
+            self._cut_garbage(pending=text[self._num_emitted :])
+        return delta
+
+    def flush(self) -> str:
+        """Return what was held back; the sequence has ended."""
+        rest = self._text(self._window)[self._num_emitted :]
+        self._window.clear()
+        self._num_emitted = self._num_settled = 0
+        return rest
+
+    def _settle(self) -> None:
+        """All text is out: keep a last piece of it, which decides on a space before the next."""
+        if len(self._window) > MAX_WINDOW_TOKENS:
+            del self._window[: self._num_settled]
+            self._num_emitted = len(self._text(self._window))
+        self._num_settled = len(self._window)
+
+    def _cut_garbage(self, pending: str) -> None:
+        """Shorten a window that finds no end.
+
+        Its first characters may change by that, but they are out already: only the end counts.
+        """
+        window = self._window[-MAX_PENDING_TOKENS:]
+        text = self._text(window)
+        if text.endswith(pending):
+            self._window = window
+            self._num_emitted = len(text) - len(pending)
+            self._num_settled = 0
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+class StopChecker:
+    """Ends a text at the first of some stop strings, and holds back what may become one.
+
+    The stop string that is complete first counts (the longest of those that end together), so the
+    result does not depend on how the text is cut into pieces.
+
+    Attributes:
+        matched: the stop string that was found, else None. It is the stop reason.
+    """
+
+    def __init__(self, stop: Sequence[str] = (), include_stop_str_in_output: bool = False) -> None:
+        for index, string in enumerate(stop):
+            if not string:
+                raise ValueError(f"stop[{index}] is empty; a stop string needs a character")
+        self._stop = tuple(stop)
+        self._include = include_stop_str_in_output
+        self._held = ""
+        self.matched: str | None = None
+
+    def append(self, text: str, can_stop: bool = True) -> str:
+        """Take the next piece of text and return what may go out; after a match, nothing.
+
+        With `can_stop=False` (before `min_tokens`) nothing in the text so far is a stop string.
+        """
+        if self.matched is not None:
+            return ""
+        text = self._held + text
+        if not can_stop:
+            self._held = ""
+            return text
+        found = [(text.find(string), string) for string in self._stop]
+        ends = [(at + len(string), at, string) for at, string in found if at >= 0]
+        if ends:
+            end, start, self.matched = min(ends)
+            self._held = ""
+            return text[: end if self._include else start]
+        num_held = max((_overlap(text, string) for string in self._stop), default=0)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def flush(self) -> str:
+        """Return what was held back; the text has ended without a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Check a conversation and return it with plain-text contents.
+
+    Each message is a mapping with `role` and `content`, and maybe `name`. Content is a string, or
+    a list of `{"type": "text", "text": ...}` parts, which are joined by line breaks.
+
+    Raises:
+        ValueError: naming the field, e.g. `messages[2].content`.
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise ValueError(f"messages must be a list of messages, not {type(messages).__name__}")
+    if not messages:
+        raise ValueError("messages is empty; it needs at least one message")
+    return [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _check_message(message: Mapping[str, Any], field: str) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{field} must be a mapping with role and content, not {message!r:.80}")
+    for key in ("role", "content"):
+        if key not in message:
+            raise ValueError(f"{field}.{key} is missing")
+    checked = {"content": _check_content(message["content"], f"{field}.content")}
+    for key, value in message.items():
+        if key == "role" or (key == "name" and value is not None):
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{field}.{key} must be a non-empty string, not {value!r:.80}")
+            checked[key] = value
+        elif key != "content" and value not in (None, [], {}):  # clients send unset ones along
+            raise ValueError(f"{field}.{key} is not supported; use role, content and name")
+    return checked
+
+
+def _check_content(content: Any, field: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(
+            f"{field} must be a string or a list of text parts, not {type(content).__name__}"
+        )
+    texts = []
+    for index, part in enumerate(content):
+        name = f"{field}[{index}]"
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise ValueError(
+                f'{name} must be {{"type": "text", "text": ...}}, not of type {kind!r:.80}'
+            )
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{name}.text must be a string, not {part.get('text')!r:.80}")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _overlap(text: str, string: str) -> int:
+    """The length of the longest end of `text` that is a proper beginning of `string`."""
+    longest = min(len(text), len(string) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)
+
+
+def _generation_eos_ids(folder: Path) -> tuple[int, ...]:
+    """The end tokens of the model's generation config; none where it has no such config."""
+    from transformers import GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(str(folder)).eos_token_id
+    except OSError:
+        return ()
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (int(ids),)

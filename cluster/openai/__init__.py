@@ -1,0 +1,1 @@
+"""OpenAI's API, the one dialect of server and batch lines. Imports no other room; no torch."""

@@ -1,0 +1,138 @@
+"""Answers of the HTTP API, in OpenAI's shapes, made from the engine's outputs."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from saqqara.cluster.request import CompletionOutput, RequestOutput
+
+from .errors import ApiError
+from .logprobs import Entry, TextOffsets, chat_logprobs, completion_logprobs
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyHead:
+    """What every piece of one answer begins with, and what it shows of the tokens.
+
+    `num_logprobs` are the best tokens beside the sampled one; with `show_token_ids` the answer's
+    tokens have their ids, too.
+    """
+
+    id: str
+    created: int
+    model: str
+    is_chat: bool
+    num_logprobs: int = 0
+    show_token_ids: bool = False
+
+    def json(self, *, is_chunk: bool) -> Json:
+        """The fields that come before `choices`."""
+        kind = "text_completion"
+        if self.is_chat:
+            kind = "chat.completion.chunk" if is_chunk else "chat.completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+@dataclass(slots=True)
+class ChoiceProgress:
+    """How much of one choice has been sent: characters, tokens, and where the next one begins."""
+
+    num_chars: int = 0
+    num_tokens: int = 0
+    offsets: TextOffsets = field(default_factory=TextOffsets)
+    has_started: bool = False
+    has_finished: bool = False
+
+
+def full_reply(head: ReplyHead, outputs: Sequence[RequestOutput], num_choices: int) -> Json:
+    """The answer to a request that is not streamed; `num_choices` is `n`."""
+    choices = []
+    for place, output in enumerate(outputs):
+        for choice in output.outputs:
+            index = place * num_choices + choice.index
+            logprobs = _logprobs(head, choice.logprobs, TextOffsets())
+            content: Json = {"text": choice.text}
+            if head.is_chat:
+                message = {"role": "assistant", "content": choice.text, "refusal": None}
+                content = {"message": message}
+            if head.show_token_ids:
+                content["token_ids"] = list(choice.token_ids)
+            choices.append(_choice(index, content, logprobs, choice))
+    return {**head.json(is_chunk=False), "choices": choices, "usage": usage(outputs)}
+
+
+def chunk_choice(
+    head: ReplyHead, index: int, choice: CompletionOutput, sent: ChoiceProgress
+) -> Json | None:
+    """What is new of a choice since `sent`, which is brought up to date; None for nothing."""
+    text = choice.text[sent.num_chars :]
+    logprobs = None
+    if choice.logprobs is not None and len(choice.logprobs) > sent.num_tokens:
+        logprobs = _logprobs(head, choice.logprobs[sent.num_tokens :], sent.offsets)
+    if not text and logprobs is None and not choice.finished:
+        return None
+    content: Json = {"text": text}
+    if head.is_chat:
+        role = {} if sent.has_started else {"role": "assistant"}
+        content = {"delta": {**role, "content": text}}
+    sent.num_chars = len(choice.text)
+    sent.num_tokens = len(choice.token_ids)
+    sent.has_started = True
+    sent.has_finished = choice.finished
+    return _choice(index, content, logprobs, choice)
+
+
+def usage(outputs: Iterable[RequestOutput]) -> Json:
+    """Tokens of the prompts (each once) and of all their choices."""
+    num_prompt = num_new = 0
+    for output in outputs:
+        num_prompt += len(output.prompt_token_ids)
+        num_new += sum(len(choice.token_ids) for choice in output.outputs)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_new,
+        "total_tokens": num_prompt + num_new,
+    }
+
+
+def check_served(output: RequestOutput) -> None:
+    """Raise an `ApiError` if the engine gave a request up."""
+    if output.error_code == "computation_failed":
+        raise ApiError(500, output.error or "", None, output.error_code)
+    if output.error is not None:
+        raise ApiError(400, output.error, "prompt", "request_too_large")
+    if any(choice.finish_reason == "abort" for choice in output.outputs):
+        raise ApiError(503, "the server has ended the request", None, "aborted")
+
+
+def to_bytes(data: Mapping[str, Any]) -> bytes:
+    """Compact JSON."""
+    return to_json(data).encode()
+
+
+def to_json(data: Mapping[str, Any]) -> str:
+    """Compact JSON; a number that JSON lacks is a mistake of ours."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _choice(index: int, content: Json, logprobs: Json | None, choice: CompletionOutput) -> Json:
+    return {
+        "index": index,
+        **content,
+        "logprobs": logprobs,
+        "finish_reason": choice.finish_reason,
+        "stop_reason": choice.stop_reason,
+    }
+
+
+def _logprobs(
+    head: ReplyHead, entries: Sequence[Entry] | None, offsets: TextOffsets
+) -> Json | None:
+    if entries is None:
+        return None
+    if head.is_chat:
+        return chat_logprobs(entries, head.num_logprobs, head.show_token_ids)
+    return completion_logprobs(entries, head.num_logprobs, offsets)

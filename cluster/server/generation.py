@@ -1,0 +1,262 @@
+"""What stands between the HTTP API and the engine: prompts, limits, the queue, and streams."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from saqqara.cluster.chat import ChatOptions
+from saqqara.cluster.engine.engine import Engine
+from saqqara.cluster.engine.streams import AsyncEngine
+from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest, check_model
+from saqqara.cluster.request import RequestOutput, SamplingParams
+from saqqara.cluster.scheduling.sequence import check_room
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig, ServeConfig
+
+from .admission import Admission
+
+T = TypeVar("T")
+
+LONG_TEXT_CHARS = 8192  # a longer text is tokenised in a thread: it takes milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request that is checked and tokenised.
+
+    `names` are what the client calls the engine's fields.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    names: Mapping[str, str]
+    sampling: SamplingParams
+    retention: Retention
+    priority: int = 0
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that the engine runs for it."""
+        return len(self.prompts) * self.sampling.n
+
+
+class Generation:
+    """Serves checked requests on one engine; used in one event loop.
+
+    Args:
+        config: the server's settings.
+        engine_config: those of its engine.
+        engine: the engine, from now on this object's.
+        tokenizer: of the model, not the engine's own: the two are used at the same time.
+
+    Attributes:
+        admission: who may come in.
+        tokenizer: as given.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        engine_config: EngineConfig,
+        engine: Engine,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.model = config.model_loading_config.model_id
+        self.limits = config.limits
+        self.tokenizer = tokenizer
+        self.max_model_len = engine.scheduler.max_model_len
+        self.admission = Admission(engine_config.max_num_seqs, config.limits.max_queue)
+        self._retention = engine.retention
+        self._vocab_size = engine.vocab_size
+        self._metrics = engine.metrics
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._engine = AsyncEngine(engine)
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine."""
+        return self._engine
+
+    def metrics(self) -> str:
+        """The engine's metrics in the Prometheus text format."""
+        return self._metrics.render()
+
+    async def shutdown(self) -> None:
+        """End the engine; whoever still waits for it gets an error."""
+        self.admission.close()
+        await asyncio.to_thread(self._engine.shutdown)
+        self._threads.shutdown(wait=False)
+
+    async def prepare(self, request: CompletionRequest | ChatRequest) -> Job:
+        """Check and tokenise a request.
+
+        Raises:
+            ApiError: what is wrong with it, and in which field.
+        """
+        self.check_model(request.model)
+        request.check_limits(self.limits)
+        request.check_profile()
+        sampling = request.sampling_params()
+        retention = request.read_retention(self._retention)
+        if isinstance(request, ChatRequest):
+            encoded = await self.encode_chat(request.messages, request.chat_options())
+            prompts = [self._fitting("messages", encoded)]
+        else:
+            prompts = [await self._encode(p) for p in request.prompts(self.limits.max_prompts)]
+        job = Job(
+            tuple(map(tuple, prompts)), request.names, sampling, retention, request.priority or 0
+        )
+        self._check_lengths(job)
+        if job.num_sequences > self.admission.capacity:
+            raise ApiError(
+                400,
+                f"n: {len(prompts)} prompts times n={sampling.n} are more sequences than the "
+                f"{self.admission.capacity} that the server takes at once",
+                "n",
+                "limit_exceeded",
+            )
+        return job
+
+    async def outputs(
+        self, job: Job, *, stream: bool
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """(Place of the prompt, its output so far); without `stream` finished outputs only.
+
+        Leaving the iteration aborts what is not finished.
+
+        Raises:
+            ApiError: the engine does not take the request.
+            EngineDeadError: the engine has failed.
+        """
+        places = range(len(job.prompts))
+        sources = [self._serve(job, place, stream) for place in places]
+        if len(sources) == 1:
+            async with aclosing(sources[0]) as source:
+                async for output in source:
+                    yield 0, output
+            return
+        async with aclosing(_merged(sources)) as merged:
+            async for item in merged:
+                yield item
+
+    async def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+
+        def encode() -> list[int]:
+            return self.tokenizer.encode(text, add_special_tokens)
+
+        return await self._off_loop_if_long(len(text), encode)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special ones by their names."""
+
+        def decode() -> str:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+        return await self._off_loop_if_long(len(token_ids), decode)
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
+    ) -> list[int]:
+        """Token ids of a conversation.
+
+        Raises:
+            ApiError: a message is wrong; names its field.
+        """
+
+        def encode() -> list[int]:
+            return self.tokenizer.apply_chat(messages, options)
+
+        try:
+            return await self._off_loop_if_long(_num_chars(messages), encode)
+        except ValueError as error:
+            raise ApiError.of(error, "messages") from None
+
+    def check_model(self, model: str | None) -> None:
+        """Raise an `ApiError` (404) unless this is the model that the server has."""
+        check_model(model, [self.model])
+
+    async def _encode(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self._fitting("prompt", await self.encode_text(prompt))
+        return prompt  # the engine checks what did not come from the tokenizer
+
+    def _fitting(self, field: str, token_ids: list[int]) -> list[int]:
+        try:
+            return self.tokenizer.check_fit(field, token_ids, self._vocab_size)
+        except ValueError as error:
+            raise ApiError.of(error, field) from None
+
+    async def _off_loop_if_long(self, num_chars: int, function: Callable[[], T]) -> T:
+        if num_chars <= LONG_TEXT_CHARS:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+    def _check_lengths(self, job: Job) -> None:
+        """Raise an `ApiError` for what has no room, before it waits in the queue."""
+        if job.sampling.truncate_prompt_tokens is not None:
+            return
+        try:
+            for prompt in job.prompts:
+                check_room(len(prompt), job.sampling.max_tokens, self.max_model_len)
+        except ValueError as error:
+            raise ApiError.of(error).renamed(job.names) from None
+
+    async def _serve(
+        self, job: Job, place: int, stream: bool
+    ) -> AsyncGenerator[RequestOutput, None]:
+        source = self._engine.generate(
+            secrets.token_hex(12),
+            job.prompts[place],
+            job.sampling.for_prompt(place),
+            retention=job.retention,
+            priority=job.priority,
+            stream=stream,
+            must_fit=True,
+        )
+        try:
+            async with aclosing(source) as outputs:
+                async for output in outputs:
+                    yield output
+        except ValueError as error:
+            raise ApiError.of(error, "prompt").renamed(job.names) from None
+
+
+def _num_chars(value: Any) -> int:
+    """About how much there is to read in a JSON value, wherever it stands."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(1 + _num_chars(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(1 + _num_chars(item) for item in value)
+    return 0
+
+
+async def _merged(
+    sources: Sequence[AsyncGenerator[RequestOutput, None]],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """Items of several sources as they come, with the number of their source."""
+    waiting = {asyncio.ensure_future(anext(s)): i for i, s in enumerate(sources)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                place = waiting.pop(task)
+                try:
+                    output = task.result()
+                except StopAsyncIteration:
+                    continue
+                waiting[asyncio.ensure_future(anext(sources[place]))] = place
+                yield place, output
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for source in sources:
+            await source.aclose()
