@@ -1,14 +1,15 @@
 """How every preset and each departure from it is spelled, counted and refused, as lines of text.
 
-`retention_cases.txt` holds the lines. Labels name results that people keep, the mapping is stored
-with them, and errors are read by users: none of them may change unseen.
+Labels name results that people keep, the mapping is stored with them, and errors are read by
+users: none of them may change unseen. `retention_cases.txt` has a line for each name, with a digest
+of what is said for each setting that departs. Where a change is meant:
 
     python tests/support/retention_cases.py > tests/support/retention_cases.txt
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from saqqara.compression.retention import Retention
@@ -98,20 +99,22 @@ TOGETHER: tuple[dict[str, Any], ...] = (  # the order in which a label tells the
 )
 
 
-def cases() -> Iterator[dict[str, Any]]:
-    """Settings as users write them: each preset by itself, then with every departure."""
-    presets = sorted(file.stem for file in (CONFIG_DIR / "retention").glob("*.yaml"))
-    for name in (*presets, *COMPOSED):
-        yield {"method": name}
-        own = {"method": name}
-        if not name.startswith(("full", "pyramidinfer")):
-            own["budget"] = "25%"
-        if name == "headkv" or name.endswith("profile"):
-            own["profile"] = PROFILE
-        for setting, values in DEPARTURES.items():
-            yield from (own | {setting: value} for value in values)
-        yield from (own | more for more in TOGETHER)
-    yield from ({}, {"budget": 64}, {"score": "knorm", "budget": 64}, {"shape": "pyramid"})
+def names() -> list[str]:
+    """Every preset, some composed names, and one that there is not."""
+    return [*sorted(file.stem for file in (CONFIG_DIR / "retention").glob("*.yaml")), *COMPOSED]
+
+
+def cases(name: str) -> dict[str, list[dict[str, Any]]]:
+    """Settings as users write them, by what departs from the name's own."""
+    own: dict[str, Any] = {"method": name}
+    if not name.startswith(("full", "pyramidinfer")):
+        own["budget"] = "25%"
+    if name == "headkv" or name.endswith("profile"):
+        own["profile"] = PROFILE
+    found = {"bare": [{"method": name}], "itself": [own]}
+    for setting, values in DEPARTURES.items():
+        found[setting] = [own | {setting: value} for value in values]
+    return found | {"together": [own | more for more in TOGETHER]}
 
 
 def line(given: dict[str, Any]) -> str:
@@ -147,5 +150,23 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
+def lines(name: str, setting: str) -> list[str]:
+    """What is said of a name with each value of a setting that departs."""
+    return [line(given) for given in cases(name)[setting]]
+
+
+def digests(name: str) -> dict[str, str]:
+    """A digest of `lines` for each setting."""
+    return {setting: _digest("\n".join(lines(name, setting))) for setting in cases(name)}
+
+
+def stored_digests() -> dict[str, dict[str, str]]:
+    """What `retention_cases.txt` has, by name and setting."""
+    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
+    words = [row.split() for row in text.splitlines()]
+    return {name: dict(pair.split("=") for pair in pairs) for name, *pairs in words}
+
+
 if __name__ == "__main__":
-    print(*map(line, cases()), sep="\n")
+    for each in names():
+        print(each, *(f"{setting}={digest}" for setting, digest in digests(each).items()))
