@@ -47,7 +47,8 @@ from saqqara.cluster.cli.tables import print_table
 from saqqara.cluster.engine.engine import Engine, LocalExecutor
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput
-from saqqara.compression.decode_stage import DecodeStage, cycle_of
+from saqqara.compression.decode import DecodeStage
+from saqqara.compression.growth import cycle_of
 from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig

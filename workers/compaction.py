@@ -1,8 +1,8 @@
 """Cuts rows while their sequences decode: compacts those at their limit, trims PyramidInfer's.
 
-All rows of a sequence with targets reach their limits in the same step (`decode_stage.Cycle`).
-After the layers of that step, layer by layer, the rows of all such sequences that are scored alike
-are selected and compacted together. What is trimmed (`trim.TrimmedRows`) is cut in the layers that
+All rows of a sequence with targets reach their limits in the same step (`growth.Cycle`). After the
+layers of that step, layer by layer, the rows of all such sequences that are scored alike are
+selected and compacted together. What is trimmed (`growth.TrimmedRows`) is cut in the layers that
 fire, together where sequences are cut alike, which is where their prompts are of one length.
 
 Shapes: N sequences, R rows of one layer, n stored tokens of each, w queries, Hq local query heads,
@@ -17,18 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saqqara.compression.decode_stage import (
+from saqqara.compression.growth import (
+    Trim,
     num_ring_queries,
     remembers_normalisers,
     sums_mass,
 )
 from saqqara.compression.observation import Observation
-from saqqara.compression.registry import score_method
 from saqqara.compression.retention import Retention
-from saqqara.compression.scores import ordered_mean
-from saqqara.compression.stored import select_stored, select_trimmed
-from saqqara.compression.survivors import query_weights
-from saqqara.compression.trim import Trim
+from saqqara.compression.scoring import ordered_mean, query_weights
+from saqqara.compression.selecting import select_stored, select_trimmed
 
 from .kv.rows import Rows, compact_rows, read_places, read_rows
 from .plan import DecodeItem
@@ -86,7 +84,7 @@ def _asks_ranks(shard: Shard, retention: Retention) -> bool:
     Such sequences are selected one by one, in the same order on every rank.
     """
     assert retention.score is not None
-    if score_method(retention.score).scope != "head":
+    if retention.score.scope != "head":
         return True
     attends = num_ring_queries(retention) > 0 or sums_mass(retention)
     return shard.heads.replicated and attends

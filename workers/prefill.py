@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from saqqara.compression.decode_stage import remembers_normalisers, sums_mass
+from saqqara.compression.growth import remembers_normalisers, sums_mass
 from saqqara.compression.retention import Retention
-from saqqara.compression.select import select
+from saqqara.compression.selecting import select
 
 from .attention.base import CuSeqlens
 from .kv.prompts import PromptWrite, write_prompts

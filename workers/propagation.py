@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saqqara.compression.propagate import Propagate
-from saqqara.compression.survivors import query_weights, surviving_tokens, token_scores
+from saqqara.compression.scoring import query_weights, token_scores
+from saqqara.compression.selecting import surviving_tokens
 
 from .layout import head_shard
 from .mesh import Mesh

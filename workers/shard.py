@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saqqara.compression.decode_stage import (
+from saqqara.compression.decode import DecodeStage
+from saqqara.compression.growth import (
     Cycle,
-    DecodeStage,
+    TrimmedRows,
     cycle_of,
     most_ring_size,
     remembers_normalisers,
@@ -23,7 +24,6 @@ from saqqara.compression.decode_stage import (
     trimmed_rows,
 )
 from saqqara.compression.retention import Retention
-from saqqara.compression.trim import TrimmedRows
 from saqqara.configs.worker_settings import WorkerSettings
 
 from .attention.base import get_backend

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from saqqara.compression.decode_stage import num_ring_queries
+from saqqara.compression.growth import num_ring_queries
 from saqqara.compression.retention import Retention
 from saqqara.configs.shown import shown
 from saqqara.workers.models.spec import ModelSpec

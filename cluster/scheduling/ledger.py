@@ -7,7 +7,7 @@ is tabulated per slot and worker (`_crossings`), so the cost of a step's appends
 sequence, however many layers and heads there are.
 
 Under a decode-stage retention all rows of a sequence shrink together, too, after numbers of fed
-tokens that are known (`compression.decode_stage.Cycle`): then pages are a function of how many
+tokens that are known (`compression.growth.Cycle`): then pages are a function of how many
 tokens rows have *grown* by. A step that compacts appends first, so it is charged what it holds at
 its peak, and `settle`, at the end of the plan, gives back what the compaction returns. The ring of
 queries that a sequence may have (`workers/rings.py`) and its sums of attention lie outside the
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from saqqara.compression.decode_stage import Cycle, cycle_of, grown, trimmed_rows
+from saqqara.compression.growth import Cycle, cycle_of, grown, trimmed_rows
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import WorkerInfo
 

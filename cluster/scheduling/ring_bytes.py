@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from saqqara.compression.decode_stage import remembers_normalisers, ring_size
+from saqqara.compression.growth import remembers_normalisers, ring_size
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import WorkerInfo
 

@@ -11,7 +11,7 @@ from itertools import islice
 
 import numpy as np
 
-from saqqara.compression.decode_stage import feeds_single_tokens
+from saqqara.compression.growth import feeds_single_tokens
 from saqqara.workers.plan import (
     DecodeItem,
     NewSequence,

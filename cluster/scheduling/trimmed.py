@@ -1,7 +1,7 @@
 """Pages of sequences that are trimmed while they decode: numbers per layer, counted step by step.
 
 What PyramidInfer's generation stage cuts follows from numbers of tokens alone, layer by layer
-(`compression.trim.TrimmedRows`), so the ledger runs the same count as the workers.
+(`compression.growth.TrimmedRows`), so the ledger runs the same count as the workers.
 
 Shapes: L layers, W workers.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from saqqara.compression.trim import TrimmedRows
+from saqqara.compression.growth import TrimmedRows
 from saqqara.workers.plan import WorkerInfo
 
 Ints = NDArray[np.int64]

@@ -24,11 +24,12 @@ from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput, derived_seed
 from saqqara.compression.retention import Retention
+from saqqara.compression.scores import SnapKV
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec, RopeSpec
 
 EOS = 3
-RAGGED = RaggedRetention(method="ragged", score="snapkv", budget=12, window=3)
+RAGGED = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
 Output = RequestOutput | ScoreOutput
 
 SPEC = ModelSpec(
