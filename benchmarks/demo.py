@@ -27,8 +27,8 @@ from saqqara.cluster.cli.tables import print_table
 from saqqara.cluster.engine.report import EngineReport
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.configs.worker_settings import WorkerSettings
-from saqqara.workers.memory import choose_dtype, cpu_has_bfloat16
 from saqqara.workers.models.spec import load_spec
+from saqqara.workers.part import choose_dtype, cpu_has_bfloat16
 
 NUM_DOCUMENTS = 26
 NUM_DOCUMENTS_SLOWLY = 10  # without bfloat16 arithmetic, where each takes several times as long

@@ -30,7 +30,8 @@ from saqqara.configs.json_text import json_text
 from saqqara.workers.attention.base import AttentionBackend, CuSeqlens
 from saqqara.workers.attention.cpu import CpuAttention
 from saqqara.workers.attention.sdpa import TorchAttention
-from saqqara.workers.kv.store import KVStore, KVView
+from saqqara.workers.kv.store import KVStore
+from saqqara.workers.kv.view import KVView
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 SCALE = HEAD_DIM**-0.5

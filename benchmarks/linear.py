@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from saqqara.configs.json_text import json_text
-from saqqara.workers.layers.norm import rms_norm
-from saqqara.workers.layers.rotary import RotaryTable, rotate
+from saqqara.workers.models.norm import rms_norm
+from saqqara.workers.models.rotary import RotaryTable, rotate
 from saqqara.workers.models.spec import RopeSpec
-from saqqara.workers.native.linear import Finish, Mlp, PackedLinear, Projection, RMSNorm
+from saqqara.workers.native.decoder_layer import Finish, Mlp, Projection
+from saqqara.workers.native.linear import PackedLinear, RMSNorm
 
 Call = Callable[[], object]
 

@@ -19,7 +19,7 @@ from saqqara.workers.attention.base import CuSeqlens
 from saqqara.workers.attention.reference import ReferenceAttention
 from saqqara.workers.attention.triton import TritonAttention
 from saqqara.workers.kernels import attend, decode, mass, pages
-from saqqara.workers.kv.store import KVView
+from saqqara.workers.kv.view import KVView
 
 Check = Callable[[torch.device, torch.dtype, int], float]
 

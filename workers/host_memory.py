@@ -1,9 +1,7 @@
-"""Cores and memory of the host, and what this process holds; on Linux as the kernel says it."""
+"""Memory of the host, and what this process holds; on Linux as the kernel says it."""
 
 import os
 from pathlib import Path
-
-THREADS_PER_CORE = 4
 
 _MEMORY = Path("/proc/meminfo")
 _PROCESS = Path("/proc/self/statm")
@@ -23,16 +21,6 @@ def available_bytes() -> int:
 def total_bytes() -> int:
     """Bytes of memory that the host has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def check_threads(num_threads: int) -> None:
-    """Raise a ValueError if that many are no small multiple of the host's cores."""
-    cores = os.cpu_count() or 1
-    if num_threads > THREADS_PER_CORE * cores:
-        raise ValueError(
-            f"num_threads={num_threads} is too many for this machine's {cores} cores; it can be 1 "
-            f"to {THREADS_PER_CORE * cores}"
-        )
 
 
 def resident_bytes() -> int:

@@ -15,11 +15,13 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.worker_settings import WorkerSettings
 
 from .clock import Span
-from .decode import Decode
-from .head import Head
 from .kv.store import KVStore
-from .layout import MeshLayout
+from .mesh.layout import MeshLayout
 from .models.spec import ModelSpec
+from .part import Part
+from .passes.decode import Decode
+from .passes.head import Head
+from .passes.prefill import Prefill
 from .plan import (
     DecodeItem,
     KeptCounts,
@@ -31,13 +33,13 @@ from .plan import (
     StepPlan,
     StepResult,
 )
-from .prefill import Prefill
+from .process import prepare_process
 from .shard import Shard
-from .slots import Target, ended
+from .state.slots import Target, ended
 
 
 class Worker:
-    """Executes step plans on one rank.
+    """Executes step plans on one rank, in a process that `prepare_process` has made ready.
 
     Args:
         config: the engine's settings; the same on every rank.
@@ -58,25 +60,27 @@ class Worker:
         store: tuple[str, int] | None = None,
         log_file: str | None = None,
     ) -> None:
-        self._shard = shard = Shard(config, layout, rank, store)
+        part = Part.make(config, layout, rank, store)
+        self._shard = shard = Shard(part)
         self._prefill = Prefill(shard)
         self._decode = Decode(shard)
         self._head: Head | None = None
-        if shard.mesh.is_last_stage:
-            self._head = Head(shard.decoder, shard.mesh, shard.slots, shard.faults)
+        if part.mesh.is_last_stage:
+            self._head = Head(part.decoder, part.mesh, shard.slots, shard.faults)
         if config.warmup:
             self.warm_up()
         self.info = shard.info(os.uname().nodename, os.getpid(), log_file)
 
     @classmethod
     def local(cls, config: WorkerSettings) -> "Worker":
-        """The only rank of an engine that runs in this process."""
+        """The only rank of an engine that runs in this process, whose threads it sets."""
+        prepare_process(config)
         return cls(config, MeshLayout(1, 1))
 
     @property
     def spec(self) -> ModelSpec:
         """The whole model's sizes."""
-        return self._shard.spec
+        return self._shard.part.spec
 
     @property
     def kv(self) -> KVStore:
@@ -96,20 +100,20 @@ class Worker:
         for slot in plan.free:
             self._prefill.drop(slot)
             shard.free(slot)
-        already_refused = frozenset(shard.refused)
+        already_refused = frozenset(shard.faults.refused)
         for new in plan.new:
             shard.add(new)
-        targets = shard.slots.samples(plan, shard.spec.num_layers)
+        targets = shard.slots.samples(plan, shard.part.spec.num_layers)
         finals = self._prefill.run(plan)
         decoded = self._decode.run(plan.decode)
         sampled, scored = self._read_head(plan, targets, finals, decoded)
         return StepResult(
             step=plan.step,
-            rank=shard.mesh.rank,
+            rank=shard.part.mesh.rank,
             sampled=sampled,
             scored=scored,
             kept=self._kept(plan),
-            refused=tuple(sorted(shard.refused - already_refused)),
+            refused=tuple(sorted(shard.faults.refused - already_refused)),
             faults=shard.faults.take(),
             pages_free=shard.kv.pages_free,
             prefill_layer_tokens=self._prefill.take_layer_tokens(),
@@ -148,17 +152,17 @@ class Worker:
 
     def close(self) -> None:
         """Leave the process groups."""
-        self._shard.mesh.close()
+        self._shard.part.mesh.close()
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Run one small sequence through prefill and decode, so the first request is not slower."""
         shard = self._shard
-        length = max(1, min(16, shard.max_model_len - 2))
+        length = max(1, min(16, shard.part.max_model_len - 2))
         tokens = np.zeros(length, dtype=np.int32).tobytes()
         greedy = SamplingSpec(temperature=0.0)
         new = NewSequence(0, tokens, length, greedy, Retention.parse(None))
-        group = PrefillGroup((0,), 0, shard.spec.num_layers)
+        group = PrefillGroup((0,), 0, shard.part.spec.num_layers)
         self.execute(StepPlan(-2, new=(new,), prefill=(group,)))
         self.execute(StepPlan(-1, decode=(DecodeItem(0, length),)))
         self.execute(StepPlan(0, free=(0,)))
@@ -170,9 +174,9 @@ class Worker:
         shard = self._shard
         return tuple(
             KeptCounts(slot, shard.kv.kept(slot).astype(np.int32).tobytes())
-            for group in ended(plan, shard.layers.stop)
+            for group in ended(plan, shard.part.layers.stop)
             for slot in group.slots
-            if slot not in shard.refused
+            if slot not in shard.faults.refused
         )
 
     def _read_head(
@@ -183,7 +187,7 @@ class Worker:
         decoded_TE: Tensor | None,
     ) -> tuple[tuple[SampledToken, ...], tuple[ScoredTokens, ...]]:
         """Sample and score on the last stage; elsewhere only note which tokens will come."""
-        shard, mesh = self._shard, self._shard.mesh
+        shard, mesh = self._shard, self._shard.part.mesh
         if self._head is None:
             if targets and mesh.is_first_stage:
                 self._decode.expect(targets)
@@ -196,6 +200,6 @@ class Worker:
         if mesh.tensor_rank != 0:
             return (), ()
         return (
-            tuple(s for s in sampled if s.slot not in shard.refused),
-            tuple(s for s in scored if s.slot not in shard.refused),
+            tuple(s for s in sampled if s.slot not in shard.faults.refused),
+            tuple(s for s in scored if s.slot not in shard.faults.refused),
         )

@@ -1,7 +1,7 @@
 """Whether a model can be cut as the settings say: known from its config, before any rank starts."""
 
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.layout import head_shard, intermediate_shard, layer_split
+from saqqara.workers.mesh.layout import head_shard, intermediate_shard, layer_split
 from saqqara.workers.models.source import local_folder
 from saqqara.workers.models.spec import ModelSpec, load_spec
 

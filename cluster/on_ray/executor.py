@@ -23,7 +23,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from saqqara.cluster.errors import WorkerDiedError
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
 from .placement import Placement, RankPlace, reserve

@@ -23,7 +23,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh.layout import MeshLayout
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from saqqara.configs.worker_settings import WorkerSettings
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
 if TYPE_CHECKING:
-    from saqqara.workers.layout import MeshLayout
+    from saqqara.workers.mesh.layout import MeshLayout
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class RankProcess:
 
     def open_store(self, host: str) -> tuple[str, int]:
         """Open the rendezvous store on a free port; it lives as long as this process."""
-        from saqqara.workers.mesh import start_store
+        from saqqara.workers.mesh.mesh import start_store
 
         store = start_store(host)
         self._store = store
@@ -121,9 +121,12 @@ class RankProcess:
         if make_worker is None:
             make_worker = importlib.import_module("saqqara.workers.worker").Worker
             assert make_worker is not None
-        # The worker sets torch's threads. Ray sets OMP_NUM_THREADS to 1 for actors of few CPUs.
+        from saqqara.workers.process import prepare_process
+
         settings = replace(config.for_worker(), num_threads=self.num_threads)
         try:
+            # Ray sets OMP_NUM_THREADS to 1 for actors of few CPUs.
+            prepare_process(settings, self.rank)
             self._worker = make_worker(settings, layout, self.rank, store, self.log_file)
         except BaseException:
             logger.exception("rank %d could not start", self.rank)

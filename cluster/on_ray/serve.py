@@ -28,7 +28,7 @@ from saqqara.cluster.server.generation import Generation
 from saqqara.cluster.settings import serve_config, served_engine
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig, ServeConfig
-from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.models.spec import load_spec
 
 from .executor import RayExecutor

@@ -10,8 +10,8 @@ Under a decode-stage retention all rows of a sequence shrink together, too, afte
 tokens that are known (`compression.growth.Cycle`): then pages are a function of how many
 tokens rows have *grown* by. A step that compacts appends first, so it is charged what it holds at
 its peak, and `settle`, at the end of the plan, gives back what the compaction returns. The ring of
-queries that a sequence may have (`workers/rings.py`) and its sums of attention lie outside the
-pool: they are charged no pages. The bytes of its ring are counted in `usage`.
+queries that a sequence may have (`workers/state/rings.py`) and its sums of attention lie outside
+the pool: they are charged no pages. The bytes of its ring are counted in `usage`.
 
 Rows that PyramidInfer's generation stage trims do not grow alike: `trimmed.TrimmedPages` counts
 their pages, one sequence at a time, in the place of the function above.

@@ -20,7 +20,7 @@ from support.tiny import VOCAB, save_tiny
 from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.plan import DecodeItem, StepPlan
 from saqqara.workers.worker import Worker
 

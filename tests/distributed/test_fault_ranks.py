@@ -12,7 +12,7 @@ from support.tiny import VOCAB, save_tiny
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.plan import DecodeItem, StepPlan, StepResult
 from saqqara.workers.worker import Worker
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from support.ranks import Store, run_ranks
 
-from saqqara.workers.layers.embedding import LMHead, VocabEmbedding, read_vocab_rows
-from saqqara.workers.layers.linear import column_parallel, row_parallel
-from saqqara.workers.layout import MeshLayout, head_shard, intermediate_shard, vocab_shard
-from saqqara.workers.mesh import Mesh
+from saqqara.workers.mesh.layout import MeshLayout, head_shard, intermediate_shard, vocab_shard
+from saqqara.workers.mesh.mesh import Mesh
+from saqqara.workers.models.embedding import LMHead, VocabEmbedding, read_vocab_rows
+from saqqara.workers.models.linear import column_parallel, row_parallel
 from saqqara.workers.models.weights import DummyWeights
 from saqqara.workers.native.build import unavailable_reason
 
@@ -38,15 +38,16 @@ def run(task: Task, layout: MeshLayout, num_kv_heads: int | None = None) -> list
     return run_ranks(partial(_run_task, task, layout, num_kv_heads), layout.world_size)
 
 
-def _gather_heads(mesh: Mesh) -> list[list[float]]:
+def _gather_heads(mesh: Mesh, *, are_parts: bool = False) -> list[list[float]]:
     """Of 3 heads, row h is 100 * h + column, and 1000 more on each stage."""
     size = mesh.layout.tensor_size
     heads = [head_shard(6, 3, size, rank).kv for rank in range(size)]
     whole = head_rows(mesh.pipeline_rank)
     held = heads[mesh.tensor_rank]
     mine = torch.tensor(whole)[held.start : held.stop]
-    gathered = mesh.gather_heads(mine, heads)
-    assert torch.equal(mesh.gather_heads(mine[:, 1:3], heads), gathered[:, 1:3]), "not contiguous"
+    gathered = mesh.gather_heads(mine, heads, are_parts=are_parts)
+    some = mesh.gather_heads(mine[:, 1:3], heads, are_parts=are_parts)
+    assert torch.equal(some, gathered[:, 1:3]), "not contiguous"
     rows: list[list[float]] = gathered.tolist()
     return rows
 
@@ -66,6 +67,7 @@ def _collectives(mesh: Mesh) -> dict[str, Any]:
     out["broadcast"] = mesh.broadcast(torch.tensor([rank, 7]), root=1).tolist()
     out["replicas"] = mesh.reduce_replicas(torch.tensor([float(rank + 1)])).tolist()
     out["heads"] = _gather_heads(mesh)  # 2 + 1 on the two ranks of a stage
+    out["parts"] = _gather_heads(mesh, are_parts=True)
     return out
 
 
@@ -79,7 +81,7 @@ def test_collectives_stay_within_the_stage() -> None:
         assert out["gather"] == [[first, first, first + 1, first + 1]] * 2
         assert out["broadcast"] == [first + 1, 7]
         assert out["replicas"] == [rank + 1], "no head is shared: nothing is summed"
-        assert out["heads"] == head_rows(rank // 2)
+        assert out["heads"] == out["parts"] == head_rows(rank // 2)
 
 
 def _four_ranks(mesh: Mesh) -> dict[str, Any]:
@@ -89,6 +91,7 @@ def _four_ranks(mesh: Mesh) -> dict[str, Any]:
         "replicas": mesh.reduce_replicas(torch.tensor(10.0**mesh.rank)).item(),
         "all": mesh.all_reduce(torch.tensor(1.0)).item(),
         "heads": _gather_heads(mesh),
+        "parts": _gather_heads(mesh, are_parts=True),
     }
 
 
@@ -103,6 +106,9 @@ def test_ranks_that_share_a_kv_head_sum_among_themselves() -> None:
     assert [out["replicas"] for out in results] == [11, 11, 100, 1000]
     assert {out["all"] for out in results} == {4}
     assert all(out["heads"] == head_rows(0) for out in results), "each head once"
+    first, *others = head_rows(0)
+    summed = [[2 * x for x in first], *others]
+    assert all(out["parts"] == summed for out in results), "the parts of a shared head add up"
     assert {out["bfloat16"] for out in results} == {260}
 
 

@@ -13,7 +13,7 @@ from support.tiny import VOCAB, save_tiny
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.layout import MeshLayout, head_shard
+from saqqara.workers.mesh.layout import MeshLayout, head_shard
 from saqqara.workers.plan import DecodeItem, NewSequence, PrefillGroup, StepPlan
 from saqqara.workers.worker import Worker
 

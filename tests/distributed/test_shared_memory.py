@@ -18,9 +18,9 @@ import torch
 from support.ranks import run_ranks
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]  # public
 
-from saqqara.workers import shared_memory
-from saqqara.workers.layout import MeshLayout
-from saqqara.workers.mesh import Mesh
+from saqqara.workers.mesh import shared_memory
+from saqqara.workers.mesh.layout import MeshLayout
+from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.native import build
 from saqqara.workers.native.exchange import Exchange, memory_bytes
 

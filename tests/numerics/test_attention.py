@@ -24,7 +24,8 @@ from saqqara.workers.attention.base import CuSeqlens, get_backend
 from saqqara.workers.attention.reference import ReferenceAttention
 from saqqara.workers.attention.sdpa import TorchAttention
 from saqqara.workers.attention.tiles import CPU_TILING, Tiling
-from saqqara.workers.kv.store import KVStore, KVView
+from saqqara.workers.kv.store import KVStore
+from saqqara.workers.kv.view import KVView
 
 CPU = torch.device("cpu")
 HEAD_DIM = 16

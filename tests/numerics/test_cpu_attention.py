@@ -18,7 +18,8 @@ from torch import Tensor
 from saqqara.workers.attention.base import CuSeqlens
 from saqqara.workers.attention.cpu import CpuAttention, unavailable_reason
 from saqqara.workers.attention.reference import ReferenceAttention
-from saqqara.workers.kv.store import KVStore, KVView
+from saqqara.workers.kv.store import KVStore
+from saqqara.workers.kv.view import KVView
 
 CPU = torch.device("cpu")
 ORACLE = ReferenceAttention()

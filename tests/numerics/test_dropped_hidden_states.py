@@ -137,7 +137,7 @@ def test_fewer_tokens_are_computed(tiny: tuple[Path, Any], monkeypatch: Any) -> 
     worker = make_worker(folder)
     retention = propagating("pyramidinfer")
     finished = [0] * LAYERS
-    for number, layer in enumerate(worker._shard.decoder.layers):
+    for number, layer in enumerate(worker._shard.part.decoder.layers):
 
         def finish(
             *args: Any, _number: int = number, _of: Any = layer.finish, **kwargs: Any

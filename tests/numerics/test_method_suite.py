@@ -42,7 +42,7 @@ from support.tiny import VOCAB, save_tiny
 from saqqara.compression.scores import SCORES
 from saqqara.compression.shapes import SHAPES
 from saqqara.configs.yaml_files import CONFIG_DIR
-from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.worker import Worker
 
 LENGTHS = (58, 7)

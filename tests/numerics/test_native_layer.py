@@ -13,8 +13,8 @@ from support.ranks import Store, run_ranks
 from support.tiny import CONFIGS, VOCAB, save_tiny
 
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers import shared_memory
-from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh import shared_memory
+from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.native.build import unavailable_reason
 from saqqara.workers.plan import SampledToken, SamplingSpec
 from saqqara.workers.worker import Worker
@@ -84,7 +84,7 @@ def _logprobs_of_rank(folder: Path, rank: int, stores: Sequence[Store]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_memory, "_SLOT_BYTES_PER_THREAD", 4096)  # 98 tokens: several pieces
         worker = Worker(config.for_worker(), MeshLayout(tensor_size=2), rank, stores[0])
-    mesh = worker._shard.mesh
+    mesh = worker._shard.part.mesh
     assert mesh.shares_memory
     assert mesh.piece_rows(torch.empty(1, worker.spec.hidden_size).bfloat16()) < 64
     if rank == 0:

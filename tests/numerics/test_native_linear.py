@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from saqqara.workers.layers.norm import rms_norm
+from saqqara.workers.models.norm import rms_norm
 from saqqara.workers.native import linear
 from saqqara.workers.native.build import unavailable_reason
-from saqqara.workers.native.linear import Finish, Mlp, PackedLinear, Projection, RMSNorm
+from saqqara.workers.native.decoder_layer import Finish, Mlp, Projection
+from saqqara.workers.native.linear import PackedLinear, RMSNorm
 
 pytestmark = pytest.mark.skipif(
     unavailable_reason() is not None, reason=f"no native kernels: {unavailable_reason()}"
@@ -92,7 +93,7 @@ def test_nothing_is_read_past_an_odd_row() -> None:
 
 @pytest.mark.parametrize("inputs", [576, 7, 33, 2049])
 def test_norm_in_front(inputs: int) -> None:
-    """The norm of layers/norm.py, seen through the identity.
+    """The norm of models/norm.py, seen through the identity.
 
     The mean is summed in another order, so that a scaled number next to a rounding boundary may
     fall to its other side: one unit in the last place, rarely.

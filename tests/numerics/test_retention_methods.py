@@ -27,7 +27,7 @@ from saqqara.compression.scores import SCORES
 from saqqara.compression.scoring import context_scores
 from saqqara.compression.selecting import compete, kept_positions, select, topk_positions
 from saqqara.compression.shapes import SHAPES, Adaptive, Uniform
-from saqqara.workers.layout import HeadShard, head_shard
+from saqqara.workers.mesh.layout import HeadShard, head_shard
 
 HEAD_DIM = 8
 SCALE = HEAD_DIM**-0.5

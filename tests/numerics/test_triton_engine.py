@@ -1,7 +1,7 @@
 """A worker with the Triton backend computes what one with torch's does, in Triton's interpreter.
 
-Decode goes through the device's own step here (`workers/device_decode.py`), launched kernel by
-kernel: what a CUDA graph would replay.
+Decode goes through the device's own step here (`workers/passes/device_decode.py`), launched kernel
+by kernel: what a CUDA graph would replay.
 """
 
 import importlib.util
@@ -25,9 +25,9 @@ from support.tiny import save_tiny
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers import device_decode
-from saqqara.workers.device_decode import ladder
+from saqqara.workers import sizing
 from saqqara.workers.kernels.decode import PagedRows
+from saqqara.workers.passes import device_decode
 from saqqara.workers.plan import (
     DecodeItem,
     NewSequence,
@@ -35,6 +35,7 @@ from saqqara.workers.plan import (
     SamplingSpec,
     StepPlan,
 )
+from saqqara.workers.sizing import graph_sizes
 from saqqara.workers.worker import Worker
 
 interpreted = pytest.mark.skipif(
@@ -110,12 +111,12 @@ def test_tokens_are_those_of_the_torch_backend(method: Retention, tmp_path: Path
 
 
 def test_the_ladder_ends_at_the_largest_batch() -> None:
-    assert ladder(1) == (1,)
-    assert ladder(5) == (1, 2, 4, 5)
-    assert ladder(64)[-2:] == (56, 64)
-    assert ladder(10_000)[-1] == 512
+    assert graph_sizes(1) == (1,)
+    assert graph_sizes(5) == (1, 2, 4, 5)
+    assert graph_sizes(64)[-2:] == (56, 64)
+    assert graph_sizes(10_000)[-1] == 512
     for top in (3, 64, 100, 300, 512):
-        sizes = ladder(top)
+        sizes = graph_sizes(top)
         assert list(sizes) == sorted(set(sizes))
         assert sizes[-1] == top
 
@@ -159,7 +160,7 @@ def test_memory_for_graphs_is_what_a_step_takes(
         kv_memory_gib=0.01,
     )
     worker = Worker.local(config.for_worker())
-    shard, step = worker._shard, worker._decode._on_device
+    part, step = worker._shard.part, worker._decode._on_device
     assert step is not None
 
     def decode(q: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
@@ -168,12 +169,12 @@ def test_memory_for_graphs_is_what_a_step_takes(
     step._kernel = SimpleNamespace(PagedRows=PagedRows, decode=decode)  # type: ignore[assignment]
     inputs = torch.from_numpy(device_decode._padding(8)).clone()
     with torch.inference_mode(), PeakBytes() as memory:
-        step._step(inputs, shard.max_model_len)
-    assert memory.peak <= 8 * device_decode.scratch_bytes(shard) <= 1.5 * memory.peak
-    assert device_decode.graph_bytes(shard) == 0  # there is no GPU
-    monkeypatch.setattr(device_decode, "_why_no_graphs", lambda _: None)
-    outputs = sum(ladder(8)) * shard.spec.hidden_size * 4
-    assert device_decode.graph_bytes(shard) > memory.peak + outputs
+        step._step(inputs, part.max_model_len)
+    assert memory.peak <= 8 * sizing.scratch_bytes(part) <= 1.5 * memory.peak
+    assert sizing.graph_bytes(part) == 0  # there is no GPU
+    monkeypatch.setattr(sizing, "why_no_graphs", lambda _: None)
+    outputs = sum(graph_sizes(8)) * part.spec.hidden_size * 4
+    assert sizing.graph_bytes(part) > memory.peak + outputs
 
 
 def test_the_core_engine_loads_without_the_cluster_packages() -> None:

@@ -81,14 +81,16 @@ def test_a_store_moved_by_kernels_holds_what_the_other_holds(seed: int) -> None:
     for _ in range(30):
         slot, layer = int(numbers.integers(4)), int(numbers.integers(2))
         kept = stores[0].kept(slot)
-        action = numbers.choice(["write", "append", "compact", "rows", "fork", "free"])
+        action = numbers.choice(["write", "append", "compact", "compact", "fork", "free"])
         target = int(numbers.integers(4))
         can_fork = target != slot and not stores[0].kept(target).any()
         n = int(numbers.integers(1, 40))
         k, v = torch.randn(n, 2, 8), torch.randn(n, 2, 8)
         chosen = [_subset(numbers, n) for _ in range(2)]
-        places = [_subset(numbers, int(length)) for length in kept[layer]]
-        head_places = _subset(numbers, int(kept[layer, 0]))[None]
+        alike = np.flatnonzero(kept[layer] == kept[layer, 0])
+        rows = Rows(layer, np.full_like(alike, slot), alike)
+        keep = int(numbers.integers(kept[layer, 0] + 1))
+        places = torch.stack([_subset(numbers, int(kept[layer, 0]), keep) for _ in alike])
         num_new = int(numbers.integers(1, 5))
         answers = []
         for store in stores:
@@ -104,10 +106,7 @@ def test_a_store_moved_by_kernels_holds_what_the_other_holds(seed: int) -> None:
                         store.append(plan, each, new[0], new[1])
                 answer = plan is None
             elif action == "compact":
-                answer = store.compact(slot, layer, places)
-            elif action == "rows" and head_places.numel():
-                rows = Rows(layer, np.array([slot]), np.array([0]))
-                answer = compact_rows(store, rows, head_places)
+                answer = compact_rows(store, rows, places)
             elif action == "fork" and can_fork:
                 store.fork(slot, target)
             elif action == "free":
@@ -184,8 +183,9 @@ def test_pools_may_have_more_numbers_than_32_bits_count() -> None:
         assert torch.equal(near, far)
 
 
-def _subset(numbers: np.random.Generator, n: int) -> torch.Tensor:
-    count = int(numbers.integers(0, n + 1))
+def _subset(numbers: np.random.Generator, n: int, count: int | None = None) -> torch.Tensor:
+    if count is None:
+        count = int(numbers.integers(0, n + 1))
     return torch.from_numpy(np.sort(numbers.choice(n, count, replace=False)))
 
 

@@ -14,7 +14,7 @@ from saqqara.cluster.on_ray.placement import (
     reserve,
 )
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh.layout import MeshLayout
 
 
 def test_a_tensor_group_is_one_bundle_so_it_lies_on_one_node() -> None:

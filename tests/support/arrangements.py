@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.layout import MeshLayout
+from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.plan import DecodeItem, PrefillGroup, StepPlan
 from saqqara.workers.worker import Worker
 
@@ -156,6 +156,6 @@ def run_all_layouts(
             mine = [case for case in cases if is_run(case, name)]
             worker = Worker(config_of(folder, layout, len(mine)).for_worker(), layout, rank, store)
             found[name] = run_cases(worker, mine)
-            worker._shard.mesh.barrier()  # who leaves first drops what the others still read
+            worker._shard.part.mesh.barrier()  # who leaves first drops what the others still read
             worker.close()
     return found

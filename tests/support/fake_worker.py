@@ -9,8 +9,8 @@ import time
 import torch
 
 from saqqara.configs.worker_settings import WorkerSettings
-from saqqara.workers.layout import MeshLayout
-from saqqara.workers.mesh import Mesh
+from saqqara.workers.mesh.layout import MeshLayout
+from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo, WorkerMemory
 
 # What the last rank does when a plan frees this slot; the others wait for it in a collective.

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.layout import MeshLayout
-from saqqara.workers.mesh import start_store
+from saqqara.workers.mesh.layout import MeshLayout
+from saqqara.workers.mesh.mesh import start_store
 from saqqara.workers.plan import SampledToken, StepPlan, StepResult
 from saqqara.workers.worker import Worker
 
@@ -151,7 +151,7 @@ def _run_job(job: Job, rank: int, store: Store) -> RankRun:
         results.append(worker.execute(plan))
         worker.check_integrity()
     run = RankRun(results, worker.info.num_pages)
-    worker._shard.mesh.barrier()  # who leaves first drops what the next stage has not received
+    worker._shard.part.mesh.barrier()  # who leaves first drops what the next stage has not received
     worker.close()
     return run
 

@@ -29,10 +29,10 @@ from saqqara.compression.growth import (
     trimmed_rows,
 )
 from saqqara.compression.retention import Retention
-from saqqara.workers.compaction import remembered_mass, rows_mass
-from saqqara.workers.mass_sums import MassSums
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
-from saqqara.workers.rings import QueryRings
+from saqqara.workers.retain.masses import remembered_mass, rows_mass
+from saqqara.workers.state.rings import QueryRings
+from saqqara.workers.state.sums import MassSums
 
 BUDGET = 12
 

@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saqqara.workers.kv.store import AppendPlan, KVStore
+from saqqara.workers.kv.rows import Rows, compact_rows
+from saqqara.workers.kv.store import KVStore
+from saqqara.workers.kv.view import AppendPlan
 
 CPU = torch.device("cpu")
 HEAD_DIM = 2
@@ -86,10 +88,14 @@ class Model:
                 first += count
         return plan
 
-    def compact(self, slot: int, layer: int, indices: list[list[int]]) -> bool:
-        if not self.store.compact(slot, layer, _tensors(indices)):
+    def compact(self, slot: int, layer: int, indices: dict[int, list[int]]) -> bool:
+        """Compact the rows of some heads, of one length, each to equally many tokens."""
+        heads = np.array(list(indices), dtype=np.int64)
+        chosen = torch.tensor(list(indices.values()), dtype=torch.int64).view(len(heads), -1)
+        if not compact_rows(self.store, Rows(layer, np.full_like(heads, slot), heads), chosen):
             return False
-        for row, kept in zip(self.heads(slot, layer), indices, strict=True):
+        for head, kept in indices.items():
+            row = self.rows[slot, layer, head]
             row[:] = [row[i] for i in kept]
         return True
 
@@ -209,9 +215,10 @@ def test_compact_returns_pages_at_once() -> None:
     model.write(0, 0, 20, None)
     model.write(0, 1, 20, None)
     assert model.store.pages_of(0) == 30
-    assert model.compact(0, 0, [[0, 1, 18, 19]] * 3)
+    assert model.compact(0, 0, {head: [0, 1 + head, 18, 19] for head in range(3)})
     assert model.store.pages_of(0) == 15 + 3
-    assert model.compact(0, 1, [[], list(range(20)), [5, 7, 11, 13, 17]])
+    for head, kept in enumerate([[], list(range(20)), [5, 7, 11, 13, 17]]):
+        assert model.compact(0, 1, {head: kept})
     assert model.store.pages_of(0) == 3 + (0 + 5 + 2)
     model.check()
     assert model.append([0], [2])
@@ -246,24 +253,22 @@ def test_forks_that_append_together_need_one_copy_less() -> None:
 
 
 def test_compacting_a_fork_leaves_the_other_alone() -> None:
-    model = Model(make_store(num_layers=1, num_heads=1, num_pages=5))
+    model = Model(make_store(num_layers=1, num_heads=1, num_pages=6))
     store = model.store
     model.write(0, 0, 12, None)
     model.fork(0, 1)
-    keep = [[0, 1, 2, 3, 5, 6, 7, 8, 9, 10]]
-    assert model.compact(1, 0, keep)  # the first page stays shared, two are copied
+    keep = {0: [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]}
+    assert model.compact(1, 0, keep)  # all three pages are copied
     model.check()
     assert store.pages_free == 0
     model.fork(0, 2)
     before = model.snapshot()
     assert not model.compact(2, 0, keep)  # no page is free for the copies
     assert model.snapshot() == before
-    assert model.compact(2, 0, [[0, 1, 2, 3, 4, 5]])  # a prefix needs none
-    model.check()
     model.free(0)
-    model.fork(1, 0)
-    assert model.compact(0, 0, [[0, 1, 2, 3, 4, 6]])  # half of the second page stays in place
+    assert model.compact(2, 0, {0: [0, 1, 2, 3, 4, 6]})  # nobody shares these pages any more
     model.check()
+    assert store.pages_free == 1
 
 
 def test_copies_for_a_fork_need_free_pages() -> None:
@@ -284,7 +289,7 @@ def test_compaction_may_use_the_pages_that_it_frees() -> None:
     model.fork(0, 1)
     model.append([1], [3])
     assert model.store.pages_free == 0
-    assert model.compact(1, 0, [[1, 2, 3, 8]])  # rewrites a shared page, gives up two others
+    assert model.compact(1, 0, {0: [1, 2, 3, 8]})  # rewrites a shared page, gives up two others
     model.check()
     assert model.store.pages_free == 1
 
@@ -360,9 +365,9 @@ def test_decode_step_of_a_full_engine_is_fast() -> None:
 
 
 @st.composite
-def subsets(draw: st.DrawFn, lengths: Sequence[int]) -> list[list[int]]:
+def subsets(draw: st.DrawFn, lengths: Sequence[int], alike: bool = False) -> list[list[int]]:
     """Ascending indices per head; sometimes equally many, so that [H, keep] is covered."""
-    if draw(st.booleans()):
+    if alike or draw(st.booleans()):
         keep = draw(st.integers(0, min(lengths)))
         counts = [keep] * len(lengths)
     else:
@@ -407,18 +412,20 @@ def test_random_operations(data: st.DataObject) -> None:
                 indices = data.draw(st.none() | subsets([count] * store.num_heads))
                 done = model.write(slot, layer, count, indices)
             case "append":
-                chosen = data.draw(st.lists(st.sampled_from(slots), min_size=1, unique=True))
-                new = [data.draw(st.sampled_from([1, 1, 1, 2, 5, 9])) for _ in chosen]
+                growing = data.draw(st.lists(st.sampled_from(slots), min_size=1, unique=True))
+                new = [data.draw(st.sampled_from([1, 1, 1, 2, 5, 9])) for _ in growing]
                 longest = max(
-                    int(store.kept(s).max()) + n for s, n in zip(chosen, new, strict=True)
+                    int(store.kept(s).max()) + n for s, n in zip(growing, new, strict=True)
                 )
                 if longest > limit:
                     continue
-                done = model.append(chosen, new) is not None
+                done = model.append(growing, new) is not None
             case "compact":
                 slot, layer = data.draw(st.sampled_from(slots)), data.draw(st.integers(0, 1))
                 lengths = [len(row) for row in model.heads(slot, layer)]
-                done = model.compact(slot, layer, data.draw(subsets(lengths)))
+                heads = [h for h, n in enumerate(lengths) if n == lengths[0]]
+                chosen = data.draw(subsets([lengths[0]] * len(heads), alike=True))
+                done = model.compact(slot, layer, dict(zip(heads, chosen, strict=True)))
             case "fork":
                 source, target = data.draw(st.permutations(slots))[:2]
                 model.free(target)

@@ -4,15 +4,16 @@ import itertools
 
 import pytest
 
-from saqqara.workers.layout import (
+from saqqara.workers.mesh.layout import (
     MeshLayout,
     head_shard,
     intermediate_shard,
     layer_split,
+    rank_groups,
     split_evenly,
     vocab_shard,
 )
-from saqqara.workers.mesh import Mesh
+from saqqara.workers.mesh.mesh import Mesh
 
 # (query heads, kv heads): plain, grouped, SmolLM2's 9/3, one kv head.
 HEADS = [(8, 8), (8, 4), (9, 3), (32, 8), (12, 1), (14, 2)]
@@ -38,7 +39,7 @@ def test_three_kv_heads_on_two_ranks_are_two_and_one() -> None:
 def test_more_ranks_than_kv_heads_share_them() -> None:
     shards = [head_shard(9, 3, 5, rank) for rank in range(5)]
     assert [shard.kv.start for shard in shards] == [0, 0, 1, 1, 2]
-    assert [shard.num_query_heads for shard in shards] == [2, 1, 2, 1, 3]
+    assert [len(shard.query) for shard in shards] == [2, 1, 2, 1, 3]
     assert [shard.replica_group for shard in shards] == [(0, 1), (0, 1), (2, 3), (2, 3), (4,)]
 
 
@@ -56,7 +57,7 @@ def test_every_query_head_has_one_owner_that_holds_its_kv_head(
         assert owned == [*range(num_query_heads)]
         for rank, shard in enumerate(shards):
             assert {head // group_size for head in shard.query} == {*shard.kv}
-            assert shard.num_query_heads % shard.num_kv_heads == 0
+            assert len(shard.query) % len(shard.kv) == 0
             sharers = [other for other, s in enumerate(shards) if {*s.kv} & {*shard.kv}]
             assert shard.replica_group == tuple(sharers)
             assert rank in shard.replica_group
@@ -98,8 +99,8 @@ def test_an_even_mlp_is_fastest_whatever_the_heads() -> None:
     hidden, head_dim, kept_tokens = 576, 64, 1024
     heads = [head_shard(9, 3, 2, rank) for rank in range(2)]
     attention = [
-        shard.num_query_heads * head_dim * (2 * hidden + 2 * kept_tokens)  # q, o; scores, values
-        + shard.num_kv_heads * head_dim * 2 * hidden  # k, v
+        len(shard.query) * head_dim * (2 * hidden + 2 * kept_tokens)  # q, o; scores, values
+        + len(shard.kv) * head_dim * 2 * hidden  # k, v
         for shard in heads
     ]
 
@@ -189,3 +190,34 @@ def test_one_rank_needs_no_process_groups() -> None:
 def test_several_ranks_need_a_store() -> None:
     with pytest.raises(ValueError, match="store: 2 ranks"):
         Mesh(MeshLayout(tensor_size=2))
+
+
+@pytest.mark.parametrize("tensor_size", range(1, 7))
+@pytest.mark.parametrize("pipeline_size", range(1, 5))
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 3, 8])
+def test_ranks_make_their_groups_in_one_order(
+    tensor_size: int, pipeline_size: int, num_kv_heads: int
+) -> None:
+    """A rank is in one group of a kind, or in none: then it has nobody to talk to."""
+    layout = MeshLayout(tensor_size, pipeline_size)
+    groups = list(rank_groups(layout, num_kv_heads))
+    num_query_heads = 6 * num_kv_heads  # enough for any number of these ranks
+    for rank in range(layout.world_size):
+        stage, tensor = layout.pipeline_rank(rank), layout.tensor_rank(rank)
+        shard = head_shard(num_query_heads, num_kv_heads, tensor_size, tensor)
+        column = [layout.rank(s, tensor) for s in range(pipeline_size)]
+        expected = {
+            "tensor": [layout.rank(stage, t) for t in range(tensor_size)],
+            "replicas": [layout.rank(stage, t) for t in shard.replica_group],
+            "hidden": column,
+            "tokens": [column[0], column[-1]],
+        }
+        for kind, ranks in expected.items():
+            mine = [group for made, group in groups if made == kind and rank in group]
+            is_end = kind != "tokens" or rank in ranks
+            assert mine == ([ranks] if len(set(ranks)) > 1 and is_end else []), kind
+
+
+def test_without_kv_heads_no_replicas_are_known() -> None:
+    assert list(rank_groups(MeshLayout(3), None)) == [("tensor", [0, 1, 2])]
+    assert list(rank_groups(MeshLayout(), 8)) == []

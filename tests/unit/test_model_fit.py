@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.byte_llama import save_tiny_llama
 
 from saqqara.cluster.engine.client import LocalClient
 from saqqara.cluster.on_ray.controller import start_controller
 from saqqara.cluster.settings import engine_config
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.host_memory import THREADS_PER_CORE, check_threads, total_bytes
+from saqqara.workers.host_memory import total_bytes
+from saqqara.workers.mesh.layout import MeshLayout
+from saqqara.workers.process import THREADS_PER_CORE, check_threads
+from saqqara.workers.worker import Worker
 
 BOUNDS = ("ge", "gt", "le", "lt")
 NUMBERS = {
@@ -73,7 +77,22 @@ def test_what_the_machine_has_not(model: Path, monkeypatch: pytest.MonkeyPatch) 
     config = EngineConfig(
         model=str(model), load_format="dummy", kv_memory_gib=1e3, max_num_seqs=4096, num_threads=1
     )
-    monkeypatch.setattr("saqqara.workers.memory.total_bytes", lambda: 2**20)
+    monkeypatch.setattr("saqqara.workers.sizing.total_bytes", lambda: 2**20)
     with pytest.raises(ValueError, match=r"^kv_memory_gib=1000: .* the machine has 0.0 GiB"):
         LocalClient(config)
     assert total_bytes() > 2**28
+
+
+def test_a_worker_leaves_its_process_as_it_is(model: Path) -> None:
+    """Who owns the process sets its threads: for an engine in this process that is `local`."""
+    before = torch.get_num_threads()
+    settings = EngineConfig(
+        model=str(model), load_format="dummy", kv_memory_gib=0.01, num_threads=before + 1
+    ).for_worker()
+    try:
+        Worker(settings, MeshLayout()).close()
+        assert torch.get_num_threads() == before
+        Worker.local(settings).close()
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)

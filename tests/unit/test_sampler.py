@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from saqqara.cluster.request import MAX_TEMPERATURE, PENALTY_RANGE, SamplingParams
-from saqqara.workers.layers import sampler
-from saqqara.workers.layers.sampler import TokenHistory, gumbel, noise_keys, sample
+from saqqara.workers.passes import sampler
+from saqqara.workers.passes.sampler import TokenHistory, gumbel, noise_keys, sample
 from saqqara.workers.plan import SamplingSpec
 
 Array = NDArray[np.float64]
@@ -415,10 +415,15 @@ def test_any_valid_parameters_give_a_token_or_an_error(rows: Any, data: st.DataO
         for value in data.draw(st.lists(special, max_size=3)):
             logits[row, data.draw(st.just(slice(None)) | st.lists(token_ids, max_size=3))] = value
     words = data.draw(st.lists(st.lists(token_ids, min_size=1, max_size=3).map(tuple), max_size=3))
-    specs = [
-        SamplingParams(**{"max_tokens": None} | given).spec(seed, (2,), bad_words=tuple(words))
-        for given, seed, _ in rows
-    ]
+    try:
+        specs = [
+            SamplingParams(**{"max_tokens": None} | given).spec(seed, (2,), bad_words=tuple(words))
+            for given, seed, _ in rows
+        ]
+    except ValueError as error:  # refused before it is queued: see test_request.py
+        if "nothing but tokens that end the text" not in str(error):
+            raise
+        reject()
     seen = [
         TokenHistory(np.array(ids[:4], np.int32), np.array(ids[4:], np.int32)) for *_, ids in rows
     ]

@@ -1,1 +1,1 @@
-"""Attention backends; `base.get_backend` imports the one that is asked for."""
+"""Attention backends, each imported when asked for; imports `kv`, `kernels` and `native`."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saqqara.workers.kv.store import KVView
+from saqqara.workers.kv.view import KVView
 from saqqara.workers.transfer import to_device
 
 

@@ -8,7 +8,7 @@ Shapes: T packed tokens, N sequences, Hq local query heads, H local kv heads, D 
 import torch
 from torch import Tensor
 
-from saqqara.workers.kv.store import KVView
+from saqqara.workers.kv.view import KVView
 
 from .base import CuSeqlens
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from saqqara.workers.kv.store import KVView
+from saqqara.workers.kv.view import KVView
 
 from .base import CuSeqlens
 from .tiles import (

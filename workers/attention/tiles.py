@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saqqara.workers.kv.store import KVView
+from saqqara.workers.kv.view import KVView
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saqqara.workers.kv.store import KVView
+from saqqara.workers.kv.view import KVView
 
 from .base import CuSeqlens
 from .fresh import FreshAttention

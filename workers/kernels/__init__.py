@@ -1,1 +1,1 @@
-"""Triton kernels for GPUs: each file has those of one piece of work, and how to launch them."""
+"""Triton kernels for GPUs, one piece of work in each file; imports no other room."""

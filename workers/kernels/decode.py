@@ -91,7 +91,13 @@ def _decode_kernel(
     HAS_SLOTS: tl.constexpr, HAS_NEW: tl.constexpr,
     HAS_SCORES: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """One part of one row; scores in units of log 2."""
+    """One part of one row; scores in units of log 2.
+
+    An online softmax: `best` is the largest score so far, `total` the sum of the weights relative
+    to it and `acc` that of the weighted values. In order: which tokens are this part's; the new
+    token, if the launch brings one, which the first part attends to and stores; the stored tokens,
+    block by block; what came out, as the row's output or as a part for `_merge_kernel`.
+    """
     row, entry, head, length = _row_of_program(
         lengths, slots, length_stride_n, length_stride_h, H, HAS_SLOTS
     )

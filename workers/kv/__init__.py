@@ -1,1 +1,1 @@
-"""Pages of keys and values, and the rows that own them."""
+"""Pages of keys and values, and the rows that own them; imports `kernels`."""

@@ -71,7 +71,8 @@ class KernelMoves:
             first = first + (np.cumsum(counts, dtype=np.int64) - counts)[row]
         jobs = np.stack([pages.astype(np.int64), heads[row], first, left, starts[row]], axis=1)
         pool = self._pool
-        self._kernels.fill_pages(k, v, pool.k_pages, pool.v_pages, self._to_device(jobs), indices)
+        on_device = to_device(np.ascontiguousarray(jobs), self._table.device)
+        self._kernels.fill_pages(k, v, pool.k_pages, pool.v_pages, on_device, indices)
 
     def append(self, k: Tensor, v: Tensor, refs: Tensor) -> None:
         """Store new tokens [T, H, D] at the flat places `refs`, int64 [T, H]."""
@@ -90,10 +91,8 @@ class KernelMoves:
             counts: how many tokens each keeps, at least 1, [R].
         """
         counts = counts.astype(np.int64)
-        rows = self._to_device(np.stack([first_entry, np.cumsum(counts) - counts, counts]))
+        of_rows = np.ascontiguousarray(np.stack([first_entry, np.cumsum(counts) - counts, counts]))
+        rows = to_device(of_rows, self._table.device)
         pool, flat_pages = self._pool, self._table.device_pages.view(-1)
         stored = (pool.k_pages, pool.v_pages, flat_pages)
         self._kernels.compact_tokens(*stored, rows[0], indices, rows[1], rows[2])
-
-    def _to_device(self, values: NDArray[np.int64]) -> Tensor:
-        return to_device(np.ascontiguousarray(values), self._table.device)

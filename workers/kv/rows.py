@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saqqara.workers.transfer import to_device
+
 from .store import KVStore
 from .table import spans
 
@@ -24,8 +26,9 @@ class Rows:
 
     def pages(self, kv: KVStore, num_pages: int) -> Tensor:
         """The first pages of each row, int64 [R, num_pages] on the device."""
-        slots, heads = kv.table.to_device(self.slots), kv.table.to_device(self.heads)
-        return kv.table.device_pages[slots, self.layer, heads, :num_pages].long()
+        table = kv.table
+        slots, heads = to_device(self.slots, table.device), to_device(self.heads, table.device)
+        return table.device_pages[slots, self.layer, heads, :num_pages].long()
 
 
 def read_rows(kv: KVStore, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -77,32 +80,49 @@ def compact_rows(kv: KVStore, rows: Rows, indices: Tensor) -> bool:
     surplus = table.flat_pages[spans(first + num_keep, np.full(num_rows, num_used - num_keep))]
     if keep == 0:
         pool.release(surplus)
-        table.set_rows_kept(rows.slots, rows.layer, rows.heads, keep)
-        return True
+    elif kv.moves is not None and not pool.any_shared:
+        kv.moves.compact(first, indices.reshape(-1), np.full(num_rows, keep, dtype=np.int32))
+        pool.release(surplus)
+    elif not _rewrite(kv, entries, surplus, _places(kv, rows, indices, num_used)):
+        return False
+    table.set_rows_kept(rows.slots, rows.layer, rows.heads, keep)
+    return True
+
+
+def _places(kv: KVStore, rows: Rows, indices: Tensor, num_used: int) -> Tensor:
+    """Where the tokens `indices` [R, keep] of rows of so many pages lie, in the flat pool.
+
+    Each row is filled up to whole pages with its last token, so that no stale NaN stays in them.
+    """
+    keep, page_tokens = indices.shape[1], kv.page_tokens
+    last = indices[:, -1:].expand(-1, -keep % page_tokens)
+    places = torch.cat([indices, last], dim=1)
+    column = places // page_tokens
+    pages = rows.pages(kv, num_used).gather(1, column)
+    return ((pages - column) * page_tokens + places).view(-1)
+
+
+def _rewrite(
+    kv: KVStore, entries: NDArray[np.int64], surplus: NDArray[np.int32], source: Tensor
+) -> bool:
+    """Fill the pages of table entries with the tokens at `source`, giving up the surplus ones.
+
+    Entries whose pages others share get pages of their own. False, with nothing changed, if there
+    are too few for that.
+    """
+    table, pool = kv.table, kv.pool
     shared = entries[:0]
     if pool.any_shared:
         shared = entries[pool.refcount[table.flat_pages[entries]] > 1]
         if len(shared) > pool.num_free + np.count_nonzero(pool.refcount[surplus] == 1):
             return False
-    if kv.moves is not None and not pool.any_shared:
-        kv.moves.compact(first, indices.reshape(-1), np.full(num_rows, keep, dtype=np.int32))
-        pool.release(surplus)
-        table.set_rows_kept(rows.slots, rows.layer, rows.heads, keep)
-        return True
-
-    # Pages are filled up with their last token, so that no stale NaN stays in them.
-    last = indices[:, -1:].expand(-1, num_keep * page_tokens - keep)
-    places = torch.cat([indices, last], dim=1)
-    column = places // page_tokens
-    source = (rows.pages(kv, num_used).gather(1, column) - column) * page_tokens + places
-    k, v = (x.index_select(0, source.view(-1)) for x in (kv.k_tokens, kv.v_tokens))
+    k, v = (x.index_select(0, source) for x in (kv.k_tokens, kv.v_tokens))
     pool.release(surplus)
     if len(shared):
         old = table.flat_pages[shared]
         table.set_pages(shared, pool.allocate(len(shared)))
         pool.release(old)
-    target = table.to_device(table.flat_pages[entries].astype(np.int64))
+    target = to_device(table.flat_pages[entries].astype(np.int64), table.device)
     for stored, tokens in ((pool.k_pages, k), (pool.v_pages, v)):
         stored.index_copy_(0, target, tokens.view(-1, *stored.shape[1:]))
-    table.set_rows_kept(rows.slots, rows.layer, rows.heads, keep)
     return True

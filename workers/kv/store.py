@@ -1,4 +1,4 @@
-"""The KV store of one worker: write after prefill, append, view, compact, fork, free.
+"""The KV store of one worker: write after prefill, append, view, fork, free.
 
 A page belongs to one row, a row is (slot, layer, kv head), and rows have any length. Positions
 here are places in storage (0 is the first token kept), not positions in the text.
@@ -8,65 +8,19 @@ D head dim.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saqqara.workers.transfer import to_device
+
 from .integrity import check_integrity
 from .moves import KernelMoves, kernels_can_move
 from .pool import PagePool
 from .table import RowTable, spans
-
-
-@dataclass(frozen=True, slots=True)
-class KVView:
-    """What attention reads: the pages of one layer's rows of N sequences, and how long they are.
-
-    Row `(n, h)` has its first `lengths[n, h]` tokens in the pages `page_table[n, h]`, in order.
-    Entries past `ceil(length / page_tokens)` are valid page ids but belong to someone else.
-
-    Attributes:
-        k_pages, v_pages: [P, page_tokens, D].
-        page_table: int32 [N, H, pages of the longest row].
-        lengths: int32 [N, H].
-        max_length: no row is longer; known on the host.
-        page_tokens: tokens of one page.
-    """
-
-    k_pages: Tensor
-    v_pages: Tensor
-    page_table: Tensor
-    lengths: Tensor
-    max_length: int
-    page_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class AppendPlan:
-    """Where the new tokens of one step go, in every layer and head.
-
-    Attributes:
-        slots: int64 [N], on the host.
-        num_new: int64 [N], on the host; they sum to T.
-        refs: int64 [L, T, H], flat targets `page * page_tokens + offset`.
-        lengths: int32 [L, N, H], row lengths with the new tokens.
-        max_lengths: the longest row of each layer, with the new tokens.
-        max_lengths_before: the same without them.
-        device_slots: `slots` on the device.
-        device_num_new: int32 [N, 1], `num_new` on the device.
-    """
-
-    slots: NDArray[np.int64]
-    num_new: NDArray[np.int64]
-    refs: Tensor
-    lengths: Tensor
-    max_lengths: tuple[int, ...]
-    max_lengths_before: tuple[int, ...]
-    device_slots: Tensor
-    device_num_new: Tensor
+from .view import AppendPlan, KVView
 
 
 class KVStore:
@@ -168,7 +122,7 @@ class KVStore:
         Returns:
             False if the pages do not suffice; then nothing was written for this layer.
         """
-        table, to_device = self.table, self.table.to_device
+        table, device = self.table, self.table.device
         n, num_heads, dim = k.shape
         assert not table.kept[slot, layer].any(), f"slot {slot}, layer {layer} is not empty"
         counts = np.full(num_heads, n, dtype=np.int32) if indices is None else _counts(indices)
@@ -187,11 +141,11 @@ class KVStore:
             return True
         nth, head = _fill(counts, needed * self.page_tokens)
         if indices is None:
-            source = to_device(nth * num_heads + head)
+            source = to_device(nth * num_heads + head, device)
         else:
             offset = np.cumsum(counts) - counts
-            token = _concatenate(indices).index_select(0, to_device(offset[head] + nth))
-            source = token * num_heads + to_device(head)
+            token = _concatenate(indices).index_select(0, to_device(offset[head] + nth, device))
+            source = token * num_heads + to_device(head, device)
         self._store(pages, k.reshape(-1, dim), v.reshape(-1, dim), source)
         return True
 
@@ -255,7 +209,7 @@ class KVStore:
                 entries = spans((first + used).reshape(-1), needed.reshape(-1))
             pages = pool.allocate(num_needed)
             table.set_pages(entries, pages)
-            pool.clear(table.to_device(pages.astype(np.int64)))
+            pool.clear(to_device(pages.astype(np.int64), table.device))
         table.set_kept(slots, after)
         return first, before, after
 
@@ -279,16 +233,16 @@ class KVStore:
         refs = pages * np.int64(page_tokens) + (position - column * page_tokens)
         lengths = np.ascontiguousarray(after.transpose(1, 0, 2))
         lengths_before = lengths - num_new.astype(np.int32)[:, None]
-        to_device = self.table.to_device
+        device = self.table.device
         return AppendPlan(
             slots=slots,
             num_new=num_new,
-            refs=to_device(np.ascontiguousarray(refs.transpose(1, 0, 2))),
-            lengths=to_device(lengths),
+            refs=to_device(np.ascontiguousarray(refs.transpose(1, 0, 2)), device),
+            lengths=to_device(lengths, device),
             max_lengths=tuple(lengths.reshape(len(lengths), -1).max(axis=1).tolist()),
             max_lengths_before=tuple(lengths_before.reshape(len(lengths), -1).max(axis=1).tolist()),
-            device_slots=to_device(slots),
-            device_num_new=to_device(num_new.astype(np.int32)[:, None]),
+            device_slots=to_device(slots, device),
+            device_num_new=to_device(num_new.astype(np.int32)[:, None], device),
         )
 
     def _shared_tails(self, first: NDArray[np.int64], kept: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -307,9 +261,10 @@ class KVStore:
 
     def _unshare(self, entries: NDArray[np.int64]) -> None:
         """Give these page table entries copies of their pages."""
+        device = self.table.device
         old = self.table.flat_pages[entries]
         new = self.pool.allocate(len(old))
-        source, target = self.table.to_device(old), self.table.to_device(new.astype(np.int64))
+        source, target = to_device(old, device), to_device(new.astype(np.int64), device)
         for pages in (self.pool.k_pages, self.pool.v_pages):
             pages.index_copy_(0, target, pages.index_select(0, source))
         self.table.set_pages(entries, new)
@@ -346,7 +301,7 @@ class KVStore:
                 lengths = lengths - plan.device_num_new
                 max_length = plan.max_lengths_before[layer]
         else:
-            slots = self.table.to_device(plan_or_slots)
+            slots = to_device(plan_or_slots, self.table.device)
             lengths = self.table.device_kept[:, layer].index_select(0, slots)
             max_length = int(self.table.kept[plan_or_slots, layer].max(initial=0))
         max_pages = -(-max_length // self.page_tokens)
@@ -377,54 +332,13 @@ class KVStore:
         )
         return k, v
 
-    # -- compaction, sharing, release -------------------------------------------------------
-
-    def compact(self, slot: int, layer: int, indices: Tensor | Sequence[Tensor]) -> bool:
-        """Keep only some tokens of one layer's rows, in place; surplus pages are free at once.
-
-        Args:
-            slot: the sequence's slot.
-            layer: local layer.
-            indices: storage positions that each head keeps, ascending: int64 [H, keep], or one
-                int64 tensor per head.
-
-        Returns:
-            False, with nothing changed, if pages that are shared with another slot would have to be
-            copied and the free ones do not suffice.
-        """
-        table, pool = self.table, self.pool
-        first, kept = table.first_entry[slot, layer], table.kept[slot, layer]
-        counts = _counts(indices)
-        assert (counts <= kept).all(), f"compact keeps {counts} of {kept} tokens"
-        # Tokens before these stay where they are: whole pages, which may stay shared.
-        start = np.zeros_like(counts)
-        if pool.any_shared:
-            start = _first_moved(indices)
-            start = np.where(start < counts, start // self.page_tokens * self.page_tokens, start)
-        used, stay, keep = (table.num_pages(x) for x in (kept, start, counts))
-        rewritten = spans(first + stay, keep - stay)
-        surplus = table.flat_pages[spans(first + keep, used - keep)]
-        shared = rewritten[pool.refcount[table.flat_pages[rewritten]] > 1]
-        if len(shared) > pool.num_free + np.count_nonzero(pool.refcount[surplus] == 1):
-            return False
-        if self.moves is not None and not pool.any_shared:
-            self.moves.compact(first, _concatenate(indices), counts)
-            pool.release(surplus)
-            table.set_layer_kept(np.array([slot]), layer, counts[None])
-            return True
-        source = self._tokens_to_move(slot, layer, indices, start, counts)
-        k, v = self.k_tokens.index_select(0, source), self.v_tokens.index_select(0, source)
-        pool.release(surplus)
-        if len(shared):
-            old = table.flat_pages[shared]
-            table.set_pages(shared, pool.allocate(len(shared)))
-            pool.release(old)
-        self._store(table.flat_pages[rewritten], k, v)
-        table.set_layer_kept(np.array([slot]), layer, counts[None])
-        return True
+    # -- sharing, release -------------------------------------------------------------------
 
     def fork(self, source: int, target: int) -> None:
-        """Let an empty slot share all pages of another; either copies a page before it appends."""
+        """Let an empty slot share all pages of another; either copies a page before it appends.
+
+        The way to n > 1 samples of a prompt and to reused prefixes, which no plan asks for yet.
+        """
         table = self.table
         assert not table.kept[target].any(), f"slot {target} is not empty"
         table.copy_slot(source, target)
@@ -441,29 +355,11 @@ class KVStore:
         table = self.table
         return table.flat_pages[table.used_entries(table.first_entry[slot], table.kept[slot])]
 
-    def _tokens_to_move(
-        self,
-        slot: int,
-        layer: int,
-        indices: Tensor | Sequence[Tensor],
-        start: NDArray[np.int32],
-        counts: NDArray[np.int32],
-    ) -> Tensor:
-        """Flat places of the tokens `indices[h][start[h]:]`, each head padded to whole pages."""
-        to_device = self.table.to_device
-        num_tokens = self.table.num_pages(counts - start) * self.page_tokens
-        nth, head = _fill(counts - start, num_tokens)
-        offset = np.cumsum(counts) - counts + start
-        position = _concatenate(indices).index_select(0, to_device(offset[head] + nth))
-        column = position // self.page_tokens
-        pages = self.table.device_pages[slot, layer][to_device(head), column].long()
-        return (pages - column) * self.page_tokens + position
-
     def _store(
         self, pages: NDArray[np.int32], k: Tensor, v: Tensor, source: Tensor | None = None
     ) -> None:
         """Fill pages with tokens, in order: those of k and v [tokens, D], or their `source`."""
-        target = self.table.to_device(pages.astype(np.int64))
+        target = to_device(pages.astype(np.int64), self.table.device)
         for stored, tokens in ((self.pool.k_pages, k), (self.pool.v_pages, v)):
             rows = tokens if source is None else tokens.index_select(0, source)
             stored.index_copy_(0, target, rows.view(-1, *stored.shape[1:]))
@@ -493,13 +389,3 @@ def _fill(
     head = np.repeat(np.arange(len(counts)), padded)
     nth = spans(np.zeros(len(counts), dtype=np.int64), padded)
     return np.minimum(nth, counts[head] - 1), head
-
-
-def _first_moved(indices: Tensor | Sequence[Tensor]) -> NDArray[np.int32]:
-    """The first kept token of each head whose storage position changes, int32 [H]."""
-    firsts = []
-    for head in indices:
-        positions = head.cpu().numpy()
-        moved = np.flatnonzero(positions != np.arange(len(positions)))
-        firsts.append(moved[0] if len(moved) else len(positions))
-    return np.array(firsts, dtype=np.int32)

@@ -6,7 +6,6 @@ A row is (slot, layer, kv head). Shapes: L layers, H kv heads, R rows, N sequenc
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from saqqara.workers.transfer import to_device
 
@@ -85,19 +84,20 @@ class RowTable:
         """Write page ids into flat page table entries."""
         self.flat_pages[entries] = pages
         if self.mirrored:
-            self.device_pages.view(-1)[self.to_device(entries)] = self.to_device(pages)
+            entries_there = to_device(entries, self.device)
+            self.device_pages.view(-1)[entries_there] = to_device(pages, self.device)
 
     def set_kept(self, slots: NDArray[np.int64], kept: NDArray[np.int32]) -> None:
         """Set the lengths of all rows of slots; `kept` is [N, L, H]."""
         self.kept[slots] = kept
         if self.mirrored:
-            self.device_kept[self.to_device(slots)] = self.to_device(kept)
+            self.device_kept[to_device(slots, self.device)] = to_device(kept, self.device)
 
     def set_layer_kept(self, slots: NDArray[np.int64], layer: int, kept: NDArray[np.int32]) -> None:
         """Set the lengths of the rows of one layer of slots; `kept` is [N, H]."""
         self.kept[slots, layer] = kept
         if self.mirrored:
-            self.device_kept[self.to_device(slots), layer] = self.to_device(kept)
+            self.device_kept[to_device(slots, self.device), layer] = to_device(kept, self.device)
 
     def set_rows_kept(
         self, slots: NDArray[np.int64], layer: int, heads: NDArray[np.int64], kept: int
@@ -105,7 +105,8 @@ class RowTable:
         """Set the length of the rows `(slots[i], layer, heads[i])` of one layer."""
         self.kept[slots, layer, heads] = kept
         if self.mirrored:
-            self.device_kept[self.to_device(slots), layer, self.to_device(heads)] = kept
+            of_slots, of_heads = to_device(slots, self.device), to_device(heads, self.device)
+            self.device_kept[of_slots, layer, of_heads] = kept
 
     def copy_slot(self, source: int, target: int) -> None:
         """Give the rows of one slot the pages and lengths of another's."""
@@ -114,10 +115,6 @@ class RowTable:
         if self.mirrored:
             self.device_pages[target] = self.device_pages[source]
             self.device_kept[target] = self.device_kept[source]
-
-    def to_device(self, values: NDArray[np.generic]) -> Tensor:
-        """The same numbers as a tensor on the device; on a CPU they share memory."""
-        return to_device(values, self.device)
 
 
 def spans(starts: NDArray[np.int64], counts: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -1,1 +1,1 @@
-"""Models: their sizes, families, weights and the one decoder."""
+"""Models: their sizes, families, weights and the one decoder; imports `mesh` and `native`."""

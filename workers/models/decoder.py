@@ -1,6 +1,6 @@
 """The one decoder: Llama-class layers of one rank, with embedding and head where it has them.
 
-Nothing here knows about pages, batches or plans; `workers/worker.py` walks the layers. How a layer
+Nothing here knows about pages, batches or plans; `workers/passes/` walks the layers. How a layer
 is computed is `layer.py` (torch) or `native_layer.py` (our CPU kernels).
 
 Shapes: T packed tokens, S sampled positions, E hidden size, V vocabulary.
@@ -11,14 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from saqqara.workers.layers.embedding import LMHead, VocabEmbedding, read_vocab_rows
-from saqqara.workers.layers.linear import Linear, column_parallel, row_parallel
-from saqqara.workers.layers.norm import rms_norm
-from saqqara.workers.layers.rotary import RotaryTable
-from saqqara.workers.layout import HeadShard, VocabShard, intermediate_shard, vocab_shard
-from saqqara.workers.mesh import Mesh
+from saqqara.workers.mesh.layout import HeadShard, VocabShard, intermediate_shard, vocab_shard
+from saqqara.workers.mesh.mesh import Mesh
 
+from .embedding import LMHead, VocabEmbedding, read_vocab_rows
 from .layer import Layer, LayerWeights, Places, TorchLayer
+from .linear import Linear, column_parallel, row_parallel
+from .norm import rms_norm
+from .rotary import RotaryTable
 from .spec import ModelSpec
 from .weights import WeightSource
 

@@ -10,10 +10,11 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 from torch.nn.functional import silu
 
-from saqqara.workers.layers.linear import Linear
-from saqqara.workers.layers.norm import rms_norm
-from saqqara.workers.layers.rotary import rotate
-from saqqara.workers.mesh import Mesh
+from saqqara.workers.mesh.mesh import Mesh
+
+from .linear import Linear
+from .norm import rms_norm
+from .rotary import rotate
 
 
 class Places(NamedTuple):

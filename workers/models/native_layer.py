@@ -11,16 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saqqara.workers.layers.rotary import RotaryTable
-from saqqara.workers.layout import VocabShard
-from saqqara.workers.mesh import Mesh
-from saqqara.workers.native.linear import Finish, Mlp, PackedLinear, Projection, RMSNorm
+from saqqara.workers.mesh.layout import VocabShard
+from saqqara.workers.mesh.mesh import Mesh
+from saqqara.workers.native.decoder_layer import Finish, Mlp, Projection
+from saqqara.workers.native.linear import PackedLinear, RMSNorm
 
 from .layer import QKV, LayerWeights, Places
+from .rotary import RotaryTable
 
 
 class NativeLayer:
-    """Computes a layer with `native.linear`; see `layer.Layer`."""
+    """Computes a layer with `native.decoder_layer`; see `layer.Layer`."""
 
     def __init__(self, weights: LayerWeights, rotary: RotaryTable, mesh: Mesh) -> None:
         w = weights

@@ -1,18 +1,30 @@
 """ModelSpec: the shape of a model, read from its Hugging Face config."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from .families import FAMILIES, Family, get_family
 from .source import described_folder
 
+if TYPE_CHECKING:
+    import torch
+
 RopeKind = Literal["default", "linear", "llama3"]
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3")
+# By kind: field of `RopeSpec` -> (its name in a config, what it is read as).
+_ROPE_NUMBERS: dict[RopeKind, dict[str, tuple[str, Callable[[Any], Any]]]] = {
+    "default": {},
+    "linear": {"factor": ("factor", float)},
+    "llama3": {
+        "factor": ("factor", float),
+        "low_freq_factor": ("low_freq_factor", float),
+        "high_freq_factor": ("high_freq_factor", float),
+        "original_max_position": ("original_max_position_embeddings", int),
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +151,7 @@ class ModelSpec:
         embeddings = 1 if self.tie_embeddings else 2
         return self.num_layers * self.layer_parameters + embeddings * self.head_parameters
 
-    def kv_bytes_per_row_token(self, dtype: torch.dtype) -> int:
+    def kv_bytes_per_row_token(self, dtype: "torch.dtype") -> int:
         """Bytes of one kept token in one row (one layer, one kv head)."""
         return (
             2  # key + value
@@ -147,11 +159,11 @@ class ModelSpec:
             * dtype.itemsize
         )
 
-    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+    def kv_bytes_per_token(self, dtype: "torch.dtype") -> int:
         """Bytes of one token's keys and values in all layers and heads of the model."""
         return self.num_layers * self.num_kv_heads * self.kv_bytes_per_row_token(dtype)
 
-    def weight_bytes(self, dtype: torch.dtype) -> int:
+    def weight_bytes(self, dtype: "torch.dtype") -> int:
         """Bytes of the whole model's weights (biases and norms left out)."""
         return self.num_parameters * dtype.itemsize
 
@@ -224,7 +236,7 @@ def _flag(flag: bool | str, config: Any) -> bool:
     return flag if isinstance(flag, bool) else bool(getattr(config, flag, False))
 
 
-def _dtype_name(dtype: torch.dtype | str | None) -> str:
+def _dtype_name(dtype: "torch.dtype | str | None") -> str:
     return "float32" if dtype is None else str(dtype).removeprefix("torch.")
 
 
@@ -265,9 +277,26 @@ def _rope(config: Any) -> RopeSpec:
     if parameters is None:
         field = "rope_scaling"
         parameters = getattr(config, field, None) or {}
+    _check_rotary(config, field, parameters)
+    theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+    kind = _rope_kind(parameters)
+    of_kind = {}
+    for name, (key, as_number) in _ROPE_NUMBERS[kind].items():
+        if parameters.get(key) is None:
+            raise ValueError(f"config.{field}[{key!r}] is missing; rope type {kind!r} needs it")
+        of_kind[name] = as_number(parameters[key])
+    return RopeSpec(theta=float(theta), kind=kind, **of_kind)
+
+
+def _rope_kind(parameters: Mapping[str, Any]) -> Any:
+    return parameters.get("rope_type") or parameters.get("type") or "default"
+
+
+def _check_rotary(config: Any, field: str, parameters: Mapping[str, Any]) -> None:
+    """Raise for rotary settings that would otherwise be computed wrongly without a word."""
     if any(isinstance(value, Mapping) for value in parameters.values()):
         raise ValueError(f"config.{field} differs by layer type; one rotary setting is supported")
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    kind = _rope_kind(parameters)
     if kind not in ROPE_KINDS:
         raise ValueError(
             f"config.{field}['rope_type']={kind!r} is not supported; "
@@ -280,22 +309,3 @@ def _rope(config: Any) -> RopeSpec:
         raise ValueError(
             f"config.partial_rotary_factor={rotary} is not supported; only full rotary (1.0)"
         )
-    theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
-    if kind == "default":
-        return RopeSpec(theta=float(theta))
-    needed = ["factor"]
-    if kind == "llama3":
-        needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    for name in needed:
-        if parameters.get(name) is None:
-            raise ValueError(f"config.{field}[{name!r}] is missing; rope type {kind!r} needs it")
-    if kind == "linear":
-        return RopeSpec(theta=float(theta), kind="linear", factor=float(parameters["factor"]))
-    return RopeSpec(
-        theta=float(theta),
-        kind="llama3",
-        factor=float(parameters["factor"]),
-        low_freq_factor=float(parameters["low_freq_factor"]),
-        high_freq_factor=float(parameters["high_freq_factor"]),
-        original_max_position=int(parameters["original_max_position_embeddings"]),
-    )

@@ -1,1 +1,1 @@
-"""Kernels in C++ for CPUs, compiled on first use; see `build`."""
+"""Kernels in C++ for CPUs, compiled on first use (see `build`); imports no other room."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
-from saqqara.workers.models.weights import WeightSource
+from .weights import WeightSource
 
 
 @dataclass(slots=True)

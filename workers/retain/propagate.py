@@ -9,17 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from saqqara.compression.propagate import Propagate
 from saqqara.compression.scoring import query_weights, token_scores
 from saqqara.compression.selecting import surviving_tokens
-
-from .layout import head_shard
-from .mesh import Mesh
-from .models.layer import QKV
-from .models.spec import ModelSpec
-from .shard import Shard
+from saqqara.workers.models.layer import QKV
+from saqqara.workers.part import Part
 
 
 @dataclass(frozen=True)
@@ -64,51 +59,33 @@ class PropagatingPrompt:
         return self.num_entered - self.num_recent
 
 
-def surviving_rows(shard: Shard, prompts: Sequence[PropagatingPrompt]) -> Tensor:
+def surviving_rows(part: Part, prompts: Sequence[PropagatingPrompt]) -> Tensor:
     """Packed rows, int64 [T'], of all prompts' tokens that go on, in order.
 
     Scores cross the tensor group once; keys and values never do.
     """
     selecting = [prompt for prompt in prompts if prompt.selects]
-    masses_Hc = torch.cat([_mass(shard, prompt) for prompt in selecting], dim=1)
-    masses_Kc = gather_heads(shard.mesh, shard.spec, masses_Hc)
+    masses_Hc = torch.cat([_mass(part, prompt) for prompt in selecting], dim=1)
+    masses_Kc = part.gather_heads(masses_Hc, are_parts=True)
     chosen = iter(torch.split(masses_Kc, [prompt.num_context for prompt in selecting], dim=1))
     rows = [
-        _select(prompt, next(chosen), shard.spec.group_size)
+        _select(prompt, next(chosen), part.spec.group_size)
         if prompt.selects
-        else torch.arange(prompt.num_entered, device=shard.device)
+        else torch.arange(prompt.num_entered, device=part.device)
         for prompt in prompts
     ]
     return torch.cat([p.first_row + r for p, r in zip(prompts, rows, strict=True)])
 
 
-def gather_heads(mesh: Mesh, spec: ModelSpec, masses_Hc: Tensor) -> Tensor:
-    """The masses of all kv heads, [K, c], with the same bits on every rank of the stage.
-
-    Each is summed, in the order of the ranks, over the ranks that hold a part of its query heads.
-    """
-    size = mesh.layout.tensor_size
-    if size == 1:
-        return masses_Hc
-    held = [head_shard(spec.num_query_heads, spec.num_kv_heads, size, t).kv for t in range(size)]
-    most, num_tokens = max(map(len, held)), masses_Hc.shape[1]
-    padded = pad(masses_Hc, (0, 0, 0, most - len(masses_Hc)))
-    by_rank = mesh.all_gather_last(padded.flatten()).view(size, most, num_tokens)
-    whole = masses_Hc.new_zeros(spec.num_kv_heads, num_tokens)
-    for heads, masses in zip(held, by_rank, strict=True):
-        whole[heads.start : heads.stop] += masses[: len(heads)]
-    return whole
-
-
-def _mass(shard: Shard, prompt: PropagatingPrompt) -> Tensor:
+def _mass(part: Part, prompt: PropagatingPrompt) -> Tensor:
     """Attention of the recent queries on the context's keys, [H, c] fp32, on this rank's heads."""
     assert prompt.propagate is not None
     context = prompt.num_context
-    weights = query_weights(prompt.propagate, prompt.num_recent, shard.device)
-    return shard.backend.mass(
+    weights = query_weights(prompt.propagate, prompt.num_recent, part.device)
+    return part.backend.mass(
         prompt.qkv.q[context:],
         prompt.qkv.k,
-        shard.scale,
+        part.scale,
         weights,
         lse=None if prompt.lse is None else prompt.lse[context:],
         num_columns=context,

@@ -9,13 +9,16 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
+from saqqara.workers.mesh.mesh import TokenReceipt
+from saqqara.workers.plan import DecodeItem
+from saqqara.workers.retain.compact import compact_firing
+from saqqara.workers.retain.trim import trim_rows
+from saqqara.workers.shard import Shard
+from saqqara.workers.state.slots import Target
+from saqqara.workers.transfer import to_device
+
 from . import device_decode
-from .batch import DecodeBatch
-from .compaction import compact
-from .mesh import TokenReceipt
-from .plan import DecodeItem
-from .shard import Shard
-from .slots import Target
+from .decode_batch import DecodeBatch
 
 _SPARE_RECEIPTS = 8  # steps whose tokens may be on their way, beyond one per pipeline stage
 
@@ -25,6 +28,7 @@ class Decode:
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
+        self._part = shard.part
         self._on_device = device_decode.make(shard)
         self._awaited: deque[tuple[list[Target], TokenReceipt]] = deque()
 
@@ -36,29 +40,32 @@ class Decode:
         """
         if not items:
             return None
-        shard = self._shard
+        shard, part = self._shard, self._part
         if self._on_device is not None and self._on_device.takes(items):
             hidden = self._on_device.run(items)
             if hidden is not None:
                 return hidden
         with shard.clock.phase("reserve"):
             batch = self._reserve(items)
-        if shard.decoder.embedding is not None:
+        if part.decoder.embedding is not None:
             self._receive_tokens({item.slot for item in items})
-            hidden = shard.decoder.embedding(shard.to_device(shard.slots.feed(items)))
+            tokens = shard.slots.feed(items)
+            hidden = part.decoder.embedding(to_device(tokens.astype(np.int64), part.device))
         else:
             hidden = shard.receive_hidden(batch.num_tokens)
         with shard.clock.phase("decode"):
-            places = shard.decoder.places(shard.to_device(batch.positions))
-            for index, layer in enumerate(shard.decoder.layers):
+            places = part.decoder.places(to_device(batch.positions, part.device))
+            for index, layer in enumerate(part.decoder.layers):
                 attended = batch.attend(shard, index, layer, hidden, places)
                 with shard.clock.part("finish"):
                     hidden = layer.finish(hidden, attended, out=hidden)
-        if not shard.mesh.is_last_stage:
-            shard.mesh.send_hidden(hidden)
-        if shard.cycles or shard.trimmed:
-            compact(shard, items)
-        return hidden if shard.mesh.is_last_stage else None
+        if not part.mesh.is_last_stage:
+            part.mesh.send_hidden(hidden)
+        if shard.retained.cycles:
+            compact_firing(shard, items)
+        if shard.retained.trimmed:
+            trim_rows(shard, items)
+        return hidden if part.mesh.is_last_stage else None
 
     def warm_up(self) -> None:
         """Record what can be recorded before the first request."""
@@ -71,7 +78,7 @@ class Decode:
         Tokens that end a sequence are fed to nobody. They are taken in once that many newer ones
         are awaited that they must have come.
         """
-        mesh = self._shard.mesh
+        mesh = self._part.mesh
         self._awaited.append((targets, mesh.irecv_tokens(len(targets))))
         while len(self._awaited) > mesh.layout.pipeline_size + _SPARE_RECEIPTS:
             self._receive_oldest()
@@ -79,8 +86,8 @@ class Decode:
     def _reserve(self, items: tuple[DecodeItem, ...]) -> DecodeBatch:
         """Reserve pages for the items' tokens; refuse from the end what does not fit."""
         shard = self._shard
-        fitting = [item for item in items if item.slot not in shard.refused]
-        while (batch := DecodeBatch.reserve(shard.kv, items, fitting, shard.device)) is None:
+        fitting = [item for item in items if item.slot not in shard.faults.refused]
+        while (batch := DecodeBatch.reserve(shard.kv, items, fitting)) is None:
             shard.refuse(fitting.pop().slot)
         if shard.sums.num_open or shard.rings.num_open:
             batch = batch.keep_company(shard.sums, shard.rings)

@@ -4,9 +4,13 @@ Rank = pipeline_rank * tensor_size + tensor_rank.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 _CHANNEL_MULTIPLE = 8
+
+GroupKind = Literal["tensor", "replicas", "hidden", "tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +51,6 @@ class HeadShard:
     replica_group: tuple[int, ...]
 
     @property
-    def num_kv_heads(self) -> int:
-        """Local kv heads, H."""
-        return len(self.kv)
-
-    @property
-    def num_query_heads(self) -> int:
-        """Local query heads, Hq."""
-        return len(self.query)
-
-    @property
     def replicated(self) -> bool:
         """Whether another rank holds the same kv heads."""
         return len(self.replica_group) > 1
@@ -70,6 +64,33 @@ class VocabShard:
     stop: int
     size: int
     vocab_size: int
+
+
+def rank_groups(
+    layout: MeshLayout, num_kv_heads: int | None
+) -> Iterator[tuple[GroupKind, list[int]]]:
+    """The groups of ranks that talk among themselves, in the order in which all ranks make them.
+
+    A rank is in at most one of each kind: *tensor*, the ranks of its stage; *replicas*, those of
+    them that share its kv head; *hidden*, its counterparts in all stages; *tokens*, the first and
+    the last of these. Tokens flow backwards; on the group of the hidden states they would wait for
+    them.
+    """
+    stages, tensors = range(layout.pipeline_size), range(layout.tensor_size)
+    if layout.tensor_size > 1:
+        for stage in stages:
+            yield "tensor", [layout.rank(stage, tensor) for tensor in tensors]
+    if num_kv_heads is not None and layout.tensor_size > num_kv_heads:
+        of_heads = [split_evenly(layout.tensor_size, num_kv_heads, h) for h in range(num_kv_heads)]
+        for stage in stages:
+            for sharing in of_heads:
+                if len(sharing) > 1:
+                    yield "replicas", [layout.rank(stage, tensor) for tensor in sharing]
+    if layout.pipeline_size > 1:
+        for tensor in tensors:
+            ranks = [layout.rank(stage, tensor) for stage in stages]
+            yield "hidden", ranks
+            yield "tokens", [ranks[0], ranks[-1]]
 
 
 def split_evenly(total: int, parts: int, index: int) -> range:

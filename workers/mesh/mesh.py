@@ -6,17 +6,17 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in __all__
 
 from . import shared_memory
-from .layout import MeshLayout, split_evenly
+from .layout import GroupKind, MeshLayout, rank_groups
 
 if TYPE_CHECKING:
-    from .native.exchange import Exchange
+    from saqqara.workers.native.exchange import Exchange
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +71,7 @@ class Mesh:
         self.device = torch.device(device)
         self.tensor_rank = layout.tensor_rank(rank)
         self.pipeline_rank = layout.pipeline_rank(rank)
-        self._tensor_group: dist.ProcessGroup | None = None
-        self._replica_group: dist.ProcessGroup | None = None
-        self._hidden_group: dist.ProcessGroup | None = None
-        self._token_group: dist.ProcessGroup | None = None
+        self._groups: dict[GroupKind, dist.ProcessGroup] = {}
         self._exchange: Exchange | None = None
         self._pending: dict[str, deque[tuple[dist.Work, torch.Tensor]]] = {
             "hidden": deque(),
@@ -99,30 +96,12 @@ class Mesh:
             world_size=layout.world_size,
             timeout=timeout,
         )
-
-        def new_group(ranks: list[int]) -> dist.ProcessGroup | None:
+        for kind, ranks in rank_groups(layout, num_kv_heads):
             # Every rank makes every group, in the same order, its own or not.
             group = dist.new_group(ranks, timeout=timeout)
-            return group if self.rank in ranks else None
-
-        stages, tensors = range(layout.pipeline_size), range(layout.tensor_size)
-        if layout.tensor_size > 1:
-            for stage in stages:
-                group = new_group([layout.rank(stage, t) for t in tensors])
-                self._tensor_group = group or self._tensor_group
-        if num_kv_heads is not None and layout.tensor_size > num_kv_heads:
-            for stage in stages:
-                for head in range(num_kv_heads):
-                    shared = split_evenly(layout.tensor_size, num_kv_heads, head)
-                    if len(shared) > 1:
-                        group = new_group([layout.rank(stage, t) for t in shared])
-                        self._replica_group = group or self._replica_group
-        if layout.pipeline_size > 1:
-            for tensor in tensors:
-                ranks = [layout.rank(stage, tensor) for stage in stages]
-                self._hidden_group = new_group(ranks) or self._hidden_group
-                # Tokens flow backwards; on the hidden states' own group they would wait for them.
-                self._token_group = new_group([ranks[0], ranks[-1]]) or self._token_group
+            if self.rank in ranks:
+                assert group is not None
+                self._groups[kind] = group
         if layout.tensor_size > 1 and self.device.type == "cpu":
             self._share_memory(rendezvous, timeout.total_seconds())
 
@@ -183,7 +162,7 @@ class Mesh:
         """
         target = x if out is None else out
         if self._exchange is None or not self._exchange.adds(x.dtype):
-            return _sum(x, self._tensor_group, residual, target)
+            return _sum(x, self._groups.get("tensor"), residual, target)
         dense = target if target.is_contiguous() else torch.empty(x.shape, dtype=x.dtype)
         residual = residual if residual is None else residual.contiguous()
         self._exchange.all_reduce(x.contiguous(), residual, dense)
@@ -191,25 +170,26 @@ class Mesh:
 
     def reduce_replicas(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that hold the same kv heads, in place; returns `x`."""
-        return _sum(x, self._replica_group, None, x)
+        return _sum(x, self._groups.get("replicas"), None, x)
 
     def all_gather_last(self, x: torch.Tensor) -> torch.Tensor:
         """Join the equal shards [..., V/t] of this stage's ranks to [..., V]."""
         if self._exchange is not None:
             return self._exchange.all_gather_last(x)
-        if self._tensor_group is None:
+        group = self._groups.get("tensor")
+        if group is None:
             return x
         shards = [torch.empty_like(x) for _ in range(self.layout.tensor_size)]
-        dist.all_gather(shards, x.contiguous(), group=self._tensor_group)
+        dist.all_gather(shards, x.contiguous(), group=group)
         return torch.cat(shards, dim=-1)
 
     def broadcast(self, x: torch.Tensor, root: int = 0) -> torch.Tensor:
         """Overwrite `x`, contiguous, with that of tensor rank `root` of this stage; returns `x`."""
         if self._exchange is not None:
             self._exchange.broadcast(x, root)
-        elif self._tensor_group is not None:
+        elif (group := self._groups.get("tensor")) is not None:
             source = self.layout.rank(self.pipeline_rank, root)
-            dist.broadcast(x, src=source, group=self._tensor_group)
+            dist.broadcast(x, src=source, group=group)
         return x
 
     def send_hidden(self, x: torch.Tensor) -> None:
@@ -218,7 +198,7 @@ class Mesh:
         It returns without waiting.
         """
         assert not self.is_last_stage, "the last stage has no next stage"
-        self._send(x, self.rank + self.layout.tensor_size, self._hidden_group, "hidden")
+        self._send(x, self.rank + self.layout.tensor_size, "hidden")
 
     def recv_hidden(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Receive hidden states, or positions, from this rank's counterpart in the stage before.
@@ -227,7 +207,7 @@ class Mesh:
         """
         assert not self.is_first_stage, "the first stage has no stage before it"
         x = torch.empty(shape, dtype=dtype, device=self.device)
-        dist.recv(x, src=self.rank - self.layout.tensor_size, group=self._hidden_group)
+        dist.recv(x, src=self.rank - self.layout.tensor_size, group=self._groups["hidden"])
         return x
 
     def send_tokens(self, x: torch.Tensor) -> None:
@@ -239,7 +219,7 @@ class Mesh:
         assert not self.is_first_stage, "one stage needs no sends"
         assert x.dtype == torch.int64, f"tokens are int64, not {x.dtype}"
         first = self.layout.rank(0, self.tensor_rank)
-        self._send(x.to(self.device), first, self._token_group, "tokens")
+        self._send(x.to(self.device), first, "tokens")
 
     def irecv_tokens(self, count: int) -> "TokenReceipt":
         """Begin to receive `count` sampled tokens, in the order of `send_tokens`.
@@ -250,7 +230,7 @@ class Mesh:
         assert not self.is_last_stage, "one stage needs no sends"
         x = torch.empty(count, dtype=torch.int64, device=self.device)
         last = self.layout.rank(self.layout.pipeline_size - 1, self.tensor_rank)
-        work = dist.irecv(x, src=last, group=self._token_group)
+        work = dist.irecv(x, src=last, group=self._groups["tokens"])
         assert work is not None
         return TokenReceipt(work, x)
 
@@ -267,35 +247,41 @@ class Mesh:
         if self.layout.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
-    def gather_heads(self, x: torch.Tensor, heads: Sequence[range]) -> torch.Tensor:
+    def gather_heads(
+        self, x: torch.Tensor, heads: Sequence[range], *, are_parts: bool = False
+    ) -> torch.Tensor:
         """Join the rows [H, m] of this stage's ranks, one row per kv head, to those of all heads.
 
         Args:
-            x: rows of this rank's heads; where ranks hold the same head, all have the same row.
+            x: rows of this rank's heads.
             heads: the kv heads of each tensor rank, in the order of the ranks.
+            are_parts: ranks that hold the same head each have a part of its row, which are summed
+                in the order of the ranks; else all of them have the same row.
 
         Returns:
             One row per head, each head once and in order; the same bits on every rank.
         """
-        if self._tensor_group is None:
+        if self.layout.tensor_size == 1:
             return x
-        padded = x.new_zeros(max(map(len, heads)), x.shape[1])
+        most, num_columns = max(map(len, heads)), x.shape[1]
+        padded = x.new_zeros(most, num_columns)
         padded[: len(x)] = x
-        shards = [torch.empty_like(padded) for _ in heads]
-        dist.all_gather(shards, padded, group=self._tensor_group)
-        rows = {
-            head: row
-            for shard, held in zip(shards, heads, strict=True)
-            for head, row in zip(held, shard, strict=False)
-        }
-        return torch.stack([rows[head] for head in sorted(rows)])
+        by_rank = self.all_gather_last(padded.flatten()).view(len(heads), most, num_columns)
+        whole = x.new_zeros(heads[-1].stop, num_columns)
+        for held, rows in zip(heads, by_rank, strict=True):
+            mine = whole[held.start : held.stop]
+            if are_parts:
+                mine += rows[: len(held)]
+            else:
+                mine.copy_(rows[: len(held)])
+        return whole
 
-    def _send(self, x: torch.Tensor, to: int, group: dist.ProcessGroup | None, kind: str) -> None:
+    def _send(self, x: torch.Tensor, to: int, kind: Literal["hidden", "tokens"]) -> None:
         pending = self._pending[kind]
         while pending and (len(pending) >= _MAX_PENDING_SENDS or pending[0][0].is_completed()):
             pending.popleft()[0].wait()
         x = x.contiguous()
-        work = dist.isend(x, dst=to, group=group)
+        work = dist.isend(x, dst=to, group=self._groups[kind])
         assert work is not None
         pending.append((work, x))
 

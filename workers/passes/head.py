@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .faults import Faults
-from .layers.sampler import Draw, TokenHistory, not_finite, sample
-from .mesh import Mesh
-from .models.decoder import Decoder, chunks
-from .plan import SampledToken, ScoredTokens, StepPlan
-from .slots import SlotTable, Target, ended
-from .transfer import to_device
+from saqqara.workers.mesh.mesh import Mesh
+from saqqara.workers.models.decoder import Decoder, chunks
+from saqqara.workers.plan import SampledToken, ScoredTokens, StepPlan
+from saqqara.workers.state.faults import Faults
+from saqqara.workers.state.slots import SlotTable, Target, ended
+from saqqara.workers.transfer import to_device
+
+from .sampler import Draw, TokenHistory, not_finite, sample
 
 SCORE_CHUNK_TOKENS = 256  # bounds the logits of scoring: 256 x V fp32
 

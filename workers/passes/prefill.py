@@ -18,15 +18,15 @@ from torch import Tensor
 from saqqara.compression.growth import remembers_normalisers, sums_mass
 from saqqara.compression.retention import Retention
 from saqqara.compression.selecting import select
-
-from .attention.base import CuSeqlens
-from .kv.prompts import PromptWrite, write_prompts
-from .models.decoder import chunks
-from .models.layer import QKV, Layer, Places
-from .observe import Observer
-from .plan import PrefillGroup, StepPlan
-from .propagation import PropagatingPrompt, surviving_rows
-from .shard import Shard
+from saqqara.workers.attention.base import CuSeqlens
+from saqqara.workers.kv.prompts import PromptWrite, write_prompts
+from saqqara.workers.models.decoder import chunks
+from saqqara.workers.models.layer import QKV, Layer, Places
+from saqqara.workers.plan import PrefillGroup, StepPlan
+from saqqara.workers.retain.observe import observe_prompt, prompt_mass
+from saqqara.workers.retain.propagate import PropagatingPrompt, surviving_rows
+from saqqara.workers.shard import Shard
+from saqqara.workers.transfer import to_device
 
 Selection = Tensor | list[Tensor] | None
 
@@ -64,7 +64,7 @@ class Prefill:
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
-        self._observer = Observer(shard)
+        self._part = shard.part
         self._parked: dict[tuple[int, ...], ParkedPrefill] = {}
         self._layer_tokens = 0
         self.watched: dict[tuple[int, int], list[Tensor]] | None = None  # `Worker.watch_positions`
@@ -97,108 +97,107 @@ class Prefill:
         return finals
 
     def _advance(self, group: PrefillGroup) -> dict[int, Tensor]:
-        shard, slots = self._shard, group.slots
-        if group.start_layer == 0 and shard.mesh.is_first_stage:
+        part, slots = self._part, group.slots
+        if group.start_layer == 0 and part.mesh.is_first_stage:
             self._parked[slots] = self._embed(slots)
         elif self._is_handed_over(group):
             self._parked[slots] = self._receive(slots)
-        start = max(group.start_layer, shard.layers.start)
-        stop = min(group.stop_layer, shard.layers.stop)
+        start = max(group.start_layer, part.layers.start)
+        stop = min(group.stop_layer, part.layers.stop)
         if start >= stop:
             return {}
         parked, finals = self._parked[slots], {}
-        with shard.clock.phase("prefill"):
-            for layer in range(start, min(stop, shard.spec.num_layers - 1)):
+        with self._shard.clock.phase("prefill"):
+            for layer in range(start, min(stop, part.spec.num_layers - 1)):
                 self._layer(layer, parked)
-            if stop == shard.spec.num_layers:
+            if stop == part.spec.num_layers:
                 last = zip(parked.families.values(), self._last_layer(parked), strict=True)
                 finals = {slot: hidden_E for family, hidden_E in last for slot in family}
-        if stop == shard.layers.stop:
+        if stop == part.layers.stop:
             del self._parked[slots]
-            if not shard.mesh.is_last_stage:
+            if not part.mesh.is_last_stage:
                 self._send(parked)
         return finals
 
     def _is_handed_over(self, group: PrefillGroup) -> bool:
         """Whether the previous stage finishes its part of the group in this range."""
-        return group.start_layer < self._shard.layers.start <= group.stop_layer
+        return group.start_layer < self._part.layers.start <= group.stop_layer
 
     def _embed(self, slots: tuple[int, ...]) -> ParkedPrefill:
-        shard, families = self._shard, self._shard.slots.families(slots)
-        assert shard.decoder.embedding is not None
+        shard, part, families = self._shard, self._part, self._shard.slots.families(slots)
+        assert part.decoder.embedding is not None
         tokens = np.concatenate([shard.slots.prompt(slot) for slot in families])
-        hidden_TE = shard.decoder.embedding(shard.to_device(tokens))
+        hidden_TE = part.decoder.embedding(to_device(tokens.astype(np.int64), part.device))
         return self._park(families, hidden_TE, self._all_positions(families), 0)
 
     def _send(self, parked: ParkedPrefill) -> None:
         """Hand a group over to the next stage, with its positions if those are not all."""
-        mesh, leaders = self._shard.mesh, parked.families
-        if self._lengths(leaders, self._shard.layers.stop) != self._lengths(leaders, 0):
+        mesh, leaders = self._part.mesh, parked.families
+        if self._lengths(leaders, self._part.layers.stop) != self._lengths(leaders, 0):
             mesh.send_hidden(parked.places.positions_T)
         mesh.send_hidden(parked.hidden_TE)
 
     def _receive(self, slots: tuple[int, ...]) -> ParkedPrefill:
         """Take a group over from the stage before; see `_send`."""
-        shard, families = self._shard, self._shard.slots.families(slots)
-        lengths = self._lengths(families, shard.layers.start)
+        shard, start = self._shard, self._part.layers.start
+        families = shard.slots.families(slots)
+        lengths = self._lengths(families, start)
         if lengths != self._lengths(families, 0):
             positions_T = shard.receive_positions(sum(lengths))
         else:
             positions_T = self._all_positions(families)
         hidden_TE = shard.receive_hidden(sum(lengths))
-        return self._park(families, hidden_TE, positions_T, shard.layers.start)
+        return self._park(families, hidden_TE, positions_T, start)
 
     def _park(
         self, families: dict[int, list[int]], hidden_TE: Tensor, positions_T: Tensor, layer: int
     ) -> ParkedPrefill:
         """The group as it enters a layer."""
-        shard = self._shard
-        cu = CuSeqlens.of(self._lengths(families, layer), shard.device)
-        return ParkedPrefill(families, hidden_TE, shard.decoder.places(positions_T), cu)
+        part = self._part
+        cu = CuSeqlens.of(self._lengths(families, layer), part.device)
+        return ParkedPrefill(families, hidden_TE, part.decoder.places(positions_T), cu)
 
     def _all_positions(self, leaders: Iterable[int]) -> Tensor:
         """Positions of whole prompts, int64 [T]."""
-        return self._shard.to_device(
-            np.concatenate([np.arange(n) for n in self._lengths(leaders, 0)])
-        )
+        positions = np.concatenate([np.arange(n) for n in self._lengths(leaders, 0)])
+        return to_device(positions, self._part.device)
 
     def _lengths(self, leaders: Iterable[int], layer: int) -> list[int]:
         """How many tokens of each prompt enter a layer."""
-        shard, num_layers = self._shard, self._shard.spec.num_layers
-        held = [shard.slots[slot] for slot in leaders]
+        num_layers = self._part.spec.num_layers
+        held = [self._shard.slots[slot] for slot in leaders]
         return [s.retention.entering_tokens(s.prompt_tokens, num_layers)[layer] for s in held]
 
     def _layer(self, layer: int, parked: ParkedPrefill) -> None:
         """Replace the parked hidden states by those after `layer`; keep what retention selects."""
-        shard = self._shard
-        weights = shard.decoder.layers[layer - shard.layers.start]
-        part = shard.clock.part
-        with part("project"):
+        part, timed = self._part, self._shard.clock.part
+        weights = part.decoder.layers[layer - part.layers.start]
+        with timed("project"):
             qkv = self._project(weights, parked)
-        with part("attention"):
-            attended, lse = shard.backend.prefill(*qkv, parked.cu, parked.cu, shard.scale)
-        with part("retain"):
+        with timed("attention"):
+            attended, lse = part.backend.prefill(*qkv, parked.cu, parked.cu, part.scale)
+        with timed("retain"):
             self._retain(layer, parked, qkv, lse)
-        with part("propagate"):
+        with timed("propagate"):
             rows_T = self._propagate(layer, parked, qkv, lse)
         del qkv, lse
         if rows_T is not None:
             attended = attended.index_select(0, rows_T)  # on a CPU 8 times as fast as [rows_T]
-        with part("finish"):
-            for chunk in chunks(parked.num_tokens, shard.config.linear_chunk_tokens):
+        with timed("finish"):
+            for chunk in chunks(parked.num_tokens, part.config.linear_chunk_tokens):
                 hidden = parked.hidden_TE[chunk]
                 weights.finish(hidden, attended[chunk], out=hidden)
 
     def _last_layer(self, parked: ParkedPrefill) -> Tensor:
         """The model's last layer: queries and MLP only where the next token comes from, [N, E]."""
-        shard = self._shard
-        layer = shard.spec.num_layers - 1
-        weights = shard.decoder.layers[layer - shard.layers.start]
+        part = self._part
+        layer = part.spec.num_layers - 1
+        weights = part.decoder.layers[layer - part.layers.start]
         qkv = self._project(weights, parked)
         last_N = parked.cu.device[1:].long() - 1
-        one_each = CuSeqlens.of([1] * len(parked.families), shard.device)
-        attended = shard.backend.prefill(
-            qkv.q[last_N], qkv.k, qkv.v, one_each, parked.cu, shard.scale
+        one_each = CuSeqlens.of([1] * len(parked.families), part.device)
+        attended = part.backend.prefill(
+            qkv.q[last_N], qkv.k, qkv.v, one_each, parked.cu, part.scale
         )[0]
         self._retain(layer, parked, qkv, None)
         return weights.finish(parked.hidden_TE[last_N], attended)
@@ -207,7 +206,7 @@ class Prefill:
         self, layer: int, parked: ParkedPrefill, qkv: QKV, lse: Tensor | None
     ) -> Tensor | None:
         """Narrow the group to the tokens that go on; returns their rows, or None for all."""
-        shard, entered = self._shard, list(parked.cu.lengths)
+        shard, part, entered = self._shard, self._part, list(parked.cu.lengths)
         going_on = self._lengths(parked.families, layer + 1)
         if going_on == entered:
             return None
@@ -224,10 +223,10 @@ class Prefill:
                 parked.families, going_on, parked.cu.host[:-1], parked.cu.host[1:], strict=True
             )
         ]
-        rows_T = surviving_rows(shard, prompts)
-        places = shard.decoder.places(parked.places.positions_T[rows_T])
+        rows_T = surviving_rows(part, prompts)
+        places = part.decoder.places(parked.places.positions_T[rows_T])
         bytes_before = parked.hidden_TE.nbytes
-        parked.narrow(rows_T, places, CuSeqlens.of(going_on, shard.device))
+        parked.narrow(rows_T, places, CuSeqlens.of(going_on, part.device))
         # The hidden states before and after exist side by side.
         lse_bytes = 0 if lse is None else lse.nbytes
         shard.meter.see_prefill(
@@ -237,21 +236,21 @@ class Prefill:
 
     def _project(self, weights: Layer, parked: ParkedPrefill) -> QKV:
         """Queries, keys and values of whole prompts, chunk by chunk."""
-        shard = self._shard
-        num_tokens, dim = parked.num_tokens, shard.spec.head_dim
+        part = self._part
+        num_tokens, dim = parked.num_tokens, part.spec.head_dim
         self._layer_tokens += num_tokens
-        num_queries, num_keys = len(shard.heads.query), len(shard.heads.kv)
+        num_queries, num_keys = len(part.heads.query), len(part.heads.kv)
         new = parked.hidden_TE.new_empty
         qkv = QKV(
             new(num_tokens, num_queries, dim),
             new(num_tokens, num_keys, dim),
             new(num_tokens, num_keys, dim),
         )
-        chunk_tokens = min(num_tokens, shard.config.linear_chunk_tokens)
+        chunk_tokens = min(num_tokens, part.config.linear_chunk_tokens)
         for chunk in chunks(num_tokens, chunk_tokens):
             hidden, places = parked.hidden_TE[chunk], parked.places.part(chunk)
             weights.project(hidden, places, out=qkv.part(chunk))
-        shard.meter.see_prefill(
+        self._shard.meter.see_prefill(
             kv_bytes=self._kv_bytes(qkv),
             activation_bytes=(
                 self.parked_bytes
@@ -272,7 +271,7 @@ class Prefill:
 
         `lse` [T, Hq] is what prefill returned of all queries, None if it did not.
         """
-        local_layer = layer - self._shard.layers.start
+        local_layer = layer - self._part.layers.start
         writes: list[PromptWrite] = []
         bounds = zip(parked.cu.host[:-1], parked.cu.host[1:], strict=True)
         for family, (start, stop) in zip(parked.families.values(), bounds, strict=True):
@@ -293,7 +292,7 @@ class Prefill:
                 if self.watched is not None:
                     entered = parked.places.positions_T[start:stop]
                     self.watched[slot, layer] = self._positions(entered, indices)
-                if slot not in self._shard.refused:
+                if slot not in self._shard.faults.refused:
                     writes.append(PromptWrite(slot, start, stop - start, indices))
         self._write(local_layer, qkv, writes)
         # The pages just written and the layer's fresh keys and values exist side by side.
@@ -302,7 +301,7 @@ class Prefill:
     def _positions(self, entered: Tensor, indices: Selection) -> list[Tensor]:
         """Positions in the prompt that each local kv head keeps of those that entered a layer."""
         if indices is None:
-            return [entered] * len(self._shard.heads.kv)
+            return [entered] * len(self._part.heads.kv)
         return [entered[places] for places in indices]
 
     def _remember_queries(
@@ -320,7 +319,7 @@ class Prefill:
             recent = held.retention.propagate.recent_tokens(held.prompt_tokens)
             queries = queries[-recent:]
             if lse is None:
-                normalisers = shard.backend.normalisers(queries, prompt.k, shard.scale)
+                normalisers = self._part.backend.normalisers(queries, prompt.k, self._part.scale)
             else:
                 normalisers = lse[-recent:]
         shard.rings.store(slot, local_layer, queries, held.prompt_tokens, normalisers)
@@ -335,13 +334,13 @@ class Prefill:
     ) -> None:
         """Note what compactions while decoding start from, on every rank, refused or not."""
         shard = self._shard
-        if slot not in shard.cycles:
+        if slot not in shard.retained.cycles:
             return
         counts = num_tokens if indices is None else [len(head) for head in indices]
-        shard.after_prefill[slot][local_layer] = counts
+        shard.retained.after_prefill[slot][local_layer] = counts
         if masses is not None:
-            room = shard.max_model_len - shard.slots[slot].prompt_tokens
-            more = min(shard.cycles[slot].most, room)
+            room = self._part.max_model_len - shard.slots[slot].prompt_tokens
+            more = min(shard.retained.cycles[slot].most, room)
             shard.sums.store(slot, local_layer, masses, indices, more)
 
     def _write(self, local_layer: int, qkv: QKV, writes: list[PromptWrite]) -> None:
@@ -363,12 +362,12 @@ class Prefill:
 
         Where compactions will go by sums of attention, also what all of these tokens got, [H, n].
         """
-        spec, held = self._shard.spec, self._shard.slots[slot]
-        masses = self._observer.all_mass(prompt, lse) if sums_mass(held.retention) else None
+        spec, held = self._part.spec, self._shard.slots[slot]
+        masses = prompt_mass(self._part, prompt, lse) if sums_mass(held.retention) else None
         rows = held.retention.row_tokens(held.prompt_tokens, spec.num_layers, spec.num_kv_heads)
         if rows[layer].min() == len(prompt.k):
             return None, masses
-        observation = self._observer.observe(
-            layer, prompt, lse, held.retention, held.prompt_tokens, masses
+        observation = observe_prompt(
+            self._part, layer, prompt, lse, held.retention, held.prompt_tokens, masses
         )
         return select(held.retention, observation), masses

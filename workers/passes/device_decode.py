@@ -12,32 +12,18 @@ Shapes: T sequences of a step, B the ladder's size for them, E hidden size.
 import functools
 import logging
 from bisect import bisect_left
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .plan import DecodeItem
-from .transfer import to_device
-
-if TYPE_CHECKING:
-    from .shard import Shard
+from saqqara.workers.plan import DecodeItem
+from saqqara.workers.shard import Shard
+from saqqara.workers.sizing import graph_sizes, why_no_graphs
+from saqqara.workers.transfer import to_device
 
 logger = logging.getLogger(__name__)
-
-_LARGEST = 512
-_WORKSPACE_BYTES = 64 << 20  # cuBLAS's and cuBLASLt's of the recording stream, 32 MiB each at most
-_KERNEL_BYTES = 8 << 10  # of a recorded kernel in the driver, and this many kernels in a layer
-_LAYER_KERNELS = 20
-
-
-def ladder(max_num_seqs: int) -> tuple[int, ...]:
-    """Batch sizes to record graphs for: fine steps where padding costs most, then coarser ones."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, _LARGEST + 1, 64)]
-    top = min(max_num_seqs, _LARGEST)
-    return (*(size for size in sizes if size < top), top)
 
 
 class DeviceDecode:
@@ -48,13 +34,14 @@ class DeviceDecode:
         use_graphs: replay recorded graphs; else every kernel is launched by the host.
     """
 
-    def __init__(self, shard: "Shard", use_graphs: bool) -> None:
+    def __init__(self, shard: Shard, use_graphs: bool) -> None:
         from saqqara.workers.kernels import decode
 
         self._shard = shard
+        self._part = shard.part
         self._kernel = decode
         self._use_graphs = use_graphs
-        self._sizes = ladder(shard.config.max_num_seqs)
+        self._sizes = graph_sizes(shard.part.config.max_num_seqs)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if use_graphs else None
 
@@ -63,9 +50,8 @@ class DeviceDecode:
         shard = self._shard
         return all(
             item.num_tokens == 1
-            and item.slot not in shard.refused
-            and item.slot not in shard.cycles
-            and item.slot not in shard.trimmed
+            and item.slot not in shard.faults.refused
+            and item.slot not in shard.retained
             for item in items
         )
 
@@ -86,7 +72,7 @@ class DeviceDecode:
             place = bisect_left(self._sizes, len(items))
             if not self._use_graphs or place == len(self._sizes):
                 longest = int(shard.kv.table.kept[slots].max())
-                return self._step(to_device(inputs, shard.device), longest)
+                return self._step(to_device(inputs, self._part.device), longest)
             return self._replay(self._sizes[place], inputs)
 
     def record_all(self) -> None:
@@ -94,11 +80,11 @@ class DeviceDecode:
         if not self._use_graphs:
             return
         torch.cuda.empty_cache()
-        before, _ = torch.cuda.mem_get_info(self._shard.device)
+        before, _ = torch.cuda.mem_get_info(self._part.device)
         for size in reversed(self._sizes):
             self._record(size)
         torch.cuda.empty_cache()
-        after, _ = torch.cuda.mem_get_info(self._shard.device)
+        after, _ = torch.cuda.mem_get_info(self._part.device)
         logger.info(
             "recorded decode graphs for batches of %s: %.0f MiB",
             ", ".join(map(str, self._sizes)),
@@ -112,15 +98,15 @@ class DeviceDecode:
         num = inputs_3T.shape[1]
         padded = _padding(size)
         padded[:, :num] = inputs_3T
-        inputs_3B.copy_(to_device(padded, self._shard.device))
+        inputs_3B.copy_(to_device(padded, self._part.device))
         graph.replay()
         return hidden_BE[:num]
 
     def _record(self, size: int) -> None:
         """Record one step; all of its rows are padding, so it changes no page."""
-        device = self._shard.device
+        device = self._part.device
         inputs_3B = to_device(_padding(size), device).clone()
-        longest = self._shard.max_model_len
+        longest = self._part.max_model_len
         # Kernels are compiled, and libraries set up, before anything is recorded.
         stream = _recording_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -137,8 +123,8 @@ class DeviceDecode:
 
     def _step(self, inputs_3T: Tensor, longest: int) -> Tensor:
         """All layers, [T, E]; `longest` bounds the rows' lengths."""
-        shard, table = self._shard, self._shard.kv.table
-        pool, decoder = self._shard.kv.pool, self._shard.decoder
+        table, pool = self._shard.kv.table, self._shard.kv.pool
+        decoder, scale = self._part.decoder, self._part.scale
         tokens, positions, slots = inputs_3T.unbind()
         assert decoder.embedding is not None, "the only rank has the embedding"
         hidden = decoder.embedding(tokens)
@@ -153,7 +139,7 @@ class DeviceDecode:
                 longest,
                 slots,
             )
-            attended, _ = self._kernel.decode(q, rows, shard.scale, new=(k, v))
+            attended, _ = self._kernel.decode(q, rows, scale, new=(k, v))
             hidden = layer.finish(hidden, attended, out=hidden)
         return hidden
 
@@ -175,56 +161,16 @@ def _padding(size: int) -> NDArray[np.int64]:
     return inputs
 
 
-def graph_bytes(shard: "Shard") -> int:
-    """Bytes that the graphs of a rank will hold, which its page pool must leave; 0 without graphs.
-
-    What the driver keeps of each kernel is an allowance; the start-up log says what was taken.
-    """
-    if shard.backend.name != "triton" or _why_no_graphs(shard) is not None:
-        return 0
-    sizes = ladder(shard.config.max_num_seqs)
-    hidden_bytes = shard.spec.hidden_size * shard.dtype.itemsize
-    kernels = len(sizes) * len(shard.layers) * _LAYER_KERNELS
-    scratch = sizes[-1] * scratch_bytes(shard)
-    return scratch + sum(sizes) * hidden_bytes + kernels * _KERNEL_BYTES + _WORKSPACE_BYTES
-
-
-def scratch_bytes(shard: "Shard") -> int:
-    """Bytes of the temporaries of one decoded token; layers use the same memory in turn."""
-    from saqqara.workers.kernels.decode import MAX_SPLITS, SPLIT_TOKENS
-
-    spec, itemsize = shard.spec, shard.dtype.itemsize
-    num_queries, dim = len(shard.heads.query), spec.head_dim
-    num_all = num_queries + 2 * len(shard.heads.kv)
-    per_layer = shard.decoder.layers[0].activation_bytes_per_token(itemsize)
-    # Queries and keys are rotated in float32: the product, the rotated halves, the sum.
-    rotation = num_all * dim * (2 * itemsize + 2 * 4)
-    splits = num_queries * (dim + 1) * 4 * MAX_SPLITS
-    if shard.max_model_len <= SPLIT_TOKENS:
-        splits = 0
-    attention = (2 * num_queries * dim + spec.hidden_size) * itemsize + splits
-    angles = 4 * dim * 4
-    return max(per_layer, rotation + num_all * dim * itemsize, attention + rotation) + angles
-
-
-def _why_no_graphs(shard: "Shard") -> str | None:
-    """Why decode steps are launched by the host, or None if they are recorded."""
-    if shard.mesh.layout.world_size > 1:
-        return "ranks exchange data in every layer"
-    if shard.device.type != "cuda":
-        return f"the device is {shard.device.type}"
-    return "cuda_graphs='off'" if shard.config.cuda_graphs == "off" else None
-
-
-def make(shard: "Shard") -> DeviceDecode | None:
+def make(shard: Shard) -> DeviceDecode | None:
     """The device's own decode step, or None where this rank decodes in the general way."""
-    if shard.backend.name != "triton":
+    part = shard.part
+    if part.backend.name != "triton":
         return None
-    reason = _why_no_graphs(shard)
+    reason = why_no_graphs(part)
     if reason is None:
         logger.info("decode: CUDA graphs")
     else:
         logger.info("decode: launched by the host (%s)", reason)
-    if shard.mesh.layout.world_size > 1:
+    if part.mesh.layout.world_size > 1:
         return None
     return DeviceDecode(shard, use_graphs=reason is None)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import embedding, linear
 
-from saqqara.workers.layout import VocabShard
-from saqqara.workers.mesh import Mesh
-from saqqara.workers.models.weights import WeightSource
+from saqqara.workers.mesh.layout import VocabShard
+from saqqara.workers.mesh.mesh import Mesh
+
+from .weights import WeightSource
 
 
 def read_vocab_rows(source: WeightSource, name: str, shard: VocabShard) -> torch.Tensor:

@@ -12,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .attention.base import CuSeqlens
-from .kv.store import AppendPlan, KVStore, KVView
-from .mass_sums import MassSums
-from .models.layer import QKV, Layer, Places
-from .plan import DecodeItem
-from .rings import QueryRings, RingWrites
-from .shard import Shard
-from .transfer import to_device
+from saqqara.workers.attention.base import CuSeqlens
+from saqqara.workers.kv.store import KVStore
+from saqqara.workers.kv.view import AppendPlan, KVView
+from saqqara.workers.models.layer import QKV, Layer, Places
+from saqqara.workers.plan import DecodeItem
+from saqqara.workers.shard import Shard
+from saqqara.workers.state.rings import QueryRings, RingWrites
+from saqqara.workers.state.sums import MassSums
+from saqqara.workers.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,10 @@ class DecodeBatch:
 
     @classmethod
     def reserve(
-        cls,
-        kv: KVStore,
-        items: Sequence[DecodeItem],
-        fitting: Sequence[DecodeItem],
-        device: torch.device,
+        cls, kv: KVStore, items: Sequence[DecodeItem], fitting: Sequence[DecodeItem]
     ) -> "DecodeBatch | None":
         """Reserve pages for the `fitting` items; None, with nothing changed, if they do not fit."""
+        device = kv.table.device
         positions = np.concatenate(
             [np.arange(i.position, i.position + i.num_tokens) for i in items]
         )
@@ -89,16 +87,11 @@ class DecodeBatch:
         append = kv.begin_append(slots, counts)
         if append is None:
             return None
-        rows = None
+        rows = cu = None
         if several or len(fitting) < len(items):
-            starts = np.cumsum([0] + [item.num_tokens for item in items])
-            first = {item.slot: int(start) for item, start in zip(items, starts, strict=False)}
-            order = [
-                np.arange(first[item.slot], first[item.slot] + item.num_tokens)
-                for item in single + several
-            ]
-            rows = to_device(np.concatenate(order), device)
-        cu = CuSeqlens.of([item.num_tokens for item in several], device) if several else None
+            rows = to_device(_rows_of(items, single + several), device)
+        if several:
+            cu = CuSeqlens.of([item.num_tokens for item in several], device)
         at = np.array([item.position for item in single], dtype=np.int64)
         return cls(positions, append, rows, len(single), cu, at)
 
@@ -131,21 +124,21 @@ class DecodeBatch:
 
         `index` counts this worker's layers from 0. Rows of refused slots come out as zeros.
         """
-        part, kv = shard.clock.part, shard.kv
+        timed, kv = shard.clock.part, shard.kv
         if self.rows is None:
             assert self.append is not None
-            with part("project"):
+            with timed("project"):
                 refs = self.append.refs[index]
                 q = layer.project_append(hidden_TE, places, kv.k_tokens, kv.v_tokens, refs)
                 self._remember(shard, index, q)
-            with part("attention"):
+            with timed("attention"):
                 return self._decode(shard, index, q, kv.decode_view(self.append, index))
-        with part("project"):
+        with timed("project"):
             qkv = layer.project(hidden_TE, places)
             self._remember(shard, index, qkv.q)
         attended = torch.zeros_like(qkv.q)
         if self.append is not None:
-            with part("attention"):
+            with timed("attention"):
                 attended[self.rows] = self._attend_rows(shard, index, qkv)
         return attended
 
@@ -166,7 +159,7 @@ class DecodeBatch:
         if self.cu is not None:
             view = _narrow(kv.extend_view(self.append, index), slice(n, None))
             new = (q[n:], k[n:], v[n:])
-            parts.append(shard.backend.extend(*new, self.cu, view, shard.scale))
+            parts.append(shard.part.backend.extend(*new, self.cu, view, shard.part.scale))
         return torch.cat(parts)
 
     def _decode(self, shard: Shard, index: int, q: Tensor, view: KVView) -> Tensor:
@@ -175,7 +168,7 @@ class DecodeBatch:
         So nobody's output depends, not even in its rounding, on who else is in the batch.
         """
         if not self.companies:
-            return shard.backend.decode(q, view, shard.scale)
+            return shard.part.backend.decode(q, view, shard.part.scale)
         if self.companies[0].rows is None:
             return _attended(shard, index, q, view, self.companies[0])
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -187,9 +180,18 @@ class DecodeBatch:
         return out
 
 
+def _rows_of(items: Sequence[DecodeItem], chosen: Sequence[DecodeItem]) -> NDArray[np.int64]:
+    """Which of the tokens fed by all items are those of the chosen ones, in their order."""
+    starts = np.cumsum([0] + [item.num_tokens for item in items])
+    first = {item.slot: int(start) for item, start in zip(items, starts, strict=False)}
+    return np.concatenate(
+        [np.arange(first[item.slot], first[item.slot] + item.num_tokens) for item in chosen]
+    )
+
+
 def _attended(shard: Shard, index: int, q: Tensor, view: KVView, company: Company) -> Tensor:
     """Attention of one company; what is wanted besides goes to where it is kept."""
-    backend, scale = shard.backend, shard.scale
+    backend, scale = shard.part.backend, shard.part.scale
     if company.sums:
         attended, masses = backend.decode_and_mass(q, view, scale)
         shard.sums.add(company.slots, index, masses)

@@ -19,9 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .transfer import to_device
-
-NORMALISER_BYTES = 4  # float32
+from saqqara.workers.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +63,7 @@ class QueryRings:
         self._start_S: NDArray[np.int64] = np.zeros(num_slots, dtype=np.int64)
         self._size_S: NDArray[np.int64] = np.zeros(num_slots, dtype=np.int64)
         self._normalised_S: NDArray[np.bool_] = np.zeros(num_slots, dtype=np.bool_)
+        self._device = device
         self.num_open = 0
 
     @property
@@ -134,7 +133,7 @@ class QueryRings:
             return
         last = queries[-size:]
         positions = np.arange(next_position - len(last), next_position)
-        refs = self._to_device(self._start_S[slot] + positions % size)
+        refs = to_device(self._start_S[slot] + positions % size, self._device)
         self._buffer[layer].index_copy_(0, refs, last)
         assert (normalisers is not None) == self._normalised_S[slot]
         if normalisers is not None:
@@ -158,7 +157,9 @@ class QueryRings:
         rows = np.flatnonzero(until_end_T <= size_T)
         refs = self._start_S[slot_T[rows]] + positions[rows] % size_T[rows]
         every = len(rows) == len(slot_T)
-        return RingWrites(None if every else self._to_device(rows), self._to_device(refs))
+        return RingWrites(
+            None if every else to_device(rows, self._device), to_device(refs, self._device)
+        )
 
     def append(self, writes: RingWrites, layer: int, queries: Tensor) -> None:
         """Remember the queries [T, Hq, D] of a step in one layer."""
@@ -167,7 +168,7 @@ class QueryRings:
 
     def places(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
         """Where the queries at these positions [N] of these slots [N] lie, for `normalise`."""
-        return self._to_device(self._start_S[slots] + positions % self._size_S[slots])
+        return to_device(self._start_S[slots] + positions % self._size_S[slots], self._device)
 
     def normalise(self, places: Tensor, layer: int, normalisers: Tensor) -> None:
         """Remember the normalisers [N, Hq] of the queries at these `places`."""
@@ -220,7 +221,7 @@ class QueryRings:
         assert (size_N >= num_queries).all(), f"rings of {size_N} have no {num_queries} queries"
         assert (next_positions >= num_queries).all(), "a ring is not full yet"
         positions = next_positions[:, None] - num_queries + np.arange(num_queries)
-        return self._to_device(self._start_S[slots][:, None] + positions % size_N[:, None])
+        return to_device(self._start_S[slots][:, None] + positions % size_N[:, None], self._device)
 
     def _first_gap(self, num_queries: int) -> int:
         """The lowest place where so many entries lie free (maybe past the end)."""
@@ -246,7 +247,7 @@ class QueryRings:
         if self._normalised_S.any():
             lse = self._lse.new_zeros(num_layers, capacity, num_heads)
         if old:
-            refs = self._to_device(np.concatenate(old))
+            refs = to_device(np.concatenate(old), self._device)
             buffer[:, :end] = self._buffer.index_select(1, refs)
             if lse is not self._no_lse:
                 lse[:, :end] = self._lse.index_select(1, refs)
@@ -257,6 +258,3 @@ class QueryRings:
         taken = np.flatnonzero(self._size_S)
         slots: list[int] = taken[np.argsort(self._start_S[taken])].tolist()
         return slots
-
-    def _to_device(self, places: NDArray[np.int64]) -> Tensor:
-        return to_device(places, self._buffer.device)

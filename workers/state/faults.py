@@ -1,35 +1,44 @@
-"""Faults that belong to one sequence: they end it, and the step goes on for the others."""
+"""The slots that one rank has given up, and the faults that end a sequence alone."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from .plan import Fault
+from saqqara.workers.plan import Fault
 
 logger = logging.getLogger(__name__)
 
 
 class Faults:
-    """The slots of one rank whose sequences cannot go on, and why.
+    """The slots of one rank that are refused, and those of them whose sequences cannot go on.
 
     A slot at fault is refused like one whose tokens do not fit: this rank gives its pages back and
     holds nothing of it, but goes on to do its part where ranks work together. So it does not matter
     whether the other ranks have met the fault, too.
 
     Args:
-        refuse: gives up a slot's pages.
+        free_pages: takes all pages of a slot back.
         is_alone: whether no other rank works on the same layers. If some do, they may wait in the
             middle of what failed here, so only faults outside such work cost one sequence alone.
+
+    Attributes:
+        refused: slots that this rank holds nothing of.
     """
 
-    def __init__(self, refuse: Callable[[int], None], is_alone: bool) -> None:
-        self._refuse = refuse
+    def __init__(self, free_pages: Callable[[int], None], is_alone: bool) -> None:
+        self.refused: set[int] = set()
+        self._free_pages = free_pages
         self._is_alone = is_alone
         self._new: list[Fault] = []
         self._slots: set[int] = set()
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._slots
+
+    def refuse(self, slot: int) -> None:
+        """Give up a slot: what it held is room for others."""
+        self._free_pages(slot)
+        self.refused.add(slot)
 
     def add(self, slot: int, message: str) -> None:
         """End the sequence of a slot; only its first fault counts."""
@@ -38,7 +47,7 @@ class Faults:
         logger.warning("slot %d: %s", slot, message)
         self._slots.add(slot)
         self._new.append(Fault(slot, message))
-        self._refuse(slot)
+        self.refuse(slot)
 
     @contextmanager
     def blame(self, slots: Iterable[int], doing: str, *, is_local: bool = False) -> Iterator[None]:
@@ -68,4 +77,5 @@ class Faults:
 
     def forget(self, slot: int) -> None:
         """Note that the slot is free."""
+        self.refused.discard(slot)
         self._slots.discard(slot)

@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saqqara.compression.retention import Retention
-
-from .plan import DecodeItem, NewSequence, PrefillGroup, SamplingSpec, StepPlan
+from saqqara.workers.plan import DecodeItem, NewSequence, PrefillGroup, SamplingSpec, StepPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saqqara.workers.transfer import to_device
+
 
 class MassSums:
     """Sums by place in storage: entry t of a row belongs to its t-th stored token.
@@ -36,6 +38,7 @@ class MassSums:
         self._sums = self._empty  # [L, C, H, W]
         self._place_S: NDArray[np.int64] = np.full(num_slots, -1, dtype=np.int64)
         self._free_places: list[int] = []
+        self._device = device
 
     @property
     def num_bytes(self) -> int:
@@ -105,7 +108,7 @@ class MassSums:
             layer: local layer.
             masses: float32 [N, H, any width], 0 past the end of a row.
         """
-        places = self._to_device(self._place_S[slots])
+        places = to_device(self._place_S[slots], self._device)
         width = min(masses.shape[2], self._sums.shape[3])
         self._sums[layer, :, :, :width].index_add_(0, places, masses[:, :, :width])
 
@@ -126,7 +129,7 @@ class MassSums:
         self._sums[layer, place, head] = kept
 
     def _rows(self, slots: NDArray[np.int64], heads: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        return self._to_device(self._place_S[slots]), self._to_device(heads)
+        return to_device(self._place_S[slots], self._device), to_device(heads, self._device)
 
     def _grow(self, num_places: int, num_tokens: int) -> None:
         """Make room for so many places and tokens of a row, at least."""
@@ -137,6 +140,3 @@ class MassSums:
         larger = self._sums.new_zeros(shape)
         larger[:, :places, :, :tokens] = self._sums
         self._sums = larger
-
-    def _to_device(self, numbers: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(numbers).to(self._sums.device, non_blocking=True)

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from saqqara.workers.models.spec import RopeSpec
+from .spec import RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
@@ -58,13 +58,6 @@ class RotaryTable:
         """Factors of `rotate` for positions int64 [T]: (cos, cos) and (-sin, sin), [T, 1, D]."""
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-    def apply(
-        self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate q [T, Hq, D] and k [T, H, D] to positions int64 [T]; new tensors."""
-        cos, sin = self.lookup(positions)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,1 +1,0 @@
-"""The layers of the decoder, and the sampler."""

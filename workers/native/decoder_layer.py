@@ -1,0 +1,246 @@
+"""A decoder layer in two calls around attention, on the packed linear layers of `linear.py`.
+
+Here for decoding:
+
+    project(hidden, positions, q, k_tokens, v_tokens, refs)
+    attended = ...
+    finish(hidden, attended, out=hidden)
+
+With tensor parallelism, sums over the ranks stand between the parts of `Finish`; then these parts,
+a `PackedLinear` and an `Mlp`, are called.
+
+Shapes: T tokens, E hidden size, F intermediate size, Hq query heads, H kv heads, D head dim.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from ctypes import c_float, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .build import function, pointer
+from .linear import Matrix, PackedLinear, bf16, optional_bf16
+
+
+class _Projection(ctypes.Structure):
+    _fields_ = (
+        ("qkv", Matrix),
+        ("norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("query_heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("eps", c_float),
+    )
+
+
+class _Mlp(ctypes.Structure):
+    _fields_ = (
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("norm", c_void_p),
+        ("eps", c_float),
+    )
+
+
+_LAYER = c_void_p  # the address of one of the structures
+_TENSOR = c_void_p
+_COUNT = c_int64
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "rotate": (_LAYER, _TENSOR, _COUNT, *5 * (_TENSOR,), _COUNT),
+    "project": (_LAYER, _TENSOR, _COUNT, *5 * (_TENSOR,), _COUNT),
+    "mlp": (_LAYER, _TENSOR, _TENSOR, _COUNT, _TENSOR, _COUNT),
+    "finish": (_LAYER, _LAYER, _TENSOR, _TENSOR, _COUNT, _TENSOR, _COUNT),
+}
+
+
+@functools.cache
+def _kernel(name: str) -> Callable[..., None]:
+    return function(f"saqqara_{name}", _SIGNATURES[name])
+
+
+class Projection:
+    """From hidden states to rotated queries and keys, and values, stored where they belong.
+
+    Args:
+        qkv: the fused layer with its norm; outputs are Hq query, H key and H value heads.
+        num_query_heads: Hq.
+        num_kv_heads: H.
+        cos: fp32 [positions, D/2], as in `RotaryTable`.
+        sin: as `cos`.
+        query_norm: bf16 [D], the weight of a norm of each query head (Qwen3), or None.
+        key_norm: the same for keys; both or none.
+    """
+
+    def __init__(
+        self,
+        qkv: PackedLinear,
+        num_query_heads: int,
+        num_kv_heads: int,
+        cos: Tensor,
+        sin: Tensor,
+        query_norm: Tensor | None = None,
+        key_norm: Tensor | None = None,
+    ) -> None:
+        assert qkv.norm is not None, "the projection starts with a norm"
+        num_heads = num_query_heads + 2 * num_kv_heads
+        assert qkv.num_outputs == num_heads * 2 * cos.shape[-1], (qkv.num_outputs, cos.shape)
+        assert (query_norm is None) == (key_norm is None), "norms of queries and keys come together"
+        self.qkv = qkv
+        self._tensors = (cos, sin, query_norm, key_norm)  # keeps what the structure points to
+        self._projection = _Projection(
+            qkv.matrix,
+            bf16(qkv.norm.weight),
+            optional_bf16(query_norm),
+            optional_bf16(key_norm),
+            pointer(cos, torch.float32),
+            pointer(sin, torch.float32),
+            num_query_heads,
+            num_kv_heads,
+            2 * cos.shape[-1],
+            qkv.norm.eps,
+        )
+        self._address = ctypes.addressof(self._projection)
+        self._project = _kernel("project")
+        self._rotate = _kernel("rotate")
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        refs: Tensor | None = None,
+    ) -> None:
+        """Norm, q/k/v, rotation, storage.
+
+        Args:
+            hidden: bf16 [T, E].
+            positions: int64 [T], all within the tables.
+            q: receives the queries, bf16 [T, Hq, D].
+            k: receives the keys: bf16 [T, H, D], or with `refs` the pages as tokens [P', D].
+            v: the same for values.
+            refs: int64 [T, H], the rows of `k` and `v` that token and head go to
+                (`AppendPlan.refs[layer]`).
+        """
+        self._run(self._project, hidden, positions, q, k, v, refs)
+
+    def rope_append(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        refs: Tensor | None = None,
+    ) -> None:
+        """The second half of the call: from qkv bf16 [T, (Hq + 2 H) D]; see there."""
+        self._run(self._rotate, qkv, positions, q, k, v, refs)
+
+    def _run(
+        self,
+        kernel: Callable[..., None],
+        x: Tensor,
+        positions: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        refs: Tensor | None,
+    ) -> None:
+        rows = x.shape[0]
+        assert positions.shape == (rows,), (positions.shape, rows)
+        assert q.shape[0] == rows, (q.shape, rows)
+        assert refs is not None or k.shape[0] == v.shape[0] == rows, (k.shape, v.shape, rows)
+        kernel(
+            self._address,
+            bf16(x),
+            rows,
+            pointer(positions, torch.int64),
+            None if refs is None else pointer(refs, torch.int64),
+            bf16(q),
+            bf16(k),
+            bf16(v),
+            torch.get_num_threads(),
+        )
+
+
+class Mlp:
+    """Norm, gate and up, `silu(gate) * up`, down.
+
+    Args:
+        gate_up: gated, with its norm; E -> F.
+        down: F -> E.
+    """
+
+    def __init__(self, gate_up: PackedLinear, down: PackedLinear) -> None:
+        assert gate_up.norm is not None, "the MLP starts with a norm"
+        assert gate_up.matrix.gated, "gate and up are packed as one gated layer"
+        assert gate_up.num_outputs == down.num_inputs, (gate_up.num_outputs, down.num_inputs)
+        self.gate_up = gate_up
+        self.down = down
+        self._mlp = _Mlp(gate_up.matrix, down.matrix, bf16(gate_up.norm.weight), gate_up.norm.eps)
+        self.address = ctypes.addressof(self._mlp)
+        self._run = _kernel("mlp")
+
+    def __call__(
+        self, hidden: Tensor, out: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """The MLP of hidden [T, E], plus `residual`, bf16 [T, E]; `out` may be either of them."""
+        if out is None:
+            out = torch.empty_like(hidden)
+        assert out.shape == (hidden.shape[0], self.down.num_outputs), out.shape
+        self._run(
+            self.address,
+            bf16(hidden),
+            optional_bf16(residual),
+            hidden.shape[0],
+            bf16(out),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+class Finish:
+    """From the output of attention to the hidden states after the layer.
+
+    Args:
+        output: the output projection, Hq D -> E.
+        mlp: what follows.
+    """
+
+    def __init__(self, output: PackedLinear, mlp: Mlp) -> None:
+        assert output.num_outputs == mlp.gate_up.num_inputs, output.num_outputs
+        self.output = output
+        self.mlp = mlp
+        self._output = ctypes.addressof(output.matrix)
+        self._run = _kernel("finish")
+
+    def __call__(self, hidden: Tensor, attended: Tensor, out: Tensor | None = None) -> Tensor:
+        """`x + mlp(x)` for `x = hidden + output(attended)`.
+
+        Args:
+            hidden: before the layer, bf16 [T, E].
+            attended: bf16 [T, Hq, D].
+            out: receives the result; may be `hidden`.
+        """
+        if out is None:
+            out = torch.empty_like(hidden)
+        assert attended.numel() == hidden.shape[0] * self.output.num_inputs, attended.shape
+        self._run(
+            self._output,
+            self.mlp.address,
+            bf16(attended),
+            bf16(hidden),
+            hidden.shape[0],
+            bf16(out),
+            torch.get_num_threads(),
+        )
+        return out

@@ -1,0 +1,153 @@
+"""Compacts rows while their sequences decode.
+
+All rows of a sequence with targets reach their limits in the same step (`growth.Cycle`).
+After the layers of that step, layer by layer, the rows of all such sequences that are scored alike
+are selected and compacted together.
+
+Shapes: N sequences, R rows of one layer, n stored tokens of each, w queries, Hq local query heads,
+H local kv heads, G = Hq / H, D head dim.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saqqara.compression.growth import num_ring_queries, sums_mass
+from saqqara.compression.retention import Retention
+from saqqara.compression.selecting import select_stored
+from saqqara.workers.kv.rows import Rows, compact_rows, read_rows
+from saqqara.workers.plan import DecodeItem
+from saqqara.workers.shard import Shard
+
+from .observe import no_rows, observe_rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Firing:
+    """A sequence whose rows are to be compacted; `next_position` is that of its next token."""
+
+    slot: int
+    retention: Retention
+    next_position: int
+    compaction: int
+
+
+def compact_firing(shard: Shard, items: tuple[DecodeItem, ...]) -> None:
+    """Compact the rows of those sequences that are at their limits after the items just fed."""
+    firing = [f for item in items if (f := _firing(shard, item)) is not None]
+    if not firing:
+        return
+    with shard.clock.phase("compact"):
+        for group in _alike(shard, firing):
+            with shard.faults.blame([f.slot for f in group], "compaction"):
+                for index in range(len(shard.part.layers)):
+                    _compact_layer(shard, index, group)
+
+
+def _alike(shard: Shard, firing: list[_Firing]) -> list[list[_Firing]]:
+    """The sequences by what selects their tokens; each by itself where ranks are asked."""
+    together: dict[tuple[object, ...], list[_Firing]] = defaultdict(list)
+    for number, f in enumerate(firing):
+        alone = number if _asks_ranks(shard, f.retention) else -1
+        together[f.retention, f.compaction, alone].append(f)
+    return list(together.values())
+
+
+def _asks_ranks(shard: Shard, retention: Retention) -> bool:
+    """Whether the score of a row depends on what other rows or ranks hold.
+
+    Such sequences are selected one by one, in the same order on every rank.
+    """
+    assert retention.score is not None
+    if retention.score.scope != "head":
+        return True
+    attends = num_ring_queries(retention) > 0 or sums_mass(retention)
+    return shard.part.heads.replicated and attends
+
+
+def _firing(shard: Shard, item: DecodeItem) -> _Firing | None:
+    cycle = shard.retained.cycles.get(item.slot)
+    if cycle is None:
+        return None
+    held, stop = shard.slots[item.slot], item.position + item.num_tokens
+    fed = stop - held.prompt_tokens
+    assert cycle.room(fed - item.num_tokens) >= item.num_tokens, f"{item} spans a compaction"
+    if not cycle.fires(fed):
+        return None
+    compaction = cycle.num_compactions(fed)
+    return _Firing(item.slot, held.retention, stop, compaction)
+
+
+def _compact_layer(shard: Shard, index: int, group: list[_Firing]) -> None:
+    """Compact one local layer of sequences of one retention, row length by row length."""
+    present = [f for f in group if f.slot not in shard.faults.refused]
+    if not present:
+        if _asks_ranks(shard, group[0].retention):
+            _join_others(shard, index, group[0])
+        return
+    slots = np.array([f.slot for f in present], dtype=np.int64)
+    lengths = shard.kv.table.kept[slots, index]  # [N, H]
+    for length in np.unique(lengths).tolist():
+        number, heads = np.nonzero(lengths == length)
+        rows = Rows(index, slots[number], heads)
+        indices = _select(shard, rows, present, number, length)
+        if not compact_rows(shard.kv, rows, indices):
+            for slot in np.unique(rows.slots).tolist():
+                shard.refuse(slot)
+            return
+        if sums_mass(present[0].retention):
+            shard.sums.compact(rows.slots, index, heads, indices)
+
+
+def _select(
+    shard: Shard, rows: Rows, firing: list[_Firing], number: NDArray[np.int64], length: int
+) -> Tensor:
+    """Which tokens rows of one length keep, int64 [R, keep]; row i is of `firing[number[i]]`."""
+    retention, slack = firing[0].retention, shard.retained.cycles[firing[0].slot].slack
+    k_RND, v_RND = read_rows(shard.kv, rows)
+    queries = masses = None
+    if num_ring_queries(retention):
+        by_sequence = _queries(shard, rows.layer, firing)
+        queries = by_sequence[torch.from_numpy(number), rows.heads]
+    if sums_mass(retention):
+        masses = shard.sums.read(rows.slots, rows.layer, rows.heads, length)
+    observation = observe_rows(
+        shard.part, rows.layer, rows.heads, k_RND, v_RND, queries, masses, firing[0].compaction
+    )
+    return select_stored(retention, observation, length - slack)
+
+
+def _queries(shard: Shard, index: int, firing: list[_Firing]) -> Tensor:
+    """The remembered queries of one local layer by kv head, [N, H, w, G, D]."""
+    slots = np.array([f.slot for f in firing], dtype=np.int64)
+    stops = np.array([f.next_position for f in firing], dtype=np.int64)
+    ring = shard.rings.read(slots, index, stops)  # [N, w, Hq, D]
+    grouped = ring.view(*ring.shape[:2], len(shard.part.heads.kv), -1, ring.shape[-1])
+    return grouped.transpose(1, 2)
+
+
+def _join_others(shard: Shard, index: int, refused: _Firing) -> None:
+    """Answer the ranks that select for a slot that this one refused and holds nothing of.
+
+    They wait for its part of the scores, row length by row length. What they make of it does not
+    matter: the sequence will start anew.
+    """
+    part, retention, cycle = shard.part, refused.retention, shard.retained.cycles[refused.slot]
+    lengths = shard.retained.after_prefill[refused.slot][index] + cycle.most
+    group, dim = len(part.heads.query) // len(part.heads.kv), part.spec.head_dim
+    for length in np.unique(lengths).tolist():
+        heads = np.flatnonzero(lengths == length)
+        nothing = no_rows(part, length)[: len(heads)]
+        queries = masses = None
+        if num_queries := num_ring_queries(retention):
+            queries = torch.zeros(len(heads), num_queries, group, dim, device=part.device)
+        if sums_mass(retention):
+            masses = torch.zeros(len(heads), length, device=part.device)
+        observation = observe_rows(
+            part, index, heads, nothing, nothing, queries, masses, refused.compaction
+        )
+        select_stored(retention, observation, length - cycle.slack)

@@ -1,0 +1,125 @@
+"""What a rank shows a retention method: of a prompt in one layer, or of rows that are stored.
+
+Shapes: n tokens, R rows, w window queries, Hq local query heads, H local kv heads, G = Hq / H,
+D head dim.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saqqara.compression.observation import Observation
+from saqqara.compression.retention import Retention
+from saqqara.workers.models.layer import QKV
+from saqqara.workers.part import Part
+
+from .masses import rows_mass
+
+
+def prompt_mass(part: Part, prompt: QKV, lse: Tensor | None) -> Tensor:
+    """Attention [H, n] that each key of a prompt gets from all its queries, on this rank.
+
+    `lse` is as for `observe_prompt`.
+    """
+    return part.backend.mass(prompt.q, prompt.k, part.scale, lse=lse)
+
+
+def observe_prompt(
+    part: Part,
+    layer: int,
+    prompt: QKV,
+    lse: Tensor | None,
+    retention: Retention,
+    original_tokens: int,
+    masses: Tensor | None = None,
+) -> Observation:
+    """The tokens of a prompt that entered one layer, for a retention that drops some of them.
+
+    `lse` [n, Hq] is what prefill returned of all queries, None if it did not; `original_tokens` is
+    the length of the whole prompt, and `masses` the `prompt_mass` of these tokens if known.
+    """
+    num_tokens = len(prompt.k)
+    num_queries = min(retention.num_window_queries(original_tokens), num_tokens)
+
+    def mass(queries: Tensor, keys: Tensor) -> Tensor:
+        window = None if lse is None else lse[num_tokens - num_queries :]
+        return part.backend.mass(queries, keys, part.scale, lse=window)
+
+    return _observation(
+        part,
+        layer,
+        prompt.k,
+        prompt.v,
+        prompt.q[num_tokens - num_queries :] if num_queries else None,
+        part.heads.kv,
+        mass,
+        masses,
+        dropped_tokens=original_tokens - num_tokens,
+    )
+
+
+def observe_rows(
+    part: Part,
+    index: int,
+    heads: NDArray[np.int64],
+    k_RND: Tensor,
+    v_RND: Tensor,
+    queries_RWGD: Tensor | None,
+    masses_RN: Tensor | None = None,
+    compaction: int = 0,
+) -> Observation:
+    """Rows of one length of local layer `index`, row i of the local kv head `heads[i]`."""
+    return _observation(
+        part,
+        part.layers[index],
+        k_RND.transpose(0, 1),
+        v_RND.transpose(0, 1),
+        None if queries_RWGD is None else queries_RWGD.transpose(0, 1).flatten(1, 2),
+        (part.heads.kv.start + heads).tolist(),
+        lambda queries, keys: rows_mass(queries, keys, part.scale),
+        masses_RN,
+        compaction=compaction,
+    )
+
+
+def no_rows(part: Part, num_tokens: int) -> Tensor:
+    """Keys or values that stand for those of a slot which this rank has refused, [H, n, D]."""
+    shape = (len(part.heads.kv), num_tokens, part.spec.head_dim)
+    return torch.zeros(shape, device=part.device)
+
+
+def _observation(
+    part: Part,
+    layer: int,
+    keys: Tensor,
+    values: Tensor,
+    queries: Tensor | None,
+    heads: Sequence[int],
+    mass_fn: Callable[[Tensor, Tensor], Tensor],
+    masses: Tensor | None,
+    *,
+    dropped_tokens: int = 0,
+    compaction: int = 0,
+) -> Observation:
+    """What needs other ranks is asked for over the mesh."""
+    return Observation(
+        layer=layer,
+        num_layers=part.spec.num_layers,
+        prompt_tokens=len(keys),
+        keys=keys,
+        values=values,
+        queries=queries,
+        scale=part.scale,
+        heads=heads,
+        num_heads=part.spec.num_kv_heads,
+        group_size=part.spec.group_size,
+        mass_fn=mass_fn,
+        reduce_fn=part.mesh.reduce_replicas if part.heads.replicated else None,
+        gather_heads_fn=part.gather_heads if part.mesh.layout.tensor_size > 1 else None,
+        dropped_tokens=dropped_tokens,
+        compaction=compaction,
+        masses=masses,
+    )

@@ -1,0 +1,49 @@
+"""When the rows of each slot are cut while its sequence decodes, and how long they then are."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saqqara.compression.growth import Cycle, TrimmedRows, cycle_of, trimmed_rows
+from saqqara.workers.plan import NewSequence
+
+
+class Retained:
+    """The slots whose rows are cut while they decode.
+
+    Args:
+        num_layers: layers of the whole model.
+        local_shape: this rank's layers and kv heads.
+        page_tokens: tokens of one page.
+
+    Attributes:
+        cycles: when the rows of a slot are compacted, for the slots with a decode stage.
+        trimmed: how long the rows of a slot are, for the slots that are trimmed instead.
+        after_prefill: what prefill selected for the slots in `cycles`, refused or not: int32
+            [local layers, local kv heads].
+    """
+
+    def __init__(self, num_layers: int, local_shape: tuple[int, int], page_tokens: int) -> None:
+        self.cycles: dict[int, Cycle] = {}
+        self.trimmed: dict[int, TrimmedRows] = {}
+        self.after_prefill: dict[int, NDArray[np.int32]] = {}
+        self._num_layers = num_layers
+        self._local_shape = local_shape
+        self._page_tokens = page_tokens
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self.cycles or slot in self.trimmed
+
+    def add(self, new: NewSequence) -> None:
+        """Note how a sequence that takes a slot will be cut, if it will."""
+        cycle = cycle_of(new.retention, new.prompt_tokens, self._page_tokens)
+        if cycle is not None:
+            self.cycles[new.slot] = cycle
+            self.after_prefill[new.slot] = np.zeros(self._local_shape, dtype=np.int32)
+        trimmed = trimmed_rows(new.retention, new.prompt_tokens, self._num_layers)
+        if trimmed is not None:
+            self.trimmed[new.slot] = trimmed
+
+    def free(self, slot: int) -> None:
+        """Forget a slot."""
+        for of_slot in (self.cycles, self.trimmed, self.after_prefill):
+            of_slot.pop(slot, None)
