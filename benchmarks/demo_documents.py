@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from saqqara.cluster.engine.tokenizer import Tokenizer
-from saqqara.evaluation.haystack import Haystack
-from saqqara.evaluation.words import draw_key
+from saqqara.evaluation.prompts.haystack import Haystack
+from saqqara.evaluation.prompts.words import draw_key
 
 FACTS_PER_DOCUMENT = 4
 _CITIES = ("Lisbon", "Vienna", "Oslo", "Prague", "Dublin", "Athens", "Riga", "Turin")

@@ -8,28 +8,18 @@ from dataclasses import dataclass
 from gpu_models import Load
 from gpu_report import Bench, Row
 
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.events import Finished, Preempted
 from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.cluster.scheduling.scheduler import Scheduler
-from saqqara.cluster.scheduling.sequence import Request
+from saqqara.cluster.scheduling.sequence import TokenRequest
 from saqqara.compression.retention import Retention
 from saqqara.configs.worker_settings import WorkerSettings
-from saqqara.workers.plan import SamplingSpec, StepPlan
+from saqqara.workers.plan import StepPlan
 from saqqara.workers.worker import Worker
 
 PREFILL_QUANTUM = 32768  # layers x tokens of prefill per step: the engine's default
-_GREEDY = SamplingSpec(temperature=0.0)
 _SPARE_SHARE = 0.02  # of the pool, which admission leaves free
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Ends each output after so many tokens, and for no other reason."""
-
-    max_tokens: int | None
-    min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,8 +103,9 @@ def generate(
         max_prefill_tokens=settings.max_prefill_tokens,
         prefill_quantum=PREFILL_QUANTUM,
     )
+    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     sequences = [
-        scheduler.add(Request(str(i), prompt, Limits(new_tokens), retention), _GREEDY)
+        scheduler.add(TokenRequest(str(i), prompt, sampling, retention), sampling.spec(seed=0))
         for i, prompt in enumerate(prompts)
     ]
     held: set[int] = set()
@@ -155,6 +146,6 @@ def largest_batch(
 ) -> int:
     """Sequences of a load that the worker's pool holds at their longest, by the ledger's count."""
     ledger = Ledger([worker.info], 1)
-    need = ledger.pages_needed(ledger.demand(retention, load.prompt_tokens), load.new_tokens)
+    need = ledger.demand(retention, load.prompt_tokens).most(load.new_tokens)
     fitting = int(worker.info.num_pages * (1 - _SPARE_SHARE)) // int(need[0])
     return max(1, min(fitting, settings.max_num_seqs))

@@ -8,7 +8,7 @@ from gpu_report import Bench, Row, failure, is_usable, judged
 from torch.nn.functional import linear, silu
 
 from saqqara.compression.selecting import kept_positions
-from saqqara.evaluation.kernel_checks import CHECKS, Case
+from saqqara.evaluation.speed.kernel_checks import CHECKS, Case
 from saqqara.workers.attention.base import CuSeqlens, get_backend
 from saqqara.workers.kernels.decode import PagedRows, decode
 from saqqara.workers.kv.store import KVStore

@@ -42,8 +42,8 @@ from stepped import SteppedEngine
 from saqqara.cluster.cli.tables import print_table
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
-from saqqara.evaluation.plots import distinct_colours
-from saqqara.evaluation.throughput import MIB, Workload
+from saqqara.evaluation.figures.plots import distinct_colours
+from saqqara.evaluation.speed.throughput import MIB, Workload
 from saqqara.workers.models.demo import fetch_demo_model
 from saqqara.workers.models.spec import load_spec
 

@@ -41,7 +41,7 @@ from saqqara.compression.selecting import select
 from saqqara.configs.json_text import json_text
 from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig
-from saqqara.evaluation.throughput import Workload
+from saqqara.evaluation.speed.throughput import Workload
 from saqqara.workers.attention.base import get_backend
 from saqqara.workers.models.demo import fetch_demo_model
 

@@ -44,16 +44,18 @@ from rich.progress import Progress
 from rich.table import Table
 
 from saqqara.cluster.cli.tables import print_table
-from saqqara.cluster.engine.engine import Engine, LocalExecutor
+from saqqara.cluster.engine.engine import Engine
+from saqqara.cluster.engine.executor import LocalExecutor
 from saqqara.cluster.engine.tokenizer import Tokenizer
-from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput
+from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.compression.decode import DecodeStage
 from saqqara.compression.growth import cycle_of
 from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
-from saqqara.evaluation.plots import distinct_colours
-from saqqara.evaluation.throughput import MIB, Workload
+from saqqara.evaluation.figures.plots import distinct_colours
+from saqqara.evaluation.speed.throughput import MIB, Workload
 from saqqara.workers.models.demo import fetch_demo_model
 from saqqara.workers.models.spec import ModelSpec, load_spec
 from saqqara.workers.plan import StepPlan, StepResult
@@ -199,7 +201,7 @@ class Bench:
     def generate(self, prompt: Sequence[int], num_tokens: int) -> Iterator[tuple[int, ...]]:
         """Greedy tokens of full retention, after every step all so far."""
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-        self._engine.add_request("full", list(prompt), sampling, retention="full")
+        self._engine.add(Request("full", list(prompt), sampling, retention="full", stream=True))
         for outputs in self._steps():
             for output in outputs:
                 assert isinstance(output, RequestOutput)
@@ -210,12 +212,14 @@ class Bench:
     ) -> Iterator[dict[str, ScoreOutput]]:
         """Feed an answer under all settings at once; after every step what is through, by label."""
         for retention in retentions:
-            self._engine.add_score_request(
-                retention.label,
-                list(prompt),
-                list(answer),
-                retention=retention,
-                token_by_token=True,
+            self._engine.add(
+                Request(
+                    retention.label,
+                    list(prompt),
+                    score_continuation=list(answer),
+                    retention=retention,
+                    token_by_token=True,
+                )
             )
         for outputs in self._steps():
             done = {o.request_id: o for o in outputs if isinstance(o, ScoreOutput)}

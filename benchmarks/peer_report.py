@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from rich.table import Table
 
 from saqqara.cluster.batch.compare import answer_agreement
-from saqqara.evaluation.plots import distinct_colours
+from saqqara.evaluation.figures.plots import distinct_colours
 
 GIB = 2**30
 COLUMNS = 2  # panels of a picture side by side

@@ -17,9 +17,9 @@ from rich.progress import track
 from rich.table import Table
 
 from saqqara.cluster.cli.tables import print_table
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.scheduler import Scheduler
-from saqqara.cluster.scheduling.sequence import Request
+from saqqara.cluster.scheduling.sequence import TokenRequest
 from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text
 from saqqara.workers.plan import (
@@ -114,7 +114,7 @@ def measure(num_waiting: int, num_steps: int) -> dict[str, float]:
     for number in range(NUM_RUNNING + num_waiting):
         tokens = int(rng.integers(200, 4000))
         sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-        request = Request(str(number), prompt, sampling, retention)
+        request = TokenRequest(str(number), prompt, sampling, retention)
         scheduler.add(request, sampling.spec(0))
     samples: list[float] = []
     flights: list[StepPlan] = []

@@ -22,8 +22,9 @@ from local_server import LocalServer, local_server
 from rich.table import Table
 
 from saqqara.cluster.cli.tables import print_table
-from saqqara.cluster.engine.client import EngineRequest, LocalClient
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.engine.client import LocalClient
+from saqqara.cluster.request import Request
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.demo import fetch_demo_model
@@ -120,10 +121,7 @@ def measure(
 def run_offline(client: LocalClient, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
     """Seconds that the offline engine takes for a batch."""
     sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
-    requests = [
-        EngineRequest(str(i), prompt_token_ids=tuple(prompt), sampling_params=sampling)
-        for i, prompt in enumerate(prompts)
-    ]
+    requests = [Request(str(i), tuple(prompt), sampling) for i, prompt in enumerate(prompts)]
     started = time.perf_counter()
     rejections = client.submit(requests)
     assert not rejections, rejections

@@ -37,8 +37,8 @@ from saqqara.cluster.cli.tables import print_table
 from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
-from saqqara.evaluation.profile import Row, profile_table
-from saqqara.evaluation.throughput import MIB, Workload
+from saqqara.evaluation.speed.profile import Row, profile_table
+from saqqara.evaluation.speed.throughput import MIB, Workload
 from saqqara.workers.models.demo import fetch_demo_model
 from saqqara.workers.models.spec import ModelSpec
 

@@ -11,11 +11,13 @@ from statistics import median
 
 import torch
 
-from saqqara.cluster.engine.engine import Engine, LocalExecutor
+from saqqara.cluster.engine.engine import Engine
+from saqqara.cluster.engine.executor import LocalExecutor
 from saqqara.cluster.engine.tokenizer import Tokenizer
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.request import Request
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.schema import EngineConfig
-from saqqara.evaluation.profile import Row, profile_steps
+from saqqara.evaluation.speed.profile import Row, profile_steps
 from saqqara.workers.models.spec import load_spec
 from saqqara.workers.plan import StepPlan, StepResult
 
@@ -173,12 +175,9 @@ class SteppedEngine:
     ) -> None:
         sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
         for prompt in prompts:
-            self._engine.add_request(
-                str(self._num_requests),
-                prompt,
-                sampling,
-                retention=retention,
-                budget=budget,
-                stream=False,
+            self._engine.add(
+                Request(
+                    str(self._num_requests), prompt, sampling, retention=retention, budget=budget
+                )
             )
             self._num_requests += 1

@@ -105,6 +105,60 @@ def render_chat(
     return text
 
 
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Check a conversation and return it with plain-text contents.
+
+    Each message is a mapping with `role` and `content`, and maybe `name`. Content is a string, or
+    a list of `{"type": "text", "text": ...}` parts, which are joined by line breaks.
+
+    Raises:
+        ValueError: naming the field, e.g. `messages[2].content`.
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise ValueError(f"messages must be a list of messages, not {type(messages).__name__}")
+    if not messages:
+        raise ValueError("messages is empty; it needs at least one message")
+    return [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _check_message(message: Mapping[str, Any], field: str) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{field} must be a mapping with role and content, not {message!r:.80}")
+    for key in ("role", "content"):
+        if key not in message:
+            raise ValueError(f"{field}.{key} is missing")
+    checked = {"content": _check_content(message["content"], f"{field}.content")}
+    for key, value in message.items():
+        if key == "role" or (key == "name" and value is not None):
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{field}.{key} must be a non-empty string, not {value!r:.80}")
+            checked[key] = value
+        elif key != "content" and value not in (None, [], {}):  # clients send unset ones along
+            raise ValueError(f"{field}.{key} is not supported; use role, content and name")
+    return checked
+
+
+def _check_content(content: Any, field: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(
+            f"{field} must be a string or a list of text parts, not {type(content).__name__}"
+        )
+    texts = []
+    for index, part in enumerate(content):
+        name = f"{field}[{index}]"
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise ValueError(
+                f'{name} must be {{"type": "text", "text": ...}}, not of type {kind!r:.80}'
+            )
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{name}.text must be a string, not {part.get('text')!r:.80}")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
 class _EndlessTemplateError(Exception):
     """A template has exceeded its bounds."""
 

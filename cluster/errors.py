@@ -1,6 +1,14 @@
-"""The error of an engine that has lost a rank."""
+"""The errors that several rooms raise or answer."""
 
 from typing import Any
+
+
+class ContextLengthError(ValueError):
+    """A prompt, or what is to come after it, has no room in the context."""
+
+
+class EngineDeadError(RuntimeError):
+    """The engine has failed or was shut down; the message and `__cause__` say why."""
 
 
 class WorkerDiedError(RuntimeError):

@@ -5,28 +5,29 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self, cast, overload
 
-from saqqara.cluster.engine.client import EngineDeadError, EngineRequest
 from saqqara.cluster.engine.report import EngineReport
-from saqqara.cluster.engine.tokenizer import Tokenizer, check_messages
+from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.compression.retention import Retention
 from saqqara.configs.budget import budget_mistake
 from saqqara.configs.shown import shown
 
 from .chat import ChatOptions
+from .errors import EngineDeadError
 from .launch import launch
 from .long_wait import LongWait
-from .request import RequestOutput, SamplingParams, ScoreOutput, scoring_params
-from .settings import check_keys, engine_config
+from .prompts import as_list, is_list, is_single, one_conversation, one_each, one_prompt
+from .request import Request, RequestOutput, RetentionSpec, ScoreOutput
+from .sampling import SamplingParams, scoring_params
+from .settings import engine_config
 
 POLL_SECONDS = 1.0
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Mapping[str, Any]
-RetentionSpec = str | Mapping[str, Any] | Retention
+GivenPrompt = str | Sequence[int] | Mapping[str, Any]
 Budget = int | str
 Output = RequestOutput | ScoreOutput
 
@@ -101,7 +102,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt] | None = None,
+        prompts: GivenPrompt | Sequence[GivenPrompt] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
@@ -127,8 +128,11 @@ class LLM:
         if (prompts is None) == (prompt_token_ids is None):
             raise ValueError("generate needs prompts or prompt_token_ids, and not both")
         given = prompts if prompts is not None else prompt_token_ids
-        parts = [_prompt(prompt, i) for i, prompt in enumerate(_as_list(given, "prompts"))]
-        return self._generate(parts, "prompts", sampling_params, retention, budget, use_tqdm)
+        requests = [
+            Request(self._new_id(), one_prompt(prompt, i))
+            for i, prompt in enumerate(as_list(given, "prompts"))
+        ]
+        return self._generate(requests, "prompts", sampling_params, retention, budget, use_tqdm)
 
     def chat(
         self,
@@ -161,7 +165,7 @@ class LLM:
             ValueError: a conversation or setting is wrong; names the conversation's index.
             EngineDeadError: the engine has failed.
         """
-        if not _is_list(messages):
+        if not is_list(messages):
             raise ValueError(
                 "messages must be a list of messages, or a list of those, not "
                 f"{type(messages).__name__} {shown(messages)}"
@@ -175,11 +179,11 @@ class LLM:
             template_args=dict(chat_template_kwargs or {}),
             chat_template=chat_template,
         )
-        parts = [
-            {"messages": _conversation(given, i), "chat_options": options}
+        requests = [
+            Request(self._new_id(), messages=one_conversation(given, i), chat_options=options)
             for i, given in enumerate(several)
         ]
-        return self._generate(parts, "messages", sampling_params, retention, budget, use_tqdm)
+        return self._generate(requests, "messages", sampling_params, retention, budget, use_tqdm)
 
     @overload
     def score(  # type: ignore[overload-overlap]  # a str is a Sequence[str], too
@@ -235,24 +239,25 @@ class LLM:
             ValueError: an input or setting is wrong; names the index.
             EngineDeadError: the engine has failed.
         """
-        contexts, continuations = (
-            _as_list(context, "context"),
-            _as_list(continuation, "continuation"),
-        )
+        contexts = as_list(context, "context")
+        continuations = as_list(continuation, "continuation")
         if len(contexts) != len(continuations):
             raise ValueError(
                 f"continuation has {len(continuations)} entries for {len(contexts)} contexts; "
                 "it needs one for each"
             )
-        parts = []
-        for i, (before, after) in enumerate(zip(contexts, continuations, strict=True)):
-            known = _prompt(after, i, "continuation")
-            scored = known.get("prompt", known.get("prompt_token_ids"))
-            parts.append({**_prompt(before, i, "context"), "score_continuation": scored})
-            parts[-1]["token_by_token"] = token_by_token
-        requests = self._requests(parts, scoring_params(top_logprobs), retention, budget)
+        requests = [
+            Request(
+                self._new_id(),
+                score_continuation=one_prompt(after, i, "continuation"),
+                prompt=one_prompt(before, i, "context"),
+                token_by_token=token_by_token,
+            )
+            for i, (before, after) in enumerate(zip(contexts, continuations, strict=True))
+        ]
+        requests = _with_settings(requests, scoring_params(top_logprobs), retention, budget)
         outputs = cast("list[ScoreOutput]", self._run(requests, "context", use_tqdm))
-        return outputs[0] if _is_single(context) and _is_single(continuation) else outputs
+        return outputs[0] if is_single(context) and is_single(continuation) else outputs
 
     def get_tokenizer(self) -> Any:
         """The model's Hugging Face tokenizer, loaded at the first call."""
@@ -283,43 +288,22 @@ class LLM:
     ) -> None:
         self.shutdown()
 
+    def _new_id(self) -> str:
+        return str(next(self._ids))
+
     def _generate(
         self,
-        parts: list[dict[str, Any]],
+        requests: list[Request],
         what: str,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         retention: RetentionSpec | Sequence[RetentionSpec | None] | None,
         budget: Budget | Sequence[Budget | None] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        requests = self._requests(parts, sampling_params, retention, budget)
+        requests = _with_settings(requests, sampling_params, retention, budget)
         return cast("list[RequestOutput]", self._run(requests, what, use_tqdm))
 
-    def _requests(
-        self,
-        parts: list[dict[str, Any]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        retention: RetentionSpec | Sequence[RetentionSpec | None] | None,
-        budget: Budget | Sequence[Budget | None] | None,
-    ) -> list[EngineRequest]:
-        count = len(parts)
-        sampling = _one_each(sampling_params, SamplingParams, count, "sampling_params")
-        retentions = _one_each(retention, (str, Mapping, Retention), count, "retention")
-        if isinstance(budget, float):
-            raise ValueError(budget_mistake(budget))
-        budgets = _one_each(budget, (int, str), count, "budget")
-        return [
-            EngineRequest(
-                request_id=str(next(self._ids)),
-                sampling_params=sampling[i] or SamplingParams(),
-                retention=retentions[i],
-                budget=budgets[i],
-                **part,
-            )
-            for i, part in enumerate(parts)
-        ]
-
-    def _run(self, requests: list[EngineRequest], what: str, use_tqdm: bool) -> list[Output]:
+    def _run(self, requests: list[Request], what: str, use_tqdm: bool) -> list[Output]:
         """Hand requests to the engine and wait for all of them."""
         index = {request.request_id: i for i, request in enumerate(requests)}
         outputs: dict[str, Output] = {}
@@ -337,6 +321,30 @@ class LLM:
                     self._client.abort(index.keys() - outputs.keys())
                 raise
         return [outputs[request_id] for request_id in index]
+
+
+def _with_settings(
+    requests: list[Request],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    retention: RetentionSpec | Sequence[RetentionSpec | None] | None,
+    budget: Budget | Sequence[Budget | None] | None,
+) -> list[Request]:
+    """The requests with what the caller says of all, or of each."""
+    count = len(requests)
+    sampling = one_each(sampling_params, SamplingParams, count, "sampling_params")
+    retentions = one_each(retention, (str, Mapping, Retention), count, "retention")
+    if isinstance(budget, float):
+        raise ValueError(budget_mistake(budget))
+    budgets = one_each(budget, (int, str), count, "budget")
+    return [
+        replace(
+            request,
+            sampling_params=sampling[i] or SamplingParams(),
+            retention=retentions[i],
+            budget=budgets[i],
+        )
+        for i, request in enumerate(requests)
+    ]
 
 
 @contextmanager
@@ -361,64 +369,3 @@ def _progress(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("requests", total=total)
         yield lambda: bar.advance(task)
-
-
-def _is_single(value: Any) -> bool:
-    """Whether a prompt stands alone: text, a mapping, or a plain list of token ids."""
-    if isinstance(value, (str, Mapping)):
-        return True
-    return _is_list(value) and bool(value) and _is_token(value[0])
-
-
-def _is_list(value: Any) -> bool:
-    """Whether it may hold token ids or prompts; bytes are a sequence of numbers, but no prompt."""
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
-
-
-def _is_token(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _as_list(value: Any, name: str) -> list[Any]:
-    if _is_single(value):
-        return [value]
-    if not _is_list(value):
-        raise ValueError(f"{name} must be text, token ids, or a list of these, not {shown(value)}")
-    return list(value)
-
-
-def _prompt(prompt: Any, index: int, name: str = "prompts") -> dict[str, Any]:
-    """One prompt as keyword arguments of `EngineRequest`."""
-    if isinstance(prompt, Mapping):
-        check_keys(prompt, ("prompt", "prompt_token_ids"), f"{name}[{index}]")
-        given = [value for value in prompt.values() if value is not None]
-        if len(given) != 1:
-            raise ValueError(f"{name}[{index}] needs either prompt or prompt_token_ids")
-        prompt = given[0]
-    if isinstance(prompt, str):
-        return {"prompt": prompt}
-    if _is_list(prompt) and all(map(_is_token, prompt)):
-        return {"prompt_token_ids": tuple(int(token) for token in prompt)}
-    raise ValueError(f"{name}[{index}] must be text or a list of token ids, not {shown(prompt)}")
-
-
-def _conversation(messages: Any, index: int) -> tuple[Message, ...]:
-    try:
-        return tuple(check_messages(messages))
-    except ValueError as error:
-        raise ValueError(f"messages[{index}]: {error}") from None
-
-
-def _one_each(value: Any, kinds: type | tuple[type, ...], count: int, name: str) -> Sequence[Any]:
-    """One value for each of `count` requests, from one for all or a list."""
-    if value is None or isinstance(value, kinds):
-        return [value] * count
-    if not isinstance(value, Sequence) or len(value) != count:
-        raise ValueError(
-            f"{name} must be one value, or a list with one for each of {count} prompts, not "
-            f"{type(value).__name__} {shown(value)}"
-        )
-    for i, one in enumerate(value):
-        if one is not None and not isinstance(one, kinds):
-            raise ValueError(f"{name}[{i}]: cannot be {shown(one)}")
-    return list(value)

@@ -12,7 +12,7 @@ from saqqara.configs.schema import EngineConfig, ServeConfig
 from saqqara.configs.vllm_names import REVISION, with_our_names, with_revision
 from saqqara.configs.yaml_files import load_yaml
 
-from .request import SamplingParams
+from .sampling import SamplingParams
 
 SAMPLING_KEY = "sampling"
 MEANT = {

@@ -36,8 +36,7 @@ def throughput(
     """Measure an engine: greedy, all prompts at once, ends of sequences ignored."""
     from saqqara.cluster.batch.files import write_json
     from saqqara.cluster.cli.tables import print_table
-
-    from .throughput import Workload, measure, throughput_table
+    from saqqara.evaluation.speed.throughput import Workload, measure, throughput_table
 
     workload = Workload(prompts, num_requests, prompt_tokens, new_tokens, text)
     result = measure(settings.config, workload)
@@ -61,9 +60,8 @@ def profile(
 ) -> None:
     """Show where a step's time goes, part by part."""
     from saqqara.cluster.cli.tables import print_table
-
-    from . import profile as profiling
-    from .throughput import Workload
+    from saqqara.evaluation.speed import profile as profiling
+    from saqqara.evaluation.speed.throughput import Workload
 
     workload = Workload(None, num_requests, prompt_tokens, new_tokens)
     rows, spans = profiling.profile(settings.config, workload)

@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from saqqara.compression.head_profile import HeadProfile
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
+from saqqara.evaluation.prompts.haystack import Split
+from saqqara.evaluation.prompts.prompt_maker import PromptMaker
+from saqqara.evaluation.tasks.divergence import TOP_TOKENS, divergence
+from saqqara.evaluation.tasks.needle import needle_question
+from saqqara.evaluation.tasks.perplexity import PerplexityTask
 from saqqara.workers.models.spec import load_spec
 
-from .divergence import TOP_TOKENS, divergence
-from .haystack import Split
-from .needle import needle_question
-from .perplexity import PerplexityTask
-from .prompt_maker import PromptMaker
 from .session import Session, TokenIds
 
 Floats = NDArray[np.float64]

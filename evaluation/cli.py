@@ -6,60 +6,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saqqara.cluster.cli.help import App
-from saqqara.cluster.cli.options import Settings, with_settings
+from saqqara.cluster.cli.options import Settings
+
+from .options import (
+    Compared,
+    OutputFiles,
+    SourceText,
+    eval_settings,
+    layer_numbers,
+    lengths_in_tokens,
+    names,
+    shares,
+)
 
 if TYPE_CHECKING:
-    from saqqara.compression.retention import Retention
-
-    from .haystack import Split
-    from .task import Task
+    from saqqara.evaluation.tasks.task import Task
 
 evaluation = App(help="Measure the quality of retention settings, beside full retention.")
 
-eval_settings = with_settings(sampling=False, without=("retention", "budget"), watched=True)
-
-Retentions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--retention",
-        metavar="NAME@BUDGET|YAML",
-        help="A setting, such as snapkv@25% or '{method: pyramidkv, budget: 128}'; repeatable.",
-    ),
-]
-Methods = Annotated[
-    str | None,
-    typer.Option(
-        metavar="A,B,...",
-        help="Names or YAML mappings, each at every budget. "
-        "[default: pyramidkv,snapkv,streaming,knorm,random, unless --retention is given]",
-    ),
-]
-Budgets = Annotated[
-    str | None,
-    typer.Option(
-        metavar="B,...", help="Tokens or shares for --methods. [default: 25%; report: 10%,25%,50%]"
-    ),
-]
+REPORTED_TEXT = SourceText(split="report")  # the half that no method was tuned on
 NumSamples = Annotated[int, typer.Option(min=1, help="Prompts (of each kind).")]
-HaystackFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--haystack",
-        metavar="DIR",
-        exists=True,
-        file_okay=False,
-        help="Folder with .txt, .md or .rst files; default: the topics of Python's pydoc.",
-    ),
-]
-SplitName = Annotated[
-    str, typer.Option(help="Half of the text: tune methods on one, report on the other.")
-]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="OUT", help="Write every outcome here.")
-]
-PlotFile = Annotated[
-    Path | None, typer.Option("--plot", metavar="OUT.png", help="Write a picture here.")
-]
 Lengths = Annotated[str, typer.Option(metavar="N,...", help="Prompt lengths in tokens.")]
 
 
@@ -71,28 +37,24 @@ def needle(
         str, typer.Option(metavar="D,...", help="Where the fact stands, 0 to 1.")
     ] = "0,0.25,0.5,0.75,1",
     num_samples: NumSamples = 5,
-    retention: Retentions = None,
-    methods: Methods = None,
-    budgets: Budgets = None,
-    haystack: HaystackFolder = None,
-    split: SplitName = "tune",
-    json_file: JsonFile = None,
-    plot: PlotFile = None,
     *,
+    compared: Compared,
+    text: SourceText,
+    files: OutputFiles,
     settings: Settings,
 ) -> None:
     """Find one fact in a long text, by prompt length and depth."""
-    from .needle import NeedleTask
+    from saqqara.evaluation.tasks.needle import NeedleTask
 
     task = NeedleTask(
-        lengths=_integers(lengths, "lengths"),
-        depths=_numbers(depths, "depths"),
+        lengths=lengths_in_tokens(lengths, "lengths"),
+        depths=shares(depths, "depths"),
         num_samples=num_samples,
         seed=settings.config.seed,
-        haystack=haystack,
-        split=_split(split),
+        haystack=text.haystack,
+        split=text.half,
     )
-    _evaluate(settings, _retentions(retention, methods, budgets), task, json_file, plot)
+    _evaluate(settings, compared, task, files)
 
 
 @evaluation.command()
@@ -103,29 +65,25 @@ def ruler(
     ] = None,
     lengths: Lengths = "2048",
     num_samples: NumSamples = 5,
-    retention: Retentions = None,
-    methods: Methods = None,
-    budgets: Budgets = None,
-    haystack: HaystackFolder = None,
-    split: SplitName = "tune",
-    json_file: JsonFile = None,
-    plot: PlotFile = None,
     *,
+    compared: Compared,
+    text: SourceText,
+    files: OutputFiles,
     settings: Settings,
 ) -> None:
     """Run generated tasks in the style of RULER: needles, variables, word counts."""
-    from .ruler import RulerTask
-    from .ruler_tasks import TASKS
+    from saqqara.evaluation.tasks.ruler import RulerTask
+    from saqqara.evaluation.tasks.ruler_tasks import TASKS
 
     task = RulerTask(
-        tasks=tuple(TASKS) if tasks is None else _names(tasks),
-        lengths=_integers(lengths, "lengths"),
+        tasks=tuple(TASKS) if tasks is None else names(tasks),
+        lengths=lengths_in_tokens(lengths, "lengths"),
         num_samples=num_samples,
         seed=settings.config.seed,
-        haystack=haystack,
-        split=_split(split),
+        haystack=text.haystack,
+        split=text.half,
     )
-    _evaluate(settings, _retentions(retention, methods, budgets), task, json_file, plot)
+    _evaluate(settings, compared, task, files)
 
 
 @evaluation.command()
@@ -148,25 +106,22 @@ def longbench(
         int, typer.Option(min=1, help="Longer prompts lose their middle.")
     ] = 3500,
     num_samples: NumSamples = 10,
-    retention: Retentions = None,
-    methods: Methods = None,
-    budgets: Budgets = None,
-    json_file: JsonFile = None,
-    plot: PlotFile = None,
     *,
+    compared: Compared,
+    files: OutputFiles,
     settings: Settings,
 ) -> None:
     """Run LongBench from its JSONL files, with prompts in our own words."""
-    from .longbench import LongBenchTask
+    from saqqara.evaluation.tasks.longbench import LongBenchTask
 
     task = LongBenchTask(
         data=data,
-        datasets=None if datasets is None else _names(datasets),
+        datasets=None if datasets is None else names(datasets),
         prompts=prompts,
         max_prompt_tokens=max_prompt_tokens,
         num_samples=num_samples,
     )
-    _evaluate(settings, _retentions(retention, methods, budgets), task, json_file, plot)
+    _evaluate(settings, compared, task, files)
 
 
 @evaluation.command()
@@ -181,28 +136,24 @@ def perplexity(
         typer.Option(min=1, help="From window to window; default: spread over the text."),
     ] = None,
     num_samples: NumSamples = 10,
-    retention: Retentions = None,
-    methods: Methods = None,
-    budgets: Budgets = None,
-    haystack: HaystackFolder = None,
-    split: SplitName = "tune",
-    json_file: JsonFile = None,
-    plot: PlotFile = None,
     *,
+    compared: Compared,
+    text: SourceText,
+    files: OutputFiles,
     settings: Settings,
 ) -> None:
     """Score real text after a context that went through retention."""
-    from .perplexity import PerplexityTask
+    from saqqara.evaluation.tasks.perplexity import PerplexityTask
 
     task = PerplexityTask(
         context_tokens=context_tokens,
         continuation_tokens=continuation_tokens,
         stride=stride,
         num_samples=num_samples,
-        haystack=haystack,
-        split=_split(split),
+        haystack=text.haystack,
+        split=text.half,
     )
-    _evaluate(settings, _retentions(retention, methods, budgets), task, json_file, plot)
+    _evaluate(settings, compared, task, files)
 
 
 @evaluation.command()
@@ -211,28 +162,24 @@ def agreement(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 1024,
     max_tokens: Annotated[int, typer.Option(min=1, help="Length of full's answers.")] = 64,
     num_samples: NumSamples = 10,
-    retention: Retentions = None,
-    methods: Methods = None,
-    budgets: Budgets = None,
-    haystack: HaystackFolder = None,
-    split: SplitName = "tune",
-    json_file: JsonFile = None,
-    plot: PlotFile = None,
     *,
+    compared: Compared,
+    text: SourceText,
+    files: OutputFiles,
     settings: Settings,
 ) -> None:
     """Follow full's greedy answers token by token, and count where a setting agrees."""
-    from .forced_agreement import AgreementTask
+    from saqqara.evaluation.tasks.forced_agreement import AgreementTask
 
     task = AgreementTask(
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
         num_samples=num_samples,
         seed=settings.config.seed,
-        haystack=haystack,
-        split=_split(split),
+        haystack=text.haystack,
+        split=text.half,
     )
-    _evaluate(settings, _retentions(retention, methods, budgets), task, json_file, plot)
+    _evaluate(settings, compared, task, files)
 
 
 @evaluation.command()
@@ -248,35 +195,32 @@ def attention(
     layers: Annotated[
         str | None, typer.Option(metavar="N,...", help="Layers to show; default: four of them.")
     ] = None,
-    retention: Retentions = None,
-    methods: Methods = None,
-    budgets: Budgets = None,
-    haystack: HaystackFolder = None,
-    split: SplitName = "tune",
     *,
+    compared: Compared,
+    text: SourceText,
     settings: Settings,
 ) -> None:
     """Draw one prompt's attention by layer and head, and what each setting keeps of it."""
     from saqqara.cluster.engine.tokenizer import Tokenizer
+    from saqqara.evaluation.figures import plots
+    from saqqara.evaluation.tasks.needle import NeedleTask
 
-    from . import plots
     from .attention_map import attention_maps, draw
-    from .needle import NeedleTask
 
     plots.check_plot_file(plot)
     config = settings.config
     tokenizer = Tokenizer.load(config.tokenizer or config.model)
     if prompt is None:
-        half = _split(split)
-        task = NeedleTask((prompt_tokens,), (0.5,), 1, config.seed, haystack, half)
+        half = text.half
+        task = NeedleTask((prompt_tokens,), (0.5,), 1, config.seed, text.haystack, half)
         token_ids = list(task.questions(tokenizer)[0].token_ids)
     elif tokenizer.has_chat_template:
         token_ids = tokenizer.apply_chat([{"role": "user", "content": prompt}])
     else:
         token_ids = tokenizer.encode(prompt)
-    shown = None if layers is None else _layers(layers)
-    compared = _retentions(retention, methods, budgets)
-    plots.save(draw(attention_maps(config, token_ids, compared, shown)), plot)
+    shown = None if layers is None else layer_numbers(layers)
+    maps = attention_maps(config, token_ids, compared.settings(), shown)
+    plots.save(draw(maps), plot)
     typer.echo(plot)
 
 
@@ -286,9 +230,8 @@ def calibrate(
     out: Annotated[Path, typer.Option(metavar="PROFILE.json", help="Write the profile here.")],
     context_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each context.")] = 2048,
     num_samples: Annotated[int, typer.Option(min=1, help="Contexts of each kind.")] = 8,
-    haystack: HaystackFolder = None,
-    split: SplitName = "tune",
     *,
+    text: SourceText,
     settings: Settings,
 ) -> None:
     """Measure how much a model needs each kv head, for budgets by head (`recommended`)."""
@@ -298,8 +241,8 @@ def calibrate(
         context_tokens=context_tokens,
         num_samples=num_samples,
         seed=settings.config.seed,
-        haystack=haystack,
-        split=_split(split),
+        haystack=text.haystack,
+        split=text.half,
     )
     write_profile(calibration.run(settings.config), out)
     typer.echo(out)
@@ -319,102 +262,42 @@ def report(
     num_needles: Annotated[
         int | None, typer.Option(min=1, help="Prompts per needle depth. [default: num-samples]")
     ] = None,
-    retention: Retentions = None,
-    methods: Methods = None,
-    budgets: Budgets = None,
-    haystack: HaystackFolder = None,
-    split: SplitName = "report",
     *,
+    compared: Compared,
+    text: SourceText = REPORTED_TEXT,
     settings: Settings,
 ) -> None:
     """Run several tasks and write one page with tables and pictures; again resumes."""
     from saqqara.cluster.cli.tables import print_table
+    from saqqara.evaluation.figures.summary import tables
 
     from .report import ReportPlan, run_report
-    from .summary import tables
 
     seed = settings.config.seed
     plan = ReportPlan(
-        _names(tasks), length, num_samples, num_needles, seed, haystack, _split(split)
+        names(tasks), length, num_samples, num_needles, seed, text.haystack, text.half
     )
-    compared = _retentions(retention, methods, budgets, default_budgets="10%,25%,50%")
-    results, page = run_report(settings.config, compared, plan, out)
+    grid = compared.settings(default_budgets="10%,25%,50%")
+    results, page = run_report(settings.config, grid, plan, out)
     for result in results:
         for table in tables(result):
             print_table(table)
     typer.echo(page)
 
 
-def _evaluate(
-    settings: Settings,
-    retentions: list["Retention"],
-    task: "Task",
-    json_file: Path | None,
-    plot: Path | None,
-) -> None:
+def _evaluate(settings: Settings, compared: Compared, task: "Task", files: OutputFiles) -> None:
     """Run a task, write its outcomes and picture, and print its tables."""
     from saqqara.cluster.cli.tables import print_table
+    from saqqara.evaluation.figures import plots
+    from saqqara.evaluation.figures.summary import tables
+    from saqqara.evaluation.tasks.task import evaluate
 
-    from . import plots
-    from .summary import tables
-    from .task import evaluate
-
-    if plot is not None:
-        plots.check_plot_file(plot)
-    result = evaluate(settings.config, retentions, task)
-    if json_file is not None:
-        result.write(json_file)
-    if plot is not None:
-        plots.save(plots.plot(result), plot)
+    if files.plot is not None:
+        plots.check_plot_file(files.plot)
+    result = evaluate(settings.config, compared.settings(), task)
+    if files.json_file is not None:
+        result.write(files.json_file)
+    if files.plot is not None:
+        plots.save(plots.plot(result), files.plot)
     for table in tables(result):
         print_table(table)
-
-
-def _retentions(
-    settings: list[str] | None,
-    methods: str | None,
-    budgets: str | None,
-    default_budgets: str = "25%",
-) -> list["Retention"]:
-    """The settings of `--retention`, and the grid where it was asked for or nothing else was."""
-    from .grid import DEFAULT_METHODS, parse_grid, parse_setting
-
-    found = [parse_setting(text) for text in settings or ()]
-    if methods is not None or budgets is not None or not settings:
-        found += parse_grid(methods or DEFAULT_METHODS, budgets or default_budgets)
-    return found
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _integers(text: str, field: str) -> tuple[int, ...]:
-    numbers = _names(text)
-    if not numbers or not all(number.isdecimal() and int(number) for number in numbers):
-        raise ValueError(f"{field}: must be numbers of tokens such as 1024,2048, not {text!r}")
-    return tuple(map(int, numbers))
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    if not all(number.isdecimal() for number in _names(text)):
-        raise ValueError(f"layers: must be numbers such as 0,10,29, not {text!r}")
-    return tuple(map(int, _names(text)))
-
-
-def _numbers(text: str, field: str) -> tuple[float, ...]:
-    try:
-        numbers = tuple(map(float, _names(text)))
-    except ValueError:
-        numbers = ()
-    if not numbers:
-        raise ValueError(f"{field}: must be numbers such as 0,0.5,1, not {text!r}")
-    return numbers
-
-
-def _split(text: str) -> "Split":
-    if text == "tune":
-        return "tune"
-    if text == "report":
-        return "report"
-    raise ValueError(f"split: must be tune or report, not {text!r}")

@@ -14,19 +14,19 @@ from typing import Any
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
+from saqqara.evaluation.figures import plots
+from saqqara.evaluation.figures.report_page import page
+from saqqara.evaluation.prompts.haystack import Split
+from saqqara.evaluation.prompts.prompt_maker import settings_of
+from saqqara.evaluation.tasks.forced_agreement import AgreementTask
+from saqqara.evaluation.tasks.needle import NeedleTask
+from saqqara.evaluation.tasks.perplexity import PerplexityTask
+from saqqara.evaluation.tasks.ruler import RulerTask
+from saqqara.evaluation.tasks.ruler_tasks import TASKS
+from saqqara.evaluation.tasks.task import Task
 
-from . import plots
-from .forced_agreement import AgreementTask
-from .haystack import Split
-from .needle import NeedleTask
-from .perplexity import PerplexityTask
-from .prompt_maker import settings_of
-from .report_page import page
 from .result import Result
-from .ruler import RulerTask
-from .ruler_tasks import TASKS
 from .session import Session
-from .task import Task
 
 logger = logging.getLogger(__name__)
 

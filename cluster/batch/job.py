@@ -18,7 +18,8 @@ from saqqara.cluster.engine.client import EngineClient
 from saqqara.cluster.engine.report import EngineReport
 from saqqara.cluster.launch import launch
 from saqqara.cluster.long_wait import LongWait
-from saqqara.cluster.request import RequestOutput, SamplingParams
+from saqqara.cluster.request import RequestOutput
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 

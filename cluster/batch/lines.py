@@ -8,11 +8,10 @@ Both are read as requests of the HTTP API, with its fields, defaults, bounds and
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from saqqara.cluster.engine.client import EngineRequest
-from saqqara.cluster.engine.tokenizer import check_messages
+from saqqara.cluster.chat import check_messages
 from saqqara.cluster.openai.errors import ApiError, type_name
 from saqqara.cluster.openai.requests import (
     ChatRequest,
@@ -21,7 +20,8 @@ from saqqara.cluster.openai.requests import (
     read_object,
     read_request,
 )
-from saqqara.cluster.request import MAX_CHOICES
+from saqqara.cluster.request import Request
+from saqqara.cluster.sampling import MAX_CHOICES
 from saqqara.cluster.settings import check_keys
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import ServerLimits
@@ -58,7 +58,7 @@ class Row:
     line: int
     custom_id: str | None
     url: str | None
-    requests: tuple[EngineRequest, ...]
+    requests: tuple[Request, ...]
     is_chat: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
 
@@ -142,18 +142,14 @@ class RowParser:
         request.check_limits(LIMITS)
         sampling = request.sampling_params(self.sampling)
         retention = request.read_retention(self.retention)
-        prompts = _prompts(request)
-        requests = tuple(
-            EngineRequest(
-                request_id=f"line-{line}" if len(prompts) == 1 else f"line-{line}-{place}",
-                sampling_params=sampling.for_prompt(place),
-                retention=retention,
-                priority=request.priority or 0,
-                must_fit=True,
-                **prompt,
-            )
-            for place, prompt in enumerate(prompts)
+        whole = Request(
+            request_id=f"line-{line}",
+            sampling_params=sampling,
+            retention=retention,
+            priority=request.priority or 0,
+            must_fit=True,
         )
+        requests = _one_each(whole, request)
         is_chat = isinstance(request, ChatRequest)
         return Row(line, custom_id, url, requests, is_chat, {**request.names, **names})
 
@@ -204,18 +200,26 @@ def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def _prompts(request: ChatRequest | CompletionRequest) -> list[dict[str, Any]]:
-    """The prompts one by one, as keyword arguments of `EngineRequest`."""
-    if isinstance(request, ChatRequest):
+def _one_each(whole: Request, given: ChatRequest | CompletionRequest) -> tuple[Request, ...]:
+    """A line's request, which has all but the prompt, once for each of the prompts given."""
+    if isinstance(given, ChatRequest):
         try:
-            messages = tuple(check_messages(request.messages))
-            return [{"messages": messages, "chat_options": request.chat_options()}]
+            messages = tuple(check_messages(given.messages))
+            return (replace(whole, messages=messages, chat_options=given.chat_options()),)
         except ValueError as error:
             raise ApiError.of(error, "messages") from None
-    return [
-        {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": tuple(prompt)}
-        for prompt in request.prompts(LIMITS.max_prompts)
-    ]
+    prompts = given.prompts(LIMITS.max_prompts)
+    if len(prompts) == 1:
+        return (replace(whole, prompt=prompts[0]),)
+    return tuple(
+        replace(
+            whole,
+            request_id=f"{whole.request_id}-{place}",
+            prompt=prompt,
+            sampling_params=whole.sampling_params.for_prompt(place),
+        )
+        for place, prompt in enumerate(prompts)
+    )
 
 
 def _token_list(value: Any) -> list[int]:

@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from saqqara.cluster.engine.client import EngineClient, EngineRequest
+from saqqara.cluster.engine.client import EngineClient
 from saqqara.cluster.launch import launch
-from saqqara.cluster.request import RequestOutput
+from saqqara.cluster.request import Request, RequestOutput
 
 from .options import Settings
 
@@ -23,7 +23,7 @@ def generate_and_print(
     """
     live = stream and len(prompts) == 1 and settings.sampling.n == 1
     requests = [
-        EngineRequest(
+        Request(
             request_id=str(i),
             prompt=None if chat else prompt,
             messages=({"role": "user", "content": prompt},) if chat else None,

@@ -21,7 +21,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from saqqara.cluster.long_wait import LongWait
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.settings import engine_config, read_config_file, sampling_params
 from saqqara.compression.retention import Retention
 from saqqara.configs import vllm_names

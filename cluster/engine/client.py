@@ -7,63 +7,25 @@ the Ray actor that owns one.
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from saqqara.cluster.chat import ChatOptions
-from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput
-from saqqara.cluster.scheduling.sequence import ContextLengthError
-from saqqara.compression.retention import Retention
+from saqqara.cluster.errors import ContextLengthError
+from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 from saqqara.workers.plan import WorkerInfo
 
-from .engine import Engine, EngineReport, Executor, LocalExecutor
-from .loop import EngineDeadError, EngineLoop
+from .engine import Engine
+from .executor import Executor, LocalExecutor
+from .loop import EngineLoop
 from .metrics import Sink
 from .model_fit import check_fits
-from .report import BatchRows
+from .report import BatchRows, EngineReport
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-__all__ = [
-    "EngineClient",
-    "EngineDeadError",
-    "EngineDescription",
-    "EngineRequest",
-    "LocalClient",
-    "Rejection",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
-    """One request as it travels to the engine.
-
-    Exactly one of `prompt` (text), `prompt_token_ids` and `messages` (chat messages, to which the
-    model's chat template is applied) is set. `retention` and `budget` override the engine's own for
-    this request. With `score_continuation` nothing is generated: its tokens are scored after the
-    prompt, and the result is a `ScoreOutput`; of the sampling parameters only `logprobs` counts,
-    and with `token_by_token` each token is fed in a decode step of its own. With `stream`, `poll`
-    also returns the request's unfinished outputs. With `must_fit` a `max_tokens` that the context
-    has no room for is refused. `chat_options` say how `messages` are written.
-    """
-
-    request_id: str
-    prompt: str | None = None
-    prompt_token_ids: tuple[int, ...] | None = None
-    messages: tuple[Mapping[str, Any], ...] | None = None
-    sampling_params: SamplingParams = field(default_factory=SamplingParams)
-    retention: str | Mapping[str, Any] | Retention | None = None
-    budget: int | str | None = None
-    priority: int = 0
-    score_continuation: str | tuple[int, ...] | None = None
-    token_by_token: bool = False
-    stream: bool = False
-    must_fit: bool = False
-    chat_options: ChatOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +54,7 @@ class EngineClient(Protocol):
     Every method but `shutdown` raises `EngineDeadError` once the engine has failed.
     """
 
-    def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
+    def submit(self, requests: Sequence[Request]) -> list[Rejection]:
         """Queue requests; a bad one costs only itself and comes back as a `Rejection`."""
         ...
 
@@ -182,7 +144,7 @@ class LocalClient:
             start_seconds=time.monotonic() - started,
         )
 
-    def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
+    def submit(self, requests: Sequence[Request]) -> list[Rejection]:
         """Queue requests; a bad one costs only itself and comes back as a `Rejection`."""
         return self._loop.call(lambda: [r for r in map(self._add, requests) if r is not None])
 
@@ -227,34 +189,9 @@ class LocalClient:
             self._loop.step()
         return self._engine.report()
 
-    def _add(self, request: EngineRequest) -> Rejection | None:
-        prompt = request.prompt if request.prompt is not None else request.prompt_token_ids
+    def _add(self, request: Request) -> Rejection | None:
         try:
-            if request.score_continuation is None:
-                self._engine.add_request(
-                    request.request_id,
-                    prompt,
-                    request.sampling_params,
-                    messages=request.messages,
-                    retention=request.retention,
-                    budget=request.budget,
-                    priority=request.priority,
-                    stream=request.stream,
-                    must_fit=request.must_fit,
-                    chat_options=request.chat_options,
-                )
-            else:
-                self._engine.add_score_request(
-                    request.request_id,
-                    prompt,
-                    request.score_continuation,
-                    messages=request.messages,
-                    retention=request.retention,
-                    budget=request.budget,
-                    priority=request.priority,
-                    top_logprobs=request.sampling_params.logprobs,
-                    token_by_token=request.token_by_token,
-                )
+            self._engine.add(request)
         except ValueError as error:
             is_too_long = isinstance(error, ContextLengthError)
             return Rejection(request.request_id, str(error), is_too_long)

@@ -1,22 +1,13 @@
 """The engine: requests in, outputs out, one step at a time."""
 
-import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from concurrent.futures import Future
-from typing import Any, Protocol
 
-from saqqara.cluster.chat import ChatOptions
-from saqqara.cluster.request import (
-    RequestOutput,
-    SamplingParams,
-    ScoreOutput,
-    derived_seed,
-    scoring_params,
-)
+from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.cluster.scheduling.events import (
     Event,
     Finished,
@@ -26,85 +17,21 @@ from saqqara.cluster.scheduling.events import (
     Prefilled,
 )
 from saqqara.cluster.scheduling.scheduler import Scheduler
-from saqqara.cluster.scheduling.sequence import Request, check_room
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec
-from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
+from saqqara.workers.plan import StepPlan, StepResult
 
+from .executor import Executor
+from .intake import Intake, RetentionLimits
 from .metrics import PrometheusSink, Sink
 from .model_fit import check_fits
 from .output import Choice, RequestState
 from .report import BatchRows, EngineReport
-from .request_checks import RetentionLimits, check_priority, check_token_ids
 from .stats import EngineStats
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["Engine", "EngineReport", "Executor", "LocalExecutor"]
-
-logger = logging.getLogger(__name__)
-
-Prompt = str | Many[int]
-ChatMessages = Many[Mapping[str, Any]]
-RetentionSpec = str | Mapping[str, Any] | Retention
-
-
-class Executor(Protocol):
-    """Where plans are carried out. Plans run in the order they were given."""
-
-    @property
-    def workers(self) -> list[WorkerInfo]:
-        """What each worker is, by rank."""
-        ...
-
-    def execute(self, plan: StepPlan) -> "Future[list[StepResult]]":
-        """Start a step; the future has one result per worker, or the exception that ended it."""
-        ...
-
-    def check_integrity(self) -> None:
-        """Raise `AssertionError` if a worker's pages have not exactly one owner each."""
-        ...
-
-    def shutdown(self) -> None:
-        """Release the workers; calling it again does nothing."""
-        ...
-
-
-class LocalExecutor:
-    """One worker in this process, without Ray; a step runs inside `execute`.
-
-    Attributes:
-        worker: the worker.
-    """
-
-    def __init__(self, config: EngineConfig) -> None:
-        from saqqara.workers.worker import Worker
-
-        self.worker = Worker.local(config.for_worker())
-
-    @property
-    def workers(self) -> list[WorkerInfo]:
-        """The worker."""
-        return [self.worker.info]
-
-    def execute(self, plan: StepPlan) -> "Future[list[StepResult]]":
-        """Run a step; the future is done."""
-        future: Future[list[StepResult]] = Future()
-        try:
-            future.set_result([self.worker.execute(plan)])
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def check_integrity(self) -> None:
-        """Raise `AssertionError` if a page has not exactly the owners it should have."""
-        self.worker.check_integrity()
-
-    def shutdown(self) -> None:
-        """Release what the worker holds outside its memory."""
-        self.worker.close()
 
 
 class Engine:
@@ -154,11 +81,18 @@ class Engine:
         self._executor = executor
         self._tokenizer = tokenizer
         self.vocab_size = spec.vocab_size
-        self._limits = RetentionLimits.of(
-            spec, executor.workers, config.max_num_seqs, self.retention
-        )
-        self._limits.check(self.retention)
+        limits = RetentionLimits.of(spec, executor.workers, config.max_num_seqs, self.retention)
+        limits.check(self.retention)
         self._eos_token_ids = known_eos(spec, tokenizer)
+        self._intake = Intake(
+            tokenizer,
+            vocab_size=spec.vocab_size,
+            eos_token_ids=self._eos_token_ids,
+            max_model_len=self.scheduler.max_model_len,
+            retention=self.retention,
+            limits=limits,
+            seed=config.seed,
+        )
         self._stats = EngineStats(
             config.model, self.retention.label, executor.workers, [self.metrics, *sinks]
         )
@@ -169,97 +103,27 @@ class Engine:
         self._epoch = time.time() - time.perf_counter()
         self._stats.publish(0, 0, self._now(), is_idle=True)
 
-    def add_request(
-        self,
-        request_id: str,
-        prompt: Prompt | None = None,
-        sampling_params: SamplingParams | None = None,
-        *,
-        messages: ChatMessages | None = None,
-        retention: RetentionSpec | None = None,
-        budget: int | str | None = None,
-        priority: int = 0,
-        stream: bool = True,
-        must_fit: bool = False,
-        chat_options: ChatOptions | None = None,
-    ) -> None:
+    def add(self, request: Request) -> None:
         """Queue a request.
 
-        Args:
-            request_id: any name that no unfinished request has.
-            prompt: text or token ids; exactly one of `prompt` and `messages`.
-            sampling_params: default: `SamplingParams()`.
-            messages: a conversation, for the model's chat template.
-            retention: overrides the engine's for this request.
-            budget: overrides the retention's.
-            priority: a lower one goes first.
-            stream: let `step` also return the request's unfinished outputs.
-            must_fit: refuse a `max_tokens` that the context has no room for, rather than end there.
-            chat_options: how `messages` are written.
-
         Raises:
             ValueError: the request cannot be served; nothing else has changed.
         """
-        sampling = sampling_params or SamplingParams()
-        sampling.check_vocabulary(self.vocab_size)
-        token_ids = self._tokenize("prompt", prompt, messages, chat_options)
-        request = Request(
-            request_id=request_id,
-            prompt_token_ids=self._truncate(token_ids, sampling),
-            limits=sampling,
-            retention=self._retention(retention, budget),
-            priority=priority,
-            arrival_time=self._now(),
-            prompt=prompt if isinstance(prompt, str) else None,
-        )
-        if must_fit:
-            num_tokens = len(request.prompt_token_ids)
-            check_room(num_tokens, sampling.max_tokens, self.scheduler.max_model_len)
-        self._add(request, sampling, stream)
-
-    def add_score_request(
-        self,
-        request_id: str,
-        prompt: Prompt | None,
-        continuation: Prompt,
-        *,
-        messages: ChatMessages | None = None,
-        retention: RetentionSpec | None = None,
-        budget: int | str | None = None,
-        priority: int = 0,
-        top_logprobs: int | None = None,
-        token_by_token: bool = False,
-    ) -> None:
-        """Queue the scoring of `continuation` (text without special tokens, or ids) after a prompt.
-
-        The prompt's keys and values are retained first, so quality under retention is measured.
-        With `top_logprobs` the output also has that many of the most likely tokens in each place.
-        With `token_by_token` the continuation is fed in the decode steps that generating it would
-        take, not in pieces.
-
-        Raises:
-            ValueError: the request cannot be served; nothing else has changed.
-        """
-        if isinstance(continuation, str):
-            continuation = self._tokenizer.check_fit(
-                "score_continuation",
-                self._tokenizer.encode(continuation, add_special_tokens=False),
-                self.vocab_size,
+        tokens = self._intake.read(request, self._now())
+        if tokens.request_id in self._states:
+            raise ValueError(f"request_id {tokens.request_id!r} is in use")
+        self.scheduler.check(tokens)
+        specs = self._intake.specs(tokens)
+        state = RequestState(tokens, stream=request.stream and not tokens.is_score)
+        for index, spec in enumerate(specs):
+            sequence = self.scheduler.add(
+                tokens, spec, index=index, eos_token_ids=self._eos_token_ids
             )
-        check_token_ids("score_continuation", continuation, self.vocab_size)
-        sampling = scoring_params(top_logprobs)
-        request = Request(
-            request_id=request_id,
-            prompt_token_ids=self._tokenize("prompt", prompt, messages),
-            limits=sampling,
-            retention=self._retention(retention, budget),
-            priority=priority,
-            score_continuation=tuple(continuation),
-            token_by_token=token_by_token,
-            arrival_time=self._now(),
-            prompt=prompt if isinstance(prompt, str) else None,
-        )
-        self._add(request, sampling, stream=False)
+            choice = Choice(sequence, self._tokenizer)
+            state.choices.append(choice)
+            self._choices[sequence.arrival] = (state, choice)
+        self._states[tokens.request_id] = state
+        self._stats.added(tokens.arrival_time)
 
     def step(self) -> list[RequestOutput | ScoreOutput]:
         """Schedule, execute, absorb; returns what the requests have to show for it.
@@ -302,7 +166,10 @@ class Engine:
         self._stats.batch(rows)
 
     def restart(self, executor: Executor) -> None:
-        """Go on with new workers after a failed step: what ran is resumed with its tokens."""
+        """Go on with new workers after a failed step: what ran is resumed with its tokens.
+
+        Recovery from a lost rank rests on it: a token that was sent never changes.
+        """
         self._flights.clear()
         self._is_broken = False
         self._executor = executor
@@ -321,77 +188,6 @@ class Engine:
         """Release the workers and stop serving metrics; calling it again does nothing."""
         self._executor.shutdown()
         self.metrics.close()
-
-    # Requests -------------------------------------------------------------------------------------
-
-    def _add(self, request: Request, sampling: SamplingParams, stream: bool) -> None:
-        check_priority(request.priority)
-        if request.request_id in self._states:
-            raise ValueError(f"request_id {request.request_id!r} is in use")
-        self.scheduler.check(request)
-        state = RequestState(request, stream)
-        seed = self._seed(request.request_id, sampling)
-        bad_words = self._tokenizer.spellings(sampling.bad_words)
-        specs = [
-            sampling.spec(derived_seed(seed, choice=index), self._eos_token_ids, bad_words)
-            for index in range(sampling.n)
-        ]
-        for index, spec in enumerate(specs):
-            sequence = self.scheduler.add(
-                request, spec, index=index, eos_token_ids=self._eos_token_ids
-            )
-            choice = Choice(sequence, sampling, self._tokenizer)
-            state.choices.append(choice)
-            self._choices[sequence.arrival] = (state, choice)
-        self._states[request.request_id] = state
-        self._stats.added(request.arrival_time)
-
-    def _seed(self, request_id: str, sampling: SamplingParams) -> int:
-        """The request's own seed, or one that the engine's seed and the request's id determine."""
-        if sampling.seed is not None:
-            return sampling.seed
-        name = f"{self.config.seed}/{request_id}"
-        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
-
-    def _retention(self, spec: RetentionSpec | None, budget: int | str | None) -> Retention:
-        if spec is None and budget is None:
-            return self.retention
-        retention = Retention.parse(self.retention if spec is None else spec, budget)
-        self._limits.check(retention)
-        return retention
-
-    def _tokenize(
-        self,
-        field: str,
-        prompt: Prompt | None,
-        messages: ChatMessages | None,
-        chat_options: ChatOptions | None = None,
-    ) -> tuple[int, ...]:
-        if (prompt is None) == (messages is None):
-            raise ValueError("give either prompt or messages")
-        if messages is not None:
-            token_ids = self._tokenizer.apply_chat(messages, chat_options)
-            return tuple(self._tokenizer.check_fit("messages", token_ids, self.vocab_size))
-        assert prompt is not None
-        if isinstance(prompt, str):
-            token_ids = self._tokenizer.encode(prompt)
-            return tuple(self._tokenizer.check_fit(field, token_ids, self.vocab_size))
-        check_token_ids(field, prompt, self.vocab_size)
-        return tuple(prompt)
-
-    def _truncate(self, token_ids: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
-        keep = sampling.truncate_prompt_tokens
-        if keep is None:
-            return token_ids
-        if keep == -1:
-            max_tokens = sampling.max_tokens or 1
-            keep = self.scheduler.max_model_len - max_tokens
-            if keep < 1:
-                raise ValueError(
-                    f"truncate_prompt_tokens=-1 leaves nothing of the prompt: max_tokens="
-                    f"{max_tokens} fills max_model_len={self.scheduler.max_model_len}"
-                )
-        return token_ids[-keep:]
 
     # Results --------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Drives an engine in a thread of its own, and lets other threads talk to it.
 
 The engine is not thread-safe, so what others want of it (new requests, aborts, reports) is done by
-its own thread between two steps. Threads wait for outputs with `take`; `async_engine.AsyncEngine`,
+its own thread between two steps. Threads wait for outputs with `take`; `streams.AsyncEngine`,
 for coroutines, is a listener that gets the outputs of every step at once.
 """
 
@@ -12,7 +12,10 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
+from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.request import RequestOutput, ScoreOutput
+
+from .executor import settle
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +23,6 @@ Output = RequestOutput | ScoreOutput
 T = TypeVar("T")
 
 _JOIN_SECONDS = 60.0
-
-
-class EngineDeadError(RuntimeError):
-    """The engine has failed or was shut down; the message and `__cause__` say why."""
 
 
 class Steppable(Protocol):
@@ -89,18 +88,13 @@ class EngineLoop:
         """
         future: Future[T] = Future()
 
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                self.check()
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
+        def run() -> T:
+            self.check()
+            return function()
 
         with self._changed:
             self.check()
-            self._calls.put(run)
+            self._calls.put(lambda: settle(future, run))
         return future
 
     def check(self) -> None:

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 
 from saqqara.cluster.request import (
     CompletionOutput,
+    FinishReason,
     Logprob,
     RequestMetrics,
     RequestOutput,
-    SamplingParams,
     ScoreOutput,
 )
 from saqqara.cluster.scheduling.events import NewToken
-from saqqara.cluster.scheduling.sequence import FinishReason, Request, Sequence
+from saqqara.cluster.scheduling.sequence import Sequence, TokenRequest
 
 from .tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
 
@@ -27,7 +27,8 @@ class Choice:
         last_token_time: when its latest token came, None before the first.
     """
 
-    def __init__(self, sequence: Sequence, sampling: SamplingParams, tokenizer: Tokenizer) -> None:
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
+        sampling = sequence.request.sampling
         self.sequence = sequence
         self.last_token_time: float | None = None
         self._sampling = sampling
@@ -134,7 +135,7 @@ class _Spelling:
 class RequestState:
     """A request that is being served. With `stream`, unfinished outputs are wanted, too."""
 
-    request: Request
+    request: TokenRequest
     stream: bool
     choices: list[Choice] = field(default_factory=list)
     first_token_time: float | None = None

@@ -144,9 +144,3 @@ class EngineReport(BaseModel):
     def num_requests(self) -> int:
         """Finished requests, whatever the reason."""
         return sum(self.requests.values())
-
-    @property
-    def kv_saved_share(self) -> float:
-        """Share of the KV bytes of full retention that was not needed, at the peak."""
-        full = self.kv_full_bytes_peak
-        return 1 - self.kv_kept_bytes_peak / full if full else 0.0

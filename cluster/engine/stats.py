@@ -7,8 +7,8 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
+from saqqara.cluster.request import FinishReason
 from saqqara.cluster.scheduling.ledger import Usage
-from saqqara.cluster.scheduling.sequence import FinishReason
 from saqqara.workers.plan import StepResult, WorkerInfo
 
 from .metrics import Metrics, Sink

@@ -5,13 +5,14 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import TypeVar
 
-from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput
+from saqqara.cluster.errors import EngineDeadError
+from saqqara.cluster.request import Request, RequestOutput
 
-from .engine import Engine, Prompt
-from .loop import EngineDeadError, EngineLoop, Output, copy_failure
+from .engine import Engine
+from .loop import EngineLoop, Output, copy_failure
 from .report import EngineReport
 
 logger = logging.getLogger(__name__)
@@ -68,68 +69,44 @@ class AsyncEngine:
         """Do nothing while the engine lives; else raise the `EngineDeadError` that says why."""
         self._loop.check()
 
-    async def generate(
-        self,
-        request_id: str,
-        prompt: Prompt | None = None,
-        sampling_params: SamplingParams | None = None,
-        **settings: Any,
-    ) -> AsyncGenerator[RequestOutput, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Stream the outputs of a request, each with all of its text so far; the last is finished.
 
         A reader alone that keeps up sees an output per token; one among many, or a slower one, sees
-        several tokens at once. Leaving the iteration, or cancelling it, aborts the request.
-
-        Args:
-            request_id: any name that no unfinished request has.
-            prompt: text or token ids.
-            sampling_params: default: `SamplingParams()`.
-            settings: `messages`, `retention`, `budget`, `priority`, `stream` of
-                `Engine.add_request`.
+        several tokens at once; one whose request is not a stream sees the last output only. Leaving
+        the iteration, or cancelling it, aborts the request.
 
         Raises:
             ValueError: this request cannot be served.
             EngineDeadError: the engine has failed or was shut down.
         """
+        stream = _Stream()
 
-        def add() -> None:
-            self._engine.add_request(request_id, prompt, sampling_params, **settings)
+        def begin() -> None:
+            self._engine.add(request)
+            self._streams[request.request_id] = stream
 
-        async with aclosing(self._serve(request_id, add)) as outputs:
-            async for output in outputs:
-                assert isinstance(output, RequestOutput)
+        def leave() -> None:
+            if self._streams.get(request.request_id) is stream:
+                del self._streams[request.request_id]
+                self._engine.abort(request.request_id)
+
+        is_finished = False
+        try:
+            await self._call(begin)
+            while not is_finished:
+                output = await stream.get()
+                assert isinstance(output, RequestOutput), "scores are not streamed"
+                is_finished = output.finished
                 yield output
-
-    async def score(
-        self, request_id: str, prompt: Prompt | None, continuation: Prompt, **settings: Any
-    ) -> ScoreOutput:
-        """Score a continuation; see `Engine.add_score_request`.
-
-        Raises:
-            ValueError: this request cannot be served.
-            EngineDeadError: the engine has failed or was shut down.
-        """
-
-        def add() -> None:
-            self._engine.add_score_request(request_id, prompt, continuation, **settings)
-
-        async with aclosing(self._serve(request_id, add)) as outputs:
-            async for output in outputs:
-                assert isinstance(output, ScoreOutput)
-                return output
-        raise AssertionError("a request ended without its last output")
-
-    async def abort(self, request_id: str) -> None:
-        """Stop a request: its stream ends with an output that is finished, reason `abort`."""
-        await self._call(lambda: self._engine.abort(request_id))
+        finally:
+            if not is_finished:
+                with suppress(EngineDeadError):
+                    self._loop.submit(leave)
 
     async def report(self) -> EngineReport:
         """Measurements since the start or the last `reset_stats`."""
         return await self._call(self._engine.report)
-
-    async def reset_stats(self) -> None:
-        """Start the measurements anew."""
-        await self._call(self._engine.reset_stats)
 
     def shutdown(self) -> None:
         """End the thread after its step, and the engine; who still waits gets `EngineDeadError`.
@@ -139,7 +116,7 @@ class AsyncEngine:
         self._loop.stop()
 
     def deliver(self, outputs: Sequence[Output]) -> None:
-        """See `engine_loop.Listener`: one wake-up per step, however many requests it served.
+        """See `loop.Listener`: one wake-up per step, however many requests it served.
 
         An output that is not the last is left out if the stream had one a moment ago: what it says
         is in the next one, too.
@@ -159,36 +136,10 @@ class AsyncEngine:
             _hand_over(loop, batch)
 
     def end(self, failure: EngineDeadError) -> None:
-        """See `engine_loop.Listener`."""
+        """See `loop.Listener`."""
         for stream in self._streams.values():
             _hand_over(stream.loop, [(stream, copy_failure(failure))])
         self._streams.clear()
-
-    async def _serve(
-        self, request_id: str, add: Callable[[], None]
-    ) -> AsyncGenerator[Output, None]:
-        stream = _Stream()
-
-        def begin() -> None:
-            add()
-            self._streams[request_id] = stream
-
-        def leave() -> None:
-            if self._streams.get(request_id) is stream:
-                del self._streams[request_id]
-                self._engine.abort(request_id)
-
-        is_finished = False
-        try:
-            await self._call(begin)
-            while not is_finished:
-                output = await stream.get()
-                is_finished = output.finished
-                yield output
-        finally:
-            if not is_finished:
-                with suppress(EngineDeadError):
-                    self._loop.submit(leave)
 
     async def _call(self, function: Callable[[], T]) -> T:
         """Run a function in the engine's thread, between two steps."""

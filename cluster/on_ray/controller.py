@@ -18,13 +18,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from saqqara.cluster.engine.client import EngineDescription, EngineRequest, LocalClient, Rejection
-from saqqara.cluster.engine.engine import EngineReport
-from saqqara.cluster.engine.loop import EngineDeadError
+from saqqara.cluster.engine.client import EngineDescription, LocalClient, Rejection
 from saqqara.cluster.engine.model_fit import check_fits, check_fits_if_local
-from saqqara.cluster.engine.report import BatchRows
-from saqqara.cluster.errors import WorkerDiedError
-from saqqara.cluster.request import RequestOutput, ScoreOutput
+from saqqara.cluster.engine.report import BatchRows, EngineReport
+from saqqara.cluster.errors import EngineDeadError, WorkerDiedError
+from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 
@@ -153,7 +151,6 @@ class Controller:
         make_worker: WorkerFactory | None,
     ) -> None:
         self._started = time.monotonic()
-        log_process_to(str(Path(log_dir) / CONTROLLER_LOG))
         self._config = config
         self._placement = placement
         self._log_dir = log_dir
@@ -167,7 +164,8 @@ class Controller:
         return self._progress
 
     def start(self) -> EngineDescription:
-        """Start the ranks and the engine."""
+        """Send the process's output to its log, then start the ranks and the engine."""
+        log_process_to(str(Path(self._log_dir) / CONTROLLER_LOG))
         check_fits(self._config, load_spec(self._config.model))
         executor = RayExecutor(
             self._config,
@@ -189,7 +187,7 @@ class Controller:
             start_seconds=time.monotonic() - self._started,
         )
 
-    def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
+    def submit(self, requests: Sequence[Request]) -> list[Rejection]:
         """See `EngineClient.submit`."""
         return self._running().submit(requests)
 
@@ -237,7 +235,7 @@ class ControllerClient:
         self._closed = False
         self._description: EngineDescription = self._start()
 
-    def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
+    def submit(self, requests: Sequence[Request]) -> list[Rejection]:
         """Queue requests; a bad one costs only itself and comes back as a `Rejection`."""
         rejections: list[Rejection] = self._call("submit", list(requests))
         return rejections

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from saqqara.cluster.engine.executor import settle
 from saqqara.cluster.errors import WorkerDiedError
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import MeshLayout
@@ -172,7 +174,7 @@ class RayExecutor:
                 )
             )
         self._processes = self._collect(
-            [actor.facts.remote() for actor in self._actors],
+            [actor.prepare.remote() for actor in self._actors],
             timeout_seconds,
             "rank processes are up",
         )
@@ -235,16 +237,20 @@ class RayExecutor:
         """Thread: turns the results of each step into its future, in order."""
         while (step := self._steps.get()) is not None:
             calls, future = step
-            if self._failure is not None:
-                future.set_exception(self._failure)
-                continue
-            try:
-                # Raises as soon as one of the calls has failed, whatever the others do.
-                results = ray.get(calls, timeout=self._step_timeout_seconds)
-            except Exception as error:
-                future.set_exception(self._fail(calls, error))
-            else:
-                future.set_result(results)
+            settle(future, partial(self._results, calls))
+
+    def _results(self, calls: Sequence[Any]) -> list[StepResult]:
+        """The results of a step, or the `WorkerDiedError` that ended the group."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            # Raises as soon as one of the calls has failed, whatever the others do.
+            results: list[StepResult] = ray.get(calls, timeout=self._step_timeout_seconds)
+        except Exception as error:
+            failure = self._fail(calls, error)
+        else:
+            return results
+        raise failure
 
     def _fail(self, calls: Sequence[Any], first_error: Exception) -> WorkerDiedError:
         """Tear the group down after an error of one of `calls` (one per rank); say whose it was."""

@@ -82,12 +82,15 @@ class RankProcess:
         self.rank = rank
         self.log_file = log_file
         self.num_threads = num_threads or max(1, usable_cores() // ranks_on_host)
-        log_process_to(log_file)
         self._worker: RankWorker | None = None
         self._store: object | None = None
 
-    def facts(self) -> ProcessInfo:
-        """Host, process id and threads."""
+    def prepare(self) -> ProcessInfo:
+        """Send the process's output to the log; returns host, process id and threads.
+
+        The first call: whatever goes wrong from here on stands in the log.
+        """
+        log_process_to(self.log_file)
         return ProcessInfo(socket.gethostname(), os.getpid(), self.num_threads)
 
     def open_store(self, host: str) -> tuple[str, int]:

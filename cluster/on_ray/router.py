@@ -1,7 +1,8 @@
 """Chooses a replica for each request, and says so when there is none.
 
 Serve copies this module into its proxies, where the package need not be installed: only Ray is
-imported here.
+imported here. What it overrides is private to Serve, so `pyproject.toml` bounds Ray's version from
+above, and `tests/ray/test_router.py` says what a new one must still have.
 """
 
 import asyncio

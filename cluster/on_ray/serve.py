@@ -18,7 +18,8 @@ import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from saqqara.cluster.engine.engine import Engine, Executor, LocalExecutor
+from saqqara.cluster.engine.engine import Engine
+from saqqara.cluster.engine.executor import Executor, LocalExecutor
 from saqqara.cluster.engine.model_fit import check_fits, check_fits_if_local
 from saqqara.cluster.engine.report import EngineReport
 from saqqara.cluster.engine.tokenizer import Tokenizer
@@ -75,6 +76,7 @@ class Replica:
     """One engine and its HTTP API; what `serve.deployment` runs."""
 
     def __init__(self, plan: ReplicaPlan) -> None:
+        # Serve starts a process for each replica and calls nothing before this constructor.
         sys.setswitchinterval(_SWITCH_SECONDS)
         show_stacks_when_asked()
         self._plan = plan

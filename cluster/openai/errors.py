@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from saqqara.cluster.request import SamplingParams
-from saqqara.cluster.scheduling.sequence import ContextLengthError
+from saqqara.cluster.errors import ContextLengthError
+from saqqara.cluster.sampling import SamplingParams
 
 _WANTED = {
     "stop": "stop must be a string or a list of strings",

@@ -8,8 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
-from saqqara.cluster.engine.loop import EngineDeadError
-from saqqara.cluster.errors import WorkerDiedError
+from saqqara.cluster.errors import EngineDeadError, WorkerDiedError
 from saqqara.cluster.request import RequestOutput
 
 from .errors import ApiError

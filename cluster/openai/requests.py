@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import from_json
 
 from saqqara.cluster.chat import ChatOptions
-from saqqara.cluster.request import FEW_ENTRIES, FailFastList, SamplingParams
+from saqqara.cluster.sampling import FEW_ENTRIES, FailFastList, SamplingParams
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import ServerLimits
 from saqqara.configs.yaml_files import CONFIG_DIR

@@ -8,7 +8,8 @@ import numpy as np
 
 from saqqara.workers.plan import StepResult, WorkerInfo
 
-from .ledger import Demand, Ints, Ledger
+from .demand import Demand, Ints
+from .ledger import Ledger
 from .sequence import Sequence
 
 WATERMARK = 100  # a newcomer leaves one page in this many free, unless it is alone
@@ -106,7 +107,7 @@ class Seats:
 
     def need(self, sequence: Sequence, fed_tokens: int) -> Ints:
         """Pages, int64 [W], that a sequence is expected to need once so much is fed to it."""
-        return self.ledger.pages_needed(self._demand(sequence), fed_tokens)
+        return self._demand(sequence).most(fed_tokens)
 
     def too_large(self, need: Ints) -> str:
         """The error of a sequence that needs more than the whole pool."""

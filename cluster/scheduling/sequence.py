@@ -2,59 +2,28 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, Protocol
 
 import numpy as np
 
+from saqqara.cluster.request import ErrorCode, FinishReason
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import NewSequence, SamplingSpec
 
-FinishReason = Literal["stop", "length", "abort", "error"]
-# Why a sequence ended with `error`: more than the replica can hold, or what it computes is broken.
-ErrorCode = Literal["request_too_large", "computation_failed"]
-
-
-class ContextLengthError(ValueError):
-    """A prompt, or what is to come after it, has no room in the context."""
-
-
-class OutputLimits(Protocol):
-    """What of a request's sampling decides when its output ends; see `SamplingParams`."""
-
-    @property
-    def max_tokens(self) -> int | None:
-        """Tokens to generate at most; None: up to the engine's `max_model_len`."""
-        ...
-
-    @property
-    def min_tokens(self) -> int:
-        """Tokens before a stop is possible."""
-        ...
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end the output."""
-        ...
-
-    @property
-    def ignore_eos(self) -> bool:
-        """Whether the model's own end of text does not end it."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt as the engine takes it: tokenised, truncated, checked.
+class TokenRequest:
+    """A request in tokens, as the engine has checked it: tokenised, truncated, nothing left open.
 
     With `score_continuation` its tokens are scored after the prompt and nothing is generated;
-    `token_by_token` feeds them in the decode steps that generating them would take. `limits` are
-    the request's `SamplingParams`, of which nothing else matters here.
+    `token_by_token` feeds them in the decode steps that generating them would take. Of `sampling`
+    only what ends the output matters here. `prompt` is the text, if there was one.
     A lower `priority` goes first; equal ones go in order of arrival.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
-    limits: OutputLimits
+    sampling: SamplingParams
     retention: Retention
     priority: int = 0
     score_continuation: tuple[int, ...] | None = None
@@ -62,21 +31,10 @@ class Request:
     arrival_time: float = 0.0
     prompt: str | None = None
 
-
-def check_room(num_tokens: int, max_tokens: int | None, max_model_len: int) -> None:
-    """Raise a `ContextLengthError` unless a prompt, and `max_tokens` after it, fit the context."""
-    room = max_model_len - num_tokens
-    if room < 1:
-        raise ContextLengthError(
-            f"prompt has {num_tokens} tokens; max_model_len={max_model_len} leaves room "
-            f"for at most {max_model_len - 1} and one new token "
-            "(truncate_prompt_tokens=-1 keeps the last that fit)"
-        )
-    if max_tokens is not None and max_tokens > room:
-        raise ContextLengthError(
-            f"max_tokens is {max_tokens}; beside the {num_tokens} tokens of the prompt "
-            f"max_model_len={max_model_len} has room for {room}"
-        )
+    @property
+    def is_score(self) -> bool:
+        """Whether it scores a continuation instead of generating one."""
+        return self.score_continuation is not None
 
 
 class Status(Enum):
@@ -97,7 +55,7 @@ class Sequence:
     that mention the sequence and are not absorbed yet, `num_sampling` those of them that sample it.
     """
 
-    request: Request
+    request: TokenRequest
     index: int
     arrival: int
     spec: SamplingSpec
@@ -127,6 +85,12 @@ class Sequence:
         self.prompt_hash = hash(self.request.prompt_token_ids)
 
     @property
+    def held_slot(self) -> int:
+        """Its slot, where it must have one."""
+        assert self.slot is not None, "a sequence without a slot"
+        return self.slot
+
+    @property
     def key(self) -> tuple[int, int]:
         """Order of service: lower goes first and is preempted last."""
         return (self.request.priority, self.arrival)
@@ -139,7 +103,7 @@ class Sequence:
     @property
     def is_score(self) -> bool:
         """Whether it scores a continuation instead of generating one."""
-        return self.request.score_continuation is not None
+        return self.request.is_score
 
     @property
     def is_finished(self) -> bool:
@@ -181,10 +145,9 @@ class Sequence:
 
     def new_sequence(self, shares_prefill_with: int | None = None) -> NewSequence:
         """What the workers are told when it takes its slot."""
-        assert self.slot is not None
         tokens = (*self.request.prompt_token_ids, *self.known_after_prompt)
         return NewSequence(
-            slot=self.slot,
+            slot=self.held_slot,
             token_ids=np.asarray(tokens, dtype=np.int32).tobytes(),
             prompt_tokens=self.prompt_tokens,
             sampling=self.spec,

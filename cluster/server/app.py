@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from saqqara import __version__
-from saqqara.cluster.engine.loop import EngineDeadError
+from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.events import dead_engine, event_stream
 from saqqara.cluster.openai.replies import ReplyHead, check_served, full_reply, to_bytes

@@ -14,8 +14,8 @@ from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest, check_model
-from saqqara.cluster.request import RequestOutput, SamplingParams
-from saqqara.cluster.scheduling.sequence import check_room
+from saqqara.cluster.request import Request, RequestOutput, check_room
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig, ServeConfig
 
@@ -210,7 +210,7 @@ class Generation:
     async def _serve(
         self, job: Job, place: int, stream: bool
     ) -> AsyncGenerator[RequestOutput, None]:
-        source = self._engine.generate(
+        request = Request(
             secrets.token_hex(12),
             job.prompts[place],
             job.sampling.for_prompt(place),
@@ -219,6 +219,7 @@ class Generation:
             stream=stream,
             must_fit=True,
         )
+        source = self._engine.generate(request)
         try:
             async with aclosing(source) as outputs:
                 async for output in outputs:

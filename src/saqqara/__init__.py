@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saqqara.cluster.llm import LLM
-    from saqqara.cluster.request import SamplingParams
     from saqqara.compression.retention import Retention
+
+    from .cluster.sampling import SamplingParams
 
 try:
     __version__ = version("saqqara")
@@ -23,7 +24,7 @@ __all__ = ["LLM", "Retention", "SamplingParams", "__version__"]
 _HOMES = {
     "LLM": "saqqara.cluster.llm",
     "Retention": "saqqara.compression.retention",
-    "SamplingParams": "saqqara.cluster.request",
+    "SamplingParams": "saqqara.cluster.sampling",
 }
 
 

@@ -18,8 +18,8 @@ from saqqara.evaluation.calibrate import (
     without_row,
     write_profile,
 )
-from saqqara.evaluation.divergence import TOP_TOKENS, divergence
 from saqqara.evaluation.session import Session
+from saqqara.evaluation.tasks.divergence import TOP_TOKENS, divergence
 
 NUM_LAYERS, NUM_HEADS, GROUP, HEAD_DIM = 3, 3, 2, 16
 MUTE = 1, 2  # layer, kv head

@@ -7,11 +7,11 @@ import pytest
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
-from saqqara.evaluation.forced_agreement import AgreementTask
-from saqqara.evaluation.needle import NeedleTask
-from saqqara.evaluation.perplexity import PerplexityTask
+from saqqara.evaluation.figures.summary import summarise
 from saqqara.evaluation.session import Session
-from saqqara.evaluation.summary import summarise
+from saqqara.evaluation.tasks.forced_agreement import AgreementTask
+from saqqara.evaluation.tasks.needle import NeedleTask
+from saqqara.evaluation.tasks.perplexity import PerplexityTask
 
 RANDOM = Retention.parse({"method": "random", "budget": "10%", "window": 16})
 

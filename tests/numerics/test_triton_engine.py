@@ -189,7 +189,7 @@ import sys
 for name in {f"{absent} {of_engine}"!r}.split():
     sys.modules[name] = None
 import saqqara.cluster.scheduling.scheduler
-import saqqara.evaluation.kernel_checks, saqqara.workers.worker
+import saqqara.evaluation.speed.kernel_checks, saqqara.workers.worker
 for name in {of_engine!r}.split():
     del sys.modules[name]
 import saqqara.cluster.engine.client, saqqara.cluster.llm

@@ -1,7 +1,8 @@
 """The Triton kernels, run by Triton's interpreter, agree with the float32 oracle.
 
-The checks are those that `benchmarks/gpu_check.py` runs on a GPU; `evaluation/kernel_checks.py` has
-them. The interpreter is slow and has no bfloat16, so here are few seeds, in float32 and float16.
+The checks are those that `benchmarks/gpu_check.py` runs on a GPU;
+`evaluation/speed/kernel_checks.py` has them. The interpreter is slow and lacks bfloat16: here are
+few seeds, in float32 and float16.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is for Linux only", allow_module_level=True)
 
-from saqqara.evaluation.kernel_checks import CHECKS
+from saqqara.evaluation.speed.kernel_checks import CHECKS
 from saqqara.workers.attention import fresh
 from saqqara.workers.attention.base import get_backend
 from saqqara.workers.kv.pool import PagePool

@@ -10,7 +10,8 @@ import psutil
 import pytest
 import ray
 
-from saqqara.cluster.engine.client import EngineClient, EngineDeadError, EngineRequest
+from saqqara.cluster.engine.client import EngineClient
+from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.on_ray.controller import (
     CONTROLLER_LOG,
     ControllerClient,
@@ -18,7 +19,8 @@ from saqqara.cluster.on_ray.controller import (
     start_controller,
 )
 from saqqara.cluster.on_ray.placement import PlacementError
-from saqqara.cluster.request import RequestOutput, SamplingParams, ScoreOutput
+from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.schema import EngineConfig
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -48,16 +50,16 @@ def test_requests_run_and_a_bad_one_costs_only_itself(
 
     rejections = client.submit(
         [
-            EngineRequest("a", prompt="The pyramid", sampling_params=GREEDY),
-            EngineRequest("bad", prompt_token_ids=(5, 10**6), sampling_params=GREEDY),
-            EngineRequest(
+            Request("a", prompt="The pyramid", sampling_params=GREEDY),
+            Request("bad", prompt=(5, 10**6), sampling_params=GREEDY),
+            Request(
                 "b",
-                prompt_token_ids=tuple(range(100)),
+                prompt=tuple(range(100)),
                 sampling_params=GREEDY,
                 retention="snapkv",
                 budget=48,
             ),
-            EngineRequest("s", prompt="The", score_continuation=" step"),
+            Request("s", prompt="The", score_continuation=" step"),
         ]
     )
     assert [r.request_id for r in rejections] == ["bad"]
@@ -78,11 +80,11 @@ def test_requests_run_and_a_bad_one_costs_only_itself(
     client.reset_stats()
     assert client.report().generation_tokens == 0
 
-    client.submit([EngineRequest("long", prompt="x", sampling_params=_long())])
+    client.submit([Request("long", prompt="x", sampling_params=_long())])
     client.abort(["long", "unknown"])
     assert collect(client, {"long"})["long"].outputs[0].finish_reason == "abort"  # type: ignore[union-attr]
 
-    client.submit([EngineRequest("stream", prompt="x", sampling_params=GREEDY, stream=True)])
+    client.submit([Request("stream", prompt="x", sampling_params=GREEDY, stream=True)])
     lengths: list[int] = []
     while not lengths or lengths[-1] < 6:
         for output in client.poll(10):
@@ -94,7 +96,7 @@ def test_requests_run_and_a_bad_one_costs_only_itself(
 
 def test_a_killed_rank_fails_the_engine_with_its_name_and_log(client: ControllerClient) -> None:
     victim = client.describe().workers[1]
-    client.submit([EngineRequest("a", prompt="x", sampling_params=_long())])
+    client.submit([Request("a", prompt="x", sampling_params=_long())])
     os.kill(victim.pid, signal.SIGKILL)
     started = time.monotonic()
     with pytest.raises(EngineDeadError) as error:
@@ -103,7 +105,7 @@ def test_a_killed_rank_fails_the_engine_with_its_name_and_log(client: Controller
     for part in ("rank 1 of 2", f"pid {victim.pid}", str(victim.log_file)):
         assert part in str(error.value)
     with pytest.raises(EngineDeadError, match="rank 1 of 2"):
-        client.submit([EngineRequest("b", prompt="x")])
+        client.submit([Request("b", prompt="x")])
     with pytest.raises(EngineDeadError, match="rank 1 of 2"):
         client.report()
 

@@ -19,7 +19,7 @@ from support.prometheus import query, running, wait_for
 from saqqara.cluster.batch.job import BatchJob, run_batch
 from saqqara.cluster.batch.summary import BatchSummary
 from saqqara.cluster.on_ray.controller import ControllerClient, start_controller
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.schema import EngineConfig
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"

@@ -10,10 +10,10 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 from support.prometheus import WAIT_SECONDS, query, running, wait_for
 
-from saqqara.cluster.engine.client import EngineRequest
-from saqqara.cluster.engine.engine import EngineReport
+from saqqara.cluster.engine.report import EngineReport
 from saqqara.cluster.on_ray.controller import ControllerClient, start_controller
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.request import Request
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.schema import EngineConfig
 
 # Long prompts and a small budget, so that something is dropped.
@@ -68,9 +68,9 @@ def report(client: ControllerClient) -> EngineReport:
     """What the engine says of a run of a few requests."""
     sampling = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     requests = [
-        EngineRequest(
+        Request(
             f"{i}",
-            prompt_token_ids=tuple(range(1 + i, 1 + i + PROMPT_TOKENS)),
+            prompt=tuple(range(1 + i, 1 + i + PROMPT_TOKENS)),
             sampling_params=sampling,
         )
         for i in range(NUM_REQUESTS)

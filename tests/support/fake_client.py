@@ -2,16 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 
-from saqqara.cluster.engine.client import (
-    EngineDeadError,
-    EngineDescription,
-    EngineRequest,
-    Rejection,
-)
+from saqqara.cluster.engine.client import EngineDescription, Rejection
 from saqqara.cluster.engine.report import BatchRows, EngineReport, Latency
+from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.request import (
     CompletionOutput,
     Logprob,
+    Prompt,
+    Request,
     RequestMetrics,
     RequestOutput,
     ScoreOutput,
@@ -19,17 +17,19 @@ from saqqara.cluster.request import (
 from saqqara.configs.schema import EngineConfig
 
 
-def prompt_tokens(request: EngineRequest) -> tuple[int, ...]:
+def prompt_tokens(request: Request) -> tuple[int, ...]:
     """One token per character, or the token ids that were given."""
-    if request.prompt_token_ids is not None:
-        return request.prompt_token_ids
     if request.messages is not None:
         return tuple(map(ord, "".join(str(m["content"]) for m in request.messages)))
     assert request.prompt is not None
-    return tuple(map(ord, request.prompt))
+    return _tokens(request.prompt)
 
 
-def answer_tokens(request: EngineRequest) -> tuple[int, ...]:
+def _tokens(prompt: Prompt) -> tuple[int, ...]:
+    return tuple(map(ord, prompt)) if isinstance(prompt, str) else tuple(prompt)
+
+
+def answer_tokens(request: Request) -> tuple[int, ...]:
     """The answer: the prompt backwards, cut to `max_tokens`."""
     return prompt_tokens(request)[::-1][: request.sampling_params.max_tokens]
 
@@ -58,15 +58,15 @@ class FakeClient:
         self.per_poll = per_poll
         self.die_after = die_after
         self.fail = set(fail)
-        self.waiting: list[EngineRequest] = []
-        self.submitted: list[EngineRequest] = []
+        self.waiting: list[Request] = []
+        self.submitted: list[Request] = []
         self.aborted: list[str] = []
         self.max_waiting = 0
         self.answered = 0
         self.noted: list[BatchRows] = []
         self.closed = False
 
-    def submit(self, requests: Sequence[EngineRequest]) -> list[Rejection]:
+    def submit(self, requests: Sequence[Request]) -> list[Rejection]:
         rejections = []
         for request in requests:
             self.submitted.append(request)
@@ -141,15 +141,15 @@ class FakeClient:
     def shutdown(self) -> None:
         self.closed = True
 
-    def _output(self, request: EngineRequest) -> RequestOutput | ScoreOutput:
+    def _output(self, request: Request) -> RequestOutput | ScoreOutput:
         metrics = RequestMetrics(arrival_time=1.0, first_token_time=2.0, finished_time=3.0)
         tokens = prompt_tokens(request)
+        text_prompt = request.prompt if isinstance(request.prompt, str) else None
         if request.score_continuation is not None:
-            scored = request.score_continuation
-            ids = tuple(map(ord, scored)) if isinstance(scored, str) else scored
+            ids = _tokens(request.score_continuation)
             return ScoreOutput(
                 request_id=request.request_id,
-                prompt=request.prompt,
+                prompt=text_prompt,
                 prompt_token_ids=tokens,
                 token_ids=ids,
                 logprobs=tuple(-float(i) for i in ids),
@@ -158,7 +158,7 @@ class FakeClient:
             )
         answer = answer_tokens(request)
         text = "".join(map(chr, answer))
-        failed = request.prompt in self.fail
+        failed = text_prompt in self.fail
         logprobs = None
         if request.sampling_params.logprobs is not None:
             logprobs = tuple({token: Logprob(-0.5, 1, chr(token))} for token in answer)
@@ -171,7 +171,7 @@ class FakeClient:
         )
         return RequestOutput(
             request_id=request.request_id,
-            prompt=request.prompt,
+            prompt=text_prompt,
             prompt_token_ids=tokens,
             outputs=(choice,) * request.sampling_params.n,
             finished=True,

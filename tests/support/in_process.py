@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from saqqara.cluster.engine.engine import Engine, LocalExecutor
+from saqqara.cluster.engine.engine import Engine
+from saqqara.cluster.engine.executor import LocalExecutor
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.server.api_keys import ApiKeys
 from saqqara.cluster.server.app import make_app

@@ -11,13 +11,8 @@ from itertools import cycle, islice
 from random import Random
 from typing import Any
 
-from saqqara.cluster.engine.request_checks import MAX_PRIORITY
-from saqqara.cluster.request import (
-    MAX_STRING_CHARS,
-    MAX_STRINGS,
-    MAX_TOKEN_IDS,
-    SamplingParams,
-)
+from saqqara.cluster.engine.intake import MAX_PRIORITY
+from saqqara.cluster.sampling import MAX_STRING_CHARS, MAX_STRINGS, MAX_TOKEN_IDS, SamplingParams
 from saqqara.compression.bounds import BOUNDS, Bound
 from saqqara.compression.propagate import KINDS
 from saqqara.compression.scores import SCORES

@@ -9,10 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from saqqara.cluster.engine.engine import Engine, LocalExecutor
+from saqqara.cluster.engine.engine import Engine
+from saqqara.cluster.engine.executor import LocalExecutor
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.openai.requests import CompletionRequest
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.request import Request
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 
@@ -162,14 +164,15 @@ class RandomRuns:
 
     def _add(self, drawn: Drawn) -> None:
         self._num_added += 1
-        self.engine.add_request(
-            f"r{self._num_added}",
-            drawn.prompt,
-            SamplingParams(**drawn.sampling),
-            retention=drawn.retention,
-            budget=drawn.budget,
-            priority=drawn.priority,
-            stream=False,
+        self.engine.add(
+            Request(
+                f"r{self._num_added}",
+                drawn.prompt,
+                SamplingParams(**drawn.sampling),
+                retention=drawn.retention,
+                budget=drawn.budget,
+                priority=drawn.priority,
+            )
         )
         self._open.add(f"r{self._num_added}")
 

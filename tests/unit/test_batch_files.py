@@ -19,7 +19,7 @@ from saqqara.cluster.batch.job import run_batch
 from saqqara.cluster.batch.lines import BadLine, Row, RowParser
 from saqqara.cluster.batch.source import BatchSource
 from saqqara.cluster.batch.summary import BatchSummary
-from saqqara.cluster.engine.client import EngineDeadError
+from saqqara.cluster.errors import EngineDeadError
 from saqqara.configs.schema import EngineConfig
 
 

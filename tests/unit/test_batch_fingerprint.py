@@ -24,8 +24,9 @@ from saqqara.cluster.batch.fingerprint import (
     weights_digest,
 )
 from saqqara.cluster.batch.job import run_batch
-from saqqara.cluster.engine.client import EngineDeadError, EngineDescription
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.engine.client import EngineDescription
+from saqqara.cluster.errors import EngineDeadError
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import WorkerInfo, WorkerMemory
 

@@ -18,7 +18,7 @@ from saqqara.cli import app
 from saqqara.cluster.batch import job as jobs
 from saqqara.cluster.cli import generate as generating
 from saqqara.cluster.cli.options import Settings, with_settings
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.schema import EngineConfig
 from saqqara.configs.yaml_files import CONFIG_DIR
 

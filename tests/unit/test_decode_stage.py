@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from support.fake_replica import FakeReplica, make_workers, next_token
 from support.pyramidinfer_counts import RELEASE, RETENTION
 
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.cluster.scheduling.scheduler import Scheduler
-from saqqara.cluster.scheduling.sequence import Request
+from saqqara.cluster.scheduling.sequence import TokenRequest
 from saqqara.compression.decode import DecodeStage, TrimStage
 from saqqara.compression.growth import (
     cycle_of,
@@ -272,7 +272,7 @@ def test_trimmed_rows_are_charged_layer_by_layer(
         return [pages_of(np.array([lengths] * 3).T, worker) for worker in workers]
 
     most = np.max([pages(rows), *(pages(peak) for peak, _ in by_hand[:reserved])], axis=0)
-    assert ledger.pages_needed(demand, reserved).tolist() == most.tolist()
+    assert demand.most(reserved).tolist() == most.tolist()
     ledger.admit(1, demand, prompt_tokens, reserved)
     ledger.advance_prefill([1], 7)
     assert (100_000 - ledger.free).tolist() == most.tolist()
@@ -293,7 +293,6 @@ def test_trimmed_rows_are_charged_layer_by_layer(
         ledger.append(slots, nums)
         assert (100_000 - ledger.free).tolist() == expected.tolist()
         ledger.settle()
-        assert ledger.kept(1).tolist() == [[length] * 3 for length in after]
         assert ledger.allocated().tolist() == pages(after)
         charges = most.tolist() if fed < reserved else pages(after)
         assert (100_000 - ledger.free).tolist() == charges
@@ -503,7 +502,7 @@ def test_a_step_is_charged_its_peak_and_settled_for_what_stays(
     grace = 0 if prompt_tokens > BUDGET else BUDGET - prompt_tokens
     limit = rows + grace + slack
     most = [pages_of(np.minimum(limit, rows + reserved), w) for w in workers]
-    assert ledger.pages_needed(demand, reserved).tolist() == most
+    assert demand.most(reserved).tolist() == most
     assert (10_000 - ledger.free).tolist() == most
     fed = 0
     for piece in pieces:
@@ -523,7 +522,6 @@ def test_a_step_is_charged_its_peak_and_settled_for_what_stays(
             rows -= slack
         assert not (rows >= limit).any()
         ledger.settle()
-        assert (ledger.kept(1) == rows).all()
         stays = [pages_of(rows, w) for w in workers]
         assert ledger.allocated().tolist() == stays
         if fed >= reserved:
@@ -555,7 +553,7 @@ def test_long_outputs_fit_a_pool_that_never_has_to_refuse(score: tuple[int, ...]
     for number in range(12):
         prompt = tuple((number * 7 + i) % 128 for i in range(3 + 4 * number))
         params = SamplingParams(max_tokens=90, ignore_eos=True)
-        request = Request(str(number), prompt, params, retention(), 0, score)
+        request = TokenRequest(str(number), prompt, params, retention(), 0, score)
         sequences.append(scheduler.add(request, params.spec(0)))
     refused, most_items = 0, 0
     while (done := step(scheduler, replica)) is not None:
@@ -585,7 +583,7 @@ def test_what_a_compaction_returns_is_given_away_in_the_next_plan_not_in_its_own
     replica = FakeReplica(workers)
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     first, second = (
-        Request(name, tuple(range(16)), params, retention("streaming"), 0) for name in "ab"
+        TokenRequest(name, tuple(range(16)), params, retention("streaming"), 0) for name in "ab"
     )
     scheduler.add(first, params.spec(0))
     fed, started = 0, None

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from saqqara.cluster.engine.loop import EngineDeadError, EngineLoop, Output
+from saqqara.cluster.engine.loop import EngineLoop, Output
+from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.request import RequestMetrics, ScoreOutput
 
 

@@ -17,13 +17,13 @@ from saqqara.cluster import llm as llm_module
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.attention_map import attention_maps, draw
+from saqqara.evaluation.figures.plots import png
 from saqqara.evaluation.kept_positions import kept_positions
-from saqqara.evaluation.plots import png
 from saqqara.evaluation.report import ReportPlan, merge
 from saqqara.evaluation.result import Outcome, Result
-from saqqara.evaluation.ruler import RulerTask
-from saqqara.evaluation.ruler_tasks import TASKS
 from saqqara.evaluation.session import Session
+from saqqara.evaluation.tasks.ruler import RulerTask
+from saqqara.evaluation.tasks.ruler_tasks import TASKS
 
 runner = CliRunner()
 PNG = b"\x89PNG"
@@ -94,7 +94,7 @@ def test_equal_prompts_are_submitted_side_by_side(
     with Session(EngineConfig(model=str(demo_model)), [snapkv]) as session:
         assert session.answers([[1, 2], [3, 4]], [1, 2])[1][0].prompt_token_ids == (3, 4)
         session.scores([[5], [6]], [[7], [8, 9]])
-    submitted = [(r.prompt_token_ids, r.retention) for r in engines[0].submitted]
+    submitted = [(r.prompt, r.retention) for r in engines[0].submitted]
     assert submitted == [
         (prompt, retention)
         for prompt in [(1, 2), (3, 4), (5,), (6,)]

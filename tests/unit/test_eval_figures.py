@@ -8,12 +8,12 @@ import pytest
 from support.tiny import CONFIGS
 
 from saqqara.compression.retention import Retention
-from saqqara.evaluation import text_metrics as metrics
+from saqqara.evaluation.figures.interval import bootstrapped, proportion
+from saqqara.evaluation.figures.plots import distinct_colours
+from saqqara.evaluation.figures.summary import group_cells, overall_cells, summarise
 from saqqara.evaluation.grid import full_bytes, kept_share, parse_grid, parse_setting, with_full
-from saqqara.evaluation.interval import bootstrapped, proportion
-from saqqara.evaluation.plots import distinct_colours
 from saqqara.evaluation.result import Outcome, Result
-from saqqara.evaluation.summary import group_cells, overall_cells, summarise
+from saqqara.evaluation.tasks import text_metrics as metrics
 from saqqara.workers.models.spec import load_spec
 
 

@@ -8,17 +8,23 @@ import numpy as np
 import pytest
 
 from saqqara.cluster.engine.tokenizer import Tokenizer
-from saqqara.evaluation.chat_frame import ChatFrame
-from saqqara.evaluation.corpus import pydoc_text
-from saqqara.evaluation.haystack import Haystack, half, read_text
-from saqqara.evaluation.longbench import LongBenchTask, Record, Template, cut_middle, metric_score
-from saqqara.evaluation.needle import FACT, NeedleTask
-from saqqara.evaluation.perplexity import PerplexityTask
-from saqqara.evaluation.prompt_maker import PromptMaker
-from saqqara.evaluation.question import Question, found_share
-from saqqara.evaluation.ruler import RulerTask
-from saqqara.evaluation.ruler_tasks import NUM_COMMON, TASKS
-from saqqara.evaluation.words import ADJECTIVES, NOUNS, draw_key, draw_number
+from saqqara.evaluation.prompts.chat_frame import ChatFrame
+from saqqara.evaluation.prompts.corpus import pydoc_text
+from saqqara.evaluation.prompts.haystack import Haystack, half, read_text
+from saqqara.evaluation.prompts.prompt_maker import PromptMaker
+from saqqara.evaluation.prompts.words import ADJECTIVES, NOUNS, draw_key, draw_number
+from saqqara.evaluation.tasks.longbench import (
+    LongBenchTask,
+    Record,
+    Template,
+    cut_middle,
+    metric_score,
+)
+from saqqara.evaluation.tasks.needle import FACT, NeedleTask
+from saqqara.evaluation.tasks.perplexity import PerplexityTask
+from saqqara.evaluation.tasks.question import Question, found_share
+from saqqara.evaluation.tasks.ruler import RulerTask
+from saqqara.evaluation.tasks.ruler_tasks import NUM_COMMON, TASKS
 
 
 @pytest.fixture(scope="module")

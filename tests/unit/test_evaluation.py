@@ -8,8 +8,8 @@ from support.tiny import CONFIGS
 
 from saqqara.cluster.batch.compare import answer_agreement, common_prefix_share, compare_results
 from saqqara.configs.schema import EngineConfig
-from saqqara.evaluation.corpus import pydoc_text, windows
-from saqqara.evaluation.throughput import Workload
+from saqqara.evaluation.prompts.corpus import pydoc_text, windows
+from saqqara.evaluation.speed.throughput import Workload
 
 
 def test_agreement_counts_equal_answers_and_common_beginnings() -> None:

@@ -26,8 +26,8 @@ from saqqara.cluster.batch.records import result_record
 from saqqara.cluster.batch.source import BatchSource
 from saqqara.cluster.batch.stop import Stopped
 from saqqara.cluster.batch.summary import BatchSummary
-from saqqara.cluster.engine.client import EngineDeadError
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.errors import EngineDeadError
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 

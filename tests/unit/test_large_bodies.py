@@ -28,7 +28,7 @@ from saqqara.cluster.openai.requests import (
     TokenizeRequest,
     read_request,
 )
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.server.generation import LONG_TEXT_CHARS
 from saqqara.cluster.server.io import read_body
 

@@ -86,9 +86,9 @@ def test_pairs_are_scored_with_the_space_at_the_continuation(
 ) -> None:
     found = model.loglikelihood([asked("The capital of ", "France"), asked("", "One")])
     first, second = client.submitted
-    assert first.prompt_token_ids == tuple(tokenizer.encode("The capital of"))
+    assert first.prompt == tuple(tokenizer.encode("The capital of"))
     assert first.score_continuation == tuple(tokenizer.encode(" France"))
-    assert second.prompt_token_ids == (tokenizer.bos_token_id,)
+    assert second.prompt == (tokenizer.bos_token_id,)
     expected = -float(sum(tokenizer.encode(" France")))
     assert found[0] == (expected, True)
 
@@ -98,7 +98,7 @@ def test_long_contexts_lose_their_beginning(
 ) -> None:
     text = "one two three four five " * 20
     model.loglikelihood([asked(text, "six seven")])
-    context, rest = client.submitted[0].prompt_token_ids, client.submitted[0].score_continuation
+    context, rest = client.submitted[0].prompt, client.submitted[0].score_continuation
     assert context is not None
     assert rest is not None
     assert len(context) + len(rest) == 30
@@ -112,7 +112,7 @@ def test_rolling_windows_predict_every_token_once(
 ) -> None:
     tokens = tokenizer.encode("one two three four five six " * 12)
     found = model.loglikelihood_rolling([asked(tokenizer.decode(tokens)), asked("One")])
-    windows = [(r.prompt_token_ids, r.score_continuation) for r in client.submitted]
+    windows = [(r.prompt, r.score_continuation) for r in client.submitted]
     scored = [rest for _, rest in windows[:-1]]
     assert [token for rest in scored for token in rest] == tokens  # type: ignore[union-attr]
     assert windows[0][0] == (tokenizer.bos_token_id,)
@@ -128,8 +128,8 @@ def test_generation_settings_are_ours(model: Any, client: FakeClient, tokenizer:
     first, second = (request.sampling_params for request in client.submitted)
     assert (first.temperature, first.max_tokens, first.stop) == (0.0, 4, ("\n",))
     assert (second.temperature, second.top_k, second.stop) == (0.7, 3, ("x",))
-    assert client.submitted[0].prompt_token_ids == tuple(tokenizer.encode("one two"))
-    assert len(client.submitted[1].prompt_token_ids or ()) == 25
+    assert client.submitted[0].prompt == tuple(tokenizer.encode("one two"))
+    assert len(client.submitted[1].prompt or ()) == 25
     with pytest.raises(ValueError, match="unknown key 'num_beams'"):
         model.generate_until([asked("a", {"num_beams": 4})])
     with pytest.raises(ValueError, match="max_gen_toks: must be below"):

@@ -19,16 +19,11 @@ from support.byte_llama import save_tiny_llama
 from saqqara.cluster.engine.output import Choice
 from saqqara.cluster.engine.tokenizer import BROKEN, Tokenizer
 from saqqara.cluster.openai.replies import ChoiceProgress, ReplyHead, chunk_choice, full_reply
-from saqqara.cluster.request import (
-    CompletionOutput,
-    Logprob,
-    RequestMetrics,
-    RequestOutput,
-    SamplingParams,
-)
+from saqqara.cluster.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.events import NewToken
-from saqqara.cluster.scheduling.sequence import Request
 from saqqara.cluster.scheduling.sequence import Sequence as Answer
+from saqqara.cluster.scheduling.sequence import TokenRequest
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import TokenLogprobs
 
@@ -61,9 +56,9 @@ def steps(
 ) -> list[CompletionOutput]:
     """What there is of an answer after each of its tokens, and at its end."""
     params = SamplingParams(**{"logprobs": 5, "max_tokens": None, **sampling})
-    request = Request("r", (1,), params, Retention())
+    request = TokenRequest("r", (1,), params, Retention())
     answer = Answer(request, 0, 0, params.spec(0), frozenset(), frozenset(), len(ids))
-    choice = Choice(answer, params, tokenizer)
+    choice = Choice(answer, tokenizer)
     outputs = []
     for token_id in ids:
         if choice.matched is not None:

@@ -14,7 +14,8 @@ from support.random_requests import EDGES, HUGE, NUMBERS, PROFILE, at_edge, batc
 from support.random_runs import UNFORESEEN, Door, RandomRuns
 
 from saqqara.cluster.batch.lines import BadLine, RowParser
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.request import Request
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.compression.scores import SCORES
 from saqqara.compression.shapes import SHAPES
 
@@ -92,7 +93,7 @@ def test_a_retention_that_cannot_be_met_is_refused_at_every_door(
     status, reply = asyncio.run(post)
     assert (status, reply["error"]["param"]) == (400, "retention")
     with pytest.raises(ValueError, match=": ") as error:
-        runs.engine.add_request("r", body["prompt"], retention=retention)
+        runs.engine.add(Request("r", body["prompt"], retention=retention))
     setting = str(error.value).removeprefix("retention: ").partition(":")[0]
     assert reply["error"]["message"].startswith(f"retention: {setting}")
     line = RowParser("m", {}).parse(1, json.dumps(body))
@@ -102,17 +103,19 @@ def test_a_retention_that_cannot_be_met_is_refused_at_every_door(
         return
     [request] = line.requests  # known to be wrong once there is a model
     with pytest.raises(ValueError, match=r"^retention: "):
-        runs.engine.add_request("r", request.prompt, retention=request.retention)
+        runs.engine.add(Request("r", request.prompt, retention=request.retention))
 
 
 def test_a_wide_pooling_is_that_of_the_prompt(runs: RandomRuns) -> None:
     retention = {"method": "snapkv", "budget": "50%", "window": 4, "sinks": 0}
     for kernel_size in (181, 2**24 - 1):  # all of 90 tokens, and far beyond
-        runs.engine.add_request(
-            f"k{kernel_size}",
-            list(range(90)),
-            SamplingParams(temperature=0, max_tokens=4),
-            retention={**retention, "kernel_size": kernel_size},
+        runs.engine.add(
+            Request(
+                f"k{kernel_size}",
+                list(range(90)),
+                SamplingParams(temperature=0, max_tokens=4),
+                retention={**retention, "kernel_size": kernel_size},
+            )
         )
     ended: list[Any] = []
     while runs.engine.has_unfinished():
@@ -132,11 +135,13 @@ def test_rows_whose_share_is_nothing_are_compacted_to_nothing(
         retention["window"] = 0
     if shape == "profile":
         retention |= {"profile": {**PROFILE, "0-0": [100.0], "1-0": [100.0]}, "head_beta": 1e6}
-    runs.engine.add_request(
-        "r",
-        list(range(40)),
-        SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
-        retention={**retention, "decode": {"slack_pages": 1}},
+    runs.engine.add(
+        Request(
+            "r",
+            list(range(40)),
+            SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
+            retention={**retention, "decode": {"slack_pages": 1}},
+        )
     )
     ended: list[Any] = []
     while runs.engine.has_unfinished():

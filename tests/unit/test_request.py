@@ -8,16 +8,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from saqqara.cluster.request import (
-    CompletionOutput,
-    RequestMetrics,
-    SamplingParams,
-    ScoreOutput,
-    derived_seed,
-    invalid_field,
-    scoring_params,
-)
-from saqqara.cluster.scheduling.sequence import Request, Sequence
+from saqqara.cluster.request import CompletionOutput, RequestMetrics, ScoreOutput
+from saqqara.cluster.sampling import SamplingParams, derived_seed, scoring_params
+from saqqara.cluster.scheduling.sequence import Sequence, TokenRequest
 from saqqara.compression.retention import Retention
 
 DEFAULTS = {
@@ -94,7 +87,7 @@ def test_a_bad_value_names_field_and_limit(field: str, value: object, limit: str
     with pytest.raises(ValueError, match=limit) as caught:
         SamplingParams(**{field: value})
     assert isinstance(caught.value, ValidationError)
-    assert invalid_field(caught.value) == field
+    assert caught.value.errors()[0]["loc"][0] == field
 
 
 @pytest.mark.parametrize(
@@ -164,7 +157,7 @@ def test_tokens_that_the_model_lacks_name_their_field(field: str, value: Any) ->
 
 
 def make_sequence(score: tuple[int, ...] | None = None) -> Sequence:
-    request = Request("r", (1, 2, 3), SamplingParams(), Retention(), score_continuation=score)
+    request = TokenRequest("r", (1, 2, 3), SamplingParams(), Retention(), score_continuation=score)
     sequence = Sequence(request, 0, 0, SamplingParams().spec(0), frozenset(), frozenset(), 4)
     sequence.slot = 9
     return sequence

@@ -23,9 +23,9 @@ from saqqara.cluster.batch.job import BatchJob, run_batch
 from saqqara.cluster.batch.lines import BadLine, Row, RowParser
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.scheduler import Scheduler
-from saqqara.cluster.scheduling.sequence import Request
+from saqqara.cluster.scheduling.sequence import TokenRequest
 
 Json = dict[str, Any]
 
@@ -408,7 +408,7 @@ def test_a_priority_reaches_the_scheduler(model: Path, monkeypatch: pytest.Monke
     priorities: dict[str, int] = {}
     check = Scheduler.check
 
-    def note(scheduler: Scheduler, request: Request) -> None:
+    def note(scheduler: Scheduler, request: TokenRequest) -> None:
         priorities[request.request_id] = request.priority
         check(scheduler, request)
 

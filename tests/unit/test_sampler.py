@@ -17,7 +17,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from saqqara.cluster.request import MAX_TEMPERATURE, PENALTY_RANGE, SamplingParams
+from saqqara.cluster.sampling import MAX_TEMPERATURE, PENALTY_RANGE, SamplingParams
 from saqqara.workers.passes import sampler
 from saqqara.workers.passes.sampler import TokenHistory, gumbel, noise_keys, sample
 from saqqara.workers.plan import SamplingSpec

@@ -20,10 +20,10 @@ from support.fake_replica import (
     token_logprob,
 )
 
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.events import Event, Finished, NewToken, Preempted, Prefilled
 from saqqara.cluster.scheduling.scheduler import Scheduler
-from saqqara.cluster.scheduling.sequence import Request, Sequence, Status
+from saqqara.cluster.scheduling.sequence import Sequence, Status, TokenRequest
 from saqqara.compression.decode import DecodeStage
 from saqqara.compression.retention import Retention
 from saqqara.compression.scores import SnapKV
@@ -97,25 +97,20 @@ def make_request(
     score: tuple[int, ...] | None = None,
     priority: int = 0,
     **sampling: object,
-) -> Request:
+) -> TokenRequest:
     params = SamplingParams(**({"max_tokens": 8} | sampling))
-    return Request(name, tuple(prompt), params, retention, priority, score)
+    return TokenRequest(name, tuple(prompt), params, retention, priority, score)
 
 
-def sampling_of(request: Request) -> SamplingParams:
-    assert isinstance(request.limits, SamplingParams)
-    return request.limits
-
-
-def add(run: Run, request: Request) -> Sequence:
-    spec = sampling_of(request).spec(0, (EOS,))
+def add(run: Run, request: TokenRequest) -> Sequence:
+    spec = request.sampling.spec(0, (EOS,))
     return run.scheduler.add(request, spec, eos_token_ids=(EOS,))
 
 
-def expected_tokens(request: Request, max_model_len: int = 256) -> list[int]:
+def expected_tokens(request: TokenRequest, max_model_len: int = 256) -> list[int]:
     """What the fake model says after a prompt, written down without any scheduling."""
     tokens = list(request.prompt_token_ids)
-    sampling = request.limits
+    sampling = request.sampling
     output: list[int] = []
     while len(output) < (sampling.max_tokens or 10**9) and len(tokens) < max_model_len:
         token = next_token(tokens)
@@ -129,7 +124,7 @@ def expected_tokens(request: Request, max_model_len: int = 256) -> list[int]:
     return output
 
 
-def expected_scores(request: Request) -> list[float]:
+def expected_scores(request: TokenRequest) -> list[float]:
     tokens = [*request.prompt_token_ids, *(request.score_continuation or ())]
     start = len(request.prompt_token_ids)
     return [token_logprob(tokens[:p], tokens[p])[0] for p in range(start, len(tokens))]
@@ -146,11 +141,11 @@ def check(sequence: Sequence, max_model_len: int = 256) -> None:
         return
     expected = expected_tokens(request, max_model_len)
     assert sequence.output_token_ids == expected
-    stops = {*request.limits.stop_token_ids, *(() if request.limits.ignore_eos else (EOS,))}
+    stops = {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else (EOS,))}
     assert sequence.finish_reason == ("stop" if expected[-1] in stops else "length")
 
 
-def random_request(rng: random.Random, name: str, longest: int = 40) -> Request:
+def random_request(rng: random.Random, name: str, longest: int = 40) -> TokenRequest:
     prompt = [rng.randrange(128) for _ in range(rng.randint(1, longest))]
     if rng.random() < 0.3:
         prompt = [rng.randrange(3)] * 17  # one that others have, too
@@ -230,7 +225,9 @@ def test_a_sequence_ends_at_max_model_len() -> None:
         (make_request(prompt=[1] * 40, score=(1,) * 9), "raise kv_memory_gib"),
     ],
 )
-def test_requests_that_can_never_be_served_are_refused(request_: Request, message: str) -> None:
+def test_requests_that_can_never_be_served_are_refused(
+    request_: TokenRequest, message: str
+) -> None:
     run = make_run(make_workers(8 * 11), max_model_len=50)
     with pytest.raises(ValueError, match=message):
         add(run, request_)

@@ -10,8 +10,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from saqqara.cluster.cli.serve import ServerFlags, merged_config
-from saqqara.cluster.engine.loop import EngineDeadError
-from saqqara.cluster.errors import WorkerDiedError
+from saqqara.cluster.errors import EngineDeadError, WorkerDiedError
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.events import dead_engine
 from saqqara.cluster.server.admission import Admission, DrainingError, OverloadedError

@@ -12,13 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.byte_fallback import byte_fallback_tokenizer
 
-from saqqara.cluster.engine.tokenizer import (
-    BROKEN,
-    IncrementalDetokenizer,
-    StopChecker,
-    Tokenizer,
-    check_messages,
-)
+from saqqara.cluster.chat import check_messages
+from saqqara.cluster.engine.tokenizer import BROKEN, IncrementalDetokenizer, StopChecker, Tokenizer
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

@@ -78,6 +78,58 @@ def _num_splits(length, SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr):
     return tl.minimum(tl.maximum((length + SPLIT_TOKENS - 1) // SPLIT_TOKENS, 1), MAX_SPLITS)
 
 
+@triton.jit
+def _attend_new(
+    q_GD, place_k, place_v, k_pages, v_pages, table_row, scores_row, stored, scale,
+    total, acc, of_group, of_dim, d,
+    D: tl.constexpr, PAGE: tl.constexpr, HAS_SCORES: tl.constexpr,
+):  # fmt: skip
+    """Store the new token, and attend to it first of all.
+
+    It comes from registers; nobody reads it from its page in this launch.
+    """
+    k_D = tl.load(place_k, mask=of_dim, other=0.0)
+    v_D = tl.load(place_v, mask=of_dim, other=0.0)
+    page = tl.load(table_row + stored // PAGE).to(tl.int64)
+    target = (page * PAGE + stored % PAGE) * D + d
+    tl.store(k_pages + target, k_D, mask=of_dim)
+    tl.store(v_pages + target, v_D, mask=of_dim)
+    score = tl.sum(q_GD.to(tl.float32) * k_D[None, :].to(tl.float32), axis=1) * scale
+    if HAS_SCORES:
+        tl.store(scores_row + stored, score, mask=of_group)
+    return score, total + 1.0, acc + v_D[None, :].to(tl.float32)
+
+
+@triton.jit
+def _attend_stored(
+    q_GD, k_pages, v_pages, table_row, scores_row, start, stop, scale, best, total, acc,
+    of_group, of_dim, d,
+    D: tl.constexpr, PAGE: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SCORES: tl.constexpr,
+):  # fmt: skip
+    """Attend to the stored tokens `[start, stop)` of a row, block by block."""
+    for first in range(start, stop, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        valid = t < stop
+        pages = tl.load(table_row + t // PAGE, mask=valid, other=0).to(tl.int64)
+        refs = (pages * PAGE + t % PAGE)[:, None] * D + d[None, :]
+        k_TD = tl.load(k_pages + refs, mask=valid[:, None] & of_dim[None, :], other=0.0)
+        s_GT = tl.dot(q_GD, tl.trans(k_TD), input_precision="ieee") * scale
+        s_GT = tl.where(valid[None, :], s_GT, float("-inf"))
+        if HAS_SCORES:
+            tl.store(
+                scores_row[:, None] + t[None, :], s_GT, mask=of_group[:, None] & valid[None, :]
+            )
+        higher = tl.maximum(best, tl.max(s_GT, axis=1))
+        rescale = tl.exp2(best - higher)
+        weights = tl.exp2(s_GT - higher[:, None])
+        total = total * rescale + tl.sum(weights, axis=1)
+        v_TD = tl.load(v_pages + refs, mask=valid[:, None] & of_dim[None, :], other=0.0)
+        weighted = tl.dot(weights.to(v_TD.dtype), v_TD, input_precision="ieee")
+        acc = acc * rescale[:, None] + weighted
+        best = higher
+    return best, total, acc
+
+
 @triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _decode_kernel(
     q, out, parts, parts_lse, lse, scores, new_k, new_v,
@@ -131,42 +183,16 @@ def _decode_kernel(
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     if HAS_NEW:  # noqa: SIM102 - Triton decides the outer one while compiling
         if (split == 0) & (length > 0):
-            # The new token comes from registers; nobody reads it from its page in this launch.
             place_k = new_k + n.to(tl.int64) * new_k_stride_n + head * new_k_stride_h + d
             place_v = new_v + n.to(tl.int64) * new_v_stride_n + head * new_v_stride_h + d
-            k_D = tl.load(place_k, mask=of_dim, other=0.0)
-            v_D = tl.load(place_v, mask=of_dim, other=0.0)
-            page = tl.load(table_row + stored // PAGE).to(tl.int64)
-            target = (page * PAGE + stored % PAGE) * D + d
-            tl.store(k_pages + target, k_D, mask=of_dim)
-            tl.store(v_pages + target, v_D, mask=of_dim)
-            score = tl.sum(q_GD.to(tl.float32) * k_D[None, :].to(tl.float32), axis=1) * scale
-            if HAS_SCORES:
-                tl.store(scores_row + stored, score, mask=of_group)
-            best = score
-            total = total + 1.0
-            acc = acc + v_D[None, :].to(tl.float32)
-
-    for first in range(start, stop, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)
-        valid = t < stop
-        pages = tl.load(table_row + t // PAGE, mask=valid, other=0).to(tl.int64)
-        refs = (pages * PAGE + t % PAGE)[:, None] * D + d[None, :]
-        k_TD = tl.load(k_pages + refs, mask=valid[:, None] & of_dim[None, :], other=0.0)
-        s_GT = tl.dot(q_GD, tl.trans(k_TD), input_precision="ieee") * scale
-        s_GT = tl.where(valid[None, :], s_GT, float("-inf"))
-        if HAS_SCORES:
-            tl.store(
-                scores_row[:, None] + t[None, :], s_GT, mask=of_group[:, None] & valid[None, :]
-            )
-        higher = tl.maximum(best, tl.max(s_GT, axis=1))
-        rescale = tl.exp2(best - higher)
-        weights = tl.exp2(s_GT - higher[:, None])
-        total = total * rescale + tl.sum(weights, axis=1)
-        v_TD = tl.load(v_pages + refs, mask=valid[:, None] & of_dim[None, :], other=0.0)
-        weighted = tl.dot(weights.to(v_TD.dtype), v_TD, input_precision="ieee")
-        acc = acc * rescale[:, None] + weighted
-        best = higher
+            best, total, acc = _attend_new(
+                q_GD, place_k, place_v, k_pages, v_pages, table_row, scores_row, stored, scale,
+                total, acc, of_group, of_dim, d, D, PAGE, HAS_SCORES,
+            )  # fmt: skip
+    best, total, acc = _attend_stored(
+        q_GD, k_pages, v_pages, table_row, scores_row, start, stop, scale, best, total, acc,
+        of_group, of_dim, d, D, PAGE, BLOCK_T, HAS_SCORES,
+    )  # fmt: skip
 
     some = total > 0.0
     acc = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)

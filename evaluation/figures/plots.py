@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from saqqara.compression.retention import Retention
+from saqqara.evaluation.result import Result
 from saqqara.workers.models.spec import ModelSpec
 
-from .result import Result
 from .summary import main_figure, summarise
 
 SUFFIXES = (".png", ".svg", ".pdf")

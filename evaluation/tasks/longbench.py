@@ -17,13 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.settings import validation_message
+from saqqara.evaluation.prompts.chat_frame import ChatFrame
+from saqqara.evaluation.prompts.prompt_maker import settings_of
+from saqqara.evaluation.result import Result
+from saqqara.evaluation.session import Session
 
 from . import text_metrics
-from .chat_frame import ChatFrame
-from .prompt_maker import settings_of
 from .question import Question, ask
-from .result import Result
-from .session import Session
 
 Model = TypeVar("Model", bound=BaseModel)
 PROMPTS_FILE = Path(__file__).with_name("longbench.yaml")

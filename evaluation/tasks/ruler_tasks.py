@@ -11,10 +11,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from saqqara.evaluation.prompts.prompt_maker import PromptMaker
+from saqqara.evaluation.prompts.words import ADJECTIVES, NOUNS, draw_code, draw_key, draw_number
+
 from .needle import ANSWER, FACT, QUESTION
-from .prompt_maker import PromptMaker
 from .question import Question
-from .words import ADJECTIVES, NOUNS, draw_code, draw_key, draw_number
 
 Make = Callable[[PromptMaker, int, np.random.Generator], Question]
 

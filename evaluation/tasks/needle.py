@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.evaluation.prompts.haystack import Split
+from saqqara.evaluation.prompts.prompt_maker import PromptMaker, settings_of
+from saqqara.evaluation.prompts.words import draw_key, draw_number
+from saqqara.evaluation.result import Result
+from saqqara.evaluation.session import Session
 
-from .haystack import Split
-from .prompt_maker import PromptMaker, settings_of
 from .question import Question, ask
-from .result import Result
-from .session import Session
-from .words import draw_key, draw_number
 
 FACT = "\nRemember this: the magic number of {key} is {value}.\n"
 QUESTION = "\n\nWhat is the magic number of {key}?"

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .result import Outcome, Result
-from .session import Session
+from saqqara.evaluation.result import Outcome, Result
+from saqqara.evaluation.session import Session
 
 Scorer = Callable[["Question", str], float]
 

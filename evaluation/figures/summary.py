@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
+from saqqara.evaluation.result import Outcome, Result
+
 from .interval import Estimate, bootstrapped, proportion
-from .result import Outcome, Result
 
 Figures = Callable[[Sequence[Outcome], Sequence[Outcome]], dict[str, tuple[Estimate, str]]]
 """Of a setting's and full's outcomes on the same prompts: by name, estimate and number format."""

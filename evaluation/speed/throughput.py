@@ -32,9 +32,8 @@ from rich.table import Table
 
 from saqqara import LLM, SamplingParams
 from saqqara.configs.schema import EngineConfig
+from saqqara.evaluation.prompts.corpus import pydoc_text, windows
 from saqqara.workers.models.spec import load_spec
-
-from .corpus import pydoc_text, windows
 
 MIB = 2**20
 

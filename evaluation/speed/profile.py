@@ -14,9 +14,11 @@ from typing import Any
 
 from rich.table import Table
 
-from saqqara.cluster.engine.engine import Engine, LocalExecutor
+from saqqara.cluster.engine.engine import Engine
+from saqqara.cluster.engine.executor import LocalExecutor
 from saqqara.cluster.engine.tokenizer import Tokenizer
-from saqqara.cluster.request import SamplingParams
+from saqqara.cluster.request import Request
+from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.clock import Span
@@ -55,7 +57,7 @@ def profile(config: EngineConfig, workload: Workload) -> tuple[list[Row], list[S
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=workload.new_tokens, ignore_eos=True)
     for number, prompt in enumerate(workload.token_ids(config)):
-        engine.add_request(str(number), prompt, sampling, stream=False)
+        engine.add(Request(str(number), prompt, sampling))
     rows, spans = profile_steps(engine, executor.worker)
     engine.shutdown()
     return rows, spans

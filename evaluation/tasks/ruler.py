@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.evaluation.prompts.haystack import Split
+from saqqara.evaluation.prompts.prompt_maker import PromptMaker, settings_of
+from saqqara.evaluation.result import Result
+from saqqara.evaluation.session import Session
 
-from .haystack import Split
-from .prompt_maker import PromptMaker, settings_of
 from .question import Question, ask
-from .result import Result
 from .ruler_tasks import TASKS
-from .session import Session
 
 
 @dataclass(frozen=True, slots=True)

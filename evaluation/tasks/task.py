@@ -5,9 +5,8 @@ from typing import Protocol
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
-
-from .result import Result
-from .session import Session
+from saqqara.evaluation.result import Result
+from saqqara.evaluation.session import Session
 
 
 class Task(Protocol):

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .chat_frame import ChatFrame
-from .haystack import Haystack, Split
-from .prompt_maker import settings_of
-from .result import Outcome, Result
-from .session import Session
+from saqqara.evaluation.prompts.chat_frame import ChatFrame
+from saqqara.evaluation.prompts.haystack import Haystack, Split
+from saqqara.evaluation.prompts.prompt_maker import settings_of
+from saqqara.evaluation.result import Outcome, Result
+from saqqara.evaluation.session import Session
 
 
 @dataclass(frozen=True, slots=True)

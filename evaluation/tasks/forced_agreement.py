@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from saqqara.compression.retention import Retention
+from saqqara.evaluation.prompts.chat_frame import ChatFrame
+from saqqara.evaluation.prompts.haystack import Haystack, Split
+from saqqara.evaluation.prompts.prompt_maker import haystack_room, settings_of
+from saqqara.evaluation.result import Outcome, Result
+from saqqara.evaluation.session import Session
 
-from .chat_frame import ChatFrame
 from .divergence import TOP_TOKENS, divergence
-from .haystack import Haystack, Split
-from .prompt_maker import haystack_room, settings_of
-from .result import Outcome, Result
-from .session import Session
 
 REQUEST = "Read this text.\n\n"
 QUESTION = "\n\nExplain in a few sentences what the text above says."

@@ -6,8 +6,8 @@ from html import escape
 
 from saqqara import __version__
 from saqqara.configs.json_text import json_text
+from saqqara.evaluation.result import Result
 
-from .result import Result
 from .summary import group_cells, main_figure, overall_cells, summarise
 
 STYLE = """

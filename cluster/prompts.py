@@ -1,0 +1,90 @@
+"""Prompts and settings as callers of `LLM` write them: one or several, text or token ids."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from saqqara.configs.shown import shown
+
+from .chat import check_messages
+from .request import Prompt
+from .settings import check_keys
+
+
+def is_single(value: Any) -> bool:
+    """Whether a prompt stands alone: text, a mapping, or a plain list of token ids."""
+    if isinstance(value, (str, Mapping)):
+        return True
+    return is_list(value) and bool(value) and _is_token(value[0])
+
+
+def is_list(value: Any) -> bool:
+    """Whether it may hold token ids or prompts; bytes are a sequence of numbers, but no prompt."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def as_list(value: Any, name: str) -> list[Any]:
+    """Several prompts, from one or several.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if is_single(value):
+        return [value]
+    if not is_list(value):
+        raise ValueError(f"{name} must be text, token ids, or a list of these, not {shown(value)}")
+    return list(value)
+
+
+def one_prompt(prompt: Any, index: int, name: str = "prompts") -> Prompt:
+    """Text or token ids, from either or from a mapping that has one of them.
+
+    Raises:
+        ValueError: it is none of these; names the index.
+    """
+    if isinstance(prompt, Mapping):
+        check_keys(prompt, ("prompt", "prompt_token_ids"), f"{name}[{index}]")
+        given = [value for value in prompt.values() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"{name}[{index}] needs either prompt or prompt_token_ids")
+        prompt = given[0]
+    if isinstance(prompt, str):
+        return prompt
+    if is_list(prompt) and all(map(_is_token, prompt)):
+        return tuple(int(token) for token in prompt)
+    raise ValueError(f"{name}[{index}] must be text or a list of token ids, not {shown(prompt)}")
+
+
+def one_conversation(messages: Any, index: int) -> tuple[Mapping[str, str], ...]:
+    """The messages of a conversation, checked.
+
+    Raises:
+        ValueError: they are none; names the index.
+    """
+    try:
+        return tuple(check_messages(messages))
+    except ValueError as error:
+        raise ValueError(f"messages[{index}]: {error}") from None
+
+
+def one_each(value: Any, kinds: type | tuple[type, ...], count: int, name: str) -> Sequence[Any]:
+    """One value for each of `count` requests, from one for all or a list.
+
+    Raises:
+        ValueError: the list has another length, or a value is not of these kinds.
+    """
+    if value is None or isinstance(value, kinds):
+        return [value] * count
+    if not isinstance(value, Sequence) or len(value) != count:
+        raise ValueError(
+            f"{name} must be one value, or a list with one for each of {count} prompts, not "
+            f"{type(value).__name__} {shown(value)}"
+        )
+    for i, one in enumerate(value):
+        if one is not None and not isinstance(one, kinds):
+            raise ValueError(f"{name}[{i}]: cannot be {shown(one)}")
+    return list(value)

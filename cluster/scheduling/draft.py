@@ -1,0 +1,46 @@
+"""A plan in the making, and what of it must be known when its results come."""
+
+from dataclasses import dataclass, field
+
+from saqqara.workers.plan import DecodeItem, NewSequence, PrefillGroup, StepPlan
+
+from .sequence import Sequence
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan in the making and, once it is made, what must be known to absorb its results."""
+
+    free: list[int] = field(default_factory=list)
+    new: list[NewSequence] = field(default_factory=list)
+    prefill: list[PrefillGroup] = field(default_factory=list)
+    decode: list[DecodeItem] = field(default_factory=list)
+    sequences: dict[int, Sequence] = field(default_factory=dict)  # every slot it works on
+    sampling: list[int] = field(default_factory=list)
+    busy_stages: set[int] = field(default_factory=set)
+    num_held: int = 0
+
+    def mention(self, slot: int, sequence: Sequence) -> None:
+        """Note that the plan works on a sequence."""
+        self.sequences[slot] = sequence
+        sequence.num_in_flight += 1
+
+    def sample(self, slot: int, sequence: Sequence) -> None:
+        """Note that the plan samples a sequence that it works on."""
+        self.sampling.append(slot)
+        sequence.num_sampling += 1
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to be done."""
+        return not (self.free or self.new or self.prefill or self.decode)
+
+    def plan(self, step: int) -> StepPlan:
+        """The plan, as the workers get it."""
+        return StepPlan(
+            step=step,
+            free=tuple(self.free),
+            new=tuple(self.new),
+            prefill=tuple(self.prefill),
+            decode=tuple(self.decode),
+        )

@@ -1,0 +1,309 @@
+"""Pages that slots hold on every worker, counted without asking: plain, cyclic and trimmed rows.
+
+All rows of a sequence grow together, one entry per fed token, so a sequence's pages on a worker are
+a function of how many tokens it was fed: `base` pages for what its prefill kept, one more page per
+row every `page_tokens` tokens, and in between as many as rows cross a page boundary. That function
+is tabulated per slot and worker, so the cost of a step's appends is two look-ups per sequence,
+however many layers and heads there are (`TabulatedPages`).
+
+Under a decode-stage retention all rows of a sequence shrink together, too, after numbers of fed
+tokens that are known (`compression.growth.Cycle`): then pages are a function of how many
+tokens rows have *grown* by. Rows that PyramidInfer's generation stage trims do not grow alike:
+their pages are counted one sequence at a time (`TrimmedPages`). `SlotPages` has both behind one
+face; whoever asks need not know which rows a slot has.
+
+A step that compacts appends first, so it is charged what it holds at its peak.
+
+Shapes: S slots, L layers, H kv heads, W workers, P page_tokens, N slots of a step.
+"""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saqqara.compression.growth import Cycle, grown
+
+from .demand import Demand, Ints, TabulatedGrowth, TrimmedGrowth, tabulate
+
+
+class PageCounts(Protocol):
+    """Pages of slots, as steps feed them. A slot that is not open has none."""
+
+    def close(self, slot: int) -> None:
+        """Forget a slot."""
+        ...
+
+    def set_kept(self, slot: int, rank: int, counts: NDArray[np.int32]) -> None:
+        """Replace a worker's expected rows by what its prefill kept, int32 [L, H] of its own."""
+        ...
+
+    def refuse(self, slot: int, rank: int) -> None:
+        """Note that a worker holds nothing of this slot."""
+        ...
+
+    def feed(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """Count the tokens of a step [N]; returns the pages [W] that are given back at its end."""
+        ...
+
+    def held(self, slots: Ints) -> Ints:
+        """Pages, int64 [N, W], between steps."""
+        ...
+
+    def charged(self, slots: Ints) -> Ints:
+        """Pages, int64 [N, W], that are charged between plans: those of a replay to come, too."""
+        ...
+
+    def peak(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """Pages, int64 [N, W], that must be charged while a step feeds so many tokens [N]."""
+        ...
+
+    def room(self, slot: int) -> int | None:
+        """Tokens that one step may feed: those up to the next compaction; None: any number."""
+        ...
+
+
+class SlotPages:
+    """The pages of all slots, whatever their rows do; see `PageCounts`."""
+
+    def __init__(self, num_slots: int, num_workers: int, page_tokens: int) -> None:
+        self._tabulated = TabulatedPages(num_slots, num_workers, page_tokens)
+        self._trimmed = TrimmedPages(num_workers)
+
+    def open(self, slot: int, demand: Demand, reserve_tokens: int) -> None:
+        """Start with a prompt's expected pages, and those of so many tokens to be replayed."""
+        if isinstance(demand.growth, TrimmedGrowth):
+            self._trimmed.open(slot, demand.growth, reserve_tokens)
+        else:
+            self._tabulated.open(slot, demand.growth, reserve_tokens)
+
+    def close(self, slot: int) -> None:
+        """See `PageCounts`."""
+        self._tabulated.close(slot)
+        self._trimmed.close(slot)
+
+    def set_kept(self, slot: int, rank: int, counts: NDArray[np.int32]) -> None:
+        """See `PageCounts`."""
+        self._of(slot).set_kept(slot, rank, counts)
+
+    def refuse(self, slot: int, rank: int) -> None:
+        """See `PageCounts`."""
+        self._of(slot).refuse(slot, rank)
+
+    def feed(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """See `PageCounts`."""
+        returned = self._tabulated.feed(slots, num_tokens)
+        return returned + self._trimmed.feed(slots, num_tokens) if self._trimmed else returned
+
+    def held(self, slots: Ints) -> Ints:
+        """See `PageCounts`."""
+        pages = self._tabulated.held(slots)
+        return pages + self._trimmed.held(slots) if self._trimmed else pages
+
+    def charged(self, slots: Ints) -> Ints:
+        """See `PageCounts`."""
+        pages = self._tabulated.charged(slots)
+        return pages + self._trimmed.charged(slots) if self._trimmed else pages
+
+    def peak(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """See `PageCounts`."""
+        pages = self._tabulated.peak(slots, num_tokens)
+        return pages + self._trimmed.peak(slots, num_tokens) if self._trimmed else pages
+
+    def room(self, slot: int) -> int | None:
+        """See `PageCounts`."""
+        return self._of(slot).room(slot)
+
+    def _of(self, slot: int) -> PageCounts:
+        return self._trimmed if slot in self._trimmed else self._tabulated
+
+
+class TabulatedPages:
+    """Slots whose rows grow, and with a cycle shrink, together; see `PageCounts`."""
+
+    def __init__(self, num_slots: int, num_workers: int, page_tokens: int) -> None:
+        self._page_tokens = page_tokens
+        self._fed_S = np.zeros(num_slots, dtype=np.int64)
+        self._reserved_S = np.zeros(num_slots, dtype=np.int64)
+        self._grace_S = np.zeros(num_slots, dtype=np.int64)
+        self._slack_S = np.zeros(num_slots, dtype=np.int64)  # 0: rows are never compacted
+        self._base_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
+        self._rows_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
+        self._crossings_SWP = np.zeros((num_slots, num_workers, page_tokens), dtype=np.int64)
+
+    def open(self, slot: int, growth: TabulatedGrowth, reserve_tokens: int) -> None:
+        """See `SlotPages`."""
+        self._reserved_S[slot] = reserve_tokens
+        if growth.cycle is not None:
+            self._grace_S[slot], self._slack_S[slot] = growth.cycle.grace, growth.cycle.slack
+        self._base_SW[slot] = growth.base
+        self._rows_SW[slot] = growth.rows
+        self._crossings_SWP[slot] = growth.crossings
+
+    def close(self, slot: int) -> None:
+        """See `PageCounts`."""
+        for counts_S in (self._fed_S, self._reserved_S, self._grace_S, self._slack_S):
+            counts_S[slot] = 0
+        for pages_S in (self._base_SW, self._rows_SW, self._crossings_SWP):
+            pages_S[slot] = 0
+
+    def set_kept(self, slot: int, rank: int, counts: NDArray[np.int32]) -> None:
+        """See `PageCounts`."""
+        table = tabulate(counts, self._page_tokens)
+        self._base_SW[slot, rank], self._crossings_SWP[slot, rank] = table
+
+    def refuse(self, slot: int, rank: int) -> None:
+        """See `PageCounts`."""
+        self._base_SW[slot, rank] = 0
+        self._rows_SW[slot, rank] = 0
+        self._crossings_SWP[slot, rank] = 0
+
+    def feed(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """See `PageCounts`."""
+        shrinks = self._slack_S[slots] > 0
+        cut = slots[shrinks]
+        peak_NW = self.peak(cut, num_tokens[shrinks])
+        self._fed_S[slots] += num_tokens
+        returned_W: Ints = (peak_NW - self.charged(cut)).sum(axis=0)
+        return returned_W
+
+    def held(self, slots: Ints) -> Ints:
+        """See `PageCounts`."""
+        return self._pages(slots, self._grown(slots, self._fed_S[slots]))
+
+    def charged(self, slots: Ints) -> Ints:
+        """See `PageCounts`."""
+        return self._pages(slots, self._charged_tokens(slots, self._fed_S[slots]))
+
+    def peak(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """See `PageCounts`."""
+        fed = self._fed_S[slots]
+        growth = self._grown(slots, fed) + num_tokens
+        return self._pages(slots, np.maximum(growth, self._charged_tokens(slots, fed)))
+
+    def room(self, slot: int) -> int | None:
+        """See `PageCounts`."""
+        if self._slack_S[slot] == 0:
+            return None
+        cycle = Cycle(int(self._grace_S[slot]), int(self._slack_S[slot]))
+        return cycle.room(int(self._fed_S[slot]))
+
+    def _grown(self, slots: Ints, fed_tokens: Ints) -> Ints:
+        """Tokens by which rows of slots [N] outgrow what prefill kept, once so many are fed [N]."""
+        return grown(fed_tokens, self._grace_S[slots], self._slack_S[slots])
+
+    def _charged_tokens(self, slots: Ints, fed_tokens: Ints) -> Ints:
+        """Growth, int64 [N], that slots [N] are charged for between plans, once so many are fed."""
+        reserved, slack = self._reserved_S[slots], self._slack_S[slots]
+        most = np.where(slack > 0, self._grace_S[slots] + slack, reserved)
+        held = self._grown(slots, fed_tokens)
+        # What is still to be replayed may need as much as rows ever grow by.
+        charged: Ints = np.where(fed_tokens < reserved, np.minimum(reserved, most), held)
+        return charged
+
+    def _pages(self, slots: Ints, grown_tokens: Ints) -> Ints:
+        """Pages, int64 [N, W], of slots [N] whose rows grew by these numbers of tokens [N]."""
+        cycles_N, rest_N = grown_tokens // self._page_tokens, grown_tokens % self._page_tokens
+        pages: Ints = self._base_SW[slots] + cycles_N[:, None] * self._rows_SW[slots]
+        return pages + self._crossings_SWP[slots, :, rest_N]
+
+
+class TrimmedPages:
+    """Slots whose layers are cut one by one; see `PageCounts`. Its length is their number."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._open: dict[int, _TrimmedSlot] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._open
+
+    def open(self, slot: int, growth: TrimmedGrowth, reserve_tokens: int) -> None:
+        """See `SlotPages`."""
+        self._open[slot] = _TrimmedSlot(growth, reserve_tokens)
+
+    def close(self, slot: int) -> None:
+        """See `PageCounts`."""
+        self._open.pop(slot, None)
+
+    def set_kept(self, slot: int, rank: int, counts: NDArray[np.int32]) -> None:
+        """See `PageCounts`; prefill leaves exactly what is expected of such rows."""
+        expected_L = self._open[slot].growth.stored_on(rank)
+        assert (counts == expected_L[:, None]).all(), f"slot {slot}: {counts}"
+
+    def refuse(self, slot: int, rank: int) -> None:
+        """See `PageCounts`."""
+        self._open[slot].holds_W[rank] = 0
+
+    def feed(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """See `PageCounts`."""
+        returned_W = np.zeros(self._num_workers, dtype=np.int64)
+        for slot, num in zip(slots.tolist(), num_tokens.tolist(), strict=True):
+            if slot in self._open:
+                returned_W += self._open[slot].feed(num)
+        return returned_W
+
+    def held(self, slots: Ints) -> Ints:
+        """See `PageCounts`."""
+        pages_NW = np.zeros((len(slots), self._num_workers), dtype=np.int64)
+        for place, trimmed in self._among(slots):
+            pages_NW[place] = trimmed.held()
+        return pages_NW
+
+    def charged(self, slots: Ints) -> Ints:
+        """See `PageCounts`."""
+        pages_NW = np.zeros((len(slots), self._num_workers), dtype=np.int64)
+        for place, trimmed in self._among(slots):
+            pages_NW[place] = trimmed.charged()
+        return pages_NW
+
+    def peak(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """See `PageCounts`."""
+        pages_NW = np.zeros((len(slots), self._num_workers), dtype=np.int64)
+        for place, trimmed in self._among(slots):
+            pages_NW[place] = trimmed.peak(int(num_tokens[place]))
+        return pages_NW
+
+    def room(self, slot: int) -> int | None:
+        """See `PageCounts`."""
+        return self._open[slot].rows.room
+
+    def _among(self, slots: Ints) -> "list[tuple[int, _TrimmedSlot]]":
+        """Those of slots [N] that are open here, each with its place among them."""
+        found = enumerate(slots.tolist())
+        return [(place, self._open[slot]) for place, slot in found if slot in self._open]
+
+
+class _TrimmedSlot:
+    """Pages of one sequence. A worker that refused it holds, and is charged, none."""
+
+    def __init__(self, growth: TrimmedGrowth, reserve_tokens: int) -> None:
+        self.growth = growth
+        self.rows = growth.rows.copy()
+        self.holds_W: Ints = np.ones_like(growth.most(0))
+        self._reserve = reserve_tokens
+        self._fed = 0
+
+    def held(self) -> Ints:
+        return self.holds_W * self.growth.pages(self.rows.stored)
+
+    def charged(self) -> Ints:
+        """The most ever, until the replay is through."""
+        if self._fed < self._reserve:
+            return self.holds_W * self.growth.most(self._reserve)
+        return self.held()
+
+    def peak(self, num_tokens: int) -> Ints:
+        fed = self.holds_W * self.growth.pages(self.rows.stored + num_tokens)
+        peak: Ints = np.maximum(fed, self.charged())
+        return peak
+
+    def feed(self, num_tokens: int) -> Ints:
+        peak = self.peak(num_tokens)
+        self.rows.feed(num_tokens)
+        self._fed += num_tokens
+        returned: Ints = peak - self.charged()
+        return returned

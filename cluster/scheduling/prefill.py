@@ -1,0 +1,170 @@
+"""Prompts on their way through the layers: groups, their layer ranges, and who is admitted next."""
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from itertools import accumulate, islice
+
+from saqqara.workers.plan import PrefillGroup
+
+from .draft import Draft
+from .queue import SharedPrompts
+from .roster import Roster
+from .sequence import Sequence, Status
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Prompts on their way through the layers; the next plan starts at `next_layer`.
+
+    `layer_tokens` are the tokens computed in each layer: a prompt that several share counts once,
+    and propagation leaves fewer for the upper layers.
+    """
+
+    sequences: list[Sequence]
+    slots: tuple[int, ...]
+    layer_tokens: tuple[int, ...]
+    next_layer: int = 0
+
+    @classmethod
+    def of(cls, families: Many[Many[Sequence]], num_layers: int) -> "Group":
+        """A group of seated sequences; the first of each family is computed for all of it."""
+        members = [sequence for family in families for sequence in family]
+        slots = [sequence.slot for sequence in members if sequence.slot is not None]
+        assert len(slots) == len(members), "a member has no slot"
+        leaders = [family[0] for family in families]
+        entering = [
+            s.request.retention.entering_tokens(s.prompt_tokens, num_layers) for s in leaders
+        ]
+        return cls(members, tuple(slots), tuple(map(sum, zip(*entering, strict=True))))
+
+    def stop_within(self, quantum: int) -> int:
+        """Where a range of at most `quantum` layers x tokens stops; it has at least one layer."""
+        sums = accumulate(self.layer_tokens[self.next_layer :])
+        return self.next_layer + max(1, sum(total <= quantum for total in sums))
+
+
+class PrefillPlanner:
+    """Chooses which prompts go through which layers; the unit is a range of layers.
+
+    Args:
+        roster: the sequences.
+        stages: layer ranges of the pipeline stages.
+        max_num_seqs: slots.
+        max_prefill_tokens: prompt tokens of one group (a longer prompt goes alone).
+        prefill_quantum: layers x tokens per plan while others decode; None: no bound.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        stages: Many[tuple[int, int]],
+        *,
+        max_num_seqs: int,
+        max_prefill_tokens: int,
+        prefill_quantum: int | None,
+    ) -> None:
+        self._roster = roster
+        self._stages = stages
+        self._max_num_seqs = max_num_seqs
+        self._max_prefill_tokens = max_prefill_tokens
+        self._prefill_quantum = prefill_quantum
+        self._groups: list[Group] = []
+
+    def advance(self, draft: Draft) -> None:
+        """Give every group its next layers, the oldest first, one group per stage."""
+        for group in list(self._groups):
+            self._plan_range(draft, group)
+
+    def _plan_range(self, draft: Draft, group: Group) -> None:
+        stage = next(i for i, (_, stop) in enumerate(self._stages) if group.next_layer < stop)
+        if stage in draft.busy_stages:
+            return
+        draft.busy_stages.add(stage)
+        start_layer, stop_layer = group.next_layer, self._stages[stage][1]
+        if self._prefill_quantum is not None and self._roster.running:
+            stop_layer = min(stop_layer, group.stop_within(self._prefill_quantum))
+        draft.prefill.append(PrefillGroup(group.slots, start_layer, stop_layer))
+        group.next_layer = stop_layer
+        self._roster.ledger.advance_prefill(group.slots, stop_layer)
+        for slot, sequence in zip(group.slots, group.sequences, strict=True):
+            draft.mention(slot, sequence)
+        if stop_layer == self._stages[-1][1]:
+            self._end_group(draft, group)
+
+    def _end_group(self, draft: Draft, group: Group) -> None:
+        self._groups.remove(group)
+        for slot, sequence in zip(group.slots, group.sequences, strict=True):
+            if sequence.is_finished or sequence.discarding:
+                self._leave_group(sequence)
+                continue
+            self._roster.run(sequence)
+            if not sequence.known_after_prompt:
+                draft.sample(slot, sequence)
+
+    def abandon(self) -> None:
+        """Drop the groups of which nobody is left that wants to go on."""
+        for group in list(self._groups):
+            if all(s.is_finished or s.discarding for s in group.sequences):
+                self._groups.remove(group)
+                for sequence in group.sequences:
+                    self._leave_group(sequence)
+
+    def admit(self, draft: Draft) -> None:
+        """Start one prefill group if stage 0 is free: the head of the queue and its like."""
+        if 0 in draft.busy_stages or len(self._groups) >= len(self._stages):
+            return
+        while (head := self._roster.waiting.head) is not None and head.num_in_flight == 0:
+            families = self._form_group(head)
+            if families:
+                self._start_group(draft, families)
+                return
+            if self._roster.ledger.num_held > 0:
+                return
+            need = self._roster.seats.need(head, head.num_replay)
+            self._roster.finish(head, "error", error=self._roster.seats.too_large(need))
+
+    def _start_group(self, draft: Draft, families: list[list[Sequence]]) -> None:
+        for leader, *followers in families:
+            draft.new.append(leader.new_sequence())
+            draft.new += [s.new_sequence(shares_prefill_with=leader.held_slot) for s in followers]
+        group = Group.of(families, num_layers=self._stages[-1][1])
+        self._groups.append(group)
+        self._plan_range(draft, group)
+
+    def _form_group(self, head: Sequence) -> list[list[Sequence]]:
+        """Seat the head and, as far as there is room, those behind it with the same retention.
+
+        Each brings along those that can share its prefill, whatever their retention; they cost
+        room, but no prefill.
+
+        Returns:
+            families: a leader, which is computed, and its followers.
+        """
+        families: list[list[Sequence]] = []
+        tokens_left = self._max_prefill_tokens
+        front = list(islice(self._roster.waiting, 2 * self._max_num_seqs))
+        shared = SharedPrompts(front)
+        for sequence in front:
+            is_seated = sequence.status is not Status.WAITING
+            is_like_head = sequence.request.retention == head.request.retention
+            if is_seated or not is_like_head or sequence.num_in_flight:
+                continue
+            if families and sequence.prompt_tokens > tokens_left:
+                break
+            if not self._roster.seats.has_room(sequence):
+                break
+            self._roster.seat(sequence)
+            families.append([sequence])
+            tokens_left -= sequence.prompt_tokens
+            for follower in shared.followers(sequence):
+                if self._roster.seats.has_room(follower):
+                    self._roster.seat(follower)
+                    families[-1].append(follower)
+        return families
+
+    def _leave_group(self, sequence: Sequence) -> None:
+        """Take the slot of a sequence that ended, or was refused, while its group was under way."""
+        if sequence.is_finished:
+            self._roster.vacate(sequence)
+        else:
+            self._roster.requeue(sequence)

@@ -1,0 +1,102 @@
+"""Where every sequence stands, and the moves between: waiting, in prefill, running, finished."""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
+
+from saqqara.cluster.request import ErrorCode, FinishReason
+from saqqara.workers.plan import WorkerInfo
+
+from .events import Event, Finished, Preempted
+from .ledger import Ledger
+from .queue import WaitingQueue
+from .seats import Seats
+from .sequence import Sequence, Status
+
+
+class Roster:
+    """The sequences of a replica.
+
+    Attributes:
+        waiting: sequences without a slot, in the order of their turns.
+        running: those that decode, by arrival; the least recently planned first.
+        seats: who holds which slot.
+        events: what happened and nobody has been told yet.
+    """
+
+    def __init__(self, workers: Many[WorkerInfo], num_slots: int) -> None:
+        self._num_slots = num_slots
+        self.waiting = WaitingQueue()
+        self.running: dict[int, Sequence] = {}
+        self.seats = Seats(workers, num_slots)
+        self.events: list[Event] = []
+
+    @property
+    def ledger(self) -> Ledger:
+        """Pages charged on every worker."""
+        return self.seats.ledger
+
+    def seat(self, sequence: Sequence) -> None:
+        """Give a waiting sequence a slot, for a prefill that starts in this plan."""
+        self.waiting.remove(sequence)
+        self.seats.take(sequence)
+        sequence.status = Status.PREFILL
+
+    def run(self, sequence: Sequence) -> None:
+        """Let a sequence decode whose prompt is through all layers."""
+        sequence.status = Status.RUNNING
+        sequence.position = sequence.prompt_tokens
+        self.running[sequence.arrival] = sequence
+
+    def finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        stop_reason: int | str | None = None,
+        error: str | None = None,
+        error_code: ErrorCode = "request_too_large",
+    ) -> None:
+        """End a sequence, whatever it is doing; its slot is freed in the next plan.
+
+        Only where it is in a prefill group with others does it keep the slot until that group is
+        through, because a group keeps its slots.
+        """
+        if sequence.is_finished:
+            return
+        if sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.status is Status.RUNNING:
+            self.vacate(sequence)
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+        sequence.stop_reason = stop_reason
+        sequence.error = error
+        sequence.error_code = None if error is None else error_code
+        self.events.append(Finished(sequence))
+
+    def vacate(self, sequence: Sequence) -> None:
+        """Take a sequence's slot away; the next plan frees it."""
+        self.running.pop(sequence.arrival, None)
+        self.seats.vacate(sequence)
+
+    def requeue(self, sequence: Sequence) -> None:
+        """Take a sequence's slot away and let it wait, with its tokens, for another."""
+        self.vacate(sequence)
+        sequence.status = Status.WAITING
+        sequence.position = 0
+        sequence.num_preemptions += 1
+        sequence.discarding &= sequence.num_in_flight > 0
+        self.waiting.add(sequence)
+        self.events.append(Preempted(sequence))
+
+    def restart(self, workers: Many[WorkerInfo], in_flight: Iterable[Sequence]) -> None:
+        """Take the slots of all away, `in_flight` and others; who is not finished waits again."""
+        lost = {id(sequence): sequence for sequence in (*self.seats.holders, *in_flight)}
+        for sequence in lost.values():
+            sequence.num_in_flight = sequence.num_sampling = sequence.position = 0
+            sequence.discarding = False
+            sequence.slot = None
+            if sequence.status in (Status.PREFILL, Status.RUNNING):
+                sequence.status = Status.WAITING
+                self.waiting.add(sequence)
+        self.running = {}
+        self.seats = Seats(workers, self._num_slots)

@@ -1,0 +1,1 @@
+"""Intervals, tables, plots and pages of results. Imports `result` alone."""

@@ -1,0 +1,1 @@
+"""Real text, and prompts of an exact length made of it. Imports no other room of `evaluation`."""

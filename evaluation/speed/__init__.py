@@ -1,0 +1,1 @@
+"""Throughput, where a step's time goes, and checks of kernels. Imports `prompts` alone."""

@@ -1,0 +1,63 @@
+"""What the router builds on is private to Serve: a new Ray must still have it, in this form."""
+
+import inspect
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import ray
+
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
+
+ROOT = Path(__file__).resolve().parents[2]
+READ_ANEW = f"Ray {ray.__version__} has changed what on_ray/router.py builds on; read both anew"
+
+
+def test_the_method_that_is_overridden_has_its_signature() -> None:
+    from saqqara.cluster.on_ray.router import RefusingRouter
+
+    name = "_choose_replica_for_request"
+    theirs = getattr(RefusingRouter.__base__, name, None)
+    assert inspect.iscoroutinefunction(theirs), READ_ANEW
+    parameters = inspect.signature(theirs).parameters
+    assert list(parameters) == ["self", "pending_request", "is_retry"], READ_ANEW
+    assert parameters["is_retry"].kind is inspect.Parameter.KEYWORD_ONLY, READ_ANEW
+    assert parameters["is_retry"].default is False, READ_ANEW
+    ours = inspect.signature(getattr(RefusingRouter, name)).parameters
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+        (p.name, p.kind, p.default) for p in parameters.values()
+    ]
+
+
+def test_it_can_see_whether_there_are_replicas() -> None:
+    from saqqara.cluster.on_ray.router import RefusingRouter
+
+    seen = inspect.getattr_static(RefusingRouter.__base__, "curr_replicas", None)
+    assert isinstance(seen, property), READ_ANEW
+
+
+def test_its_error_is_one_that_serve_answers_with_503() -> None:
+    from saqqara.cluster.on_ray.router import NoReplicaError
+
+    parameters = list(inspect.signature(NoReplicaError.__base__.__init__).parameters)
+    assert parameters[1:] == [
+        "num_queued_requests",
+        "max_queued_requests",
+        "status_code",
+        "retry_after_s",
+    ], READ_ANEW
+    error = NoReplicaError(0, 0, 503, 5)
+    assert (error.status_code, error.retry_after_s) == (503, 5), READ_ANEW
+    assert error.message["error"]["code"] == "no_engine"
+
+
+@pytest.mark.parametrize("extra", [None, "serve"])
+def test_ray_is_bounded_to_the_minor_version_that_was_read(extra: str | None) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    [line] = [line for line in lines if line.startswith("ray[")]
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    [exact] = re.findall(r"^ray==(\d+)\.(\d+)\.", constraints, re.MULTILINE)
+    major, minor = map(int, exact)
+    assert line.endswith(f">={major}.{minor},<{major}.{minor + 1}")
