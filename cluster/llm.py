@@ -27,7 +27,7 @@ from .settings import engine_config
 POLL_SECONDS = 1.0
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Mapping[str, Any]
+GivenPrompt = str | Sequence[int] | Mapping[str, Any]
 Budget = int | str
 Output = RequestOutput | ScoreOutput
 
@@ -102,7 +102,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt] | None = None,
+        prompts: GivenPrompt | Sequence[GivenPrompt] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,

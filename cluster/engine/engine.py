@@ -23,12 +23,11 @@ from saqqara.workers.models.spec import ModelSpec
 from saqqara.workers.plan import StepPlan, StepResult
 
 from .executor import Executor
-from .intake import Intake
+from .intake import Intake, RetentionLimits
 from .metrics import PrometheusSink, Sink
 from .model_fit import check_fits
 from .output import Choice, RequestState
 from .report import BatchRows, EngineReport
-from .request_checks import RetentionLimits
 from .stats import EngineStats
 from .tokenizer import Tokenizer
 
@@ -167,7 +166,10 @@ class Engine:
         self._stats.batch(rows)
 
     def restart(self, executor: Executor) -> None:
-        """Go on with new workers after a failed step: what ran is resumed with its tokens."""
+        """Go on with new workers after a failed step: what ran is resumed with its tokens.
+
+        Recovery from a lost rank rests on it: a token that was sent never changes.
+        """
         self._flights.clear()
         self._is_broken = False
         self._executor = executor

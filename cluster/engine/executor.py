@@ -1,12 +1,13 @@
 """Where plans are carried out: what an engine asks of its executor, and the one in this process."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
-from .futures import settle
+T = TypeVar("T")
 
 
 class Executor(Protocol):
@@ -60,3 +61,15 @@ class LocalExecutor:
     def shutdown(self) -> None:
         """Release what the worker holds outside its memory."""
         self.worker.close()
+
+
+def settle(future: Future[T], function: Callable[[], T]) -> None:
+    """Give a future what a function returns or raises; do not call it if nobody waits any more."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function()
+    except Exception as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

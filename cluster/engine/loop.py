@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.request import RequestOutput, ScoreOutput
 
-from .futures import settle
+from .executor import settle
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from saqqara.cluster.engine.futures import settle
+from saqqara.cluster.engine.executor import settle
 from saqqara.cluster.errors import WorkerDiedError
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import MeshLayout

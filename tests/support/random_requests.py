@@ -11,7 +11,7 @@ from itertools import cycle, islice
 from random import Random
 from typing import Any
 
-from saqqara.cluster.engine.request_checks import MAX_PRIORITY
+from saqqara.cluster.engine.intake import MAX_PRIORITY
 from saqqara.cluster.sampling import MAX_STRING_CHARS, MAX_STRINGS, MAX_TOKEN_IDS, SamplingParams
 from saqqara.compression.bounds import BOUNDS, Bound
 from saqqara.compression.budgets import MEANS
