@@ -48,8 +48,8 @@ class TabulatedGrowth:
 class TrimmedGrowth:
     """Rows that PyramidInfer's generation stage trims: numbers per layer, counted step by step.
 
-    What it cuts follows from numbers of tokens alone (`compression.growth.TrimmedRows`), so the count
-    here is that of the workers.
+    What it cuts follows from numbers of tokens alone (`compression.growth.TrimmedRows`), so the
+    count here is that of the workers.
 
     Attributes:
         rows: how they come out of prefill.
