@@ -32,8 +32,8 @@ from transformers import LlamaConfig
 
 from saqqara.cluster.cli.tables import print_table
 from saqqara.cluster.scheduling.ledger import Ledger
+from saqqara.compression.decode import TRIGGERS
 from saqqara.compression.retention import Retention
-from saqqara.compression.trim import TRIGGERS
 from saqqara.configs.worker_settings import WorkerSettings
 from saqqara.workers.plan import (
     DecodeItem,

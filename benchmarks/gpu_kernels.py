@@ -7,7 +7,7 @@ import torch
 from gpu_report import Bench, Row, failure, is_usable, judged
 from torch.nn.functional import linear, silu
 
-from saqqara.compression.select import kept_positions
+from saqqara.compression.selecting import kept_positions
 from saqqara.evaluation.speed.kernel_checks import CHECKS, Case
 from saqqara.workers.attention.base import CuSeqlens, get_backend
 from saqqara.workers.kernels.decode import PagedRows, decode

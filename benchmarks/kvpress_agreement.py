@@ -35,9 +35,9 @@ from torch import Tensor
 
 from saqqara.cluster.cli.tables import print_table
 from saqqara.compression.observation import Observation
-from saqqara.compression.registry import score_method
 from saqqara.compression.retention import Retention
-from saqqara.compression.select import select
+from saqqara.compression.scoring import context_scores
+from saqqara.compression.selecting import select
 from saqqara.configs.json_text import json_text
 from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig
@@ -155,7 +155,7 @@ def compare(
                 if rows is None:  # a pyramid's lowest layer may keep the whole prompt
                     rows = [list(range(len(keys)))] * keys.shape[1]
                 assert retention.score is not None
-                scores = score_method(retention.score).function(observation, retention)
+                scores = context_scores(retention.score, observation, retention.window)
                 for head, row in enumerate(rows):
                     agreement.add(row, theirs[head], scores[head].tolist())
                 context = found[f"{layer}.{method}.scores"][:, : scores.shape[1]]

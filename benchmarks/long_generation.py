@@ -49,7 +49,8 @@ from saqqara.cluster.engine.executor import LocalExecutor
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.cluster.sampling import SamplingParams
-from saqqara.compression.decode_stage import DecodeStage, cycle_of
+from saqqara.compression.decode import DecodeStage
+from saqqara.compression.growth import cycle_of
 from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig

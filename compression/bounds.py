@@ -1,9 +1,10 @@
 """The bounds of every number in a retention setting: what prefill, scheduler and workers can bear.
 
-One table, so that no number goes unchecked: a test fails for a field of `Retention`, `Propagate`,
-`DecodeStage` or `TrimStage` that holds a number and is not in it.
+One table, so that no number goes unchecked: a test fails for a field of `Retention`, of a score or
+shape, of `Propagate`, `DecodeStage` or `TrimStage` that holds a number and is not in it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saqqara.configs.shown import shown
@@ -12,6 +13,8 @@ MAX_TOKENS = 2**24
 """More than the context of any model."""
 MAX_LAYERS = 2**16
 MAX_SCORE = 1e9
+POOLINGS = ("max", "avg")
+"""How scores of neighbouring tokens are pooled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +98,9 @@ def check(name: str, value: object, least: int | None = None) -> None:
     if least is not None:
         bound = Bound(least, bound.most, bound.is_integer, bound.is_odd)
     bound.check(name, value)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: must be {' or '.join(map(repr, choices))}, not {shown(value)}")

@@ -1,15 +1,15 @@
 """The retention methods that have a name, and what each keeps, needs and costs.
 
-All of it follows from the presets and the registry, so a new method describes itself here.
+All of it follows from the presets, scores and shapes, so a new method describes itself here.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from . import observed
 from .propagate import Propagate
-from .registry import SCORES, SHAPES, BudgetShape, ScoreMethod
-from .retention_settings import presets
+from .scores import SCORES, Score
+from .shapes import SHAPES, Shape
+from .spelling import presets
 
 EXAMPLE_TOKENS, EXAMPLE_LAYERS = 4096, 32
 """The prompt and model that the share of prefill is said for."""
@@ -71,15 +71,15 @@ def _row(name: str, preset: dict[str, Any]) -> MethodRow:
     )
 
 
-def _pooled(score: ScoreMethod, preset: dict[str, Any]) -> str:
+def _pooled(score: type[Score], preset: dict[str, Any]) -> str:
     """Over how many neighbouring tokens a score is taken."""
-    if "kernel_size" not in score.settings:
+    if "kernel_size" not in {field.name for field in fields(score)}:
         return ""
     kind = {"max": "largest", "avg": "mean"}[preset["pooling"]]
     return f" ({kind} of {preset['kernel_size']} neighbours)"
 
 
-def _spreads(shape: BudgetShape, preset: dict[str, Any]) -> list[str]:
+def _spreads(shape: type[Shape], preset: dict[str, Any]) -> list[str]:
     mean = SHAPES[preset.get("mean", "uniform")]
     return [text for text in (shape.spreads, mean.spreads) if text]
 
@@ -93,13 +93,13 @@ def _profile(preset: dict[str, Any]) -> list[str]:
     return [measured if own is None else f"{measured}; it has that of {own}"]
 
 
-def _observes(score: ScoreMethod, preset: dict[str, Any]) -> str:
+def _observes(score: type[Score], preset: dict[str, Any]) -> str:
     """What a score has to look at, in each layer of prefill."""
     window = score.fixed_window or preset.get("window", 0)
     queries = "query" if window == 1 else f"{window} queries"
-    if score.num_window_queries is observed.observe_none:
+    if score.observes == "nothing":
         return "next to nothing"
-    if score.num_window_queries is observed.observe_all:
+    if score.observes == "all":
         return "attention of all queries once more"
     return f"attention of the last {queries} once more"
 

@@ -1,6 +1,6 @@
 """What a retention method may look at: one sequence at the end of one layer's prefill.
 
-At a compaction while decoding it is some rows of one layer (see `decode_stage.select_stored`): each
+At a compaction while decoding it is some rows of one layer (see `selecting.select_stored`): each
 row stands for a kv head, the stored tokens for the prompt.
 
 Shapes: n prompt tokens, w window queries, H local kv heads, Hq local query heads, D head dim.

@@ -2,7 +2,7 @@
 
 Settings and token counts, without tensors: how many tokens enter each layer follows from the
 prompt's length alone, so the scheduler plans with the same numbers that the workers compute.
-`survivors.py` picks the tokens.
+`selecting.py` picks the tokens.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 
 from saqqara.configs.shown import shown
 
-from .bounds import BOUNDS, check
+from .bounds import BOUNDS, POOLINGS, check, check_choice
 
 KINDS = {
     "pyramidinfer": (
@@ -97,10 +97,7 @@ class Propagate:
                 "propagate.layer: must be a layer from 0, or a part of the layers above 0 and up "
                 f"to 1, not {shown(self.layer)}"
             )
-        if self.pooling not in ("max", "avg"):
-            raise ValueError(
-                f"propagate.pooling: must be 'max' or 'avg', not {shown(self.pooling)}"
-            )
+        check_choice("propagate.pooling", self.pooling, POOLINGS)
 
     @classmethod
     def parse(

@@ -1,33 +1,38 @@
-"""Retention: which score, spread over the layers in which shape, at which budget."""
+"""Retention: which score, spread over the layers in which shape, at which budget.
+
+`compression/` says what to keep of a prompt and of what is decoded, and imports nothing of ours but
+`configs`. From the bottom: `bounds`, `head_profile`, `scores`, `shapes`, `propagate`, `decode` (the
+parts of a setting), `spelling` (how people write it), this file (the value, and how many tokens it
+keeps), `growth` (how many while decoding), `methods` (the list for people). None of these imports
+torch. With tensors: `observation` (what may be looked at), `scoring` (tensors in, scores out) and
+`selecting` (scores in, positions out).
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from saqqara.configs.shown import shown
 
+from . import spelling
 from .bounds import BOUNDS, check
-from .budgets import MEANS
-from .decode_stage import DecodeStage, Stage
+from .decode import DecodeStage, Stage, TrimStage
 from .head_profile import HeadProfile
 from .propagate import Propagate
-from .registry import SCORES, budget_shape, score_method, settings_of
-from .retention_settings import presets, read_settings
-from .rows import layer_tokens, row_tokens
-from .trim import TrimStage
+from .scores import SCORES, Score
+from .shapes import MEANS, UNIFORM, Allowance, LayerShape, Profile, RowShape, Shape, settle
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What a sequence keeps of its prompt: a score, a budget shape, and their settings.
+    """What a sequence keeps of its prompt: a score, a budget shape, and what both work with.
 
-    A value: frozen, hashable, picklable, valid once made. Make one with `Retention.parse`. A field
-    that the score and shape do not read has its default, so equal behaviour compares equal.
+    A value: frozen, hashable, picklable, valid once made. Make one with `Retention.parse`.
 
     The budget B is the mean number of prompt tokens kept per layer and kv head, window and sinks
     included: `budget` tokens, or the `share` of the prompt rounded to nearest (halves up), which is
@@ -42,127 +47,113 @@ class Retention:
     Attributes:
         method: name for reports and metrics: the preset's, or `<score>-<shape>`, or
             `<score>-adaptive-<mean>`.
-        score: name in `registry.SCORES`; None keeps everything (method `full`, or with
-            `propagate` all that enters a layer).
-        shape: name in `registry.SHAPES`.
+        score: how tokens are chosen, with its settings (`scores.py`); None keeps everything (method
+            `full`, or with `propagate` all that enters a layer).
+        shape: how the budget spreads, with its settings (`shapes.py`).
         budget: B in tokens, at least `window + sinks + 1`; exactly one of `budget` and `share`.
         share: B as a part of the prompt, in (0, 1]; written "25%".
         window: last tokens of the prompt, kept in every layer by every score; where the score
             looks at queries, they are these tokens' queries.
         sinks: first tokens of the prompt, kept in every layer by every score.
         skip_layers: layers that keep the whole prompt; the others' budgets shrink to make up.
-        kernel_size: tokens that the score is pooled over, odd (snapkv).
-        pooling: "max" or "avg" (snapkv).
-        beta: steepness, at least 1: the top layer keeps the beta-th part of the mean (pyramid,
-            cosine).
-        seed: of the noise, a 64-bit integer from 0 (random).
-        recent_ratio: part of a row's tokens that are the prompt's last, from 0 to 1 (h2o).
-        mean: shape that gives each layer its mean: uniform, pyramid or cosine (adaptive).
-        floor_ratio: part of the budget besides the window that no head shares, from 0 to 1
-            (adaptive).
-        profile: measured scores of the model's heads; written as the path of a JSON file, or its
-            content, see `HeadProfile.read` (profile).
-        head_beta: at least 1: all but the head_beta-th part of the budget besides the window is
-            divided equally (profile).
         propagate: which hidden states go on to the next layer; None: all.
-        decode: compact rows while decoding (`decode_stage.py`), or, for pyramidinfer without a
-            score, trim them (`trim.py`); None: they grow by every token.
+        decode: compact rows while decoding (`DecodeStage`), or, for pyramidinfer without a score,
+            trim them (`TrimStage`); None: they grow by every token.
 
     Raises:
-        ValueError: a field is out of range, missing, or not read by the score and shape.
+        ValueError: a field is out of range, missing, or does not go with the score and shape.
     """
 
     method: str = "full"
-    score: str | None = None
-    shape: str = "uniform"
+    score: Score | None = None
+    shape: Shape = UNIFORM
     budget: int | None = None
     share: float | None = None
     window: int = 32
     sinks: int = 4
     skip_layers: tuple[int, ...] = ()
-    kernel_size: int = 7
-    pooling: str = "max"
-    beta: float = 20.0
-    seed: int = 0
-    recent_ratio: float = 0.5
-    mean: str = "uniform"
-    floor_ratio: float = 0.2
-    profile: HeadProfile | None = None
-    head_beta: float = 1.01
     propagate: Propagate | None = None
     decode: Stage | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("score", Score | None), ("shape", Shape)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"{name}: must be a value of {name}s.py, not {shown(getattr(self, name))}; "
+                    "`Retention.parse` reads names"
+                )
         if (self.score is None and self.propagate is None) != (self.method == "full"):
+            score = None if self.score is None else self.score.name
             raise ValueError(
-                f"score: method {self.method!r} cannot have score {self.score!r}; 'full', and only "
+                f"score: method {self.method!r} cannot have score {score!r}; 'full', and only "
                 "'full', has neither a score nor propagate"
             )
-        self._check_unread()
-        if self.score is not None:
-            self._check_values(self.score)
-
-    def _check_unread(self) -> None:
-        if self.score is None and self.decode is not None:
-            self._check_trims()
-        read = {"method", "score", "propagate", "decode"}
-        if self.score is not None:
-            read |= {"shape", "share", *self._settings}
-        for field in fields(self):
-            if field.name not in read and getattr(self, field.name) != field.default:
-                raise ValueError(f"{field.name}: {self.method!r} takes no such setting")
-
-    def _check_values(self, score: str) -> None:
-        self._check_pair(score)
-        check("window", self.window, least=score_method(score).min_window)
-        for name in ("sinks", "seed", "kernel_size", "beta", "head_beta", "recent_ratio"):
-            check(name, getattr(self, name))
-        check("floor_ratio", self.floor_ratio)
-        if self.pooling not in ("max", "avg"):
-            raise ValueError(f"pooling: must be 'max' or 'avg', not {shown(self.pooling)}")
-        if type(self.skip_layers) is not tuple:
-            raise ValueError(
-                f"skip_layers: must be a list of layers, not {shown(self.skip_layers)}"
-            )
-        for layer in self.skip_layers:
-            check("skip_layers", layer)
-        if tuple(sorted(set(self.skip_layers))) != self.skip_layers:
-            raise ValueError(f"skip_layers: must rise, each layer once: {shown(self.skip_layers)}")
-        self._check_decode(score)
+        if self.score is None:
+            self._check_decode_alone()
+            self._check_nothing_else()
+            return
+        self._check_pair(self.score)
+        check("window", self.window, least=self.score.min_window)
+        check("sinks", self.sinks)
+        self._check_skip_layers()
+        self._check_decode(self.score)
         self._check_budget()
 
-    def _check_pair(self, score: str) -> None:
-        """What a score asks of the shape and the window, and `profile` of the user."""
-        method, shape = score_method(score), budget_shape(self.shape)
-        if method.scope == "token" and shape.heads_differ:
+    def __hash__(self) -> int:
+        """By what tells most apart: tables by retention are looked up in every step."""
+        return hash((self.method, self.budget, self.share, self.window, self.sinks))
+
+    def _check_nothing_else(self) -> None:
+        """Without a score nothing of what a budget needs may be set."""
+        for field in fields(self):
+            read = field.name in ("method", "score", "propagate", "decode")
+            if not read and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name}: {self.method!r} takes no such setting")
+
+    def _check_skip_layers(self) -> None:
+        layers = self.skip_layers
+        if type(layers) is not tuple:
+            raise ValueError(f"skip_layers: must be a list of layers, not {shown(layers)}")
+        for layer in layers:
+            check("skip_layers", layer)
+        if tuple(sorted(set(layers))) != layers:
+            raise ValueError(f"skip_layers: must rise, each layer once: {shown(layers)}")
+
+    def _check_pair(self, score: Score) -> None:
+        """What a score asks of the shape and the window, and a profile's shape of the user."""
+        if score.scope == "token" and self.shape.heads_differ:
             raise ValueError(
-                f"shape: {self.shape!r} lets heads keep different tokens, but score {score!r} has "
-                f"the same for all heads of a layer; take {', '.join(sorted(MEANS))}"
+                f"shape: {self.shape.name!r} lets heads keep different tokens, but score "
+                f"{score.name!r} has the same for all heads of a layer; take "
+                f"{', '.join(sorted(MEANS))}"
             )
-        fixed = method.fixed_window
+        fixed = score.fixed_window
         if fixed is not None and (type(self.window) is not int or self.window != fixed):
             raise ValueError(
-                f"window: must be {fixed} for score {score!r}, not {shown(self.window)}"
+                f"window: must be {fixed} for score {score.name!r}, not {shown(self.window)}"
             )
-        if self.shape == "profile" and not isinstance(self.profile, HeadProfile):
+        if isinstance(self.shape, Profile) and not isinstance(self.profile, HeadProfile):
             raise ValueError(
                 f"profile: {self.method!r} needs the path of a JSON file with measured scores of "
                 "the model's query heads, {'layer-head': [scores]}"
             )
 
-    def _check_decode(self, score: str) -> None:
+    def _check_decode(self, score: Score) -> None:
         if self.decode is None:
             return
         if not isinstance(self.decode, DecodeStage):
             raise ValueError(f"decode: must be a DecodeStage, not {shown(self.decode)}")
-        if score_method(score).at_decode is None:
-            able = sorted(name for name, method in SCORES.items() if method.at_decode is not None)
+        if score.at_decode is None:
+            able = sorted(name for name, kind in SCORES.items() if kind.at_decode is not None)
             raise ValueError(
-                f"decode: score {score!r} cannot compact rows; those that can: {', '.join(able)}"
+                f"decode: score {score.name!r} cannot compact rows; those that can: "
+                f"{', '.join(able)}"
             )
 
-    def _check_trims(self) -> None:
+    def _check_decode_alone(self) -> None:
         """What `decode` asks of a retention without a score."""
+        if self.decode is None:
+            return
         if self.propagate is None:
             raise ValueError(
                 f"decode: {self.method!r} has no score, so nothing tells which tokens to drop"
@@ -219,103 +210,58 @@ class Retention:
         """
         if isinstance(spec, Retention):
             return spec if budget is None else cls.parse({**spec.to_dict(), "budget": budget})
-        if spec is None or isinstance(spec, str):
-            given: dict[str, Any] = {"method": "full" if spec is None else spec}
-        elif isinstance(spec, Mapping):
-            given = dict(spec)
-        else:
-            raise ValueError(
-                "retention: must be a name or a mapping of settings, not "
-                f"{type(spec).__name__} {shown(spec)}"
-            )
-        if given.get("budget") is None:
-            given.pop("budget", None)
-        if budget is not None and given.setdefault("budget", budget) != budget:
-            raise ValueError(
-                f"budget: given twice, as {shown(given['budget'])} and as {shown(budget)}"
-            )
-        return cls(**read_settings(given))
+        return cls(**spelling.read(spec, budget))
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting that has an effect, as JSON values; `parse` reads it back."""
-        propagate = {} if self.propagate is None else {"propagate": self.propagate.to_dict()}
-        decode = {} if self.decode is None else {"decode": self.decode.to_dict()}
-        if self.score is None:
-            return {"method": self.method, **propagate, **decode}
-        settings = {name: getattr(self, name) for name in self._settings}
-        settings["budget"] = self._budget_text if self.budget is None else self.budget
-        settings["skip_layers"] = list(self.skip_layers)
-        if self.profile is not None:
-            settings["profile"] = self.profile.to_dict()
-        del settings["decode"]
-        names = {"method": self.method, "score": self.score, "shape": self.shape}
-        return {**names, **settings, **decode, **propagate}
+        return spelling.written(self._flat)
 
     @property
     def label(self) -> str:
         """Short name for reports: method@budget, and what departs from the preset or defaults."""
+        return spelling.label(self._flat)
+
+    @property
+    def _flat(self) -> dict[str, Any]:
+        """The settings that have an effect, as they are written, with the values of the fields."""
         if self.score is None:
-            stage = "" if self.decode is None else f",decode={self.decode.label}"
-            return f"{self.method}{self._propagate_text}{stage}"
-        settings = self.to_dict()
-        preset = presets().get(self.method, {})
-        usual = {k: tuple(v) if isinstance(v, list) else v for k, v in preset.items()}
-        if "profile" in usual:
-            usual["profile"] = HeadProfile.read(usual["profile"])
-        named = {"budget", "mean"}
-        if score_method(self.score).fixed_window is not None:
-            named.add("window")
-        if self.profile is not None:
-            settings["profile"] = self.profile.digest
-        if self.decode is not None:
-            settings["decode"] = self.decode.label
-        changed = [
-            f",{field.name}={settings[field.name]}"
-            for field in fields(self)
-            if field.name in self._settings
-            and field.name not in named
-            and getattr(self, field.name) != usual.get(field.name, field.default)
-        ]
-        label = f"{self.method}@{self._budget_text}{''.join(changed)}".replace(" ", "")
-        return f"{label}{self._propagate_text}"
+            return {"method": self.method, "propagate": self.propagate, "decode": self.decode}
+        return {
+            "method": self.method,
+            "score": self.score.name,
+            "shape": self.shape.name,
+            "budget": self.budget if self.share is None else spelling.share_text(self.share),
+            "window": self.window,
+            "sinks": self.sinks,
+            "skip_layers": self.skip_layers,
+            **spelling.settings_of(self.score),
+            **spelling.settings_of(self.shape),
+            "decode": self.decode,
+            "propagate": self.propagate,
+        }
 
     @property
-    def _propagate_text(self) -> str:
-        """How `propagate` departs from the preset's or, where the preset has none, what it is."""
-        if self.propagate is None:
-            return ""
-        own = presets().get(self.method or "", {}).get("propagate")
-        usual = None if own is None else Propagate.parse(own)
-        departures = self.propagate.departures(usual)
-        named = self.score is None or (usual is not None and not departures)
-        return departures if named else f"+{self.propagate.kind}{departures}"
-
-    @property
-    def _settings(self) -> tuple[str, ...]:
-        return settings_of(self.score, self.shape, self.mean)
-
-    @property
-    def _budget_text(self) -> str:
-        if self.share is None:
-            return str(self.budget)
-        return f"{(Decimal(str(self.share)) * 100).normalize():f}%"
+    def profile(self) -> HeadProfile | None:
+        """The measured heads that the shape goes by; None where it goes by none."""
+        return self.shape.profile if isinstance(self.shape, Profile) else None
 
     @property
     def ragged(self) -> bool:
         """Whether how many tokens each head keeps is known only once they are selected."""
-        return budget_shape(self.shape).ragged
+        return self.shape.ragged
 
     def num_window_queries(self, prompt_tokens: int) -> int:
         """Count the trailing queries that the score looks at; 0 where nothing is dropped."""
         if self.score is None or not self.drops(prompt_tokens):
             return 0
-        return score_method(self.score).num_window_queries(self, prompt_tokens)
+        window = min(self.window, prompt_tokens)
+        return {"nothing": 0, "window": window, "all": prompt_tokens}[self.score.observes]
 
     def recent_tokens(self, kept_tokens: int) -> int:
         """Count the last tokens of the prompt that a row of so many keeps whatever their score."""
         if self.score is None:
             return kept_tokens
-        return score_method(self.score).recent_tokens(self, kept_tokens)
+        return self.score.recent_tokens(self.window, self.sinks, kept_tokens)
 
     def drops(self, prompt_tokens: int) -> bool:
         """Whether the budget drops any token of such a prompt (propagation may drop more)."""
@@ -341,7 +287,7 @@ class Retention:
     def layer_tokens(self, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
         """Count the prompt tokens that each layer keeps per kv head (the mean, where ragged).
 
-        Not for shape `profile`, which has a budget for each head: see `row_tokens`.
+        Not for shapes that have a budget for each head (`RowShape`): see `row_tokens`.
 
         They sum to exactly `num_layers * budget_tokens(prompt_tokens)`, and each is at least
         `window + sinks` and at most the prompt, or the whole prompt. With `propagate` each is at
@@ -351,7 +297,7 @@ class Retention:
             ValueError: `skip_layers` or `propagate.layer` names no layer of the model, or
                 `skip_layers` takes more than the budget.
         """
-        return layer_tokens(self, prompt_tokens, num_layers)
+        return _layer_tokens(self, prompt_tokens, num_layers)
 
     def entering_tokens(self, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
         """Count the tokens of such a prompt that prefill takes through each layer.
@@ -374,4 +320,75 @@ class Retention:
         Raises:
             ValueError: as `layer_tokens`; `profile` is of another model.
         """
-        return row_tokens(self, prompt_tokens, num_layers, num_heads)
+        return _row_tokens(self, prompt_tokens, num_layers, num_heads)
+
+
+@lru_cache(maxsize=8192)
+def _layer_tokens(retention: Retention, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
+    """`Retention.layer_tokens`, cached: scheduler and workers ask for the same prompts again."""
+    entering = retention.entering_tokens(prompt_tokens, num_layers)
+    layers, total = _shared_budget(retention, prompt_tokens, num_layers)
+    if not layers:
+        return entering
+    assert isinstance(retention.shape, LayerShape), f"{retention.shape} has rows, not layers"
+    allowance = _allowance(retention, Fraction(total, len(layers)), prompt_tokens)
+    targets = retention.shape.targets(allowance, len(layers))
+    counts = [prompt_tokens] * num_layers
+    settled = settle(targets, total, allowance.floor, prompt_tokens)
+    for layer, count in zip(layers, settled, strict=True):
+        counts[layer] = count
+    return tuple(map(min, counts, entering))
+
+
+@lru_cache(maxsize=8192)
+def _row_tokens(
+    retention: Retention, prompt_tokens: int, num_layers: int, num_heads: int
+) -> np.ndarray:
+    """`Retention.row_tokens`, cached as `_layer_tokens`."""
+    if not isinstance(retention.shape, RowShape):
+        layers = np.array(retention.layer_tokens(prompt_tokens, num_layers), dtype=np.int32)
+        return np.broadcast_to(layers[:, None], (num_layers, num_heads))
+
+    weights = retention.shape.weights(num_layers, num_heads)
+    shared, total = _shared_budget(retention, prompt_tokens, num_layers)
+    rows = np.full((num_layers, num_heads), prompt_tokens, dtype=np.int32)
+    if shared:
+        allowance = _allowance(retention, Fraction(total, len(shared)), prompt_tokens)
+        targets = retention.shape.targets(allowance, [weights[layer] for layer in shared])
+        counts = settle(targets, total * num_heads, allowance.floor, prompt_tokens)
+        rows[shared] = np.reshape(counts, (len(shared), num_heads))
+    entering = np.array(retention.entering_tokens(prompt_tokens, num_layers), dtype=np.int32)
+    np.minimum(rows, entering[:, None], out=rows)
+    rows.setflags(write=False)
+    return rows
+
+
+def _allowance(retention: Retention, mean: Fraction, prompt_tokens: int) -> Allowance:
+    return Allowance(mean, retention.window, retention.sinks, prompt_tokens)
+
+
+def _shared_budget(
+    retention: Retention, prompt_tokens: int, num_layers: int
+) -> tuple[list[int], int]:
+    """The layers that drop tokens, and what they keep together per kv head; none: all keep all."""
+    skipped = retention.skip_layers
+    if skipped and skipped[-1] >= num_layers:
+        raise ValueError(
+            f"skip_layers: {skipped[-1]} is no layer of this model, which has layers 0 to "
+            f"{num_layers - 1}"
+        )
+    budget = retention.budget_tokens(prompt_tokens)
+    if budget == prompt_tokens:
+        return [], 0
+
+    layers = [layer for layer in range(num_layers) if layer not in skipped]
+    total = num_layers * budget - len(skipped) * prompt_tokens
+    floor = retention.window + retention.sinks
+    if not layers or total < len(layers) * floor:
+        least = math.ceil((len(skipped) * prompt_tokens + len(layers) * floor) / num_layers)
+        raise ValueError(
+            f"skip_layers: {len(skipped)} of {num_layers} layers keep all {prompt_tokens} tokens, "
+            f"which with the window and sinks of the others is more than budget {budget} allows; "
+            f"it takes a budget of at least {least}"
+        )
+    return layers, total

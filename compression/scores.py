@@ -1,156 +1,162 @@
-"""Scores of the context tokens: the larger, the sooner a token is kept.
+"""The scores: how to tell which tokens of a row to keep. Settings and counts; no tensors.
 
-A score looks at one sequence in one layer and returns [H, n - w] fp32, one row per local kv head
-and one column per context token, i.e. per prompt token before the window. The window (the last w
-tokens) and the sinks (the first s) are kept whatever their score: `select.py` sees to that.
-
-Shapes: n prompt tokens, w window tokens, H local kv heads, Hq local query heads, D head dim.
+To add one: a class here, its line in `SCORES`, and its function in `scoring.py`; its definition as
+slow loops in `tests/support/definitions.py` and a row in `tests/support/methods.py`. A name that
+users should find goes into `configs/retention/<name>.yaml`.
 """
 
 import math
-from typing import TYPE_CHECKING, TypeVar, cast
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
+from saqqara.configs.shown import shown
 
-from .observation import Observation
+from .bounds import POOLINGS, check, check_choice
 
-if TYPE_CHECKING:
-    from .retention import Retention
-
-_WIDE_KERNEL = 64
-
-Bits = TypeVar("Bits", int, Tensor)
+Scope = Literal["head", "token"]
+Observes = Literal["nothing", "window", "all"]
+AtDecode = Literal["nothing", "window queries", "last query", "mass"]
 
 
-def streaming(observation: Observation, retention: "Retention") -> Tensor:
-    """Recency: with the sinks forced, the last `B - s` tokens stay.
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How to score the context tokens of one layer; the fields are settings that it alone reads.
 
-    StreamingLLM, arXiv 2309.17453. The window lies within these, so at uniform budgets its length
-    changes nothing; under another shape it is what every layer keeps at the least.
+    A value: frozen, hashable, picklable, valid once made.
+
+    Class attributes:
+        name: how users write it.
+        keeps: which tokens those of a high score are, for the list of methods.
+        observes: trailing queries of a prompt that it looks at: none, the window's, or all.
+        scope: "head": each head has its own scores; "token": all heads of a layer have the same,
+            which come from all of them.
+        min_window: smallest window that it can work with.
+        fixed_window: the only window that fits its definition; None: any from `min_window` up.
+        at_decode: what it must be shown of the tokens that a sequence decodes, besides their keys,
+            to compact rows (`growth.py`): nothing, the queries of the last `window` tokens, that of
+            the last one, or the attention mass that each stored token got so far. None: it cannot
+            compact, so it takes no `decode` setting.
     """
-    num_context = observation.prompt_tokens - retention.window
-    recency = torch.arange(num_context, dtype=torch.float32, device=observation.keys.device)
-    return recency.expand(len(observation.heads), num_context)
+
+    name: ClassVar[str]
+    keeps: ClassVar[str]
+    observes: ClassVar[Observes] = "nothing"
+    scope: ClassVar[Scope] = "head"
+    min_window: ClassVar[int] = 0
+    fixed_window: ClassVar[int | None] = None
+    at_decode: ClassVar[AtDecode | None] = None
+
+    def recent_tokens(self, window: int, sinks: int, kept_tokens: int) -> int:
+        """Last tokens that a row of so many keeps whatever their score; at least the window."""
+        return window
 
 
-def snapkv(observation: Observation, retention: "Retention") -> Tensor:
-    """Attention that the last w queries pay to a token, pooled over its neighbours.
+@dataclass(frozen=True, slots=True)
+class Streaming(Score):
+    """Recency. StreamingLLM, arXiv 2309.17453."""
 
-    Mean over the window queries and over the group's query heads, then 1-D pooling of
-    `kernel_size` tokens with stride 1 over the context columns. Beyond their edges `max` sees
-    nothing and `avg` sees zeros (it always divides by `kernel_size`), as published.
+    name: ClassVar[str] = "streaming"
+    keeps: ClassVar[str] = "the most recent tokens"
+    at_decode: ClassVar[AtDecode | None] = "nothing"
 
-    SnapKV, arXiv 2404.14469, section 4; also the score of PyramidKV, arXiv 2406.02069.
+
+@dataclass(frozen=True, slots=True)
+class SnapKV(Score):
+    """Attention of the window's queries, pooled. SnapKV, arXiv 2404.14469; also PyramidKV's score.
+
+    Attributes:
+        kernel_size: tokens that the score is pooled over, odd.
+        pooling: "max" or "avg".
     """
-    num_context = observation.prompt_tokens - retention.window
-    mass = observation.window_mass()[:, :num_context]
-    return pooled(mass, retention.kernel_size, retention.pooling)
+
+    name: ClassVar[str] = "snapkv"
+    keeps: ClassVar[str] = "what the last queries attend to"
+    observes: ClassVar[Observes] = "window"
+    min_window: ClassVar[int] = 1
+    at_decode: ClassVar[AtDecode | None] = "window queries"
+
+    kernel_size: int = 7
+    pooling: str = "max"
+
+    def __post_init__(self) -> None:
+        check("kernel_size", self.kernel_size)
+        check_choice("pooling", self.pooling, POOLINGS)
 
 
-def pooled(x_HN: Tensor, kernel_size: int, pooling: str) -> Tensor:
-    """Pool each row with stride 1, [H, n]: the "max" or "avg" of `kernel_size` neighbours.
+@dataclass(frozen=True, slots=True)
+class KNorm(Score):
+    """Minus the norm of the key. Devoto et al., arXiv 2406.11430 (EMNLP 2024)."""
 
-    Beyond the edges `max` sees nothing, and `avg` zeros. A wide kernel takes time by its logarithm
-    and, where it reaches beyond the row, none for what lies there.
+    name: ClassVar[str] = "knorm"
+    keeps: ClassVar[str] = "keys of a small norm"
+    at_decode: ClassVar[AtDecode | None] = "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class Random(Score):
+    """Uniform noise: the baseline that every method must beat.
+
+    Attributes:
+        seed: of the noise, a 64-bit integer from 0.
     """
-    half, length = kernel_size // 2, x_HN.shape[1]
-    if kernel_size <= _WIDE_KERNEL or length == 0:
-        pool = torch.max_pool1d if pooling == "max" else torch.avg_pool1d
-        return pool(x_HN, kernel_size, stride=1, padding=half)
-    half = min(half, length)
-    outside, combine = (-math.inf, torch.maximum) if pooling == "max" else (0.0, torch.add)
-    block = torch.nn.functional.pad(x_HN, (half, half), value=outside)
-    # `block` combines `size` neighbours, and `size` doubles: the width's binary digits choose.
-    width, size, done, total = 2 * half + 1, 1, 0, None
-    while size <= width:
-        if width & size:
-            part = block[:, done : done + length]
-            total = part if total is None else combine(total, part)
-            done += size
-        block, size = combine(block[:, :-size], block[:, size:]), 2 * size
-    assert total is not None
-    return total if pooling == "max" else total / kernel_size
+
+    name: ClassVar[str] = "random"
+    keeps: ClassVar[str] = "a seeded random choice"
+    at_decode: ClassVar[AtDecode | None] = "nothing"
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check("seed", self.seed)
 
 
-def knorm(observation: Observation, retention: "Retention") -> Tensor:
-    """Minus the L2 norm of the key: keys of small norm draw the most attention.
+@dataclass(frozen=True, slots=True)
+class H2O(Score):
+    """Attention of all queries, and a recent part. H2O, arXiv 2306.14048.
 
-    Devoto et al., arXiv 2406.11430 (EMNLP 2024). The window is not observed, only kept.
+    Attributes:
+        recent_ratio: part of a row's tokens that are the prompt's last, from 0 to 1.
     """
-    num_context = observation.prompt_tokens - retention.window
-    keys = observation.keys[:num_context]
-    return cast("Tensor", -torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).T)
+
+    name: ClassVar[str] = "h2o"
+    keeps: ClassVar[str] = "what all queries attend to the most, and the most recent tokens"
+    observes: ClassVar[Observes] = "all"
+    fixed_window: ClassVar[int | None] = 0
+    at_decode: ClassVar[AtDecode | None] = "mass"
+
+    recent_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        check("recent_ratio", self.recent_ratio)
+
+    def recent_tokens(self, window: int, sinks: int, kept_tokens: int) -> int:
+        """`recent_ratio` of the row, but at most what the sinks leave."""
+        recent = math.floor(Fraction(str(self.recent_ratio)) * kept_tokens)
+        return min(recent, kept_tokens - sinks)
 
 
-def random(observation: Observation, retention: "Retention") -> Tensor:
-    """Uniform noise in [0, 1): the baseline that every method must beat.
+@dataclass(frozen=True, slots=True)
+class Tova(Score):
+    """Attention of the last query, over all heads of a layer. TOVA, arXiv 2401.06104."""
 
-    A pure function of (seed, layer, global kv head, position), so neither sharding nor the rest of
-    the batch changes what is kept. At a compaction the position is the place in storage, and the
-    number of the compaction is a further argument. The window is not observed, only kept.
-    """
-    num_context = observation.prompt_tokens - retention.window
-    device = observation.keys.device
-    heads = torch.tensor(list(observation.heads), device=device)
-    positions = torch.arange(num_context, device=device)
-    layer_key = _mix32(_mix32(_mix32(retention.seed >> 32) ^ retention.seed) ^ observation.layer)
-    if observation.compaction:
-        layer_key = _mix32(layer_key ^ observation.compaction)
-    head_keys = _mix32(heads ^ layer_key)
-    bits = _mix32(head_keys.unsqueeze(1) ^ _mix32(positions + 1))
-    return (bits >> 8).float() * 2**-24  # an fp32 holds 24 bits exactly
+    name: ClassVar[str] = "tova"
+    keeps: ClassVar[str] = "what the last query attends to, over all heads of a layer"
+    observes: ClassVar[Observes] = "window"
+    scope: ClassVar[Scope] = "token"
+    fixed_window: ClassVar[int | None] = 1
+    at_decode: ClassVar[AtDecode | None] = "last query"
 
 
-def h2o(observation: Observation, retention: "Retention") -> Tensor:
-    """Attention that a token gets from all queries of the prompt, as a sum over them.
-
-    Mean over the group's query heads. A row that keeps B tokens keeps the last
-    `int(recent_ratio * B)` and, of the others, the sinks and the heavy hitters: those of the
-    highest sum. The recent part takes the window's place (`window` is 0, so that it is exactly
-    that part), and every token has a score. Sinks count as heavy hitters; where sinks and recent
-    part are more than B, the recent part is what the sinks leave. With a shape that gives rows
-    different budgets, B is the row's; heads that compete for a layer's tokens (`adaptive`) keep
-    the recent part of their mean.
-
-    H2O, arXiv 2306.14048, section 4: at the end of a prefill, its greedy eviction of the token of
-    the lowest sum, taken for the whole prompt at once. Each decode step adds its attention to the
-    sums of the kept tokens, and a compaction goes by these.
-    """
-    return observation.total_mass()
+SCORES: dict[str, type[Score]] = {
+    kind.name: kind for kind in (Streaming, SnapKV, KNorm, Random, H2O, Tova)
+}
+"""By name. Any score goes with any shape, but for one thing: a score of scope `token` keeps the
+same in all heads of a layer, so no shape that lets heads differ goes with it."""
 
 
-def tova(observation: Observation, retention: "Retention") -> Tensor:
-    """Attention that the last query pays to a token, as a mean over all heads of the layer.
-
-    The same scores for every head, so all keep the same tokens. The last token is the window.
-
-    TOVA, arXiv 2401.06104, section 3.
-    """
-    num_context = observation.prompt_tokens - retention.window
-    mean = mean_of_heads(observation, observation.window_mass()[:, :num_context])
-    return mean.expand(len(observation.heads), num_context)
-
-
-def mean_of_heads(observation: Observation, mass_Hm: Tensor) -> Tensor:
-    """Mean over all kv heads of the layer, [m]: the same bits on every rank."""
-    return ordered_mean(observation.all_heads(mass_Hm))
-
-
-def ordered_mean(heads: Tensor) -> Tensor:
-    """Mean over the first dimension, kv heads, which are summed one after the other.
-
-    A rank with another order of the sum could select other tokens.
-    """
-    total = heads[0].clone()
-    for head in heads[1:]:
-        total += head
-    return total / len(heads)
-
-
-def _mix32(bits: Bits) -> Bits:
-    """Scramble the low 32 bits one to one (the finaliser of MurmurHash3)."""
-    bits = bits & 0xFFFFFFFF
-    bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-    bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-    return bits ^ (bits >> 16)
+def score_kind(name: object) -> type[Score]:
+    """The score of that name; ValueError lists the known ones."""
+    if not isinstance(name, str) or name not in SCORES:
+        raise ValueError(f"score: unknown {shown(name)}; known: {', '.join(sorted(SCORES))}")
+    return SCORES[name]

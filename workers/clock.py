@@ -19,11 +19,11 @@ class Span:
 
 
 class StepClock:
-    """Times the phases of a step, and their parts while `spans` is a list.
+    """Times the phases of a step, and spans within them while `spans` is a list.
 
     Attributes:
         seconds: of the current step, by phase.
-        spans: every phase and part since tracing began; None when not tracing.
+        spans: every phase, and every span within one, since tracing began; None when not tracing.
     """
 
     def __init__(self) -> None:
@@ -49,12 +49,12 @@ class StepClock:
             if self.spans is not None:
                 self.spans.append(Span(name, name, started, spent))
 
-    def part(self, name: str) -> AbstractContextManager[None]:
-        """Time a part of the current phase; costs next to nothing when not tracing."""
-        return _NOTHING if self.spans is None else self._part(self.spans, name)
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """Time a span of the current phase; costs next to nothing when not tracing."""
+        return _NOTHING if self.spans is None else self._span(self.spans, name)
 
     @contextmanager
-    def _part(self, spans: list[Span], name: str) -> Iterator[None]:
+    def _span(self, spans: list[Span], name: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saqqara.compression.decode_stage import (
+from saqqara.compression.growth import (
     cycle_of,
     remembers_normalisers,
     ring_size,

@@ -6,8 +6,8 @@ Shapes: T packed tokens, E hidden size.
 import numpy as np
 import torch
 
-from saqqara.compression.decode_stage import (
-    DecodeStage,
+from saqqara.compression.decode import DecodeStage
+from saqqara.compression.growth import (
     most_ring_size,
     remembers_normalisers,
     sums_mass,

@@ -8,7 +8,8 @@ from typing import TextIO
 from rich.table import Table
 
 from saqqara.compression.methods import MethodRow
-from saqqara.compression.registry import SCORES, SHAPES
+from saqqara.compression.scores import SCORES
+from saqqara.compression.shapes import SHAPES
 
 from .tables import print_table, terminal_width
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from saqqara.cluster.request import Prompt, Request, check_room
 from saqqara.cluster.sampling import SamplingParams, derived_seed, scoring_params
 from saqqara.cluster.scheduling.sequence import TokenRequest
-from saqqara.compression.decode_stage import num_ring_queries
+from saqqara.compression.growth import num_ring_queries
 from saqqara.compression.retention import Retention
 from saqqara.configs.shown import shown
 from saqqara.workers.models.spec import ModelSpec

@@ -4,7 +4,7 @@ from collections.abc import Sequence as Many
 
 import numpy as np
 
-from saqqara.compression.decode_stage import feeds_single_tokens
+from saqqara.compression.growth import feeds_single_tokens
 from saqqara.workers.plan import DecodeItem
 
 from .demand import Ints

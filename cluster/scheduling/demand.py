@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from saqqara.compression.decode_stage import (
+from saqqara.compression.growth import (
     Cycle,
+    TrimmedRows,
     cycle_of,
     remembers_normalisers,
     ring_size,
     trimmed_rows,
 )
 from saqqara.compression.retention import Retention
-from saqqara.compression.trim import TrimmedRows
 from saqqara.workers.plan import WorkerInfo
 
 Ints = NDArray[np.int64]
@@ -48,8 +48,8 @@ class TabulatedGrowth:
 class TrimmedGrowth:
     """Rows that PyramidInfer's generation stage trims: numbers per layer, counted step by step.
 
-    What it cuts follows from numbers of tokens alone (`compression.trim.TrimmedRows`), so the count
-    here is that of the workers.
+    What it cuts follows from numbers of tokens alone (`compression.growth.TrimmedRows`), so the
+    count here is that of the workers.
 
     Attributes:
         rows: how they come out of prefill.

@@ -7,7 +7,7 @@ is tabulated per slot and worker, so the cost of a step's appends is two look-up
 however many layers and heads there are (`TabulatedPages`).
 
 Under a decode-stage retention all rows of a sequence shrink together, too, after numbers of fed
-tokens that are known (`compression.decode_stage.Cycle`): then pages are a function of how many
+tokens that are known (`compression.growth.Cycle`): then pages are a function of how many
 tokens rows have *grown* by. Rows that PyramidInfer's generation stage trims do not grow alike:
 their pages are counted one sequence at a time (`TrimmedPages`). `SlotPages` has both behind one
 face; whoever asks need not know which rows a slot has.
@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from saqqara.compression.decode_stage import Cycle, grown
+from saqqara.compression.growth import Cycle, grown
 
 from .demand import Demand, Ints, TabulatedGrowth, TrimmedGrowth, tabulate
 

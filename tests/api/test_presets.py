@@ -12,6 +12,7 @@ import yaml
 
 from saqqara.cluster.settings import read_serve_file, serve_config, served_engine
 from saqqara.compression.retention import Retention
+from saqqara.compression.scores import SnapKV
 from saqqara.configs.yaml_files import CONFIG_DIR
 
 # Importing Ray Serve (2.60) warns of its own use of pydantic.
@@ -50,7 +51,7 @@ def test_the_file_of_the_documentation_is_valid() -> None:
     assert callable(getattr(importlib.import_module(module), name))
     engine = served_engine(serve_config(application["args"]))
     assert engine.pipeline_parallel_size == 2
-    assert Retention.parse(engine.retention, engine.budget).score == "snapkv"
+    assert isinstance(Retention.parse(engine.retention, engine.budget).score, SnapKV)
 
 
 def server(engine: dict[str, Any], **settings: Any) -> dict[str, Any]:

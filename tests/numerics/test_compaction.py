@@ -18,9 +18,9 @@ from support.tiny import VOCAB, save_tiny
 
 from saqqara import LLM, SamplingParams
 from saqqara.cluster.scheduling.ledger import Ledger
-from saqqara.compression.decode_stage import DecodeStage
+from saqqara.compression.decode import DecodeStage, TrimStage
 from saqqara.compression.retention import Retention
-from saqqara.compression.trim import TrimStage
+from saqqara.compression.scores import H2O, SnapKV, Tova
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import DecodeItem, NewSequence, StepPlan
 from saqqara.workers.worker import Worker
@@ -121,10 +121,13 @@ def test_batched_equals_alone(method: str, model: tuple[Any, Path]) -> None:
             result = worker.execute(StepPlan(step, decode=items))
             worker.check_integrity()
         assert (result.memory.ring_bytes > 0) == any(
-            n.retention.score in ("snapkv", "tova") or isinstance(n.retention.decode, TrimStage)
+            isinstance(n.retention.score, SnapKV | Tova)
+            or isinstance(n.retention.decode, TrimStage)
             for n in new
         )
-        assert (result.memory.mass_bytes > 0) == any(n.retention.score == "h2o" for n in new)
+        assert (result.memory.mass_bytes > 0) == any(
+            isinstance(n.retention.score, H2O) for n in new
+        )
         rows = [stored(worker, n.slot) for n in new]
         worker.execute(StepPlan(num_steps, free=tuple(n.slot for n in new)))
         return [s.token_id for s in reversed(result.sampled)], rows

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saqqara import LLM, SamplingParams
 from saqqara.compression.retention import Retention
-from saqqara.compression.survivors import surviving_tokens
+from saqqara.compression.selecting import surviving_tokens
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.attention.cpu import unavailable_reason
 from saqqara.workers.plan import DecodeItem, PrefillGroup, SampledToken, SamplingSpec, StepPlan

@@ -1,6 +1,6 @@
 """What a worker cannot do for one sequence ends that sequence; the others get their tokens."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,11 @@ import torch
 from support.plans import GREEDY, new_sequence, prefill_plan, run_greedy
 from support.tiny import VOCAB, save_tiny
 
-from saqqara.compression.registry import SCORES
+from saqqara.compression.decode import DecodeStage
+from saqqara.compression.observation import Observation
 from saqqara.compression.retention import Retention
+from saqqara.compression.scores import Streaming
+from saqqara.compression.scoring import context_scores
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import DecodeItem, NewSequence, PrefillGroup, StepPlan, StepResult
 from saqqara.workers.worker import Worker
@@ -104,28 +107,29 @@ def test_sampling_that_cannot_be_done(worker: Worker) -> None:
     assert only_fault(run_beside(worker, bad)).startswith("sampling failed: IndexError: ")
 
 
-def test_a_score_that_fails_in_one_layer(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(observation: Any, retention: Retention) -> torch.Tensor:
-        if observation.layer == 1:
-            raise ArithmeticError("no score")
-        return SCORES["streaming"].function(observation, retention)
+@dataclass(frozen=True, slots=True)
+class BrokenScore(Streaming):
+    """Fails in layer 1 at prefill, or else in every layer at a compaction."""
 
-    monkeypatch.setitem(SCORES, "knorm", replace(SCORES["knorm"], function=failing))
-    retention = Retention.parse({"method": "knorm", "budget": 8, "window": 2, "sinks": 1})
+    at_compaction: bool = False
+
+
+@context_scores.register
+def broken_scores(score: BrokenScore, observation: Observation, window: int) -> torch.Tensor:
+    if observation.compaction if score.at_compaction else observation.layer == 1:
+        raise ArithmeticError("no score")
+    return context_scores(Streaming(), observation, window)
+
+
+def test_a_score_that_fails_in_one_layer(worker: Worker) -> None:
+    retention = Retention("broken", BrokenScore(), budget=8, window=2, sinks=1)
     bad = new_sequence(1, PROMPT, retention=retention)
     assert only_fault(run_beside(worker, bad)) == "retention failed: ArithmeticError: no score"
 
 
-def test_a_compaction_that_fails(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(observation: Any, retention: Retention) -> torch.Tensor:
-        if observation.compaction:
-            raise ArithmeticError("no score")
-        return SCORES["streaming"].function(observation, retention)
-
-    monkeypatch.setitem(SCORES, "knorm", replace(SCORES["knorm"], function=failing))
-    retention = Retention.parse(
-        {"method": "knorm", "budget": 8, "window": 2, "sinks": 1, "decode": {"slack_pages": 1}}
-    )
+def test_a_compaction_that_fails(worker: Worker) -> None:
+    score = BrokenScore(at_compaction=True)
+    retention = Retention("broken", score, budget=8, window=2, sinks=1, decode=DecodeStage(1))
     bad = new_sequence(1, PROMPT, retention=retention)
     message = only_fault(run_beside(worker, bad, num_tokens=7), num_sampled=4)
     assert message == "compaction failed: ArithmeticError: no score"

@@ -39,7 +39,8 @@ from support.ranks import run_ranks
 from support.slow_llama import NEAR_CUT, Entry, SlowLlama, Weights
 from support.tiny import VOCAB, save_tiny
 
-from saqqara.compression.registry import SCORES, SHAPES
+from saqqara.compression.scores import SCORES
+from saqqara.compression.shapes import SHAPES
 from saqqara.configs.yaml_files import CONFIG_DIR
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.worker import Worker
@@ -205,8 +206,9 @@ def test_every_preset_score_and_shape_has_a_row() -> None:
     presets = {file.stem for file in (CONFIG_DIR / "retention").glob("*.yaml")}
     assert presets - METHODS.keys() == set(), "no row in tests/support/methods.py"
     rows = [row.retention(name, PREFILL) for name, row in METHODS.items()]
-    assert {row.score for row in rows} == {None, *SCORES}
-    assert {row.shape for row in rows} == set(SHAPES)
+    scores = {None if row.score is None else row.score.name for row in rows}
+    assert scores == {None, *SCORES}
+    assert {row.shape.name for row in rows} == set(SHAPES)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -22,9 +22,11 @@ from support.slow_llama import Entry, Stored, attend
 from torch import Tensor
 
 from saqqara.compression.observation import Observation
-from saqqara.compression.registry import SCORES, SHAPES
 from saqqara.compression.retention import Retention
-from saqqara.compression.select import compete, kept_positions, select, topk_positions
+from saqqara.compression.scores import SCORES
+from saqqara.compression.scoring import context_scores
+from saqqara.compression.selecting import compete, kept_positions, select, topk_positions
+from saqqara.compression.shapes import SHAPES, Adaptive, Uniform
 from saqqara.workers.mesh.layout import HeadShard, head_shard
 
 HEAD_DIM = 8
@@ -178,7 +180,7 @@ def rows_of_ranks(
 
 def score(retention: Retention, observation: Observation) -> Tensor:
     assert retention.score is not None
-    return SCORES[retention.score].function(observation, retention)
+    return context_scores(retention.score, observation, retention.window)
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -231,7 +233,7 @@ def cases() -> list[Retention]:
 every_case = pytest.mark.parametrize("retention", cases(), ids=lambda retention: retention.label)
 every_score = pytest.mark.parametrize(
     "retention",
-    [retention for retention in cases() if retention.shape == "uniform"],
+    [retention for retention in cases() if isinstance(retention.shape, Uniform)],
     ids=lambda retention: retention.label,
 )
 
@@ -239,7 +241,7 @@ every_score = pytest.mark.parametrize(
 def oracle_scores(prompt: Prompt, retention: Retention, layer: int = 0) -> list[list[float]]:
     """The score of each token before the window, by definition."""
     assert retention.score is not None
-    definition = SCORE_DEFINITIONS[retention.score](retention.to_dict())
+    definition = SCORE_DEFINITIONS[retention.score.name](retention.to_dict())
     stored = Stored(layer, prompt.rows, prompt.positioned_queries)
     context = prompt.num_tokens - retention.window
     return [definition(stored, head)[:context] for head in range(prompt.keys.shape[1])]
@@ -255,9 +257,10 @@ def oracle_positions(scores: list[float], keep: int, window: int, sinks: int) ->
 
 def recent_oracle(retention: Retention, keep: int) -> int:
     """The last tokens of a row: the window, or H2O's part of the row, which the sinks precede."""
-    if retention.score != "h2o":
+    settings = retention.to_dict()
+    if settings["score"] != "h2o":
         return retention.window
-    return min(int(Fraction(str(retention.recent_ratio)) * keep), keep - retention.sinks)
+    return min(int(Fraction(str(settings["recent_ratio"])) * keep), keep - retention.sinks)
 
 
 def competing_oracle(
@@ -265,7 +268,7 @@ def competing_oracle(
 ) -> list[list[int]]:
     """Each head's best up to its floor, then the best of all heads; scores of context tokens."""
     num_heads, num_context = len(scores), len(scores[0])
-    floor = int(Fraction(str(retention.floor_ratio)) * (keep - recent))
+    floor = int(Fraction(str(retention.to_dict()["floor_ratio"])) * (keep - recent))
     order = [  # (score, token, minus head), so that the largest is the best
         (math.inf if j < retention.sinks else scores[head][j], j, -head)
         for head in range(num_heads)
@@ -293,13 +296,20 @@ def selection_oracle(
     if keep == [n] * len(scores):
         return None
     recent = [recent_oracle(retention, count) for count in keep]
-    if retention.shape == "adaptive":
+    if isinstance(retention.shape, Adaptive):
         context = [row[: n - recent[0]] for row in scores]
         return competing_oracle(context, keep[0], recent[0], retention)
     return [
         oracle_positions(row[: n - last], count, last, retention.sinks)
         for row, count, last in zip(scores, keep, recent, strict=True)
     ]
+
+
+def test_every_score_has_a_function_of_its_own() -> None:
+    missing = context_scores.dispatch(object)
+    found = [context_scores.dispatch(kind) for kind in SCORES.values()]
+    assert missing not in found
+    assert len(set(found)) == len(SCORES)
 
 
 def test_every_score_has_an_oracle() -> None:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from saqqara.compression.decode_stage import DecodeStage
+from saqqara.compression.decode import DecodeStage
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import (
     DecodeItem,

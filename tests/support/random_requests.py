@@ -14,10 +14,10 @@ from typing import Any
 from saqqara.cluster.engine.intake import MAX_PRIORITY
 from saqqara.cluster.sampling import MAX_STRING_CHARS, MAX_STRINGS, MAX_TOKEN_IDS, SamplingParams
 from saqqara.compression.bounds import BOUNDS, Bound
-from saqqara.compression.budgets import MEANS
 from saqqara.compression.propagate import KINDS
-from saqqara.compression.registry import SCORES, SHAPES, settings_of
-from saqqara.compression.retention_settings import presets
+from saqqara.compression.scores import SCORES
+from saqqara.compression.shapes import MEANS, SHAPES
+from saqqara.compression.spelling import Kinds, presets
 
 VOCAB, NUM_LAYERS, NUM_HEADS, CONTEXT = 257, 2, 4, 96
 
@@ -319,7 +319,7 @@ def _score(draw: _Draw) -> dict[str, Any]:
     # Without a window and sinks any number of tokens will do as the budget.
     is_bare = method.fixed_window is None and method.min_window == 0 and draw.chance(6)
     elsewhere = ("budget", "window", "skip_layers", *(["sinks"] if is_bare else []))
-    for name in settings_of(score, shape, mean):
+    for name in Kinds(score, shape, mean).defaults:
         if name in BOUNDS and name not in elsewhere and draw.chance(2):
             settings[name] = draw.number(f"retention.{name}")
     if is_bare:

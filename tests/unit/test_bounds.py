@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from saqqara.compression.bounds import BOUNDS, Bound
-from saqqara.compression.decode_stage import DecodeStage
+from saqqara.compression.decode import DecodeStage, TrimStage
 from saqqara.compression.head_profile import HeadProfile
 from saqqara.compression.propagate import Propagate
 from saqqara.compression.retention import Retention
-from saqqara.compression.scores import pooled
-from saqqara.compression.trim import TrimStage
+from saqqara.compression.scores import SCORES
+from saqqara.compression.scoring import pooled
+from saqqara.compression.shapes import SHAPES
 from saqqara.configs.shown import shown
 
 PROFILE = {"0-0": [1.0]}
@@ -60,10 +61,12 @@ def step(bound: Bound) -> float:
 
 def test_the_table_has_every_number() -> None:
     """A field with a number that is not in it would go unchecked."""
-    parts = [("", Retention), ("propagate.", Propagate), ("decode.", DecodeStage)]
+    parts: list[tuple[str, Any]] = [("", Retention), ("propagate.", Propagate)]
+    parts += [("decode.", DecodeStage), ("decode.", TrimStage)]
+    parts += [("", kind) for kind in (*SCORES.values(), *SHAPES.values())]
     named = {
         f"{prefix}{field.name}"
-        for prefix, kind in [*parts, ("decode.", TrimStage)]
+        for prefix, kind in parts
         for field in fields(kind)
         if any(number in str(field.type) for number in ("int", "float"))
     }

@@ -18,8 +18,8 @@ from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.scheduling.sequence import TokenRequest
-from saqqara.compression.decode_stage import (
-    DecodeStage,
+from saqqara.compression.decode import DecodeStage, TrimStage
+from saqqara.compression.growth import (
     cycle_of,
     feeds_single_tokens,
     most_ring_size,
@@ -29,7 +29,6 @@ from saqqara.compression.decode_stage import (
     trimmed_rows,
 )
 from saqqara.compression.retention import Retention
-from saqqara.compression.trim import TrimStage
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 from saqqara.workers.retain.masses import remembered_mass, rows_mass
 from saqqara.workers.state.rings import QueryRings

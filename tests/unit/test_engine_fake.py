@@ -25,11 +25,12 @@ from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.cluster.sampling import SamplingParams, derived_seed
 from saqqara.compression.retention import Retention
+from saqqara.compression.scores import SnapKV
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec, RopeSpec
 
 EOS = 3
-RAGGED = RaggedRetention(method="ragged", score="snapkv", budget=12, window=3)
+RAGGED = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
 Output = RequestOutput | ScoreOutput
 
 SPEC = ModelSpec(

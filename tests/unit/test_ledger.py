@@ -10,10 +10,11 @@ from support.fake_replica import PAGE_BYTES, RaggedRetention, make_workers, spli
 
 from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.compression.retention import Retention
+from saqqara.compression.scores import SnapKV
 from saqqara.workers.plan import WorkerInfo
 
 PYRAMID = Retention.parse({"method": "pyramidkv", "budget": 12, "window": 3, "sinks": 1})
-RAGGED = RaggedRetention(method="ragged", score="snapkv", budget=12, window=3)
+RAGGED = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
 
 
 def pages_of(rows: np.ndarray, worker: WorkerInfo) -> int:

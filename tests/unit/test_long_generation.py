@@ -13,7 +13,7 @@ import pytest
 from support.tiny import save_tiny
 
 from saqqara.cluster.request import RequestMetrics, ScoreOutput
-from saqqara.compression.registry import SCORES
+from saqqara.compression.scores import SCORES
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -32,7 +32,7 @@ def test_every_score_with_a_decode_stage_is_measured(script: Any) -> None:
     settings = script.settings(script.METHODS, 64, 2, script.TRIGGERS)
     assert settings[0].label == "full"
     able = {name for name, method in SCORES.items() if method.at_decode is not None}
-    assert {one.score for one in settings} == able | {None}
+    assert {one.to_dict().get("score") for one in settings} == able | {None}
     stages = [one.decode.label for one in settings[1:]]
     assert stages == ["2"] * len(script.METHODS) + ["published", "stored"]
 

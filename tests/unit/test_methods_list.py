@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from saqqara.cli import app
 from saqqara.cluster.cli.methods import print_methods
 from saqqara.compression.methods import MethodRow, method_table
-from saqqara.compression.retention_settings import presets
+from saqqara.compression.spelling import presets
 
 
 def row(name: str) -> MethodRow:
@@ -26,7 +26,7 @@ def test_every_preset_is_in_the_list() -> None:
     assert all(all(text != "" for text in fields.values()) for fields in listed.values())
 
 
-def test_rows_follow_from_presets_and_registry() -> None:
+def test_rows_follow_from_presets_scores_and_shapes() -> None:
     assert row("full") == MethodRow("full", "everything", "nothing", "nothing", False)
     assert row("knorm").costs == "next to nothing"
     assert row("h2o").costs == "attention of all queries once more"

@@ -16,7 +16,8 @@ from support.random_runs import UNFORESEEN, Door, RandomRuns
 from saqqara.cluster.batch.lines import BadLine, RowParser
 from saqqara.cluster.request import Request
 from saqqara.cluster.sampling import SamplingParams
-from saqqara.compression.registry import SCORES, SHAPES
+from saqqara.compression.scores import SCORES
+from saqqara.compression.shapes import SHAPES
 
 SIZE, NUM_AIMED = 12, 6
 

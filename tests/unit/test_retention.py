@@ -3,7 +3,10 @@
 import json
 import math
 import pickle
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from saqqara.compression.budgets import settle
-from saqqara.compression.registry import SCORES, SHAPES
+from saqqara.compression import retention as retention_file
 from saqqara.compression.retention import Retention
+from saqqara.compression.scores import SCORES, KNorm, Random, SnapKV
+from saqqara.compression.shapes import MEANS, SHAPES, Adaptive, Pyramid, Uniform, settle
+from saqqara.compression.spelling import IN_LABELS, Kinds
 from saqqara.configs.yaml_files import CONFIG_DIR
 
 BUDGETED = [
@@ -38,8 +43,8 @@ PROFILE = {"0-0": [1.0], "0-1": [2.0]}
 
 def test_a_name_and_a_budget_are_all_it_takes() -> None:
     retention = Retention.parse("pyramidkv", 256)
-    assert (retention.score, retention.shape, retention.budget) == ("snapkv", "pyramid", 256)
-    assert (retention.window, retention.sinks, retention.beta) == (32, 4, 20)
+    assert (retention.score, retention.shape) == (SnapKV(), Pyramid(beta=20))
+    assert (retention.budget, retention.window, retention.sinks) == (256, 32, 4)
     assert retention.label == "pyramidkv@256"
     assert sum(retention.layer_tokens(prompt_tokens=2000, num_layers=30)) == 30 * 256
 
@@ -74,10 +79,11 @@ def test_any_score_goes_with_any_shape() -> None:
             by_name = Retention.parse({"method": f"{score}-{shape}", "budget": "25%", **more})
             by_fields = Retention.parse({"score": score, "shape": shape, "budget": "25%", **more})
             assert by_name == by_fields
-            assert (by_name.score, by_name.shape) == (score, shape)
+            assert (type(by_name.score), type(by_name.shape)) == (SCORES[score], SHAPES[shape])
             for mean in ("uniform", "pyramid", "cosine") if shape == "adaptive" else ():
                 spread = Retention.parse(f"{score}-adaptive-{mean}", "25%")
-                assert (spread.score, spread.shape, spread.mean) == (score, shape, mean)
+                assert spread.score == by_name.score
+                assert spread.shape == Adaptive(MEANS[mean]())
 
 
 def test_another_score_or_shape_takes_the_name_away() -> None:
@@ -90,7 +96,7 @@ def test_another_score_or_shape_takes_the_name_away() -> None:
     same = Retention.parse({"method": "pyramidkv", "score": "snapkv", "budget": 128})
     assert same.method == "pyramidkv"
     level = Retention.parse({"method": "ada-pyramidkv", "mean": "uniform", "budget": 128})
-    assert (level.label, level.beta) == ("snapkv-adaptive@128", 20)
+    assert (level.label, level.shape) == ("snapkv-adaptive@128", Adaptive(Uniform()))
     steep = Retention.parse({"method": "adakv", "mean": "pyramid", "beta": 5, "budget": 128})
     assert steep.label == "snapkv-adaptive-pyramid@128,beta=5"
     assert Retention.parse({"method": "ada-pyramidkv", "shape": "uniform"}, 128) == flat
@@ -246,14 +252,40 @@ def test_what_is_wrong_is_named(spec: Any, budget: Any, message: str) -> None:
 
 
 def test_a_retention_is_valid_however_it_is_made() -> None:
-    with pytest.raises(ValueError, match=r"^seed: 'knorm' takes no such setting"):
-        Retention(method="knorm", score="knorm", budget=64, seed=1)
+    with pytest.raises(ValueError, match=r"^seed: must be an integer of at least 0"):
+        Retention(method="random", score=Random(seed=-1), budget=64)
+    with pytest.raises(ValueError, match=r"^score: must be a value of scores.py, not 'knorm'"):
+        Retention(method="knorm", score="knorm", budget=64)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^shape: must be a value of shapes.py, not 'pyramid'"):
+        Retention(method="knorm", score=KNorm(), shape="pyramid")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^mean: must be cosine or pyramid or uniform, not "):
+        Adaptive(mean=Adaptive())
     with pytest.raises(ValueError, match=r"^window: 'full' takes no such setting"):
         Retention(window=8)
     with pytest.raises(ValueError, match=r"^score: method 'full' cannot have score 'knorm'"):
-        Retention(score="knorm", budget=64)
+        Retention(score=KNorm(), budget=64)
     with pytest.raises(ValueError, match=r"^budget: 'knorm' needs one"):
-        Retention(method="knorm", score="knorm", budget=64, share=0.5)
+        Retention(method="knorm", score=KNorm(), budget=64, share=0.5)
+
+
+def test_every_setting_has_its_place_in_labels() -> None:
+    """Or two results that differ in it would have one name."""
+    kinds = [Kinds(score, shape) for score in SCORES for shape in SHAPES]
+    kinds += [Kinds("snapkv", "adaptive", mean) for mean in MEANS]
+    taken = {name for each in kinds for name in each.defaults}
+    assert taken - {"budget", "mean"} == set(IN_LABELS)
+
+
+def test_without_tensors_there_is_no_torch() -> None:
+    """Scheduler, planner and simulator count what is kept; the command line lists methods."""
+    with_tensors = {"observation", "scoring", "selecting"}
+    names = {file.stem for file in Path(retention_file.__file__).parent.glob("*.py")}
+    assert with_tensors < names
+    modules = ", ".join(f"saqqara.compression.{name}" for name in sorted(names - with_tensors))
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "import sys, saqqara.compression.scoring; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
 
 
 settings = st.fixed_dictionaries(

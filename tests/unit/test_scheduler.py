@@ -24,13 +24,14 @@ from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.events import Event, Finished, NewToken, Preempted, Prefilled
 from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.scheduling.sequence import Sequence, Status, TokenRequest
-from saqqara.compression.decode_stage import DecodeStage
+from saqqara.compression.decode import DecodeStage
 from saqqara.compression.retention import Retention
+from saqqara.compression.scores import SnapKV
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
 FULL = Retention.parse("full")
 PYRAMID = Retention.parse({"method": "pyramidkv", "budget": 12, "window": 3, "sinks": 1})
-RAGGED = RaggedRetention(method="ragged", score="snapkv", budget=12, window=3)
+RAGGED = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
 ONCE = Retention.parse(
     {"propagate": {"kind": "once", "layer": 0, "keep": 0.3, "window": 2, "sinks": 1}}
 )

@@ -83,7 +83,7 @@ class PagePool:
         self.v_pages.index_fill_(0, pages, 0)
 
     def share(self, pages: NDArray[np.int32]) -> None:
-        """Add one reference to each of `pages`, all different and all in use."""
+        """Add a reference to each of `pages`, different ones in use, as `KVStore.fork` does."""
         self.refcount[pages] += 1
         self._num_refs += len(pages)
 

@@ -26,7 +26,7 @@ class Places(NamedTuple):
     positions_T: Tensor
     angles: tuple[Tensor, Tensor] | None = None
 
-    def part(self, tokens: slice) -> "Places":
+    def of(self, tokens: slice) -> "Places":
         """The places of some of the tokens."""
         angles = self.angles and (self.angles[0][tokens], self.angles[1][tokens])
         return Places(self.positions_T[tokens], angles)
@@ -44,7 +44,7 @@ class QKV(NamedTuple):
     k: Tensor
     v: Tensor
 
-    def part(self, tokens: slice) -> "QKV":
+    def of(self, tokens: slice) -> "QKV":
         """Views of some of the tokens."""
         return QKV(self.q[tokens], self.k[tokens], self.v[tokens])
 

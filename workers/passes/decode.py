@@ -57,7 +57,7 @@ class Decode:
             places = part.decoder.places(to_device(batch.positions, part.device))
             for index, layer in enumerate(part.decoder.layers):
                 attended = batch.attend(shard, index, layer, hidden, places)
-                with shard.clock.part("finish"):
+                with shard.clock.span("finish"):
                     hidden = layer.finish(hidden, attended, out=hidden)
         if not part.mesh.is_last_stage:
             part.mesh.send_hidden(hidden)

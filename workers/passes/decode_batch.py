@@ -124,7 +124,7 @@ class DecodeBatch:
 
         `index` counts this worker's layers from 0. Rows of refused slots come out as zeros.
         """
-        timed, kv = shard.clock.part, shard.kv
+        timed, kv = shard.clock.span, shard.kv
         if self.rows is None:
             assert self.append is not None
             with timed("project"):

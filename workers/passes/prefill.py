@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from saqqara.compression.decode_stage import remembers_normalisers, sums_mass
+from saqqara.compression.growth import remembers_normalisers, sums_mass
 from saqqara.compression.retention import Retention
-from saqqara.compression.select import select
+from saqqara.compression.selecting import select
 from saqqara.workers.attention.base import CuSeqlens
 from saqqara.workers.kv.prompts import PromptWrite, write_prompts
 from saqqara.workers.models.decoder import chunks
@@ -170,7 +170,7 @@ class Prefill:
 
     def _layer(self, layer: int, parked: ParkedPrefill) -> None:
         """Replace the parked hidden states by those after `layer`; keep what retention selects."""
-        part, timed = self._part, self._shard.clock.part
+        part, timed = self._part, self._shard.clock.span
         weights = part.decoder.layers[layer - part.layers.start]
         with timed("project"):
             qkv = self._project(weights, parked)
@@ -216,7 +216,7 @@ class Prefill:
                 prompt_tokens=shard.slots[slot].prompt_tokens,
                 num_kept=num_kept,
                 first_row=start,
-                qkv=qkv.part(slice(start, stop)),
+                qkv=qkv.of(slice(start, stop)),
                 lse=None if lse is None else lse[start:stop],
             )
             for slot, num_kept, start, stop in zip(
@@ -248,8 +248,8 @@ class Prefill:
         )
         chunk_tokens = min(num_tokens, part.config.linear_chunk_tokens)
         for chunk in chunks(num_tokens, chunk_tokens):
-            hidden, places = parked.hidden_TE[chunk], parked.places.part(chunk)
-            weights.project(hidden, places, out=qkv.part(chunk))
+            hidden, places = parked.hidden_TE[chunk], parked.places.of(chunk)
+            weights.project(hidden, places, out=qkv.of(chunk))
         self._shard.meter.see_prefill(
             kv_bytes=self._kv_bytes(qkv),
             activation_bytes=(
@@ -275,7 +275,7 @@ class Prefill:
         writes: list[PromptWrite] = []
         bounds = zip(parked.cu.host[:-1], parked.cu.host[1:], strict=True)
         for family, (start, stop) in zip(parked.families.values(), bounds, strict=True):
-            prompt = qkv.part(slice(start, stop))
+            prompt = qkv.of(slice(start, stop))
             prompt_lse = None if lse is None else lse[start:stop]
             chosen: dict[Retention, tuple[Selection, Tensor | None]] = {}
             for slot in family:

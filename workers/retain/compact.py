@@ -1,6 +1,6 @@
 """Compacts rows while their sequences decode.
 
-All rows of a sequence with targets reach their limits in the same step (`decode_stage.Cycle`).
+All rows of a sequence with targets reach their limits in the same step (`growth.Cycle`).
 After the layers of that step, layer by layer, the rows of all such sequences that are scored alike
 are selected and compacted together.
 
@@ -16,10 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saqqara.compression.decode_stage import num_ring_queries, sums_mass
-from saqqara.compression.registry import score_method
+from saqqara.compression.growth import num_ring_queries, sums_mass
 from saqqara.compression.retention import Retention
-from saqqara.compression.stored import select_stored
+from saqqara.compression.selecting import select_stored
 from saqqara.workers.kv.rows import Rows, compact_rows, read_rows
 from saqqara.workers.plan import DecodeItem
 from saqqara.workers.shard import Shard
@@ -64,7 +63,7 @@ def _asks_ranks(shard: Shard, retention: Retention) -> bool:
     Such sequences are selected one by one, in the same order on every rank.
     """
     assert retention.score is not None
-    if score_method(retention.score).scope != "head":
+    if retention.score.scope != "head":
         return True
     attends = num_ring_queries(retention) > 0 or sums_mass(retention)
     return shard.part.heads.replicated and attends

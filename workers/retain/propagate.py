@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from saqqara.compression.propagate import Propagate
-from saqqara.compression.survivors import query_weights, surviving_tokens, token_scores
+from saqqara.compression.scoring import query_weights, token_scores
+from saqqara.compression.selecting import surviving_tokens
 from saqqara.workers.models.layer import QKV
 from saqqara.workers.part import Part
 

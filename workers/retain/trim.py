@@ -1,6 +1,6 @@
 """Trims rows while their sequences decode, as PyramidInfer does.
 
-What is trimmed (`trim.TrimmedRows`) is cut in the layers that fire, together where sequences are
+What is trimmed (`growth.TrimmedRows`) is cut in the layers that fire, together where sequences are
 cut alike, which is where their prompts are of one length.
 
 Shapes: N sequences, R rows of one layer, n stored tokens of each, C tokens that may be cut, w
@@ -15,12 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saqqara.compression.decode_stage import remembers_normalisers
+from saqqara.compression.growth import Trim, remembers_normalisers
 from saqqara.compression.retention import Retention
-from saqqara.compression.scores import ordered_mean
-from saqqara.compression.stored import select_trimmed
-from saqqara.compression.survivors import query_weights
-from saqqara.compression.trim import Trim
+from saqqara.compression.scoring import ordered_mean, query_weights
+from saqqara.compression.selecting import select_trimmed
 from saqqara.workers.kv.rows import Rows, compact_rows, read_places, read_rows
 from saqqara.workers.part import Part
 from saqqara.workers.plan import DecodeItem

@@ -3,8 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from saqqara.compression.decode_stage import Cycle, cycle_of, trimmed_rows
-from saqqara.compression.trim import TrimmedRows
+from saqqara.compression.growth import Cycle, TrimmedRows, cycle_of, trimmed_rows
 from saqqara.workers.plan import NewSequence
 
 

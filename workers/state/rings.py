@@ -3,7 +3,7 @@
 Only sequences whose retention needs them have a ring. A ring of w queries takes as much memory as
 w * G / 2 tokens of KV in each row; where it remembers the queries' normalisers, too, 4 bytes more
 for each query and head. How many queries a ring has follows from the prompt's length
-(`decode_stage.ring_size`), so the ledger counts the same bytes. Rings are not charged to the page
+(`growth.ring_size`), so the ledger counts the same bytes. Rings are not charged to the page
 pool: they all lie in one buffer, which grows on demand, moves together before it grows (so it never
 has more than `max_num_seqs` times the largest ring, which on a GPU is set aside before the pool is
 sized) and goes when the last ring is closed. `WorkerMemory.ring_bytes` reports it.

@@ -1,7 +1,10 @@
 """From scores to the positions that are kept. Exact: given the scores there is one answer.
 
+At prefill (`select`), at a cut while decoding (`select_stored`, `select_trimmed`), and from one
+layer to the next (`surviving_tokens`).
+
 Shapes: n prompt tokens, w recent tokens (the window, or `h2o`'s recent part), s sinks, H local kv
-heads, K kv heads of the model.
+heads, K kv heads of the model, R rows of one layer, N sequences, c context tokens.
 """
 
 import math
@@ -10,9 +13,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from .growth import Trim
 from .observation import Observation
-from .registry import score_method
 from .retention import Retention
+from .scoring import context_scores
+from .shapes import Adaptive
 
 
 def select(retention: Retention, observation: Observation) -> Tensor | list[Tensor] | None:
@@ -34,7 +39,7 @@ def select(retention: Retention, observation: Observation) -> Tensor | list[Tens
     if min(keep) == num_tokens:
         return None
     assert retention.score is not None
-    scores = score_method(retention.score).function(observation, retention)
+    scores = context_scores(retention.score, observation, retention.window)
     if retention.ragged:
         return _compete_over_ranks(scores, keep[0], retention, observation)
     mine = keep[heads.start : heads.stop]
@@ -61,7 +66,8 @@ def _compete_over_ranks(
     recent = retention.recent_tokens(keep)
     everyone = observation.all_heads(scores)
     context = everyone[:, : scores.shape[1] + retention.window - recent]
-    floor = math.floor(Fraction(str(retention.floor_ratio)) * (keep - recent))
+    assert isinstance(retention.shape, Adaptive), f"heads do not compete under {retention.shape}"
+    floor = math.floor(Fraction(str(retention.shape.floor_ratio)) * (keep - recent))
     chosen = compete(context, keep, floor, recent, retention.sinks)
     return [chosen[head] for head in observation.heads]
 
@@ -97,6 +103,77 @@ def compete(scores: Tensor, keep: int, floor: int, recent: int, sinks: int) -> l
     taken[head[free][:rest], column[free][:rest]] = True
     last = torch.arange(num_context, num_context + recent, device=scores.device)
     return [torch.cat([row.nonzero().squeeze(1), last]) for row in taken]
+
+
+def select_stored(retention: Retention, observation: Observation, keep: int) -> Tensor:
+    """Choose which stored tokens of some rows stay at a compaction, by the score of the prefill.
+
+    The observation is that of a prompt, with the stored tokens for its tokens: they lie in the
+    order of the text, the first are the sinks, and the last w are the last w tokens of the text,
+    because every compaction keeps these. So each score means what it means at prefill: the window
+    scores look at what the last w queries attend to among the stored keys, `streaming` keeps the
+    most recent, `knorm` the keys of least norm, `h2o` those that all queries so far attended to
+    the most (besides the recent part of the row). `random` draws anew at each compaction, by the
+    place in storage and `observation.compaction`, because the original positions are not known.
+
+    Args:
+        retention: with a decode stage and a score.
+        observation: R rows of n stored tokens each, as `heads`; all of one sequence, and all its
+            local heads in order, where the score's scope is more than a head.
+        keep: tokens that stay in each row. Where propagation left a row fewer than window and
+            sinks, the sinks and as many of the last tokens stay.
+
+    Returns:
+        int64 [R, keep], places in storage, ascending in each row.
+    """
+    assert retention.score is not None
+    num_rows, num_tokens = len(observation.heads), observation.prompt_tokens
+    recent, sinks = retention.recent_tokens(keep), retention.sinks
+    if keep <= recent + sinks:
+        places = torch.arange(num_tokens, device=observation.keys.device)
+        sinks = min(sinks, keep)
+        stays = torch.cat([places[:sinks], places[num_tokens - keep + sinks :]])
+        return stays.expand(num_rows, -1)
+    scores = context_scores(retention.score, observation, retention.window)
+    return kept_positions(scores[:, : num_tokens - recent], keep, recent, sinks)
+
+
+def select_trimmed(scores: Tensor, trim: Trim) -> Tensor:
+    """Choose what stays of one layer of sequences that are trimmed; all its heads keep the same.
+
+    Args:
+        scores: of the tokens of each sequence that may be cut, [N, stop - start]: the attention
+            that they get, as a mean over all query heads. With the published trigger that is
+            PyramidInfer's own (arXiv 2405.12532): the mean over the last query and the recent
+            ones, weighted from 1 for the oldest to `distance_weight`. With ours it is the last
+            query's. Of equal scores the later token wins.
+        trim: what is cut.
+
+    Returns:
+        int64 [N, stored - (stop - start) + keep], places in storage, ascending in each row.
+    """
+    chosen = topk_positions(scores, trim.keep) + trim.start
+    places = torch.arange(trim.stored, device=scores.device).expand(len(scores), -1)
+    return torch.cat([places[:, : trim.start], chosen, places[:, trim.stop :]], dim=1)
+
+
+def surviving_tokens(scores: Tensor, num_kept: int, num_recent: int, sinks: int) -> Tensor:
+    """The sinks, the best other context tokens, and the recent ones; of equal scores the later.
+
+    Args:
+        scores: [c], one per context token, sinks included.
+        num_kept: tokens to keep in all, at least `num_recent + sinks`.
+        num_recent: r.
+        sinks: first tokens that are always kept.
+
+    Returns:
+        int64 [num_kept], ascending.
+    """
+    num_context = len(scores)
+    sinks = min(sinks, num_context)
+    best = topk_positions(scores[None, sinks:], num_kept - num_recent - sinks)[0] + sinks
+    tokens = torch.arange(num_context + num_recent, device=scores.device)
+    return torch.cat([tokens[:sinks], best, tokens[num_context:]])
 
 
 def kept_positions(scores: Tensor, keep: int, window: int, sinks: int) -> Tensor:
