@@ -61,15 +61,16 @@ class Landing:
     def take_tokens(self) -> None:
         """Append the sampled tokens, and end what they end."""
         sampled = {token.slot: token for result in self._results for token in result.sampled}
+        sequences, events = self._draft.sequences, self._roster.events
         for slot in self._draft.sampling:
-            sequence = self._draft.sequences[slot]
+            sequence = sequences[slot]
             if slot in self._refused or _is_void(sequence):
                 continue
             token = sampled[slot]
             expected = sequence.prompt_tokens + len(sequence.output_token_ids)
             assert token.position == expected, f"token {token} should be at {expected}"
             sequence.output_token_ids.append(token.token_id)
-            self._roster.events.append(NewToken(sequence, token.token_id, token.logprobs))
+            events.append(NewToken(sequence, token.token_id, token.logprobs))
             self._check_stop(sequence, token.token_id)
 
     def take_scores(self) -> None:

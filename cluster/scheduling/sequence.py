@@ -140,8 +140,10 @@ class Sequence:
     @property
     def num_replay(self) -> int:
         """Tokens after the prompt that must be fed after a prefill before anything new is."""
-        known = len(self.known_after_prompt)
-        return known - 1 if self.is_score else known  # nothing follows a scored last token
+        continuation = self.request.score_continuation
+        if continuation is None:
+            return len(self.output_token_ids)
+        return len(continuation) - 1  # nothing follows a scored last token
 
     @property
     def num_to_feed(self) -> int:
