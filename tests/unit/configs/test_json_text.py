@@ -9,7 +9,7 @@ from saqqara.cluster.batch.files import write_json
 from saqqara.configs.json_text import json_text
 from saqqara.evaluation.result import Outcome, Result
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FIGURES = {"a": math.nan, "b": [1.5, (math.inf, -math.inf)], "c": {"d": "NaN"}, "e": True}
 
 

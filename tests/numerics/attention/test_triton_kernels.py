@@ -222,7 +222,7 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
 
     In a process of its own: this one's kernels are interpreted.
     """
-    script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
+    script = Path(__file__).parents[2] / "support" / "compile_kernels.py"
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False

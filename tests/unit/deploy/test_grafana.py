@@ -10,7 +10,7 @@ import pytest
 
 from saqqara.cluster.engine.metrics import METRICS
 
-FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "grafana"
+FOLDER = Path(__file__).resolve().parents[3] / "deploy" / "grafana"
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 EXPORTED = {spec.name + suffix for spec in METRICS for suffix in SUFFIXES[spec.kind]}
 FILES = sorted(path.name for path in FOLDER.glob("*.json"))

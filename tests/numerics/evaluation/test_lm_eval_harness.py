@@ -19,7 +19,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="the extra `lm-eval` is not inst
 datasets = pytest.importorskip("datasets")  # which the harness reads its tasks with
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness and what it loads have their own
-TASKS = Path(__file__).resolve().parents[1] / "support" / "lm_eval_tasks"
+TASKS = Path(__file__).resolve().parents[2] / "support" / "lm_eval_tasks"
 
 
 def task(name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from saqqara.cli import app
 from saqqara.cluster.settings import engine_config, serve_config
 from saqqara.compression.retention import Retention
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DEPLOY = ROOT / "deploy"
 SCRIPT = DEPLOY / "validate.py"
 MANIFESTS = {

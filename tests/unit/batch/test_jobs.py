@@ -413,7 +413,7 @@ SLOW_JOB = """
 import sys, time
 from pathlib import Path
 from support.fake_client import FakeClient
-from unit.test_jobs import make_job
+from unit.batch.test_jobs import make_job
 from saqqara.cluster.batch import job as jobs
 from saqqara.cluster.cli import batch
 
@@ -430,7 +430,7 @@ sys.exit(batch.run_and_summarise(make_job(Path(sys.argv[1]), lines), None, None)
 
 def interrupted(job: BatchJob, *signals: int) -> "subprocess.CompletedProcess[str]":
     """Run 2000 rows of a job in a process of its own, and send it signals once it writes."""
-    tests = str(Path(__file__).parents[1])
+    tests = str(Path(__file__).parents[2])
     found = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-c", SLOW_JOB, str(job.output.parent)]
     env = os.environ | {"PYTHONPATH": found}

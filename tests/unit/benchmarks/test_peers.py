@@ -15,7 +15,7 @@ import pytest
 
 from saqqara.cluster.cli.tables import print_table
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
 TOY = """
 from protocol import Answers, Clock, serve

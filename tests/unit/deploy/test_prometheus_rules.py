@@ -12,7 +12,7 @@ from support.prometheus import find_binary
 
 from saqqara.cluster.engine.metrics import METRICS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "deploy" / "prometheus"
 RULES: dict[str, Any] = yaml.safe_load((FOLDER / "rules.yaml").read_text())
 TESTS: dict[str, Any] = yaml.safe_load((FOLDER / "rules_test.yaml").read_text())

@@ -27,7 +27,7 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("there is a GPU: run make gpu-check", allow_module_level=True)
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu"
 NAMES = ("gpu_report", "gpu_models", "gpu_generation", "gpu_kernels", "gpu_baselines", "gpu_engine")
 STATES = {"ok", "wrong", "missed", "failed", "skipped"}
 
