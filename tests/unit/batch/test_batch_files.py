@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from support.fake_client import FakeClient
-from unit.test_jobs import make_job, records, run
+from unit.batch.test_jobs import make_job, records, run
 
 from saqqara.cluster.batch.job import run_batch
 from saqqara.cluster.batch.lines import BadLine, Row, RowParser

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.fake_client import FakeClient
-from unit.test_jobs import make_job, run
+from unit.batch.test_jobs import make_job, run
 
 from saqqara.cluster.batch import fingerprint as fingerprinting
 from saqqara.cluster.batch.fingerprint import (
