@@ -2,6 +2,8 @@
 
 One table, so that no number goes unchecked: a test fails for a field of `Retention`, of a score or
 shape, of `Propagate`, `DecodeStage` or `TrimStage` that holds a number and is not in it.
+
+What this folder does, and its other files from the bottom up: see `retention.py`.
 """
 
 from collections.abc import Sequence
