@@ -29,7 +29,9 @@ class TextOffsets:
     def next(self, data: bytes) -> int:
         """Where the next token begins, whose bytes these are."""
         pending, _ = self._decoder.getstate()
-        offset = self._num_chars + _is_cut_short(pending, data)  # then it is a character, U+FFFD
+        offset = self._num_chars
+        if _is_cut_short(pending, data):  # then it is U+FFFD, twice for half a surrogate
+            offset += len(pending.decode(errors="replace"))
         self._num_chars += len(self._decoder.decode(data))
         return offset
 
