@@ -45,6 +45,7 @@ _WORKERS = {
     "workers/models": _below("workers", "workers/mesh", "workers/native", "configs"),
     "workers/state": _below("workers", "compression", "configs"),
 }
+_WORKERS["workers/footprint.py"] = _below("workers/mesh", "workers/models", "compression")
 _WORKERS["workers/part.py"] = frozenset({*_WORKERS, "compression", "configs"})
 _WORKERS["workers/sizing.py"] = frozenset({*_WORKERS, "compression", "configs"})
 _WORKERS["workers/process.py"] = frozenset({*_WORKERS, "compression", "configs"})
@@ -60,6 +61,7 @@ ROOMS = {
     "cluster": _FOUNDATION - {"cluster"},  # the words that its rooms share
     "cluster/scheduling": _FOUNDATION,
     "cluster/engine": _FOUNDATION | {"cluster/scheduling"},
+    "cluster/planning": _FOUNDATION | {"cluster/scheduling"},
     "cluster/openai": _FOUNDATION,
     "cluster/server": _FOUNDATION | {"cluster/openai", "cluster/engine", "cluster/scheduling"},
     "cluster/on_ray": _FOUNDATION
@@ -70,7 +72,8 @@ ROOMS = {
     "cluster/serve.py": _below("cluster/on_ray"),
     "cluster/batch": _FOUNDATION | {"cluster/launch.py", "cluster/openai", "cluster/engine"},
     "cluster/cli": _FOUNDATION
-    | {"cluster/batch", "cluster/server", "cluster/on_ray", "cluster/launch.py", "cluster/engine"},
+    | {"cluster/batch", "cluster/server", "cluster/on_ray", "cluster/launch.py", "cluster/engine"}
+    | {"cluster/planning"},
     "evaluation/prompts": _FOUNDATION | {"cluster/engine"},
     "evaluation/figures": _below("evaluation", "workers/models", "compression", "configs"),
     "evaluation/speed": _below("evaluation/prompts", "cluster/engine") | _FOUNDATION,
@@ -124,7 +127,7 @@ def test_ray_is_imported_in_one_folder() -> None:
     assert foreign_imports(HOUSE, "ray", only_under=RAY_FOLDER) == []
 
 
-@pytest.mark.parametrize("room", ["scheduling", "openai"])
+@pytest.mark.parametrize("room", ["scheduling", "openai", "planning"])
 def test_rooms_without_tensors_load_neither_torch_nor_ray(room: str) -> None:
     """In a process of its own: whatever they import, however deep, is plain Python."""
     modules = [name for name, file in HOUSE.modules.items() if f"cluster/{room}/" in file]

@@ -26,6 +26,7 @@ from support.tiny import save_tiny
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers import sizing
+from saqqara.workers.footprint import graph_sizes
 from saqqara.workers.kernels.decode import PagedRows
 from saqqara.workers.passes import device_decode
 from saqqara.workers.plan import (
@@ -35,7 +36,6 @@ from saqqara.workers.plan import (
     SamplingSpec,
     StepPlan,
 )
-from saqqara.workers.sizing import graph_sizes
 from saqqara.workers.worker import Worker
 
 interpreted = pytest.mark.skipif(

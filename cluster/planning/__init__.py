@@ -1,0 +1,1 @@
+"""Sizes of a deployment on paper. Imports `scheduling` and the sizes of `workers`; no torch, no Ray."""
