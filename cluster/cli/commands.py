@@ -231,6 +231,9 @@ def plan(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 2048,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for it.")] = 256,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Also: time for so many, all there at once.")
+    ] = None,
     retention: Annotated[str, typer.Option(help="Method, preset, or YAML mapping.")] = "full",
     budget: Annotated[str | None, typer.Option(help="Tokens, or a share such as 25%.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
@@ -282,6 +285,7 @@ def plan(
             nodes=nodes,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
+            requests=requests,
             retention=retention,
             budget=budget,
             dtype=dtype,

@@ -36,6 +36,7 @@ class PlanFlags:
     nodes: int | None
     prompt_tokens: int
     new_tokens: int
+    requests: int | None
     retention: str
     budget: str | None
     dtype: str
@@ -106,6 +107,7 @@ def question_of(flags: PlanFlags) -> Question:
         ),
         factors=factors,
         hour_price=flags.gpu_hour_price or device.hour_price,
+        num_requests=flags.requests,
         tensor=flags.tensor_parallel_size,
         pipeline=flags.pipeline_parallel_size,
         split=_split(flags.layer_split),
@@ -122,6 +124,7 @@ def as_data(question: Question, flags: PlanFlags, plans: Sequence[LayoutPlan]) -
         "num_nodes": question.num_nodes,
         "prompt_tokens": flags.prompt_tokens,
         "new_tokens": flags.new_tokens,
+        "requests": flags.requests,
         "retention": question.workload.retention.label,
         "dtype": flags.dtype,
         "engine": asdict(question.sizes),
@@ -137,6 +140,7 @@ def print_plans(question: Question, flags: PlanFlags, plans: Sequence[LayoutPlan
         "tensor x pipeline x replicas",
         *("sequences", "of full", "tokens/s", "of full", "decode/s", "prefill/s"),
         *("step ms", "prompt s", "$ per million"),
+        *(["job s"] if flags.requests else []),
         title=_question(question, flags),
     )
     for column in table.columns[1:]:
@@ -173,6 +177,7 @@ def _row(each: LayoutPlan) -> list[str]:
         f"{1000 * kept.step_seconds:.1f}",
         f"{kept.prompt_seconds:.2f}",
         "-" if dollars is None else f"{dollars:.2f}",
+        *([] if each.job_seconds is None else [f"{each.job_seconds:,.1f}"]),
     ]
 
 

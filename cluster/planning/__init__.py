@@ -1,1 +1,1 @@
-"""Sizes of a deployment on paper. Imports `scheduling` and the sizes of `workers`; no torch, no Ray."""
+"""Sizes a deployment on paper. Imports `scheduling` and the shared words; no torch, no Ray."""

@@ -11,6 +11,7 @@ On a GPU kernels are launched while others run, so a step takes as long as the l
 and launching; one rank alone replays a recorded step and launches nothing.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -122,7 +123,7 @@ class CostModel:
         for number in rank.layers:
             tokens = entering[number]
             is_last = number == spec.num_layers - 1
-            products = tokens * active
+            products: float = tokens * active
             pairs = tokens * tokens / 2
             if is_last:  # queries and MLP only where the next token comes from
                 products = tokens * in_front + num_prompts * (active - in_front)
@@ -213,5 +214,5 @@ class CostModel:
         model = self.model
         if model.num_experts == 1:
             return 1.0
-        missed = (1 - model.experts_per_token / model.num_experts) ** num_tokens
+        missed = math.pow(1 - model.experts_per_token / model.num_experts, num_tokens)
         return model.num_experts * (1 - missed)

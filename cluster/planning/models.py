@@ -1,4 +1,4 @@
-"""Models to plan for: known ones from `configs/models/`, or any folder; read without transformers."""
+"""Models to plan for: those in `configs/models/`, or any folder; read without transformers."""
 
 import json
 from dataclasses import dataclass

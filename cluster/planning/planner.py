@@ -1,4 +1,4 @@
-"""Every way to lay a model out over some GPUs, what fits into it and how fast it is, the best first.
+"""Every way to lay a model out over some GPUs, what fits and how fast it is; the best first.
 
 A replica has `tensor` x `pipeline` ranks, one on each GPU. A tensor group lies on one node; stages
 may lie on several.
@@ -45,6 +45,7 @@ class Question:
         sizes: the engine's settings.
         factors: of the cost model.
         hour_price: of one GPU, in dollars; None: not known.
+        num_requests: of a job, all there at once; None: no job.
         tensor, pipeline: this layout only; None: any.
         split: layers of each stage; None: balanced.
     """
@@ -58,6 +59,7 @@ class Question:
     sizes: EngineSizes
     factors: Factors
     hour_price: float | None = None
+    num_requests: int | None = None
     tensor: int | None = None
     pipeline: int | None = None
     split: tuple[int, ...] | None = None
@@ -112,6 +114,7 @@ class LayoutPlan:
         kept: rates under the retention that was asked for.
         full: rates under full retention; None where not even one sequence fits.
         dollars_per_million: new tokens; None without a price.
+        job_seconds: for all requests of a job; None without one.
         why_not: why it cannot serve at all; None if it can.
     """
 
@@ -122,6 +125,7 @@ class LayoutPlan:
     kept: Rates | None = None
     full: Rates | None = None
     dollars_per_million: float | None = None
+    job_seconds: float | None = None
     why_not: str | None = None
 
 
@@ -158,11 +162,6 @@ def estimate(question: Question, layout: MeshLayout, replicas: int) -> Rates | N
     return _rates(question, memory, replicas, sequences) if sequences else None
 
 
-def rates_at(question: Question, layout: MeshLayout, sequences: float) -> Rates:
-    """The rates of one replica with so many sequences at once, whether or not they fit."""
-    return _rates(question, _memory(question, layout), 1, sequences)
-
-
 def cost_model_of(question: Question, layout: MeshLayout) -> CostModel:
     """The cost model of a replica's ranks where its stages lie."""
     per_node = question.gpus_per_node
@@ -194,8 +193,26 @@ def _planned(question: Question, layout: MeshLayout, replicas: int) -> LayoutPla
     if question.hour_price is not None:
         an_hour = question.hour_price * question.num_gpus
         dollars = an_hour / (3600 * kept.output_tokens_per_second) * 1e6
-    ranks = memory.at(question.sizes.max_num_seqs or sequences)
-    return replace(plan, ranks=ranks, kept=kept, full=full, dollars_per_million=dollars)
+    job = None
+    if question.num_requests is not None:
+        job = _job_seconds(question, memory, replicas, sequences, question.num_requests)
+    return replace(
+        plan,
+        ranks=memory.at(question.sizes.max_num_seqs or sequences),
+        kept=kept,
+        full=full,
+        dollars_per_million=dollars,
+        job_seconds=job,
+    )
+
+
+def _job_seconds(
+    question: Question, memory: ReplicaMemory, replicas: int, sequences: int, num_requests: int
+) -> float:
+    """Time for so many requests that are there at once, as many running as fit."""
+    each = -(-num_requests // replicas)
+    rates = _rates(question, memory, 1, min(sequences, each))
+    return each * question.workload.new_tokens / rates.output_tokens_per_second
 
 
 def _unplaceable(question: Question, layout: MeshLayout, replicas: int) -> str | None:
