@@ -1,5 +1,6 @@
 """What `saqqara plan` prints."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,6 +156,8 @@ def print_plans(question: Question, flags: PlanFlags, plans: Sequence[LayoutPlan
     for each in plans:
         if each.why_not is not None:
             typer.echo(f"{_name(each)} cannot serve: {each.why_not}")
+    if served and question.model.note is None:
+        typer.echo(f"To run it: {_command(flags, served[0])}")
     for note in _notes(question, flags):
         typer.echo(note)
 
@@ -235,6 +238,23 @@ def _question(question: Question, flags: PlanFlags) -> str:
         f"{flags.prompt_tokens} tokens in, {flags.new_tokens} out, "
         f"{question.workload.retention.label}"
     )
+
+
+def _command(flags: PlanFlags, best: LayoutPlan) -> str:
+    """The server that the best layout is; a folder or hub id takes the place of a known name."""
+    assert best.kept is not None
+    slots = flags.max_num_seqs or best.kept.sequences
+    parts = [f"saqqara serve --model {flags.model}"]
+    if best.tensor * best.pipeline > 1:
+        parts.append(f"--tensor-parallel-size {best.tensor}")
+        parts.append(f"--pipeline-parallel-size {best.pipeline}")
+    parts.append(f"--max-num-seqs {slots} --num-replicas {best.replicas}")
+    settings = {"retention": flags.retention, "budget": flags.budget}
+    settings |= {"max-model-len": flags.max_model_len, "layer-split": flags.layer_split}
+    settings |= {"kv-memory-gib": flags.kv_memory_gib}
+    given = {name: str(value) for name, value in settings.items() if value is not None}
+    parts += [f"--{name} {shlex.quote(value)}" for name, value in given.items()]
+    return " ".join(parts)
 
 
 def _title(flags: PlanFlags, best: LayoutPlan) -> str:

@@ -106,12 +106,13 @@ class ReplicaMemory:
 
     def fits(self, num_seqs: int, max_num_seqs: int) -> bool:
         """Whether so many sequences fit into an engine of so many slots."""
-        held = self.at(max_num_seqs)
+        kinds, kind_W = self.kinds
+        held = [self._rank(rank, max_num_seqs) for rank in kinds]
         if any(rank.total_bytes > self.device.memory_bytes for rank in held):
             return False
-        pages_W = np.array([rank.num_pages for rank in held])
-        if any(page < rank.num_rows for page, rank in zip(pages_W, self.ranks, strict=True)):
+        if any(of.num_pages < rank.num_rows for of, rank in zip(held, kinds, strict=True)):
             return False  # the engine refuses to start
+        pages_W = np.array([rank.num_pages for rank in held])[kind_W]
         spare = pages_W // WATERMARK if num_seqs > 1 else 0
         at_end = num_seqs * self.demand.most(self.workload.fed_tokens)
         admitted = num_seqs * self.demand.most(0) + spare
@@ -130,6 +131,24 @@ class ReplicaMemory:
             worker_info(rank, self.device, held, sizes.page_tokens, sizes.max_model_len)
             for rank, held in zip(self.ranks, self.at(max_num_seqs), strict=True)
         ]
+
+    @cached_property
+    def kinds(self) -> tuple[list[Footprint], list[int]]:
+        """Ranks that differ in size, one of each kind; and the kind of every rank."""
+        kinds: dict[tuple[object, ...], int] = {}
+        examples, kind_W = [], []
+        for rank in self.ranks:
+            sizes = (rank.layers, len(rank.heads.kv), len(rank.heads.query), rank.num_channels)
+            key = (*sizes, rank.tensor_rank == 0)  # the first has biases that others have not
+            if key not in kinds:
+                kinds[key] = len(examples)
+                examples.append(rank)
+            kind_W.append(kinds[key])
+        return examples, kind_W
+
+    @cached_property
+    def _replica_rows(self) -> int:
+        return replica_rows(self.ranks)
 
     def why_not(self) -> str:
         """Why not one sequence fits."""
@@ -172,7 +191,7 @@ class ReplicaMemory:
     def _pool_bytes(self, rank: Footprint, others: int) -> float:
         """Bytes that the pool may have beside what else lies there."""
         sizes, memory = self.sizes, self.device.memory_bytes
-        of_replica = rank.num_rows / replica_rows(self.ranks)
+        of_replica = rank.num_rows / self._replica_rows
         if sizes.kv_memory_gib is not None:
             return sizes.kv_memory_gib * GIB * of_replica
         if self.device.kind == "cuda":

@@ -242,13 +242,17 @@ def _rates(question: Question, memory: ReplicaMemory, replicas: int, sequences: 
     entering = workload.entering_tokens(spec)
     attended_LH = workload.attended_tokens(spec, sizes.page_tokens)
     group = max(sizes.max_prefill_tokens, workload.prompt_tokens)
-    prompts_S, steps_S = [0.0] * stages, [0.0] * stages
-    for rank in memory.ranks:
-        stage = layout.pipeline_rank(rank.rank)
+    kinds, kind_W = memory.kinds
+    attended = [0.0] * len(kinds)  # of the rank of its kind that reads most
+    for rank, kind in zip(memory.ranks, kind_W, strict=True):
         heads = slice(rank.heads.kv.start, rank.heads.kv.stop)
-        attended = float(attended_LH[rank.layers.start : rank.layers.stop, heads].sum())
+        rows = attended_LH[rank.layers.start : rank.layers.stop, heads]
+        attended[kind] = max(attended[kind], float(rows.sum()))
+    prompts_S, steps_S = [0.0] * stages, [0.0] * stages
+    for rank, tokens in zip(kinds, attended, strict=True):
+        stage = layout.pipeline_rank(rank.rank)
         prompt = cost.prefill_seconds(rank, entering, group)
-        step = cost.decode_seconds(rank, max(sequences / stages, 1.0), attended)
+        step = cost.decode_seconds(rank, max(sequences / stages, 1.0), tokens)
         prompts_S[stage] = max(prompts_S[stage], prompt)
         steps_S[stage] = max(steps_S[stage], step)
     step_seconds = stages * (max(steps_S) + question.factors.step_seconds)
