@@ -25,6 +25,14 @@ from saqqara.configs.names import did_you_mean
 from .tables import print_table
 
 GIB = 1024**3
+# What `saqqara serve` does without being told, on a GPU.
+_ENGINE_DEFAULTS = {
+    "retention": "full",
+    "dtype": "bfloat16",
+    "page-tokens": 16,
+    "memory-utilization": 0.9,
+    "max-prefill-tokens": 2048,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +259,14 @@ def _command(flags: PlanFlags, best: LayoutPlan) -> str:
     parts.append(f"--max-num-seqs {slots} --num-replicas {best.replicas}")
     settings = {"retention": flags.retention, "budget": flags.budget}
     settings |= {"max-model-len": flags.max_model_len, "layer-split": flags.layer_split}
-    settings |= {"kv-memory-gib": flags.kv_memory_gib}
-    given = {name: str(value) for name, value in settings.items() if value is not None}
+    settings |= {"kv-memory-gib": flags.kv_memory_gib, "dtype": flags.dtype}
+    settings |= {"page-tokens": flags.page_tokens, "memory-utilization": flags.memory_utilization}
+    settings |= {"max-prefill-tokens": flags.max_prefill_tokens}
+    given = {
+        name: str(value)
+        for name, value in settings.items()
+        if value is not None and value != _ENGINE_DEFAULTS.get(name)
+    }
     parts += [f"--{name} {shlex.quote(value)}" for name, value in given.items()]
     return " ".join(parts)
 

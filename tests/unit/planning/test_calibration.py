@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from saqqara.cluster.batch.summary import BatchSummary
+from saqqara.cluster.engine.report import EngineReport, WorkerReport
 from saqqara.cluster.planning.calibration import MeasuredRun, calibrate, read_run
 from saqqara.cluster.planning.cost_model import Factors
 from saqqara.cluster.planning.devices import Device
@@ -144,6 +146,13 @@ def test_a_summary_of_a_batch_job_does_as_well(tmp_path: Path) -> None:
     run = read_run(file)
     assert run.workload == Workload(512, 128, Retention.parse("pyramidkv", "25%"))
     assert (run.steps, run.num_seqs, run.num_requests) == (127, 16, 16)
+
+
+def test_what_is_read_of_a_report_is_in_every_report() -> None:
+    report = run_json(1, 1, 2, 1.0, 0.5)["report"]
+    assert set(report) <= set(EngineReport.model_fields)
+    assert set(report["workers"][0]) <= set(WorkerReport.model_fields)
+    assert {"retention", "budget", "report"} <= set(BatchSummary.model_fields)
 
 
 def test_what_the_controller_takes_is_told_apart(smol: PlannedModel) -> None:

@@ -12,9 +12,11 @@ from support.planned import question
 from typer.testing import CliRunner, Result
 
 from saqqara.cli import app
+from saqqara.cluster.cli.plan import _ENGINE_DEFAULTS
 from saqqara.cluster.planning.planner import FULL, plan
 from saqqara.cluster.planning.plots import BUDGETS, curve
 from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig
 
 ASK = ("--model", "llama-3-70b", "--gpu", "h100-80gb", "--gpus", "8")
 
@@ -138,3 +140,14 @@ def test_a_plan_loads_neither_torch_nor_ray() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "4 x 2 x 1" in done.stdout
     assert done.stderr.strip() == ""
+
+
+def test_defaults_are_the_engines() -> None:
+    """A plan that nobody told otherwise is of the engine that nobody told otherwise."""
+    engine = planned()["engine"]
+    for name in ("page_tokens", "max_prefill_tokens", "memory_utilization", "kv_memory_gib"):
+        assert engine[name] == EngineConfig(model="m").model_dump()[name]
+    assert engine["linear_chunk_tokens"] == EngineConfig(model="m").linear_chunk_tokens
+    flags = {name.replace("-", "_"): value for name, value in _ENGINE_DEFAULTS.items()}
+    del flags["dtype"]  # "auto", which on a GPU is this
+    assert flags == {name: EngineConfig(model="m").model_dump()[name] for name in flags}
