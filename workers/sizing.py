@@ -61,13 +61,21 @@ def pool_pages(part: Part) -> int:
     return pages
 
 
-@torch.inference_mode()
 def measure_step(part: Part) -> int:
     """Peak GPU bytes of the largest step: one layer of a full prefill group, and the head."""
-    tokens, config, spec = part.config.max_prefill_tokens, part.config, part.spec
     torch.cuda.synchronize(part.device)
     before = torch.cuda.memory_allocated(part.device)
     torch.cuda.reset_peak_memory_stats(part.device)
+    hidden_bytes = largest_step(part)
+    peak = torch.cuda.max_memory_allocated(part.device)
+    # Another group's hidden states may be parked beside the one in work.
+    return int(peak - before + 2 * hidden_bytes)
+
+
+@torch.inference_mode()
+def largest_step(part: Part) -> int:
+    """Compute what takes most memory, with zeros; returns the bytes of its hidden states."""
+    tokens, config, spec = part.config.max_prefill_tokens, part.config, part.spec
     hidden_TE = torch.zeros(tokens, spec.hidden_size, dtype=part.dtype, device=part.device)
     length = min(tokens, part.max_model_len)
     lengths = [length] * (tokens // length) + ([tokens % length] if tokens % length else [])
@@ -83,9 +91,7 @@ def measure_step(part: Part) -> int:
         layer.finish(hidden_TE[chunk], attended[chunk])
     if part.decoder.head is not None:
         part.decoder.logits(hidden_TE[: config.max_num_seqs])
-    peak = torch.cuda.max_memory_allocated(part.device)
-    # Another group's hidden states may be parked beside the one in work.
-    return int(peak - before + 2 * hidden_TE.nbytes)
+    return hidden_TE.nbytes
 
 
 def rings_and_sums_bytes(part: Part) -> int:

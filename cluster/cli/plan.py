@@ -257,7 +257,7 @@ def _command(flags: PlanFlags, best: LayoutPlan) -> str:
         parts.append(f"--tensor-parallel-size {best.tensor}")
         parts.append(f"--pipeline-parallel-size {best.pipeline}")
     parts.append(f"--max-num-seqs {slots} --num-replicas {best.replicas}")
-    settings = {"retention": flags.retention, "budget": flags.budget}
+    settings: dict[str, Any] = {"retention": flags.retention, "budget": flags.budget}
     settings |= {"max-model-len": flags.max_model_len, "layer-split": flags.layer_split}
     settings |= {"kv-memory-gib": flags.kv_memory_gib, "dtype": flags.dtype}
     settings |= {"page-tokens": flags.page_tokens, "memory-utilization": flags.memory_utilization}

@@ -136,7 +136,8 @@ class ReplicaMemory:
     def kinds(self) -> tuple[list[Footprint], list[int]]:
         """Ranks that differ in size, one of each kind; and the kind of every rank."""
         kinds: dict[tuple[object, ...], int] = {}
-        examples, kind_W = [], []
+        examples: list[Footprint] = []
+        kind_W: list[int] = []
         for rank in self.ranks:
             sizes = (rank.layers, len(rank.heads.kv), len(rank.heads.query), rank.num_channels)
             key = (*sizes, rank.tensor_rank == 0)  # the first has biases that others have not
@@ -215,16 +216,19 @@ def step_bytes(rank: Footprint, sizes: EngineSizes, max_num_seqs: int) -> int:
     hidden = spec.hidden_size * size
     fused, own = rows * spec.head_dim * size, queries * spec.head_dim * size
     angles = 2 * spec.head_dim * _FLOAT_BYTES
-    rotation = 2 * queries * spec.head_dim * _FLOAT_BYTES + 2 * own
-    project = hidden + fused + rotation + angles
-    attend = fused + own + queries * _FLOAT_BYTES + angles
-    mass = attend + 2 * len(rank.heads.kv) * _FLOAT_BYTES
-    chunk = min(tokens, sizes.linear_chunk_tokens) * (3 * hidden + 4 * rank.num_channels * size)
-    of_tokens = max(tokens * project, tokens * mass, tokens * attend + chunk)
-    logits = max_num_seqs * spec.vocab_size * (size + _FLOAT_BYTES) if rank.is_last_stage else 0
-    in_front_of_logits = tokens * (attend + hidden)
-    # Another group's hidden states may be parked beside the one in work.
-    return int(max(tokens * hidden + of_tokens, in_front_of_logits + logits) + 2 * tokens * hidden)
+    rotation = 2 * queries * spec.head_dim * _FLOAT_BYTES + own  # product, sum, swapped halves
+    project = tokens * (fused + angles + max(hidden, rotation))
+    rotated = own + len(rank.heads.kv) * spec.head_dim * size  # beside the fused product
+    attended = tokens * (fused + rotated + own + queries * _FLOAT_BYTES + angles)
+    chunk = min(tokens, sizes.linear_chunk_tokens)
+    finish = chunk * (3 * hidden + 3 * rank.num_channels * size)  # gate and up, and what they make
+    logits = 0
+    if rank.is_last_stage:
+        copies = size + (_FLOAT_BYTES if size < _FLOAT_BYTES else 0)
+        copies += size if rank.layout.tensor_size > 1 else 0  # what is gathered
+        logits = max_num_seqs * (spec.vocab_size * copies + hidden)
+    # Hidden states, and those of another group that may be parked beside the one in work.
+    return int(max(project, attended + max(finish, logits)) + 3 * tokens * hidden)
 
 
 def worker_info(

@@ -62,6 +62,7 @@ def planned(config: EngineConfig, layout: MeshLayout) -> ReplicaMemory:
         max_model_len=config.max_model_len or model.spec.max_position,
         max_num_seqs=config.max_num_seqs,
         max_prefill_tokens=config.max_prefill_tokens,
+        linear_chunk_tokens=config.linear_chunk_tokens,
         page_tokens=config.page_tokens,
         kv_memory_gib=config.kv_memory_gib,
     )

@@ -3,6 +3,7 @@
 `tests/distributed/test_planned_ranks.py` has several ranks.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.peak_bytes import PeakBytes
 from support.planned import planned, planned_bytes, real_bytes
 from support.tiny import CONFIGS
 
@@ -18,6 +20,7 @@ from saqqara.compression.growth import most_ring_size, remembers_normalisers
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import MeshLayout
+from saqqara.workers.sizing import largest_step
 from saqqara.workers.worker import Worker
 
 ALONE = MeshLayout()
@@ -113,3 +116,41 @@ def test_rings_are_as_large_as_planned(config_of: Callable[..., EngineConfig]) -
         for slot in range(config.max_num_seqs):
             rings.open(slot, size, with_normalisers=remembers_normalisers(parsed))
         assert rings.num_bytes == held.remembered_bytes > 0
+
+
+LARGER = {"hidden_size": 264, "intermediate_size": 688, "head_dim": 32, "vocab_size": 4000}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama-gqa", {}),
+        ("llama-mha", {"dtype": "bfloat16"}),
+        ("llama-gqa", {"linear_chunk_tokens": 128}),
+        ("llama-mqa", {"max_num_seqs": 512}),
+    ],
+    ids=str,
+)
+def test_activations_are_about_as_planned(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """What the engine would measure on a GPU, counted on the CPU, where a norm takes more."""
+    config = EngineConfig(
+        model=str(tmp_path),
+        load_format="dummy",
+        device="cpu",
+        warmup=False,
+        linear_backend="torch",
+        attention_backend="torch",
+        max_prefill_tokens=512,
+        kv_memory_gib=2**-8,
+        **{"dtype": "float32", **settings},
+    )
+    model = copy.deepcopy(CONFIGS[name])
+    model.update(LARGER)
+    model.save_pretrained(tmp_path)
+    [held] = planned(config, ALONE).at(config.max_num_seqs)
+    with started(config) as worker, PeakBytes() as memory:
+        hidden_bytes = largest_step(worker._shard.part)
+    measured = memory.peak + 2 * hidden_bytes
+    assert 0.9 * measured < held.activation_bytes < 1.1 * measured
