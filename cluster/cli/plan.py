@@ -10,7 +10,6 @@ import typer
 import yaml
 from rich.table import Table
 
-from saqqara.cluster.planning.calibration import calibrate, read_run
 from saqqara.cluster.planning.cost_model import Factors
 from saqqara.cluster.planning.devices import device_of
 from saqqara.cluster.planning.memory import EngineSizes, RankMemory
@@ -98,6 +97,8 @@ def question_of(flags: PlanFlags) -> Question:
         )
     factors = Factors.default(device.kind)
     if flags.calibrate:
+        from saqqara.cluster.planning.calibration import calibrate, read_run
+
         factors = calibrate([read_run(path) for path in flags.calibrate], model, device, factors)
     return Question(
         model=model,

@@ -3,9 +3,11 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support.tiny import CONFIGS
 
 from saqqara.cluster.planning.memory import weight_bytes
@@ -13,7 +15,9 @@ from saqqara.cluster.planning.models import MODEL_DIR, known_models, model_of
 from saqqara.cluster.planning.planner import DTYPES
 from saqqara.workers.footprint import Footprint
 from saqqara.workers.mesh.layout import MeshLayout
+from saqqara.workers.models.decoder import Decoder
 from saqqara.workers.models.spec import load_spec
+from saqqara.workers.models.weights import WeightSource, weight_shapes
 
 BF16 = DTYPES["bfloat16"]
 # All weights of the published checkpoints, norms and biases included.
@@ -95,3 +99,45 @@ def test_a_name_that_is_none_gets_the_closest() -> None:
 
 def test_every_known_model_is_a_published_one() -> None:
     assert set(known_models()) == set(PARAMETERS)
+
+
+TOPOLOGY = {  # of Llama-3-70B, all else small
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 4,
+    "hidden_size": 256,
+    "intermediate_size": 448,
+    "vocab_size": 500,
+}
+
+
+class NoNumbers(WeightSource):
+    """Tensors of the right shapes; sizes are all that is asked of them."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _read(self, name: str, shape: tuple[int, ...], rows: range, cols: range) -> torch.Tensor:
+        return torch.empty((len(rows), *((len(cols),) if len(shape) == 2 else ())))
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(8, 1), (1, 4), (4, 2)])
+def test_the_decoders_of_a_70b_topology_weigh_what_was_planned(
+    tensor: int, pipeline: int, tmp_path: Path
+) -> None:
+    """Every rank's real decoder, one after the other; weights know nothing of other ranks."""
+    config = json.loads((MODEL_DIR / "llama-3-70b.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, **TOPOLOGY}), encoding="utf-8")
+    model, layout = model_of(str(tmp_path)), MeshLayout(tensor, pipeline)
+    source = NoNumbers(weight_shapes(model.spec), torch.bfloat16, "cpu")
+    for rank in Footprint.of_ranks(model.spec, BF16, layout):
+        place: Any = SimpleNamespace(
+            layout=layout,
+            tensor_rank=rank.tensor_rank,
+            is_first_stage=rank.is_first_stage,
+            is_last_stage=rank.is_last_stage,
+        )
+        decoder = Decoder(model.spec, place, rank.heads, rank.layers, source, 64)
+        assert weight_bytes(rank, model) == decoder.weight_bytes()
+        assert rank.rotary_bytes(64) == decoder.rotary.cos.nbytes + decoder.rotary.sin.nbytes

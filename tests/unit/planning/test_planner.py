@@ -2,6 +2,8 @@
 
 import time
 from collections import deque
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from support.fake_replica import FakeReplica
 from support.planned import question
 
 from saqqara.cluster.engine.intake import sampling_of
+from saqqara.cluster.planning.cost_model import Factors
 from saqqara.cluster.planning.devices import DEVICES, device_of
 from saqqara.cluster.planning.memory import EngineSizes, ReplicaMemory
 from saqqara.cluster.planning.models import model_of
@@ -158,3 +161,9 @@ def test_a_plan_takes_no_time() -> None:
     started = time.process_time()
     plan(question(retention="recommended-adaptive", budget="20%"))
     assert time.process_time() - started < 0.5
+
+
+def test_the_page_names_every_known_gpu_and_factor() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "planning.md").read_text("utf-8")
+    for name in (*DEVICES, *(field.name for field in fields(Factors))):
+        assert f"`{name}`" in text
