@@ -21,7 +21,7 @@ from saqqara.configs.shown import shown
 
 from . import spelling
 from .bounds import BOUNDS, check
-from .decode import DecodeStage, Stage, TrimStage
+from .decode import AnyDecodeStage, DecodeStage, TrimStage
 from .head_profile import HeadProfile
 from .propagate import Propagate
 from .scores import SCORES, Score
@@ -73,7 +73,7 @@ class Retention:
     sinks: int = 4
     skip_layers: tuple[int, ...] = ()
     propagate: Propagate | None = None
-    decode: Stage | None = None
+    decode: AnyDecodeStage | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("score", Score | None), ("shape", Shape)):
