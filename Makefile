@@ -8,10 +8,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check prove soak gpu-check format dashboards validate-manifests clean
+.PHONY: help install demo test check prove soak gpu-check format dashboards validate-manifests clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 20
+
+install: $(INSTALLED) ## Make the environment, .venv, with all that tests and docs need
 
 demo: $(INSTALLED) ## Find facts in documents on a local Ray, with and without retention
 	$(BIN)/python benchmarks/demo.py

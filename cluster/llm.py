@@ -25,6 +25,7 @@ from .sampling import SamplingParams, scoring_params
 from .settings import engine_config
 
 POLL_SECONDS = 1.0
+_NO_ID = ""  # of requests that are not checked yet
 
 Message = Mapping[str, Any]
 GivenPrompt = str | Sequence[int] | Mapping[str, Any]
@@ -129,7 +130,7 @@ class LLM:
             raise ValueError("generate needs prompts or prompt_token_ids, and not both")
         given = prompts if prompts is not None else prompt_token_ids
         requests = [
-            Request(self._new_id(), one_prompt(prompt, i))
+            Request(_NO_ID, one_prompt(prompt, i))
             for i, prompt in enumerate(as_list(given, "prompts"))
         ]
         return self._generate(requests, "prompts", sampling_params, retention, budget, use_tqdm)
@@ -180,7 +181,7 @@ class LLM:
             chat_template=chat_template,
         )
         requests = [
-            Request(self._new_id(), messages=one_conversation(given, i), chat_options=options)
+            Request(_NO_ID, messages=one_conversation(given, i), chat_options=options)
             for i, given in enumerate(several)
         ]
         return self._generate(requests, "messages", sampling_params, retention, budget, use_tqdm)
@@ -248,7 +249,7 @@ class LLM:
             )
         requests = [
             Request(
-                self._new_id(),
+                _NO_ID,
                 score_continuation=one_prompt(after, i, "continuation"),
                 prompt=one_prompt(before, i, "context"),
                 token_by_token=token_by_token,
@@ -288,9 +289,6 @@ class LLM:
     ) -> None:
         self.shutdown()
 
-    def _new_id(self) -> str:
-        return str(next(self._ids))
-
     def _generate(
         self,
         requests: list[Request],
@@ -304,7 +302,12 @@ class LLM:
         return cast("list[RequestOutput]", self._run(requests, what, use_tqdm))
 
     def _run(self, requests: list[Request], what: str, use_tqdm: bool) -> list[Output]:
-        """Hand requests to the engine and wait for all of them."""
+        """Hand requests to the engine and wait for all of them.
+
+        They get their ids here, after all checks: seeds come from ids, so that a call which is
+        refused changes nothing of what later ones sample.
+        """
+        requests = [replace(request, request_id=str(next(self._ids))) for request in requests]
         index = {request.request_id: i for i, request in enumerate(requests)}
         outputs: dict[str, Output] = {}
         with self._turn, _progress(len(requests), use_tqdm) as advance:

@@ -38,7 +38,7 @@ class DecodeStage:
         check("decode.slack_pages", self.slack_pages)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; `parse_stage` reads it back."""
+        """As JSON values; `parse_decode_stage` reads it back."""
         return {"slack_pages": self.slack_pages}
 
     @property
@@ -88,7 +88,7 @@ class TrimStage:
         check("decode.exceed", self.exceed)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; `parse_stage` reads it back."""
+        """As JSON values; `parse_decode_stage` reads it back."""
         return {"trigger": self.trigger, "exceed": self.exceed}
 
     @property
@@ -107,10 +107,10 @@ class TrimStage:
         return min(max(part_of(_SHARE * cosine, candidates), 1), candidates)
 
 
-Stage = DecodeStage | TrimStage
+AnyDecodeStage = DecodeStage | TrimStage
 
 
-def parse_stage(value: object, has_score: bool) -> Stage | None:
+def parse_decode_stage(value: object, has_score: bool) -> AnyDecodeStage | None:
     """Read the setting as users write it: a mapping, true for the defaults; null is off.
 
     Args:
@@ -120,7 +120,7 @@ def parse_stage(value: object, has_score: bool) -> Stage | None:
     Raises:
         ValueError: anything else, or an unknown or bad entry, by its name.
     """
-    kind: type[Stage] = DecodeStage if has_score else TrimStage
+    kind: type[AnyDecodeStage] = DecodeStage if has_score else TrimStage
     if value is None or value is False:
         return None
     if value is True:

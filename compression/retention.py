@@ -21,14 +21,14 @@ from saqqara.configs.shown import shown
 
 from . import spelling
 from .bounds import BOUNDS, check
-from .decode import DecodeStage, Stage, TrimStage
+from .decode import AnyDecodeStage, DecodeStage, TrimStage
 from .head_profile import HeadProfile
 from .propagate import Propagate
 from .scores import SCORES, Score
 from .shapes import MEANS, UNIFORM, Allowance, LayerShape, Profile, RowShape, Shape, settle
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Retention:
     """What a sequence keeps of its prompt: a score, a budget shape, and what both work with.
 
@@ -73,7 +73,7 @@ class Retention:
     sinks: int = 4
     skip_layers: tuple[int, ...] = ()
     propagate: Propagate | None = None
-    decode: Stage | None = None
+    decode: AnyDecodeStage | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("score", Score | None), ("shape", Shape)):
@@ -100,8 +100,14 @@ class Retention:
         self._check_budget()
 
     def __hash__(self) -> int:
-        """By what tells most apart: tables by retention are looked up in every step."""
-        return hash((self.method, self.budget, self.share, self.window, self.sinks))
+        """Of all fields, computed once: tables by retention are looked up in every step."""
+        if "_hash" not in self.__dict__:
+            self.__dict__["_hash"] = hash(tuple(getattr(self, f.name) for f in fields(self)))
+        return int(self.__dict__["_hash"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the hash: those of strings differ between processes."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
 
     def _check_nothing_else(self) -> None:
         """Without a score nothing of what a budget needs may be set."""
@@ -330,7 +336,7 @@ def _layer_tokens(retention: Retention, prompt_tokens: int, num_layers: int) -> 
     layers, total = _shared_budget(retention, prompt_tokens, num_layers)
     if not layers:
         return entering
-    assert isinstance(retention.shape, LayerShape), f"{retention.shape} has rows, not layers"
+    assert isinstance(retention.shape, LayerShape), f"shape {retention.shape.name!r} has rows"
     allowance = _allowance(retention, Fraction(total, len(layers)), prompt_tokens)
     targets = retention.shape.targets(allowance, len(layers))
     counts = [prompt_tokens] * num_layers

@@ -16,7 +16,7 @@ from saqqara.configs.names import closest
 from saqqara.configs.shown import shown
 from saqqara.configs.yaml_files import CONFIG_DIR, load_yaml
 
-from .decode import DecodeStage, TrimStage, parse_stage
+from .decode import DecodeStage, TrimStage, parse_decode_stage
 from .head_profile import HeadProfile
 from .propagate import KINDS, Propagate
 from .scores import SCORES, Score, score_kind
@@ -162,7 +162,7 @@ def _without_score(method: str | None, propagate: Propagate | None, given: Flat)
             "'snapkv') beside it does"
         )
     propagate = Propagate.parse(given, propagate)
-    stage = parse_stage(decode, has_score=False)
+    stage = parse_decode_stage(decode, has_score=False)
     return {"method": method, "propagate": propagate, "decode": stage}
 
 
@@ -204,7 +204,7 @@ def _read_values(settings: Flat) -> Flat:
     if values.get("profile") is not None:
         values["profile"] = HeadProfile.read(values["profile"])
     if "decode" in values:
-        values["decode"] = parse_stage(values["decode"], has_score=True)
+        values["decode"] = parse_decode_stage(values["decode"], has_score=True)
     if isinstance(values.get("skip_layers"), list):
         values["skip_layers"] = tuple(values["skip_layers"])
     return values

@@ -1,1 +1,1 @@
-"""Measures the engine: speed, memory, and the quality of what retention settings keep."""
+"""Measures speed, memory and quality. Imports everything, and nothing imports it."""

@@ -219,7 +219,7 @@ def attention(
     else:
         token_ids = tokenizer.encode(prompt)
     shown = None if layers is None else layer_numbers(layers)
-    maps = attention_maps(config, token_ids, compared.settings(), shown)
+    maps = attention_maps(config, token_ids, compared.retentions(), shown)
     plots.save(draw(maps), plot)
     typer.echo(plot)
 
@@ -277,7 +277,7 @@ def report(
     plan = ReportPlan(
         names(tasks), length, num_samples, num_needles, seed, text.haystack, text.half
     )
-    grid = compared.settings(default_budgets="10%,25%,50%")
+    grid = compared.retentions(default_budgets="10%,25%,50%")
     results, page = run_report(settings.config, grid, plan, out)
     for result in results:
         for table in tables(result):
@@ -294,7 +294,7 @@ def _evaluate(settings: Settings, compared: Compared, task: "Task", files: Outpu
 
     if files.plot is not None:
         plots.check_plot_file(files.plot)
-    result = evaluate(settings.config, compared.settings(), task)
+    result = evaluate(settings.config, compared.retentions(), task)
     if files.json_file is not None:
         result.write(files.json_file)
     if files.plot is not None:

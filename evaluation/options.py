@@ -46,7 +46,7 @@ class Compared:
         ),
     ] = None
 
-    def settings(self, default_budgets: str = "25%") -> list["Retention"]:
+    def retentions(self, default_budgets: str = "25%") -> list["Retention"]:
         """Those of `--retention`, and the grid where it was asked for or nothing else was."""
         from saqqara.evaluation.grid import DEFAULT_METHODS, parse_grid, parse_setting
 

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from rich.table import Table
 
-from saqqara.cluster.batch.compare import answer_agreement
+from saqqara.cluster.batch.compare import compare_answers
 from saqqara.evaluation.figures.plots import distinct_colours
 
 GIB = 2**30
@@ -83,7 +83,7 @@ def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
                 for ours in filter(is_ours, engines)
             },
             "agreement": {
-                a: {b: answer_agreement(answers[a], answers[b]).to_dict() for b in answers}
+                a: {b: compare_answers(answers[a], answers[b]).to_dict() for b in answers}
                 for a in answers
             },
             "output_token_ids": answers,

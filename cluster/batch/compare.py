@@ -8,8 +8,8 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
-    """Agreement of one run with a reference run over the answers that both have.
+class AnswerComparison:
+    """How one run agrees with a reference run over the answers that both have.
 
     `identical` counts equal answers. `common_prefix_share` is the mean, over the answers, of the
     length of the common prefix divided by the length of the longer answer (1.0 for two empty ones).
@@ -55,7 +55,7 @@ def common_prefix_share(a: Sequence[int], b: Sequence[int]) -> float:
     return common / longest
 
 
-def answer_agreement(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> Agreement:
+def compare_answers(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> AnswerComparison:
     """Compare two runs, answer by answer, in the same order.
 
     Args:
@@ -68,7 +68,7 @@ def answer_agreement(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> 
     if len(a) != len(b):
         raise ValueError(f"answers: {len(a)} in one run and {len(b)} in the other; equal is needed")
     shares = [common_prefix_share(x, y) for x, y in zip(a, b, strict=True)]
-    return Agreement(
+    return AnswerComparison(
         answers=len(shares),
         identical=sum(list(x) == list(y) for x, y in zip(a, b, strict=True)),
         common_prefix_share=sum(shares) / len(shares) if shares else 0.0,
@@ -112,8 +112,8 @@ def _line_and_tokens(text: str, where: str) -> tuple[int, list[int] | None]:
     return line, tokens
 
 
-def compare_results(path: str | Path, reference: str | Path) -> Agreement:
-    """Agreement of two batch result files over the input lines that both have answered.
+def compare_results(path: str | Path, reference: str | Path) -> AnswerComparison:
+    """AnswerComparison of two batch result files over the input lines that both have answered.
 
     Raises:
         ValueError: no line is answered in both, or token ids are missing.
@@ -122,7 +122,7 @@ def compare_results(path: str | Path, reference: str | Path) -> Agreement:
     lines = sorted(ours.keys() & theirs.keys())
     if not lines:
         raise ValueError(f"{path} and {reference} have no answered line in common")
-    return answer_agreement([ours[i] for i in lines], [theirs[i] for i in lines])
+    return compare_answers([ours[i] for i in lines], [theirs[i] for i in lines])
 
 
 def _token_ids(record: Mapping[str, Any]) -> list[int] | None:

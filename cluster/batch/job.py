@@ -43,8 +43,8 @@ class BatchJob:
     """What to run: files, engine, and the settings of lines that bring none of their own.
 
     Args:
-        input: JSONL of simple or OpenAI batch lines, see `batch_input`.
-        output: JSONL of results, see `batch_output`; appended to when the job is resumed.
+        input: JSONL of simple or OpenAI batch lines, see `lines`.
+        output: JSONL of results, see `records`; appended to when the job is resumed.
         config: the engine.
         sampling: sampling of lines without their own.
         return_token_ids: also write the token ids of each answer.

@@ -79,6 +79,8 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort):  # RuntimeErrors, too
         raise
+    except BrokenPipeError:  # `| head` has seen enough: typer ends without a word
+        raise
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from concurrent.futures import Future
+from dataclasses import replace
 
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.cluster.scheduling.events import (
@@ -109,7 +110,7 @@ class Engine:
         Raises:
             ValueError: the request cannot be served; nothing else has changed.
         """
-        tokens = self._intake.read(request, self._now())
+        tokens = replace(self._intake.read(request), arrival_time=self._now())
         if tokens.request_id in self._states:
             raise ValueError(f"request_id {tokens.request_id!r} is in use")
         self.scheduler.check(tokens)
@@ -145,7 +146,7 @@ class Engine:
             error.add_note(f"requests in the step: {names}")
             logger.error("the engine's step failed; requests in it: %s", names)
             raise
-        return self._report(events)
+        return self._outputs(events)
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
         """Stop requests; unknown or finished ids are ignored.
@@ -204,7 +205,7 @@ class Engine:
             self._executor.check_integrity()
         return events
 
-    def _report(self, events: list[Event]) -> list[RequestOutput | ScoreOutput]:
+    def _outputs(self, events: list[Event]) -> list[RequestOutput | ScoreOutput]:
         """Tell requests, statistics and the caller what happened."""
         now = self._now()
         changed: dict[str, RequestState] = {}

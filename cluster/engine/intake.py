@@ -115,7 +115,7 @@ class Intake:
         self._limits = limits
         self._seed = seed
 
-    def read(self, request: Request, arrival_time: float) -> TokenRequest:
+    def read(self, request: Request) -> TokenRequest:
         """The request in tokens.
 
         Raises:
@@ -139,7 +139,6 @@ class Intake:
             priority=request.priority,
             score_continuation=scored,
             token_by_token=request.token_by_token,
-            arrival_time=arrival_time,
             prompt=request.prompt if isinstance(request.prompt, str) else None,
         )
         if request.must_fit and scored is None:

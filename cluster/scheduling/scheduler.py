@@ -32,7 +32,8 @@ class Scheduler:
         prefill_quantum: layers x tokens of prefill per step while others decode; None: no bound.
         max_extend_tokens: tokens replayed or scored per step, all sequences together.
         lookahead: steps of a sequence that may be in flight. With 2 the results of a step are
-            absorbed while the next one runs, and tokens that overran a stop are dropped.
+            absorbed while the next one runs, and tokens that overran a stop are dropped: what
+            engines need whose steps overlap with their controller's work.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Intervals, tables, plots and pages of results. Imports `result` alone."""
+"""Intervals, tables, plots and pages. Imports results and what names settings; no task."""

@@ -1,1 +1,1 @@
-"""Throughput, where a step's time goes, and checks of kernels. Imports `prompts` alone."""
+"""Throughput, where a step's time goes, checks of kernels. Imports engine, workers, `prompts`."""

@@ -4,6 +4,9 @@ Exit codes: 0 done, 1 something failed, 2 the user's input is wrong (one line sa
 have errors (`batch --fail-on-errors`), 128 + n ended by signal n (130: Ctrl-C).
 """
 
+import os
+import sys
+
 from saqqara.cluster.cli.commands import app
 from saqqara.evaluation.bench_cli import bench
 from saqqara.evaluation.cli import evaluation
@@ -16,7 +19,24 @@ app.add_typer(evaluation, name="eval")
 
 def main() -> None:
     """Entry point of the `saqqara` script."""
-    app()
+    try:
+        app()
+    finally:
+        _write_the_rest()
+
+
+def _write_the_rest() -> None:
+    """Flush stdout; where its reader has left (`| head`), drop the rest without a word.
+
+    The stream itself: typer may have put a wrapper in its place, whose flush says nothing, and the
+    interpreter's own flush at its end would complain.
+    """
+    if sys.__stdout__ is None:
+        return
+    try:
+        sys.__stdout__.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
 
 
 if __name__ == "__main__":

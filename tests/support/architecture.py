@@ -4,6 +4,7 @@ A rule takes the tree and gives the lines that break it: none where it is kept.
 """
 
 import ast
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 MAX_LINES = 400
-MAX_FILES = 14  # of a room: about a dozen
+MAX_FILES = 13  # of a room, `__init__.py` not counted: about a dozen
+PACKAGE = "src/saqqara"  # the import root: its own files, and links to the folders
 
 
 @dataclass(frozen=True)
@@ -31,24 +33,24 @@ class House:
         """Python files as paths below `root`, sorted."""
         return sorted(
             file.relative_to(self.root).as_posix()
-            for folder in self.folders
-            for file in self.root.glob(f"{folder}/**/*.py")
+            for pattern in (f"{PACKAGE}/*.py", *(f"{folder}/**/*.py" for folder in self.folders))
+            for file in self.root.glob(pattern)
         )
 
     @cached_property
     def modules(self) -> dict[str, str]:
         """The file of each module's full name."""
         return {
-            ".".join(("saqqara", *Path(f).with_suffix("").parts)).removesuffix(".__init__"): f
-            for f in self.files
+            ".".join((*_package(f), Path(f).stem)).removesuffix(".__init__"): f for f in self.files
         }
 
     def imports(self, file: str) -> Iterator[str]:
         """Full names of what a file imports, wherever in it, relative names resolved.
 
-        Imports for type checkers count: a circle of types is a circle for the reader.
+        Imports for type checkers count: a circle of types is a circle for the reader. So do names
+        of modules as text, for `importlib`.
         """
-        package = ("saqqara", *Path(file).parent.parts)
+        package = _package(file)
         for node in ast.walk(ast.parse((self.root / file).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)
@@ -56,17 +58,44 @@ class House:
                 base = package[: len(package) - node.level + 1] if node.level else ()
                 module = ".".join([*base, *([node.module] if node.module else [])])
                 yield from (f"{module}.{alias.name}" for alias in node.names)
+            elif isinstance(node, ast.Constant) and node.value in self.modules.keys() - {"saqqara"}:
+                yield str(node.value)
+
+    def file_of(self, name: str) -> str | None:
+        """The file that an imported name is in; None where there is none."""
+        return self.modules.get(name) or self.modules.get(name.rpartition(".")[0])
 
     @cached_property
     def needs(self) -> dict[str, set[str]]:
-        """The files of this house that each file imports."""
-        return {file: {*self._files_of(self.imports(file))} - {file} for file in self.files}
+        """The files of this house that each file imports.
 
-    def _files_of(self, names: Iterable[str]) -> Iterator[str]:
-        for name in names:
-            found = self.modules.get(name) or self.modules.get(name.rpartition(".")[0])
-            if found:
-                yield found
+        The version is a constant of the package, and no way to what its doors import.
+        """
+        return {
+            file: {
+                found
+                for name in self.imports(file)
+                if name != "saqqara.__version__" and (found := self.file_of(name)) is not None
+            }
+            - {file}
+            for file in self.files
+        }
+
+
+def _package(file: str) -> tuple[str, ...]:
+    """The package that a file is in."""
+    folder = Path(file).parent.as_posix()
+    return ("saqqara",) if folder == PACKAGE else ("saqqara", *Path(folder).parts)
+
+
+def unknown_imports(house: House) -> list[str]:
+    """Imports of the package that lead to no file, so that no other rule could see them."""
+    return [
+        f"{file} imports {name}"
+        for file in house.files
+        for name in house.imports(file)
+        if name.partition(".")[0] == "saqqara" and house.file_of(name) is None
+    ]
 
 
 def upward_imports(house: House, rooms: Mapping[str, frozenset[str]]) -> list[str]:
@@ -106,23 +135,12 @@ def circles(house: House) -> list[str]:
     return []
 
 
-def foreign_imports(
-    house: House, package: str, *, only_under: str = "", not_under: str = ""
-) -> list[str]:
-    """Files that import a package where it may not be.
-
-    Args:
-        house: the tree.
-        package: its top-level name, such as `ray`.
-        only_under: the folder where it may be imported.
-        not_under: the folder where it may not; the rule is about files in it alone.
-    """
+def importers(house: House, package: str) -> list[str]:
+    """Files that import a package of others, such as `ray`, anywhere in them."""
     return [
-        f"{file} imports {name}"
+        file
         for file in house.files
-        if file.startswith(not_under) and not (only_under and file.startswith(only_under))
-        for name in house.imports(file)
-        if name.partition(".")[0] == package
+        if package in {name.partition(".")[0] for name in house.imports(file)}
     ]
 
 
@@ -156,11 +174,19 @@ def full_rooms(house: House) -> list[str]:
     return [f"{folder} has {count} files" for folder, count in counts.items() if count > MAX_FILES]
 
 
-def silent_rooms(house: House) -> list[str]:
-    """Packages whose `__init__.py` does not say in its first line what they are for."""
-    return [
-        file
-        for file in house.files
-        if file.endswith("/__init__.py")
-        and not ast.get_docstring(ast.parse((house.root / file).read_text(encoding="utf-8")))
-    ]
+def silent_rooms(house: House, openings: Mapping[str, str]) -> list[str]:
+    """Folders whose first file does not say what they are for and what they import.
+
+    Args:
+        house: the tree.
+        openings: the first file of folders that have no `__init__.py`.
+    """
+    found = []
+    for folder in sorted({Path(file).parent.as_posix() for file in house.files} - {PACKAGE}):
+        first = openings.get(folder, f"{folder}/__init__.py")
+        source = house.root / first
+        text = source.read_text(encoding="utf-8") if source.exists() else ""
+        said = ast.get_docstring(ast.parse(text)) or ""
+        if not re.search(r"\b[Ii]mport(s|ed)?\b", said):
+            found.append(first)
+    return found

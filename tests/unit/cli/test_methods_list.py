@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -48,3 +50,13 @@ def test_the_list_keeps_its_names_at_any_width(width: int) -> None:
     for name in presets():
         assert name in text.getvalue()
     assert max(map(len, text.getvalue().splitlines())) <= width
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As with `saqqara methods | head -1`."""
+    command = [sys.executable, "-m", "saqqara.cli", "methods"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""

@@ -132,6 +132,16 @@ def test_a_prompt_that_the_engine_refuses_ends_the_call(fake: LLM, client: FakeC
     assert texts(fake.generate("ok")) == ["ko"]
 
 
+def test_a_call_that_is_refused_leaves_the_ids_of_later_ones(fake: LLM) -> None:
+    """Seeds come from ids: what a later call samples must not depend on mistakes before it."""
+    for mistake in (["a", 5], [object()]):
+        with pytest.raises(ValueError, match="prompts"):
+            fake.generate(mistake)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sampling_params"):
+        fake.generate(["a", "b"], [SamplingParams()])
+    assert [output.request_id for output in fake.generate(["a", "b"])] == ["0", "1"]
+
+
 def test_an_unknown_setting_is_named() -> None:
     with pytest.raises(ValueError, match=r"unknown key 'max_seqs'; did you mean 'max_num_seqs'"):
         LLM("m", max_seqs=3)

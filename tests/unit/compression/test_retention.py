@@ -532,3 +532,35 @@ def test_settle_shares_what_a_bound_takes_equally() -> None:
     targets = [Fraction(40), Fraction(8), Fraction(6), Fraction(-10)]
     # The cap takes 20 from the first, the floor gives 12 to the last: 4 each for those between.
     assert settle(targets, total=44, floor=2, cap=20) == [20, 12, 10, 2]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"method": "random", "seed": range(100)},
+        {"method": "pyramidkv", "beta": range(2, 102)},
+        {"method": "snapkv", "kernel_size": range(1, 201, 2)},
+        {"method": "snapkv", "decode": [{"slack_pages": n} for n in range(1, 101)]},
+    ],
+    ids=lambda setting: next(name for name in setting if name != "method"),
+)
+def test_settings_that_differ_in_anything_have_hashes_of_their_own(setting: dict[str, Any]) -> None:
+    """Any setting may come with a request, and tables by retention are looked up in every step."""
+    [(name, values)] = [(name, v) for name, v in setting.items() if name != "method"]
+    found = {
+        hash(Retention.parse({"method": setting["method"], "budget": 64, name: value}))
+        for value in values
+    }
+    assert len(found) == 100
+
+
+def test_a_hash_stays_in_its_process() -> None:
+    """Those of strings differ from one to the next."""
+    retention = Retention.parse("snapkv", 64)
+    assert hash(retention) == hash(Retention.parse("snapkv", 64))
+    there = "import pickle, sys; print({pickle.load(sys.stdin.buffer): 1}[pickle.loads(%r)])"
+    code = there % pickle.dumps(Retention.parse("snapkv", 64))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input=pickle.dumps(retention), capture_output=True, check=True)
+    assert done.stdout.split() == [b"1"]
+    assert "_hash" not in pickle.loads(pickle.dumps(retention)).__dict__

@@ -6,21 +6,21 @@ from pathlib import Path
 import pytest
 from support.tiny import CONFIGS
 
-from saqqara.cluster.batch.compare import answer_agreement, common_prefix_share, compare_results
+from saqqara.cluster.batch.compare import common_prefix_share, compare_answers, compare_results
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.prompts.corpus import pydoc_text, windows
 from saqqara.evaluation.speed.throughput import Workload
 
 
 def test_agreement_counts_equal_answers_and_common_beginnings() -> None:
-    agreement = answer_agreement([[1, 2, 3, 4], [5], []], [[1, 2, 9], [5], []])
+    agreement = compare_answers([[1, 2, 3, 4], [5], []], [[1, 2, 9], [5], []])
     assert (agreement.answers, agreement.identical) == (3, 2)
     assert agreement.identical_share == pytest.approx(2 / 3)
     assert agreement.common_prefix_share == pytest.approx((0.5 + 1 + 1) / 3)
     assert common_prefix_share([1], [2]) == 0.0
-    assert answer_agreement([], []).identical_share == 0.0
+    assert compare_answers([], []).identical_share == 0.0
     with pytest.raises(ValueError, match="equal"):
-        answer_agreement([[1]], [])
+        compare_answers([[1]], [])
 
 
 def test_results_are_compared_line_by_line(tmp_path: Path) -> None:
