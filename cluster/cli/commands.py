@@ -15,6 +15,7 @@ from saqqara import __version__
 
 from .help import App
 from .options import Settings, errors_in_one_line, with_settings
+from .simulate import simulate
 
 logger = logging.getLogger("saqqara")
 
@@ -305,6 +306,9 @@ def plan(
         )
         if code := plan_and_print(flags):
             raise typer.Exit(code)
+
+
+app.command()(simulate)
 
 
 @app.command()
