@@ -22,7 +22,7 @@ TWO_STAGES = {"gpus": 4, "tensor": 2, "pipeline": 2}
 def asked(
     retention: Any = None, budget: Any = None, lengths: tuple[int, int] = (1024, 64), **of: Any
 ) -> Question:
-    made = question(**{"model": "llama-3-8b", "gpus": 1} | of)
+    made = question("llama-3-8b", gpus=of.pop("gpus", 1), **of)
     return replace(made, workload=Workload(*lengths, Retention.parse(retention, budget)))
 
 
