@@ -65,7 +65,7 @@ def test_settings_are_for_all_prompts_or_one_each(fake: LLM, client: FakeClient)
 
 
 def test_a_wrong_setting_is_no_prompts_fault(fake: LLM, client: FakeClient) -> None:
-    for retention, said in [
+    wrong: list[tuple[Any, str]] = [
         ("snapk", "^method: unknown 'snapk'"),
         (
             [None, 5],

@@ -578,19 +578,21 @@ def test_a_hash_stays_in_its_process() -> None:
     assert "_hash" not in pickle.loads(pickle.dumps(retention)).__dict__
 
 
-def test_equal_settings_have_one_label() -> None:
-    for one, other in [
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
         ({"beta": 5}, {"beta": 5.0}),
         (
             {"propagate": {"kind": "pyramidinfer", "rho": 1}},
             {"propagate": {"kind": "pyramidinfer", "rho": 1.0}},
         ),
-    ]:
-        made = [
-            Retention.parse({"method": "pyramidkv", "budget": 64} | more) for more in (one, other)
-        ]
-        assert made[0] == made[1]
-        assert made[0].label == made[1].label
+    ],
+)
+def test_equal_settings_have_one_label(one: dict[str, Any], other: dict[str, Any]) -> None:
+    own: dict[str, Any] = {"method": "pyramidkv", "budget": 64}
+    made = [Retention.parse(own | more) for more in (one, other)]
+    assert made[0] == made[1]
+    assert made[0].label == made[1].label
 
 
 def test_odd_values_are_refused_in_words() -> None:
