@@ -71,7 +71,8 @@ def test_a_wrong_setting_is_no_prompts_fault(fake: LLM, client: FakeClient) -> N
             [None, 5],
             r"^retention\[1\]: must be a string or a mapping or a Retention or None, not 5",
         ),
-    ]:
+    ]
+    for retention, said in wrong:
         with pytest.raises(ValueError, match=said):
             fake.generate(["abc", "abc"], retention=retention)
     assert client.submitted == []
