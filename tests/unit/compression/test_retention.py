@@ -257,9 +257,10 @@ def test_a_retention_is_valid_however_it_is_made() -> None:
     for wrong in (["a"], 5, ""):
         with pytest.raises(ValueError, match=r"^method: must be a name, not "):
             Retention(method=wrong, score=KNorm(), budget=64)  # type: ignore[arg-type]
-    for stage in ({}, "once"):
+    stages: tuple[Any, ...] = ({}, "once")
+    for stage in stages:
         with pytest.raises(ValueError, match=r"^propagate: must be a Propagate, not "):
-            Retention(method="x", propagate=stage)  # type: ignore[arg-type]
+            Retention(method="x", propagate=stage)
     with pytest.raises(ValueError, match=r"^score: must be a value of scores.py, not Score"):
         Retention(method="x", score=Score(), budget=64)
     with pytest.raises(ValueError, match=r"^shape: must be a value of shapes.py, not LayerS"):
