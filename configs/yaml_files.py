@@ -81,7 +81,8 @@ def _preset(name: str) -> Path:
     if name not in presets:
         if "/" in name or name.endswith((".yaml", ".yml")):
             raise ValueError(f"config: there is no file {name!r} (a model is given as --model)")
-        hint = did_you_mean(name, presets)
+        own = {stem for stem, file in presets.items() if file.parent.name != "retention"}
+        hint = did_you_mean(name, own)
         raise ValueError(f"config: no file or preset {name!r}; {hint}")
     return presets[name]
 
