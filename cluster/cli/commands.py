@@ -102,7 +102,24 @@ def batch(
     ] = False,
     max_in_flight: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows the engine has at once; default: 2 x max-num-seqs."),
+        typer.Option(
+            "--max-in-flight",
+            "--max-inflight",
+            min=1,
+            help="Rows an engine has at once; default: 2 x max-num-seqs.",
+        ),
+    ] = None,
+    retry_errors: Annotated[
+        bool,
+        typer.Option("--retry-errors", help="Run rows again whose record is an error."),
+    ] = False,
+    mix_settings: Annotated[
+        bool,
+        typer.Option("--mix-settings", help="Resume although other settings made what is there."),
+    ] = False,
+    gpu_hour_price: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Price of an hour of one GPU: the summary has the cost."),
     ] = None,
     return_token_ids: Annotated[
         bool, typer.Option("--return-token-ids", help="Also write the answers' token ids.")
@@ -136,6 +153,9 @@ def batch(
         overwrite=overwrite,
         served_model_name=served_model_name,
         ignore_model=ignore_model,
+        mix_settings=mix_settings,
+        retry_errors=retry_errors,
+        gpu_hour_price=gpu_hour_price,
     )
     if code := run_and_summarise(job, summary, compare, fail_on_errors=fail_on_errors):
         raise typer.Exit(code)
