@@ -1,0 +1,1 @@
+"""How an engine survives its workers: notice that they are lost, and decide what follows."""
