@@ -23,6 +23,7 @@ Output = RequestOutput | ScoreOutput
 T = TypeVar("T")
 
 _JOIN_SECONDS = 60.0
+_IDLE_SECONDS = 0.5  # then the engine is asked again: its workers may be lost while nothing runs
 
 
 class Steppable(Protocol):
@@ -159,13 +160,14 @@ class EngineLoop:
             self._end(failure)
 
     def _serve_calls(self, wait: bool) -> None:
-        if wait:
-            self._calls.get()()
+        timeout = _IDLE_SECONDS if wait else 0.0
         while True:
             try:
-                self._calls.get_nowait()()
+                call = self._calls.get(timeout=timeout) if timeout else self._calls.get_nowait()
             except Empty:
                 return
+            timeout = 0.0
+            call()
 
     def _end(self, failure: EngineDeadError) -> None:
         with self._changed:

@@ -1,8 +1,9 @@
 """Whether to start lost workers again, and when. Time comes from outside."""
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
+
+from .clock import Clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,10 @@ class Attempts:
 
     Args:
         limits: of the attempts.
-        clock: seconds that only grow.
+        clock: of the engine.
     """
 
-    def __init__(self, limits: RecoveryLimits, clock: Callable[[], float]) -> None:
+    def __init__(self, limits: RecoveryLimits, clock: Clock) -> None:
         self.limits = limits
         self._clock = clock
         self._times: deque[float] = deque()
@@ -39,7 +40,7 @@ class Attempts:
     @property
     def num_recent(self) -> int:
         """Starts that count: in the window and since the last new token."""
-        oldest = self._clock() - self.limits.window_seconds
+        oldest = self._clock.now() - self.limits.window_seconds
         while self._times and self._times[0] < oldest:
             self._times.popleft()
         return len(self._times)
@@ -59,8 +60,8 @@ class Attempts:
 
     def begin(self) -> None:
         """Workers are being started now."""
-        self._times.append(self._clock())
+        self._times.append(self._clock.now())
 
     def forget(self) -> None:
-        """It was worth it: there is a new token, or the culprit is known."""
+        """It was worth it: there is a new token."""
         self._times.clear()

@@ -95,7 +95,9 @@ class StepDeadline:
         kind = _kind(work)
         self._patience = 1.0
         self._warm.add(kind)
-        self._samples.setdefault(kind, deque(maxlen=_RECENT)).append((max(seconds, _SHORTEST), work))
+        self._samples.setdefault(kind, deque(maxlen=_RECENT)).append(
+            (max(seconds, _SHORTEST), work)
+        )
         self._samples.move_to_end(kind)
         if len(self._samples) > _MAX_KINDS:
             self._samples.popitem(last=False)

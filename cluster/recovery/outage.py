@@ -5,14 +5,13 @@ in requests and aborts meanwhile.
 """
 
 import logging
-from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
 from typing import Protocol
 
 from saqqara.cluster.errors import Cause, EngineDeadError, NotRecoverableError, WorkerDiedError
 
 from .attempts import Attempts
+from .clock import Clock
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +33,7 @@ class Outage:
         failure: what ended them.
         executor: whose workers they were.
         attempts: all the starts so far, of earlier outages, too.
-        clock: seconds that only grow.
-        sleep: waits for so many of them.
+        clock: of the engine.
 
     Attributes:
         cause: how they were lost.
@@ -50,22 +48,20 @@ class Outage:
         failure: WorkerDiedError,
         executor: Recoverable,
         attempts: Attempts,
-        clock: Callable[[], float],
-        sleep: Callable[[float], None],
+        clock: Clock,
     ) -> None:
         self.cause: Cause = failure.cause
-        self.since = clock()
+        self.since = clock.now()
         self._executor = executor
         self._attempts = attempts
         self._clock = clock
-        self._sleep = sleep
         self._starting: Future[None] | None = None
         self._start_after(failure)
 
     @property
     def seconds(self) -> float:
         """How long it has lasted."""
-        return self._clock() - self.since
+        return self._clock.now() - self.since
 
     def is_over(self) -> bool:
         """Whether there are new workers; goes on with what is to be done if not.
@@ -74,13 +70,13 @@ class Outage:
             EngineDeadError: there is no point in another start.
         """
         if self._starting is None:
-            left = self._start_time - self._clock()
+            left = self._start_time - self._clock.now()
             if left > 0:
-                self._sleep(min(left, _POLL_SECONDS))
+                self._clock.sleep(min(left, _POLL_SECONDS))
                 return False
             self._attempts.begin()
             self._starting = self._executor.recover()
-        wait_for([self._starting], _POLL_SECONDS)
+        self._clock.wait(self._starting, _POLL_SECONDS)
         if not self._starting.done():
             return False
         error = self._starting.exception()
@@ -101,7 +97,7 @@ class Outage:
                 f"in {attempts.limits.window_seconds:g} s; the last ended with: {error}"
             ) from error
         wait_seconds = attempts.wait_seconds
-        self._start_time = self._clock() + wait_seconds
+        self._start_time = self._clock.now() + wait_seconds
         logger.warning(
             "workers are started again in %g s, attempt %d of %d",
             wait_seconds,

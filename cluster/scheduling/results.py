@@ -115,10 +115,11 @@ class Landing:
         offset = scored.position - sequence.prompt_tokens
         assert 0 <= offset <= len(sequence.scored_logprobs), f"a gap before {scored}"
         known = len(sequence.scored_logprobs)
-        sequence.scored_logprobs[offset:] = scored.logprobs
-        sequence.scored_ranks[offset:] = scored.ranks
+        place = slice(offset, offset + len(scored.logprobs))
+        sequence.scored_logprobs[place] = scored.logprobs
+        sequence.scored_ranks[place] = scored.ranks
         best = zip(scored.top_ids, scored.top_logprobs, strict=True)
-        sequence.scored_top[offset:] = [dict(zip(*pair, strict=True)) for pair in best]
+        sequence.scored_top[place] = [dict(zip(*pair, strict=True)) for pair in best]
         num_new = len(sequence.scored_logprobs) - known
         self._roster.events.append(NewScores(sequence, num_new))
         if len(sequence.scored_logprobs) == len(sequence.known_after_prompt):

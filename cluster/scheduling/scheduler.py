@@ -214,9 +214,11 @@ class Scheduler:
         draft = next((draft for draft in drafts if draft is not None), Draft())
         return sorted({sequence.request.request_id for sequence in draft.sequences.values()})
 
-    def all_in_flight(self) -> set[str]:
-        """Ids of the requests in any plan that is not absorbed yet."""
-        return {s.request.request_id for _, draft in self._flights for s in draft.sequences.values()}
+    def all_in_flight(self) -> list[str]:
+        """Ids of the unfinished requests in any plan that is not absorbed, first come first."""
+        found = {s.key: s for _, draft in self._flights for s in draft.sequences.values()}
+        sequences = (found[key] for key in sorted(found))
+        return list(dict.fromkeys(s.request.request_id for s in sequences if not s.is_finished))
 
     def take_events(self) -> list[Event]:
         """What happened since the last call of this or of `absorb`, in order."""
