@@ -1,0 +1,234 @@
+"""Signs of life between a controller and its ranks: a TCP connection each, beats both ways.
+
+A rank beats from a thread of its own, so its beats go on while it computes, and while it waits in a
+collective for a rank that has gone. They end when its process is stopped or its node is cut off;
+and when it dies, its connection is closed at once. The controller answers each beat. A rank that
+has no answer for long, or whose controller's side was closed, is of no use to anybody and ends its
+process: nobody else may be able to.
+
+The port is bound to one address and open to whoever knows the token, which is random.
+"""
+
+import hmac
+import logging
+import os
+import secrets
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 0.5
+SILENT_SECONDS = 5.0  # of a rank, until it counts as unreachable
+CUT_OFF_SECONDS = 15.0  # of the controller, until a rank ends itself; the controller comes first
+EXIT_STATUS = 70  # of a rank that ended itself
+
+_TOKEN_BYTES = 16
+_RANK = struct.Struct("!I")
+_HELLO_BYTES = _TOKEN_BYTES + _RANK.size
+_HELLO_SECONDS = 5.0
+_BEAT, _BYE = b".", b"x"
+
+
+@dataclass(frozen=True, slots=True)
+class PulseAddress:
+    """Where a rank beats to."""
+
+    host: str
+    port: int
+    token: bytes
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """A connection; `rank` is None until it has said who it is."""
+
+    connection: socket.socket
+    heard_at: float
+    rank: int | None = None
+    hello: bytes = b""
+
+
+class PulseMonitor:
+    """The controller's side: a thread that answers beats and says who has fallen silent.
+
+    Args:
+        host: address to listen on.
+        on_loss: called once, from the thread, with the first rank that is lost and whether its
+            connection was closed (its process has ended) or it is just silent.
+        silent_seconds: a rank that is not heard for so long is lost.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        on_loss: Callable[[int, bool], None],
+        silent_seconds: float = SILENT_SECONDS,
+    ) -> None:
+        self._on_loss = on_loss
+        self._silent_seconds = silent_seconds
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family)
+        self._listener.setblocking(False)
+        self.address = PulseAddress(
+            host, self._listener.getsockname()[1], secrets.token_bytes(_TOKEN_BYTES)
+        )
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._peers: dict[socket.socket, _Peer] = {}
+        self._closing = threading.Event()
+        self._is_over = False
+        self._thread = threading.Thread(target=self._run, name="pulse-monitor", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Say goodbye to all ranks, so that none ends itself, and stop; again does nothing."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                before = time.monotonic()
+                ready = self._selector.select(BEAT_SECONDS / 2)
+                stood_still = time.monotonic() - before - BEAT_SECONDS
+                if stood_still > 0:  # it was this process that did, not the ranks
+                    for peer in self._peers.values():
+                        peer.heard_at += stood_still
+                for key, _ in ready:
+                    self._serve(key.fileobj)
+                self._find_silent()
+        finally:
+            for connection in list(self._peers):
+                with suppress(OSError):
+                    connection.send(_BYE)
+                self._drop(connection)
+            self._selector.close()
+            self._listener.close()
+
+    def _serve(self, source: object) -> None:
+        if source is self._listener:
+            with suppress(OSError):
+                connection, _ = self._listener.accept()
+                connection.setblocking(False)
+                self._peers[connection] = _Peer(connection, time.monotonic())
+                self._selector.register(connection, selectors.EVENT_READ)
+            return
+        assert isinstance(source, socket.socket)
+        peer = self._peers[source]
+        try:
+            data = source.recv(4096)
+            if data and peer.rank is None:
+                data = self._greet(peer, data)
+            if data:
+                source.send(_BEAT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if _BYE in data:
+            self._drop(source)
+        elif data:
+            peer.heard_at = time.monotonic()
+        else:
+            self._drop(source)
+            if peer.rank is not None:
+                self._lose(peer.rank, is_closed=True)
+
+    def _greet(self, peer: _Peer, data: bytes) -> bytes:
+        """Take in what a peer says first; empty if it has no business here."""
+        peer.hello += data
+        if len(peer.hello) < _HELLO_BYTES:
+            return _BEAT
+        token, rank = peer.hello[:_TOKEN_BYTES], peer.hello[_TOKEN_BYTES:_HELLO_BYTES]
+        if not hmac.compare_digest(token, self.address.token):
+            return b""
+        [peer.rank] = _RANK.unpack(rank)
+        return _BEAT + peer.hello[_HELLO_BYTES:]
+
+    def _find_silent(self) -> None:
+        now = time.monotonic()
+        for peer in list(self._peers.values()):
+            if peer.rank is None:
+                if now - peer.heard_at > _HELLO_SECONDS:
+                    self._drop(peer.connection)
+            elif now - peer.heard_at > self._silent_seconds:
+                self._drop(peer.connection)
+                self._lose(peer.rank, is_closed=False)
+
+    def _lose(self, rank: int, *, is_closed: bool) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._on_loss(rank, is_closed)
+
+    def _drop(self, connection: socket.socket) -> None:
+        del self._peers[connection]
+        self._selector.unregister(connection)
+        connection.close()
+
+
+class Pulse:
+    """The rank's side: a thread that beats, and ends the process if nobody answers.
+
+    Args:
+        address: the controller's.
+        rank: who beats.
+        cut_off_seconds: without an answer for so long, the process ends.
+        end: ends it.
+
+    Raises:
+        OSError: the controller cannot be reached.
+    """
+
+    def __init__(
+        self,
+        address: PulseAddress,
+        rank: int,
+        cut_off_seconds: float = CUT_OFF_SECONDS,
+        end: Callable[[], None] = lambda: os._exit(EXIT_STATUS),
+    ) -> None:
+        self._cut_off_seconds = cut_off_seconds
+        self._end = end
+        self._connection = socket.create_connection((address.host, address.port), cut_off_seconds)
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection.sendall(address.token + _RANK.pack(rank))
+        self._connection.settimeout(BEAT_SECONDS)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Tell the controller that this end is meant, and stop; again does nothing."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        silent_seconds = 0.0
+        while not self._closing.wait(BEAT_SECONDS):
+            try:
+                self._connection.send(_BEAT)
+                answer = self._connection.recv(4096)
+            except TimeoutError:
+                # Counted by the waits and not by the clock: this process may have been stopped.
+                silent_seconds += 2 * BEAT_SECONDS
+                answer = None
+            except OSError:
+                answer = b""
+            if answer:
+                silent_seconds = 0.0
+            if answer is not None and _BYE in answer:
+                break
+            if answer == b"" or silent_seconds >= self._cut_off_seconds:
+                if not self._closing.is_set():
+                    logger.error("the controller is out of reach: this rank ends itself")
+                    self._end()
+                break
+        with suppress(OSError):
+            self._connection.send(_BYE)
+        self._connection.close()
