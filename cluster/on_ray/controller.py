@@ -26,7 +26,9 @@ from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 
-from .executor import PROGRESS_SECONDS, RayExecutor, exit_reason, one_line
+from .executor import RayExecutor
+from .exits import exit_reason, one_line
+from .group import PROGRESS_SECONDS
 from .metrics import RaySink
 from .placement import DEFAULT_TIMEOUT_SECONDS, Placement, PlacementError, reserve
 from .rank_process import WorkerFactory, log_process_to, new_log_dir

@@ -13,6 +13,7 @@ Data parallelism is one placement group per replica, so that replicas start, fai
 
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 # application that holds Ray's CPUs (a Serve replica, a Data task) must not keep its engine out.
 CPU_SHARE = 0.01
 DEFAULT_TIMEOUT_SECONDS = 120.0
+_POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 1  # a cluster that has room grants it at once
 
 Strategy = Literal["PACK", "SPREAD"]
@@ -98,6 +100,32 @@ class Placement:
             "num_cpus": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, 0),
         }
+
+    def wait_until_whole(self, timeout_seconds: float) -> None:
+        """Wait until all room is there: Ray finds other nodes for what a lost node had.
+
+        Raises:
+            PlacementError: there is none within `timeout_seconds`, or the room was given back.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while (state := self._state()) != "CREATED":
+            if state == "REMOVED" or time.monotonic() > deadline:
+                raise PlacementError(
+                    f"a node was lost and there is no other room for {self.plan} "
+                    f"(its placement group is {state}); nodes: {describe_nodes()}"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _state(self) -> str:
+        """Ray's word for how far the group is; a bundle on a node that is gone counts as lost."""
+        table = ray.util.placement_group_table(self.group)
+        alive = {node["NodeID"] for node in _alive_nodes()}
+        if table["state"] == "CREATED" and not alive.issuperset(
+            table["bundles_to_node_id"].values()
+        ):
+            return "RESCHEDULING"
+        state: str = table["state"]
+        return state
 
     def release(self) -> None:
         """Give the room back, killing what still runs in it; calling it again does nothing."""

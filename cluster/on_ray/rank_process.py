@@ -12,7 +12,8 @@ import os
 import pickle
 import signal
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
+from saqqara.cluster.recovery.pulse import Pulse, PulseAddress
 from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig
 from saqqara.configs.worker_settings import WorkerSettings
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_POLL_SECONDS = 0.05
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -59,11 +62,24 @@ WorkerFactory = Callable[
 
 @dataclass(frozen=True, slots=True)
 class ProcessInfo:
-    """A rank's process, as known before its worker has started."""
+    """A rank's process, as known before its worker has started.
+
+    `started_at` is Unix time by the machine's clock: together with the id it names one process.
+    """
 
     hostname: str
     pid: int
     num_threads: int
+    started_at: float
+
+    def is_there(self) -> bool:
+        """Whether it still holds memory; only for processes of this machine."""
+        try:
+            process = psutil.Process(self.pid)
+            is_ours = process.create_time() == self.started_at
+            return is_ours and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
 
 class RankProcess:
@@ -84,6 +100,7 @@ class RankProcess:
         self.num_threads = num_threads or max(1, usable_cores() // ranks_on_host)
         self._worker: RankWorker | None = None
         self._store: object | None = None
+        self._pulse: Pulse | None = None
 
     def prepare(self) -> ProcessInfo:
         """Send the process's output to the log; returns host, process id and threads.
@@ -91,7 +108,11 @@ class RankProcess:
         The first call: whatever goes wrong from here on stands in the log.
         """
         log_process_to(self.log_file)
-        return ProcessInfo(socket.gethostname(), os.getpid(), self.num_threads)
+        started_at = psutil.Process().create_time()
+        return ProcessInfo(socket.gethostname(), os.getpid(), self.num_threads, started_at)
+
+    def ping(self) -> None:
+        """Do nothing; the call fails where the process has died, and says how."""
 
     def open_store(self, host: str) -> tuple[str, int]:
         """Open the rendezvous store on a free port; it lives as long as this process."""
@@ -108,6 +129,7 @@ class RankProcess:
         store: tuple[str, int] | None,
         address: str,
         make_worker: WorkerFactory | None = None,
+        pulse: PulseAddress | None = None,
     ) -> WorkerInfo:
         """Load the shard and join the other ranks, which must start at the same time.
 
@@ -117,6 +139,7 @@ class RankProcess:
             store: host and port of the rendezvous store; None for one rank.
             address: this host's address among the ranks; gloo is told to use its interface.
             make_worker: default: `saqqara.workers.worker.Worker`.
+            pulse: where to beat to once the worker is up; the process ends if nobody answers.
         """
         name = interface_of(address)
         if name is not None:
@@ -131,6 +154,8 @@ class RankProcess:
             # Ray sets OMP_NUM_THREADS to 1 for actors of few CPUs.
             prepare_process(settings, self.rank)
             self._worker = make_worker(settings, layout, self.rank, store, self.log_file)
+            # Not before: to load libraries can hold up all threads of a process for seconds.
+            self._pulse = None if pulse is None else Pulse(pulse, self.rank)
         except BaseException:
             logger.exception("rank %d could not start", self.rank)
             raise
@@ -153,10 +178,23 @@ class RankProcess:
         self._worker.check_integrity()
 
     def close(self) -> None:
-        """Leave the process groups."""
+        """Leave the process groups; nobody needs to hear of this process any more."""
+        if self._pulse is not None:
+            self._pulse.close()
+            self._pulse = None
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+
+def wait_for_end(processes: Sequence[ProcessInfo], timeout_seconds: float) -> list[int]:
+    """Wait for processes of this machine that were killed; returns the ids of those still there."""
+    deadline = time.monotonic() + timeout_seconds
+    while left := [process.pid for process in processes if process.is_there()]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_POLL_SECONDS)
+    return left
 
 
 def new_log_dir(config: EngineConfig) -> Path:

@@ -1,1 +1,1 @@
-"""How an engine survives its workers: notice that they are lost, and decide what follows."""
+"""Notices that workers are lost, and decides what follows. Imports what all share; no Ray."""

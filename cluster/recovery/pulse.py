@@ -88,9 +88,11 @@ class PulseMonitor:
         self._thread.start()
 
     def close(self) -> None:
-        """Say goodbye to all ranks, so that none ends itself, and stop; again does nothing."""
+        """Have the thread say goodbye to all ranks, so that none ends itself, and end.
+
+        Does not wait for it, so `on_loss` may call this. Calling it again does nothing.
+        """
         self._closing.set()
-        self._thread.join()
 
     def _run(self) -> None:
         try:
