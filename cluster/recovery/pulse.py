@@ -108,8 +108,7 @@ class PulseMonitor:
                 self._find_silent()
         finally:
             for connection in list(self._peers):
-                with suppress(OSError):
-                    connection.send(_BYE)
+                _part(connection)
                 self._drop(connection)
             self._selector.close()
             self._listener.close()
@@ -128,7 +127,7 @@ class PulseMonitor:
             data = source.recv(4096)
             if data and peer.rank is None:
                 data = self._greet(peer, data)
-            if data:
+            if data and _BYE not in data:
                 source.send(_BEAT)
         except BlockingIOError:
             return
@@ -231,6 +230,14 @@ class Pulse:
                     logger.error("the controller is out of reach: this rank ends itself")
                     self._end()
                 break
-        with suppress(OSError):
-            self._connection.send(_BYE)
+        _part(self._connection)
         self._connection.close()
+
+
+def _part(connection: socket.socket) -> None:
+    """Say goodbye so that it arrives: a socket closed with something unread takes it back."""
+    with suppress(OSError):
+        connection.send(_BYE)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(4096):
+            pass
