@@ -1,6 +1,6 @@
 """A fake replica whose workers are lost when they are told to be, and started again."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -27,6 +27,7 @@ class FragileReplica(FakeReplica):
     Attributes:
         num_starts: starts that went well, after the first.
         runs: ids of the prompts, as tokens, that each step worked on.
+        lost_alone: how often workers were lost in a step that worked on one prompt alone.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class FragileReplica(FakeReplica):
         self.num_starts = 0
         self.num_steps = 0
         self.runs: list[set[tuple[int, ...]]] = []
+        self.lost_alone: Counter[tuple[int, ...]] = Counter()
         self._stale = stale
         self._failure: WorkerDiedError | None = None
         self._is_stuck = False
@@ -77,6 +79,8 @@ class FragileReplica(FakeReplica):
         self.num_steps += 1
         if cause is None and self.runs[-1] & self.poison:
             cause = "died"
+        if cause is not None and len(self.runs[-1]) == 1:
+            self.lost_alone.update(self.runs[-1])
         if cause == "hung":
             self._is_stuck = True
         elif cause is not None:
@@ -109,8 +113,8 @@ class FragileReplica(FakeReplica):
             future.set_exception(WorkerDiedError("no node has room"))
             return future
         self.num_starts += 1
-        # Later starts have other processes; a plan of before must not be known to them.
-        self._infos = [replace(info, pid=info.pid + 1) for info in self._infos]
+        more = 8 if self.num_starts % 2 else -8  # other processes find other memory
+        self._infos = [replace(i, num_pages=i.num_pages + more) for i in self._infos]
         self.fakes = [FakeWorker(info) for info in self._infos]
         self.slots = {}
         self._failure, self._is_stuck = None, False
