@@ -4,13 +4,17 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
-from saqqara.cluster.on_ray.rank_process import RankProcess
+import psutil
+
+from saqqara.cluster.on_ray.rank_process import ProcessInfo, RankProcess, wait_for_end
 
 PREPARE = """
 import logging, sys
-from saqqara.cluster.on_ray.rank_process import RankProcess
+from saqqara.cluster.on_ray.rank_process import ProcessInfo, RankProcess, wait_for_end
 
 info = RankProcess(3, sys.argv[1]).prepare()
 logging.getLogger("anybody").info("says something")
@@ -40,3 +44,17 @@ def test_a_prepared_rank_logs_to_its_file(tmp_path: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert "INFO anybody: says something" in text
     assert "so does stderr" in text
+
+
+def test_a_killed_process_is_waited_for_until_it_is_gone() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        info = ProcessInfo("here", child.pid, 1, psutil.Process(child.pid).create_time())
+        assert wait_for_end([info], 0.2) == [child.pid]
+        assert not replace(info, started_at=info.started_at - 1).is_there(), "an id is used again"
+        threading.Timer(0.2, child.kill).start()
+        assert wait_for_end([info], 20) == [], "it holds nothing, though nobody has asked for it"
+    finally:
+        child.kill()
+        child.communicate()
+    assert not info.is_there()

@@ -9,6 +9,10 @@ from saqqara.cluster.recovery.attempts import Attempts, RecoveryLimits
 from saqqara.cluster.recovery.suspects import Suspects
 
 
+def order(suspects: Suspects) -> list[str]:
+    return list(suspects.order)
+
+
 def test_the_first_start_comes_at_once_and_the_next_ones_wait_longer_each() -> None:
     clock = FakeClock()
     attempts = Attempts(RecoveryLimits(max_attempts=8), clock)
@@ -37,9 +41,10 @@ def test_attempts_long_ago_do_not_count() -> None:
     attempts.begin()
     clock.time += 60
     attempts.begin()
+    assert attempts.num_recent == 2
     assert attempts.is_hopeless
     clock.time += 41
-    assert not attempts.is_hopeless, "the first was 101 s ago"
+    assert attempts.num_recent == 1, "the first was 101 s ago"
     assert attempts.wait_seconds == 1
 
 
@@ -47,10 +52,10 @@ def test_being_there_at_two_losses_is_no_guilt() -> None:
     suspects = Suspects()
     for _ in range(2):
         assert suspects.lost(["a", "b"], "died") is None
-    assert suspects.order == ("a", "b")
+    assert order(suspects) == ["a", "b"]
     for _ in range(10):
         assert suspects.lost(["a", "b", "c"], "died") is None, "nobody was alone"
-    assert suspects.order == ("a", "b", "c")
+    assert order(suspects) == ["a", "b", "c"]
 
 
 def test_who_is_lost_alone_twice_is_guilty_if_the_workers_work_for_others() -> None:
@@ -58,10 +63,10 @@ def test_who_is_lost_alone_twice_is_guilty_if_the_workers_work_for_others() -> N
     suspects.lost(["a", "b"], "died")
     suspects.lost(["a", "b"], "died")
     assert suspects.lost(["a"], "died") is None
-    assert suspects.order == ("b", "a"), "the others have their turn first"
+    assert order(suspects) == ["b", "a"], "the others have their turn first"
     assert suspects.progress("b")
     assert suspects.lost(["a"], "died") == "a"
-    assert suspects.order == ()
+    assert order(suspects) == []
 
 
 def test_nobody_is_guilty_where_workers_are_lost_with_anybody() -> None:
@@ -83,7 +88,7 @@ def test_who_happens_to_be_alone_is_not_guilty_before_it_is_a_suspect() -> None:
 def test_who_runs_on_workers_that_were_stopped_or_cut_off_has_not_done_it() -> None:
     suspects = Suspects()
     assert [suspects.lost(["a"], "unreachable") for _ in range(9)] == [None] * 9
-    assert suspects.order == ()
+    assert order(suspects) == []
 
 
 def test_a_new_token_clears_its_request_and_no_other() -> None:
@@ -91,7 +96,7 @@ def test_a_new_token_clears_its_request_and_no_other() -> None:
     suspects.lost(["a", "b"], "died")
     assert not suspects.progress("a"), "one loss makes no suspect"
     suspects.lost(["a", "b"], "died")
-    assert suspects.order == ("b",)
+    assert order(suspects) == ["b"]
     suspects.lost(["b"], "died")
     assert suspects.progress("b")
     assert [suspects.lost(["b"], "died") for _ in range(4)] == [None, None, None, "b"], (
