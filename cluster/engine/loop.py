@@ -156,7 +156,9 @@ class EngineLoop:
             logger.exception("the engine has failed")
             reason = "; ".join([f"{type(error).__name__}: {error}", *_notes(error)])
             failure = EngineDeadError(f"the engine has failed: {reason}")
-            failure.__cause__ = error
+            # What a lost engine has lost tells more than that it is lost.
+            is_told = isinstance(error, EngineDeadError) and error.__cause__ is not None
+            failure.__cause__ = error.__cause__ if is_told else error
             self._end(failure)
 
     def _serve_calls(self, wait: bool) -> None:

@@ -146,8 +146,8 @@ class RankGroup:
 
     def close(self) -> None:
         """Let the ranks leave their process groups, for an end without errors in their logs."""
-        closing = [actor.close.remote() for actor in self._actors]
-        ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_SECONDS)
+        if closing := [actor.close.remote() for actor in self._actors]:
+            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_SECONDS)
 
     def end(self) -> None:
         """Kill the ranks; calling it again does nothing."""
