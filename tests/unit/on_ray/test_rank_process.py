@@ -1,16 +1,23 @@
 """A rank's process is changed when its executor prepares it, not where the object is made."""
 
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import psutil
+from support.fake_worker import FakeWorker
 
 from saqqara.cluster.on_ray.rank_process import ProcessInfo, RankProcess, wait_for_end
+from saqqara.cluster.recovery.pulse import BEAT_SECONDS, PulseAddress, PulseMonitor
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.mesh.layout import MeshLayout
 
 PREPARE = """
 import logging, sys
@@ -58,3 +65,34 @@ def test_a_killed_process_is_waited_for_until_it_is_gone() -> None:
         child.kill()
         child.communicate()
     assert not info.is_there()
+
+
+def serve_rank(address: PulseAddress, log_file: str) -> None:
+    """A rank's process, without Ray."""
+    rank = RankProcess(0, log_file, num_threads=1)
+    rank.prepare()
+    config = EngineConfig(model="-", executor="ray", device="cpu")
+    rank.start(config, MeshLayout(1, 1), None, "127.0.0.1", FakeWorker, address)
+    threading.Event().wait(60)
+
+
+def test_a_rank_beats_once_its_worker_is_up_and_its_death_is_heard(tmp_path: Path) -> None:
+    losses: SimpleQueue[tuple[int, bool]] = SimpleQueue()
+    monitor = PulseMonitor("127.0.0.1", lambda rank, is_closed: losses.put((rank, is_closed)))
+    log_file = tmp_path / "rank-0.log"
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=serve_rank, args=(monitor.address, str(log_file)))
+    process.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not monitor._peers:
+            assert time.monotonic() < deadline, log_file.read_text(encoding="utf-8")
+            time.sleep(0.05)
+        time.sleep(2 * BEAT_SECONDS)
+        assert losses.empty()
+        process.kill()
+        assert losses.get(timeout=20) == (0, True)
+    finally:
+        monitor.close()
+        process.kill()
+        process.join()
