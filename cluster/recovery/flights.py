@@ -98,9 +98,11 @@ class Flights:
         while not flight.future.done():
             before = self._clock.now()
             self._clock.wait(flight.future, _SLICE_SECONDS)
+            if flight.future.done():
+                return
             waited += min(self._clock.now() - before, 2 * _SLICE_SECONDS)
-            if allowed is None:
+            if allowed is None:  # not asked of short steps
                 allowed = self._deadline.seconds(flight.work)
-            if waited >= allowed and not flight.future.done():
+            if waited >= allowed:
                 self._deadline.passed()
                 raise runner.give_up(allowed)

@@ -155,13 +155,12 @@ def test_a_step_that_takes_too_long_can_be_given_up(executor: RayExecutor) -> No
 def test_a_rank_that_is_lost_while_idle_is_known_without_a_step(
     executor: RayExecutor, signum: signal.Signals, cause: str
 ) -> None:
-    assert executor.failure is None
     os.kill(executor.workers[1].pid, signum)
     deadline = time.monotonic() + NOTICE_SECONDS
-    while executor.failure is None:
+    while (failure := executor.failure) is None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert (executor.failure.cause, executor.failure.rank) == (cause, 1)
+    assert (failure.cause, failure.rank) == (cause, 1)
     assert_processes_gone(executor.workers)
 
 

@@ -106,9 +106,8 @@ class Schedule:
 
     def _add(self, name: str) -> None:
         retention = self.rng.choice(RETENTIONS)
-        given = {} if retention is None else {"retention": retention}
         params = greedy(max_tokens=NUM_TOKENS)
-        self.engine.add(Request(name, name, params, stream=True, **given))
+        self.engine.add(Request(name, name, params, retention=retention, stream=True))
 
     def _check(self, output: object) -> None:
         assert isinstance(output, RequestOutput)
