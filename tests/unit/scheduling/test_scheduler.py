@@ -22,7 +22,14 @@ from support.fake_replica import (
 
 from saqqara.cluster.engine.intake import sampling_of
 from saqqara.cluster.sampling import SamplingParams
-from saqqara.cluster.scheduling.events import Event, Finished, NewToken, Preempted, Prefilled
+from saqqara.cluster.scheduling.events import (
+    Event,
+    Finished,
+    NewScores,
+    NewToken,
+    Preempted,
+    Prefilled,
+)
 from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.scheduling.sequence import Sequence, Status, TokenRequest
 from saqqara.compression.decode import DecodeStage
@@ -614,6 +621,22 @@ def test_restart_resumes_what_ran() -> None:
     run.finish()
     for sequence in sequences:
         check(sequence)
+
+
+def test_a_continuation_that_is_scored_again_counts_each_token_once() -> None:
+    """A preempted score begins anew, and its first piece is shorter than what is known."""
+    run = make_run(make_workers(200), max_extend_tokens=4)
+    sequence = add(run, make_request(score=tuple(range(14))))
+    while len(sequence.scored_logprobs) < 8:
+        run.step()
+    run.in_flight.clear()
+    run.replica = FakeReplica(make_workers(200))
+    run.scheduler.restart(run.replica.workers)
+    run.finish()
+    check(sequence)
+    told = [event.num_tokens for event in run.events if isinstance(event, NewScores)]
+    assert min(told) >= 0
+    assert sum(told) == 14
 
 
 # Everything at once
