@@ -12,7 +12,7 @@ from saqqara.cluster.recovery.attempts import Attempts, RecoveryLimits
 from saqqara.cluster.recovery.clock import Clock
 from saqqara.cluster.recovery.flights import Flights
 from saqqara.cluster.recovery.outage import Outage
-from saqqara.cluster.recovery.suspects import Suspects
+from saqqara.cluster.recovery.suspects import LOSSES_OF_A_GUILTY, Suspects
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.cluster.scheduling.events import (
     Event,
@@ -263,7 +263,10 @@ class Engine:
         self._stats.set_workers(self._executor.workers)
 
     def _end_guilty(self, request_id: str, failure: WorkerDiedError) -> None:
-        message = f"request {request_id} has ended the workers twice while it ran alone: {failure}"
+        message = (
+            f"request {request_id} has ended the workers {LOSSES_OF_A_GUILTY} times while it ran "
+            f"alone: {failure}"
+        )
         logger.error("%s", message)
         for choice in self._states[request_id].choices:
             self.scheduler.finish(

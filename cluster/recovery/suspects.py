@@ -3,10 +3,11 @@
 That a request was in flight when a worker was lost is no guilt: workers die of many things, and
 whoever was there was there. After two losses without a new token in between it is a *suspect*:
 once the workers are back, suspects run one after the other, alone, each until it has a new token.
-Only a request that is alone with the workers at two losses, again without a new token in between,
-is *guilty* and must end. Between the two somebody else must have got a token, or workers that are
-lost whatever they do would cost one request after the other; where there is no other suspect to
-show it, two losses will do.
+Only a request that is alone with the workers at three losses, again without a new token in between,
+is *guilty* and must end: one may be chance, and so may two where workers die for reasons of their
+own. Between the first and the last somebody else must have got a token, or workers that are lost whatever
+they do would cost one request after the other; where there is no other suspect to show it, the
+losses alone will do.
 
 A new token clears its request of everything. Workers that cannot be reached were stopped or cut
 off: whatever a request does, it does not do that.
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from saqqara.cluster.errors import Cause
 
 LOSSES_OF_A_SUSPECT = 2
-LOSSES_OF_A_GUILTY = 2  # while it runs alone
+LOSSES_OF_A_GUILTY = 3  # while it runs alone
 
 
 class Suspects:
@@ -27,7 +28,7 @@ class Suspects:
     def __init__(self) -> None:
         self._losses: Counter[str] = Counter()  # since the request's last new token
         self._losses_alone: Counter[str] = Counter()
-        self._unproven: set[str] = set()  # lost alone, and since then nobody had a new token
+        self._unproven: set[str] = set()  # lost alone once, and since then nobody had a new token
         self._order: list[str] = []
 
     @property
@@ -70,7 +71,8 @@ class Suspects:
         if is_proven and self._losses_alone[request_id] >= LOSSES_OF_A_GUILTY:
             self.forget(request_id)
             return request_id
-        self._unproven.add(request_id)
+        if self._losses_alone[request_id] == 1:
+            self._unproven.add(request_id)
         self._order.remove(request_id)
         self._order.append(request_id)
         return None

@@ -213,14 +213,14 @@ def test_a_first_step_may_take_its_time() -> None:
 
 
 def test_random_losses_make_nobody_guilty() -> None:
-    """At most three in a row, then some peace: nobody is alone at two losses without a token."""
+    """At most four in a row, then some peace: nobody is alone at three losses without a token."""
     rng = random.Random(7)
     causes: list[Cause] = ["died", "failed", "hung", "unreachable"]
     losses: dict[int, Cause] = {}
     step = 0
     while step < 1500:
         step += rng.randint(40, 60)
-        for _ in range(rng.randint(1, 3)):
+        for _ in range(rng.randint(1, 4)):
             losses[step] = rng.choice(causes)
             step += 1
     bed = Bed(losses, stages=(2, 2), lookahead=2)
@@ -247,11 +247,11 @@ def test_who_ends_workers_is_found_and_ended_alone(
     [output] = [o for o in bed.seen("two") if o.finished]
     assert [choice.finish_reason for choice in output.outputs] == ["error"] * num_choices
     assert output.error is not None
-    assert "request two has ended the workers twice while it ran alone" in output.error
+    assert "request two has ended the workers 3 times while it ran alone" in output.error
     assert bed.replica.runs[-1] != {tokens("two")}
     alone = [run for run in bed.replica.runs if run == {tokens("two")}]
-    assert len(alone) == 2
-    assert bed.replica.num_starts <= 5
+    assert len(alone) == 3
+    assert bed.replica.num_starts <= 6
 
 
 def test_several_of_them_cost_themselves_only() -> None:
