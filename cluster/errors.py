@@ -15,6 +15,10 @@ class EngineDeadError(RuntimeError):
     """The engine has failed or was shut down; the message and `__cause__` say why."""
 
 
+class ControllerLostError(EngineDeadError):
+    """The process that held the engine has died or cannot be reached; another can be started."""
+
+
 class WorkerDiedError(RuntimeError):
     """A rank has died, failed or hung, and its group was torn down.
 

@@ -26,7 +26,7 @@ from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
 from .group import RankGroup
 from .placement import DEFAULT_TIMEOUT_SECONDS, Placement, reserve
-from .rank_process import WorkerFactory, new_log_dir
+from .rank_process import ProcessInfo, WorkerFactory, new_log_dir
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,11 @@ class RayExecutor:
     def failure(self) -> WorkerDiedError | None:
         """How the ranks were lost, if they are; heartbeats tell although nothing runs."""
         return self._group.failure
+
+    @property
+    def processes(self) -> list[tuple[str, ProcessInfo]]:
+        """Those of the ranks, each with the id of its node."""
+        return self._group.processes
 
     def execute(self, plan: StepPlan) -> "Future[list[StepResult]]":
         """Start a step on every rank; steps run in the order of these calls.

@@ -10,14 +10,12 @@ import os
 import signal
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from saqqara.cluster.errors import WorkerDiedError
 from saqqara.cluster.recovery.pulse import SILENT_SECONDS, PulseMonitor
@@ -25,18 +23,17 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.plan import StepResult, WorkerInfo
 
-from .exits import cause_of, exit_reason, one_line
-from .placement import Placement, RankPlace
-from .rank_process import ProcessInfo, RankProcess, WorkerFactory, wait_for_end
+from .exits import cause_of, end_on_nodes, exit_reason, one_line
+from .placement import LOOPBACK, Placement, RankPlace, pulse_host
+from .rank_process import ProcessInfo, RankProcess, WorkerFactory
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 PROGRESS_SECONDS = 3.0  # between words about how far the start is
 _SETTLE_SECONDS = 2.0  # peers of a dead rank fail too; this long to find out who was first
 _CLOSE_SECONDS = 5.0
 _STACKS_SECONDS = 0.2  # for a rank that hangs to write its stacks to its log
-_TASK_SECONDS = 30.0  # for Ray to start a process on another node
+_PROCESS_SECONDS = 300.0  # for Ray to start the processes, before anything is loaded
 
 
 class RankGroup:
@@ -157,40 +154,26 @@ class RankGroup:
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
 
-    def wait_gone(self, timeout_seconds: float) -> None:
-        """Wait until the processes of the ranks, which were killed, have left their nodes.
+    @property
+    def processes(self) -> list[tuple[str, ProcessInfo]]:
+        """Those of the ranks that have come up, each with the id of its node."""
+        return [
+            (place.node_id, process)
+            for place, process in zip(self._places, self._processes, strict=False)
+        ]
 
-        An actor outlives `ray.kill` by seconds, and its memory with it. Nodes that are lost are not
-        waited for: what runs there ends itself (see `recovery.pulse`).
+    def wait_gone(self, timeout_seconds: float) -> None:
+        """Make sure that the processes of the ranks, which were killed, have left their nodes.
 
         Raises:
             WorkerDiedError: a process is still there.
         """
-        by_node: defaultdict[str, list[ProcessInfo]] = defaultdict(list)
-        for place, process in zip(self._places, self._processes, strict=False):
-            by_node[place.node_id].append(process)
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        here = ray.get_runtime_context().get_node_id()
-        left = wait_for_end(by_node.pop(here, []), timeout_seconds)
-        check = ray.remote(wait_for_end)
-        for node_id, processes in by_node.items():
-            if node_id not in alive:
-                continue
-            there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            call = check.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(
-                processes, timeout_seconds
-            )
-            try:
-                left += ray.get(call, timeout=timeout_seconds + _TASK_SECONDS)
-            except RayError as error:
-                logger.warning(
-                    "nobody can say whether ranks are left on node %s: %s", node_id, error
-                )
-        if left:
+        if left := end_on_nodes(self.processes, timeout_seconds):
             raise WorkerDiedError(f"killed ranks are still there: processes {left}")
 
     def _start(self, timeout_seconds: float) -> list[WorkerInfo]:
         self._places = self._placement.places()
+        self._monitor = PulseMonitor(pulse_host(self._places), self._note_loss)
         addresses = [place.address for place in self._places]
         actor_class = ray.remote(RankProcess)
         for rank, address in enumerate(addresses):
@@ -204,11 +187,10 @@ class RankGroup:
                 )
             )
         self._processes = self._collect(
-            [actor.prepare.remote() for actor in self._actors],
-            timeout_seconds,
+            [actor.prepare.remote(self._monitor.address) for actor in self._actors],
+            min(timeout_seconds, _PROCESS_SECONDS),
             "rank processes are up",
         )
-        self._monitor = PulseMonitor(self._pulse_host(), self._note_loss)
         if self._ended.is_set():
             raise WorkerDiedError("the ranks were ended while they started")
         one_host = len(set(addresses)) == 1
@@ -226,7 +208,6 @@ class RankGroup:
                 store,
                 LOOPBACK if one_host else address,
                 self._make_worker,
-                self._monitor.address,
             )
             for actor, address in zip(self._actors, addresses, strict=True)
         ]
@@ -269,14 +250,6 @@ class RankGroup:
                 logger.info("%s", text)
                 if self._on_progress is not None:
                     self._on_progress(text)
-
-    def _pulse_host(self) -> str:
-        """Where the ranks can reach this process."""
-        here = ray.get_runtime_context().get_node_id()
-        if all(place.node_id == here for place in self._places):
-            return LOOPBACK
-        address: str = ray.util.get_node_ip_address()
-        return address
 
     def _note_loss(self, rank: int, is_closed: bool) -> None:
         """A rank is dead or silent, says the thread of the monitor, maybe while nothing runs."""

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # application that holds Ray's CPUs (a Serve replica, a Data task) must not keep its engine out.
 CPU_SHARE = 0.01
 DEFAULT_TIMEOUT_SECONDS = 120.0
+LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 1  # a cluster that has room grants it at once
 
@@ -190,6 +191,15 @@ def plan_in_bundles(
             f"rank ({layout.world_size}) or one per stage ({layout.pipeline_size})"
         )
     return PlacementPlan(tuple(dict(b) for b in bundles), bundle_of_rank, int(gpu))
+
+
+def pulse_host(places: Sequence[RankPlace]) -> str:
+    """Where processes at these places can reach this one."""
+    here = ray.get_runtime_context().get_node_id()
+    if all(place.node_id == here for place in places):
+        return LOOPBACK
+    address: str = ray.util.get_node_ip_address()
+    return address
 
 
 def largest_node_gpus() -> int:

@@ -14,6 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
+_GRACE_SECONDS = 1.0  # for processes that were told to end
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -69,7 +71,6 @@ class ProcessInfo:
 
     hostname: str
     pid: int
-    num_threads: int
     started_at: float
 
     def is_there(self) -> bool:
@@ -102,14 +103,17 @@ class RankProcess:
         self._store: object | None = None
         self._pulse: Pulse | None = None
 
-    def prepare(self) -> ProcessInfo:
-        """Send the process's output to the log; returns host, process id and threads.
+    def prepare(self, pulse: PulseAddress | None = None) -> ProcessInfo:
+        """Send the process's output to the log, and beat; returns which process it is.
 
         The first call: whatever goes wrong from here on stands in the log.
+
+        Args:
+            pulse: where to beat to; the process ends if nobody answers.
         """
         log_process_to(self.log_file)
-        started_at = psutil.Process().create_time()
-        return ProcessInfo(socket.gethostname(), os.getpid(), self.num_threads, started_at)
+        self._pulse = None if pulse is None else Pulse(pulse, self.rank)
+        return this_process()
 
     def ping(self) -> None:
         """Do nothing; the call fails where the process has died, and says how."""
@@ -129,7 +133,6 @@ class RankProcess:
         store: tuple[str, int] | None,
         address: str,
         make_worker: WorkerFactory | None = None,
-        pulse: PulseAddress | None = None,
     ) -> WorkerInfo:
         """Load the shard and join the other ranks, which must start at the same time.
 
@@ -139,7 +142,6 @@ class RankProcess:
             store: host and port of the rendezvous store; None for one rank.
             address: this host's address among the ranks; gloo is told to use its interface.
             make_worker: default: `saqqara.workers.worker.Worker`.
-            pulse: where to beat to once the worker is up; the process ends if nobody answers.
         """
         name = interface_of(address)
         if name is not None:
@@ -154,11 +156,11 @@ class RankProcess:
             # Ray sets OMP_NUM_THREADS to 1 for actors of few CPUs.
             prepare_process(settings, self.rank)
             self._worker = make_worker(settings, layout, self.rank, store, self.log_file)
-            # Not before: to load libraries can hold up all threads of a process for seconds.
-            self._pulse = None if pulse is None else Pulse(pulse, self.rank)
         except BaseException:
             logger.exception("rank %d could not start", self.rank)
             raise
+        if self._pulse is not None:
+            self._pulse.note_up()
         info = replace(self._worker.info, log_file=self.log_file)
         logger.info("rank %d has started with %d threads: %s", self.rank, self.num_threads, info)
         return info
@@ -187,14 +189,27 @@ class RankProcess:
             self._worker = None
 
 
-def wait_for_end(processes: Sequence[ProcessInfo], timeout_seconds: float) -> list[int]:
-    """Wait for processes of this machine that were killed; returns the ids of those still there."""
-    deadline = time.monotonic() + timeout_seconds
-    while left := [process.pid for process in processes if process.is_there()]:
-        if time.monotonic() > deadline:
+def this_process() -> ProcessInfo:
+    """The process that asks."""
+    return ProcessInfo(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+
+
+def end_processes(processes: Sequence[ProcessInfo], timeout_seconds: float) -> list[int]:
+    """Wait for processes of this machine that were told to end; returns ids of those still there.
+
+    After a second they are killed: Ray gives one that is stopped far longer.
+    """
+    started = time.monotonic()
+    while left := [process for process in processes if process.is_there()]:
+        seconds = time.monotonic() - started
+        if seconds > timeout_seconds:
             break
+        if seconds > _GRACE_SECONDS:
+            for process in left:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
-    return left
+    return [process.pid for process in left]
 
 
 def new_log_dir(config: EngineConfig) -> Path:

@@ -4,7 +4,10 @@ A rank beats from a thread of its own, so its beats go on while it computes, and
 collective for a rank that has gone. They end when its process is stopped or its node is cut off;
 and when it dies, its connection is closed at once. The controller answers each beat. A rank that
 has no answer for long, or whose controller's side was closed, is of no use to anybody and ends its
-process: nobody else may be able to.
+process: nobody else may be able to. The driver of a controller listens to it in the same way.
+
+To load libraries can hold up all threads of a process for many seconds, so more silence is borne of
+a rank until it says that it is up.
 
 The port is bound to one address and open to whoever knows the token, which is random.
 """
@@ -26,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 0.5
 SILENT_SECONDS = 5.0  # of a rank, until it counts as unreachable
+SILENT_START_SECONDS = 60.0  # the same, of one that is not up yet
 CUT_OFF_SECONDS = 15.0  # of the controller, until a rank ends itself; the controller comes first
 EXIT_STATUS = 70  # of a rank that ended itself
 
@@ -33,7 +37,7 @@ _TOKEN_BYTES = 16
 _RANK = struct.Struct("!I")
 _HELLO_BYTES = _TOKEN_BYTES + _RANK.size
 _HELLO_SECONDS = 5.0
-_BEAT, _BYE = b".", b"x"
+_BEAT, _UP, _BYE = b".", b"u", b"x"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class _Peer:
     heard_at: float
     rank: int | None = None
     hello: bytes = b""
+    is_up: bool = False
 
 
 class PulseMonitor:
@@ -62,7 +67,8 @@ class PulseMonitor:
         host: address to listen on.
         on_loss: called once, from the thread, with the first rank that is lost and whether its
             connection was closed (its process has ended) or it is just silent.
-        silent_seconds: a rank that is not heard for so long is lost.
+        silent_seconds: a rank that is up and not heard for so long is lost.
+        silent_start_seconds: the same, of one that is not up yet.
     """
 
     def __init__(
@@ -70,9 +76,11 @@ class PulseMonitor:
         host: str,
         on_loss: Callable[[int, bool], None],
         silent_seconds: float = SILENT_SECONDS,
+        silent_start_seconds: float = SILENT_START_SECONDS,
     ) -> None:
         self._on_loss = on_loss
         self._silent_seconds = silent_seconds
+        self._silent_start_seconds = silent_start_seconds
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family)
         self._listener.setblocking(False)
@@ -137,6 +145,7 @@ class PulseMonitor:
             self._drop(source)
         elif data:
             peer.heard_at = time.monotonic()
+            peer.is_up |= _UP in data
         else:
             self._drop(source)
             if peer.rank is not None:
@@ -156,10 +165,11 @@ class PulseMonitor:
     def _find_silent(self) -> None:
         now = time.monotonic()
         for peer in list(self._peers.values()):
+            borne = self._silent_seconds if peer.is_up else self._silent_start_seconds
             if peer.rank is None:
                 if now - peer.heard_at > _HELLO_SECONDS:
                     self._drop(peer.connection)
-            elif now - peer.heard_at > self._silent_seconds:
+            elif now - peer.heard_at > borne:
                 self._drop(peer.connection)
                 self._lose(peer.rank, is_closed=False)
 
@@ -180,7 +190,8 @@ class Pulse:
     Args:
         address: the controller's.
         rank: who beats.
-        cut_off_seconds: without an answer for so long, the process ends.
+        cut_off_seconds: without an answer for so long, the process ends; `math.inf`: only when the
+            connection is closed.
         end: ends it.
 
     Raises:
@@ -196,13 +207,20 @@ class Pulse:
     ) -> None:
         self._cut_off_seconds = cut_off_seconds
         self._end = end
-        self._connection = socket.create_connection((address.host, address.port), cut_off_seconds)
+        self._connection = socket.create_connection(
+            (address.host, address.port), min(cut_off_seconds, CUT_OFF_SECONDS)
+        )
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection.sendall(address.token + _RANK.pack(rank))
         self._connection.settimeout(BEAT_SECONDS)
+        self._beat = _BEAT
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
+
+    def note_up(self) -> None:
+        """From now on this process beats as it should."""
+        self._beat = _UP
 
     def close(self) -> None:
         """Tell the controller that this end is meant, and stop; again does nothing."""
@@ -213,7 +231,7 @@ class Pulse:
         silent_seconds = 0.0
         while not self._closing.wait(BEAT_SECONDS):
             try:
-                self._connection.send(_BEAT)
+                self._connection.send(self._beat)
                 answer = self._connection.recv(4096)
             except TimeoutError:
                 # Counted by the waits and not by the clock: this process may have been stopped.

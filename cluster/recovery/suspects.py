@@ -5,9 +5,9 @@ whoever was there was there. After two losses without a new token in between it 
 once the workers are back, suspects run one after the other, alone, each until it has a new token.
 Only a request that is alone with the workers at three losses, again without a new token in between,
 is *guilty* and must end: one may be chance, and so may two where workers die for reasons of their
-own. Between the first and the last somebody else must have got a token, or workers that are lost whatever
-they do would cost one request after the other; where there is no other suspect to show it, the
-losses alone will do.
+own. Between the first and the last somebody else must have got a token, or workers that are lost
+whatever they do would cost one request after the other; where there is no other suspect to show it,
+the losses alone will do.
 
 A new token clears its request of everything. Workers that cannot be reached were stopped or cut
 off: whatever a request does, it does not do that.

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from saqqara.cluster.engine.client import EngineClient
-from saqqara.cluster.errors import EngineDeadError
+from saqqara.cluster.errors import ControllerLostError, EngineDeadError
 from saqqara.cluster.on_ray.controller import (
     CONTROLLER_LOG,
     ControllerClient,
@@ -114,21 +114,24 @@ def test_a_killed_rank_costs_time_and_nothing_else(client: ControllerClient) -> 
     assert report.pages_leaked == 0
 
 
-def test_a_killed_controller_fails_its_client_and_takes_its_ranks_along(
-    client: ControllerClient, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("signum", "what"),
+    [(signal.SIGKILL, "has died: .*"), (signal.SIGSTOP, "was not heard for 5 s; .*")],
+)
+def test_a_lost_controller_fails_its_client_and_takes_its_ranks_along(
+    client: ControllerClient, signum: signal.Signals, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # Other runs on this machine have controllers too: ours is a child of our ranks' raylet.
-    raylet = psutil.Process(client.describe().workers[0].pid).parent()
-    assert raylet is not None
-    [controller] = [p for p in raylet.children() if "ray::Controller" in " ".join(p.cmdline())]
-    controller.kill()
-    with pytest.raises(EngineDeadError, match=f"the controller has died.*{CONTROLLER_LOG}"):
+    assert client._own is not None
+    os.kill(client._own[1].pid, signum)
+    started = time.monotonic()
+    with pytest.raises(ControllerLostError, match=f"the controller {what}{CONTROLLER_LOG}"):
         client.poll(NOTICE_SECONDS)
+    assert time.monotonic() - started < NOTICE_SECONDS
     client.shutdown()
     with pytest.raises(EngineDeadError, match="was shut down"):
         client.poll()
     assert "the controller did not shut down cleanly" in caplog.text
-    assert_gone(client)
+    assert_gone(client, seconds=0.5)
 
 
 def test_settings_that_do_not_fit_are_value_errors_and_leave_nothing(

@@ -77,9 +77,12 @@ ROOMS = {
     | {"workers/process.py", "workers/worker.py"},
     # The doors: an engine in this process or on Ray, Python's, and an earlier place of Serve's.
     "cluster/launch.py": _BASE | _MODEL | {"cluster/on_ray", "cluster/engine"},
+    "cluster/failover.py": _BASE | {"cluster/engine", "cluster/recovery"},
     "cluster/llm.py": _BASE | {"cluster/launch.py", "cluster/engine"},
     "cluster/serve.py": _below("cluster/on_ray"),
-    "cluster/batch": _BASE | _MODEL | {"cluster/launch.py", "cluster/openai", "cluster/engine"},
+    "cluster/batch": _BASE
+    | _MODEL
+    | {"cluster/launch.py", "cluster/failover.py", "cluster/openai", "cluster/engine"},
     "cluster/cli": _BASE
     | _MODEL
     | {"cluster/batch", "cluster/server", "cluster/on_ray", "cluster/launch.py", "cluster/engine"},

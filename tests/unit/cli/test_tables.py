@@ -103,7 +103,21 @@ def test_a_batch_summary_says_what_was_lost() -> None:
         update={"recoveries": {"hung": 1, "died": 2}, "down_seconds": 12.34},
     )
     rows = dict(ROWS)
-    summary = BatchSummary.model_construct(report=report)
+    summary = BatchSummary(
+        input="in.jsonl",
+        output="out.jsonl",
+        model="fake",
+        retention="full",
+        budget=None,
+        rows=1,
+        answered=1,
+        errors=0,
+        resumed=0,
+        wall_seconds=1.0,
+        start_seconds=1.0,
+        integrity="ok",
+        report=report,
+    )
     assert rows["lost workers"](summary) == "none"
-    summary = BatchSummary.model_construct(report=lost)
+    summary = summary.model_copy(update={"report": lost})
     assert rows["lost workers"](summary) == "2 died, 1 hung (12.3 s)"

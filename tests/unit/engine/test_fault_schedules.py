@@ -35,6 +35,7 @@ RETENTIONS = (
     {"method": "snapkv", "window": 3, "budget": 12, "decode": {"slack_pages": 1}},
 )
 NUM_TOKENS = 14
+MOST_STEPS = 3000  # several times what the longest takes
 
 
 class Schedule:
@@ -86,7 +87,7 @@ class Schedule:
         """Requests come one after the other, and some are taken back; then wait for all."""
         waiting = list(self.names)
         open_names: list[str] = []
-        for _ in range(20_000):
+        for _ in range(MOST_STEPS):
             if waiting and self.rng.random() < 0.2:
                 open_names.append(waiting.pop(0))
                 self._add(open_names[-1])
@@ -123,8 +124,8 @@ class Schedule:
                 assert name in self.aborted
             elif choice.finish_reason == "error":  # bad luck, of which it could not be cleared
                 assert output.error is not None
-                assert "has ended the workers twice while it ran alone" in output.error
-                assert self.replica.lost_alone[output.prompt_token_ids] >= 2
+                assert "has ended the workers 3 times while it ran alone" in output.error
+                assert self.replica.lost_alone[output.prompt_token_ids] >= 3
             else:
                 assert choice.finish_reason == "length"
                 assert choice.token_ids == expected

@@ -100,9 +100,7 @@ def test_a_new_token_clears_its_request_and_no_other() -> None:
     assert order(suspects) == ["b"]
     suspects.lost(["b"], "died")
     assert suspects.progress("b")
-    assert [suspects.lost(["b"], "died") for _ in range(5)] == [*[None] * 4, "b"], (
-        "from the start"
-    )
+    assert [suspects.lost(["b"], "died") for _ in range(5)] == [*[None] * 4, "b"], "from the start"
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -28,14 +28,16 @@ def monitor(losses: SimpleQueue[Loss]) -> Iterator[PulseMonitor]:
     def note(rank: int, is_closed: bool) -> None:
         losses.put((rank, is_closed))
 
-    monitor = PulseMonitor("127.0.0.1", note, SILENT)
+    monitor = PulseMonitor("127.0.0.1", note, SILENT, 2 * SILENT)
     yield monitor
     monitor.close()
 
 
 def beat(address: PulseAddress, rank: int) -> None:
     """A rank's process."""
-    Pulse(address, rank, cut_off_seconds=2.0)
+    pulse = Pulse(address, rank, cut_off_seconds=2.0)
+    if rank == 0:
+        pulse.note_up()
     time.sleep(60)
 
 
@@ -74,13 +76,25 @@ def test_a_rank_that_dies_is_known_at_once(
 def test_a_rank_that_is_stopped_is_silent_and_only_the_first_loss_is_told(
     ranks: list[multiprocessing.process.BaseProcess], losses: SimpleQueue[Loss]
 ) -> None:
-    assert ranks[0].pid is not None
-    os.kill(ranks[0].pid, signal.SIGSTOP)
+    time.sleep(1.0)  # until rank 0 has said that it is up
+    for process in ranks:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
     started = time.monotonic()
-    assert losses.get(timeout=PATIENCE) == (0, False)
+    assert losses.get(timeout=PATIENCE) == (0, False), "more is borne of one that starts"
     assert time.monotonic() - started >= SILENT / 2
     ranks[1].kill()
     assert is_quiet(losses, 1.0)
+
+
+def test_a_rank_that_is_stopped_while_it_starts_is_lost_too(
+    ranks: list[multiprocessing.process.BaseProcess], losses: SimpleQueue[Loss]
+) -> None:
+    assert ranks[1].pid is not None
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    started = time.monotonic()
+    assert losses.get(timeout=PATIENCE) == (1, False)
+    assert time.monotonic() - started >= 1.5 * SILENT
 
 
 def test_ranks_end_themselves_when_their_controller_is_gone(
