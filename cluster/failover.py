@@ -49,6 +49,7 @@ class FailoverClient:
         self._latest: EngineReport | None = None
         self._recoveries: Counter[str] = Counter()
         self._down_seconds = 0.0
+        self._lost_at: float | None = None  # until there is an answer
         self._client = start()
 
     def submit(self, requests: Sequence[Request]) -> list[Rejection]:
@@ -71,7 +72,7 @@ class FailoverClient:
         for output in outputs:
             self._unfinished.pop(output.request_id, None)
         if outputs:
-            self._attempts.forget()
+            self._note_answer()
         return outputs
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -119,6 +120,13 @@ class FailoverClient:
             except ControllerLostError as error:
                 self._fail_over(client, error)
 
+    def _note_answer(self) -> None:
+        self._attempts.forget()
+        if self._lost_at is not None:
+            seconds = self._clock.now() - self._lost_at
+            logger.warning("the first answer comes %.1f s after a controller was lost", seconds)
+            self._lost_at = None
+
     def _fail_over(self, lost: EngineClient, error: ControllerLostError) -> None:
         """End what is left of an engine and start another, unless somebody has meanwhile."""
         with self._lock:
@@ -126,6 +134,7 @@ class FailoverClient:
                 return
             logger.error("%s; %d requests had not ended", error, len(self._unfinished))
             since = self._clock.now()
+            self._lost_at = self._lost_at or since
             lost.shutdown()
             self._client = self._start_next(error)
             seconds = self._clock.now() - since

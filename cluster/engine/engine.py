@@ -113,6 +113,7 @@ class Engine:
         self._attempts = Attempts(limits or RecoveryLimits(), self._clock)
         self._suspects = Suspects()
         self._outage: Outage | None = None
+        self._lost_at: float | None = None  # until there is a new token
         self._is_broken = False
         self._stats.publish(0, 0, self._now(), is_idle=True)
 
@@ -244,6 +245,7 @@ class Engine:
             self._end_guilty(guilty, failure)
         self._run_next_alone()
         self._stats.set_ready(False)
+        self._lost_at = self._lost_at or self._clock.now()
         self._outage = Outage(failure, self._executor, self._attempts, self._clock)
         return self.scheduler.take_events()
 
@@ -281,6 +283,10 @@ class Engine:
     def _note_progress(self, request_id: str) -> None:
         """A request has something new: the workers work, and it is no suspect any more."""
         self._attempts.forget()
+        if self._lost_at is not None:
+            seconds = self._clock.now() - self._lost_at
+            logger.warning("the first new token comes %.1f s after workers were lost", seconds)
+            self._lost_at = None
         if self._suspects.progress(request_id):
             self._run_next_alone()
 

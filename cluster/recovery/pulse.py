@@ -213,14 +213,14 @@ class Pulse:
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection.sendall(address.token + _RANK.pack(rank))
         self._connection.settimeout(BEAT_SECONDS)
-        self._beat = _BEAT
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
 
     def note_up(self) -> None:
         """From now on this process beats as it should."""
-        self._beat = _UP
+        with suppress(OSError):  # the thread sees to it
+            self._connection.send(_UP)
 
     def close(self) -> None:
         """Tell the controller that this end is meant, and stop; again does nothing."""
@@ -231,7 +231,7 @@ class Pulse:
         silent_seconds = 0.0
         while not self._closing.wait(BEAT_SECONDS):
             try:
-                self._connection.send(self._beat)
+                self._connection.send(_BEAT)
                 answer = self._connection.recv(4096)
             except TimeoutError:
                 # Counted by the waits and not by the clock: this process may have been stopped.

@@ -74,9 +74,14 @@ def test_a_rank_that_dies_is_known_at_once(
 
 
 def test_a_rank_that_is_stopped_is_silent_and_only_the_first_loss_is_told(
-    ranks: list[multiprocessing.process.BaseProcess], losses: SimpleQueue[Loss]
+    ranks: list[multiprocessing.process.BaseProcess],
+    monitor: PulseMonitor,
+    losses: SimpleQueue[Loss],
 ) -> None:
-    time.sleep(1.0)  # until rank 0 has said that it is up
+    deadline = time.monotonic() + PATIENCE
+    while not [peer for peer in list(monitor._peers.values()) if peer.is_up]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     for process in ranks:
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
