@@ -149,6 +149,14 @@ def _kept(report: EngineReport) -> str:
 
 COST_ROWS = ("GPU hours", "cost", "cost per million tokens", "cost per million tokens out")
 
+
+def _recoveries(report: EngineReport) -> str:
+    if not report.recoveries:
+        return "none"
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(report.recoveries.items()))
+    return f"{causes} ({report.down_seconds:.1f} s)"
+
+
 ROWS: tuple[tuple[str, Callable[[BatchSummary], str]], ...] = (
     ("requests answered", lambda s: f"{s.answered} of {s.rows}"),
     ("error records", lambda s: str(s.errors)),
@@ -165,6 +173,7 @@ ROWS: tuple[tuple[str, Callable[[BatchSummary], str]], ...] = (
     ("KV kept of full, at peak", _of(_kept)),
     ("sequences at once, at most", _of(lambda r: str(r.num_running_peak))),
     ("preemptions", _of(lambda r: str(r.num_preemptions))),
+    ("lost workers", _of(_recoveries)),
     ("page integrity", lambda s: s.integrity or "-"),
 )
 
