@@ -17,7 +17,7 @@ from .arrivals import Trace
 from .faults import Outage
 from .measures import ReplicaRun
 from .ranks import Ranks
-from .step_time import StepTimes
+from .step_time import Pipeline, StepTimes
 
 Progress = Callable[[int], None]
 _REPORT_EVERY = 50  # requests
@@ -85,9 +85,8 @@ class Replica:
         )
         self._ranks = Ranks(self._workers, settings.max_num_seqs, next_token=lambda _: 0)
         self._times = StepTimes(settings.memory, settings.cost, settings.max_num_seqs)
-        self._step_seconds = settings.cost.factors.step_seconds
+        self._pipeline = Pipeline(self._times.num_stages, settings.cost.factors.step_seconds)
         self._pages_W = self._scheduler.ledger.num_pages
-        self._stage_free = [0.0] * self._times.num_stages
         self._now = 0.0
         self._flights: deque[tuple[StepPlan, float]] = deque()
         self._requests = requests
@@ -139,12 +138,9 @@ class Replica:
     def _send(self) -> None:
         while (plan := self._scheduler.schedule()) is not None:
             self.run.steps += 1
-            reached = self._now
-            for stage, seconds in enumerate(self._times.seconds(plan)):
-                reached = max(reached, self._stage_free[stage]) + seconds
-                self._stage_free[stage] = reached + self._step_seconds
-                self.run.busy_seconds += seconds
-            self._flights.append((plan, reached + self._step_seconds))
+            seconds = self._times.seconds(plan)
+            self.run.busy_seconds += sum(seconds)
+            self._flights.append((plan, self._pipeline.end_of(seconds, self._now)))
 
     def _land(self) -> None:
         plan, done = self._flights[0]
@@ -172,8 +168,7 @@ class Replica:
     def _lose_workers(self, outage: Outage) -> None:
         start = max(outage.start, self._now)
         self._count_time(start)
-        lost = sum(max(free - self._step_seconds - start, 0.0) for free in self._stage_free)
-        self.run.busy_seconds -= lost
+        self.run.busy_seconds -= self._pipeline.unfinished(start)
         self.run.down_seconds += outage.back - start
         self.run.recoveries += 1
         self._flights.clear()
@@ -181,7 +176,7 @@ class Replica:
         self._ranks.start()
         self._scheduler.restart(self._workers)
         self._now = outage.back
-        self._stage_free = [outage.back] * len(self._stage_free)
+        self._pipeline.start(outage.back)
         self._note(self._scheduler.take_events())
 
     def _note(self, events: Sequence[Event]) -> None:

@@ -19,6 +19,38 @@ from saqqara.workers.plan import NewSequence, PrefillGroup, StepPlan
 _REMEMBERED = 16384  # kinds of prefill groups, by the lengths of their prompts
 
 
+class Pipeline:
+    """When plans end that go through the stages one after the other.
+
+    Args:
+        num_stages: each works on one plan at a time.
+        controller_seconds: that a stage waits between two plans.
+    """
+
+    def __init__(self, num_stages: int, controller_seconds: float) -> None:
+        self._controller_seconds = controller_seconds
+        self._free = [0.0] * num_stages
+        self._ends = [0.0] * num_stages
+
+    def end_of(self, seconds: Sequence[float], now: float) -> float:
+        """When a plan ends that is given now and takes each stage so long."""
+        reached = now
+        for stage, mine in enumerate(seconds):
+            reached = max(reached, self._free[stage]) + mine
+            self._ends[stage] = reached
+            self._free[stage] = reached + self._controller_seconds
+        return reached + self._controller_seconds
+
+    def unfinished(self, now: float) -> float:
+        """Seconds that the stages would still work on what they were given, at most one plan's."""
+        return sum(max(end - now, 0.0) for end in self._ends)
+
+    def start(self, now: float) -> None:
+        """Begin with nothing."""
+        self._free = [now] * len(self._free)
+        self._ends = [now] * len(self._ends)
+
+
 class StepTimes:
     """Follows the plans of a replica, which must come in order, and says what each takes.
 

@@ -74,7 +74,7 @@ ROOMS = {
     "cluster/planning": _below("cluster/scheduling", "compression", "configs", "workers")
     | {"workers/footprint.py", "workers/mesh", "workers/models"},
     "cluster/simulation": _below("cluster/planning", "cluster/scheduling", "compression")
-    | {"workers", "workers/footprint.py", "workers/mesh"},
+    | {"cluster", "cluster/recovery", "workers", "workers/footprint.py", "workers/mesh"},
     "cluster/openai": _BASE,
     "cluster/server": _BASE | {"cluster/openai", "cluster/engine"},
     "cluster/on_ray": _BASE
