@@ -53,7 +53,7 @@ KINDS: tuple[Mishap, ...] = (
 )
 LOSSES_OF_A_GUILTY = 3  # while it runs alone, as docs/serving.md says
 MOST_CALLS, MOST_SECONDS = 4000, 50_000.0
-_SIZES = ((60, 80, 120, 1000), ((4,), (2, 2), (1, 2, 1)))
+_SIZES = ((56, 64, 80, 120), ((4,), (2, 2), (1, 2, 1)))
 
 
 class Books:
@@ -144,7 +144,7 @@ class Schedule:
         self.clock = SimulatedClock()
         num_pages, stages = (rng.choice(sizes) for sizes in _SIZES)
         workers = make_workers(num_pages, stages=stages)  # type: ignore[arg-type]
-        self.every = rng.choice((6, 15, 40))
+        self.every = rng.choice((6, 12, 24))
         self.executor = SimulatedExecutor(
             workers,
             Books,
@@ -153,7 +153,7 @@ class Schedule:
             controller_seconds=0.001,
             restart_seconds=rng.choice((0.1, 0.6)),
             mishaps=cache(self._mishap),
-            failing_starts=[n for n in range(20) if rng.random() < 0.15],
+            failing_starts=[n for n in range(20) if rng.random() < 0.1],
             stale_results=rng.random() < 0.5,
             restarted=self._restarted,
         )
@@ -169,7 +169,7 @@ class Schedule:
             self.executor,
             _tokenizer(),
             SPEC,
-            lookahead=rng.choice((1, 1, 2, 3)),
+            lookahead=rng.choice((1, 2, 3)),
             limits=RecoveryLimits(1000, first_wait_seconds=0.1, max_wait_seconds=0.5),
             clock=self.clock,
         )
@@ -177,8 +177,8 @@ class Schedule:
         self.tally = Tally(schedules=1)
         self.witness = self.engine._suspects = Witness()
         self.clock.at(MOST_SECONDS, _fail)
-        for _ in range(rng.choice((0, 0, 1, 3))):  # also between steps, and while ranks start
-            self.clock.at(rng.uniform(0.0, 3.0), partial(self.executor.lose, "died"))
+        for _ in range(rng.choice((0, 0, 1, 2))):  # also between steps, and while ranks start
+            self.clock.at(rng.uniform(0.0, 1.5), self._die)
 
     def run(self) -> Tally:
         """Until every request has ended, and all that they held is free again."""
@@ -206,7 +206,7 @@ class Schedule:
         continuation = "y" * rng.randint(1, 9) if rng.random() < 0.2 else None
         return Asked(
             f"{'x' * rng.randint(0, 14)}{number}",
-            num_tokens=rng.randint(1, 10),
+            num_tokens=rng.randint(1, 7),
             num_choices=1 if continuation is not None else rng.choice((1, 1, 1, 2)),
             continuation=continuation,
             retention=rng.choice(RETENTIONS),
@@ -216,6 +216,9 @@ class Schedule:
     def _mishap(self, number: int) -> Mishap | None:
         rng = random.Random(f"{self.seed}/{number}")
         return rng.choice(KINDS) if rng.randrange(self.every) == 0 else None
+
+    def _die(self) -> None:
+        self.executor.lose("died")
 
     def _restarted(self, workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:
         """Other processes find other memory."""
