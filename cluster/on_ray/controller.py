@@ -32,7 +32,14 @@ from .executor import RayExecutor
 from .exits import end_on_nodes, exit_reason, one_line
 from .group import PROGRESS_SECONDS
 from .metrics import RaySink
-from .placement import DEFAULT_TIMEOUT_SECONDS, Placement, PlacementError, pulse_host, reserve
+from .placement import (
+    DEFAULT_TIMEOUT_SECONDS,
+    Placement,
+    PlacementError,
+    Strategy,
+    pulse_host,
+    reserve,
+)
 from .rank_process import (
     ProcessInfo,
     WorkerFactory,
@@ -95,6 +102,7 @@ def start_controller(
     metrics_host: str = "127.0.0.1",
     make_worker: WorkerFactory | None = None,
     placement_timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    strategy: Strategy = "PACK",
 ) -> "ControllerClient":
     """Start an engine on Ray and wait until it can take requests; connects to Ray if need be.
 
@@ -103,6 +111,7 @@ def start_controller(
         metrics_host: address that /metrics is served on, if `config.metrics_port` is set.
         make_worker: makes a rank's worker; default: `saqqara.workers.worker.Worker`.
         placement_timeout_seconds: how long to wait for the cluster to have room.
+        strategy: whether the stages are put on few nodes or on many.
 
     Raises:
         PlacementError: the cluster has no room.
@@ -113,7 +122,7 @@ def start_controller(
     started_ray = connect()
     log_dir = new_log_dir(config)
     try:
-        placement = reserve(config, placement_timeout_seconds)
+        placement = reserve(config, placement_timeout_seconds, strategy)
         try:
             return _start(config, placement, log_dir, metrics_host, make_worker, started_ray)
         except BaseException:
