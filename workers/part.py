@@ -12,7 +12,8 @@ from torch import Tensor
 from saqqara.configs.worker_settings import WorkerSettings
 
 from .attention.base import AttentionBackend, get_backend
-from .mesh.layout import HeadShard, MeshLayout, head_shard, layer_split
+from .footprint import Footprint, stage_layers
+from .mesh.layout import HeadShard, MeshLayout, head_shard
 from .mesh.mesh import Mesh
 from .models.decoder import Decoder, choose_linear_backend
 from .models.spec import ModelSpec, load_spec
@@ -23,9 +24,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# The head runs for sampled positions only, so in a step that also prefills it costs a part of what
-# its weights, counted in layers, would suggest.
-_HEAD_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,7 @@ class Part:
             head_shard(spec.num_query_heads, spec.num_kv_heads, size, t) for t in range(size)
         ]
         heads = all_heads[layout.tensor_rank(rank)]
-        head_layers = _HEAD_SHARE * spec.head_layers
-        stages = layer_split(spec.num_layers, layout.pipeline_size, head_layers, config.layer_split)
+        stages = stage_layers(spec, layout.pipeline_size, config.layer_split)
         layers = stages[layout.pipeline_rank(rank)]
         mesh = Mesh(layout, rank, spec.num_kv_heads, device, store)
         with open_weights(
@@ -114,10 +111,16 @@ class Part:
         """Factor of attention scores."""
         return float(self.spec.head_dim**-0.5)
 
+    @cached_property
+    def footprint(self) -> Footprint:
+        """This part in numbers."""
+        mesh = self.mesh
+        return Footprint(self.spec, self.dtype, mesh.layout, mesh.rank, self.layers, self.heads)
+
     @property
     def num_rows(self) -> int:
         """Rows of one sequence on this rank: layers x kv heads."""
-        return len(self.layers) * len(self.heads.kv)
+        return self.footprint.num_rows
 
     @property
     def replica_rows(self) -> int:

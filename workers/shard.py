@@ -24,7 +24,7 @@ from .clock import StepClock
 from .kv.store import KVStore
 from .part import Part
 from .plan import NewSequence, WorkerInfo
-from .sizing import pool_pages, ring_normaliser_bytes, ring_query_bytes
+from .sizing import pool_pages
 from .state.faults import Faults
 from .state.meter import MemoryMeter
 from .state.retained import Retained
@@ -106,8 +106,8 @@ class Shard:
             pid=pid,
             log_file=log_file,
             max_model_len=part.max_model_len,
-            ring_query_bytes=ring_query_bytes(part),
-            ring_normaliser_bytes=ring_normaliser_bytes(part),
+            ring_query_bytes=part.footprint.ring_query_bytes(),
+            ring_normaliser_bytes=part.footprint.ring_normaliser_bytes(),
         )
 
     def add(self, new: NewSequence) -> None:

@@ -6,30 +6,18 @@ Shapes: T packed tokens, E hidden size.
 import numpy as np
 import torch
 
-from saqqara.compression.decode import DecodeStage
-from saqqara.compression.growth import (
-    most_ring_size,
-    remembers_normalisers,
-    sums_mass,
-)
 from saqqara.compression.retention import Retention
 
 from .attention.base import CuSeqlens
+from .footprint import GIB, graph_sizes
 from .host_memory import available_bytes, total_bytes
 from .models.decoder import chunks
 from .part import Part
 from .transfer import to_device
 
-GIB = 1024**3
-NORMALISER_BYTES = 4  # float32
-
 _CPU_SHARE = 0.3
 _CPU_MAX_BYTES = 4 * GIB
 _WINDOW_QUERIES = 64
-_LARGEST_GRAPH = 512
-_WORKSPACE_BYTES = 64 << 20  # cuBLAS's and cuBLASLt's of the recording stream, 32 MiB each at most
-_KERNEL_BYTES = 8 << 10  # of a recorded kernel in the driver, and this many kernels in a layer
-_LAYER_KERNELS = 20
 
 
 def pool_pages(part: Part) -> int:
@@ -44,7 +32,7 @@ def pool_pages(part: Part) -> int:
             larger than the machine's memory.
     """
     config, device, rows = part.config, part.device, part.num_rows
-    page_bytes = config.page_tokens * part.spec.kv_bytes_per_row_token(part.dtype)
+    page_bytes = part.footprint.page_bytes(config.page_tokens)
     # Also where the pool has a given size: it does the first step's work, and shows that it fits.
     step_bytes = 0
     if device.type == "cuda":
@@ -58,8 +46,8 @@ def pool_pages(part: Part) -> int:
     else:
         most_bytes = min(_CPU_MAX_BYTES, _CPU_SHARE * available_bytes())
         pool_bytes = most_bytes * rows / part.replica_rows
-    most = config.max_num_seqs * rows * -(-part.max_model_len // config.page_tokens)
-    pages = min(int(pool_bytes // page_bytes), most)
+    sizes = (config.max_num_seqs, part.max_model_len, config.page_tokens)
+    pages = part.footprint.pages_within(pool_bytes, *sizes)
     if device.type == "cpu" and pages * page_bytes > total_bytes():
         raise ValueError(
             f"kv_memory_gib={config.kv_memory_gib:g}: this worker's {pages} pages would take "
@@ -73,13 +61,21 @@ def pool_pages(part: Part) -> int:
     return pages
 
 
-@torch.inference_mode()
 def measure_step(part: Part) -> int:
     """Peak GPU bytes of the largest step: one layer of a full prefill group, and the head."""
-    tokens, config, spec = part.config.max_prefill_tokens, part.config, part.spec
     torch.cuda.synchronize(part.device)
     before = torch.cuda.memory_allocated(part.device)
     torch.cuda.reset_peak_memory_stats(part.device)
+    hidden_bytes = largest_step(part)
+    peak = torch.cuda.max_memory_allocated(part.device)
+    # Another group's hidden states may be parked beside the one in work.
+    return int(peak - before + 2 * hidden_bytes)
+
+
+@torch.inference_mode()
+def largest_step(part: Part) -> int:
+    """Compute what takes most memory, with zeros; returns the bytes of its hidden states."""
+    tokens, config, spec = part.config.max_prefill_tokens, part.config, part.spec
     hidden_TE = torch.zeros(tokens, spec.hidden_size, dtype=part.dtype, device=part.device)
     length = min(tokens, part.max_model_len)
     lengths = [length] * (tokens // length) + ([tokens % length] if tokens % length else [])
@@ -95,42 +91,15 @@ def measure_step(part: Part) -> int:
         layer.finish(hidden_TE[chunk], attended[chunk])
     if part.decoder.head is not None:
         part.decoder.logits(hidden_TE[: config.max_num_seqs])
-    peak = torch.cuda.max_memory_allocated(part.device)
-    # Another group's hidden states may be parked beside the one in work.
-    return int(peak - before + 2 * hidden_TE.nbytes)
+    return hidden_TE.nbytes
 
 
 def rings_and_sums_bytes(part: Part) -> int:
     """Bytes of every slot's ring and sums under the engine's own retention."""
-    config, max_tokens = part.config, part.max_model_len
+    config = part.config
     retention = Retention.parse(config.retention, config.budget)
-    query_bytes = ring_query_bytes(part)
-    if remembers_normalisers(retention):
-        query_bytes += ring_normaliser_bytes(part)
-    slot_bytes = most_ring_size(retention, max_tokens) * query_bytes
-    if sums_mass(retention):
-        assert isinstance(retention.decode, DecodeStage)
-        rows = retention.row_tokens(max_tokens, part.spec.num_layers, part.spec.num_kv_heads)
-        slack = retention.decode.slack_pages * config.page_tokens
-        slot_bytes += 4 * part.num_rows * (int(rows.max()) + slack)
-    return config.max_num_seqs * slot_bytes
-
-
-def ring_query_bytes(part: Part) -> int:
-    """Bytes of a query that a ring remembers, in all layers."""
-    return len(part.layers) * len(part.heads.query) * part.spec.head_dim * part.dtype.itemsize
-
-
-def ring_normaliser_bytes(part: Part) -> int:
-    """Bytes of a query's normalisers, in all layers."""
-    return len(part.layers) * len(part.heads.query) * NORMALISER_BYTES
-
-
-def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """Batch sizes to record graphs for: fine steps where padding costs most, then coarser ones."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, _LARGEST_GRAPH + 1, 64)]
-    top = min(max_num_seqs, _LARGEST_GRAPH)
-    return (*(size for size in sizes if size < top), top)
+    sizes = (config.max_num_seqs, part.max_model_len, config.page_tokens)
+    return part.footprint.rings_and_sums_bytes(retention, *sizes)
 
 
 def why_no_graphs(part: Part) -> str | None:
@@ -149,11 +118,9 @@ def graph_bytes(part: Part) -> int:
     """
     if part.backend.name != "triton" or why_no_graphs(part) is not None:
         return 0
-    sizes = graph_sizes(part.config.max_num_seqs)
-    hidden_bytes = part.spec.hidden_size * part.dtype.itemsize
-    kernels = len(sizes) * len(part.layers) * _LAYER_KERNELS
-    scratch = sizes[-1] * scratch_bytes(part)
-    return scratch + sum(sizes) * hidden_bytes + kernels * _KERNEL_BYTES + _WORKSPACE_BYTES
+    largest = graph_sizes(part.config.max_num_seqs)[-1]
+    recorded = part.footprint.recorded_bytes(part.config.max_num_seqs)
+    return largest * scratch_bytes(part) + recorded
 
 
 def scratch_bytes(part: Part) -> int:

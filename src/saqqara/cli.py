@@ -1,4 +1,4 @@
-"""The command line: `saqqara {generate,batch,serve,methods,bench,eval,fetch-demo-model,version}`.
+"""The command line: `saqqara {generate,batch,serve,plan,methods,bench,eval,...}`.
 
 Exit codes: 0 done, 1 something failed, 2 the user's input is wrong (one line says what), 3 rows
 have errors (`batch --fail-on-errors`), 128 + n ended by signal n (130: Ctrl-C).

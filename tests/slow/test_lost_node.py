@@ -69,7 +69,7 @@ def test_a_job_survives_the_loss_of_either_node(cluster: Any, tmp_path: Path) ->
     arguments = [source, output, model, tmp_path / "logs", summary_file]
     env = os.environ | {"RAY_ADDRESS": cluster.address}
     with (tmp_path / "log").open("wb") as log:
-        command = [sys.executable, Path(chaos_job.__file__), *arguments]
+        command = [sys.executable, chaos_job.__file__, *map(str, arguments)]
         job = subprocess.Popen(command, env=env, stderr=log)
     try:
         for _ in range(3):

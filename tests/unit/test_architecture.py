@@ -46,7 +46,9 @@ _WORKERS = {
     "workers/models": _below("workers", "workers/mesh", "workers/native", "configs"),
     "workers/state": _below("workers", "compression", "configs"),
 }
+_WORKERS["workers/footprint.py"] = _below("workers/mesh", "workers/models", "compression")
 _PART = _below("workers", "workers/attention", "workers/mesh", "workers/models", "configs")
+_PART |= {"workers/footprint.py"}
 _WORKERS["workers/part.py"] = _PART
 _WORKERS["workers/process.py"] = _below("workers", "workers/part.py", "configs")
 _WORKERS["workers/sizing.py"] = _PART | {"workers/part.py", "workers/kernels", "compression"}
@@ -69,6 +71,8 @@ ROOMS = {
     "cluster/engine": _BASE
     | _MODEL
     | {"cluster/scheduling", "cluster/recovery", "workers/worker.py"},
+    "cluster/planning": _below("cluster/scheduling", "compression", "configs", "workers")
+    | {"workers/footprint.py", "workers/mesh", "workers/models"},
     "cluster/openai": _BASE,
     "cluster/server": _BASE | {"cluster/openai", "cluster/engine"},
     "cluster/on_ray": _BASE
@@ -85,7 +89,8 @@ ROOMS = {
     | {"cluster/launch.py", "cluster/failover.py", "cluster/openai", "cluster/engine"},
     "cluster/cli": _BASE
     | _MODEL
-    | {"cluster/batch", "cluster/server", "cluster/on_ray", "cluster/launch.py", "cluster/engine"},
+    | {"cluster/batch", "cluster/server", "cluster/on_ray", "cluster/launch.py", "cluster/engine"}
+    | {"cluster/planning"},
     "src/saqqara": _BASE | {"cluster/llm.py"},  # the public names
     "evaluation/prompts": _below("cluster/engine"),
     "evaluation/figures": _below("evaluation", "workers/models", "compression", "configs"),
@@ -101,7 +106,7 @@ FOLDERS = ("configs", "compression", "workers", "cluster", "evaluation")
 HOUSE = House(ROOT, FOLDERS)
 SOURCES = HOUSE.files
 RAY_FOLDER = "cluster/on_ray"
-WITHOUT_TENSORS = ("cluster/scheduling/", "cluster/openai/")
+WITHOUT_TENSORS = ("cluster/scheduling/", "cluster/openai/", "cluster/planning/")
 OPTIONAL_PACKAGES = {"flash_attn", "triton", "lm_eval"}
 # What comes with a package that is declared, by that package; the table of CONTRIBUTING.md says so.
 COMES_WITH = {

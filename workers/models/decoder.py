@@ -140,8 +140,9 @@ class Decoder:
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on this rank."""
-        ends = (self.embedding, self.head)
-        return sum(part.num_bytes for part in (*self.layers, *ends) if part is not None)
+        norm = 0 if self.final_norm is None else self.final_norm.nbytes
+        parts = (*self.layers, self.embedding, self.head)
+        return norm + sum(part.num_bytes for part in parts if part is not None)
 
 
 def _load_layer(

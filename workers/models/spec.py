@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from .families import FAMILIES, Family, get_family
 from .source import described_folder
@@ -25,6 +25,15 @@ _ROPE_NUMBERS: dict[RopeKind, dict[str, tuple[str, Callable[[Any], Any]]]] = {
         "original_max_position": ("original_max_position_embeddings", int),
     },
 }
+
+
+class ItemSize(Protocol):
+    """A dtype, of torch or of another library, as far as bytes go."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +160,7 @@ class ModelSpec:
         embeddings = 1 if self.tie_embeddings else 2
         return self.num_layers * self.layer_parameters + embeddings * self.head_parameters
 
-    def kv_bytes_per_row_token(self, dtype: "torch.dtype") -> int:
+    def kv_bytes_per_row_token(self, dtype: ItemSize) -> int:
         """Bytes of one kept token in one row (one layer, one kv head)."""
         return (
             2  # key + value
@@ -159,11 +168,11 @@ class ModelSpec:
             * dtype.itemsize
         )
 
-    def kv_bytes_per_token(self, dtype: "torch.dtype") -> int:
+    def kv_bytes_per_token(self, dtype: ItemSize) -> int:
         """Bytes of one token's keys and values in all layers and heads of the model."""
         return self.num_layers * self.num_kv_heads * self.kv_bytes_per_row_token(dtype)
 
-    def weight_bytes(self, dtype: "torch.dtype") -> int:
+    def weight_bytes(self, dtype: ItemSize) -> int:
         """Bytes of the whole model's weights (biases and norms left out)."""
         return self.num_parameters * dtype.itemsize
 

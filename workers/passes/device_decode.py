@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saqqara.workers.footprint import graph_sizes
 from saqqara.workers.plan import DecodeItem
 from saqqara.workers.shard import Shard
-from saqqara.workers.sizing import graph_sizes, why_no_graphs
+from saqqara.workers.sizing import why_no_graphs
 from saqqara.workers.transfer import to_device
 
 logger = logging.getLogger(__name__)

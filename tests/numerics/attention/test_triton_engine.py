@@ -8,24 +8,23 @@ import importlib.util
 import os
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is for Linux only", allow_module_level=True)
 
+from support.peak_bytes import PeakBytes
 from support.tiny import save_tiny
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers import sizing
+from saqqara.workers.footprint import graph_sizes
 from saqqara.workers.kernels.decode import PagedRows
 from saqqara.workers.passes import device_decode
 from saqqara.workers.plan import (
@@ -35,7 +34,6 @@ from saqqara.workers.plan import (
     SamplingSpec,
     StepPlan,
 )
-from saqqara.workers.sizing import graph_sizes
 from saqqara.workers.worker import Worker
 
 interpreted = pytest.mark.skipif(
@@ -119,30 +117,6 @@ def test_the_ladder_ends_at_the_largest_batch() -> None:
         sizes = graph_sizes(top)
         assert list(sizes) == sorted(set(sizes))
         assert sizes[-1] == top
-
-
-class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes that were alive at once of those allocated inside."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        def storages(values: Any) -> list[Any]:
-            return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
-
-        given = {storage.data_ptr() for storage in storages((args, kwargs))}
-        out = func(*args, **(kwargs or {}))
-        for storage in storages(out):
-            if storage.data_ptr() not in given and id(storage) not in self.live:
-                self.live[id(storage)] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, id(storage), None)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return out
 
 
 @interpreted

@@ -285,7 +285,7 @@ def test_an_answer_that_is_no_json_costs_only_its_row(
             raise ZeroDivisionError("oh")
         return record
 
-    monkeypatch.setattr("saqqara.cluster.batch.job.result_record", broken)
+    monkeypatch.setattr("saqqara.cluster.batch.answers.result_record", broken)
     one, two, three, four = run(make_job(tmp_path, [{"prompt": c} for c in "abcd"]))
     assert (one["error"], four["error"]) == (None, None)
     assert "the answer cannot be written: ValueError" in two["error"]["message"]

@@ -1,0 +1,110 @@
+"""What a GPU can hold and do, by the makers' data sheets; and machines of one's own, from YAML."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from saqqara.configs.names import did_you_mean
+from saqqara.configs.yaml_files import load_yaml
+
+GIB = 1024**3
+_TEXT = ("name", "kind")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One GPU, or, of `kind` "cpu", a machine whose ranks share all that it has.
+
+    Attributes:
+        memory_gib: as the driver reports it, in GiB.
+        bandwidth: of its memory, bytes a second.
+        flops: dense products in bfloat16 or float16 a second, sum and product counted each.
+        link_bandwidth: bytes a second that it can send to the others of its node.
+        link_seconds: before a message to one of them is under way.
+        node_bandwidth: bytes a second that it can send to another node.
+        node_seconds: before a message to another node is under way.
+        gpus_per_node: how many share a node, if nobody says otherwise.
+        hour_price: of one GPU, in dollars; None: not known.
+    """
+
+    name: str
+    memory_gib: float
+    bandwidth: float
+    flops: float
+    link_bandwidth: float
+    kind: str = "cuda"
+    link_seconds: float = 8e-6
+    node_bandwidth: float = 50e9
+    node_seconds: float = 25e-6
+    gpus_per_node: int = 8
+    hour_price: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cuda", "cpu"):
+            raise ValueError(f"kind: must be 'cuda' or 'cpu', not {self.kind!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in _TEXT or value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{field.name}: must be a number above 0, not {value!r}")
+
+    @property
+    def memory_bytes(self) -> int:
+        """All of its memory."""
+        return int(self.memory_gib * GIB)
+
+    def share_of(self, num_ranks: int) -> float:
+        """The part of its speed that one of so many ranks of a node has."""
+        return 1 / num_ranks if self.kind == "cpu" else 1.0
+
+
+_NVLINK_A100, _NVLINK_H100 = 300e9, 450e9  # one way, all links of a GPU together
+_PCIE4, _PCIE5 = 25e9, 50e9  # one way, as measured on x16
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("h100-80gb", 79.1, 3.35e12, 989e12, _NVLINK_H100),
+        Device("h100-pcie-80gb", 79.1, 2.0e12, 756e12, _PCIE5, link_seconds=15e-6),
+        Device("h100-nvl-94gb", 93.1, 3.9e12, 835e12, _PCIE5, link_seconds=15e-6),
+        Device("h200-141gb", 139.8, 4.8e12, 989e12, _NVLINK_H100),
+        Device("a100-80gb", 79.1, 2.039e12, 312e12, _NVLINK_A100, node_bandwidth=25e9),
+        Device("a100-40gb", 39.4, 1.555e12, 312e12, _NVLINK_A100, node_bandwidth=25e9),
+        Device("a100-pcie-80gb", 79.1, 1.935e12, 312e12, _PCIE4, link_seconds=15e-6),
+        Device("l40s-48gb", 44.4, 864e9, 362e12, _PCIE4, link_seconds=15e-6),
+        Device("l4-24gb", 22.0, 300e9, 121e12, _PCIE4, link_seconds=15e-6),
+        Device("a10g-24gb", 22.0, 600e9, 70e12, _PCIE4, link_seconds=15e-6, gpus_per_node=4),
+        Device("rtx-4090-24gb", 23.6, 1008e9, 165e12, _PCIE4, link_seconds=15e-6),
+        Device("b200-180gb", 178.4, 7.7e12, 2250e12, 900e9),
+    )
+}
+
+
+def device_of(name: str) -> Device:
+    """A known GPU, or the one that a YAML file describes (the fields of `Device`).
+
+    Raises:
+        ValueError: no such GPU or file, or a field of it is wrong.
+    """
+    if name in DEVICES:
+        return DEVICES[name]
+    if not name.endswith((".yaml", ".yml")):
+        raise ValueError(
+            f"gpu: {name!r} is not known; {did_you_mean(name, DEVICES)}; or give a YAML file"
+        )
+    return _from_yaml(Path(name).stem, load_yaml(name), name)
+
+
+def _from_yaml(stem: str, values: dict[str, Any], file: str) -> Device:
+    known = [field.name for field in fields(Device)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"gpu: {file}: unknown key {key!r}; {did_you_mean(str(key), known)}")
+    required = ("memory_gib", "bandwidth", "flops", "link_bandwidth")
+    if missing := [key for key in required if key not in values]:
+        raise ValueError(f"gpu: {file} lacks {', '.join(missing)}")
+    try:
+        return Device(**{"name": stem, **values})
+    except ValueError as error:
+        raise ValueError(f"gpu: {file}: {error}") from None

@@ -1,0 +1,224 @@
+"""What one rank's part of a model takes, by arithmetic alone: no torch.
+
+`sizing.py`, the shard and the planner count with these; a worker's own figures are the same bytes.
+"""
+
+from dataclasses import dataclass
+
+from saqqara.compression.decode import DecodeStage
+from saqqara.compression.growth import (
+    most_ring_size,
+    remembers_normalisers,
+    sums_mass,
+)
+from saqqara.compression.retention import Retention
+
+from .mesh.layout import (
+    HeadShard,
+    MeshLayout,
+    head_shard,
+    intermediate_shard,
+    layer_split,
+    vocab_shard,
+)
+from .models.spec import ItemSize, ModelSpec
+
+GIB = 1024**3
+NORMALISER_BYTES = 4  # float32
+SUM_BYTES = 4  # float32
+_FLOAT_BYTES = 4
+_ENTRY_BYTES = 4  # int32, of a page table entry and of a row's length
+# The head runs for sampled positions only, so in a step that also prefills it costs a part of what
+# its weights, counted in layers, would suggest.
+_HEAD_SHARE = 0.25
+_LARGEST_GRAPH = 512
+_WORKSPACE_BYTES = 64 << 20  # cuBLAS's and cuBLASLt's of the recording stream, 32 MiB each at most
+_KERNEL_BYTES = 8 << 10  # of a recorded kernel in the driver, and this many kernels in a layer
+_LAYER_KERNELS = 20
+
+
+def stage_layers(
+    spec: ModelSpec, num_stages: int, explicit: tuple[int, ...] | None = None
+) -> tuple[range, ...]:
+    """The layers of each pipeline stage; errors as `layer_split`'s."""
+    return layer_split(spec.num_layers, num_stages, _HEAD_SHARE * spec.head_layers, explicit)
+
+
+def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """Batch sizes to record graphs for: fine steps where padding costs most, then coarser ones."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, _LARGEST_GRAPH + 1, 64)]
+    top = min(max_num_seqs, _LARGEST_GRAPH)
+    return (*(size for size in sizes if size < top), top)
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """One rank's part in numbers.
+
+    Attributes:
+        spec: sizes of the whole model.
+        dtype: of weights, keys and values.
+        layout: of the replica.
+        rank: this one's place in it.
+        layers: numbers of its layers.
+        heads: its query and kv heads.
+    """
+
+    spec: ModelSpec
+    dtype: ItemSize
+    layout: MeshLayout
+    rank: int
+    layers: range
+    heads: HeadShard
+
+    @classmethod
+    def of_ranks(
+        cls,
+        spec: ModelSpec,
+        dtype: ItemSize,
+        layout: MeshLayout,
+        split: tuple[int, ...] | None = None,
+    ) -> "tuple[Footprint, ...]":
+        """Every rank of a replica, by rank; `split` gives the layers of each stage.
+
+        Raises:
+            ValueError: the model cannot be cut like this; names the setting.
+        """
+        stages = stage_layers(spec, layout.pipeline_size, split)
+        size = layout.tensor_size
+        heads = [head_shard(spec.num_query_heads, spec.num_kv_heads, size, t) for t in range(size)]
+        intermediate_shard(spec.intermediate_size, size, 0)
+        return tuple(
+            cls(
+                spec,
+                dtype,
+                layout,
+                rank,
+                stages[layout.pipeline_rank(rank)],
+                heads[layout.tensor_rank(rank)],
+            )
+            for rank in range(layout.world_size)
+        )
+
+    @property
+    def tensor_rank(self) -> int:
+        """Its place within its stage."""
+        return self.layout.tensor_rank(self.rank)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether it has the embedding."""
+        return self.layout.pipeline_rank(self.rank) == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether it has the head."""
+        return self.layout.pipeline_rank(self.rank) == self.layout.pipeline_size - 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one sequence: layers x kv heads."""
+        return len(self.layers) * len(self.heads.kv)
+
+    @property
+    def num_channels(self) -> int:
+        """Its MLP channels."""
+        size, tensor_size = self.spec.intermediate_size, self.layout.tensor_size
+        return len(intermediate_shard(size, tensor_size, self.tensor_rank))
+
+    @property
+    def attention_numbers(self) -> int:
+        """Weights of one layer around its attention: q, k, v, output and both norms."""
+        spec, width = self.spec, self.spec.head_dim
+        queries, rows = len(self.heads.query), len(self.heads.query) + 2 * len(self.heads.kv)
+        norms = 2 * spec.hidden_size + (2 * width if spec.qk_norm else 0)
+        biases = rows * width if spec.qkv_bias else 0
+        if spec.output_bias and self.tensor_rank == 0:  # so that the sum over ranks has it once
+            biases += spec.hidden_size
+        return (rows + queries) * width * spec.hidden_size + norms + biases
+
+    @property
+    def mlp_numbers(self) -> int:
+        """Weights of one layer's MLP: gate, up, down."""
+        spec, inner = self.spec, self.num_channels
+        biases = 2 * inner if spec.mlp_bias else 0
+        if spec.mlp_bias and self.tensor_rank == 0:
+            biases += spec.hidden_size
+        return 3 * inner * spec.hidden_size + biases
+
+    @property
+    def head_numbers(self) -> int:
+        """Weights of its part of the head (the embedding's is as large), padding included."""
+        spec = self.spec
+        shard = vocab_shard(spec.vocab_size, self.layout.tensor_size, self.tensor_rank)
+        return shard.size * spec.hidden_size
+
+    @property
+    def end_numbers(self) -> int:
+        """Weights of embedding, final norm and head, where it has them; a tied one counts once."""
+        num_ends = int(self.is_first_stage) + int(self.is_last_stage)
+        if self.spec.tie_embeddings:
+            num_ends = min(num_ends, 1)
+        norm = self.spec.hidden_size if self.is_last_stage else 0
+        return num_ends * self.head_numbers + norm
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as torch holds them."""
+        layer = self.attention_numbers + self.mlp_numbers
+        return (len(self.layers) * layer + self.end_numbers) * self.dtype.itemsize
+
+    def page_bytes(self, page_tokens: int) -> int:
+        """Bytes of one page."""
+        return page_tokens * self.spec.kv_bytes_per_row_token(self.dtype)
+
+    def table_bytes(self, max_num_seqs: int, max_model_len: int, page_tokens: int) -> int:
+        """Bytes, on the device, of the page tables and lengths of all rows."""
+        entries = -(-max_model_len // page_tokens) + 1  # and the length
+        return max_num_seqs * self.num_rows * entries * _ENTRY_BYTES
+
+    def rotary_bytes(self, max_model_len: int) -> int:
+        """Bytes of the cosines and sines of all positions."""
+        return 2 * max_model_len * (self.spec.head_dim // 2) * _FLOAT_BYTES
+
+    def ring_query_bytes(self) -> int:
+        """Bytes of a query that a ring remembers, in all layers."""
+        return len(self.layers) * len(self.heads.query) * self.spec.head_dim * self.dtype.itemsize
+
+    def ring_normaliser_bytes(self) -> int:
+        """Bytes of a query's normalisers, in all layers."""
+        return len(self.layers) * len(self.heads.query) * NORMALISER_BYTES
+
+    def rings_and_sums_bytes(
+        self, retention: Retention, max_num_seqs: int, max_model_len: int, page_tokens: int
+    ) -> int:
+        """Bytes of every slot's ring and sums, were all under this retention."""
+        query_bytes = self.ring_query_bytes()
+        if remembers_normalisers(retention):
+            query_bytes += self.ring_normaliser_bytes()
+        slot_bytes = most_ring_size(retention, max_model_len) * query_bytes
+        if sums_mass(retention):
+            assert isinstance(retention.decode, DecodeStage)
+            spec = self.spec
+            rows = retention.row_tokens(max_model_len, spec.num_layers, spec.num_kv_heads)
+            slack = retention.decode.slack_pages * page_tokens
+            slot_bytes += SUM_BYTES * self.num_rows * (int(rows.max()) + slack)
+        return max_num_seqs * slot_bytes
+
+    def recorded_bytes(self, max_num_seqs: int) -> int:
+        """Bytes that CUDA graphs hold besides a step's temporaries; partly an allowance."""
+        sizes = graph_sizes(max_num_seqs)
+        hidden_bytes = self.spec.hidden_size * self.dtype.itemsize
+        kernels = len(sizes) * len(self.layers) * _LAYER_KERNELS
+        return sum(sizes) * hidden_bytes + kernels * _KERNEL_BYTES + _WORKSPACE_BYTES
+
+    def pages_within(
+        self, pool_bytes: float, max_num_seqs: int, max_model_len: int, page_tokens: int
+    ) -> int:
+        """Pages of a pool of at most so many bytes: no more than all slots at full length need."""
+        most = max_num_seqs * self.num_rows * -(-max_model_len // page_tokens)
+        return min(int(pool_bytes // self.page_bytes(page_tokens)), most)
+
+
+def replica_rows(footprints: "tuple[Footprint, ...]") -> int:
+    """Rows of one sequence on all ranks of a replica; shared ones count on each."""
+    return sum(footprint.num_rows for footprint in footprints)
