@@ -175,6 +175,7 @@ def test_a_wrong_config_file_is_one_line(tmp_path: Path, settings: Any, said: st
         (["--model", "m", "--dtype", "flaot32"], "did you mean 'float32'?"),
         (["--model", "m", "--retention", "snapk"], "unknown 'snapk'; did you mean 'snapkv'?"),
         (["--model", "m", "--retention", "h20-pyramid"], "did you mean 'h2o-pyramid'?"),
+        (["--model", "m", "--retention", "{method: snapkv"], "is no YAML or JSON"),
         (["--model", "m", "--retention", "quest"], "unknown 'quest'; known: ada-pyramidkv, "),
         (["--model", "m", "--retention", "snapkv"], "such as '25%'"),
         (["--model", "m", "--retention", "snapkv", "--budget", "0.25"], "percent sign: '25%'"),
