@@ -31,7 +31,7 @@ from .job_file import (
     read_job_file,
 )
 from .pool import LocalPool, Pool, Tally
-from .replica import PartWork, ReplicaSettings
+from .replica import MakeClient, PartWork, ReplicaSettings
 from .storage import InputFile, filesystem, find_inputs
 from .totals import combined
 
@@ -80,8 +80,15 @@ class _Todo:
     resumed_errors: int
 
 
-def run_parts(job: PartsJob, client: EngineClient | None = None) -> BatchSummary:
-    """Run a job to its end; one replica may be given its engine, which is shut down at the end.
+def run_parts(
+    job: PartsJob, client: EngineClient | None = None, make_client: MakeClient | None = None
+) -> BatchSummary:
+    """Run a job to its end.
+
+    Args:
+        job: what to run.
+        client: the engine of the one replica, which is shut down at the end.
+        make_client: makes the engine of a replica, in its process; default: as the settings say.
 
     Raises:
         ValueError: a file or setting is wrong; nothing has run then, except that the input was
@@ -105,7 +112,7 @@ def run_parts(job: PartsJob, client: EngineClient | None = None) -> BatchSummary
         todo = _prepare(job, folder, files, job_file)
         run = _Run()
         if todo.works:
-            run = _run(job, folder, todo, stop, client)
+            run = _run(job, folder, todo, stop, client, make_client)
         elif todo.num_rows == 0:
             logger.warning("the input has no rows")
     return _summary(job, todo, run)
@@ -187,6 +194,7 @@ def _run(
     todo: _Todo,
     stop: StopSignals,
     client: EngineClient | None,
+    make_client: MakeClient | None,
 ) -> _Run:
     """Start the replicas, run what is left, and note that the job is finished."""
     if todo.resumed:
@@ -195,7 +203,7 @@ def _run(
     started = time.perf_counter()
     settings = ReplicaSettings(job.answers, folder, job.prompt_column, job.mix_settings)
     try:
-        pool = _pool(job, settings, client)
+        pool = _pool(job, settings, client, make_client)
         stop.listen()
         with stop.deferred(), ExitStack() as stack:
             stack.callback(pool.close)
@@ -218,12 +226,17 @@ def _run(
     return _Run(answered, errors, seconds - start_seconds, start_seconds, report)
 
 
-def _pool(job: PartsJob, settings: ReplicaSettings, client: EngineClient | None) -> Pool:
+def _pool(
+    job: PartsJob,
+    settings: ReplicaSettings,
+    client: EngineClient | None,
+    make_client: MakeClient | None,
+) -> Pool:
     if job.num_replicas == 1:
-        return LocalPool(settings, client)
+        return LocalPool(settings, client, make_client)
     from .ray_pool import RayPool
 
-    return RayPool(settings, job.num_replicas)
+    return RayPool(settings, job.num_replicas, make_client)
 
 
 def _watch(pool: Pool, num_parts: int, progress: BatchProgress, stop: StopSignals) -> None:

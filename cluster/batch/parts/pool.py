@@ -10,7 +10,15 @@ from typing import Protocol
 from saqqara.cluster.engine.client import EngineClient
 from saqqara.cluster.engine.report import EngineReport
 
-from .replica import PARTS_AT_ONCE, PartCounts, PartReplica, PartResult, PartWork, ReplicaSettings
+from .replica import (
+    PARTS_AT_ONCE,
+    MakeClient,
+    PartCounts,
+    PartReplica,
+    PartResult,
+    PartWork,
+    ReplicaSettings,
+)
 
 LOCAL = "replica 0"
 
@@ -81,16 +89,24 @@ class LocalPool:
 
     Args:
         settings: of the job.
-        client: an engine, which `close` shuts down; default: it starts one.
+        client: an engine, which `close` shuts down; default: it makes one.
+        make_client: makes it; default: as the settings say.
     """
 
     start_seconds = 0.0
 
-    def __init__(self, settings: ReplicaSettings, client: EngineClient | None = None) -> None:
+    def __init__(
+        self,
+        settings: ReplicaSettings,
+        client: EngineClient | None = None,
+        make_client: MakeClient | None = None,
+    ) -> None:
         self._tally = Tally()
         self._events: queue.SimpleQueue[PartResult | BaseException] = queue.SimpleQueue()
         started = time.monotonic()
-        self._replica = PartReplica(settings, LOCAL, self._tally.note, client)
+        self._replica = PartReplica(
+            settings, LOCAL, self._tally.note, client or (make_client and make_client())
+        )
         self.start_seconds = time.monotonic() - started
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()

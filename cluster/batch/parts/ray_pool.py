@@ -3,17 +3,22 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
-from saqqara.cluster.engine.client import EngineClient
 from saqqara.cluster.on_ray.data import ReplicaFleet
 
 from .pool import Event, Tally
-from .replica import PARTS_AT_ONCE, PartReplica, PartResult, PartWork, ReplicaSettings, Tell
-
-MakeClient = Callable[[], EngineClient]
+from .replica import (
+    PARTS_AT_ONCE,
+    MakeClient,
+    PartReplica,
+    PartResult,
+    PartWork,
+    ReplicaSettings,
+    Tell,
+)
 
 
 class RayPool:

@@ -66,6 +66,9 @@ class ReplicaSettings:
     mix_settings: bool = False
 
 
+MakeClient = Callable[[], EngineClient]
+
+
 class Tell(Protocol):
     """Is told how far a replica is."""
 
