@@ -68,6 +68,7 @@ class BatchSummary(BaseModel):
         start_seconds: how long the engine took to start.
         integrity: `ok`, or what is wrong with the ownership of pages at the end.
         report: all measurements of the engine; None when every row was there already.
+        num_replicas: engines that ran side by side; `report` is that of all of them.
         cost: None unless the job was told a price.
     """
 
@@ -87,6 +88,7 @@ class BatchSummary(BaseModel):
     start_seconds: float
     integrity: str | None
     report: EngineReport | None
+    num_replicas: int = 1
     cost: Cost | None = None
 
     @property

@@ -57,10 +57,11 @@ _SHUTDOWN_SECONDS = 120.0
 _GONE_SECONDS = 30.0  # for processes that were killed
 
 
-def connect(address: str | None = None) -> bool:
+def connect(address: str | None = None, *, object_store_bytes: int = OBJECT_STORE_BYTES) -> bool:
     """Connect to Ray: the cluster at `address`, else that of `RAY_ADDRESS`, else a local one.
 
-    Inside a Ray job `RAY_ADDRESS` is set. A local one has a small object store and no dashboard.
+    Inside a Ray job `RAY_ADDRESS` is set. A local one has an object store of `object_store_bytes`
+    and no dashboard.
 
     Returns:
         Whether a local Ray was started, which the caller then ends with `ray.shutdown()`.
@@ -76,7 +77,7 @@ def connect(address: str | None = None) -> bool:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             address="local",
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=object_store_bytes,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,

@@ -87,9 +87,12 @@ ROOMS = {
     "cluster/batch": _BASE
     | _MODEL
     | {"cluster/launch.py", "cluster/failover.py", "cluster/openai", "cluster/engine"},
+    "cluster/batch/parts": _BASE
+    | {"cluster/batch", "cluster/launch.py", "cluster/openai", "cluster/engine", "cluster/on_ray"},
     "cluster/cli": _BASE
     | _MODEL
-    | {"cluster/batch", "cluster/server", "cluster/on_ray", "cluster/launch.py", "cluster/engine"}
+    | {"cluster/batch", "cluster/batch/parts", "cluster/server", "cluster/on_ray"}
+    | {"cluster/launch.py", "cluster/engine"}
     | {"cluster/planning"},
     "src/saqqara": _BASE | {"cluster/llm.py"},  # the public names
     "evaluation/prompts": _below("cluster/engine"),
