@@ -70,5 +70,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	% sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,serve]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,serve,data]'
 	@touch $@

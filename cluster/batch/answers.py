@@ -60,14 +60,15 @@ class AnswerSettings:
         """What the engine keeps for rows that bring no retention of their own."""
         return Retention.parse(self.config.retention, self.config.budget)
 
-    def parser(self) -> RowParser:
-        """What reads the rows."""
+    def parser(self, file: str | None = None) -> RowParser:
+        """What reads the rows; `file` is the input's name where a job has several."""
         return RowParser(
             self.config.model,
             self.sampling.model_dump(exclude_unset=True),
             self.retention,
             self.served_model_name,
             self.ignore_model,
+            file,
         )
 
     def written(self) -> dict[str, Any]:
@@ -114,16 +115,16 @@ class RowLoop:
                 self._take(in_flight, 0.0)
                 return
             with self.gate:
-                fresh = list(islice(rows, max(0, self._room(len(in_flight)))))
+                room = max(0, self._room(len(in_flight)))
+                fresh = list(islice(rows, room))
                 in_flight |= self._submit(fresh)
-                can_end = not in_flight and not fresh and self._room(0) > 0
             if in_flight:
                 self._take(in_flight, self.poll_seconds)
-            elif can_end:
+            elif room == 0:  # others have filled the engine
+                time.sleep(self.poll_seconds)
+            elif not fresh:
                 self.tick(True)
                 return
-            elif not fresh:  # others have filled the engine
-                time.sleep(self.poll_seconds)
 
     def _room(self, num_in_flight: int) -> int:
         if self.room is not None:

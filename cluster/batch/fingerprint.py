@@ -28,7 +28,7 @@ NEUTRAL_SETTINGS = frozenset(
         *("executor", "num_threads", "warmup", "check_integrity", "metrics_port", "log_dir"),
     }
 )
-_INPUT = frozenset({"input_sha256"})
+_INPUT = ("input_sha256", "input")  # of the one file, and of each of several
 _MOST_SHOWN = 5
 _RESOLVED = ("model", "tokenizer", "retention", "budget")
 _CONTENT = ("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*/*.jinja")
@@ -96,11 +96,13 @@ def shown(changed: Sequence[str]) -> str:
 
 def changed_input(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Differences of the input alone: rows are told by their lines, which then mean others."""
-    return differences(*({k: v for k, v in s.items() if k in _INPUT} for s in (before, now)))
+    return differences(
+        *({k: v for k, v in s.items() if k.partition("/")[0] in _INPUT} for s in (before, now))
+    )
 
 
 def _in_words(key: str, old: Any, new: Any) -> str:
-    if key in _INPUT:
+    if key == "input_sha256":
         return "the input file has changed"
     name, slash, file = key.partition("/")
     if slash:

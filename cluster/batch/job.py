@@ -14,8 +14,7 @@ from typing import Any
 
 from saqqara.cluster.engine.client import EngineClient
 from saqqara.cluster.engine.report import EngineReport
-from saqqara.cluster.failover import FailoverClient
-from saqqara.cluster.launch import launch
+from saqqara.cluster.launch import launch_lasting
 from saqqara.cluster.long_wait import LongWait
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.compression.retention import Retention
@@ -212,7 +211,7 @@ def _row_loop(
 def _start(job: BatchJob, progress: BatchProgress, stop: StopSignals) -> EngineClient:
     """Start the job's engine; a signal ends that at once."""
     try:
-        client = _launch(job.config)
+        client = launch_lasting(job.config)
         stop.listen()
         try:
             stop.check()
@@ -223,13 +222,6 @@ def _start(job: BatchJob, progress: BatchProgress, stop: StopSignals) -> EngineC
         _tell_how_to_go_on(job, progress, stop)
         raise
     return client
-
-
-def _launch(config: EngineConfig) -> EngineClient:
-    """An engine that outlives its controller, if that is a process of its own."""
-    if config.executor == "local":
-        return launch(config)
-    return FailoverClient(lambda: launch(config))
 
 
 def _tell_how_to_go_on(job: BatchJob, progress: BatchProgress, stop: StopSignals) -> None:

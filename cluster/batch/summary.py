@@ -68,6 +68,7 @@ class BatchSummary(BaseModel):
         start_seconds: how long the engine took to start.
         integrity: `ok`, or what is wrong with the ownership of pages at the end.
         report: all measurements of the engine; None when every row was there already.
+        num_replicas: engines that ran side by side; `report` is that of all of them.
         cost: None unless the job was told a price.
     """
 
@@ -87,6 +88,7 @@ class BatchSummary(BaseModel):
     start_seconds: float
     integrity: str | None
     report: EngineReport | None
+    num_replicas: int = 1
     cost: Cost | None = None
 
     @property
@@ -147,15 +149,14 @@ def _kept(report: EngineReport) -> str:
     return f"{kept / MIB:.1f} of {full / MIB:.1f} MiB{share}"
 
 
-COST_ROWS = ("GPU hours", "cost", "cost per million tokens", "cost per million tokens out")
-
-
 def _recoveries(report: EngineReport) -> str:
     if not report.recoveries:
         return "none"
     causes = ", ".join(f"{count} {cause}" for cause, count in sorted(report.recoveries.items()))
     return f"{causes} ({report.down_seconds:.1f} s)"
 
+
+COST_ROWS = ("GPU hours", "cost", "cost per million tokens", "cost per million tokens out")
 
 ROWS: tuple[tuple[str, Callable[[BatchSummary], str]], ...] = (
     ("requests answered", lambda s: f"{s.answered} of {s.rows}"),

@@ -32,7 +32,14 @@ from .executor import RayExecutor
 from .exits import end_on_nodes, exit_reason, one_line
 from .group import PROGRESS_SECONDS
 from .metrics import RaySink
-from .placement import DEFAULT_TIMEOUT_SECONDS, Placement, PlacementError, pulse_host, reserve
+from .placement import (
+    DEFAULT_TIMEOUT_SECONDS,
+    Placement,
+    PlacementError,
+    Strategy,
+    pulse_host,
+    reserve,
+)
 from .rank_process import (
     ProcessInfo,
     WorkerFactory,
@@ -50,10 +57,11 @@ _SHUTDOWN_SECONDS = 120.0
 _GONE_SECONDS = 30.0  # for processes that were killed
 
 
-def connect(address: str | None = None) -> bool:
+def connect(address: str | None = None, *, object_store_bytes: int = OBJECT_STORE_BYTES) -> bool:
     """Connect to Ray: the cluster at `address`, else that of `RAY_ADDRESS`, else a local one.
 
-    Inside a Ray job `RAY_ADDRESS` is set. A local one has a small object store and no dashboard.
+    Inside a Ray job `RAY_ADDRESS` is set. A local one has an object store of `object_store_bytes`
+    and no dashboard.
 
     Returns:
         Whether a local Ray was started, which the caller then ends with `ray.shutdown()`.
@@ -69,7 +77,7 @@ def connect(address: str | None = None) -> bool:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             address="local",
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=object_store_bytes,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
@@ -95,6 +103,7 @@ def start_controller(
     metrics_host: str = "127.0.0.1",
     make_worker: WorkerFactory | None = None,
     placement_timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    strategy: Strategy = "PACK",
 ) -> "ControllerClient":
     """Start an engine on Ray and wait until it can take requests; connects to Ray if need be.
 
@@ -103,6 +112,7 @@ def start_controller(
         metrics_host: address that /metrics is served on, if `config.metrics_port` is set.
         make_worker: makes a rank's worker; default: `saqqara.workers.worker.Worker`.
         placement_timeout_seconds: how long to wait for the cluster to have room.
+        strategy: whether the stages are put on few nodes or on many.
 
     Raises:
         PlacementError: the cluster has no room.
@@ -113,7 +123,7 @@ def start_controller(
     started_ray = connect()
     log_dir = new_log_dir(config)
     try:
-        placement = reserve(config, placement_timeout_seconds)
+        placement = reserve(config, placement_timeout_seconds, strategy)
         try:
             return _start(config, placement, log_dir, metrics_host, make_worker, started_ray)
         except BaseException:

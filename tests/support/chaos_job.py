@@ -1,6 +1,7 @@
 """The batch job of `chaos.py`, a process that can be killed: the same command goes on with it.
 
-Its ranks have a layer that can be told to sleep, by a file.
+Its ranks have a layer that can be told to sleep, by a file. Its stages are on different nodes where
+there are several.
 
     python tests/support/chaos_job.py INPUT OUTPUT MODEL LOG_DIR SUMMARY
 """
@@ -64,10 +65,8 @@ def sleep_file(log_dir: Path, rank: int) -> Path:
     return log_dir / f"sleep-{rank}"
 
 
-def main() -> None:
-    """Run the job to its end."""
-    source, output, model, log_dir, summary_file = map(Path, sys.argv[1:])
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+def make_job(source: Path, output: Path, model: Path, log_dir: Path) -> BatchJob:
+    """The job: four ranks, few slots, every step's pages proved."""
     config = EngineConfig(
         model=str(model),
         load_format="dummy",
@@ -83,7 +82,7 @@ def main() -> None:
         check_integrity=True,
         log_dir=str(log_dir),
     )
-    job = BatchJob(
+    return BatchJob(
         input=source,
         output=output,
         config=config,
@@ -91,7 +90,17 @@ def main() -> None:
         return_token_ids=True,
         max_in_flight=8,
     )
-    client = FailoverClient(lambda: start_controller(config, make_worker=SleepyWorker))
+
+
+def main() -> None:
+    """Run the job to its end."""
+    source, output, model, log_dir, summary_file = map(Path, sys.argv[1:])
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    job = make_job(source, output, model, log_dir)
+    config = job.config
+    client = FailoverClient(
+        lambda: start_controller(config, make_worker=SleepyWorker, strategy="SPREAD")
+    )
     try:
         summary = run_batch(job, client)
     finally:

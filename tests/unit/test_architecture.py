@@ -82,16 +82,19 @@ ROOMS = {
     | {"cluster/server", "cluster/engine", "cluster/recovery"}
     | {"workers/process.py", "workers/worker.py"},
     # The doors: an engine in this process or on Ray, Python's, and an earlier place of Serve's.
-    "cluster/launch.py": _BASE | _MODEL | {"cluster/on_ray", "cluster/engine"},
     "cluster/failover.py": _BASE | {"cluster/engine", "cluster/recovery"},
+    "cluster/launch.py": _BASE
+    | _MODEL
+    | {"cluster/failover.py", "cluster/on_ray", "cluster/engine"},
     "cluster/llm.py": _BASE | {"cluster/launch.py", "cluster/engine"},
     "cluster/serve.py": _below("cluster/on_ray"),
-    "cluster/batch": _BASE
-    | _MODEL
-    | {"cluster/launch.py", "cluster/failover.py", "cluster/openai", "cluster/engine"},
+    "cluster/batch": _BASE | _MODEL | {"cluster/launch.py", "cluster/openai", "cluster/engine"},
+    "cluster/batch/parts": _BASE
+    | {"cluster/batch", "cluster/launch.py", "cluster/openai", "cluster/engine", "cluster/on_ray"},
     "cluster/cli": _BASE
     | _MODEL
-    | {"cluster/batch", "cluster/server", "cluster/on_ray", "cluster/launch.py", "cluster/engine"}
+    | {"cluster/batch", "cluster/batch/parts", "cluster/server", "cluster/on_ray"}
+    | {"cluster/launch.py", "cluster/engine"}
     | {"cluster/planning", "cluster/simulation"},
     "src/saqqara": _BASE | {"cluster/llm.py"},  # the public names
     "evaluation/prompts": _below("cluster/engine"),
