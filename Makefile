@@ -36,7 +36,7 @@ prove: $(INSTALLED) ## The longer proofs: parity on the real model, 20,000 rando
 	$(BIN)/pytest -m slow tests/slow
 
 fault-schedules: $(INSTALLED) ## Run 100,000 random schedules of faults (ARGS="--again SEED": one)
-	$(BIN)/python tests/support/fault_schedules.py $(ARGS)
+	$(BIN)/python tests/support/run_fault_schedules.py $(ARGS)
 
 gpu-check: ## Prove and measure the GPU path on this machine's GPU, with the python of PYTHON
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu/gpu_check.py $(ARGS)

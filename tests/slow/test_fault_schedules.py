@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.fault_schedules import run_in_processes, run_seeds
+from support.fault_schedules import run_seeds
 from support.planted_bugs import PLANTS
+from support.run_fault_schedules import run_in_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 NUM_SCHEDULES = 5000

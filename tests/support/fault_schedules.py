@@ -3,28 +3,15 @@
 The engine has a `SimulatedExecutor`, whose ranks are those of `FakeReplica`: they keep books of
 pages row by row, assert that every plan can be carried out, and say a token that is a hash of all
 tokens before it. So a token that is lost, doubled or wrong is seen, and so is a page.
-
-    python tests/support/fault_schedules.py --first 0 --number 100000 --processes 2
-    python tests/support/fault_schedules.py --again 4711
 """
 
-import argparse
-import logging
-import multiprocessing
 import random
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import starmap
-from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # run as a script: what it imports lies beside it
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.tokenizer import Tokenizer
@@ -38,8 +25,9 @@ from saqqara.cluster.simulation.executor import Mishap, SimulatedExecutor
 from saqqara.compression.scores import SnapKV
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
-from support.fake_model import SPEC, Ascii, continue_text
-from support.fake_replica import FakeReplica, RaggedRetention, make_workers, token_logprob
+
+from .fake_model import SPEC, Ascii, continue_text
+from .fake_replica import FakeReplica, RaggedRetention, make_workers, token_logprob
 
 RETENTIONS: tuple[Any, ...] = (
     None,
@@ -52,7 +40,6 @@ KINDS: tuple[Mishap, ...] = (
     *(Mishap("late", seconds) for seconds in (0.1, 1.0, 30.0)),
 )
 LOSSES_OF_A_GUILTY = 3  # while it runs alone, as docs/serving.md says
-_SLICE = 250
 MOST_CALLS, MOST_SECONDS = 1500, 20_000.0  # the longest take some 300 calls
 _SIZES = ((56, 64, 80, 120), ((4,), (2, 2), (1, 2, 1)))
 
@@ -362,46 +349,3 @@ def _step_seconds(num_stages: int, plan: StepPlan) -> list[float]:
     """Some time, that grows with the work."""
     layers = sum((g.stop_layer - g.start_layer) * len(g.slots) for g in plan.prefill)
     return [0.01 + 0.002 * layers + 0.001 * len(plan.decode)] * num_stages
-
-
-def run_in_processes(
-    first: int, number: int, processes: int, tell: Callable[[Tally], None] = lambda _: None
-) -> Tally:
-    """Run many schedules, and tell how far it is."""
-    stop = first + number
-    slices = [range(start, min(start + _SLICE, stop)) for start in range(first, stop, _SLICE)]
-    tally = Tally()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_be_quiet) as pool:
-        for part in pool.map(run_seeds, slices):
-            tally.add(part)
-            tell(tally)
-    return tally
-
-
-def main() -> None:
-    """Run a range of seeds in processes, or one again, step by step."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--first", type=int, default=0, help="seed")
-    parser.add_argument("--number", type=int, default=100_000, help="of schedules")
-    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--again", type=int, metavar="SEED", help="one schedule, step by step")
-    args = parser.parse_args()
-    if args.again is not None:
-        Schedule(args.again, tell=print).run()
-        return
-    start = time.perf_counter()
-
-    def tell(tally: Tally) -> None:
-        done = f"{tally.schedules} of {args.number}, {time.perf_counter() - start:.0f} s"
-        print(done, file=sys.stderr, flush=True)
-
-    print(run_in_processes(args.first, args.number, args.processes, tell))
-
-
-def _be_quiet() -> None:
-    logging.disable(logging.CRITICAL)
-
-
-if __name__ == "__main__":
-    main()
