@@ -7,6 +7,7 @@ unmapped, and what a rank reads of a large checkpoint is soon more than the mach
 import json
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 _PIECE_BYTES = 4 << 20  # enough for a disk to be read at its speed
 _LENGTH = struct.Struct("<Q")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_MOST_ITEMSIZE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +27,29 @@ class _Entry:
     start: int  # in the file
 
 
+def piece_buffer(shapes: Iterable[tuple[int, ...]]) -> torch.Tensor:
+    """Room for a piece of any tensor of these shapes, a row of it at least.
+
+    One for all pieces: freed ones would leave holes between the weights that no other fits into.
+    """
+    widest = max((shape[1] for shape in shapes if len(shape) == 2), default=1)
+    return torch.empty(max(_PIECE_BYTES, widest * _MOST_ITEMSIZE), dtype=torch.uint8)
+
+
 class SafetensorsFile:
     """An open file.
+
+    Args:
+        path: the file.
+        buffer: of `piece_buffer`, for tensors that are at most as wide as those it was made for.
 
     Raises:
         ValueError: it is not a safetensors file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, buffer: torch.Tensor) -> None:
         self.path = path
+        self._buffer = buffer
         try:
             with safe_open(path, framework="pt", device="cpu"):  # checks the whole header
                 pass
@@ -65,8 +81,7 @@ class SafetensorsFile:
     ) -> None:
         """Copy rows and columns of a tensor to `out`, on any device, cast to its dtype.
 
-        At no time is more of it in memory besides than `_PIECE_BYTES` or what is copied, whichever
-        is less; a row at least.
+        No more of it lies in memory besides than the buffer holds.
 
         Raises:
             ValueError: there is no such tensor, it has another shape, or a dtype that is not read.
@@ -75,16 +90,15 @@ class SafetensorsFile:
         dtype = _DTYPES[entry.dtype]
         width = shape[1] if len(shape) == 2 else 1
         row_bytes = width * dtype.itemsize
-        most_bytes = min(_PIECE_BYTES, out.numel() * dtype.itemsize)
-        step = max(most_bytes // row_bytes, 1) if row_bytes else max(len(rows), 1)
-        piece = torch.empty((min(step, len(rows)), width), dtype=dtype)
         into = out if len(shape) == 2 else out[:, None]
         across = slice(cols.start, cols.stop) if len(shape) == 2 else slice(None)
+        step = max(self._buffer.numel() // row_bytes, 1)
         for first in range(rows.start, rows.stop, step):
             count = min(step, rows.stop - first)
-            self._fill(piece[:count], entry.start + first * row_bytes)
+            piece = self._buffer[: count * row_bytes]
+            self._fill(piece, entry.start + first * row_bytes)
             place = first - rows.start
-            into[place : place + count].copy_(piece[:count, across])
+            into[place : place + count].copy_(piece.view(dtype).view(count, width)[:, across])
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> _Entry:
         entry = self._entries.get(name)
@@ -104,7 +118,7 @@ class SafetensorsFile:
 
     def _fill(self, piece: torch.Tensor, offset: int) -> None:
         """Read so many bytes from a place in the file."""
-        left = memoryview(piece.view(torch.uint8).numpy().data).cast("B")
+        left = memoryview(piece.numpy().data)
         while left:
             count = os.preadv(self._file.fileno(), [left], offset)
             if count == 0:

@@ -137,7 +137,7 @@ def test_ranks_of_a_70b_topology_say_what_one_process_says_and_hold_what_was_pla
     tmp_path: Path,
 ) -> None:
     folder = write(tmp_path)
-    by_rank = run_ranks(partial(_run, folder), 8, len(LAYOUTS))
+    by_rank = run_ranks(partial(_run, folder), 8, len(LAYOUTS), timeout_seconds=1200)
     alone = by_rank[0][0].sampled
     assert len(alone) == NUM_TOKENS * len(RETENTIONS)
     assert len({token for _, token in alone}) > NUM_TOKENS  # it does not say one word for ever

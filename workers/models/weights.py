@@ -17,7 +17,7 @@ from typing import Self
 
 import torch
 
-from saqqara.workers.safetensors_file import SafetensorsFile
+from saqqara.workers.safetensors_file import SafetensorsFile, piece_buffer
 
 from .source import whole_folder
 from .spec import ModelSpec
@@ -212,6 +212,7 @@ class SafetensorsWeights(WeightSource):
         super().__init__(shapes, dtype, device)
         self.folder = folder
         self._files: dict[str, SafetensorsFile] = {}
+        self._buffer = piece_buffer(shapes.values())
         self._index = self._read_index()
         try:
             self._check_names()
@@ -268,7 +269,7 @@ class SafetensorsWeights(WeightSource):
     def _file(self, file: str) -> SafetensorsFile:
         """A file of the folder, opened once."""
         if file not in self._files:
-            self._files[file] = SafetensorsFile(self.folder / file)
+            self._files[file] = SafetensorsFile(self.folder / file, self._buffer)
         return self._files[file]
 
     def _copy_slice(
