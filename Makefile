@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check prove soak gpu-check format dashboards validate-manifests clean
+.PHONY: help install demo test check prove soak chaos gpu-check format dashboards validate-manifests clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 20
@@ -41,6 +41,9 @@ gpu-check: ## Prove and measure the GPU path on this machine's GPU, with the pyt
 soak: $(INSTALLED) ## Load a server for 10 minutes (MINUTES=1: shorter), and look for leaks
 	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),10)
 
+chaos: $(INSTALLED) ## A batch job whose processes are killed and stopped (ARGS: see tests/chaos/chaos.py)
+	PYTHONPATH=tests $(BIN)/python tests/chaos/chaos.py $(ARGS)
+
 format: $(INSTALLED) ## Format the code and fix what lint can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -64,5 +67,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	% sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,serve]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,serve,data]'
 	@touch $@

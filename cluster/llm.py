@@ -338,6 +338,8 @@ def _with_settings(
     retentions = one_each(retention, (str, Mapping, Retention), count, "retention")
     if isinstance(budget, float):
         raise ValueError(budget_mistake(budget))
+    if isinstance(retention, Mapping | str) and (budget is None or isinstance(budget, int | str)):
+        Retention.parse(retention, budget)  # a mistake in it is no prompt's
     budgets = one_each(budget, (int, str), count, "budget")
     return [
         replace(

@@ -86,5 +86,15 @@ def one_each(value: Any, kinds: type | tuple[type, ...], count: int, name: str) 
         )
     for i, one in enumerate(value):
         if one is not None and not isinstance(one, kinds):
-            raise ValueError(f"{name}[{i}]: cannot be {shown(one)}")
+            right = " or ".join(_kind_name(kind) for kind in _as_tuple(kinds))
+            raise ValueError(f"{name}[{i}]: must be {right} or None, not {shown(one)}")
     return list(value)
+
+
+def _as_tuple(kinds: type | tuple[type, ...]) -> tuple[type, ...]:
+    return kinds if isinstance(kinds, tuple) else (kinds,)
+
+
+def _kind_name(kind: type) -> str:
+    plain = {str: "a string", int: "an integer", Mapping: "a mapping"}
+    return plain.get(kind, f"a {kind.__name__}")

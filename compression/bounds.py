@@ -102,7 +102,15 @@ def check(name: str, value: object, least: int | None = None) -> None:
     bound.check(name, value)
 
 
+def check_kind(name: str, value: object, kinds: tuple[type, ...], what: str) -> None:
+    """Raise a ValueError unless the value is of one of these classes; an empty name is none."""
+    if not isinstance(value, kinds) or value == "":
+        raise ValueError(
+            f"{name}: must be {what}, not {shown(value)}; `Retention.parse` reads names"
+        )
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise a ValueError unless the value is one of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: must be {' or '.join(map(repr, choices))}, not {shown(value)}")

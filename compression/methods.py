@@ -113,4 +113,5 @@ def _passes(propagate: Propagate) -> str:
 def _saves(propagate: Propagate) -> str:
     entering = propagate.survivors(EXAMPLE_TOKENS, EXAMPLE_LAYERS)
     share = sum(entering) / (EXAMPLE_TOKENS * EXAMPLE_LAYERS)
-    return f"saves prefill: {share:.0%} of the tokens x layers are computed"
+    example = f"{EXAMPLE_TOKENS} tokens, {EXAMPLE_LAYERS} layers"
+    return f"saves prefill: {share:.0%} of the tokens x layers are computed ({example})"

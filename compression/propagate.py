@@ -55,7 +55,7 @@ class Propagate:
         distance_weight: weight of the last query, the first of the recent ones having 1
             (pyramidinfer).
         layer: the layer that selects, from 0; or the part of the layers that see the whole prompt,
-            in (0, 1], the last of which selects (once).
+            in (0, 1), the last of which selects (once).
         keep: part of the prompt that goes on, window and sinks included, in (0, 1) (once).
         window: last tokens, always kept, whose queries score the others (once).
         kernel_size: tokens that the score is pooled over, odd (once).
@@ -92,10 +92,10 @@ class Propagate:
         check("propagate.min_context", self.min_context, least=least)
         if type(self.layer) is int:
             check("propagate.layer", self.layer)
-        elif not BOUNDS["share"].accepts(self.layer):
+        elif not BOUNDS["propagate.keep"].accepts(self.layer):
             raise ValueError(
-                "propagate.layer: must be a layer from 0, or a part of the layers above 0 and up "
-                f"to 1, not {shown(self.layer)}"
+                "propagate.layer: must be a layer from 0, or a part of the layers above 0 and "
+                f"below 1, not {shown(self.layer)}"
             )
         check_choice("propagate.pooling", self.pooling, POOLINGS)
 
@@ -138,7 +138,7 @@ class Propagate:
     def departures(self, usual: "Propagate | None") -> str:
         """What departs from `usual` (None: the defaults), such as "(rho=0.7)"; "" for nothing."""
         changed = [
-            f"{field.name}={getattr(self, field.name)}"
+            f"{field.name}={in_label(getattr(self, field.name))}"
             for field in fields(self)
             if field.name != "kind"
             and getattr(self, field.name)
@@ -194,6 +194,11 @@ def _survivors(propagate: Propagate, prompt_tokens: int, num_layers: int) -> tup
     for layer in range(num_layers - 1):
         counts.append(propagate.passed_on(counts[-1], prompt_tokens, layer, num_layers))
     return tuple(counts)
+
+
+def in_label(number: Any) -> Any:
+    """A setting as labels write it: equal ones alike, so 5 for 5.0."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def part_of(ratio: float, count: int) -> int:

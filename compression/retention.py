@@ -20,12 +20,12 @@ import numpy as np
 from saqqara.configs.shown import shown
 
 from . import spelling
-from .bounds import BOUNDS, check
+from .bounds import BOUNDS, check, check_kind
 from .decode import AnyDecodeStage, DecodeStage, TrimStage
 from .head_profile import HeadProfile
 from .propagate import Propagate
 from .scores import SCORES, Score
-from .shapes import MEANS, UNIFORM, Allowance, LayerShape, Profile, RowShape, Shape, settle
+from .shapes import MEANS, SHAPES, UNIFORM, Allowance, LayerShape, Profile, RowShape, Shape, settle
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,10 @@ class Retention:
     decode: AnyDecodeStage | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("score", Score | None), ("shape", Shape)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(
-                    f"{name}: must be a value of {name}s.py, not {shown(getattr(self, name))}; "
-                    "`Retention.parse` reads names"
-                )
+        check_kind("method", self.method, (str,), "a name")
+        check_kind("score", self.score, (*SCORES.values(), type(None)), "a value of scores.py")
+        check_kind("shape", self.shape, tuple(SHAPES.values()), "a value of shapes.py")
+        check_kind("propagate", self.propagate, (Propagate, type(None)), "a Propagate")
         if (self.score is None and self.propagate is None) != (self.method == "full"):
             score = None if self.score is None else self.score.name
             raise ValueError(
@@ -112,8 +110,10 @@ class Retention:
     def _check_nothing_else(self) -> None:
         """Without a score nothing of what a budget needs may be set."""
         for field in fields(self):
-            read = field.name in ("method", "score", "propagate", "decode")
-            if not read and getattr(self, field.name) != field.default:
+            if field.name in ("method", "score", "propagate", "decode"):
+                continue
+            value, usual = getattr(self, field.name), field.default
+            if type(value) is not type(usual) or value != usual:
                 raise ValueError(f"{field.name}: {self.method!r} takes no such setting")
 
     def _check_skip_layers(self) -> None:

@@ -18,7 +18,7 @@ from saqqara.configs.yaml_files import CONFIG_DIR, load_yaml
 
 from .decode import DecodeStage, TrimStage, parse_decode_stage
 from .head_profile import HeadProfile
-from .propagate import KINDS, Propagate
+from .propagate import KINDS, Propagate, in_label
 from .scores import SCORES, Score, score_kind
 from .shapes import MEANS, SHAPES, Adaptive, Shape, mean_kind, shape_kind
 
@@ -131,14 +131,16 @@ def _mapping(spec: object, budget: int | str | None) -> Flat:
         )
     if given.get("budget") is None:
         given.pop("budget", None)
-    if budget is not None and given.setdefault("budget", budget) != budget:
+    written = given.setdefault("budget", budget) if budget is not None else None
+    if written is not budget and written != budget:
         raise ValueError(f"budget: given twice, as {shown(given['budget'])} and as {shown(budget)}")
     return given
 
 
 def _without_anything(given: Flat) -> Flat:
     """Fields of `full`, which takes no settings."""
-    if given.pop("decode", None) not in (None, False):
+    decode = given.pop("decode", None)
+    if decode is not None and decode is not False:
         return {"decode": DecodeStage()}  # `Retention` says what is wrong with it
     if given:
         name = f"{next(iter(given))!s:.80}"
@@ -316,7 +318,7 @@ def _in_label(value: Any) -> Any:
         return value.digest
     if isinstance(value, DecodeStage):
         return value.label
-    return list(value) if isinstance(value, tuple) else value
+    return list(value) if isinstance(value, tuple) else in_label(value)
 
 
 def _propagate_label(flat: Flat) -> str:

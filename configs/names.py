@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 100  # letters; more is no name, and comparing takes the square of them
 SHORT = 4  # letters; one wrong in such a name is a quarter of it
 LIKE, LIKE_SHORT = 0.78, 0.66
 """How alike two names must be; less gives hints that are wrong more often than right."""
@@ -13,6 +14,8 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
     Upper and lower case, `-`, `_` and spaces make no difference.
     """
+    if len(name) > LONGEST:
+        return None
     plain = {_plain(one): one for one in known}
     cutoff = LIKE_SHORT if len(name) <= SHORT else LIKE
     found = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)

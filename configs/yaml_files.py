@@ -30,6 +30,21 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def parse_yaml(text: str) -> Any:
+    """The value of a text in YAML or JSON.
+
+    Raises:
+        ValueError: it is neither, nested without end, or has a key twice; says where.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        raise ValueError(f"no YAML or JSON: {problem}") from None
+    except RecursionError:
+        raise ValueError("no YAML or JSON: nested too deep") from None
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; a bare name such as `cpu-pp2` is looked up under `configs/`.
 
@@ -66,7 +81,8 @@ def _preset(name: str) -> Path:
     if name not in presets:
         if "/" in name or name.endswith((".yaml", ".yml")):
             raise ValueError(f"config: there is no file {name!r} (a model is given as --model)")
-        hint = did_you_mean(name, presets)
+        own = {stem for stem, file in presets.items() if file.parent.name != "retention"}
+        hint = did_you_mean(name, own)
         raise ValueError(f"config: no file or preset {name!r}; {hint}")
     return presets[name]
 

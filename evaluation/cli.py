@@ -12,6 +12,8 @@ from .options import (
     Compared,
     OutputFiles,
     SourceText,
+    check_output_file,
+    check_output_folder,
     eval_settings,
     layer_numbers,
     lengths_in_tokens,
@@ -76,7 +78,7 @@ def ruler(
     from saqqara.evaluation.tasks.ruler_tasks import TASKS
 
     task = RulerTask(
-        tasks=tuple(TASKS) if tasks is None else names(tasks),
+        tasks=tuple(TASKS) if tasks is None else names(tasks, "tasks"),
         lengths=lengths_in_tokens(lengths, "lengths"),
         num_samples=num_samples,
         seed=settings.config.seed,
@@ -116,7 +118,7 @@ def longbench(
 
     task = LongBenchTask(
         data=data,
-        datasets=None if datasets is None else names(datasets),
+        datasets=None if datasets is None else names(datasets, "datasets"),
         prompts=prompts,
         max_prompt_tokens=max_prompt_tokens,
         num_samples=num_samples,
@@ -208,6 +210,7 @@ def attention(
     from .attention_map import attention_maps, draw
 
     plots.check_plot_file(plot)
+    check_output_file(plot, "plot")
     config = settings.config
     tokenizer = Tokenizer.load(config.tokenizer or config.model)
     if prompt is None:
@@ -244,6 +247,7 @@ def calibrate(
         haystack=text.haystack,
         split=text.half,
     )
+    check_output_file(out, "out")
     write_profile(calibration.run(settings.config), out)
     typer.echo(out)
 
@@ -275,8 +279,9 @@ def report(
 
     seed = settings.config.seed
     plan = ReportPlan(
-        names(tasks), length, num_samples, num_needles, seed, text.haystack, text.half
+        names(tasks, "tasks"), length, num_samples, num_needles, seed, text.haystack, text.half
     )
+    check_output_folder(out, "out")
     grid = compared.retentions(default_budgets="10%,25%,50%")
     results, page = run_report(settings.config, grid, plan, out)
     for result in results:
@@ -292,8 +297,7 @@ def _evaluate(settings: Settings, compared: Compared, task: "Task", files: Outpu
     from saqqara.evaluation.figures.summary import tables
     from saqqara.evaluation.tasks.task import evaluate
 
-    if files.plot is not None:
-        plots.check_plot_file(files.plot)
+    files.check()
     result = evaluate(settings.config, compared.retentions(), task)
     if files.json_file is not None:
         result.write(files.json_file)

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import yaml
-
 from saqqara.compression.retention import Retention
+from saqqara.configs.shown import shown
+from saqqara.configs.yaml_files import parse_yaml
 from saqqara.workers.models.spec import ModelSpec
 
 DEFAULT_METHODS = "pyramidkv,snapkv,streaming,knorm,random"
@@ -94,21 +94,22 @@ def full_bytes(prompt_tokens: int, spec: ModelSpec, dtype: str) -> int:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = None
+    value = _parsed(text, text, "retention")
     if not isinstance(value, dict):
-        raise ValueError(f"retention: {text!r} is no mapping in YAML or JSON")
+        raise ValueError(f"retention: {shown(text)} is no mapping in YAML or JSON")
     return value
+
+
+def _parsed(text: str, written: str, field: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{field}: {shown(written)} is {error}") from None
 
 
 def _flow_list(text: str, field: str) -> list[Any]:
     """Entries with commas between them, outside of braces."""
-    try:
-        entries = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
-        entries = None
+    entries = _parsed(f"[{text}]", text, field)
     if not entries:
-        raise ValueError(f"{field}: {text!r} is no list such as 'a,b'")
+        raise ValueError(f"{field}: {shown(text)} is no list such as 'a,b'")
     return list(entries)

@@ -2,18 +2,24 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from saqqara.cluster.cli.options import with_settings
+from saqqara.configs.shown import shown
 
 if TYPE_CHECKING:
     from saqqara.compression.retention import Retention
     from saqqara.evaluation.prompts.haystack import Split
+
+MAX_DIGITS = 18  # of a number: more is a mistake
+
+T = TypeVar("T")
 
 type_hints = functools.partial(get_type_hints, include_extras=True)
 
@@ -52,7 +58,9 @@ class Compared:
 
         found = [parse_setting(text) for text in self.retention or ()]
         if self.methods is not None or self.budgets is not None or not self.retention:
-            found += parse_grid(self.methods or DEFAULT_METHODS, self.budgets or default_budgets)
+            methods = DEFAULT_METHODS if self.methods is None else self.methods
+            budgets = default_budgets if self.budgets is None else self.budgets
+            found += parse_grid(methods, budgets)
         return found
 
 
@@ -98,6 +106,16 @@ class OutputFiles:
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="OUT.png", help="Write a picture here.")
     ] = None
+
+    def check(self) -> None:
+        """Raise a ValueError where one of them cannot be written."""
+        from saqqara.evaluation.figures.plots import check_plot_file
+
+        if self.json_file is not None:
+            check_output_file(self.json_file, "json")
+        if self.plot is not None:
+            check_plot_file(self.plot)
+            check_output_file(self.plot, "plot")
 
 
 def eval_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -146,9 +164,16 @@ def _flags(group: inspect.Parameter) -> list[inspect.Parameter]:
     return found
 
 
-def names(text: str) -> tuple[str, ...]:
-    """The names of a list with commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def names(text: str, field: str) -> tuple[str, ...]:
+    """The names of a list with commas.
+
+    Raises:
+        ValueError: one is empty.
+    """
+    found = tuple(name.strip() for name in text.split(","))
+    if not all(found):
+        raise ValueError(f"{field}: must be names with commas between them, not {shown(text)}")
+    return _each_once(found, field)
 
 
 def lengths_in_tokens(text: str, field: str) -> tuple[int, ...]:
@@ -157,10 +182,10 @@ def lengths_in_tokens(text: str, field: str) -> tuple[int, ...]:
     Raises:
         ValueError: something is no number over 0, or there is none.
     """
-    numbers = names(text)
-    if not numbers or not all(number.isdecimal() and int(number) for number in numbers):
-        raise ValueError(f"{field}: must be numbers of tokens such as 1024,2048, not {text!r}")
-    return tuple(map(int, numbers))
+    numbers = _integers(text, field)
+    if not all(numbers):
+        raise ValueError(f"{field}: must be numbers over 0 such as 1024,2048, not {shown(text)}")
+    return numbers
 
 
 def layer_numbers(text: str) -> tuple[int, ...]:
@@ -169,9 +194,7 @@ def layer_numbers(text: str) -> tuple[int, ...]:
     Raises:
         ValueError: something is no number.
     """
-    if not all(number.isdecimal() for number in names(text)):
-        raise ValueError(f"layers: must be numbers such as 0,10,29, not {text!r}")
-    return tuple(map(int, names(text)))
+    return _integers(text, "layers")
 
 
 def shares(text: str, field: str) -> tuple[float, ...]:
@@ -180,10 +203,43 @@ def shares(text: str, field: str) -> tuple[float, ...]:
     Raises:
         ValueError: something is no number, or there is none.
     """
+    entries = names(text, field)
     try:
-        numbers = tuple(map(float, names(text)))
+        found = tuple(map(float, entries))
     except ValueError:
-        numbers = ()
-    if not numbers:
-        raise ValueError(f"{field}: must be numbers such as 0,0.5,1, not {text!r}")
-    return numbers
+        raise ValueError(f"{field}: must be numbers such as 0,0.5,1, not {shown(text)}") from None
+    return _each_once(found, field)
+
+
+def _integers(text: str, field: str) -> tuple[int, ...]:
+    entries = names(text, field)
+    if not all(entry.isdecimal() and len(entry) <= MAX_DIGITS for entry in entries):
+        raise ValueError(f"{field}: must be numbers such as 1024,2048, not {shown(text)}")
+    return _each_once(tuple(map(int, entries)), field)
+
+
+def _each_once(values: tuple[T, ...], field: str) -> tuple[T, ...]:
+    """The values; ValueError where one comes twice, whose work would be done twice."""
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{field}: {shown(value)} is there twice")
+    return values
+
+
+def check_output_file(path: Path, field: str) -> None:
+    """Raise a ValueError unless a file can be written there: known before hours of work."""
+    if path.is_dir():
+        raise ValueError(f"{field}: {str(path)!r} is a folder, and must be a file")
+    _check_folder(path.absolute().parent, path, field)
+
+
+def check_output_folder(path: Path, field: str) -> None:
+    """Raise a ValueError unless files can be written into such a folder."""
+    _check_folder(path.absolute(), path, field)
+
+
+def _check_folder(folder: Path, path: Path, field: str) -> None:
+    """A ValueError about `path` unless `folder` is there for us to write, or can be made."""
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{field}: {str(path)!r} cannot be written: {there} is no folder of yours")

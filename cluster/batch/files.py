@@ -7,9 +7,10 @@ results of different settings.
 
 import fcntl
 import json
+import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -17,8 +18,11 @@ from typing import Any, Self
 
 from saqqara.configs.json_text import json_text
 
-from .fingerprint import difference
+from .fingerprint import changed_input, differences, shown
 from .records import Record
+from .retried import replace_records, retried_path, whole_records
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2  # of the settings beside the results
 
@@ -36,24 +40,39 @@ class ResultFile:
     Args:
         path: the file.
         overwrite: `begin` starts the file anew; until then what was there stays.
+        mix_settings: resume although the results that are there were made with other settings. The
+            file beside the results says which.
+        retry_errors: rows whose record is an error are not done.
 
     Attributes:
-        done: input lines that have a record.
+        done: input lines that have a record which stays.
         num_errors: how many of those are error records.
 
     Raises:
         ValueError: the file cannot be written, or another process is writing it.
     """
 
-    def __init__(self, path: Path, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        overwrite: bool = False,
+        *,
+        mix_settings: bool = False,
+        retry_errors: bool = False,
+    ) -> None:
         self.path = path
         self.sidecar = path.with_name(path.name + ".job.json")
         self.done: set[int] = set()
         self.num_errors = 0
         self._overwrite = overwrite
+        self._mix_settings = mix_settings
+        self._retry_errors = retry_errors
+        self._to_retry: set[int] = set()
+        self._retried: FileIO | None = None
+        self._mixed: list[dict[str, Any]] = []
         self._settings: dict[str, Any] = {}
         self._before: dict[str, Any] = {}
-        self._file = self._open()
+        self._file = self._open(path)
         try:
             self._lock()
         except BaseException:
@@ -73,6 +92,8 @@ class ResultFile:
         if not self._overwrite:
             self._check_settings()
             self._recover()
+            if self._before:
+                self._note_mixed(differences(self._before["settings"], self._settings))
 
     def begin(self, resolved: Mapping[str, str]) -> None:
         """Start writing, now that the engine is up.
@@ -85,16 +106,21 @@ class ResultFile:
         """
         before = self._before.get("resolved") or {}
         both = before.keys() & resolved.keys()
-        changed = difference({k: before[k] for k in both}, {k: resolved[k] for k in both})
-        if changed is not None:
+        changed = differences({k: before[k] for k in both}, {k: resolved[k] for k in both})
+        if changed and not self._mix_settings:
             raise ValueError(
-                f"output: {self.path} holds results of another model or machine: {changed}; set it "
-                "as it was to resume, or start anew with --overwrite"
+                f"output: {self.path} holds results of another model or machine: {shown(changed)}; "
+                "set it as it was to resume, start anew with --overwrite, or have both with "
+                "--mix-settings"
             )
+        self._note_mixed(changed)
         if self._overwrite:
             self._file.truncate(0)
+            retried_path(self.path).unlink(missing_ok=True)
         data = {"format": FORMAT, "settings": self._settings, "resolved": {**before, **resolved}}
-        write_json(self.sidecar, data)
+        write_json(self.sidecar, data | ({"mixed": self._mixed} if self._mixed else {}))
+        if self._to_retry:
+            self._retried = self._open(retried_path(self.path))
 
     def write(self, record: Record) -> None:
         """Append one record and hand it to the operating system at once.
@@ -104,33 +130,44 @@ class ResultFile:
         ValueError: the record is no JSON; nothing was written.
         """
         data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        start = os.fstat(self._file.fileno()).st_size
+        line = int(record["line"])
+        file = self._file
+        if line in self._to_retry:
+            assert self._retried is not None
+            file = self._retried
+        start = os.fstat(file.fileno()).st_size
         try:
             view = memoryview(data)
             while view:
-                view = view[self._file.write(view) or 0 :]
+                view = view[file.write(view) or 0 :]
         except OSError as error:
             with suppress(OSError):  # else the next run cuts the torn line off
-                self._file.truncate(start)
+                file.truncate(start)
             raise _cannot_write(self.path, error, self._resume_hint()) from None
-        self.done.add(int(record["line"]))
+        self.done.add(line)
         self.num_errors += record["error"] is not None
 
     def sync(self) -> None:
         """Make sure everything is on disk."""
         try:
-            os.fsync(self._file.fileno())
+            for file in (self._file, self._retried):
+                if file is not None:
+                    os.fsync(file.fileno())
         except OSError as error:
             raise _cannot_write(self.path, error, self._resume_hint()) from None
 
     def close(self) -> None:
-        """Make sure everything is on disk, and let go of the file."""
+        """Make sure everything is on disk, records of retried rows in place, and let go of it."""
         if self._file.closed:
             return
         try:
             self.sync()
+            if self._retried is not None:
+                self._put_in_place()
         finally:
             self._file.close()
+            if self._retried is not None:
+                self._retried.close()
 
     def __enter__(self) -> Self:
         return self
@@ -145,24 +182,43 @@ class ResultFile:
     def _resume_hint(self) -> str:
         return f"{len(self.done)} rows are there; the same command goes on from them"
 
-    def _open(self) -> FileIO:
-        if self.path.suffix == ".gz":
+    def _put_in_place(self) -> None:
+        """Let the records of retried rows replace the old ones, if there are any."""
+        try:
+            new = replace_records(self.path)
+        except OSError as error:
+            raise _cannot_write(self.path, error, self._resume_hint()) from None
+        if new is not None:
+            self._file.close()
+            self._file = new
+
+    def _note_mixed(self, changed: Sequence[str]) -> None:
+        if not changed:
+            return
+        logger.warning("%s will mix settings: %s", self.path, shown(changed))
+        rows_before = len(self.done) + len(self._to_retry)
+        self._mixed.append({"rows_before": rows_before, "changed": list(changed)})
+
+    def _open(self, path: Path) -> FileIO:
+        if path.suffix == ".gz":
             raise ValueError(
-                f"output: {self.path} cannot be packed: a killed job could not go on from it; "
+                f"output: {path} cannot be packed: a killed job could not go on from it; "
                 "leave .gz off and pack it afterwards"
             )
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and not stat.S_ISREG(self.path.stat().st_mode):
-                kind = "a folder" if self.path.is_dir() else "a pipe or a device"
-                raise ValueError(f"output: {self.path} is {kind}; it must be a file")
-            return FileIO(self.path, "a")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+                kind = "a folder" if path.is_dir() else "a pipe or a device"
+                raise ValueError(f"output: {path} is {kind}; it must be a file")
+            return FileIO(path, "a")
         except OSError as error:
-            raise ValueError(f"output: cannot write {self.path}: {error.strerror}") from None
+            raise ValueError(f"output: cannot write {path}: {error.strerror}") from None
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                raise BlockingIOError  # another job has just replaced it
         except BlockingIOError:
             raise ValueError(f"output: another job is writing {self.path}") from None
         except OSError as error:
@@ -175,12 +231,8 @@ class ResultFile:
         if os.fstat(self._file.fileno()).st_size == 0:
             return
         self._before = self._read_sidecar()
-        changed = difference(self._before["settings"], self._settings)
-        if changed is not None:
-            raise ValueError(
-                f"output: {self.path} holds results of other settings: {changed}; "
-                "repeat the old settings to resume, or start anew with --overwrite"
-            )
+        self._mixed = list(self._before.get("mixed") or ())
+        check_settings(str(self.path), self._before["settings"], self._settings, self._mix_settings)
 
     def _read_sidecar(self) -> dict[str, Any]:
         try:
@@ -208,22 +260,30 @@ class ResultFile:
 
     def _recover(self) -> None:
         """Find the input lines that have a record, and cut off a torn last line."""
+        self._put_in_place()
         end = 0
-        with self.path.open("rb") as written:
-            for number, raw in enumerate(written, start=1):
-                if not raw.endswith(b"\n"):
-                    break
-                try:
-                    record = json.loads(raw)
-                    self.done.add(int(record["line"]))
-                    self.num_errors += record["error"] is not None
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(
-                        f"output: line {number} of {self.path} is no batch result; the file is "
-                        "damaged, start anew with --overwrite"
-                    ) from None
-                end += len(raw)
+        for record, (_, end) in whole_records(self.path):  # noqa: B007 - the last end counts
+            is_error = record["error"] is not None
+            (self._to_retry if is_error and self._retry_errors else self.done).add(record["line"])
+            self.num_errors += is_error and not self._retry_errors
         self._file.truncate(end)
+
+
+def check_settings(
+    output: str, before: Mapping[str, Any], now: Mapping[str, Any], mix_settings: bool
+) -> None:
+    """Refuse to resume with settings that change answers, and always with another input.
+
+    Raises:
+        ValueError: names the output and the differences.
+    """
+    changed = differences(before, now) if not mix_settings else changed_input(before, now)
+    if changed:
+        mixing = "" if changed_input(before, now) else ", or have both with --mix-settings"
+        raise ValueError(
+            f"output: {output} holds results of other settings: {shown(changed)}; repeat the old "
+            f"settings to resume, {'' if mixing else 'or '}start anew with --overwrite{mixing}"
+        )
 
 
 def _cannot_write(path: Path, error: OSError, hint: str = "") -> WriteError:

@@ -28,6 +28,8 @@ NEUTRAL_SETTINGS = frozenset(
         *("executor", "num_threads", "warmup", "check_integrity", "metrics_port", "log_dir"),
     }
 )
+_INPUT = ("input_sha256", "input")  # of the one file, and of each of several
+_MOST_SHOWN = 5
 _RESOLVED = ("model", "tokenizer", "retention", "budget")
 _CONTENT = ("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*/*.jinja")
 _BLOCK_BYTES = 4096
@@ -77,19 +79,35 @@ def resolved_settings(config: EngineConfig, workers: Sequence[WorkerInfo]) -> di
     return {name: ", ".join(sorted(values)) for name, values in found.items() if values}
 
 
-def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first setting that is not what it was, in words; None if there is none."""
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if old == new:
-            continue
-        if key == "input_sha256":
-            return "the input file has changed"
-        name, slash, file = key.partition("/")
-        if slash:
-            return f"{file} of the {name} has changed"
-        return f"{key} was {old!r} and is now {new!r}"
-    return None
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that are not what they were, each in words."""
+    return [
+        _in_words(key, before.get(key), now.get(key))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def shown(changed: Sequence[str]) -> str:
+    """Differences as part of a line: the first few of them, and how many more there are."""
+    more = len(changed) - _MOST_SHOWN
+    return ", ".join(changed[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def changed_input(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Differences of the input alone: rows are told by their lines, which then mean others."""
+    return differences(
+        *({k: v for k, v in s.items() if k.partition("/")[0] in _INPUT} for s in (before, now))
+    )
+
+
+def _in_words(key: str, old: Any, new: Any) -> str:
+    if key == "input_sha256":
+        return "the input file has changed"
+    name, slash, file = key.partition("/")
+    if slash:
+        return f"{file} of the {name} has changed"
+    return f"{key} was {old!r} and is now {new!r}"
 
 
 def _model(name: str, model: str, weights: bool) -> dict[str, Any]:

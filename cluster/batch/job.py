@@ -7,35 +7,29 @@ same command after a kill goes on where the last one stopped.
 
 import logging
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saqqara.cluster.engine.client import EngineClient
 from saqqara.cluster.engine.report import EngineReport
-from saqqara.cluster.launch import launch
+from saqqara.cluster.launch import launch_lasting
 from saqqara.cluster.long_wait import LongWait
-from saqqara.cluster.request import RequestOutput
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 
-from .files import ResultFile, WriteError
+from .answers import AnswerSettings, RowLoop, final_report
+from .files import ResultFile
 from .fingerprint import fingerprint, resolved_settings
-from .lines import BadLine, Row, RowParser
 from .progress import BatchProgress
-from .records import Record, bad_line_record, failed_record, rejected_record, result_record
+from .records import Record
 from .source import BatchSource, InputSummary
 from .stop import Stopped, StopSignals
-from .summary import BatchSummary, integrity_of
+from .summary import BatchSummary, cost_of, integrity_of
 
 logger = logging.getLogger(__name__)
-
-POLL_SECONDS = 1.0
-SETTLE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +46,9 @@ class BatchJob:
         overwrite: start anew instead of resuming, once the engine is up.
         served_model_name: a name for OpenAI lines and their records, besides the model's own.
         ignore_model: OpenAI lines may give any name.
+        mix_settings: resume although answers were made with other settings.
+        retry_errors: run rows again whose record is an error; the new record replaces the old one.
+        gpu_hour_price: what an hour of one GPU costs, for the cost in the summary.
     """
 
     input: Path
@@ -63,11 +60,21 @@ class BatchJob:
     overwrite: bool = False
     served_model_name: str | None = None
     ignore_model: bool = False
+    mix_settings: bool = False
+    retry_errors: bool = False
+    gpu_hour_price: float | None = None
 
     @property
-    def model_name(self) -> str:
-        """The name that OpenAI records give."""
-        return self.served_model_name or self.config.model
+    def answers(self) -> AnswerSettings:
+        """What its answers come from."""
+        return AnswerSettings(
+            config=self.config,
+            sampling=self.sampling,
+            return_token_ids=self.return_token_ids,
+            served_model_name=self.served_model_name,
+            ignore_model=self.ignore_model,
+            max_in_flight=self.max_in_flight,
+        )
 
 
 def run_batch(job: BatchJob, client: EngineClient | None = None) -> BatchSummary:
@@ -115,24 +122,23 @@ def run_batch(job: BatchJob, client: EngineClient | None = None) -> BatchSummary
         start_seconds=run.start_seconds,
         integrity=integrity_of(report, job.config.check_integrity) if report else None,
         report=report,
+        cost=cost_of(job.gpu_hour_price, report, run.start_seconds + run.wall_seconds),
     )
 
 
 def _open_results(job: BatchJob, source: BatchSource) -> ResultFile:
     if source.is_same_file(job.output):
         raise ValueError(f"output: {job.output} is the input; choose another file")
-    return ResultFile(job.output, job.overwrite)
+    return ResultFile(
+        job.output,
+        job.overwrite,
+        mix_settings=job.mix_settings,
+        retry_errors=job.retry_errors,
+    )
 
 
 def _fingerprint(job: BatchJob, found: InputSummary) -> dict[str, Any]:
-    return fingerprint(
-        job.config,
-        job.sampling,
-        found.sha256,
-        return_token_ids=job.return_token_ids,
-        served_model_name=job.served_model_name,
-        ignore_model=job.ignore_model,
-    )
+    return fingerprint(job.config, job.sampling, found.sha256, **job.answers.written())
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,30 +175,43 @@ def _run_rows(
         results.begin(resolved_settings(job.config, client.describe().workers))
         started = time.perf_counter()
         stack.enter_context(progress)
-        parser = RowParser(
-            job.config.model,
-            job.sampling.model_dump(exclude_unset=True),
-            Retention.parse(job.config.retention, job.config.budget),
-            job.served_model_name,
-            job.ignore_model,
-        )
-        rows = (row for row in source.rows(parser) if row.line not in results.done)
-        loop = _Loop(client, results, progress, job.model_name, job.return_token_ids)
-        loop.run(rows, job.max_in_flight or 2 * job.config.max_num_seqs, stop)
+        rows = (r for r in source.rows(job.answers.parser()) if r.line not in results.done)
+        _row_loop(job, client, results, progress, stop).run(rows)
         if stop.received is not None and not progress.is_complete:
             results.sync()
             _tell_how_to_go_on(job, progress, stop)  # before the engine's end, which takes a while
             stop.check()
         wall_seconds = time.perf_counter() - started
-        report = _final_report(client)
+        report = final_report(client)
         progress.show(report)
         return _Run(wall_seconds, started - start, report)
+
+
+def _row_loop(
+    job: BatchJob,
+    client: EngineClient,
+    results: ResultFile,
+    progress: BatchProgress,
+    stop: StopSignals,
+) -> RowLoop:
+    """The loop that writes to the results and shows how far it is."""
+
+    def write(record: Record) -> None:
+        results.write(record)
+        progress.count(record)
+
+    def tick(is_last: bool) -> None:
+        progress.note(client, force=is_last)
+        if progress.is_due():
+            progress.show(client.report())
+
+    return RowLoop(client, job.answers, write, tick, lambda: stop.received is not None)
 
 
 def _start(job: BatchJob, progress: BatchProgress, stop: StopSignals) -> EngineClient:
     """Start the job's engine; a signal ends that at once."""
     try:
-        client = launch(job.config)
+        client = launch_lasting(job.config)
         stop.listen()
         try:
             stop.check()
@@ -213,95 +232,3 @@ def _tell_how_to_go_on(job: BatchJob, progress: BatchProgress, stop: StopSignals
         progress.num_rows,
         job.output,
     )
-
-
-def _final_report(client: EngineClient) -> EngineReport:
-    """The engine's report once it has freed what the last row held, one step later."""
-    deadline = time.monotonic() + SETTLE_SECONDS
-    report = client.report()
-    while report.pages_leaked is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-        report = client.report()
-    return report
-
-
-@dataclass(slots=True)
-class _Loop:
-    """Keeps the engine filled and writes what it finishes."""
-
-    client: EngineClient
-    results: ResultFile
-    progress: BatchProgress
-    model: str
-    return_token_ids: bool
-    outputs: dict[int, dict[str, RequestOutput]] = field(default_factory=dict)  # by line
-
-    def run(self, rows: Iterator[Row | BadLine], max_in_flight: int, stop: StopSignals) -> None:
-        """Run rows until each has its record, or until a signal has come."""
-        in_flight: dict[str, Row] = {}
-        while True:
-            self.progress.note(self.client)
-            if stop.received is not None:
-                self._take(in_flight, 0.0)
-                return
-            fresh = list(islice(rows, max(0, max_in_flight - len(in_flight))))
-            in_flight |= self._submit(fresh)
-            if in_flight:
-                self._take(in_flight, POLL_SECONDS)
-            elif not fresh:
-                self.progress.note(self.client, force=True)
-                return
-            if self.progress.is_due():
-                self.progress.show(self.client.report())
-
-    def _submit(self, rows: list[Row | BadLine]) -> dict[str, Row]:
-        """Hand rows to the engine; those it takes, by request id. The others get their record."""
-        taken: dict[str, Row] = {}
-        for row in rows:
-            if isinstance(row, BadLine):
-                self._write(bad_line_record(row))
-            else:
-                taken |= {request.request_id: row for request in row.requests}
-        if taken:
-            requests = [r for row in rows if isinstance(row, Row) for r in row.requests]
-            for rejection in self.client.submit(requests):
-                if (refused := taken.get(rejection.request_id)) is not None:
-                    self._write(rejected_record(refused, rejection))
-                    self._give_up(refused, taken)
-        return taken
-
-    def _take(self, in_flight: dict[str, Row], timeout_seconds: float) -> None:
-        """Write what the engine has finished; waits for the first of it."""
-        for output in self.client.poll(timeout_seconds):
-            assert isinstance(output, RequestOutput)
-            row = in_flight.pop(output.request_id, None)
-            if row is not None:  # else: of a row that has its record
-                self._finish(row, output)
-
-    def _give_up(self, row: Row, taken: dict[str, Row]) -> None:
-        """Of a row that has its error record, nothing more is wanted."""
-        others = [request.request_id for request in row.requests if taken.pop(request.request_id)]
-        if len(others) > 1:
-            self.client.abort(others)
-
-    def _finish(self, row: Row, output: RequestOutput) -> None:
-        done = self.outputs.setdefault(row.line, {})
-        done[output.request_id] = output
-        if len(done) == len(row.requests):
-            outputs = [done[request.request_id] for request in row.requests]
-            del self.outputs[row.line]
-            self._write_result(row, outputs)
-
-    def _write_result(self, row: Row, outputs: list[RequestOutput]) -> None:
-        """Write a row's answer; one that is no JSON costs only itself."""
-        try:
-            self._write(result_record(row, outputs, self.model, self.return_token_ids))
-        except WriteError:
-            raise
-        except Exception as error:
-            logger.exception("line %d: its answer cannot be written", row.line)
-            self._write(failed_record(row, error))
-
-    def _write(self, record: Record) -> None:
-        self.results.write(record)
-        self.progress.count(record)

@@ -73,6 +73,8 @@ class RowParser:
         retention: the engine's, for lines that give a budget only.
         served_model_name: another name that OpenAI bodies may give.
         ignore_model: let OpenAI bodies give any name.
+        file: the input's name where a job has several: part of the requests' ids, which noise
+            follows where no seed is given.
     """
 
     model: str
@@ -80,6 +82,7 @@ class RowParser:
     retention: Retention = field(default_factory=lambda: Retention.parse("full"))
     served_model_name: str | None = None
     ignore_model: bool = False
+    file: str | None = None
 
     def parse(self, line: int, text: str) -> Row | BadLine:
         """One line of input; whatever is wrong with it comes back as a `BadLine`."""
@@ -143,7 +146,7 @@ class RowParser:
         sampling = request.sampling_params(self.sampling)
         retention = request.read_retention(self.retention)
         whole = Request(
-            request_id=f"line-{line}",
+            request_id=f"line-{line}" if self.file is None else f"{self.file}:{line}",
             sampling_params=sampling,
             retention=retention,
             priority=request.priority or 0,

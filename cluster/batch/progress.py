@@ -90,12 +90,15 @@ class BatchProgress:
 
     def show(self, report: EngineReport) -> None:
         """Bring the bar up to date, or log a line."""
-        self._shown = time.monotonic()
-        text = (
-            f"{self.errors} errors; prompts {report.prompt_tokens:,} tokens "
-            f"({report.prompt_tokens_per_second:,.1f}/s), answers {report.generation_tokens:,} "
-            f"({report.generation_tokens_per_second:,.1f}/s)"
+        self.tell(
+            f"prompts {report.prompt_tokens:,} tokens ({report.prompt_tokens_per_second:,.1f}/s), "
+            f"answers {report.generation_tokens:,} ({report.generation_tokens_per_second:,.1f}/s)"
         )
+
+    def tell(self, what: str) -> None:
+        """Bring the bar up to date, or log a line, with words on how it goes."""
+        self._shown = time.monotonic()
+        text = f"{self.errors} errors; {what}"
         if self._bar is not None:
             self._bar.update(self._task, completed=self.num_done, description=text)
         else:

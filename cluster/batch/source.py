@@ -4,35 +4,20 @@ The first pass hashes the lines and counts the rows; the second yields them. Bot
 file, so a file that is replaced meanwhile does not matter, and one that is written to is an error.
 """
 
-import gzip
 import hashlib
-import logging
 import os
 import shutil
 import stat
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self, cast
+from typing import IO, Any, Self
 
 from .lines import BadLine, Row, RowParser
+from .text import CHUNK_BYTES, MAX_LINE_BYTES, check_text, content, naming, parse_line, split_lines
 
-logger = logging.getLogger(__name__)
-
-MAX_LINE_BYTES = 16 * 2**20
-_CHUNK_BYTES = 2**20
-_GZIP = b"\x1f\x8b"
-_OTHER_FORMATS = {
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\xfd7zXZ\x00": "xz",
-    b"BZh": "bzip2",
-    b"PK\x03\x04": "a zip archive",
-    b"PAR1": "Parquet",
-}
 _STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 
 
@@ -82,7 +67,7 @@ class BatchSource:
         if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
             with self._file as pipe:
                 self._file = self._spool(pipe, spool_folder)
-        self._packed = self._check_format()
+        self._packed = check_text(self._file, self.name)
         self._state = self._stat()
         digest, num_rows = hashlib.sha256(), 0
         for _, raw in self._lines(digest):
@@ -105,7 +90,7 @@ class BatchSource:
                 raise self._changed()
             if raw is not None and not raw.strip():
                 continue
-            row = self._parse(parser, number, raw)
+            row = parse_line(parser, number, raw, self._max_line_bytes)
             if row.custom_id is not None and row.custom_id in first_line:
                 first = first_line[row.custom_id]
                 message = f"custom_id {row.custom_id!r:.80} is already that of line {first}"
@@ -136,7 +121,7 @@ class BatchSource:
     def _spool(self, pipe: IO[bytes], folder: Path) -> IO[bytes]:
         copy = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `close`
         try:
-            shutil.copyfileobj(pipe, copy, _CHUNK_BYTES)
+            shutil.copyfileobj(pipe, copy, CHUNK_BYTES)
             copy.flush()
         except OSError as error:
             copy.close()
@@ -158,73 +143,13 @@ class BatchSource:
             "file as it was. Start anew with --overwrite once nothing writes to it"
         )
 
-    def _check_format(self) -> bool:
-        """Whether the file is packed with gzip; what is no text is an error here, once."""
-        self._file.seek(0)
-        start = self._file.read(8)
-        for magic, kind in _OTHER_FORMATS.items():
-            if start.startswith(magic):
-                raise ValueError(
-                    f"input: {self.name} is {kind}; it must be JSON lines, plain or with gzip"
-                )
-        packed = start.startswith(_GZIP)
-        if packed:
-            with self._errors():
-                start = self._content(packed).read(8)
-        if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start[:2]:
-            raise ValueError(
-                f"input: {self.name} is UTF-16 or UTF-32, not UTF-8; convert it first: "
-                f"iconv -f UTF-16 -t UTF-8 {self.path} > utf8.jsonl"
-            )
-        return packed
-
     def _lines(self, digest: Any) -> Iterator[tuple[int, bytes | None]]:
         """Numbers and bytes of all lines, from the start; None for one that is too long."""
-        number = 0
-        with self._errors():
-            file = self._content(self._packed)
-            while raw := file.readline(self._max_line_bytes + 1):
-                number += 1
-                digest.update(raw)
-                too_long = len(raw) > self._max_line_bytes
-                while too_long and raw and not raw.endswith(b"\n"):
-                    raw = file.readline(_CHUNK_BYTES)
-                    digest.update(raw)
-                yield number, None if too_long else raw
-
-    def _content(self, packed: bool) -> IO[bytes]:
-        """The input's bytes, unpacked, from the start."""
-        self._file.seek(0)
-        return cast(IO[bytes], gzip.GzipFile(fileobj=self._file)) if packed else self._file
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Name the file in what goes wrong while it is read."""
-        try:
-            yield
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"input: {self.name} is broken gzip: {error}") from None
-        except OSError as error:
-            raise ValueError(f"input: cannot read {self.name}: {error.strerror}") from None
-
-    def _parse(self, parser: RowParser, number: int, raw: bytes | None) -> Row | BadLine:
-        if raw is None:
-            return BadLine(
-                number,
-                None,
-                None,
-                f"the line is longer than {self._max_line_bytes} bytes, the most that is read",
-            )
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            return BadLine(number, None, None, f"not UTF-8: byte {error.start + 1} of the line")
-        try:
-            return parser.parse(number, text)
-        except Exception as error:  # a fault of ours, and still no reason to lose the others
-            logger.exception("line %d could not be read", number)
-            message = f"the line could not be read: {type(error).__name__}: {error}"
-            return BadLine(number, None, None, message)
+        with naming(self.name):
+            file = content(self._file, self._packed)
+            lines = split_lines(file, self._max_line_bytes, digest)
+            for number, (raw, _) in enumerate(lines, start=1):
+                yield number, raw
 
 
 def _open_stdin() -> IO[bytes]:

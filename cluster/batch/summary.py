@@ -8,6 +8,52 @@ from rich.table import Table
 from saqqara.cluster.engine.report import EngineReport
 
 MIB = 2**20
+SECONDS_PER_HOUR = 3600
+
+
+class Cost(BaseModel):
+    """What a job has cost, in the currency of the price.
+
+    Attributes:
+        gpu_hour_price: of one GPU, or of one rank where ranks have none.
+        num_gpus: ranks of all replicas.
+        gpu_hours: from the start of the engine to the last record, times `num_gpus`.
+        total: price of these hours.
+        per_million_tokens: of prompts and answers together; None where there were none.
+        per_million_new_tokens: of answers alone; None where there were none.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    gpu_hour_price: float
+    num_gpus: int
+    gpu_hours: float
+    total: float
+    per_million_tokens: float | None
+    per_million_new_tokens: float | None
+
+
+def cost_of(
+    gpu_hour_price: float | None, report: EngineReport | None, seconds: float
+) -> Cost | None:
+    """The cost of a run that took `seconds`; None without a price or where nothing ran."""
+    if gpu_hour_price is None or report is None:
+        return None
+    num_gpus = len(report.workers)
+    hours = num_gpus * seconds / SECONDS_PER_HOUR
+    total = hours * gpu_hour_price
+
+    def per_million(num_tokens: int) -> float | None:
+        return total / num_tokens * 1e6 if num_tokens else None
+
+    return Cost(
+        gpu_hour_price=gpu_hour_price,
+        num_gpus=num_gpus,
+        gpu_hours=hours,
+        total=total,
+        per_million_tokens=per_million(report.prompt_tokens + report.generation_tokens),
+        per_million_new_tokens=per_million(report.generation_tokens),
+    )
 
 
 class BatchSummary(BaseModel):
@@ -22,6 +68,8 @@ class BatchSummary(BaseModel):
         start_seconds: how long the engine took to start.
         integrity: `ok`, or what is wrong with the ownership of pages at the end.
         report: all measurements of the engine; None when every row was there already.
+        num_replicas: engines that ran side by side; `report` is that of all of them.
+        cost: None unless the job was told a price.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,6 +88,8 @@ class BatchSummary(BaseModel):
     start_seconds: float
     integrity: str | None
     report: EngineReport | None
+    num_replicas: int = 1
+    cost: Cost | None = None
 
     @property
     def complete(self) -> bool:
@@ -81,11 +131,32 @@ def _of(cell: Callable[[EngineReport], str]) -> Callable[[BatchSummary], str]:
     return lambda summary: "-" if summary.report is None else cell(summary.report)
 
 
+def _price(amount: float | None) -> str:
+    return "-" if amount is None else f"{amount:,.4f}"
+
+
+def _cost_rows(summary: BatchSummary) -> list[str]:
+    cost = summary.cost
+    if cost is None:
+        return ["-"] * len(COST_ROWS)
+    hours = f"{cost.gpu_hours:.3f} at {cost.gpu_hour_price:g}"
+    return [hours, *map(_price, (cost.total, cost.per_million_tokens, cost.per_million_new_tokens))]
+
+
 def _kept(report: EngineReport) -> str:
     kept, full = report.kv_kept_bytes_peak, report.kv_full_bytes_peak
     share = f" ({kept / full:.1%})" if full else ""
     return f"{kept / MIB:.1f} of {full / MIB:.1f} MiB{share}"
 
+
+def _recoveries(report: EngineReport) -> str:
+    if not report.recoveries:
+        return "none"
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(report.recoveries.items()))
+    return f"{causes} ({report.down_seconds:.1f} s)"
+
+
+COST_ROWS = ("GPU hours", "cost", "cost per million tokens", "cost per million tokens out")
 
 ROWS: tuple[tuple[str, Callable[[BatchSummary], str]], ...] = (
     ("requests answered", lambda s: f"{s.answered} of {s.rows}"),
@@ -103,6 +174,7 @@ ROWS: tuple[tuple[str, Callable[[BatchSummary], str]], ...] = (
     ("KV kept of full, at peak", _of(_kept)),
     ("sequences at once, at most", _of(lambda r: str(r.num_running_peak))),
     ("preemptions", _of(lambda r: str(r.num_preemptions))),
+    ("lost workers", _of(_recoveries)),
     ("page integrity", lambda s: s.integrity or "-"),
 )
 
@@ -117,6 +189,11 @@ def summary_table(
         table.add_column(summary.title, justify="right")
     for label, cell in ROWS:
         table.add_row(label, *(cell(summary) for summary in summaries))
+    if any(summary.cost is not None for summary in summaries):
+        for label, costs in zip(
+            COST_ROWS, zip(*map(_cost_rows, summaries), strict=True), strict=True
+        ):
+            table.add_row(label, *costs)
     for label, cells in extra:
         table.add_row(label, *cells)
     return table

@@ -1,18 +1,100 @@
 """What `saqqara batch` does once its settings are checked."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from saqqara.cluster.batch.answers import AnswerSettings
 from saqqara.cluster.batch.compare import compare_results, result_tokens
 from saqqara.cluster.batch.files import write_json
 from saqqara.cluster.batch.job import BatchJob, run_batch
+from saqqara.cluster.batch.parts.cutting import PARQUET
+from saqqara.cluster.batch.parts.folder import OutputFolder
+from saqqara.cluster.batch.parts.job import PART_ROWS, PartsJob, run_parts
 from saqqara.cluster.batch.stop import Stopped
 from saqqara.cluster.batch.summary import BatchSummary, all_there, summary_table
 
 from .tables import print_table
 
 ERRORS_EXIT = 3  # `batch --fail-on-errors`, when a row has an error record
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOptions:
+    """What `saqqara batch` was told, besides what answers come from."""
+
+    inputs: tuple[str, ...]
+    output: str
+    overwrite: bool = False
+    replicas: int = 1
+    output_format: str | None = None
+    part_rows: int | None = None
+    prompt_column: str | None = None
+    mix_settings: bool = False
+    retry_errors: bool = False
+    gpu_hour_price: float | None = None
+    compare: Path | None = None
+    summary: Path | None = None
+    fail_on_errors: bool = False
+
+    @property
+    def of_parts(self) -> dict[str, Any]:
+        """The options that only a job over many files has, of those that were given."""
+        named = {
+            "output-format": self.output_format,
+            "part-rows": self.part_rows,
+            "prompt-column": self.prompt_column,
+            "replicas": self.replicas if self.replicas > 1 else None,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def run_batch_command(options: BatchOptions, answers: AnswerSettings) -> int:
+    """Run the job that the options describe, over one plain file or over many.
+
+    Returns:
+        The exit code, see `run_and_summarise`.
+
+    Raises:
+        ValueError: an option is wrong, or does not go with the others.
+    """
+    common = {
+        "overwrite": options.overwrite,
+        "mix_settings": options.mix_settings,
+        "retry_errors": options.retry_errors,
+        "gpu_hour_price": options.gpu_hour_price,
+    }
+    if not options.of_parts and is_one_plain_file(options.inputs, options.output):
+        job = BatchJob(
+            input=Path(options.inputs[0]),
+            output=Path(options.output),
+            **common,  # type: ignore[arg-type]
+            **{f.name: getattr(answers, f.name) for f in fields(answers)},
+        )
+        return run_and_summarise(
+            job, options.summary, options.compare, fail_on_errors=options.fail_on_errors
+        )
+    if options.compare is not None:
+        raise ValueError("compare: only results of one file of JSON lines can be compared")
+    if options.output_format not in (None, "jsonl", "parquet"):
+        raise ValueError(
+            f"output-format must be 'jsonl' or 'parquet', not {options.output_format!r}"
+        )
+    parts_job = PartsJob(
+        inputs=options.inputs,
+        output=options.output,
+        answers=answers,
+        output_kind="parquet" if options.output_format == "parquet" else "jsonl",
+        num_replicas=options.replicas,
+        part_rows=options.part_rows or PART_ROWS,
+        prompt_column=options.prompt_column,
+        **common,  # type: ignore[arg-type]
+    )
+    return run_parts_and_summarise(
+        parts_job, options.summary, fail_on_errors=options.fail_on_errors
+    )
 
 
 def run_and_summarise(
@@ -55,6 +137,45 @@ def run_and_summarise(
     if problem is not None:
         raise problem
     return exit_code(summary, fail_on_errors)
+
+
+def run_parts_and_summarise(
+    job: PartsJob, summary_file: Path | None, *, fail_on_errors: bool = False
+) -> int:
+    """Run a job over many files, print its summary and write it as JSON.
+
+    Without `summary_file` it is `_summary.json` in the output folder. Returns and raises what
+    `run_and_summarise` does.
+    """
+    if summary_file is not None and summary_file.is_dir():
+        raise ValueError(f"summary: {summary_file} is a folder; it must be a file")
+    try:
+        summary = run_parts(job)
+    except Stopped as stopped:
+        return stopped.exit_code
+    data: dict[str, Any] = summary.model_dump(mode="json")
+    if summary.report is None:
+        sys.stdout.write(all_there(summary) + "\n")
+    else:
+        if summary_file is not None:
+            write_json(summary_file, data)
+        else:
+            OutputFolder(job.output, job.output_kind).write_json("_summary.json", data)
+        print_table(summary_table([summary]))
+    return exit_code(summary, fail_on_errors)
+
+
+def is_one_plain_file(inputs: Sequence[str], output: str) -> bool:
+    """Whether a job is one local file, or a pipe, of JSON lines to one file."""
+    if len(inputs) != 1 or "://" in inputs[0] or "://" in output or output.endswith("/"):
+        return False
+    path = Path(inputs[0])
+    if Path(output).is_dir() or (not path.exists() and any(sign in inputs[0] for sign in "*?[")):
+        return False
+    if not path.is_file():  # a pipe, or what is an error there
+        return True
+    with path.open("rb") as file:
+        return file.read(len(PARQUET)) != PARQUET
 
 
 def exit_code(summary: BatchSummary, fail_on_errors: bool) -> int:

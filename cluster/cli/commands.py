@@ -41,14 +41,33 @@ def generate(
 @app.command()
 @with_settings()
 def batch(
-    input_file: Annotated[
-        Path,
+    inputs: Annotated[
+        list[str],
         typer.Argument(
-            metavar="INPUT",
-            help="JSONL of prompts, chats or OpenAI batch lines, gzip too; -: standard input.",
+            metavar="INPUT...",
+            help="Prompts, chats or OpenAI lines: paths, URLs or patterns of JSONL (gzip too) "
+            "and Parquet; -: standard input.",
         ),
     ],
-    output: Annotated[Path, typer.Option(help="JSONL of results; resumed if it is there.")],
+    output: Annotated[
+        str,
+        typer.Option(
+            help="Results; resumed if they are there. A file of JSON lines for one such input, a "
+            "folder for several files, replicas or Parquet."
+        ),
+    ],
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Engines side by side, on Ray if more than one.")
+    ] = 1,
+    output_format: Annotated[
+        str | None, typer.Option(help="Of a folder's files: jsonl (the default) or parquet.")
+    ] = None,
+    part_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows that a folder gets at once. [default: 1000]")
+    ] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="Parquet column with the prompts, if it is named otherwise.")
+    ] = None,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Start anew instead of resuming, once the engine is up."),
@@ -64,7 +83,24 @@ def batch(
     ] = False,
     max_in_flight: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows the engine has at once; default: 2 x max-num-seqs."),
+        typer.Option(
+            "--max-in-flight",
+            "--max-inflight",
+            min=1,
+            help="Rows an engine has at once; default: 2 x max-num-seqs.",
+        ),
+    ] = None,
+    retry_errors: Annotated[
+        bool,
+        typer.Option("--retry-errors", help="Run rows again whose record is an error."),
+    ] = False,
+    mix_settings: Annotated[
+        bool,
+        typer.Option("--mix-settings", help="Resume although other settings made what is there."),
+    ] = False,
+    gpu_hour_price: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Price of an hour of one GPU: the summary has the cost."),
     ] = None,
     return_token_ids: Annotated[
         bool, typer.Option("--return-token-ids", help="Also write the answers' token ids.")
@@ -84,22 +120,34 @@ def batch(
     A signal (SIGTERM, Ctrl-C, `ray job stop`) ends it with what is finished on disk and the exit
     code 128 + signal; a second one at once.
     """
-    from saqqara.cluster.batch.job import BatchJob
+    from saqqara.cluster.batch.answers import AnswerSettings
 
-    from .batch import run_and_summarise
+    from .batch import BatchOptions, run_batch_command
 
-    job = BatchJob(
-        input=input_file,
+    options = BatchOptions(
+        inputs=tuple(inputs),
         output=output,
+        overwrite=overwrite,
+        replicas=replicas,
+        output_format=output_format,
+        part_rows=part_rows,
+        prompt_column=prompt_column,
+        mix_settings=mix_settings,
+        retry_errors=retry_errors,
+        gpu_hour_price=gpu_hour_price,
+        compare=compare,
+        summary=summary,
+        fail_on_errors=fail_on_errors,
+    )
+    answers = AnswerSettings(
         config=settings.config,
         sampling=settings.sampling,
         return_token_ids=return_token_ids or compare is not None,
-        max_in_flight=max_in_flight,
-        overwrite=overwrite,
         served_model_name=served_model_name,
         ignore_model=ignore_model,
+        max_in_flight=max_in_flight,
     )
-    if code := run_and_summarise(job, summary, compare, fail_on_errors=fail_on_errors):
+    if code := run_batch_command(options, answers):
         raise typer.Exit(code)
 
 

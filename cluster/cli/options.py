@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-import yaml
 from pydantic.fields import FieldInfo
 
 from saqqara.cluster.long_wait import LongWait
@@ -26,6 +25,8 @@ from saqqara.cluster.settings import engine_config, read_config_file, sampling_p
 from saqqara.compression.retention import Retention
 from saqqara.configs import vllm_names
 from saqqara.configs.schema import EngineConfig
+from saqqara.configs.shown import shown
+from saqqara.configs.yaml_files import parse_yaml
 from saqqara.workers.models.source import local_folder
 
 from .help import errors_in_one_line as errors_in_one_line
@@ -218,8 +219,10 @@ def _value(text: Any, field: FieldInfo) -> Any:
 def _from_yaml(text: Any) -> Any:
     """What YAML reads; the text itself, where it is none, for the field's own check to refuse."""
     try:
-        return yaml.safe_load(text) if isinstance(text, str) else text
-    except yaml.YAMLError:
+        return parse_yaml(text) if isinstance(text, str) else text
+    except ValueError as error:
+        if text.lstrip().startswith("{"):
+            raise ValueError(f"{shown(text)} is {error}") from None
         return text
 
 

@@ -68,6 +68,7 @@ class Generation:
         tokenizer: Tokenizer,
     ) -> None:
         self.model = config.model_loading_config.model_id
+        self._source = config.model_loading_config.model_source
         self.limits = config.limits
         self.tokenizer = tokenizer
         self.max_model_len = engine.scheduler.max_model_len
@@ -179,8 +180,12 @@ class Generation:
             raise ApiError.of(error, "messages") from None
 
     def check_model(self, model: str | None) -> None:
-        """Raise an `ApiError` (404) unless this is the model that the server has."""
-        check_model(model, [self.model])
+        """Raise an `ApiError` (404) unless this is the model that the server has.
+
+        What was given as `--model` names it, too, as in vLLM; errors do not tell where it lies.
+        """
+        if model != self._source:
+            check_model(model, [self.model])
 
     async def _encode(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):

@@ -1,5 +1,6 @@
 """Bad input costs the request it came in, and the answer names the field."""
 
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -141,6 +142,11 @@ def test_another_model_is_not_found(client: OpenAI) -> None:
     assert (status, error["param"], error["code"]) == (404, "model", "model_not_found")
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4")
+
+
+def test_what_was_started_names_the_model_too(client: OpenAI, byte_model: Path) -> None:
+    answer = client.completions.create(model=str(byte_model), prompt="hello", max_tokens=1)
+    assert answer.model == MODEL
 
 
 def test_a_body_that_is_no_json_is_refused(client: OpenAI) -> None:

@@ -4,7 +4,7 @@ Labels name results that people keep, the mapping is stored with them, and error
 users: none of them may change unseen. `retention_cases.txt` has a line for each name, with a digest
 of what is said for each setting that departs. Where a change is meant:
 
-    python tests/support/retention_cases.py > tests/support/retention_cases.txt
+    PYTHONPATH=tests python tests/support/retention_cases.py
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import Any
 from saqqara.compression.retention import Retention
 from saqqara.configs.yaml_files import CONFIG_DIR
 
+STORED = Path(__file__).with_suffix(".txt")
 LAYERS, HEADS = 30, 3  # of the model that the shipped profile is of
 PROFILE = "SmolLM2-135M-Instruct"
 PROMPTS = (1, 36, 100, 999)
@@ -162,11 +163,16 @@ def digests(name: str) -> dict[str, str]:
 
 def stored_digests() -> dict[str, dict[str, str]]:
     """What `retention_cases.txt` has, by name and setting."""
-    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
-    words = [row.split() for row in text.splitlines()]
+    words = [row.split() for row in STORED.read_text(encoding="utf-8").splitlines()]
     return {name: dict(pair.split("=") for pair in pairs) for name, *pairs in words}
 
 
+def stored_text() -> str:
+    """What `retention_cases.txt` should have."""
+    rows = ([name, *(f"{k}={v}" for k, v in digests(name).items())] for name in names())
+    return "".join(f"{' '.join(row)}\n" for row in rows)
+
+
 if __name__ == "__main__":
-    for each in names():
-        print(each, *(f"{setting}={digest}" for setting, digest in digests(each).items()))
+    text = stored_text()  # before the file is opened: a failure leaves it as it was
+    STORED.write_text(text, encoding="utf-8")

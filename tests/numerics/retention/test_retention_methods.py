@@ -36,10 +36,11 @@ LAYERS = 4
 
 @dataclass
 class Prompt:
-    """Keys [n, H, D] and queries [n, Hq, D] of one sequence in one layer."""
+    """Keys and values [n, H, D] and queries [n, Hq, D] of one sequence in one layer."""
 
     keys: Tensor
     queries: Tensor
+    values: Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -53,6 +54,7 @@ class Prompt:
     def rows(self) -> list[list[Entry]]:
         """As the definitions see it: per kv head, each key with the attention that it gets."""
         keys, queries = self.keys.double(), self.queries.double()
+        values = self.values.double()
         group = queries.shape[1] // keys.shape[1]
         rows = []
         for head in range(keys.shape[1]):
@@ -60,7 +62,8 @@ class Prompt:
             for query_head in range(head * group, (head + 1) * group):
                 for i in range(len(keys)):
                     mass[: i + 1] += attend(queries[i, query_head], keys[: i + 1, head]) / group
-            rows.append([Entry(j, key, key, float(mass[j])) for j, key in enumerate(keys[:, head])])
+            pairs = zip(keys[:, head], values[:, head], mass.tolist(), strict=True)
+            rows.append([Entry(j, key, value, got) for j, (key, value, got) in enumerate(pairs)])
         return rows
 
 
@@ -69,6 +72,7 @@ def random_prompt(num_tokens: int, num_heads: int = 2, group: int = 3, seed: int
     return Prompt(
         keys=torch.randn(num_tokens, num_heads, HEAD_DIM, generator=generator),
         queries=torch.randn(num_tokens, num_heads * group, HEAD_DIM, generator=generator),
+        values=torch.randn(num_tokens, num_heads, HEAD_DIM, generator=generator),
     )
 
 
@@ -101,7 +105,7 @@ def observe(
         num_layers=num_layers,
         prompt_tokens=prompt.num_tokens,
         keys=keys,
-        values=keys,
+        values=prompt.values[:, heads.start : heads.stop],
         queries=window[:, heads.start * group : heads.stop * group] if num_queries else None,
         scale=SCALE,
         heads=heads,

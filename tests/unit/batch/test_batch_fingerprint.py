@@ -19,7 +19,7 @@ from unit.batch.test_jobs import make_job, run
 from saqqara.cluster.batch import fingerprint as fingerprinting
 from saqqara.cluster.batch.fingerprint import (
     NEUTRAL_SETTINGS,
-    difference,
+    differences,
     fingerprint,
     weights_digest,
 )
@@ -58,8 +58,7 @@ def settings_of(model: Path, **config: Any) -> dict[str, Any]:
 
 def changed(model: Path, before: dict[str, Any]) -> str:
     """What the fingerprint says has changed."""
-    found = difference(before, settings_of(model))
-    assert found is not None
+    (found,) = differences(before, settings_of(model))
     return found
 
 
@@ -69,14 +68,14 @@ def test_a_copy_of_a_model_is_the_same_model(model: Path, tmp_path: Path) -> Non
     shutil.copytree(model, copy)
     for file in copy.iterdir():
         os.utime(file, (1, 1))
-    assert difference(before, settings_of(copy)) is None
+    assert not differences(before, settings_of(copy))
 
 
 def test_files_beside_the_model_do_not_count(model: Path) -> None:
     before = settings_of(model)
     (model / "README.md").write_text("hello")
     (model / "pytorch_model.bin").write_text("not read")
-    assert difference(before, settings_of(model)) is None
+    assert not differences(before, settings_of(model))
 
 
 @pytest.mark.parametrize(
@@ -131,8 +130,8 @@ def test_broken_weights_are_left_to_the_engine(model: Path, content: bytes) -> N
 def test_random_weights_are_told_by_their_seed(model: Path) -> None:
     before = settings_of(model, load_format="dummy")
     (model / "model.safetensors").unlink()
-    assert difference(before, settings_of(model, load_format="dummy")) is None
-    assert difference(before, settings_of(model, load_format="dummy", seed=1)) is not None
+    assert not differences(before, settings_of(model, load_format="dummy"))
+    assert differences(before, settings_of(model, load_format="dummy", seed=1))
 
 
 def test_a_tokenizer_of_its_own_counts(model: Path, tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ def test_a_tokenizer_of_its_own_counts(model: Path, tmp_path: Path) -> None:
     (other / "tokenizer.json").write_text("1")
     before = settings_of(model, tokenizer=str(other))
     (other / "tokenizer.json").write_text("2")
-    found = difference(before, settings_of(model, tokenizer=str(other)))
+    (found,) = differences(before, settings_of(model, tokenizer=str(other)))
     assert found == "tokenizer.json of the tokenizer has changed"
 
 
@@ -158,16 +157,15 @@ def test_every_setting_counts_but_those_of_speed(model: Path) -> None:
         ("retention", "streaming"),
     ]:
         extra = {"budget": 64} if setting == "retention" else {}
-        found = difference(before, settings_of(model, **{setting: value}, **extra))
-        assert found is not None, setting
+        assert differences(before, settings_of(model, **{setting: value}, **extra)), setting
     neutral = {"page_tokens": 8, "max_num_seqs": 2, "executor": "ray", "num_threads": 1}
-    assert difference(before, settings_of(model, **neutral)) is None
+    assert not differences(before, settings_of(model, **neutral))
 
 
 def test_the_size_of_pages_counts_where_rows_are_compacted_by_it(model: Path) -> None:
     retention = {"method": "snapkv", "budget": 64, "decode": {"slack_pages": 4}}
     before = settings_of(model, retention=retention)
-    assert difference(before, settings_of(model, retention=retention, page_tokens=8)) is not None
+    assert differences(before, settings_of(model, retention=retention, page_tokens=8))
 
 
 def worker(linear_backend: str) -> WorkerInfo:

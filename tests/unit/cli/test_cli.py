@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 from saqqara import __version__
 from saqqara.cli import app
 from saqqara.cluster.batch import job as jobs
+from saqqara.cluster.batch.parts import replica as replicas
 from saqqara.cluster.cli import generate as generating
 from saqqara.cluster.cli.options import Settings, with_settings
 from saqqara.cluster.sampling import SamplingParams
@@ -173,6 +175,7 @@ def test_a_wrong_config_file_is_one_line(tmp_path: Path, settings: Any, said: st
         (["--model", "m", "--dtype", "flaot32"], "did you mean 'float32'?"),
         (["--model", "m", "--retention", "snapk"], "unknown 'snapk'; did you mean 'snapkv'?"),
         (["--model", "m", "--retention", "h20-pyramid"], "did you mean 'h2o-pyramid'?"),
+        (["--model", "m", "--retention", "{method: snapkv"], "is no YAML or JSON"),
         (["--model", "m", "--retention", "quest"], "unknown 'quest'; known: ada-pyramidkv, "),
         (["--model", "m", "--retention", "snapkv"], "such as '25%'"),
         (["--model", "m", "--retention", "snapkv", "--budget", "0.25"], "percent sign: '25%'"),
@@ -194,7 +197,7 @@ def test_a_wrong_flag_is_one_line(arguments: list[str], said: str) -> None:
         (["generat", "hello"], "there is no command 'generat'; did you mean 'generate'?"),
         (["eval", "needel"], "there is no command 'needel'; did you mean 'needle'?"),
         (["xyz"], "there is no command 'xyz'; known: generate, batch, serve, "),
-        (["batch", "--model", "m"], "missing argument 'INPUT' (all flags: "),
+        (["batch", "--model", "m"], "missing argument 'INPUT...' (all flags: "),
         (["eval", "needle", "--model", "m", "--methods", "snapkw"], "did you mean 'snapkv'?"),
         (["eval", "needle", "--model", "m", "--retention", "snapkv@0.25"], "percent sign: '25%'"),
         (["serve", "server.yaml"], "there is no file 'server.yaml'"),
@@ -316,6 +319,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
 
     monkeypatch.setattr(generating, "launch", launch)
     monkeypatch.setattr(jobs, "launch", launch)
+    monkeypatch.setattr(replicas, "launch", launch)
     return client
 
 
@@ -325,6 +329,47 @@ def batch(folder: Path, *arguments: str) -> Result:
     (folder / "in.jsonl").write_text("\n".join(lines) + "\n")
     files = [str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl")]
     return runner.invoke(app, ["batch", *files, "--model", "m", *arguments])
+
+
+def test_batch_over_many_files_makes_a_folder(engine: FakeClient, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "one"}\nbad\n')
+    command = ["batch", str(tmp_path / "*.jsonl"), "--model", "m", "--max-inflight", "3"]
+    command += ["--output", str(tmp_path / "out"), "--gpu-hour-price", "2"]
+    result = runner.invoke(app, [*command, "--fail-on-errors"])
+    assert result.exit_code == 3
+    assert "cost per million tokens" in result.stdout
+    summary = json.loads((tmp_path / "out/_summary.json").read_text())
+    assert (summary["rows"], summary["answered"], summary["errors"]) == (4, 2, 2)
+    assert engine.closed
+    again = runner.invoke(app, command)
+    assert (again.exit_code, again.stdout) == (
+        0,
+        f"all 4 rows are there, 2 of them errors: {tmp_path}/out\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--output", "out.jsonl", "--replicas", "2"], "looks like a file"),
+        (["--output", "out", "--output-format", "csv"], "must be 'jsonl' or 'parquet', not 'csv'"),
+        (["--output", "out/", "--compare", "in.jsonl"], "compare: only results of one file"),
+        (["other*.jsonl", "--output", "out"], "no file matches 'other*.jsonl'"),
+    ],
+)
+def test_a_wrong_batch_command_is_one_line(
+    engine: FakeClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text("")
+    stderr = fails("batch", "in.jsonl", "--model", "m", *arguments)
+    assert said in stderr
+    assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
 def test_generate_prints_the_answers_in_order(engine: FakeClient) -> None:

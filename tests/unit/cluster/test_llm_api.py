@@ -64,6 +64,20 @@ def test_settings_are_for_all_prompts_or_one_each(fake: LLM, client: FakeClient)
     assert [request.budget for request in client.submitted] == ["50%", "50%"]
 
 
+def test_a_wrong_setting_is_no_prompts_fault(fake: LLM, client: FakeClient) -> None:
+    wrong: list[tuple[Any, str]] = [
+        ("snapk", "^method: unknown 'snapk'"),
+        (
+            [None, 5],
+            r"^retention\[1\]: must be a string or a mapping or a Retention or None, not 5",
+        ),
+    ]
+    for retention, said in wrong:
+        with pytest.raises(ValueError, match=said):
+            fake.generate(["abc", "abc"], retention=retention)
+    assert client.submitted == []
+
+
 def test_chat_takes_one_conversation_or_several(fake: LLM) -> None:
     assert texts(fake.chat(CHAT)) == ["ih"]
     assert texts(fake.chat([CHAT, [{"role": "user", "content": "ho"}]])) == ["ih", "oh"]

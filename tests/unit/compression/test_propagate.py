@@ -81,7 +81,8 @@ def test_once_keeps_a_fifth_from_the_middle_on() -> None:
     assert once.survivors(11, 4) == (11,) * 4
     assert Propagate(kind="once", layer=0).survivors(1000, 3) == (1000, 200, 200)
     assert Propagate(kind="once", layer=2).survivors(1000, 3) == (1000,) * 3
-    assert Propagate(kind="once", layer=1.0).survivors(1000, 3) == (1000,) * 3
+    with pytest.raises(ValueError, match=r"^propagate.layer: .* below 1, not 1.0"):
+        Propagate(kind="once", layer=1.0)  # it would equal the layer 1
     with pytest.raises(ValueError, match=r"^propagate.layer: 3 is no layer of this model"):
         Propagate(kind="once", layer=3).survivors(1000, 3)
 

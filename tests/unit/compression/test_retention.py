@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from saqqara.compression import retention as retention_file
 from saqqara.compression.retention import Retention
-from saqqara.compression.scores import SCORES, KNorm, Random, SnapKV
-from saqqara.compression.shapes import MEANS, SHAPES, Adaptive, Pyramid, Uniform, settle
+from saqqara.compression.scores import SCORES, KNorm, Random, Score, SnapKV
+from saqqara.compression.shapes import MEANS, SHAPES, Adaptive, LayerShape, Pyramid, Uniform, settle
 from saqqara.compression.spelling import IN_LABELS, Kinds
 from saqqara.configs.yaml_files import CONFIG_DIR
 
@@ -254,6 +254,19 @@ def test_what_is_wrong_is_named(spec: Any, budget: Any, message: str) -> None:
 def test_a_retention_is_valid_however_it_is_made() -> None:
     with pytest.raises(ValueError, match=r"^seed: must be an integer of at least 0"):
         Retention(method="random", score=Random(seed=-1), budget=64)
+    for wrong in (["a"], 5, ""):
+        with pytest.raises(ValueError, match=r"^method: must be a name, not "):
+            Retention(method=wrong, score=KNorm(), budget=64)  # type: ignore[arg-type]
+    stages: tuple[Any, ...] = ({}, "once")
+    for stage in stages:
+        with pytest.raises(ValueError, match=r"^propagate: must be a Propagate, not "):
+            Retention(method="x", propagate=stage)
+    with pytest.raises(ValueError, match=r"^score: must be a value of scores.py, not Score"):
+        Retention(method="x", score=Score(), budget=64)
+    with pytest.raises(ValueError, match=r"^shape: must be a value of shapes.py, not LayerS"):
+        Retention(method="x", score=KNorm(), shape=LayerShape(), budget=64)
+    with pytest.raises(ValueError, match=r"^window: 'full' takes no such setting"):
+        Retention(window=32.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^score: must be a value of scores.py, not 'knorm'"):
         Retention(method="knorm", score="knorm", budget=64)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^shape: must be a value of shapes.py, not 'pyramid'"):
@@ -564,3 +577,33 @@ def test_a_hash_stays_in_its_process() -> None:
     done = subprocess.run(command, input=pickle.dumps(retention), capture_output=True, check=True)
     assert done.stdout.split() == [b"1"]
     assert "_hash" not in pickle.loads(pickle.dumps(retention)).__dict__
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"beta": 5}, {"beta": 5.0}),
+        (
+            {"propagate": {"kind": "pyramidinfer", "rho": 1}},
+            {"propagate": {"kind": "pyramidinfer", "rho": 1.0}},
+        ),
+    ],
+)
+def test_equal_settings_have_one_label(one: dict[str, Any], other: dict[str, Any]) -> None:
+    own: dict[str, Any] = {"method": "pyramidkv", "budget": 64}
+    made = [Retention.parse(own | more) for more in (one, other)]
+    assert made[0] == made[1]
+    assert made[0].label == made[1].label
+
+
+def test_odd_values_are_refused_in_words() -> None:
+    deep: Any = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    for wrong, said in [
+        ({"method": "snapkv", "budget": 64, "pooling": np.array([1, 2])}, "^pooling: must be"),
+        ({"method": "snapkv", "budget": 64, "decode": [deep]}, "^decode: .* nested too deep"),
+        ({"method": "s" * 10_000_000, "budget": 64}, "^method: unknown"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            Retention.parse(wrong)

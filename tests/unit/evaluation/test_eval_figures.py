@@ -55,7 +55,7 @@ def test_a_wrong_grid_is_named(methods: str, budgets: str, said: str) -> None:
 
 
 def test_a_wrong_setting_is_named() -> None:
-    with pytest.raises(ValueError, match="no mapping"):
+    with pytest.raises(ValueError, match="no YAML or JSON"):
         parse_setting("{method: ")
     with pytest.raises(ValueError, match="needs one"):
         parse_setting("snapkv")

@@ -1,0 +1,162 @@
+"""What an output folder was made with, and who may write to it."""
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from saqqara.cluster.batch.files import check_settings
+from saqqara.cluster.batch.fingerprint import differences, shown
+
+from .folder import STAGING, OutputFolder
+from .storage import filesystem, is_local
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_NAME = "_job.json"
+_LOCK = "_job.lock"
+
+
+@dataclass(slots=True)
+class JobFile:
+    """`_job.json`: settings, how the input was cut, and whether all of it is answered.
+
+    Attributes:
+        settings: what answers depend on.
+        part_rows: see `cut`.
+        mixed: settings that were changed on purpose, and how many parts were there then.
+        finished: rows, answers and errors once every part is there.
+    """
+
+    settings: dict[str, Any]
+    part_rows: int
+    mixed: list[dict[str, Any]] = field(default_factory=list)
+    finished: dict[str, int] | None = None
+
+    def write(self, folder: OutputFolder) -> None:
+        """Write it into the folder."""
+        data = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "part_rows": self.part_rows,
+            "mixed": self.mixed,
+            "finished": self.finished,
+        }
+        folder.write_json(_NAME, data)
+
+    def go_on_with(self, settings: dict[str, Any], mix: bool, folder: OutputFolder) -> None:
+        """Take over the settings of this run.
+
+        Raises:
+            ValueError: they change answers, and that was not asked for.
+        """
+        check_settings(folder.url, self.settings, settings, mix)
+        if changed := differences(self.settings, settings):
+            logger.warning("%s will mix settings: %s", folder.url, shown(changed))
+            parts_before = len(committed(folder))
+            self.mixed.append({"parts_before": parts_before, "changed": changed})
+            self.settings = settings
+
+
+def read_job_file(folder: OutputFolder) -> JobFile | None:
+    """What is known of a folder's job; None where there is none yet.
+
+    Raises:
+        ValueError: the folder is a file, or holds something else than a job.
+    """
+    fs, path = filesystem(folder.url)
+    if fs.isfile(path):
+        raise _is_a_file(folder)
+    data = folder.read_json(_NAME)
+    if data is None:
+        others = [name for name in _names(folder) if name not in (_LOCK, STAGING)]
+        if others:
+            raise ValueError(
+                f"output: {folder.url} is not empty and not a batch job's (no {_NAME}); choose "
+                "another folder"
+            )
+        return None
+    if data.get("format") != FORMAT:
+        raise ValueError(
+            f"output: {folder.url} was written by another version of Saqqara; finish it with that, "
+            "start anew with --overwrite, or choose another folder"
+        )
+    return JobFile(data["settings"], data["part_rows"], data["mixed"], data["finished"])
+
+
+def committed(folder: OutputFolder) -> set[int]:
+    """Indices of the parts that are there."""
+    found = set()
+    for name in _names(folder):
+        stem, dot, kind = name.partition(".")
+        number = stem.removeprefix("part-")
+        if dot and kind == folder.kind and number != stem and number.isdigit():
+            found.add(int(number))
+    return found
+
+
+def clear_staging(folder: OutputFolder) -> None:
+    """Remove what killed runs have left unfinished."""
+    fs, _ = filesystem(folder.url)
+    staging = folder.path(STAGING)
+    if fs.exists(staging):
+        fs.rm(staging, recursive=True)
+
+
+def clear_results(folder: OutputFolder) -> None:
+    """Remove all results, and what is known of them; a job's folder has nothing else."""
+    fs, _ = filesystem(folder.url)
+    for name in _names(folder):
+        if name.startswith("part-") or name in (_NAME, "_resolved.json"):
+            fs.rm(folder.path(name))
+
+
+@contextmanager
+def only_writer(folder: OutputFolder) -> Iterator[None]:
+    """Keep other jobs of this machine away from a folder; a cloud's folder has no lock.
+
+    Raises:
+        ValueError: another job is writing to it, or it cannot be made.
+    """
+    fs, path = filesystem(folder.url)
+    with ExitStack() as stack:
+        if is_local(fs):
+            stack.enter_context(_locked(folder, path))
+        yield
+
+
+def _locked(folder: OutputFolder, path: str) -> IO[str]:
+    try:
+        os.makedirs(path, exist_ok=True)
+        lock = open(folder.path(_LOCK), "a")  # noqa: SIM115 - closed by the caller
+    except FileExistsError:
+        raise _is_a_file(folder) from None
+    except OSError as error:
+        raise ValueError(f"output: cannot write {folder.url}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        if isinstance(error, BlockingIOError):
+            raise ValueError(f"output: another job is writing {folder.url}") from None
+        raise ValueError(f"output: cannot lock {folder.url}: {error.strerror}") from None
+    return lock
+
+
+def _is_a_file(folder: OutputFolder) -> ValueError:
+    return ValueError(
+        f"output: {folder.url} is a file; several files, replicas or Parquet come out as a folder, "
+        "so name a new one"
+    )
+
+
+def _names(folder: OutputFolder) -> list[str]:
+    fs, path = filesystem(folder.url)
+    if not fs.isdir(path):
+        return []
+    fs.invalidate_cache()
+    return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))

@@ -1,0 +1,84 @@
+"""Several replicas on Ray, as a pool."""
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
+
+from saqqara.cluster.on_ray.data import ReplicaFleet
+
+from .pool import Event, Tally
+from .replica import (
+    PARTS_AT_ONCE,
+    MakeClient,
+    PartReplica,
+    PartResult,
+    PartWork,
+    ReplicaSettings,
+    Tell,
+)
+
+
+class RayPool:
+    """Replicas on Ray, fed by Ray Data.
+
+    Args:
+        settings: of the job.
+        num_replicas: how many.
+        make_client: makes a replica's engine, in its process; default: as the settings say.
+    """
+
+    def __init__(
+        self,
+        settings: ReplicaSettings,
+        num_replicas: int,
+        make_client: MakeClient | None = None,
+    ) -> None:
+        self._num_replicas = num_replicas
+        self._started = time.monotonic()
+        self.start_seconds = 0.0
+        self._events: queue.SimpleQueue[PartResult | BaseException] = queue.SimpleQueue()
+        self._fleet = ReplicaFleet(
+            settings.answers.config,
+            partial(start_replica, settings, make_client),
+            num_replicas,
+            PARTS_AT_ONCE,
+            Tally(),
+        )
+
+    def begin(self, works: Sequence[PartWork]) -> None:
+        """Start answering."""
+        threading.Thread(target=self._work, args=(works,), name="ray-data", daemon=True).start()
+
+    def next(self, timeout_seconds: float) -> Event:
+        """A committed part, or what has failed; None when the time is up."""
+        if not self.start_seconds and len(self.tally().ready) >= self._num_replicas:
+            self.start_seconds = time.monotonic() - self._started
+        try:
+            return self._events.get(timeout=timeout_seconds)
+        except queue.Empty:
+            return None
+
+    def tally(self) -> Tally:
+        """How far all parts are."""
+        return cast(Tally, self._fleet.board())
+
+    def close(self) -> None:
+        """End everything; parts that are not committed are lost."""
+        self._fleet.close()
+
+    def _work(self, works: Sequence[PartWork]) -> None:
+        try:
+            for result in self._fleet.results(works):
+                self._events.put(result)
+        except BaseException as error:  # the caller raises it
+            self._events.put(error)
+
+
+def start_replica(
+    settings: ReplicaSettings, make_client: MakeClient | None, name: str, tell: Tell
+) -> PartReplica:
+    """A replica, in the process that it is called in."""
+    return PartReplica(settings, name, tell, None if make_client is None else make_client())

@@ -1,0 +1,171 @@
+"""Work spread over replicas by Ray Data: one actor a replica, one task an item.
+
+Only small descriptions travel: what an item is about, each replica reads and writes itself. Ray
+Data starts the actors, feeds them, and gives the items of an actor that has died to another one, so
+running an item again must do no harm.
+"""
+
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import ray
+
+from saqqara.configs.schema import EngineConfig
+
+from .controller import connect
+from .placement import CPU_SHARE, uses_gpus
+
+logger = logging.getLogger(__name__)
+
+# Ray Data holds tasks back by what their blocks may come to, so it needs more than plans do.
+OBJECT_STORE_BYTES = 512 * 2**20
+
+
+class Replica(Protocol):
+    """What runs items, several at once; made in the actor's process."""
+
+    def run(self, item: Any) -> Any:
+        """Run one item; what it returns goes back to the driver."""
+        ...
+
+    def close(self) -> None:
+        """End it."""
+        ...
+
+
+Notes = Callable[..., None]
+MakeReplica = Callable[[str, Notes], Replica]
+"""Makes a replica of that name; it tells the board how far it is."""
+
+
+class Board:
+    """The actor that replicas write to while they work, and the driver reads."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+
+    def note(self, *args: Any) -> None:
+        """Pass a note on to the state."""
+        self._state.note(*args)
+
+    def read(self) -> Any:
+        """The state as it is."""
+        return self._state
+
+
+class ReplicaFleet:
+    """Replicas on Ray; connects to Ray, and starts a local one where there is none.
+
+    Args:
+        config: of each replica's engine. An engine in the replica's own process takes its GPU.
+        make_replica: makes a replica, in its process. What it raises, `results` raises.
+        num_replicas: how many.
+        at_once: items that a replica runs at once.
+        state: what the board keeps; `state.note(...)` is called with the replicas' notes.
+
+    Raises:
+        ImportError: Ray Data is not installed.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        make_replica: MakeReplica,
+        num_replicas: int,
+        at_once: int,
+        state: Any,
+    ) -> None:
+        try:
+            import ray.data
+        except ImportError as error:
+            raise ImportError(
+                f"several replicas need Ray Data: pip install 'saqqara[data]' ({error})"
+            ) from None
+        self._owns_ray = connect(object_store_bytes=OBJECT_STORE_BYTES)
+        self._make_replica = make_replica
+        self._num_replicas = num_replicas
+        self._at_once = at_once
+        self._num_gpus = int(config.executor == "local" and uses_gpus(config))
+        self._board = ray.remote(Board).options(num_cpus=0).remote(state)
+
+    def results(self, items: Sequence[Any]) -> Iterator[Any]:
+        """What the items have come to, in the order they end.
+
+        Raises:
+            Exception: what a replica has raised.
+        """
+        from ray.data import ActorPoolStrategy, DataContext, from_items
+
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        rows = [{"item": pickle.dumps(item)} for item in items]
+        dataset = from_items(rows, override_num_blocks=len(rows)).map_batches(
+            ReplicaActor,
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ActorPoolStrategy(
+                size=self._num_replicas,
+                max_tasks_in_flight_per_actor=self._at_once,
+                max_concurrent_calls_per_actor=self._at_once,
+                enable_true_multi_threading=True,
+            ),
+            fn_constructor_args=(self._make_replica, self._board),
+            num_cpus=CPU_SHARE,
+            num_gpus=self._num_gpus,
+        )
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for row in batch.column("result").to_pylist():
+                result = pickle.loads(row)
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+
+    def board(self) -> Any:
+        """The state of the board as it is."""
+        return ray.get(self._board.read.remote())
+
+    def close(self) -> None:
+        """End what is left; a Ray that was there before stays."""
+        if not ray.is_initialized():
+            return
+        ray.kill(self._board, no_restart=True)
+        if self._owns_ray:
+            ray.shutdown()
+
+
+class ReplicaActor:
+    """A replica as Ray Data calls it: a table with an item in, a table with its result out."""
+
+    def __init__(self, make_replica: MakeReplica, board: Any) -> None:
+        self._replica: Replica | None = None
+        self._error: Exception | None = None
+        name = ray.get_runtime_context().get_actor_id()[:8]
+        try:
+            self._replica = make_replica(name, lambda *note: board.note.remote(*note) and None)
+        except Exception as error:  # travels back as a result, whole and in its own words
+            logger.debug("a replica did not start", exc_info=True)
+            self._error = error
+
+    def __call__(self, table: Any) -> Any:
+        """Run the items of a table."""
+        import pyarrow as pa
+
+        results = [self._run(pickle.loads(row)) for row in table.column("item").to_pylist()]
+        return pa.table({"result": pa.array([pickle.dumps(r) for r in results], pa.binary())})
+
+    def __del__(self) -> None:
+        if self._replica is not None:
+            self._replica.close()
+
+    def _run(self, item: Any) -> Any:
+        if self._replica is None:
+            return self._error
+        try:
+            return self._replica.run(item)
+        except Exception as error:
+            return error

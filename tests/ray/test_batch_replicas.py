@@ -1,0 +1,105 @@
+"""A batch job over several replicas on Ray: one engine each, rows once, replicas that die."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from saqqara.cluster.batch.answers import AnswerSettings
+from saqqara.cluster.batch.parts.folder import OutputFolder
+from saqqara.cluster.batch.parts.job import PartsJob, run_parts
+from saqqara.cluster.batch.parts.job_file import committed
+from saqqara.cluster.batch.parts.pool import Event
+from saqqara.cluster.batch.parts.ray_pool import RayPool
+from saqqara.cluster.sampling import SamplingParams
+from saqqara.configs.schema import EngineConfig
+
+pytest.importorskip("ray.data", reason="the extra `data` is not installed")
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+NUM_FILES, NUM_ROWS = 3, 14
+
+
+def make_job(config: EngineConfig, folder: Path) -> PartsJob:
+    """Files with a bad row each, four rows a part; two replicas with an engine in their process."""
+    (folder / "in").mkdir()
+    for number in range(NUM_FILES):
+        rows = [{"prompt": f"file {number} row {i}"} for i in range(NUM_ROWS)]
+        lines = [json.dumps(row) for row in rows]
+        lines[3] = "{"
+        (folder / f"in/{number}.jsonl").write_text("\n".join(lines))
+    answers = AnswerSettings(
+        config=config.model_copy(update={"executor": "local"}),
+        sampling=SamplingParams(max_tokens=5, temperature=1.0, ignore_eos=True),
+    )
+    inputs = (str(folder / "in/*.jsonl"),)
+    return PartsJob(inputs, str(folder / "out"), answers, part_rows=4, num_replicas=2)
+
+
+def texts(output: str) -> dict[tuple[str, int], Any]:
+    """Text of each row, None for errors; fails if a row has two records."""
+    found: dict[tuple[str, int], Any] = {}
+    for path in sorted(Path(output).glob("part-*.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            assert (record["file"], record["line"]) not in found
+            found[record["file"], record["line"]] = record["text"]
+    return found
+
+
+def replica_processes() -> list[int]:
+    """Processes of this job's replicas."""
+    actors = ray._private.state.actors().values()
+    found = [
+        a["Pid"] for a in actors if "MapWorker" in a["ActorClassName"] and a["State"] == "ALIVE"
+    ]
+    assert found, [(a["ActorClassName"], a["State"]) for a in actors]
+    return found
+
+
+@pytest.mark.timeout(420)
+def test_rows_are_answered_once_by_replicas_of_which_one_dies(
+    tiny_config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tiny_config, tmp_path)
+    killed: list[int] = []
+
+    class Killing(RayPool):
+        """Kills a replica's process once a part is committed."""
+
+        def next(self, timeout_seconds: float) -> Event:
+            event = super().next(timeout_seconds)
+            if event is not None and not killed:
+                replicas = replica_processes()
+                os.kill(replicas[0], signal.SIGKILL)
+                killed.append(replicas[0])
+            return event
+
+    monkeypatch.setattr("saqqara.cluster.batch.parts.ray_pool.RayPool", Killing)
+    summary = run_parts(job)
+    assert killed
+    found = texts(job.output)
+    assert len(found) == NUM_FILES * NUM_ROWS
+    assert [key for key, text in found.items() if text is None] == [
+        (f"{n}.jsonl", 4) for n in range(NUM_FILES)
+    ]
+    assert (summary.answered, summary.errors) == (NUM_FILES * (NUM_ROWS - 1), NUM_FILES)
+    assert summary.report is not None
+    assert summary.num_replicas == 2
+    assert run_parts(job).report is None  # nothing is left
+    alone = replace(job, num_replicas=1, output=str(tmp_path / "alone"))
+    assert run_parts(alone).complete
+    assert texts(alone.output) == found  # noise follows the row, not its replica or neighbours
+
+
+def test_a_replica_that_cannot_start_is_one_line(tiny_config: EngineConfig, tmp_path: Path) -> None:
+    job = make_job(tiny_config, tmp_path)
+    config = job.answers.config.model_copy(update={"kv_memory_gib": 1e-6})
+    with pytest.raises(ValueError, match="kv_memory_gib"):
+        run_parts(replace(job, answers=replace(job.answers, config=config)))
+    assert committed(OutputFolder(job.output, "jsonl")) == set()
