@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.llama_70b import SMALL, write
+from support.llama_70b import write
 from support.planned import Bytes, planned_bytes, real_bytes
 from support.plans import new_sequence
 from support.ranks import Store, run_ranks
@@ -31,6 +31,7 @@ from saqqara.workers.worker import Worker
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NUM_TOKENS = 12
+VOCAB = 500
 LAYOUTS = [MeshLayout(1, 1), MeshLayout(8, 1), MeshLayout(1, 4), MeshLayout(4, 2)]
 RETENTIONS = [
     Retention.parse(None),
@@ -98,7 +99,7 @@ def _config(folder: Path, layout: MeshLayout) -> EngineConfig:
 
 def _plans() -> list[StepPlan]:
     rng = np.random.default_rng(5)
-    prompts = [rng.integers(3, SMALL["vocab_size"], length).tolist() for length in (120, 90, 61)]
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in (120, 90, 61)]
     new = [
         new_sequence(slot, prompt, retention=retention)
         for slot, (prompt, retention) in enumerate(zip(prompts, RETENTIONS, strict=True))
@@ -136,7 +137,7 @@ def _run(folder: Path, rank: int, stores: Sequence[Store]) -> list[Ran | None]:
 def test_ranks_of_a_70b_topology_say_what_one_process_says_and_hold_what_was_planned(
     tmp_path: Path,
 ) -> None:
-    folder = write(tmp_path)
+    folder = write(tmp_path, vocab_size=VOCAB)
     by_rank = run_ranks(partial(_run, folder), 8, len(LAYOUTS), timeout_seconds=1200)
     alone = by_rank[0][0].sampled
     assert len(alone) == NUM_TOKENS * len(RETENTIONS)
