@@ -88,6 +88,13 @@ class ReplicaFleet:
         self._num_replicas = num_replicas
         self._at_once = at_once
         self._num_gpus = int(config.executor == "local" and uses_gpus(config))
+        num_gpus = ray.cluster_resources().get("GPU", 0)
+        if self._num_gpus * num_replicas > num_gpus:
+            logger.warning(
+                "%d replicas need a GPU each and the cluster has %d: the others wait until it grows",
+                num_replicas,
+                num_gpus,
+            )
         self._board = ray.remote(Board).options(num_cpus=0).remote(state)
 
     def results(self, items: Sequence[Any]) -> Iterator[Any]:
