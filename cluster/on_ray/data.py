@@ -91,7 +91,7 @@ class ReplicaFleet:
         num_gpus = ray.cluster_resources().get("GPU", 0)
         if self._num_gpus * num_replicas > num_gpus:
             logger.warning(
-                "%d replicas need a GPU each and the cluster has %d: the others wait until it grows",
+                "%d replicas need a GPU each and the cluster has %d: others wait until it grows",
                 num_replicas,
                 num_gpus,
             )
