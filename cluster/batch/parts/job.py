@@ -32,7 +32,7 @@ from .job_file import (
 )
 from .pool import LocalPool, Pool, Tally
 from .replica import MakeClient, PartWork, ReplicaSettings
-from .storage import InputFile, filesystem, find_inputs
+from .storage import InputFile, filesystem, find_inputs, whole_url
 from .totals import combined
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def run_parts(
             f"output: {job.output} looks like a file; several files, replicas or Parquet come out "
             "as a folder, so name one"
         )
-    folder = OutputFolder(job.output, job.output_kind)
+    folder = OutputFolder(whole_url(job.output), job.output_kind)
     files = find_inputs(job.inputs)
     _check_apart(folder, files)
     with StopSignals() as stop, only_writer(folder):

@@ -404,6 +404,21 @@ def test_parts_cover_every_line_once(tmp_path: Path) -> None:
             assert part.first_line == data[: part.start].count(b"\n") + 1
 
 
+def test_relative_paths_mean_the_same_in_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_job(tmp_path, 3)
+    monkeypatch.chdir(tmp_path)
+
+    class Elsewhere(FakeClient):
+        def describe(self) -> Any:
+            monkeypatch.chdir("/")
+            return super().describe()
+
+    assert run_parts(PartsJob(("in/*.jsonl",), "out", ANSWERS), Elsewhere()).complete
+    assert len(records(tmp_path / "out")) == 3
+
+
 def test_a_file_that_two_patterns_find_is_read_once(tmp_path: Path) -> None:
     job = make_job(tmp_path, 2, 2)
     job = replace(job, inputs=(*job.inputs, str(tmp_path / "in/1.jsonl")))
