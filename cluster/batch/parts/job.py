@@ -211,10 +211,10 @@ def _run(
             pool.begin(todo.works)
             _watch(pool, len(todo.works), progress, stop)
             tally = pool.tally()
+            seconds = time.perf_counter() - started
     except Stopped:
         _tell_how_to_go_on(job, todo, folder, stop)
         raise
-    seconds = time.perf_counter() - started
     job_file = read_job_file(folder)
     assert job_file is not None
     answered, errors = tally.totals()
