@@ -10,6 +10,7 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 from saqqara.workers.plan import WorkerInfo
 
+from .failover import FailoverClient
 from .long_wait import LongWait
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,15 @@ def launch(config: EngineConfig) -> EngineClient:
     for line in start_lines(client.describe()):
         logger.info("%s", line)
     return client
+
+
+def launch_lasting(config: EngineConfig) -> EngineClient:
+    """As `launch`, for jobs: an engine that outlives its controller, where it has one.
+
+    Raises:
+        ValueError: a setting does not fit the model or the machine.
+    """
+    return launch(config) if config.executor == "local" else FailoverClient(lambda: launch(config))
 
 
 def start_lines(engine: EngineDescription) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from saqqara.cluster.engine.client import EngineClient
 from saqqara.cluster.engine.report import EngineReport
-from saqqara.cluster.launch import launch
+from saqqara.cluster.launch import launch_lasting
 from saqqara.cluster.long_wait import LongWait
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.compression.retention import Retention
@@ -211,7 +211,7 @@ def _row_loop(
 def _start(job: BatchJob, progress: BatchProgress, stop: StopSignals) -> EngineClient:
     """Start the job's engine; a signal ends that at once."""
     try:
-        client = launch(job.config)
+        client = launch_lasting(job.config)
         stop.listen()
         try:
             stop.check()

@@ -149,6 +149,13 @@ def _kept(report: EngineReport) -> str:
     return f"{kept / MIB:.1f} of {full / MIB:.1f} MiB{share}"
 
 
+def _recoveries(report: EngineReport) -> str:
+    if not report.recoveries:
+        return "none"
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(report.recoveries.items()))
+    return f"{causes} ({report.down_seconds:.1f} s)"
+
+
 COST_ROWS = ("GPU hours", "cost", "cost per million tokens", "cost per million tokens out")
 
 ROWS: tuple[tuple[str, Callable[[BatchSummary], str]], ...] = (
@@ -167,6 +174,7 @@ ROWS: tuple[tuple[str, Callable[[BatchSummary], str]], ...] = (
     ("KV kept of full, at peak", _of(_kept)),
     ("sequences at once, at most", _of(lambda r: str(r.num_running_peak))),
     ("preemptions", _of(lambda r: str(r.num_preemptions))),
+    ("lost workers", _of(_recoveries)),
     ("page integrity", lambda s: s.integrity or "-"),
 )
 

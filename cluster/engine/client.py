@@ -185,7 +185,7 @@ class LocalClient:
         # A sequence's pages are freed by the step after its last output. Whoever has all outputs
         # and asks whether pages have leaked wants to know what is so after that step.
         scheduler = self._engine.scheduler
-        while scheduler.num_running + scheduler.num_waiting == 0 and self._engine.has_unfinished():
+        while scheduler.num_running + scheduler.num_waiting == 0 and not scheduler.is_idle:
             self._loop.step()
         return self._engine.report()
 

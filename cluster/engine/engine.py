@@ -2,12 +2,17 @@
 
 import logging
 import time
-from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 
+from saqqara.cluster.errors import WorkerDiedError
+from saqqara.cluster.recovery.attempts import Attempts, RecoveryLimits
+from saqqara.cluster.recovery.clock import Clock
+from saqqara.cluster.recovery.flights import Flights
+from saqqara.cluster.recovery.outage import Outage
+from saqqara.cluster.recovery.suspects import LOSSES_OF_A_GUILTY, Suspects
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.cluster.scheduling.events import (
     Event,
@@ -21,7 +26,6 @@ from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec
-from saqqara.workers.plan import StepPlan, StepResult
 
 from .executor import Executor
 from .intake import Intake, RetentionLimits
@@ -46,6 +50,8 @@ class Engine:
         lookahead: steps of one sequence that may be in flight; see `Scheduler`.
         sinks: where metrics go besides Prometheus.
         model_name: the metrics' label of that name; default: `config.model`.
+        limits: how often lost workers are started again.
+        clock: default: the machine's.
 
     Attributes:
         metrics: the Prometheus side of the engine's metrics, which can serve them over HTTP.
@@ -65,6 +71,8 @@ class Engine:
         lookahead: int = 1,
         sinks: Many[Sink] = (),
         model_name: str | None = None,
+        limits: RecoveryLimits | None = None,
+        clock: Clock | None = None,
     ) -> None:
         check_fits(config, spec)
         self.config = config
@@ -82,8 +90,8 @@ class Engine:
         self._executor = executor
         self._tokenizer = tokenizer
         self.vocab_size = spec.vocab_size
-        limits = RetentionLimits.of(spec, executor.workers, config.max_num_seqs, self.retention)
-        limits.check(self.retention)
+        fitting = RetentionLimits.of(spec, executor.workers, config.max_num_seqs, self.retention)
+        fitting.check(self.retention)
         self._eos_token_ids = known_eos(spec, tokenizer)
         self._intake = Intake(
             tokenizer,
@@ -91,7 +99,7 @@ class Engine:
             eos_token_ids=self._eos_token_ids,
             max_model_len=self.scheduler.max_model_len,
             retention=self.retention,
-            limits=limits,
+            limits=fitting,
             seed=config.seed,
         )
         self._stats = EngineStats(
@@ -99,9 +107,14 @@ class Engine:
         )
         self._states: dict[str, RequestState] = {}
         self._choices: dict[int, tuple[RequestState, Choice]] = {}  # by the sequence's arrival
-        self._flights: deque[tuple[StepPlan, Future[list[StepResult]]]] = deque()
+        self._clock = clock or Clock()
+        self._epoch = time.time() - self._clock.now()
+        self._flights = Flights(executor.workers, self._clock)
+        self._attempts = Attempts(limits or RecoveryLimits(), self._clock)
+        self._suspects = Suspects()
+        self._outage: Outage | None = None
+        self._lost_at: float | None = None  # until there is a new token
         self._is_broken = False
-        self._epoch = time.time() - time.perf_counter()
         self._stats.publish(0, 0, self._now(), is_idle=True)
 
     def add(self, request: Request) -> None:
@@ -129,23 +142,25 @@ class Engine:
     def step(self) -> list[RequestOutput | ScoreOutput]:
         """Schedule, execute, absorb; returns what the requests have to show for it.
 
-        Keeps as many plans in flight as the scheduler allows and waits for the oldest only.
+        Keeps as many plans in flight as the scheduler allows and waits for the oldest only. While
+        lost workers are started again, a step waits for them a moment.
 
         Raises:
+            EngineDeadError: the workers are lost for good.
             Exception: whatever ended the executor, with a note of the requests that were in the
                 step; `restart` goes on with another one.
         """
         if self._is_broken:
             raise RuntimeError("the engine's last step failed; it needs a restart")
+        self._is_broken = True  # until the step has gone well
         try:
-            while (plan := self.scheduler.schedule()) is not None:
-                self._flights.append((plan, self._executor.execute(plan)))
-            events = self._absorb_oldest()
+            events = self._run_step() if self._outage is None else self._await_workers(self._outage)
         except Exception as error:
             names = ", ".join(self.scheduler.requests_in_flight()) or "none"
             error.add_note(f"requests in the step: {names}")
             logger.error("the engine's step failed; requests in it: %s", names)
             raise
+        self._is_broken = False
         return self._outputs(events)
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
@@ -160,22 +175,24 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         """Whether another step has something to do."""
-        return bool(self._states) or not self.scheduler.is_idle
+        is_busy = bool(self._states) or not self.scheduler.is_idle
+        return is_busy or not self.is_ready
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there are workers, as far as is known; else the next steps see to it."""
+        return self._outage is None and self._executor.failure is None
 
     def note_rows(self, rows: BatchRows) -> None:
         """Show in the metrics how far the batch job is that runs on this engine."""
         self._stats.batch(rows)
 
     def restart(self, executor: Executor) -> None:
-        """Go on with new workers after a failed step: what ran is resumed with its tokens.
-
-        Recovery from a lost rank rests on it: a token that was sent never changes.
-        """
-        self._flights.clear()
+        """Go on elsewhere after a failed step: what ran is resumed with its tokens."""
         self._is_broken = False
+        self._outage = None
         self._executor = executor
-        self.scheduler.restart(executor.workers)
-        self._stats.set_workers(executor.workers)
+        self._start_over()
 
     def report(self) -> EngineReport:
         """Measurements since the start or the last `reset_stats`."""
@@ -190,20 +207,90 @@ class Engine:
         self._executor.shutdown()
         self.metrics.close()
 
-    # Results --------------------------------------------------------------------------------------
+    # Steps ----------------------------------------------------------------------------------------
+
+    def _run_step(self) -> list[Event]:
+        try:
+            if not self._flights and (failure := self._executor.failure) is not None:
+                raise failure
+            while (plan := self.scheduler.schedule()) is not None:
+                self._flights.send(plan, self._executor)
+            return self._absorb_oldest()
+        except WorkerDiedError as error:
+            return self._lose_workers(error)
 
     def _absorb_oldest(self) -> list[Event]:
         if not self._flights:
             return self.scheduler.take_events()
-        plan, future = self._flights.popleft()
-        self._is_broken = True  # until the step is absorbed
-        results = future.result()
+        plan, results = self._flights.land(self._executor)
         events = self.scheduler.absorb(plan, results)
-        self._is_broken = False
         self._stats.step(results, self.scheduler.ledger.usage(), self._now())
         if self.config.check_integrity and not self._flights:
-            self._executor.check_integrity()
+            with suppress(WorkerDiedError):  # the next step hears of it; these events are good
+                self._executor.check_integrity()
         return events
+
+    # Lost workers ---------------------------------------------------------------------------------
+
+    def _lose_workers(self, failure: WorkerDiedError) -> list[Event]:
+        """Queue everybody again, tokens and all, and see to it that there will be workers."""
+        in_flight = self.scheduler.all_in_flight()
+        names = ", ".join(in_flight) or "none"
+        logger.error(
+            "workers are lost (%s): %s; requests in flight: %s", failure.cause, failure, names
+        )
+        guilty = self._suspects.lost(in_flight, failure.cause)
+        self._start_over()
+        if guilty is not None:
+            self._end_guilty(guilty, failure)
+        self._run_next_alone()
+        self._stats.set_ready(False)
+        self._lost_at = self._lost_at or self._clock.now()
+        self._outage = Outage(failure, self._executor, self._attempts, self._clock)
+        return self.scheduler.take_events()
+
+    def _await_workers(self, outage: Outage) -> list[Event]:
+        """Go on if there are workers again; else requests can be added and aborted meanwhile."""
+        if outage.is_over():
+            self._outage = None
+            self._start_over()
+            self._stats.recovered(outage.cause, outage.seconds)
+            logger.warning("workers are back after %.1f s (%s)", outage.seconds, outage.cause)
+        return self.scheduler.take_events()
+
+    def _start_over(self) -> None:
+        """Nothing is in flight and no worker holds anything: a token that was sent stays."""
+        self._flights.drop()
+        self.scheduler.restart(self._executor.workers)
+        self._stats.set_workers(self._executor.workers)
+
+    def _end_guilty(self, request_id: str, failure: WorkerDiedError) -> None:
+        message = (
+            f"request {request_id} has ended the workers {LOSSES_OF_A_GUILTY} times while it ran "
+            f"alone: {failure}"
+        )
+        logger.error("%s", message)
+        for choice in self._states[request_id].choices:
+            self.scheduler.finish(
+                choice.sequence, "error", error=message, error_code="computation_failed"
+            )
+
+    def _run_next_alone(self) -> None:
+        """Suspects run one after the other, then all together."""
+        order = self._suspects.order
+        self.scheduler.run_alone(order[0] if order else None)
+
+    def _note_progress(self, request_id: str) -> None:
+        """A request has something new: the workers work, and it is no suspect any more."""
+        self._attempts.forget()
+        if self._lost_at is not None:
+            seconds = self._clock.now() - self._lost_at
+            logger.warning("the first new token comes %.1f s after workers were lost", seconds)
+            self._lost_at = None
+        if self._suspects.progress(request_id):
+            self._run_next_alone()
+
+    # Outputs --------------------------------------------------------------------------------------
 
     def _outputs(self, events: list[Event]) -> list[RequestOutput | ScoreOutput]:
         """Tell requests, statistics and the caller what happened."""
@@ -240,10 +327,13 @@ class Engine:
                     logger.exception("%s", message)
                     self.scheduler.finish(event.sequence, "error", error=message)
                 self._note_token(state, choice, now)
+                self._note_progress(state.request.request_id)
                 if choice.matched is not None:
                     self.scheduler.finish(event.sequence, "stop", choice.matched)
             case NewScores():
                 self._stats.scored(event.num_tokens)
+                if event.num_tokens:
+                    self._note_progress(state.request.request_id)
                 state.first_token_time = state.first_token_time or now
             case Prefilled():
                 request = state.request
@@ -272,13 +362,15 @@ class Engine:
     def _close(self, state: RequestState, now: float) -> None:
         state.finished_time = now
         del self._states[state.request.request_id]
+        if self._suspects.forget(state.request.request_id):
+            self._run_next_alone()
         for choice in state.choices:
             del self._choices[choice.sequence.arrival]
         self._stats.finished(state.finish_reason, now - state.request.arrival_time)
 
     def _now(self) -> float:
         """Unix time in seconds, but never running backwards."""
-        return self._epoch + time.perf_counter()
+        return self._epoch + self._clock.now()
 
 
 def known_eos(spec: ModelSpec, tokenizer: Tokenizer) -> tuple[int, ...]:

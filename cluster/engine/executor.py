@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
+from saqqara.cluster.errors import NotRecoverableError, WorkerDiedError
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
@@ -19,7 +20,31 @@ class Executor(Protocol):
         ...
 
     def execute(self, plan: StepPlan) -> "Future[list[StepResult]]":
-        """Start a step; the future has one result per worker, or the exception that ended it."""
+        """Start a step; the future has one result per worker, or the exception that ended it.
+
+        Where the workers are lost and can be started again, that is a `WorkerDiedError`.
+        """
+        ...
+
+    @property
+    def failure(self) -> WorkerDiedError | None:
+        """How the workers were lost, if they are; known although no step may be under way."""
+        ...
+
+    def give_up(self, seconds: float) -> WorkerDiedError:
+        """End the workers: the oldest step has taken so long.
+
+        Returns:
+            The error that says who was late; all steps that were started end with it.
+        """
+        ...
+
+    def recover(self) -> "Future[None]":
+        """End what is left of lost workers and start others, in the same layout, without state.
+
+        Once the future is done, `workers` are the new ones. It ends with the error that kept them
+        from starting, upon which this may be called again, or with a `NotRecoverableError`.
+        """
         ...
 
     def check_integrity(self) -> None:
@@ -52,6 +77,23 @@ class LocalExecutor:
         """Run a step; the future is done."""
         future: Future[list[StepResult]] = Future()
         settle(future, lambda: [self.worker.execute(plan)])
+        return future
+
+    @property
+    def failure(self) -> WorkerDiedError | None:
+        """None: where the worker is lost, so is this process."""
+        return None
+
+    def give_up(self, seconds: float) -> WorkerDiedError:
+        """Not called: no step is under way once `execute` has returned."""
+        raise AssertionError("a step in this process cannot be given up")
+
+    def recover(self) -> "Future[None]":
+        """A future that says that this cannot be done."""
+        future: Future[None] = Future()
+        future.set_exception(
+            NotRecoverableError("the worker is part of this process and cannot be started anew")
+        )
         return future
 
     def check_integrity(self) -> None:

@@ -23,6 +23,7 @@ Output = RequestOutput | ScoreOutput
 T = TypeVar("T")
 
 _JOIN_SECONDS = 60.0
+_IDLE_SECONDS = 0.5  # then the engine is asked again: its workers may be lost while nothing runs
 
 
 class Steppable(Protocol):
@@ -155,17 +156,20 @@ class EngineLoop:
             logger.exception("the engine has failed")
             reason = "; ".join([f"{type(error).__name__}: {error}", *_notes(error)])
             failure = EngineDeadError(f"the engine has failed: {reason}")
-            failure.__cause__ = error
+            # What a lost engine has lost tells more than that it is lost.
+            is_told = isinstance(error, EngineDeadError) and error.__cause__ is not None
+            failure.__cause__ = error.__cause__ if is_told else error
             self._end(failure)
 
     def _serve_calls(self, wait: bool) -> None:
-        if wait:
-            self._calls.get()()
+        timeout = _IDLE_SECONDS if wait else 0.0
         while True:
             try:
-                self._calls.get_nowait()()
+                call = self._calls.get(timeout=timeout) if timeout else self._calls.get_nowait()
             except Empty:
                 return
+            timeout = 0.0
+            call()
 
     def _end(self, failure: EngineDeadError) -> None:
         with self._changed:

@@ -8,10 +8,12 @@ dashboards work; what only Saqqara has starts with `saqqara:`.
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import prometheus_client
 from prometheus_client import CollectorRegistry
+
+from saqqara.cluster.errors import Cause
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -125,6 +127,15 @@ METRICS: tuple[MetricSpec, ...] = (
         "Bytes on a worker: weights, pool, parked activations, query rings, peaks, resident.",
         labels=("worker", "kind"),
     ),
+    MetricSpec(
+        "saqqara:recoveries",
+        "counter",
+        "Times that lost workers were started again, by how they were lost.",
+        labels=("cause",),
+        first_values=get_args(Cause),
+    ),
+    MetricSpec("saqqara:down_seconds", "counter", "Seconds without workers until they were back."),
+    MetricSpec("saqqara:ready", "gauge", "1: there are workers; 0: they are started again."),
     MetricSpec("saqqara:batch_rows", "gauge", "Rows of the batch job's input; 0: no batch job."),
     MetricSpec("saqqara:batch_rows_left", "gauge", "Rows of the batch job without a record."),
     MetricSpec(

@@ -95,6 +95,9 @@ class EngineReport(BaseModel):
     Attributes:
         requests: finished requests by reason (`stop`, `length`, `abort`, `error`).
         num_running_peak: most sequences that had a slot at one moment.
+        recoveries: how often lost workers were started again, by how they were lost (`died`,
+            `failed`, `hung`, `unreachable`).
+        down_seconds: without workers, in those outages together.
         wall_seconds: from the first request to the last output.
         prefill_seconds, decode_seconds: summed over steps, the slowest worker of each step.
         phase_seconds: the same for every phase that workers report.
@@ -120,6 +123,8 @@ class EngineReport(BaseModel):
     num_steps: int
     num_preemptions: int
     num_running_peak: int
+    recoveries: dict[str, int] = {}
+    down_seconds: float = 0.0
     wall_seconds: float
     prefill_seconds: float
     decode_seconds: float

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
+from saqqara.cluster.errors import Cause
 from saqqara.cluster.outcome import FinishReason
 from saqqara.cluster.scheduling.ledger import Usage
 from saqqara.workers.plan import StepResult, WorkerInfo
@@ -30,6 +31,7 @@ class EngineStats:
         self._unpublished: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self.set_workers(workers)
         self.reset()
+        self.set_ready(True)
 
     def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
         """The engine runs on these workers from now on; their pools are empty."""
@@ -37,6 +39,7 @@ class EngineStats:
         self._num_layers = max(w.stop_layer for w in workers)
         self._pages_free = [w.num_pages for w in workers]
         self._memory = [w.memory for w in workers]
+        self._usage = Usage(0, 0)
 
     def reset(self) -> None:
         """Start the report's measurements anew; the sinks' counters go on."""
@@ -46,7 +49,8 @@ class EngineStats:
         self._first_token = LatencyRecorder()
         self._inter_token = LatencyRecorder()
         self._e2e = LatencyRecorder()
-        self._usage = Usage(0, 0)
+        self._recoveries: Counter[str] = Counter()
+        self._down_seconds = 0.0
         self._usage_peak = Usage(0, 0)
         self._running_peak = 0
         self._ring_bytes_peak = 0
@@ -99,6 +103,18 @@ class EngineStats:
         self._metrics.inc("vllm:request_success", 1, reason)
         self._e2e.add(seconds)
         self._metrics.observe("vllm:e2e_request_latency_seconds", seconds)
+
+    def set_ready(self, is_ready: bool) -> None:
+        """Whether there are workers."""
+        self._metrics.set("saqqara:ready", int(is_ready))
+
+    def recovered(self, cause: Cause, seconds: float) -> None:
+        """There are workers again, this long after those before them were lost."""
+        self._recoveries[cause] += 1
+        self._down_seconds += seconds
+        self._metrics.inc("saqqara:recoveries", 1, cause)
+        self._metrics.inc("saqqara:down_seconds", seconds)
+        self.set_ready(True)
 
     def batch(self, rows: BatchRows) -> None:
         """A batch job that runs on this engine has come this far."""
@@ -180,6 +196,8 @@ class EngineStats:
             num_steps=counts["num_steps"],
             num_preemptions=counts["num_preemptions"],
             num_running_peak=self._running_peak,
+            recoveries=dict(self._recoveries),
+            down_seconds=self._down_seconds,
             wall_seconds=wall,
             prefill_seconds=self._phase_seconds["prefill"],
             decode_seconds=self._phase_seconds["decode"],

@@ -69,6 +69,11 @@ class AsyncEngine:
         """Do nothing while the engine lives; else raise the `EngineDeadError` that says why."""
         self._loop.check()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether tokens can be generated now; if not, requests wait until they can."""
+        return self._engine.is_ready
+
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Stream the outputs of a request, each with all of its text so far; the last is finished.
 

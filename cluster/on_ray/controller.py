@@ -5,6 +5,7 @@ replica's placement group, so removing the group ends everything, however it got
 """
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -21,15 +22,31 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from saqqara.cluster.engine.client import EngineDescription, LocalClient, Rejection
 from saqqara.cluster.engine.model_fit import check_fits, check_fits_if_local
 from saqqara.cluster.engine.report import BatchRows, EngineReport
-from saqqara.cluster.errors import EngineDeadError, WorkerDiedError
+from saqqara.cluster.errors import ControllerLostError, EngineDeadError, WorkerDiedError
+from saqqara.cluster.recovery.pulse import SILENT_SECONDS, Pulse, PulseAddress, PulseMonitor
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 
-from .executor import PROGRESS_SECONDS, RayExecutor, exit_reason, one_line
+from .executor import RayExecutor
+from .exits import end_on_nodes, exit_reason, one_line
+from .group import PROGRESS_SECONDS
 from .metrics import RaySink
-from .placement import DEFAULT_TIMEOUT_SECONDS, Placement, PlacementError, reserve
-from .rank_process import WorkerFactory, log_process_to, new_log_dir
+from .placement import (
+    DEFAULT_TIMEOUT_SECONDS,
+    Placement,
+    PlacementError,
+    Strategy,
+    pulse_host,
+    reserve,
+)
+from .rank_process import (
+    ProcessInfo,
+    WorkerFactory,
+    log_process_to,
+    new_log_dir,
+    this_process,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +54,7 @@ CONTROLLER_LOG = "controller.log"
 OBJECT_STORE_BYTES = 128 * 2**20  # plans and results are small and travel inside the calls
 _CONCURRENT_CALLS = 16  # a waiting poll must not hold up submit, abort or report
 _SHUTDOWN_SECONDS = 120.0
+_GONE_SECONDS = 30.0  # for processes that were killed
 
 
 def connect(address: str | None = None, *, object_store_bytes: int = OBJECT_STORE_BYTES) -> bool:
@@ -85,6 +103,7 @@ def start_controller(
     metrics_host: str = "127.0.0.1",
     make_worker: WorkerFactory | None = None,
     placement_timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    strategy: Strategy = "PACK",
 ) -> "ControllerClient":
     """Start an engine on Ray and wait until it can take requests; connects to Ray if need be.
 
@@ -93,6 +112,7 @@ def start_controller(
         metrics_host: address that /metrics is served on, if `config.metrics_port` is set.
         make_worker: makes a rank's worker; default: `saqqara.workers.worker.Worker`.
         placement_timeout_seconds: how long to wait for the cluster to have room.
+        strategy: whether the stages are put on few nodes or on many.
 
     Raises:
         PlacementError: the cluster has no room.
@@ -103,7 +123,7 @@ def start_controller(
     started_ray = connect()
     log_dir = new_log_dir(config)
     try:
-        placement = reserve(config, placement_timeout_seconds)
+        placement = reserve(config, placement_timeout_seconds, strategy)
         try:
             return _start(config, placement, log_dir, metrics_host, make_worker, started_ray)
         except BaseException:
@@ -157,18 +177,28 @@ class Controller:
         self._log_dir = log_dir
         self._metrics_host = metrics_host
         self._make_worker = make_worker
+        self._executor: RayExecutor | None = None
         self._client: LocalClient | None = None
+        self._pulse: Pulse | None = None
         self._progress = "its ranks are starting"
 
     def progress(self) -> str:
         """How far `start` is, in words."""
         return self._progress
 
-    def start(self) -> EngineDescription:
-        """Send the process's output to its log, then start the ranks and the engine."""
+    def prepare(self, pulse: PulseAddress) -> ProcessInfo:
+        """Send the process's output to its log, and beat; the first call.
+
+        A controller whose driver is gone ends itself. A driver that is stopped may go on.
+        """
         log_process_to(str(Path(self._log_dir) / CONTROLLER_LOG))
+        self._pulse = Pulse(pulse, 0, cut_off_seconds=math.inf)
+        return this_process()
+
+    def start(self) -> EngineDescription:
+        """Start the ranks and the engine."""
         check_fits(self._config, load_spec(self._config.model))
-        executor = RayExecutor(
+        executor = self._executor = RayExecutor(
             self._config,
             placement=self._placement,
             log_dir=Path(self._log_dir),
@@ -182,6 +212,8 @@ class Controller:
             sinks=[RaySink(self._config.model)],
             metrics_host=self._metrics_host,
         )
+        if self._pulse is not None:
+            self._pulse.note_up()
         return replace(
             self._client.describe(),
             log_dir=self._log_dir,
@@ -200,9 +232,13 @@ class Controller:
         """See `EngineClient.abort`."""
         self._running().abort(request_ids)
 
-    def report(self) -> EngineReport:
-        """See `EngineClient.report`."""
-        return self._running().report()
+    def report(self) -> tuple[EngineReport, list[tuple[str, ProcessInfo]]]:
+        """See `EngineClient.report`; with it, the ranks' processes and the ids of their nodes."""
+        return self._running().report(), self.processes()
+
+    def processes(self) -> list[tuple[str, ProcessInfo]]:
+        """The ranks' processes and the ids of their nodes."""
+        return [] if self._executor is None else self._executor.processes
 
     def reset_stats(self) -> None:
         """See `EngineClient.reset_stats`."""
@@ -216,6 +252,8 @@ class Controller:
         """Stop the engine and its ranks."""
         if self._client is not None:
             self._client.shutdown()
+        if self._pulse is not None:
+            self._pulse.close()
 
     def _note_progress(self, text: str) -> None:
         self._progress = text
@@ -234,7 +272,16 @@ class ControllerClient:
         self._log_file = log_file
         self._owns_ray = owns_ray
         self._closed = False
-        self._description: EngineDescription = self._start()
+        self._is_silent = False
+        self._own: tuple[str, ProcessInfo] | None = None
+        self._ranks: list[tuple[str, ProcessInfo]] = []
+        [self._place, *_] = placement.places()  # that of rank 0
+        self._monitor = PulseMonitor(pulse_host([self._place]), self._note_loss)
+        try:
+            self._description: EngineDescription = self._start()
+        except BaseException:
+            self._monitor.close()
+            raise
 
     def submit(self, requests: Sequence[Request]) -> list[Rejection]:
         """Queue requests; a bad one costs only itself and comes back as a `Rejection`."""
@@ -252,7 +299,8 @@ class ControllerClient:
 
     def report(self) -> EngineReport:
         """Measurements since the start or the last `reset_stats`."""
-        report: EngineReport = self._call("report")
+        report: EngineReport
+        report, self._ranks = self._call("report")
         return report
 
     def reset_stats(self) -> None:
@@ -282,20 +330,36 @@ class ControllerClient:
             ray.get(self._actor.shutdown.remote(), timeout=_SHUTDOWN_SECONDS)
         except RayError as error:
             logger.warning("the controller did not shut down cleanly: %s", exit_reason(error))
+        self._monitor.close()
         ray.kill(self._actor, no_restart=True)
         self._placement.release()
+        known = [*([self._own] if self._own else []), *self._ranks]
+        if left := end_on_nodes(known, _GONE_SECONDS):
+            logger.error("processes of the engine are still there: %s", left)
         if self._owns_ray:
             ray.shutdown()
 
     def _start(self) -> EngineDescription:
         """Wait for the engine's start, and say how far it is now and then."""
         started = time.monotonic()
+        prepared = self._actor.prepare.remote(self._monitor.address)
         call = self._actor.start.remote()
         while not ray.wait([call], timeout=PROGRESS_SECONDS)[0]:
             seconds = time.monotonic() - started
             logger.info("starting the engine: %s (%.0f s)", self._progress(), seconds)
+        self._own = (self._place.node_id, self._result(prepared))
         description: EngineDescription = self._result(call)
+        self._ranks = self._call("processes")
         return description
+
+    def _note_loss(self, _: int, is_closed: bool) -> None:
+        """The controller is dead, or silent and of no use, says the thread of the monitor.
+
+        Killing it makes the calls fail that wait for it.
+        """
+        if not is_closed and not self._closed:
+            self._is_silent = True
+            ray.kill(self._actor, no_restart=True)
 
     def _progress(self) -> str:
         try:
@@ -322,6 +386,9 @@ class ControllerClient:
                 f"the controller failed: {one_line(error.cause)}; its log: {self._log_file}"
             ) from error
         except RayActorError as error:
-            raise EngineDeadError(
-                f"the controller has died: {exit_reason(error)}; its log: {self._log_file}"
+            what = f"has died: {exit_reason(error)}"
+            if self._is_silent:
+                what = f"was not heard for {SILENT_SECONDS:g} s"
+            raise ControllerLostError(
+                f"the controller {what}; its log: {self._log_file}"
             ) from error

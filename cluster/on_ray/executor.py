@@ -4,43 +4,36 @@ Ray starts the processes, carries plans and results (small, so they travel insid
 through the object store) and tells us when a process dies. Activations go between the ranks
 directly, over the mesh. Plain actors with ordered calls: a plan costs one call per rank.
 
-A rank that dies, raises or hangs takes its group with it: the others may be blocked in a collective
-with it and would wait for ever. They are killed, and every future gets a `WorkerDiedError`.
+When a rank is lost its group is torn down, and every future gets a `WorkerDiedError`; `recover`
+starts another group.
 """
 
 import logging
 import pickle
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-
 from saqqara.cluster.engine.executor import settle
-from saqqara.cluster.errors import WorkerDiedError
+from saqqara.cluster.errors import NotRecoverableError, WorkerDiedError
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
-from .placement import Placement, RankPlace, reserve
-from .rank_process import ProcessInfo, RankProcess, WorkerFactory, new_log_dir
+from .group import RankGroup
+from .placement import DEFAULT_TIMEOUT_SECONDS, Placement, reserve
+from .rank_process import ProcessInfo, WorkerFactory, new_log_dir
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
-PROGRESS_SECONDS = 3.0  # between words about how far the start is
-_SETTLE_SECONDS = 2.0  # peers of a dead rank fail too; this long to find out who was first
-_CLOSE_SECONDS = 5.0
 _DRAIN_SECONDS = 30.0
+_GONE_SECONDS = 30.0  # for the processes of a group that was killed
 
-
-_Step = tuple[list[Any], Future[list[StepResult]]]
+_Step = tuple[RankGroup, list[Any], Future[list[StepResult]]]
 
 
 class RayExecutor:
@@ -53,8 +46,9 @@ class RayExecutor:
         make_worker: makes a rank's worker; default: `saqqara.workers.worker.Worker`.
         on_progress: told every few seconds how far the ranks' start is, in words.
         start_timeout_seconds: how long starting the ranks may take, loading weights included.
-        step_timeout_seconds: how long a rank may take for a step before it counts as hung; longer
-            than ranks wait for each other (`MeshLayout`'s groups: 600), whose error says more.
+        step_timeout_seconds: how long a rank may take for a step before it counts as hung, if
+            nobody gives it up before; longer than ranks wait for each other (`MeshLayout`'s groups:
+            600), whose error says more.
 
     Raises:
         PlacementError: the cluster has no room for the ranks.
@@ -77,22 +71,22 @@ class RayExecutor:
         self.log_dir = log_dir or new_log_dir(config)
         self._owns_placement = placement is None
         self._placement = placement or reserve(config)
-        self._actors: list[Any] = []
-        self._places: list[RankPlace] = []
-        self._processes: list[ProcessInfo] = []
-        self._failure: WorkerDiedError | None = None
-        self._closed = False
-        self._step_timeout_seconds = step_timeout_seconds
+        device = "cuda" if self._placement.plan.rank_gpus else "cpu"
+        self._config = config.model_copy(update={"device": device})
+        self._make_worker = make_worker
         self._on_progress = on_progress
+        self._start_timeout_seconds = start_timeout_seconds
+        self._step_timeout_seconds = step_timeout_seconds
+        self._closed = False
         self._lock = threading.Lock()
         self._steps: SimpleQueue[_Step | None] = SimpleQueue()
-        device = "cuda" if self._placement.plan.rank_gpus else "cpu"
-        config = config.model_copy(update={"device": device})
+        self._oldest_calls: list[Any] = []
+        self._group = self._new_group()
         try:
-            self._workers = self._start(config, make_worker, start_timeout_seconds)
+            self._group.start(start_timeout_seconds)
         except BaseException:
             self._closed = True
-            self._kill()
+            self._release()
             raise
         self._gatherer = threading.Thread(target=self._gather, name="gather-results", daemon=True)
         self._gatherer.start()
@@ -100,7 +94,17 @@ class RayExecutor:
     @property
     def workers(self) -> list[WorkerInfo]:
         """What each worker is, by rank."""
-        return self._workers
+        return self._group.workers
+
+    @property
+    def failure(self) -> WorkerDiedError | None:
+        """How the ranks were lost, if they are; heartbeats tell although nothing runs."""
+        return self._group.failure
+
+    @property
+    def processes(self) -> list[tuple[str, ProcessInfo]]:
+        """Those of the ranks, each with the id of its node."""
+        return self._group.processes
 
     def execute(self, plan: StepPlan) -> "Future[list[StepResult]]":
         """Start a step on every rank; steps run in the order of these calls.
@@ -111,12 +115,28 @@ class RayExecutor:
         future: Future[list[StepResult]] = Future()
         with self._lock:
             assert not self._closed, "execute after shutdown"
-            if self._failure is not None:
-                future.set_exception(self._failure)
+            group = self._group
+            if group.failure is not None:
+                future.set_exception(group.failure)
                 return future
-            payload = pickle.dumps(plan, protocol=5)
-            calls = [actor.execute.remote(payload) for actor in self._actors]
-            self._steps.put((calls, future))
+            calls = group.send(pickle.dumps(plan, protocol=5))
+            self._steps.put((group, calls, future))
+        return future
+
+    def give_up(self, seconds: float) -> WorkerDiedError:
+        """End the ranks, whose oldest step has taken so long; says who was late."""
+        return self._group.give_up(self._oldest_calls, seconds)
+
+    def recover(self) -> "Future[None]":
+        """Make sure that the lost ranks are gone, then start others in the same layout.
+
+        They come up on whatever nodes have room: in a placement of our own, reserved anew, or in
+        the caller's, whose lost bundles Ray has moved. Waiting and starting is done in a thread.
+        """
+        future: Future[None] = Future()
+        threading.Thread(
+            target=settle, args=(future, self._start_again), name="recover", daemon=True
+        ).start()
         return future
 
     def check_integrity(self) -> None:
@@ -126,18 +146,7 @@ class RayExecutor:
             AssertionError: what does not match, and where.
             WorkerDiedError: a rank is gone.
         """
-        if self._failure is not None:
-            raise self._failure
-        calls = [actor.check_integrity.remote() for actor in self._actors]
-        for rank, call in enumerate(calls):
-            try:
-                ray.get(call)
-            except RayTaskError as error:
-                if isinstance(error.cause, AssertionError):
-                    raise AssertionError(f"rank {rank}: {error.cause}") from error
-                raise self._fail(calls, error) from error
-            except RayError as error:
-                raise self._fail(calls, error) from error
+        self._group.check_integrity()
 
     def shutdown(self) -> None:
         """Finish the steps that were started, then end the ranks and release their room.
@@ -150,179 +159,42 @@ class RayExecutor:
             self._closed = True
             self._steps.put(None)
         self._gatherer.join(_DRAIN_SECONDS)
-        if self._failure is None and not self._gatherer.is_alive():
-            closing = [actor.close.remote() for actor in self._actors]
-            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_SECONDS)
-        self._kill()
+        if self._group.failure is None and not self._gatherer.is_alive():
+            self._group.close()
+        self._group.end()
+        self._release()
         # Killing makes the calls of a step that did not end fail, which ends its future.
         self._gatherer.join(_DRAIN_SECONDS)
 
-    def _start(
-        self, config: EngineConfig, make_worker: WorkerFactory | None, timeout_seconds: float
-    ) -> list[WorkerInfo]:
-        self._places = self._placement.places()
-        addresses = [place.address for place in self._places]
-        actor_class = ray.remote(RankProcess)
-        for rank, address in enumerate(addresses):
-            options = self._placement.rank_options(rank)
-            self._actors.append(
-                actor_class.options(max_restarts=0, max_task_retries=0, **options).remote(
-                    rank,
-                    str(self._log_file(rank)),
-                    addresses.count(address),
-                    config.num_threads,
-                )
-            )
-        self._processes = self._collect(
-            [actor.prepare.remote() for actor in self._actors],
-            timeout_seconds,
-            "rank processes are up",
+    def _new_group(self) -> RankGroup:
+        return RankGroup(
+            self._config, self._placement, self.log_dir, self._make_worker, self._on_progress
         )
-        one_host = len(set(addresses)) == 1
-        store = None
-        if self.layout.world_size > 1:
-            # Within one host loopback always works, whatever the host's name resolves to.
-            host = LOOPBACK if one_host else addresses[0]
-            [store] = self._collect(
-                [self._actors[0].open_store.remote(host)], timeout_seconds, "stores are open"
-            )
-        calls = [
-            actor.start.remote(
-                config, self.layout, store, LOOPBACK if one_host else address, make_worker
-            )
-            for actor, address in zip(self._actors, addresses, strict=True)
-        ]
-        workers: list[WorkerInfo] = self._collect(
-            calls, timeout_seconds, "ranks have loaded their part of the model"
-        )
-        logger.info("%d ranks have started, logs in %s", len(workers), self.log_dir)
-        return workers
 
-    def _collect(self, calls: list[Any], timeout_seconds: float, what: str) -> list[Any]:
-        """Results of a start-up phase, or the error that tells the user most."""
-        try:
-            self._wait(calls, timeout_seconds, what)
-            return ray.get(calls, timeout=0)  # type: ignore[no-any-return]
-        except GetTimeoutError as error:
-            done, late = ray.wait(calls, num_returns=len(calls), timeout=0)
-            ranks = [calls.index(call) for call in late] or [calls.index(call) for call in done]
-            raise WorkerDiedError(
-                f"ranks {ranks} have not started within {timeout_seconds:g} s; logs: "
-                f"{', '.join(str(self._log_file(rank)) for rank in ranks)}",
-                ranks[0],
-                str(self._log_file(ranks[0])),
-            ) from error
-        except RayError as error:
-            if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
-                raise error.cause from error
-            raise self._fail(calls, error) from error
+    def _start_again(self) -> None:
+        self._group.end()
+        self._group.wait_gone(_GONE_SECONDS)
+        if self._owns_placement:
+            self._placement.release()
+            placement = reserve(self._config)
+        else:
+            placement = self._placement
+            placement.wait_until_whole(DEFAULT_TIMEOUT_SECONDS)
+        with self._lock:
+            self._placement = placement
+            if self._closed:
+                self._release()
+                raise NotRecoverableError("the engine was shut down")
+            self._group = self._new_group()
+        self._group.start(self._start_timeout_seconds)
 
-    def _wait(self, calls: list[Any], timeout_seconds: float, what: str) -> None:
-        """Wait until all calls have ended well or one has not; say how many have now and then."""
-        deadline = time.monotonic() + timeout_seconds
-        pending = list(calls)
-        while pending:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return
-            done, pending = ray.wait(pending, timeout=min(left, PROGRESS_SECONDS))
-            ray.get(done)
-            if not done:
-                text = f"{len(calls) - len(pending)} of {len(calls)} {what}"
-                logger.info("%s", text)
-                if self._on_progress is not None:
-                    self._on_progress(text)
+    def _release(self) -> None:
+        if self._owns_placement:
+            self._placement.release()
 
     def _gather(self) -> None:
         """Thread: turns the results of each step into its future, in order."""
         while (step := self._steps.get()) is not None:
-            calls, future = step
-            settle(future, partial(self._results, calls))
-
-    def _results(self, calls: Sequence[Any]) -> list[StepResult]:
-        """The results of a step, or the `WorkerDiedError` that ended the group."""
-        if self._failure is not None:
-            raise self._failure
-        try:
-            # Raises as soon as one of the calls has failed, whatever the others do.
-            results: list[StepResult] = ray.get(calls, timeout=self._step_timeout_seconds)
-        except Exception as error:
-            failure = self._fail(calls, error)
-        else:
-            return results
-        raise failure
-
-    def _fail(self, calls: Sequence[Any], first_error: Exception) -> WorkerDiedError:
-        """Tear the group down after an error of one of `calls` (one per rank); say whose it was."""
-        with self._lock:
-            if self._failure is None:
-                self._failure = self._diagnose(calls, first_error)
-                self._failure.__cause__ = first_error
-                logger.error("%s", self._failure)
-                self._kill()
-            return self._failure
-
-    def _diagnose(self, calls: Sequence[Any], first_error: Exception) -> WorkerDiedError:
-        # The peers of a process that dies get "connection closed" at once, often before Ray knows
-        # of the death. So look at all ranks, and blame a dead process before one that raised.
-        errors: dict[int, Exception] = {}
-        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_SETTLE_SECONDS)
-        for rank, call in enumerate(calls):
-            if call in done:
-                try:
-                    ray.get(call)
-                except Exception as error:
-                    errors[rank] = error
-        if not errors and isinstance(first_error, GetTimeoutError):
-            return self._hung([rank for rank, call in enumerate(calls) if call not in done])
-        if not errors:
-            return WorkerDiedError(f"the ranks cannot be reached: {first_error}")
-        rank = min(errors, key=lambda r: (not isinstance(errors[r], RayActorError), r))
-        message = self._describe(rank, errors[rank])
-        others = [r for r in errors if r != rank]
-        if others:
-            message += f" (ranks {others} failed with it)"
-        return WorkerDiedError(message, rank, str(self._log_file(rank)))
-
-    def _hung(self, ranks: Sequence[int]) -> WorkerDiedError:
-        if not ranks:  # they answered just after the time was over
-            ranks = range(len(self._actors))
-        who = ", ".join(self._name(rank) for rank in ranks)
-        message = f"{who} did not end a step within {self._step_timeout_seconds:g} s"
-        log_file = str(self._log_file(ranks[0]))
-        return WorkerDiedError(f"{message}; its log: {log_file}", ranks[0], log_file)
-
-    def _name(self, rank: int) -> str:
-        place = self._places[rank]
-        pid = f", pid {self._processes[rank].pid}" if self._processes else ""
-        return f"rank {rank} of {self.layout.world_size} on {place.hostname} ({place.address}{pid})"
-
-    def _describe(self, rank: int, error: Exception) -> str:
-        who = self._name(rank)
-        if isinstance(error, RayTaskError):
-            what = f"failed: {one_line(error.cause)}"
-        else:
-            what = f"died: {exit_reason(error)}"
-        return f"{who} {what}; its log: {self._log_file(rank)}"
-
-    def _log_file(self, rank: int) -> Path:
-        return self.log_dir / f"rank-{rank}.log"
-
-    def _kill(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor, no_restart=True)
-        if self._owns_placement:
-            self._placement.release()
-
-
-def one_line(error: BaseException) -> str:
-    """Type and first line of an error; the rest is in its log."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def exit_reason(error: Exception) -> str:
-    """The part of Ray's message that says how a process ended."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = next((text for text in lines if "exit detail" in text), lines[-1] if lines else "")
-    return line.split(" Some common causes")[0] or type(error).__name__
+            group, calls, future = step
+            self._oldest_calls = calls
+            settle(future, partial(group.results, calls, self._step_timeout_seconds))

@@ -13,6 +13,7 @@ Data parallelism is one placement group per replica, so that replicas start, fai
 
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 # application that holds Ray's CPUs (a Serve replica, a Data task) must not keep its engine out.
 CPU_SHARE = 0.01
 DEFAULT_TIMEOUT_SECONDS = 120.0
+LOOPBACK = "127.0.0.1"
+_POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 1  # a cluster that has room grants it at once
 
 Strategy = Literal["PACK", "SPREAD"]
@@ -99,6 +102,32 @@ class Placement:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, 0),
         }
 
+    def wait_until_whole(self, timeout_seconds: float) -> None:
+        """Wait until all room is there: Ray finds other nodes for what a lost node had.
+
+        Raises:
+            PlacementError: there is none within `timeout_seconds`, or the room was given back.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while (state := self._state()) != "CREATED":
+            if state == "REMOVED" or time.monotonic() > deadline:
+                raise PlacementError(
+                    f"a node was lost and there is no other room for {self.plan} "
+                    f"(its placement group is {state}); nodes: {describe_nodes()}"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _state(self) -> str:
+        """Ray's word for how far the group is; a bundle on a node that is gone counts as lost."""
+        table = ray.util.placement_group_table(self.group)
+        alive = {node["NodeID"] for node in _alive_nodes()}
+        if table["state"] == "CREATED" and not alive.issuperset(
+            table["bundles_to_node_id"].values()
+        ):
+            return "RESCHEDULING"
+        state: str = table["state"]
+        return state
+
     def release(self) -> None:
         """Give the room back, killing what still runs in it; calling it again does nothing."""
         remove_placement_group(self.group)
@@ -162,6 +191,15 @@ def plan_in_bundles(
             f"rank ({layout.world_size}) or one per stage ({layout.pipeline_size})"
         )
     return PlacementPlan(tuple(dict(b) for b in bundles), bundle_of_rank, int(gpu))
+
+
+def pulse_host(places: Sequence[RankPlace]) -> str:
+    """Where processes at these places can reach this one."""
+    here = ray.get_runtime_context().get_node_id()
+    if all(place.node_id == here for place in places):
+        return LOOPBACK
+    address: str = ray.util.get_node_ip_address()
+    return address
 
 
 def largest_node_gpus() -> int:

@@ -12,7 +12,9 @@ import os
 import pickle
 import signal
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
+from saqqara.cluster.recovery.pulse import Pulse, PulseAddress
 from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig
 from saqqara.configs.worker_settings import WorkerSettings
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 1.0  # for processes that were told to end
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -59,11 +64,23 @@ WorkerFactory = Callable[
 
 @dataclass(frozen=True, slots=True)
 class ProcessInfo:
-    """A rank's process, as known before its worker has started."""
+    """A rank's process, as known before its worker has started.
+
+    `started_at` is Unix time by the machine's clock: together with the id it names one process.
+    """
 
     hostname: str
     pid: int
-    num_threads: int
+    started_at: float
+
+    def is_there(self) -> bool:
+        """Whether it still holds memory; only for processes of this machine."""
+        try:
+            process = psutil.Process(self.pid)
+            is_ours = process.create_time() == self.started_at
+            return is_ours and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
 
 class RankProcess:
@@ -84,14 +101,22 @@ class RankProcess:
         self.num_threads = num_threads or max(1, usable_cores() // ranks_on_host)
         self._worker: RankWorker | None = None
         self._store: object | None = None
+        self._pulse: Pulse | None = None
 
-    def prepare(self) -> ProcessInfo:
-        """Send the process's output to the log; returns host, process id and threads.
+    def prepare(self, pulse: PulseAddress | None = None) -> ProcessInfo:
+        """Send the process's output to the log, and beat; returns which process it is.
 
         The first call: whatever goes wrong from here on stands in the log.
+
+        Args:
+            pulse: where to beat to; the process ends if nobody answers.
         """
         log_process_to(self.log_file)
-        return ProcessInfo(socket.gethostname(), os.getpid(), self.num_threads)
+        self._pulse = None if pulse is None else Pulse(pulse, self.rank)
+        return this_process()
+
+    def ping(self) -> None:
+        """Do nothing; the call fails where the process has died, and says how."""
 
     def open_store(self, host: str) -> tuple[str, int]:
         """Open the rendezvous store on a free port; it lives as long as this process."""
@@ -134,6 +159,8 @@ class RankProcess:
         except BaseException:
             logger.exception("rank %d could not start", self.rank)
             raise
+        if self._pulse is not None:
+            self._pulse.note_up()
         info = replace(self._worker.info, log_file=self.log_file)
         logger.info("rank %d has started with %d threads: %s", self.rank, self.num_threads, info)
         return info
@@ -153,10 +180,36 @@ class RankProcess:
         self._worker.check_integrity()
 
     def close(self) -> None:
-        """Leave the process groups."""
+        """Leave the process groups; nobody needs to hear of this process any more."""
+        if self._pulse is not None:
+            self._pulse.close()
+            self._pulse = None
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+
+def this_process() -> ProcessInfo:
+    """The process that asks."""
+    return ProcessInfo(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+
+
+def end_processes(processes: Sequence[ProcessInfo], timeout_seconds: float) -> list[int]:
+    """Wait for processes of this machine that were told to end; returns ids of those still there.
+
+    After a second they are killed: Ray gives one that is stopped far longer.
+    """
+    started = time.monotonic()
+    while left := [process for process in processes if process.is_there()]:
+        seconds = time.monotonic() - started
+        if seconds > timeout_seconds:
+            break
+        if seconds > _GRACE_SECONDS:
+            for process in left:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)
+    return [process.pid for process in left]
 
 
 def new_log_dir(config: EngineConfig) -> Path:

@@ -40,7 +40,7 @@ class DecodePlanner:
             return 0
         cost_NW = ledger.append_cost(_slots(chosen), num_tokens)
         while chosen and (cost_NW.sum(axis=0) > ledger.free).any():
-            victim = max(running.values(), key=lambda s: s.key)
+            victim = max(running.values(), key=lambda s: (not self._roster.may_run(s), *s.key))
             stays = np.array([s is not victim for s in chosen])
             if len(running) > 1:
                 self._roster.requeue(victim)
@@ -67,6 +67,8 @@ class DecodePlanner:
         for sequence in self._roster.running.values():
             num = sequence.num_to_feed
             ready = num > 0 and (sequence.wants_sample or sequence.is_score)
+            if not self._roster.may_run(sequence):
+                continue
             if not ready or sequence.num_in_flight >= self._lookahead:
                 continue
             if num > 1:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate
 
 from saqqara.workers.plan import PrefillGroup
 
@@ -113,12 +113,13 @@ class PrefillPlanner:
         """Start one prefill group if stage 0 is free: the head of the queue and its like."""
         if 0 in draft.busy_stages or len(self._groups) >= len(self._stages):
             return
-        while (head := self._roster.waiting.head) is not None and head.num_in_flight == 0:
+        while (head := self._roster.head) is not None and head.num_in_flight == 0:
             families = self._form_group(head)
             if families:
                 self._start_group(draft, families)
                 return
             if self._roster.ledger.num_held > 0:
+                self._roster.make_way()
                 return
             need = self._roster.seats.need(head, head.num_replay)
             self._roster.finish(head, "error", error=self._roster.seats.too_large(need))
@@ -142,7 +143,7 @@ class PrefillPlanner:
         """
         families: list[list[Sequence]] = []
         tokens_left = self._max_prefill_tokens
-        front = list(islice(self._roster.waiting, 2 * self._max_num_seqs))
+        front = self._roster.front(2 * self._max_num_seqs)
         shared = SharedPrompts(front)
         for sequence in front:
             is_seated = sequence.status is not Status.WAITING

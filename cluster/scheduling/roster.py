@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
+from itertools import islice
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason
 from saqqara.workers.plan import WorkerInfo
@@ -21,6 +22,7 @@ class Roster:
         running: those that decode, by arrival; the least recently planned first.
         seats: who holds which slot.
         events: what happened and nobody has been told yet.
+        alone: id of the one request that may run; None: all may.
     """
 
     def __init__(self, workers: Many[WorkerInfo], num_slots: int) -> None:
@@ -29,11 +31,34 @@ class Roster:
         self.running: dict[int, Sequence] = {}
         self.seats = Seats(workers, num_slots)
         self.events: list[Event] = []
+        self.alone: str | None = None
 
     @property
     def ledger(self) -> Ledger:
         """Pages charged on every worker."""
         return self.seats.ledger
+
+    @property
+    def head(self) -> Sequence | None:
+        """The waiting sequence whose turn it is, of those that may run."""
+        if self.alone is None:
+            return self.waiting.head
+        return next(filter(self.may_run, self.waiting), None)
+
+    def front(self, num_sequences: int) -> list[Sequence]:
+        """The first waiting sequences of those that may run, at most so many."""
+        waiting = self.waiting if self.alone is None else filter(self.may_run, self.waiting)
+        return list(islice(waiting, num_sequences))
+
+    def may_run(self, sequence: Sequence) -> bool:
+        """Whether plans may start or feed a sequence; its slot it keeps in any case."""
+        return self.alone is None or sequence.request.request_id == self.alone
+
+    def make_way(self) -> None:
+        """Take the slots away of those that run no more, for the request that runs alone."""
+        for sequence in list(self.running.values()):
+            if not self.may_run(sequence):
+                self.requeue(sequence)
 
     def seat(self, sequence: Sequence) -> None:
         """Give a waiting sequence a slot, for a prefill that starts in this plan."""

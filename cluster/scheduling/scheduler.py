@@ -214,6 +214,12 @@ class Scheduler:
         draft = next((draft for draft in drafts if draft is not None), Draft())
         return sorted({sequence.request.request_id for sequence in draft.sequences.values()})
 
+    def all_in_flight(self) -> list[str]:
+        """Ids of the unfinished requests in any plan that is not absorbed, first come first."""
+        found = {s.key: s for _, draft in self._flights for s in draft.sequences.values()}
+        sequences = (found[key] for key in sorted(found))
+        return list(dict.fromkeys(s.request.request_id for s in sequences if not s.is_finished))
+
     def take_events(self) -> list[Event]:
         """What happened since the last call of this or of `absorb`, in order."""
         events, self._roster.events = self._roster.events, []
@@ -229,6 +235,13 @@ class Scheduler:
     ) -> None:
         """End a sequence, whatever it is doing; see `Roster.finish`."""
         self._roster.finish(sequence, reason, stop_reason, error, error_code)
+
+    def run_alone(self, request_id: str | None) -> None:
+        """Let one request, which is not finished, have the workers to itself; None: all may run.
+
+        Others keep their slots, unless it needs the room, and go on where they were.
+        """
+        self._roster.alone = request_id
 
     def restart(self, workers: Many[WorkerInfo]) -> None:
         """Go on with new workers that hold nothing: what ran is queued again with its tokens.

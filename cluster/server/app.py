@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499  # what nginx logs for it; nobody is there to read it
 DRAIN_RETRY_SECONDS = 5
+RECOVERY_RETRY_SECONDS = 5
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -52,7 +53,8 @@ _POSTS = (
 _GETS = (
     Endpoint("GET", "/v1/models", "The one model of this server."),
     Endpoint("GET", "/v1/models/{model}", "The model, if this is its name."),
-    Endpoint("GET", "/health", "200 if requests are taken.", needs_key=False),
+    Endpoint("GET", "/health", "200 if tokens can be generated now.", needs_key=False),
+    Endpoint("GET", "/live", "200 unless the engine is lost for good.", needs_key=False),
     Endpoint("GET", "/version", "The server's version.", needs_key=False),
     Endpoint(
         "GET", "/metrics", "Metrics for Prometheus.", needs_key=False, media_type="text/plain"
@@ -101,6 +103,7 @@ class _Routes:
             "/v1/models": self.models,
             "/v1/models/{model:path}": self.model,
             "/health": self.health,
+            "/live": self.live,
             "/version": self.version,
             "/metrics": self.metrics,
             "/openapi.json": self.openapi,
@@ -159,9 +162,18 @@ class _Routes:
         return _json(self._model_card())
 
     async def health(self) -> Response:
-        """`GET /health`: 200 if requests are taken, else 503."""
+        """`GET /health`: 200 if tokens can be generated now, else 503."""
         self._generation.engine.check()
         self._generation.admission.check_open()
+        if not self._generation.engine.is_ready:
+            wait = {"Retry-After": str(RECOVERY_RETRY_SECONDS)}
+            message = "the engine has lost workers and starts them again; requests wait for it"
+            raise ApiError(503, message, None, "engine_recovering", wait)
+        return _json({"status": "ok"})
+
+    async def live(self) -> Response:
+        """`GET /live`: 200 also while workers are started again; 503 is a reason to restart."""
+        self._generation.engine.check()
         return _json({"status": "ok"})
 
     async def version(self) -> Response:

@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray.exceptions import RayError
 from support.fake_worker import CRASH, DIE, RAISE, SLEEP, SLEEP_SECONDS, WRITE, FakeWorker
 from support.plans import new_sequence
 
-from saqqara.cluster.errors import WorkerDiedError
+from saqqara.cluster.errors import NotRecoverableError, WorkerDiedError
 from saqqara.cluster.on_ray.executor import RayExecutor
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import DecodeItem, PrefillGroup, StepPlan, WorkerInfo
@@ -86,7 +87,7 @@ def test_a_killed_rank_ends_the_group_with_a_clear_error(
     for future in (slow, queued, executor.execute(StepPlan(3))):
         with pytest.raises(WorkerDiedError) as error:
             future.result(timeout=NOTICE_SECONDS)
-        assert error.value.rank == 1
+        assert (error.value.rank, error.value.cause) == (1, "died")
         assert error.value.log_file == str(tmp_path / "rank-1.log")
         message = str(error.value)
         for part in ("rank 1 of 2", victim.hostname, f"pid {victim.pid}", "died", "rank-1.log"):
@@ -95,14 +96,7 @@ def test_a_killed_rank_ends_the_group_with_a_clear_error(
     assert time.monotonic() - started < NOTICE_SECONDS
     with pytest.raises(WorkerDiedError):
         executor.check_integrity()
-    assert_gone(executor.workers)
-
-
-def test_a_rank_that_dies_while_idle_is_noticed_by_the_next_step(executor: RayExecutor) -> None:
-    os.kill(executor.workers[0].pid, signal.SIGKILL)
-    with pytest.raises(WorkerDiedError, match="rank 0 of 2") as error:
-        executor.execute(StepPlan(0)).result(timeout=NOTICE_SECONDS)
-    assert error.value.rank == 0
+    assert_processes_gone(executor.workers)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +129,64 @@ def test_a_rank_that_hangs_ends_the_group(config: EngineConfig) -> None:
     finally:
         executor.shutdown()
     assert_gone(executor.workers)
+
+
+def test_a_step_that_takes_too_long_can_be_given_up(executor: RayExecutor) -> None:
+    executor.execute(StepPlan(0)).result(timeout=30)
+    step = executor.execute(StepPlan(1, free=(SLEEP,)))
+    failure = executor.give_up(0.1)
+    assert failure.cause == "hung"
+    assert "did not end a step within 0.1 s" in str(failure)
+    with pytest.raises(WorkerDiedError, match=r"within 0.1 s"):
+        step.result(timeout=NOTICE_SECONDS)
+    assert_processes_gone(executor.workers)
+
+
+@pytest.mark.parametrize(
+    ("signum", "cause"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "unreachable")]
+)
+def test_a_rank_that_is_lost_while_idle_is_known_without_a_step(
+    executor: RayExecutor, signum: signal.Signals, cause: str
+) -> None:
+    os.kill(executor.workers[1].pid, signum)
+    deadline = time.monotonic() + NOTICE_SECONDS
+    while (failure := executor.failure) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert (failure.cause, failure.rank) == (cause, 1)
+    with pytest.raises(WorkerDiedError, match="rank 1 of 2"):
+        executor.execute(StepPlan(0)).result(timeout=NOTICE_SECONDS)
+    assert_processes_gone(executor.workers)
+
+
+def test_lost_ranks_are_replaced_when_they_are_gone(executor: RayExecutor) -> None:
+    for step, signum in enumerate((signal.SIGKILL, signal.SIGSTOP)):
+        lost = executor.workers
+        executor.execute(StepPlan(10 * step)).result(timeout=30)
+        os.kill(lost[step].pid, signum)
+        with pytest.raises(WorkerDiedError):
+            executor.execute(StepPlan(10 * step + 1)).result(timeout=NOTICE_SECONDS)
+        executor.recover().result(timeout=120)
+        assert not any(psutil.pid_exists(worker.pid) for worker in lost)
+        assert executor.failure is None
+        assert not {w.pid for w in executor.workers} & {w.pid for w in lost}
+        results = executor.execute(StepPlan(10 * step + 2)).result(timeout=30)
+        assert [(r.step, r.rank, r.pages_free) for r in results] == [
+            (10 * step + 2, rank, 2) for rank in (0, 1)
+        ]
+        executor.check_integrity()
+    states = [group["state"] for group in ray.util.placement_group_table().values()]
+    assert states.count("CREATED") == 1
+
+
+def test_ranks_can_be_lost_again_and_shut_down_while_they_start(executor: RayExecutor) -> None:
+    os.kill(executor.workers[0].pid, signal.SIGKILL)
+    with pytest.raises(WorkerDiedError):
+        executor.execute(StepPlan(0)).result(timeout=NOTICE_SECONDS)
+    recovery = executor.recover()
+    executor.shutdown()
+    with pytest.raises((WorkerDiedError, NotRecoverableError, RayError)):  # wherever it was
+        recovery.result(timeout=120)
 
 
 def test_a_setting_that_a_worker_refuses_is_the_users_value_error(config: EngineConfig) -> None:
@@ -188,9 +240,13 @@ def greedy_plans(prompt: list[int], num_layers: int, num_tokens: int) -> list[St
 
 def assert_gone(workers: list[WorkerInfo], seconds: float = 10.0) -> None:
     """No process of these ranks is left, and no placement group of this Ray is held."""
+    assert_processes_gone(workers, seconds)
+    states = {group["state"] for group in ray.util.placement_group_table().values()}
+    assert states <= {"REMOVED"}
+
+
+def assert_processes_gone(workers: list[WorkerInfo], seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while any(psutil.pid_exists(worker.pid) for worker in workers):
         assert time.monotonic() < deadline, "a rank outlives its group"
         time.sleep(0.05)
-    states = {group["state"] for group in ray.util.placement_group_table().values()}
-    assert states <= {"REMOVED"}

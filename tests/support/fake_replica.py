@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from saqqara.cluster.errors import WorkerDiedError
 from saqqara.compression.decode import DecodeStage
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import (
@@ -193,6 +194,16 @@ class FakeReplica:
     @property
     def workers(self) -> list[WorkerInfo]:
         return self._infos
+
+    @property
+    def failure(self) -> WorkerDiedError | None:
+        return None
+
+    def give_up(self, seconds: float) -> WorkerDiedError:
+        raise AssertionError("its steps take no time")
+
+    def recover(self) -> Future[None]:
+        raise AssertionError("its workers are never lost")
 
     def check_integrity(self) -> None:
         self.num_integrity_checks += 1

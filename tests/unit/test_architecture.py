@@ -67,16 +67,23 @@ ROOMS = {
     **_WORKERS,
     "cluster": _below("workers", "compression", "configs"),  # the words that its rooms share
     "cluster/scheduling": _BASE | {"workers"},
-    "cluster/engine": _BASE | _MODEL | {"cluster/scheduling", "workers/worker.py"},
+    "cluster/recovery": _BASE | {"workers"},
+    "cluster/engine": _BASE
+    | _MODEL
+    | {"cluster/scheduling", "cluster/recovery", "workers/worker.py"},
     "cluster/planning": _below("cluster/scheduling", "compression", "configs", "workers")
     | {"workers/footprint.py", "workers/mesh", "workers/models"},
     "cluster/openai": _BASE,
     "cluster/server": _BASE | {"cluster/openai", "cluster/engine"},
     "cluster/on_ray": _BASE
     | _MODEL
-    | {"cluster/server", "cluster/engine", "workers/process.py", "workers/worker.py"},
+    | {"cluster/server", "cluster/engine", "cluster/recovery"}
+    | {"workers/process.py", "workers/worker.py"},
     # The doors: an engine in this process or on Ray, Python's, and an earlier place of Serve's.
-    "cluster/launch.py": _BASE | _MODEL | {"cluster/on_ray", "cluster/engine"},
+    "cluster/failover.py": _BASE | {"cluster/engine", "cluster/recovery"},
+    "cluster/launch.py": _BASE
+    | _MODEL
+    | {"cluster/failover.py", "cluster/on_ray", "cluster/engine"},
     "cluster/llm.py": _BASE | {"cluster/launch.py", "cluster/engine"},
     "cluster/serve.py": _below("cluster/on_ray"),
     "cluster/batch": _BASE | _MODEL | {"cluster/launch.py", "cluster/openai", "cluster/engine"},

@@ -11,7 +11,7 @@ from saqqara.cluster.batch.fingerprint import resolved_settings
 from saqqara.cluster.batch.records import Record
 from saqqara.cluster.engine.client import EngineClient
 from saqqara.cluster.engine.report import BatchRows, EngineReport
-from saqqara.cluster.launch import launch
+from saqqara.cluster.launch import launch_lasting
 
 from .cutting import Part
 from .folder import OutputFolder
@@ -105,7 +105,7 @@ class PartReplica:
         self.name = name
         self._settings = settings
         self._tell = tell
-        self._client = client or launch(settings.answers.config)
+        self._client = client or launch_lasting(settings.answers.config)
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._num_given = self._num_done = 0

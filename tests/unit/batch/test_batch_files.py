@@ -177,7 +177,7 @@ def test_overwriting_waits_for_the_engine(tmp_path: Path, monkeypatch: pytest.Mo
             run_batch(anew, FakeClient())
         raise ValueError("there is no such model")
 
-    monkeypatch.setattr("saqqara.cluster.batch.job.launch", launch)
+    monkeypatch.setattr("saqqara.cluster.batch.job.launch_lasting", launch)
     with pytest.raises(ValueError, match="no such model"):
         run_batch(anew)
     assert job.output.read_bytes() == before

@@ -423,7 +423,7 @@ class Slow(FakeClient):
         return super().poll(timeout_seconds)
 
 lines = [{"prompt": f"row {i}"} for i in range(2000)]
-jobs.launch = lambda config: Slow()
+jobs.launch_lasting = lambda config: Slow()
 sys.exit(batch.run_and_summarise(make_job(Path(sys.argv[1]), lines), None, None))
 """
 
@@ -535,7 +535,7 @@ def test_a_signal_ends_the_start_of_an_engine(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal should have ended this")
 
-    monkeypatch.setattr("saqqara.cluster.batch.job.launch", launch)
+    monkeypatch.setattr("saqqara.cluster.batch.job.launch_lasting", launch)
     with pytest.raises(Stopped):
         run_batch(make_job(tmp_path, [{"prompt": "x"}]))
     assert "stopped by SIGTERM: 0 of 1 rows" in caplog.text

@@ -12,7 +12,7 @@ import pytest
 from rich.table import Table
 from support.fake_client import FakeClient
 
-from saqqara.cluster.batch.summary import BatchSummary, summary_table
+from saqqara.cluster.batch.summary import ROWS, BatchSummary, summary_table
 from saqqara.cluster.cli.tables import print_table, terminal_width
 
 
@@ -95,3 +95,29 @@ def test_the_width_is_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
         os.close(follower)
     monkeypatch.setenv("COLUMNS", "44")
     assert terminal_width(io.StringIO()) == 44
+
+
+def test_a_batch_summary_says_what_was_lost() -> None:
+    report = FakeClient().report()
+    lost = report.model_copy(
+        update={"recoveries": {"hung": 1, "died": 2}, "down_seconds": 12.34},
+    )
+    rows = dict(ROWS)
+    summary = BatchSummary(
+        input="in.jsonl",
+        output="out.jsonl",
+        model="fake",
+        retention="full",
+        budget=None,
+        rows=1,
+        answered=1,
+        errors=0,
+        resumed=0,
+        wall_seconds=1.0,
+        start_seconds=1.0,
+        integrity="ok",
+        report=report,
+    )
+    assert rows["lost workers"](summary) == "none"
+    summary = summary.model_copy(update={"report": lost})
+    assert rows["lost workers"](summary) == "2 died, 1 hung (12.3 s)"

@@ -1,0 +1,66 @@
+"""The ends of processes: what Ray says of them, in our words, and whether they are gone."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from saqqara.cluster.errors import Cause
+
+from .rank_process import ProcessInfo, end_processes
+
+logger = logging.getLogger(__name__)
+
+_TASK_SECONDS = 30.0  # for Ray to start a process on another node
+
+
+def cause_of(error: Exception) -> Cause:
+    """How a rank was lost, by the error of its call."""
+    if isinstance(error, ActorUnavailableError):
+        return "unreachable"
+    return "failed" if isinstance(error, RayTaskError) else "died"
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error; the rest is in its log."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def exit_reason(error: Exception) -> str:
+    """The part of Ray's message that says how a process ended."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = next((text for text in lines if "exit detail" in text), lines[-1] if lines else "")
+    return line.split(" Some common causes")[0] or type(error).__name__
+
+
+def end_on_nodes(processes: Iterable[tuple[str, ProcessInfo]], timeout_seconds: float) -> list[int]:
+    """Make sure that processes which were told to end have left their nodes; ids of the others.
+
+    An actor outlives `ray.kill` by seconds, and its memory with it. Nodes that are lost are not
+    waited for: what runs there ends itself (see `recovery.pulse`).
+
+    Args:
+        processes: each with the id of its node.
+        timeout_seconds: how long they are waited for, on each node.
+    """
+    by_node: defaultdict[str, list[ProcessInfo]] = defaultdict(list)
+    for node_id, process in processes:
+        by_node[node_id].append(process)
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    here = ray.get_runtime_context().get_node_id()
+    left = end_processes(by_node.pop(here, []), timeout_seconds)
+    end = ray.remote(end_processes)
+    for node_id in by_node.keys() & alive:
+        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        call = end.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(
+            by_node[node_id], timeout_seconds
+        )
+        try:
+            left += ray.get(call, timeout=timeout_seconds + _TASK_SECONDS)
+        except RayError as error:
+            logger.warning("nobody can say what is left on node %s: %s", node_id, error)
+    return left
