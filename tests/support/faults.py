@@ -123,6 +123,11 @@ def outcomes(faults: Sequence[Fault], logs: Sequence[Path]) -> Iterator[Outcome]
         yield Outcome(fault.kind, noticed - fault.at, over - fault.at)
 
 
+def num_losses(logs: Sequence[Path]) -> int:
+    """How often somebody was taken for lost."""
+    return len(list(_moments(logs, _LOST)))
+
+
 def _moments(logs: Sequence[Path], pattern: re.Pattern[str]) -> Iterator[float]:
     for log in logs:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
