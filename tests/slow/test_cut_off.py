@@ -1,4 +1,4 @@
-"""A rank whose node is cut off the network: its controller knows within seconds, and it ends itself.
+"""A rank whose node is cut off the network: its controller knows in seconds, and it ends itself.
 
 The node is a network namespace of this machine, which takes root and `ip`.
 """
