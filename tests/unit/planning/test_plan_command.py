@@ -1,6 +1,7 @@
 """`saqqara plan`: what it prints, and that it needs neither torch nor Ray."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,24 @@ def test_a_plan_loads_neither_torch_nor_ray() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "4 x 2 x 1" in done.stdout
     assert done.stderr.strip() == ""
+
+
+def test_a_plan_takes_less_than_a_second() -> None:
+    """Of a core; how long a core is to be had for depends on what else a machine does."""
+    command = [sys.executable, "-m", "saqqara.cli", "plan", *ASK, "--retention", "h2o"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([*command, "--budget", "25%"], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert used < 1.0
+
+
+def test_plan_alone_is_the_command_that_all_of_them_have() -> None:
+    command = [sys.executable, "-m", "saqqara.cli", "plan", "--help"]
+    alone = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    among_all = CliRunner().invoke(app, ["plan", "--help"]).output
+    assert alone.split()[0] == among_all.split()[0] == "Usage:"
+    assert alone.split("[OPTIONS]")[1].split() == among_all.split("[OPTIONS]")[1].split()
 
 
 def test_defaults_are_the_engines() -> None:
