@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+MAX_NUM_SEQS = 4096
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:

@@ -4,7 +4,6 @@ What a command does once its settings are checked stands in a file of its own, i
 takes a while.
 """
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,48 +12,12 @@ import typer
 
 from saqqara import __version__
 
-from .help import App
-from .options import Settings, errors_in_one_line, with_settings
+from .help import errors_in_one_line, root_app
+from .options import Settings, with_settings
+from .plan_flags import plan
 from .simulate import simulate
 
-logger = logging.getLogger("saqqara")
-
-app = App(
-    name="saqqara", help="Inference for large language models on Ray, with pyramid KV retention."
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"saqqara {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def common(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Print the version and end.", callback=_print_version, is_eager=True
-        ),
-    ] = False,
-    log_level: Annotated[
-        str, typer.Option(help="debug, info, warning or error; debug also shows tracebacks.")
-    ] = "info",
-) -> None:
-    """Set up logging."""
-    level = logging.getLevelNamesMapping().get(log_level.upper())
-    if level is None:
-        raise typer.BadParameter(
-            f"{log_level!r} is not one of debug, info, warning, error", param_hint="--log-level"
-        )
-    logging.basicConfig(
-        level=logging.WARNING,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
-    logger.setLevel(level)
+app = root_app()
 
 
 @app.command()
@@ -270,92 +233,7 @@ def methods(
             print_methods(rows)
 
 
-@app.command()
-def plan(
-    model: Annotated[str, typer.Option(help="Known model (llama-3-70b, ...), folder or hub id.")],
-    gpu: Annotated[str, typer.Option(help="Known GPU (h100-80gb, ...), or a YAML file of one.")],
-    gpus: Annotated[int, typer.Option(min=1, max=65536, help="GPUs in all.")] = 1,
-    nodes: Annotated[
-        int | None, typer.Option(min=1, help="Nodes they are spread over. [default: 8 on each]")
-    ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 2048,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for it.")] = 256,
-    requests: Annotated[
-        int | None, typer.Option(min=1, help="Also: time for so many, all there at once.")
-    ] = None,
-    retention: Annotated[str, typer.Option(help="Method, preset, or YAML mapping.")] = "full",
-    budget: Annotated[str | None, typer.Option(help="Tokens, or a share such as 25%.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Longest sequence. [default: the model's context]")
-    ] = None,
-    max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Slots. [default: as many as fit]")
-    ] = None,
-    max_prefill_tokens: Annotated[
-        int, typer.Option(min=1, help="Prompt tokens of a prefill group.")
-    ] = 2048,
-    page_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Tokens of a page.")] = 16,
-    memory_utilization: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Share of GPU memory the engine may use.")
-    ] = 0.9,
-    kv_memory_gib: Annotated[
-        float | None, typer.Option(min=0, help="KV pool of a replica; default: what is left.")
-    ] = None,
-    tensor_parallel_size: Annotated[
-        int | None, typer.Option(min=1, help="Only such layouts.")
-    ] = None,
-    pipeline_parallel_size: Annotated[
-        int | None, typer.Option(min=1, help="Only such layouts.")
-    ] = None,
-    layer_split: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Layers of each stage.")
-    ] = None,
-    gpu_hour_price: Annotated[
-        float | None, typer.Option(min=0, help="Dollars for an hour of one GPU.")
-    ] = None,
-    calibrate: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="RUN.json", help="A measured run; may be repeated."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw sequences and tokens/s against the budget.")
-    ] = None,
-) -> None:
-    """Size a deployment on paper: layouts, bytes, sequences, rates and cost. Loads no torch."""
-    with errors_in_one_line():
-        from .plan import PlanFlags, plan_and_print
-
-        flags = PlanFlags(
-            model=model,
-            gpu=gpu,
-            gpus=gpus,
-            nodes=nodes,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            requests=requests,
-            retention=retention,
-            budget=budget,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_prefill_tokens=max_prefill_tokens,
-            page_tokens=page_tokens,
-            memory_utilization=memory_utilization,
-            kv_memory_gib=kv_memory_gib,
-            tensor_parallel_size=tensor_parallel_size,
-            pipeline_parallel_size=pipeline_parallel_size,
-            layer_split=layer_split,
-            gpu_hour_price=gpu_hour_price,
-            calibrate=tuple(calibrate or ()),
-            as_json=as_json,
-            plot=plot,
-        )
-        if code := plan_and_print(flags):
-            raise typer.Exit(code)
-
-
+app.command()(plan)
 app.command()(simulate)
 
 

@@ -1,13 +1,17 @@
 """How the command line helps: flags by panel, mistakes in one line, hints that are right."""
 
+import logging
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from saqqara.configs.names import closest
+
+logger = logging.getLogger("saqqara")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 ARGUMENTS, OWN_PANEL = "Arguments", "Options"
@@ -98,6 +102,74 @@ class Group(TyperGroup):
         if error.ctx is not None and isinstance(error.ctx.command, Command):
             message += f" (all flags: {error.ctx.command_path} --help)"
         typer.echo(f"error: {message[:1].lower()}{message[1:]}", err=True)
+
+
+def root_app() -> App:
+    """`saqqara` itself, without a command."""
+    app = App(
+        name="saqqara",
+        help="Inference for large language models on Ray, with pyramid KV retention.",
+    )
+    app.callback()(_common)
+    return app
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turn an error into one line on stderr and an exit code; its traceback goes to the debug log.
+
+    Wrong input (`ValueError`) exits with 2, anything that failed (`RuntimeError`, which includes a
+    dead engine, `OSError`, and `ImportError` of what is not installed) with 1, an interrupt with
+    130.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort):  # RuntimeErrors, too
+        raise
+    except BrokenPipeError:  # `| head` has seen enough: typer ends without a word
+        raise
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        logger.debug("traceback", exc_info=True)
+        # Some libraries explain in several lines; here it is one.
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from saqqara import __version__
+
+        typer.echo(f"saqqara {__version__}")
+        raise typer.Exit
+
+
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and end.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+    log_level: Annotated[
+        str, typer.Option(help="debug, info, warning or error; debug also shows tracebacks.")
+    ] = "info",
+) -> None:
+    """Set up logging."""
+    level = logging.getLevelNamesMapping().get(log_level.upper())
+    if level is None:
+        raise typer.BadParameter(
+            f"{log_level!r} is not one of debug, info, warning, error", param_hint="--log-level"
+        )
+    logging.basicConfig(
+        level=logging.WARNING,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    logger.setLevel(level)
 
 
 def _with_right_hint(error: Any, known: Sequence[str]) -> None:

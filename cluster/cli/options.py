@@ -11,8 +11,8 @@ import inspect
 import logging
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -28,6 +28,8 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.configs.shown import shown
 from saqqara.configs.yaml_files import parse_yaml
 from saqqara.workers.models.source import local_folder
+
+from .help import errors_in_one_line as errors_in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -66,30 +68,6 @@ class Settings:
 
     config: EngineConfig
     sampling: SamplingParams
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Turn an error into one line on stderr and an exit code; its traceback goes to the debug log.
-
-    Wrong input (`ValueError`) exits with 2, anything that failed (`RuntimeError`, which includes a
-    dead engine, `OSError`, and `ImportError` of what is not installed) with 1, an interrupt with
-    130.
-    """
-    try:
-        yield
-    except (typer.Exit, typer.Abort):  # RuntimeErrors, too
-        raise
-    except BrokenPipeError:  # `| head` has seen enough: typer ends without a word
-        raise
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(130) from None
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        logger.debug("traceback", exc_info=True)
-        # Some libraries explain in several lines; here it is one.
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
 def with_settings(

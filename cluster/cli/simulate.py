@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import errors_in_one_line
+from .help import errors_in_one_line
 
 _FILE = "FILE"
 

@@ -23,7 +23,7 @@ from saqqara.cluster.engine.client import EngineDescription, LocalClient, Reject
 from saqqara.cluster.engine.model_fit import check_fits, check_fits_if_local
 from saqqara.cluster.engine.report import BatchRows, EngineReport
 from saqqara.cluster.errors import ControllerLostError, EngineDeadError, WorkerDiedError
-from saqqara.cluster.recovery.pulse import SILENT_SECONDS, Pulse, PulseAddress, PulseMonitor
+from saqqara.cluster.recovery.pulse import Pulse, PulseAddress, PulseMonitor
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
@@ -388,7 +388,7 @@ class ControllerClient:
         except RayActorError as error:
             what = f"has died: {exit_reason(error)}"
             if self._is_silent:
-                what = f"was not heard for {SILENT_SECONDS:g} s"
+                what = "has fallen silent"
             raise ControllerLostError(
                 f"the controller {what}; its log: {self._log_file}"
             ) from error

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from saqqara.cluster.errors import WorkerDiedError
-from saqqara.cluster.recovery.pulse import SILENT_SECONDS, PulseMonitor
+from saqqara.cluster.recovery.pulse import PulseMonitor
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.plan import StepResult, WorkerInfo
@@ -257,7 +257,7 @@ class RankGroup:
         def diagnose() -> WorkerDiedError:
             log_file = str(self._log_file(rank))
             if not is_closed:
-                message = f"{self._name(rank)} was not heard for {SILENT_SECONDS:g} s"
+                message = f"{self._name(rank)} has fallen silent"
                 return WorkerDiedError(
                     f"{message}; its log: {log_file}", rank, log_file, cause="unreachable"
                 )

@@ -12,7 +12,7 @@ import numpy as np
 
 from saqqara.cluster.scheduling.demand import Demand, demand_of
 from saqqara.cluster.scheduling.seats import WATERMARK
-from saqqara.configs.schema import MAX_NUM_SEQS
+from saqqara.configs.worker_settings import MAX_NUM_SEQS
 from saqqara.workers.footprint import GIB, Footprint, replica_rows
 from saqqara.workers.plan import WorkerInfo, WorkerMemory
 

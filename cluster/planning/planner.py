@@ -209,10 +209,16 @@ def _planned(question: Question, layout: MeshLayout, replicas: int) -> LayoutPla
 def _job_seconds(
     question: Question, memory: ReplicaMemory, replicas: int, sequences: int, num_requests: int
 ) -> float:
-    """Time for so many requests that are there at once, as many running as fit."""
-    each = -(-num_requests // replicas)
+    """Time for so many requests that are there at once, as many running as fit.
+
+    Later stages have nothing to do until the first group of prompts comes to them.
+    """
+    each, prompt_tokens = -(-num_requests // replicas), question.workload.prompt_tokens
     rates = _rates(question, memory, 1, min(sequences, each))
-    return each * question.workload.new_tokens / rates.output_tokens_per_second
+    group = min(each, max(question.sizes.max_prefill_tokens // prompt_tokens, 1))
+    stages = memory.ranks[0].layout.pipeline_size
+    filling = (stages - 1) * group * prompt_tokens / rates.prefill_tokens_per_second
+    return each * question.workload.new_tokens / rates.output_tokens_per_second + filling
 
 
 def _unplaceable(question: Question, layout: MeshLayout, replicas: int) -> str | None:

@@ -138,6 +138,25 @@ def overview() -> Any:
                     ),
                 ],
             ),
+            (
+                "Workers",
+                [
+                    graph(
+                        "Lost workers",
+                        "Recoveries per second by how workers were lost: died, failed, hung or "
+                        "unreachable.",
+                        "ops",
+                        Query(rate("saqqara:recoveries_total", "cause"), "{{cause}}"),
+                    ),
+                    graph(
+                        "Time without workers",
+                        "Share of the time in which lost workers were started again, summed over "
+                        "engines; it counts when they are back.",
+                        "percentunit",
+                        Query(rate("saqqara:down_seconds_total"), "down"),
+                    ),
+                ],
+            ),
         ],
     )
 

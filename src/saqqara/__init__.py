@@ -5,7 +5,6 @@ nor Ray.
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,10 +13,7 @@ if TYPE_CHECKING:
 
     from .cluster.sampling import SamplingParams
 
-try:
-    __version__ = version("saqqara")
-except PackageNotFoundError:  # a checkout on the path, not installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = ["LLM", "Retention", "SamplingParams", "__version__"]
 
@@ -29,10 +25,23 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        globals()[name] = _version()
+        return globals()[name]
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
+
+
+def _version() -> str:
+    """Of the installed package; looking takes a while, so it is done when somebody asks."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("saqqara")
+    except PackageNotFoundError:  # a checkout on the path, not installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

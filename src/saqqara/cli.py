@@ -6,23 +6,50 @@ have errors (`batch --fail-on-errors`), 128 + n ended by signal n (130: Ctrl-C).
 
 import os
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from saqqara.cluster.cli.commands import app
-from saqqara.evaluation.bench_cli import bench
-from saqqara.evaluation.cli import evaluation
+if TYPE_CHECKING:
+    app: Any
 
 __all__ = ["app", "main"]
-
-app.add_typer(bench, name="bench")
-app.add_typer(evaluation, name="eval")
 
 
 def main() -> None:
     """Entry point of the `saqqara` script."""
     try:
-        app()
+        _app_for(sys.argv[1:])()
     finally:
         _write_the_rest()
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = _whole_app()
+    return globals()[name]
+
+
+def _app_for(arguments: Sequence[str]) -> Any:
+    """The command with all of its commands; `plan` comes alone, and so within a second."""
+    if not arguments or arguments[0] != "plan":
+        return _whole_app()
+    from saqqara.cluster.cli.help import root_app
+    from saqqara.cluster.cli.plan_flags import plan
+
+    app = root_app()
+    app.command()(plan)
+    return app
+
+
+def _whole_app() -> Any:
+    from saqqara.cluster.cli.commands import app
+    from saqqara.evaluation.bench_cli import bench
+    from saqqara.evaluation.cli import evaluation
+
+    app.add_typer(bench, name="bench")
+    app.add_typer(evaluation, name="eval")
+    return app
 
 
 def _write_the_rest() -> None:

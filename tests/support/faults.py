@@ -26,7 +26,7 @@ KINDS = {  # how many of twenty-four
 NUM_RANKS = 4
 STOPPED_SECONDS = 8.0  # of the driver, until it goes on
 _TIME = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) ", re.M)
-_LOST = re.compile(r"workers are lost|the controller (has died|was not heard)")
+_LOST = re.compile(r"workers are lost|the controller has (died|fallen silent)")
 _AGAIN = re.compile(r"the first new token comes|the first answer comes")
 
 
@@ -121,6 +121,11 @@ def outcomes(faults: Sequence[Fault], logs: Sequence[Path]) -> Iterator[Outcome]
         assert noticed is not None, f"nobody noticed: {fault}"
         assert over is not None, f"never over: {fault}"
         yield Outcome(fault.kind, noticed - fault.at, over - fault.at)
+
+
+def num_losses(logs: Sequence[Path]) -> int:
+    """How often somebody was taken for lost."""
+    return len(list(_moments(logs, _LOST)))
 
 
 def _moments(logs: Sequence[Path], pattern: re.Pattern[str]) -> Iterator[float]:

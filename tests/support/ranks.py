@@ -72,7 +72,9 @@ class _Pool:
 _POOL = _Pool()
 
 
-def run_ranks(task: Task, num_ranks: int, num_stores: int = 1) -> list[Any]:
+def run_ranks(
+    task: Task, num_ranks: int, num_stores: int = 1, timeout_seconds: float = TIMEOUT_SECONDS
+) -> list[Any]:
     """What `task(rank, stores)` returns on each rank; each is a process, which other tests use too.
 
     A store is a host and port to meet at. A process group needs one of its own, so a task that
@@ -84,17 +86,17 @@ def run_ranks(task: Task, num_ranks: int, num_stores: int = 1) -> list[Any]:
     try:
         for rank, connection in enumerate(connections):
             connection.send((task, rank, places))
-        return _answers(connections)
+        return _answers(connections, timeout_seconds)
     except BaseException:
         _POOL.end()
         raise
 
 
-def _answers(connections: list[Connection]) -> list[Any]:
+def _answers(connections: list[Connection], timeout_seconds: float) -> list[Any]:
     by_rank: dict[int, Any] = {}
     waiting: dict[Any, int] = {connection: rank for rank, connection in enumerate(connections)}
     while waiting:
-        ready = wait(list(waiting), timeout=TIMEOUT_SECONDS)
+        ready = wait(list(waiting), timeout=timeout_seconds)
         assert ready, f"ranks {sorted(waiting.values())} did not answer"
         for connection in ready:
             rank = waiting.pop(connection)

@@ -40,11 +40,11 @@ def column_parallel(
 
     `parts` are (name without `.weight`, rows of this rank).
     """
-    weights = [source.read(f"{name}.weight", rows=rows) for name, rows in parts]
+    weight = source.read_joined([(f"{name}.weight", rows) for name, rows in parts])
     bias = None
     if has_bias:
-        bias = _join([source.read(f"{name}.bias", rows=rows) for name, rows in parts])
-    return Linear(_join(weights), bias)
+        bias = source.read_joined([(f"{name}.bias", rows) for name, rows in parts])
+    return Linear(weight, bias)
 
 
 def row_parallel(
@@ -56,7 +56,3 @@ def row_parallel(
     """
     weight = source.read(f"{name}.weight", cols=columns)
     return Linear(weight, source.read(f"{name}.bias") if has_bias and tensor_rank == 0 else None)
-
-
-def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -13,10 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+
+from saqqara.workers.safetensors_file import SafetensorsFile, piece_buffer
 
 from .source import whole_folder
 from .spec import ModelSpec
@@ -30,6 +31,8 @@ _SINGLE = "model.safetensors"
 _HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "lm_head.weight")
 _NUM_LISTED = 5
 _LOG_SECONDS = 4.0  # between lines about what has been read
+_BAR_LENGTH = 20
+_GIB = 2**30
 
 _DUMMY_STD = 0.02
 _DUMMY_BLOCK_ELEMENTS = 1 << 22
@@ -74,41 +77,47 @@ def open_weights(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    total_bytes: int | None = None,
 ) -> "WeightSource":
     """Open the weights of a local folder or hub id (downloads it), or random ones for `dummy`.
 
-    Use it as a context manager: leaving it unmaps the files. `seed` is for `dummy`.
+    Use it as a context manager: leaving it closes the files. `seed` is for `dummy`;
+    `total_bytes`, of all that this rank will read, is for the bar in the log.
 
     Raises:
         ValueError: no such model, no safetensors in it, or an unknown `load_format`.
     """
     if load_format == "dummy":
-        return DummyWeights(weight_shapes(spec), dtype, device, seed)
+        return DummyWeights(weight_shapes(spec), dtype, device, seed, total_bytes)
     if load_format != "safetensors":
         raise ValueError(f"load_format={load_format!r} is unknown; it is 'safetensors' or 'dummy'")
-    return SafetensorsWeights(whole_folder(model), weight_shapes(spec), dtype, device)
+    return SafetensorsWeights(whole_folder(model), weight_shapes(spec), dtype, device, total_bytes)
 
 
 class _Progress:
-    """Logs how much has been read, every few seconds."""
+    """Logs a bar of how much has been read, every few seconds; `total_bytes` None: not known."""
 
-    def __init__(self) -> None:
-        self._num_tensors = 0
+    def __init__(self, total_bytes: int | None) -> None:
+        self._total_bytes = total_bytes
         self._num_bytes = 0
         self._logged = time.monotonic()
 
     def note(self, part: torch.Tensor) -> None:
         """One more tensor, or this rank's part of it, is read."""
-        self._num_tensors += 1
         self._num_bytes += part.numel() * part.element_size()
         now = time.monotonic()
         if now - self._logged >= _LOG_SECONDS:
             self._logged = now
-            logger.info(
-                "weights: %d tensors, %.1f GiB read so far",
-                self._num_tensors,
-                self._num_bytes / 2**30,
-            )
+            logger.info("weights: %s", loaded_bar(self._num_bytes, self._total_bytes))
+
+
+def loaded_bar(num_bytes: int, total_bytes: int | None) -> str:
+    """How much is loaded, such as `[#####---------------] 4.2 of 16.9 GiB`."""
+    if total_bytes is None:
+        return f"{num_bytes / _GIB:.1f} GiB read so far"
+    filled = min(_BAR_LENGTH * num_bytes // max(total_bytes, 1), _BAR_LENGTH)
+    bar = "#" * filled + "-" * (_BAR_LENGTH - filled)
+    return f"[{bar}] {num_bytes / _GIB:.1f} of {total_bytes / _GIB:.1f} GiB"
 
 
 class WeightSource(ABC):
@@ -119,11 +128,12 @@ class WeightSource(ABC):
         shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype,
         device: torch.device | str,
+        total_bytes: int | None = None,
     ) -> None:
         self.shapes = shapes
         self.dtype = dtype
         self.device = torch.device(device)
-        self._progress = _Progress()
+        self._progress = _Progress(total_bytes)
 
     def read(
         self,
@@ -140,19 +150,41 @@ class WeightSource(ABC):
             ValueError: the tensor is missing or its shape is not what the config implies.
         """
         shape = self.shapes[name]
+        num_rows = shape[0] if rows is None else len(rows)
+        widths = shape[1:] if cols is None else (len(cols),)
+        size = (num_rows if pad_rows_to is None else pad_rows_to, *widths)
+        out = torch.empty(size, dtype=self.dtype, device=self.device)
+        out[num_rows:].zero_()
+        self._copy(out[:num_rows], name, rows, cols)
+        return out
+
+    def read_joined(self, parts: Sequence[tuple[str, range]]) -> torch.Tensor:
+        """Read rows of several tensors, one below the other, as one new tensor.
+
+        Each is copied to its place, so that none lies in memory besides.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        shape = self.shapes[parts[0][0]]
+        size = (sum(len(rows) for _, rows in parts), *shape[1:])
+        out = torch.empty(size, dtype=self.dtype, device=self.device)
+        first = 0
+        for name, rows in parts:
+            self._copy(out[first : first + len(rows)], name, rows, None)
+            first += len(rows)
+        return out
+
+    def _copy(self, out: torch.Tensor, name: str, rows: range | None, cols: range | None) -> None:
+        """Copy a tensor, or the rows and columns of it that are asked for, to `out`."""
+        shape = self.shapes[name]
         assert cols is None or len(shape) == 2, f"{name} has one dimension"
         rows = range(shape[0]) if rows is None else rows
         cols = range(shape[-1]) if cols is None else cols
         assert 0 <= rows.start <= rows.stop <= shape[0], f"{name}: rows {rows} of {shape}"
         assert 0 <= cols.start <= cols.stop <= shape[-1], f"{name}: columns {cols} of {shape}"
-        part = self._read(name, shape, rows, cols)
-        self._progress.note(part)
-        if pad_rows_to is None or pad_rows_to == len(rows):
-            return part.to(self.device, self.dtype).contiguous()
-        size = (pad_rows_to, *part.shape[1:])
-        padded = torch.zeros(size, dtype=self.dtype, device=self.device)
-        padded[: len(part)] = part
-        return padded
+        self._copy_slice(out, name, shape, rows, cols)
+        self._progress.note(out)
 
     @abstractmethod
     def close(self) -> None:
@@ -170,8 +202,10 @@ class WeightSource(ABC):
         self.close()
 
     @abstractmethod
-    def _read(self, name: str, shape: tuple[int, ...], rows: range, cols: range) -> torch.Tensor:
-        """The slice, in any dtype, anywhere."""
+    def _copy_slice(
+        self, out: torch.Tensor, name: str, shape: tuple[int, ...], rows: range, cols: range
+    ) -> None:
+        """Copy the slice to `out`, which has its shape, and any dtype and device."""
 
 
 class SafetensorsWeights(WeightSource):
@@ -183,10 +217,12 @@ class SafetensorsWeights(WeightSource):
         shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        total_bytes: int | None = None,
     ) -> None:
-        super().__init__(shapes, dtype, device)
+        super().__init__(shapes, dtype, device, total_bytes)
         self.folder = folder
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, SafetensorsFile] = {}
+        self._buffer = piece_buffer(shapes.values())
         self._index = self._read_index()
         try:
             self._check_names()
@@ -195,7 +231,9 @@ class SafetensorsWeights(WeightSource):
             raise
 
     def close(self) -> None:
-        """Unmap the files."""
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
     def _read_index(self) -> dict[str, str] | None:
@@ -224,7 +262,7 @@ class SafetensorsWeights(WeightSource):
         the rotary frequencies that old checkpoints hold, and the head of a model that ties it.
         """
         if self._index is None:
-            where, held = self.folder / _SINGLE, set(self._file(_SINGLE).keys())
+            where, held = self.folder / _SINGLE, self._file(_SINGLE).names
         else:
             where, held = self.folder / _INDEX, set(self._index)
         if missing := sorted(self.shapes.keys() - held):
@@ -238,43 +276,17 @@ class SafetensorsWeights(WeightSource):
                 "config.json and the weights belong together?"
             )
 
-    def _open(self, name: str) -> tuple[Any, Path]:
-        """The open file that should hold `name`."""
-        file = _SINGLE if self._index is None else self._index[name]
-        return self._file(file), self.folder / file
-
-    def _file(self, file: str) -> Any:
+    def _file(self, file: str) -> SafetensorsFile:
         """A file of the folder, opened once."""
-        path = self.folder / file
         if file not in self._files:
-            try:
-                self._files[file] = safe_open(path, framework="pt", device="cpu")
-            except SafetensorError as error:
-                raise ValueError(f"model: {path} is not a safetensors file: {error}") from error
+            self._files[file] = SafetensorsFile(self.folder / file, self._buffer)
         return self._files[file]
 
-    def _read(self, name: str, shape: tuple[int, ...], rows: range, cols: range) -> torch.Tensor:
-        handle, path = self._open(name)
-        try:
-            part = handle.get_slice(name)
-        except SafetensorError as error:
-            raise ValueError(f"model: tensor {name!r} is not in {path}: {error}") from error
-        found = tuple(part.get_shape())
-        if found != shape:
-            raise ValueError(
-                f"model: tensor {name!r} in {path} has shape {list(found)}; "
-                f"the config implies {list(shape)}"
-            )
-        if len(shape) == 1:
-            tensor: torch.Tensor = part[rows.start : rows.stop]
-        else:
-            tensor = part[rows.start : rows.stop, cols.start : cols.stop]
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ValueError(
-                f"model: tensor {name!r} in {path} is {tensor.dtype}; only float32, bfloat16 and "
-                "float16 checkpoints are read"
-            )
-        return tensor
+    def _copy_slice(
+        self, out: torch.Tensor, name: str, shape: tuple[int, ...], rows: range, cols: range
+    ) -> None:
+        file = _SINGLE if self._index is None else self._index[name]
+        self._file(file).copy(out, name, shape, rows, cols)
 
 
 class DummyWeights(WeightSource):
@@ -290,26 +302,29 @@ class DummyWeights(WeightSource):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        total_bytes: int | None = None,
     ) -> None:
-        super().__init__(shapes, dtype, device)
+        super().__init__(shapes, dtype, device, total_bytes)
         self.seed = seed
 
     def close(self) -> None:
         """Nothing to let go of."""
 
-    def _read(self, name: str, shape: tuple[int, ...], rows: range, cols: range) -> torch.Tensor:
+    def _copy_slice(
+        self, out: torch.Tensor, name: str, shape: tuple[int, ...], rows: range, cols: range
+    ) -> None:
         if name.endswith("norm.weight"):
-            return torch.ones(len(rows))
+            out.fill_(1)
+            return
         block = max(1, _DUMMY_BLOCK_ELEMENTS // math.prod(shape[1:]))
-        parts = []
         for start in range(rows.start - rows.start % block, rows.stop, block):
             stop = min(start + block, shape[0])
             full = self._block(f"{self.seed}/{name}/{start}", (stop - start, *shape[1:]))
-            part = full[max(start, rows.start) - start : min(stop, rows.stop) - start]
+            first, last = max(start, rows.start), min(stop, rows.stop)
+            part = full[first - start : last - start]
             if len(shape) == 2:
                 part = part[:, cols.start : cols.stop]
-            parts.append(part.to(self.dtype))
-        return torch.cat(parts) if parts else torch.empty((0, *shape[1:]))
+            out[first - rows.start : last - rows.start].copy_(part)
 
     def _block(self, key: str, shape: tuple[int, ...]) -> torch.Tensor:
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()

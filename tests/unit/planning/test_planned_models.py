@@ -118,8 +118,10 @@ class NoNumbers(WeightSource):
     def close(self) -> None:
         """Nothing is open."""
 
-    def _read(self, name: str, shape: tuple[int, ...], rows: range, cols: range) -> torch.Tensor:
-        return torch.empty((len(rows), *((len(cols),) if len(shape) == 2 else ())))
+    def _copy_slice(
+        self, out: torch.Tensor, name: str, shape: tuple[int, ...], rows: range, cols: range
+    ) -> None:
+        """What stands in memory is good enough."""
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(8, 1), (1, 4), (4, 2)])

@@ -1,0 +1,79 @@
+"""A rank whose node is cut off the network: its controller knows in seconds, and it ends itself.
+
+The node is a network namespace of this machine, which takes root and `ip`.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from queue import SimpleQueue
+
+import pytest
+
+from saqqara.cluster.recovery.pulse import CUT_OFF_SECONDS, EXIT_STATUS, PulseMonitor
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and `ip`"
+    ),
+]
+
+HERE, THERE = "10.213.77.1", "10.213.77.2"
+NOTICE_SECONDS = 10.0
+START_SECONDS = 120.0
+RANK = """
+import sys, time
+from saqqara.cluster.recovery.pulse import Pulse, PulseAddress
+
+pulse = Pulse(PulseAddress(sys.argv[1], int(sys.argv[2]), bytes.fromhex(sys.argv[3])), 0)
+pulse.note_up()
+time.sleep(600)
+"""
+
+
+def ip(command: str) -> None:
+    subprocess.run(["ip", *command.split()], check=True)
+
+
+@pytest.fixture
+def link() -> Iterator[str]:
+    """Our end of the line to a node of its own, which is the namespace `<link>n`."""
+    name = f"sq{os.getpid()}"
+    ip(f"netns add {name}n")
+    try:
+        ip(f"link add {name} type veth peer name {name}p netns {name}n")
+        ip(f"addr add {HERE}/30 dev {name}")
+        ip(f"link set {name} up")
+        ip(f"netns exec {name}n ip addr add {THERE}/30 dev {name}p")
+        ip(f"netns exec {name}n ip link set {name}p up")
+        yield name
+    finally:
+        ip(f"netns del {name}n")  # the line goes with it
+
+
+def test_a_rank_that_is_cut_off_is_lost_and_ends_itself(link: str) -> None:
+    losses: SimpleQueue[tuple[int, bool]] = SimpleQueue()
+    monitor = PulseMonitor(HERE, lambda rank, is_closed: losses.put((rank, is_closed)))
+    address = monitor.address
+    command = ["ip", "netns", "exec", f"{link}n", sys.executable, "-c", RANK]
+    rank = subprocess.Popen([*command, HERE, str(address.port), address.token.hex()])
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not [peer for peer in list(monitor._peers.values()) if peer.is_up]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(2.0)
+        assert losses.empty()
+        ip(f"link set {link} down")
+        started = time.monotonic()
+        assert losses.get(timeout=NOTICE_SECONDS) == (0, False)
+        assert rank.wait(2 * CUT_OFF_SECONDS) == EXIT_STATUS, "nobody else could end it"
+        assert time.monotonic() - started >= CUT_OFF_SECONDS / 2
+    finally:
+        rank.kill()
+        rank.wait()
+        monitor.close()
