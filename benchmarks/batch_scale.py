@@ -210,12 +210,12 @@ def run_job(folder: Path, num_rows: int, num_replicas: int) -> tuple[list[Driver
     arguments += ["--temperature", "0", "--max-tokens", "2", "--part-rows", str(GROUP_ROWS)]
     command = [sys.executable, "-m", "saqqara.cli", *arguments]
     whole = [*command, "--replicas", str(num_replicas)]
-    label = f"{num_replicas} replicas"
+    label = f"replicas: {num_replicas}"
     num_parts = -(-num_rows // GROUP_ROWS)
     runs = [run_command(whole, output, f"{label}, killed half-way", num_parts // 2)]
     assert runs[-1].exit_code == KILLED
     dying = [sys.executable, "-c", DIES_AT_COMMIT, *arguments]
-    runs.append(run_command(dying, output, "1 replica, killed before a commit", None))
+    runs.append(run_command(dying, output, "replicas: 1, killed before a commit", None))
     assert runs[-1].exit_code == KILLED
     assert list((output / "_staging").iterdir()), "nothing was written without its commit"
     runs.append(run_command(whole, output, f"{label}, to the end", None))
