@@ -47,6 +47,7 @@ from saqqara.workers.plan import StepPlan, StepResult
 MIB = 2**20
 LIMIT_BYTES = 2**30
 MAX_GROWTH_BYTES = 64 * MIB  # from the first quarter with rows to the last: what an allocator does
+MIN_PARTS = 5  # of a run, to tell how its memory goes
 MIN_SPEEDUP = 1.8
 ROW_BYTES = 100_000
 PROMPT_BYTES = 5_000  # 5% of a row
@@ -92,13 +93,18 @@ class Driver:
         return max(resident for _, resident in self.samples)
 
     @property
-    def growth_bytes(self) -> int:
-        """From the first quarter of the parts of this run to the last, the most of each."""
+    def growth_bytes(self) -> int | None:
+        """From the first quarter of the parts of this run to the last, the most of each.
+
+        None where they are too few to tell, as after a kill at the third.
+        """
         first, last = self.samples[0][0], self.samples[-1][0]
-        quarter = max(1, (last - first) // 4)
+        if last - first < MIN_PARTS:
+            return None
+        quarter = (last - first) // 4
         early = [r for parts, r in self.samples if first < parts <= first + quarter]
         late = [r for parts, r in self.samples if parts > last - quarter]
-        return max(late) - max(early) if early and late else 0
+        return max(late) - max(early) if early and late else None
 
 
 class Sleeping:
@@ -230,7 +236,9 @@ def run_job(folder: Path, num_rows: int, num_replicas: int) -> tuple[list[Driver
     for run in runs:
         assert run.peak_bytes < LIMIT_BYTES, (run.label, run.peak_bytes)
     for run in (runs[0], runs[2]):
-        assert run.growth_bytes < MAX_GROWTH_BYTES, (run.label, run.growth_bytes)
+        growth = run.growth_bytes
+        assert growth is not None, "too few parts: give more --gib"
+        assert growth < MAX_GROWTH_BYTES, (run.label, growth)
     return runs, {"rows": len(found), "parts": num_parts}
 
 
@@ -268,7 +276,7 @@ def show(runs: Sequence[Driver]) -> Table:
             str(run.exit_code),
             f"{run.seconds:.0f}",
             f"{run.peak_bytes / MIB:.0f} MiB",
-            f"{run.growth_bytes / MIB:+.0f} MiB",
+            "-" if run.growth_bytes is None else f"{run.growth_bytes / MIB:+.0f} MiB",
         )
     return table
 
