@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check prove soak chaos gpu-check format dashboards validate-manifests clean
+.PHONY: help install demo test check prove soak chaos batch-scale gpu-check format dashboards
+.PHONY: validate-manifests clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 20
@@ -35,11 +36,17 @@ check: $(INSTALLED) ## Check format, lint and types, then run all tests
 prove: $(INSTALLED) ## The longer proofs: parity on the real model, 20,000 random requests (half an hour)
 	$(BIN)/pytest -m slow tests/slow
 
+fault-schedules: $(INSTALLED) ## Run 100,000 random schedules of faults (ARGS="--again SEED": one)
+	$(BIN)/python tests/support/run_fault_schedules.py $(ARGS)
+
 gpu-check: ## Prove and measure the GPU path on this machine's GPU, with the python of PYTHON
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu/gpu_check.py $(ARGS)
 
 soak: $(INSTALLED) ## Load a server for 10 minutes (MINUTES=1: shorter), and look for leaks
 	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),10)
+
+batch-scale: $(INSTALLED) ## Answer 2 GB of Parquet with kills, and with two replicas beside one
+	$(BIN)/python benchmarks/batch_scale.py $(ARGS)
 
 chaos: $(INSTALLED) ## A batch job whose processes are killed and stopped (ARGS: see tests/chaos/chaos.py)
 	PYTHONPATH=tests $(BIN)/python tests/chaos/chaos.py $(ARGS)

@@ -87,8 +87,9 @@ class Part:
         stages = stage_layers(spec, layout.pipeline_size, config.layer_split)
         layers = stages[layout.pipeline_rank(rank)]
         mesh = Mesh(layout, rank, spec.num_kv_heads, device, store)
+        own_bytes = Footprint(spec, dtype, layout, rank, layers, heads).weight_bytes()
         with open_weights(
-            config.model, spec, config.load_format, dtype, device, config.seed
+            config.model, spec, config.load_format, dtype, device, config.seed, own_bytes
         ) as source:
             decoder = Decoder(spec, mesh, heads, layers, source, max_model_len, linear_backend)
         return cls(

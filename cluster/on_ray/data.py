@@ -88,6 +88,13 @@ class ReplicaFleet:
         self._num_replicas = num_replicas
         self._at_once = at_once
         self._num_gpus = int(config.executor == "local" and uses_gpus(config))
+        num_gpus = ray.cluster_resources().get("GPU", 0)
+        if self._num_gpus * num_replicas > num_gpus:
+            logger.warning(
+                "%d replicas need a GPU each and the cluster has %d: others wait until it grows",
+                num_replicas,
+                num_gpus,
+            )
         self._board = ray.remote(Board).options(num_cpus=0).remote(state)
 
     def results(self, items: Sequence[Any]) -> Iterator[Any]:
@@ -101,7 +108,8 @@ class ReplicaFleet:
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        context.issue_detectors_config.detectors = []  # they guess at what replicas do by design
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # what fails, is raised
         rows = [{"item": pickle.dumps(item)} for item in items]
         dataset = from_items(rows, override_num_blocks=len(rows)).map_batches(
             ReplicaActor,

@@ -157,7 +157,7 @@ def estimate(question: Question, layout: MeshLayout, replicas: int) -> Rates | N
     Raises:
         ValueError: the model cannot be cut like this.
     """
-    memory = _memory(question, layout)
+    memory = replica_memory(question, layout)
     sequences = memory.most_sequences()
     return _rates(question, memory, replicas, sequences) if sequences else None
 
@@ -179,7 +179,7 @@ def _planned(question: Question, layout: MeshLayout, replicas: int) -> LayoutPla
     if (why_not := _unplaceable(question, layout, replicas)) is not None:
         return replace(plan, why_not=why_not)
     try:
-        memory = _memory(question, layout)
+        memory = replica_memory(question, layout)
     except ValueError as error:
         return replace(plan, why_not=str(error))
     sequences = memory.most_sequences()
@@ -209,10 +209,16 @@ def _planned(question: Question, layout: MeshLayout, replicas: int) -> LayoutPla
 def _job_seconds(
     question: Question, memory: ReplicaMemory, replicas: int, sequences: int, num_requests: int
 ) -> float:
-    """Time for so many requests that are there at once, as many running as fit."""
-    each = -(-num_requests // replicas)
+    """Time for so many requests that are there at once, as many running as fit.
+
+    Later stages have nothing to do until the first group of prompts comes to them.
+    """
+    each, prompt_tokens = -(-num_requests // replicas), question.workload.prompt_tokens
     rates = _rates(question, memory, 1, min(sequences, each))
-    return each * question.workload.new_tokens / rates.output_tokens_per_second
+    group = min(each, max(question.sizes.max_prefill_tokens // prompt_tokens, 1))
+    stages = memory.ranks[0].layout.pipeline_size
+    filling = (stages - 1) * group * prompt_tokens / rates.prefill_tokens_per_second
+    return each * question.workload.new_tokens / rates.output_tokens_per_second + filling
 
 
 def _unplaceable(question: Question, layout: MeshLayout, replicas: int) -> str | None:
@@ -225,7 +231,12 @@ def _unplaceable(question: Question, layout: MeshLayout, replicas: int) -> str |
     return None
 
 
-def _memory(question: Question, layout: MeshLayout) -> ReplicaMemory:
+def replica_memory(question: Question, layout: MeshLayout) -> ReplicaMemory:
+    """What one replica of a layout holds.
+
+    Raises:
+        ValueError: the model cannot be cut like this.
+    """
     ranks = Footprint.of_ranks(question.model.spec, question.dtype, layout, question.split)
     return ReplicaMemory(question.model, question.device, ranks, question.sizes, question.workload)
 

@@ -16,11 +16,16 @@ from saqqara.cluster.batch.parts.job import PartsJob, run_parts
 from saqqara.cluster.batch.parts.job_file import committed
 from saqqara.cluster.batch.parts.pool import Event
 from saqqara.cluster.batch.parts.ray_pool import RayPool
+from saqqara.cluster.batch.parts.replica import PartResult
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.schema import EngineConfig
 
 pytest.importorskip("ray.data", reason="the extra `data` is not installed")
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [
+    pytest.mark.usefixtures("ray_cluster"),
+    # Ray Data sets settings of its own that it calls deprecated.
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\..*"),
+]
 
 NUM_FILES, NUM_ROWS = 3, 14
 
@@ -74,7 +79,7 @@ def test_rows_are_answered_once_by_replicas_of_which_one_dies(
 
         def next(self, timeout_seconds: float) -> Event:
             event = super().next(timeout_seconds)
-            if event is not None and not killed:
+            if isinstance(event, PartResult) and not killed:
                 replicas = replica_processes()
                 os.kill(replicas[0], signal.SIGKILL)
                 killed.append(replicas[0])

@@ -31,6 +31,8 @@ _SINGLE = "model.safetensors"
 _HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "lm_head.weight")
 _NUM_LISTED = 5
 _LOG_SECONDS = 4.0  # between lines about what has been read
+_BAR_LENGTH = 20
+_GIB = 2**30
 
 _DUMMY_STD = 0.02
 _DUMMY_BLOCK_ELEMENTS = 1 << 22
@@ -75,41 +77,47 @@ def open_weights(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    total_bytes: int | None = None,
 ) -> "WeightSource":
     """Open the weights of a local folder or hub id (downloads it), or random ones for `dummy`.
 
-    Use it as a context manager: leaving it closes the files. `seed` is for `dummy`.
+    Use it as a context manager: leaving it closes the files. `seed` is for `dummy`;
+    `total_bytes`, of all that this rank will read, is for the bar in the log.
 
     Raises:
         ValueError: no such model, no safetensors in it, or an unknown `load_format`.
     """
     if load_format == "dummy":
-        return DummyWeights(weight_shapes(spec), dtype, device, seed)
+        return DummyWeights(weight_shapes(spec), dtype, device, seed, total_bytes)
     if load_format != "safetensors":
         raise ValueError(f"load_format={load_format!r} is unknown; it is 'safetensors' or 'dummy'")
-    return SafetensorsWeights(whole_folder(model), weight_shapes(spec), dtype, device)
+    return SafetensorsWeights(whole_folder(model), weight_shapes(spec), dtype, device, total_bytes)
 
 
 class _Progress:
-    """Logs how much has been read, every few seconds."""
+    """Logs a bar of how much has been read, every few seconds; `total_bytes` None: not known."""
 
-    def __init__(self) -> None:
-        self._num_tensors = 0
+    def __init__(self, total_bytes: int | None) -> None:
+        self._total_bytes = total_bytes
         self._num_bytes = 0
         self._logged = time.monotonic()
 
     def note(self, part: torch.Tensor) -> None:
         """One more tensor, or this rank's part of it, is read."""
-        self._num_tensors += 1
         self._num_bytes += part.numel() * part.element_size()
         now = time.monotonic()
         if now - self._logged >= _LOG_SECONDS:
             self._logged = now
-            logger.info(
-                "weights: %d tensors, %.1f GiB read so far",
-                self._num_tensors,
-                self._num_bytes / 2**30,
-            )
+            logger.info("weights: %s", loaded_bar(self._num_bytes, self._total_bytes))
+
+
+def loaded_bar(num_bytes: int, total_bytes: int | None) -> str:
+    """How much is loaded, such as `[#####---------------] 4.2 of 16.9 GiB`."""
+    if total_bytes is None:
+        return f"{num_bytes / _GIB:.1f} GiB read so far"
+    filled = min(_BAR_LENGTH * num_bytes // max(total_bytes, 1), _BAR_LENGTH)
+    bar = "#" * filled + "-" * (_BAR_LENGTH - filled)
+    return f"[{bar}] {num_bytes / _GIB:.1f} of {total_bytes / _GIB:.1f} GiB"
 
 
 class WeightSource(ABC):
@@ -120,11 +128,12 @@ class WeightSource(ABC):
         shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype,
         device: torch.device | str,
+        total_bytes: int | None = None,
     ) -> None:
         self.shapes = shapes
         self.dtype = dtype
         self.device = torch.device(device)
-        self._progress = _Progress()
+        self._progress = _Progress(total_bytes)
 
     def read(
         self,
@@ -208,8 +217,9 @@ class SafetensorsWeights(WeightSource):
         shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        total_bytes: int | None = None,
     ) -> None:
-        super().__init__(shapes, dtype, device)
+        super().__init__(shapes, dtype, device, total_bytes)
         self.folder = folder
         self._files: dict[str, SafetensorsFile] = {}
         self._buffer = piece_buffer(shapes.values())
@@ -292,8 +302,9 @@ class DummyWeights(WeightSource):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        total_bytes: int | None = None,
     ) -> None:
-        super().__init__(shapes, dtype, device)
+        super().__init__(shapes, dtype, device, total_bytes)
         self.seed = seed
 
     def close(self) -> None:

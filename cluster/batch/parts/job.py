@@ -32,7 +32,7 @@ from .job_file import (
 )
 from .pool import LocalPool, Pool, Tally
 from .replica import MakeClient, PartWork, ReplicaSettings
-from .storage import InputFile, filesystem, find_inputs
+from .storage import InputFile, filesystem, find_inputs, whole_url
 from .totals import combined
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def run_parts(
             f"output: {job.output} looks like a file; several files, replicas or Parquet come out "
             "as a folder, so name one"
         )
-    folder = OutputFolder(job.output, job.output_kind)
+    folder = OutputFolder(whole_url(job.output), job.output_kind)
     files = find_inputs(job.inputs)
     _check_apart(folder, files)
     with StopSignals() as stop, only_writer(folder):
@@ -211,10 +211,10 @@ def _run(
             pool.begin(todo.works)
             _watch(pool, len(todo.works), progress, stop)
             tally = pool.tally()
+            seconds = time.perf_counter() - started
     except Stopped:
         _tell_how_to_go_on(job, todo, folder, stop)
         raise
-    seconds = time.perf_counter() - started
     job_file = read_job_file(folder)
     assert job_file is not None
     answered, errors = tally.totals()

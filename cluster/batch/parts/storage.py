@@ -49,6 +49,11 @@ def is_local(fs: Any) -> bool:
     return "file" in protocol
 
 
+def whole_url(url: str) -> str:
+    """A path that means the same in every process of this machine, or the URL."""
+    return _url(*filesystem(url))
+
+
 def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
     """The files that paths, URLs and glob patterns name, each once, in the order of the patterns.
 

@@ -23,15 +23,18 @@ def combined(reports: Sequence[EngineReport]) -> EngineReport | None:
     }
     leaked = [r.pages_leaked for r in reports]
     phases: dict[str, float] = {}
-    requests = Counter[str]()
+    requests, recoveries = Counter[str](), Counter[str]()
     for report in reports:
         requests.update(report.requests)
+        recoveries.update(report.recoveries)
         for phase, seconds in report.phase_seconds.items():
             phases[phase] = max(phases.get(phase, 0.0), seconds)
     return first.model_copy(
         update={
             **sums,
             "requests": dict(requests),
+            "recoveries": dict(recoveries),
+            "down_seconds": sum(r.down_seconds for r in reports),
             "wall_seconds": wall,
             "prefill_seconds": max(r.prefill_seconds for r in reports),
             "decode_seconds": max(r.decode_seconds for r in reports),

@@ -6,6 +6,7 @@ The engine is a fake; replicas on Ray are in tests/ray.
 import gzip
 import json
 import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from saqqara.cluster.batch.parts.folder import OutputFolder
 from saqqara.cluster.batch.parts.job import PartsJob, run_parts
 from saqqara.cluster.batch.parts.job_file import only_writer
 from saqqara.cluster.batch.parts.storage import find_inputs
+from saqqara.cluster.batch.stop import Stopped
 from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.schema import EngineConfig
@@ -160,6 +162,29 @@ def test_a_part_that_was_written_and_not_committed_is_no_result(
     assert not (tmp_path / "out/_staging").exists()
 
 
+def test_a_signal_ends_a_job_with_whole_parts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = make_job(tmp_path, 12)
+
+    class Stopping(FakeClient):
+        def poll(self, timeout_seconds: float = 0.0) -> list[Any]:
+            if self.answered >= 7:  # two parts are whole
+                os.kill(os.getpid(), signal.SIGTERM)
+                return []
+            return super().poll(timeout_seconds)
+
+    client = Stopping(per_poll=1)
+    with pytest.raises(Stopped) as stopped:
+        run_parts(job, client)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert client.closed
+    there = len(records(job.output))
+    assert there % 3 == 0
+    assert f"stopped by SIGTERM: {there // 3} parts are in" in caplog.text
+    assert run_parts(job, FakeClient()).resumed == there
+
+
 def test_a_finished_job_does_nothing(tmp_path: Path) -> None:
     job = make_job(tmp_path, 4, 4)
     run(job, fail=["file 1 row 2"])
@@ -174,13 +199,15 @@ def test_a_finished_job_does_nothing(tmp_path: Path) -> None:
 def test_rows_with_errors_are_made_again_and_the_others_stay(tmp_path: Path) -> None:
     job = make_job(tmp_path, 7)
     run(job, fail=["file 0 row 1", "file 0 row 6"])
-    middle = (tmp_path / "out/part-000001.jsonl").stat().st_ino
+    parts = [tmp_path / f"out/part-00000{i}.jsonl" for i in range(3)]
+    before = [part.stat().st_ino for part in parts]
     client = FakeClient(fail=["file 0 row 6"])
     summary = run_parts(replace(job, retry_errors=True), client)
     assert prompts(client) == ["file 0 row 1", "file 0 row 6"]
     assert (summary.resumed, summary.answered, summary.errors) == (5, 1, 1)
     assert [r["line"] for r in records(job.output) if r["error"] is not None] == [7]
-    assert (tmp_path / "out/part-000001.jsonl").stat().st_ino == middle
+    replaced = [part.stat().st_ino != old for part, old in zip(parts, before, strict=True)]
+    assert replaced == [True, False, True]  # whole files take their places, none is written to
     assert run_parts(job, FakeClient()).resumed_errors == 1
 
 
@@ -265,7 +292,8 @@ def test_a_file_that_changes_while_the_job_runs_ends_it(tmp_path: Path) -> None:
 
     class Meanwhile(FakeClient):
         def describe(self) -> Any:
-            write_lines(tmp_path / "in/0.jsonl", [{"prompt": "other"}] * 6)
+            file = tmp_path / "in/0.jsonl"
+            file.write_text(file.read_text().replace("file", "life"))
             return super().describe()
 
     with pytest.raises(ValueError, match=r"in/0\.jsonl was changed while the job ran"):
@@ -374,6 +402,21 @@ def test_parts_cover_every_line_once(tmp_path: Path) -> None:
         assert all(part.num_rows <= part_rows for part in parts)
         for part in parts:
             assert part.first_line == data[: part.start].count(b"\n") + 1
+
+
+def test_relative_paths_mean_the_same_in_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_job(tmp_path, 3)
+    monkeypatch.chdir(tmp_path)
+
+    class Elsewhere(FakeClient):
+        def describe(self) -> Any:
+            monkeypatch.chdir("/")
+            return super().describe()
+
+    assert run_parts(PartsJob(("in/*.jsonl",), "out", ANSWERS), Elsewhere()).complete
+    assert len(records(tmp_path / "out")) == 3
 
 
 def test_a_file_that_two_patterns_find_is_read_once(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Running rows again whose record is an error, and going on with other settings on purpose."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,20 @@ def test_a_job_cannot_slip_in_while_the_file_is_replaced(tmp_path: Path) -> None
         ResultFile(job.output)
     results.close()
     ResultFile(job.output).close()
+
+
+def test_a_job_that_opened_the_file_before_it_was_replaced_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = with_errors(tmp_path)
+
+    def replaced_meanwhile(file: Any, how: int) -> None:
+        shutil.copy(job.output, tmp_path / "new")
+        os.replace(tmp_path / "new", job.output)
+
+    monkeypatch.setattr("saqqara.cluster.batch.files.fcntl.flock", replaced_meanwhile)
+    with pytest.raises(ValueError, match="another job is writing"):
+        ResultFile(job.output)
 
 
 def test_other_settings_are_refused_by_name_and_mixed_on_demand(

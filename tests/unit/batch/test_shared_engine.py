@@ -65,6 +65,8 @@ def test_the_report_of_several_engines() -> None:
             "wall_seconds": 4.0,
             "e2e_latency": Latency(count=3, mean=1.5, p50=2.0, p99=3.0),
             "requests": {"length": 2, "error": 1},
+            "recoveries": {"kill": 1},
+            "down_seconds": 1.5,
         }
     )
     both = combined([report, slow])
@@ -73,6 +75,7 @@ def test_the_report_of_several_engines() -> None:
     assert (both.wall_seconds, both.prompt_tokens_per_second) == (4.0, 50.0)
     assert both.e2e_latency == Latency(count=4, mean=1.25, p50=2.0, p99=3.0)
     assert both.requests == {"length": 2, "error": 1}
+    assert (both.recoveries, both.down_seconds) == ({"kill": 1}, 1.5)
     assert both.kept_tokens_by_layer == (20, 10)
     assert both.pages_leaked == 0
     assert combined([report, report.model_copy(update={"pages_leaked": None})]).pages_leaked is None  # type: ignore[union-attr]

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ from saqqara.cluster.planning.planner import FULL, plan
 from saqqara.cluster.planning.plots import BUDGETS, curve
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers.footprint import GIB
 
+DOC = Path(__file__).parents[3] / "docs" / "planning.md"
 ASK = ("--model", "llama-3-70b", "--gpu", "h100-80gb", "--gpus", "8")
 
 
@@ -159,6 +162,58 @@ def test_plan_alone_is_the_command_that_all_of_them_have() -> None:
     among_all = CliRunner().invoke(app, ["plan", "--help"]).output
     assert alone.split()[0] == among_all.split()[0] == "Usage:"
     assert alone.split("[OPTIONS]")[1].split() == among_all.split("[OPTIONS]")[1].split()
+
+
+def test_the_documented_plan_of_llama_3_70b_is_what_the_command_says() -> None:
+    """The command of docs/planning.md, and both of its tables."""
+    text = DOC.read_text(encoding="utf-8")
+    command = text.split("```sh\n")[1].split("```")[0].replace("\\\n", " ")
+    [program, name, *flags] = shlex.split(command)
+    assert (program, name) == ("saqqara", "plan")
+    plot = flags.index("--plot")
+    result = CliRunner().invoke(app, ["plan", *flags[:plot], *flags[plot + 2 :], "--json"])
+    assert result.exit_code == 0, result.output
+    layouts = json.loads(result.output)["layouts"]
+    rates, ranks = (_cells(part) for part in text.split("| tensor x pipeline")[1].split("| rank |"))
+    assert [row[0] for row in rates] == [
+        f"{each['tensor']} x {each['pipeline']} x {each['replicas']}"
+        for each in layouts
+        if each["kept"]
+    ]
+    for row, each in zip(rates, layouts, strict=False):
+        kept, full = each["kept"], each["full"]
+        assert row[1:] == [
+            f"{kept['sequences'] * each['replicas']:,}",
+            f"{kept['sequences'] / full['sequences']:.2f}x",
+            f"{kept['output_tokens_per_second']:,.0f}",
+            f"{kept['output_tokens_per_second'] / full['output_tokens_per_second']:.2f}x",
+            f"{kept['decode_tokens_per_second']:,.0f}",
+            f"{kept['prefill_tokens_per_second']:,.0f}",
+            f"{1000 * kept['step_seconds']:.1f}",
+            f"{kept['prompt_seconds']:.2f}",
+            f"{each['dollars_per_million']:.2f}",
+        ]
+    for row in ranks:
+        rank = layouts[0]["ranks"][int(row[0].split("-")[0])]
+        total = sum(value for key, value in rank.items() if key.endswith("_bytes"))
+        assert row[3:6] + row[-1:] == [
+            f"{rank['weight_bytes'] / GIB:.2f}",
+            f"{rank['pool_bytes'] / GIB:.2f}",
+            f"{rank['num_pages']:,}",
+            f"{total / GIB:.2f}",
+        ]
+    assert layouts[-1]["why_not"] in " ".join(text.split())
+
+
+def _cells(part: str) -> list[list[str]]:
+    """The rows of the table that begins here, its head left out."""
+    lines = part.splitlines()[2:]
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
 
 
 def test_defaults_are_the_engines() -> None:

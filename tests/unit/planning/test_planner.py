@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,16 @@ def test_a_job_takes_as_many_turns_as_fit() -> None:
     assert one.job_seconds is not None
     assert two.job_seconds is not None
     assert one.job_seconds < two.job_seconds < 2 * one.job_seconds
+
+
+def test_a_prompt_of_a_job_goes_through_all_stages() -> None:
+    """One alone, of which only the first token is wanted, takes what a prompt takes."""
+    asked = question(tensor=2, pipeline=4, num_requests=1)
+    asked = replace(asked, workload=replace(asked.workload, new_tokens=1))
+    [each] = plan(asked)
+    assert each.kept is not None
+    waiting = asked.factors.step_seconds  # once in each stage, once in all
+    assert each.job_seconds == pytest.approx(each.kept.prompt_seconds - waiting, rel=0.1)
 
 
 def test_money_follows_from_price_and_rate() -> None:

@@ -1,6 +1,7 @@
 """Reading weights slice by slice, from files and from nothing."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -140,6 +141,20 @@ def test_a_slice_is_the_same_in_whatever_pieces_it_is_read(
         joined = source.read_joined([(weight, range(8, 24)), (weight, range(1, 3))])
         expected = torch.cat([tensors[weight][8:24], tensors[weight][1:3]])
         assert torch.equal(joined, expected.bfloat16())
+
+
+def test_the_log_has_a_bar_of_what_is_read(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, single: Path
+) -> None:
+    monkeypatch.setattr(weights, "_LOG_SECONDS", 0.0)
+    sizes = [4 * math.prod(shape) for shape in SHAPES.values()]
+    with caplog.at_level("INFO"), open_weights(single, SPEC, total_bytes=sum(sizes)) as source:
+        for name in SHAPES:
+            source.read(name)
+    bars = [message.split()[1] for message in caplog.messages]
+    filled = [20 * sum(sizes[: count + 1]) // sum(sizes) for count in range(len(sizes))]
+    assert bars == [f"[{'#' * length}{'-' * (20 - length)}]" for length in filled]
+    assert weights.loaded_bar(3 * 2**30, 12 * 2**30) == "[#####---------------] 3.0 of 12.0 GiB"
 
 
 def test_what_was_read_does_not_change_with_the_file(
