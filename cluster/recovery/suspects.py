@@ -6,8 +6,8 @@ once the workers are back, suspects run one after the other, alone, each until i
 Only a request that is alone with the workers at three losses, again without a new token in between,
 is *guilty* and must end: one may be chance, and so may two where workers die for reasons of their
 own. Between the first and the last somebody else must have got a token, or workers that are lost
-whatever they do would cost one request after the other. Where no suspect can show that, one that was
-at no loss runs alone as the *control*; where there is none either, the losses alone will do.
+whatever they do would cost one request after the other. Where no suspect can show that, one that
+was at no loss runs alone as the *control*; where there is none either, the losses alone will do.
 
 A new token clears its request of everything. Workers that cannot be reached were stopped or cut
 off: whatever a request does, it does not do that.
