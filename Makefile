@@ -36,6 +36,9 @@ check: $(INSTALLED) ## Check format, lint and types, then run all tests
 prove: $(INSTALLED) ## The longer proofs: parity on the real model, 20,000 random requests (half an hour)
 	$(BIN)/pytest -m slow tests/slow
 
+fault-schedules: $(INSTALLED) ## Run 100,000 random schedules of faults (ARGS="--again SEED": one)
+	$(BIN)/python tests/support/run_fault_schedules.py $(ARGS)
+
 gpu-check: ## Prove and measure the GPU path on this machine's GPU, with the python of PYTHON
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu/gpu_check.py $(ARGS)
 

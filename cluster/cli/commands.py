@@ -15,6 +15,7 @@ from saqqara import __version__
 from .help import errors_in_one_line, root_app
 from .options import Settings, with_settings
 from .plan_flags import plan
+from .simulate import simulate
 
 app = root_app()
 
@@ -233,6 +234,7 @@ def methods(
 
 
 app.command()(plan)
+app.command()(simulate)
 
 
 @app.command()

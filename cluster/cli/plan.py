@@ -89,7 +89,7 @@ def question_of(flags: PlanFlags) -> Question:
     model, device = model_of(flags.model), device_of(flags.gpu)
     if flags.dtype not in DTYPES:
         raise ValueError(f"dtype: {flags.dtype!r} is none; {did_you_mean(flags.dtype, DTYPES)}")
-    retention = Retention.parse(_from_yaml(flags.retention), _from_yaml(flags.budget))
+    retention = Retention.parse(from_yaml(flags.retention), from_yaml(flags.budget))
     most = model.spec.max_position
     if flags.max_model_len is not None and flags.max_model_len > most:
         raise ValueError(
@@ -289,7 +289,7 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}"
 
 
-def _from_yaml(text: str | None) -> Any:
+def from_yaml(text: str | None) -> Any:
     """What YAML reads; the text itself, where it is none."""
     try:
         return None if text is None else yaml.safe_load(text)

@@ -99,6 +99,21 @@ class CostModel:
         busy = terms.linear / f.prefill_linear + terms.attention / f.prefill_attention
         return self._with_rest(rank, terms, busy)
 
+    def group_seconds(self, rank: Footprint, prompts: Sequence[Sequence[int]]) -> float:
+        """Time on a rank of prompts that are computed together; of each, what enters each layer."""
+        group_tokens = sum(entering[0] for entering in prompts)
+        each = [self.prefill_terms(rank, entering, group_tokens) for entering in prompts]
+        terms = Terms(
+            linear=sum(one.linear for one in each),
+            attention=sum(one.attention for one in each),
+            exchange=sum(one.exchange for one in each),
+            exchange_waits=each[0].exchange_waits,
+            num_layers=each[0].num_layers,
+        )
+        f = self.factors
+        busy = terms.linear / f.prefill_linear + terms.attention / f.prefill_attention
+        return self._with_rest(rank, terms, busy)
+
     def decode_seconds(self, rank: Footprint, num_seqs: float, attended_tokens: float) -> float:
         """Time of a decode step on a rank.
 

@@ -157,7 +157,7 @@ def estimate(question: Question, layout: MeshLayout, replicas: int) -> Rates | N
     Raises:
         ValueError: the model cannot be cut like this.
     """
-    memory = _memory(question, layout)
+    memory = replica_memory(question, layout)
     sequences = memory.most_sequences()
     return _rates(question, memory, replicas, sequences) if sequences else None
 
@@ -179,7 +179,7 @@ def _planned(question: Question, layout: MeshLayout, replicas: int) -> LayoutPla
     if (why_not := _unplaceable(question, layout, replicas)) is not None:
         return replace(plan, why_not=why_not)
     try:
-        memory = _memory(question, layout)
+        memory = replica_memory(question, layout)
     except ValueError as error:
         return replace(plan, why_not=str(error))
     sequences = memory.most_sequences()
@@ -231,7 +231,12 @@ def _unplaceable(question: Question, layout: MeshLayout, replicas: int) -> str |
     return None
 
 
-def _memory(question: Question, layout: MeshLayout) -> ReplicaMemory:
+def replica_memory(question: Question, layout: MeshLayout) -> ReplicaMemory:
+    """What one replica of a layout holds.
+
+    Raises:
+        ValueError: the model cannot be cut like this.
+    """
     ranks = Footprint.of_ranks(question.model.spec, question.dtype, layout, question.split)
     return ReplicaMemory(question.model, question.device, ranks, question.sizes, question.workload)
 

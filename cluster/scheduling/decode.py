@@ -53,7 +53,7 @@ class DecodePlanner:
             num_tokens, cost_NW = num_tokens[stays], cost_NW[stays]
             draft.free += self._roster.seats.release()
         if chosen:
-            ledger.append(_slots(chosen), num_tokens)
+            ledger.append(_slots(chosen), num_tokens, cost_NW)
         for sequence, num in zip(chosen, num_tokens.tolist(), strict=True):
             self._feed(draft, sequence, num)
         return num_preempted

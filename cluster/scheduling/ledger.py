@@ -141,9 +141,17 @@ class Ledger:
         """
         return self._pages.peak(slots, num_tokens) - self._pages.charged(slots)
 
-    def append(self, slots: Ints, num_tokens: Ints) -> None:
-        """Charge the tokens that a step feeds; the caller has checked that they fit."""
-        self.free -= self.append_cost(slots, num_tokens).sum(axis=0)
+    def append(self, slots: Ints, num_tokens: Ints, cost_NW: Ints | None = None) -> None:
+        """Charge the tokens that a step feeds; the caller has checked that they fit.
+
+        Args:
+            slots: that are fed, [N].
+            num_tokens: how many each, [N].
+            cost_NW: their `append_cost`, if it is known.
+        """
+        if cost_NW is None:
+            cost_NW = self.append_cost(slots, num_tokens)
+        self.free -= cost_NW.sum(axis=0)
         assert self.free.min() >= 0, f"pages were promised twice: {self.free.tolist()} free"
         self._returned_W += self._pages.feed(slots, num_tokens)
         self._tokens_S[slots] += num_tokens

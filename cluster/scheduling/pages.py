@@ -129,37 +129,43 @@ class TabulatedPages:
         self._slack_S = np.zeros(num_slots, dtype=np.int64)  # 0: rows are never compacted
         self._base_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
         self._rows_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
-        self._crossings_SWP = np.zeros((num_slots, num_workers, page_tokens), dtype=np.int64)
+        self._crossings_SPW = np.zeros((num_slots, page_tokens, num_workers), dtype=np.int64)
+        self._num_cyclic = 0  # slots whose rows are compacted
 
     def open(self, slot: int, growth: TabulatedGrowth, reserve_tokens: int) -> None:
         """See `SlotPages`."""
         self._reserved_S[slot] = reserve_tokens
         if growth.cycle is not None:
             self._grace_S[slot], self._slack_S[slot] = growth.cycle.grace, growth.cycle.slack
+            self._num_cyclic += 1
         self._base_SW[slot] = growth.base
         self._rows_SW[slot] = growth.rows
-        self._crossings_SWP[slot] = growth.crossings
+        self._crossings_SPW[slot] = growth.crossings.T
 
     def close(self, slot: int) -> None:
         """See `PageCounts`."""
+        self._num_cyclic -= int(self._slack_S[slot] > 0)
         for counts_S in (self._fed_S, self._reserved_S, self._grace_S, self._slack_S):
             counts_S[slot] = 0
-        for pages_S in (self._base_SW, self._rows_SW, self._crossings_SWP):
+        for pages_S in (self._base_SW, self._rows_SW, self._crossings_SPW):
             pages_S[slot] = 0
 
     def set_kept(self, slot: int, rank: int, counts: NDArray[np.int32]) -> None:
         """See `PageCounts`."""
         table = tabulate(counts, self._page_tokens)
-        self._base_SW[slot, rank], self._crossings_SWP[slot, rank] = table
+        self._base_SW[slot, rank], self._crossings_SPW[slot, :, rank] = table
 
     def refuse(self, slot: int, rank: int) -> None:
         """See `PageCounts`."""
         self._base_SW[slot, rank] = 0
         self._rows_SW[slot, rank] = 0
-        self._crossings_SWP[slot, rank] = 0
+        self._crossings_SPW[slot, :, rank] = 0
 
     def feed(self, slots: Ints, num_tokens: Ints) -> Ints:
         """See `PageCounts`."""
+        if self._num_cyclic == 0:
+            self._fed_S[slots] += num_tokens
+            return np.zeros(self._base_SW.shape[1], dtype=np.int64)
         shrinks = self._slack_S[slots] > 0
         cut = slots[shrinks]
         peak_NW = self.peak(cut, num_tokens[shrinks])
@@ -190,11 +196,16 @@ class TabulatedPages:
 
     def _grown(self, slots: Ints, fed_tokens: Ints) -> Ints:
         """Tokens by which rows of slots [N] outgrow what prefill kept, once so many are fed [N]."""
+        if self._num_cyclic == 0:
+            return fed_tokens
         return grown(fed_tokens, self._grace_S[slots], self._slack_S[slots])
 
     def _charged_tokens(self, slots: Ints, fed_tokens: Ints) -> Ints:
         """Growth, int64 [N], that slots [N] are charged for between plans, once so many are fed."""
-        reserved, slack = self._reserved_S[slots], self._slack_S[slots]
+        reserved = self._reserved_S[slots]
+        if self._num_cyclic == 0:
+            return np.maximum(reserved, fed_tokens)
+        slack = self._slack_S[slots]
         most = np.where(slack > 0, self._grace_S[slots] + slack, reserved)
         held = self._grown(slots, fed_tokens)
         # What is still to be replayed may need as much as rows ever grow by.
@@ -203,9 +214,10 @@ class TabulatedPages:
 
     def _pages(self, slots: Ints, grown_tokens: Ints) -> Ints:
         """Pages, int64 [N, W], of slots [N] whose rows grew by these numbers of tokens [N]."""
-        cycles_N, rest_N = grown_tokens // self._page_tokens, grown_tokens % self._page_tokens
+        cycles_N: Ints = grown_tokens // self._page_tokens
+        rest_N: Ints = grown_tokens - cycles_N * self._page_tokens
         pages: Ints = self._base_SW[slots] + cycles_N[:, None] * self._rows_SW[slots]
-        return pages + self._crossings_SWP[slots, :, rest_N]
+        return pages + self._crossings_SPW[slots, rest_N]
 
 
 class TrimmedPages:

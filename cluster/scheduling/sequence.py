@@ -74,6 +74,8 @@ class Sequence:
     `position` is logical: how many of the sequence's tokens have been fed (or are planned to be);
     what the rows still keep of them is the ledger's business. `num_in_flight` counts the plans
     that mention the sequence and are not absorbed yet, `num_sampling` those of them that sample it.
+    `prompt_tokens` is the prompt's length; with `is_score` a continuation is scored and nothing is
+    generated.
     """
 
     request: TokenRequest
@@ -101,9 +103,13 @@ class Sequence:
     error: str | None = None
     error_code: ErrorCode | None = None
     prompt_hash: int = field(init=False)
+    prompt_tokens: int = field(init=False)
+    is_score: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.prompt_hash = hash(self.request.prompt_token_ids)
+        self.prompt_tokens = len(self.request.prompt_token_ids)
+        self.is_score = self.request.is_score
 
     @property
     def held_slot(self) -> int:
@@ -115,16 +121,6 @@ class Sequence:
     def key(self) -> tuple[int, int]:
         """Order of service: lower goes first and is preempted last."""
         return (self.request.priority, self.arrival)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.request.prompt_token_ids)
-
-    @property
-    def is_score(self) -> bool:
-        """Whether it scores a continuation instead of generating one."""
-        return self.request.score_continuation is not None  # asked for often: no further call
 
     @property
     def is_finished(self) -> bool:

@@ -73,6 +73,8 @@ ROOMS = {
     | {"cluster/scheduling", "cluster/recovery", "workers/worker.py"},
     "cluster/planning": _below("cluster/scheduling", "compression", "configs", "workers")
     | {"workers/footprint.py", "workers/mesh", "workers/models"},
+    "cluster/simulation": _below("cluster/planning", "cluster/scheduling", "compression")
+    | {"cluster", "cluster/recovery", "workers", "workers/footprint.py", "workers/mesh"},
     "cluster/openai": _BASE,
     "cluster/server": _BASE | {"cluster/openai", "cluster/engine"},
     "cluster/on_ray": _BASE
@@ -93,7 +95,7 @@ ROOMS = {
     | _MODEL
     | {"cluster/batch", "cluster/batch/parts", "cluster/server", "cluster/on_ray"}
     | {"cluster/launch.py", "cluster/engine"}
-    | {"cluster/planning"},
+    | {"cluster/planning", "cluster/simulation"},
     "src/saqqara": _BASE | {"cluster/llm.py"},  # the public names
     "evaluation/prompts": _below("cluster/engine"),
     "evaluation/figures": _below("evaluation", "workers/models", "compression", "configs"),
@@ -109,7 +111,12 @@ FOLDERS = ("configs", "compression", "workers", "cluster", "evaluation")
 HOUSE = House(ROOT, FOLDERS)
 SOURCES = HOUSE.files
 RAY_FOLDER = "cluster/on_ray"
-WITHOUT_TENSORS = ("cluster/scheduling/", "cluster/openai/", "cluster/planning/")
+WITHOUT_TENSORS = (
+    "cluster/scheduling/",
+    "cluster/openai/",
+    "cluster/planning/",
+    "cluster/simulation/",
+)
 OPTIONAL_PACKAGES = {"flash_attn", "triton", "lm_eval"}
 # What comes with a package that is declared, by that package; the table of CONTRIBUTING.md says so.
 COMES_WITH = {

@@ -1,0 +1,126 @@
+"""When requests arrive, and how long they are: drawn from a seed, or read from a file.
+
+Shapes: N requests.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+_FIELDS = ("seconds", "prompt_tokens", "new_tokens")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """Requests in the order of their arrival.
+
+    Attributes:
+        seconds: when each arrives, float64 [N], from 0 on.
+        prompt_tokens, new_tokens: int64 [N].
+    """
+
+    seconds: Floats
+    prompt_tokens: Ints
+    new_tokens: Ints
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def part(self, which: Ints) -> "Trace":
+        """Some of the requests, by their places."""
+        return Trace(self.seconds[which], self.prompt_tokens[which], self.new_tokens[which])
+
+    def check_lengths(self, max_model_len: int) -> None:
+        """Raise a ValueError unless every request fits the longest sequence."""
+        total = self.prompt_tokens + self.new_tokens
+        if len(self) and total.max() > max_model_len:
+            worst = int(total.argmax())
+            raise ValueError(
+                f"arrivals: request {worst + 1} has {self.prompt_tokens[worst]} tokens in and "
+                f"{self.new_tokens[worst]} out, more than max_model_len={max_model_len}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long requests are.
+
+    Attributes:
+        prompt_tokens, new_tokens: their means.
+        spread: standard deviation over mean, of both; 0: all alike. Drawn log-normally.
+        most: tokens in and out together; longer ones are cut, the answer first.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    spread: float
+    most: int
+
+    def draw(self, num_requests: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
+        """Tokens of prompts and answers, int64 [N] each, at least 1."""
+        prompts = self._drawn(self.prompt_tokens, num_requests, rng)
+        answers = self._drawn(self.new_tokens, num_requests, rng)
+        prompts = np.minimum(prompts, self.most - 1)
+        return prompts, np.minimum(answers, self.most - prompts)
+
+    def _drawn(self, mean: int, num_requests: int, rng: np.random.Generator) -> Ints:
+        variance = math.log1p(self.spread**2)
+        factors = rng.lognormal(-variance / 2, math.sqrt(variance), num_requests)
+        drawn: Ints = np.maximum(np.rint(mean * factors), 1).astype(np.int64)
+        return drawn
+
+
+def drawn_trace(
+    num_requests: int, rate: float, lengths: Lengths, seed: int, burst_size: int = 1
+) -> Trace:
+    """A Poisson process of `rate` requests a second; `burst_size` of them come at once."""
+    num_bursts = -(-num_requests // burst_size)
+    gaps = np.random.default_rng([seed, 0]).exponential(burst_size / rate, num_bursts)
+    seconds = np.repeat(np.cumsum(gaps), burst_size)[:num_requests]
+    drawn = lengths.draw(num_requests, np.random.default_rng([seed, 1]))
+    return Trace(seconds, *drawn)
+
+
+def read_trace(path: Path) -> Trace:
+    """Requests from JSON lines of `seconds`, `prompt_tokens` and `new_tokens`, in any order.
+
+    Raises:
+        ValueError: no such file, or a line is wrong; names it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"arrivals: cannot read {path}: {error}") from None
+    rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ValueError(f"arrivals: {path} has no requests")
+    values = np.array(rows, dtype=np.float64)
+    values = values[np.argsort(values[:, 0], kind="stable")]
+    return Trace(values[:, 0].copy(), values[:, 1].astype(np.int64), values[:, 2].astype(np.int64))
+
+
+def _row(path: Path, number: int, line: str) -> tuple[float, int, int]:
+    where = f"arrivals: line {number} of {path}"
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise ValueError(f"{where} is no JSON") from None
+    if not isinstance(row, dict) or any(field not in row for field in _FIELDS):
+        raise ValueError(f"{where} needs {', '.join(_FIELDS)}")
+    seconds, prompt, new = (row[field] for field in _FIELDS)
+    if not _is_number(seconds) or not 0 <= seconds < math.inf:
+        raise ValueError(f"{where}: seconds must be a number from 0 on, not {seconds!r}")
+    for name, value in (("prompt_tokens", prompt), ("new_tokens", new)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{where}: {name} must be a whole number above 0, not {value!r}")
+    return float(seconds), prompt, new
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
