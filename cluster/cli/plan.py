@@ -99,7 +99,9 @@ def question_of(flags: PlanFlags) -> Question:
     if flags.calibrate:
         from saqqara.cluster.planning.calibration import calibrate, read_run
 
-        factors = calibrate([read_run(path) for path in flags.calibrate], model, device, factors)
+        runs = [read_run(path) for path in flags.calibrate]
+        factors = Factors.default(device.kind, runs[0].attention_backend)
+        factors = calibrate(runs, model, device, factors)
     return Question(
         model=model,
         device=device,

@@ -43,6 +43,7 @@ class MeasuredRun:
         layout: of the engine's ranks.
         dtype_bytes: of a weight.
         page_tokens: of a page.
+        attention_backend: that computed it.
         steps: decode steps, as few as the sequences that ran at once allow.
         num_seqs: sequences in each of them, on average.
         prefill_seconds: in prefill, the slowest worker of each step.
@@ -55,6 +56,7 @@ class MeasuredRun:
     layout: MeshLayout
     dtype_bytes: int
     page_tokens: int
+    attention_backend: str
     steps: float
     num_seqs: float
     prefill_seconds: float
@@ -79,6 +81,7 @@ class MeasuredRun:
             wall = report["wall_seconds"]
             ranks = [(w["pipeline_rank"] + 1, w["tensor_rank"] + 1) for w in workers]
             dtype, page_tokens = workers[0]["dtype"], workers[0]["page_tokens"]
+            attention_backend = workers[0]["attention_backend"]
             prompt_tokens = report["prompt_tokens"]
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
@@ -95,6 +98,7 @@ class MeasuredRun:
             layout=MeshLayout(max(t for _, t in ranks), max(p for p, _ in ranks)),
             dtype_bytes=_DTYPE_BYTES[dtype],
             page_tokens=page_tokens,
+            attention_backend=attention_backend,
             steps=steps,
             num_seqs=fed / steps,
             prefill_seconds=prefill,

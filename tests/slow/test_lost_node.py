@@ -37,7 +37,11 @@ def cluster() -> Iterator[Any]:
     """A head without room for ranks, and two nodes that have some."""
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20},
+        head_node_args={
+            "num_cpus": 0,
+            "object_store_memory": 100 * 2**20,
+            "include_dashboard": False,
+        },
     )
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster

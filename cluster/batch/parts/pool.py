@@ -64,7 +64,7 @@ class Pool(Protocol):
 
     @property
     def start_seconds(self) -> float:
-        """How long the engines took to start; 0.0 until then."""
+        """How long it took until the first engine was up; 0.0 until then."""
         ...
 
     def begin(self, works: Sequence[PartWork]) -> None:

@@ -36,7 +36,6 @@ class RayPool:
         num_replicas: int,
         make_client: MakeClient | None = None,
     ) -> None:
-        self._num_replicas = num_replicas
         self._started = time.monotonic()
         self.start_seconds = 0.0
         self._events: queue.SimpleQueue[PartResult | BaseException] = queue.SimpleQueue()
@@ -54,7 +53,7 @@ class RayPool:
 
     def next(self, timeout_seconds: float) -> Event:
         """A committed part, or what has failed; None when the time is up."""
-        if not self.start_seconds and len(self.tally().ready) >= self._num_replicas:
+        if not self.start_seconds and self.tally().ready:
             self.start_seconds = time.monotonic() - self._started
         try:
             return self._events.get(timeout=timeout_seconds)

@@ -318,8 +318,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
         return client
 
     monkeypatch.setattr(generating, "launch", launch)
-    monkeypatch.setattr(jobs, "launch", launch)
-    monkeypatch.setattr(replicas, "launch", launch)
+    monkeypatch.setattr(jobs, "launch_lasting", launch)
+    monkeypatch.setattr(replicas, "launch_lasting", launch)
     return client
 
 

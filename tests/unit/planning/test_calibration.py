@@ -62,7 +62,15 @@ def run_json(
         "prefill_seconds": prefill,
         "phase_seconds": {"total": wall, "prefill": prefill},
         "wall_seconds": wall,
-        "workers": [{"pipeline_rank": 0, "tensor_rank": 0, "dtype": "bfloat16", "page_tokens": 16}],
+        "workers": [
+            {
+                "pipeline_rank": 0,
+                "tensor_rank": 0,
+                "dtype": "bfloat16",
+                "page_tokens": 16,
+                "attention_backend": "native",
+            }
+        ],
     }
     return {"report": report, "config": {"retention": "full", "budget": None}}
 
@@ -153,6 +161,19 @@ def test_what_is_read_of_a_report_is_in_every_report() -> None:
     assert set(report) <= set(EngineReport.model_fields)
     assert set(report["workers"][0]) <= set(WorkerReport.model_fields)
     assert {"retention", "budget", "report"} <= set(BatchSummary.model_fields)
+
+
+def test_attention_of_torch_is_expected_to_reach_less(smol: PlannedModel) -> None:
+    """So of two runs that took the same, the one of torch leaves less for the linear layers."""
+    data = run_json(16, 512, 128, 22.0, 10.4)
+    ours, torchs = (Factors.default("cpu", name) for name in ("native", "torch"))
+    assert ours == BEFORE
+    assert MeasuredRun.of(data, "run").attention_backend == "native"
+    run = MeasuredRun.of(data, "run")
+    native, torch = (calibrate([run], smol, HOST, before) for before in (ours, torchs))
+    assert torch.decode_attention < native.decode_attention
+    assert torch.decode_linear > native.decode_linear
+    assert torch.prefill_linear > native.prefill_linear
 
 
 def test_what_the_controller_takes_is_told_apart(smol: PlannedModel) -> None:

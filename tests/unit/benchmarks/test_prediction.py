@@ -1,0 +1,72 @@
+"""What `benchmarks/prediction.py` makes of runs; the runs themselves are its own business."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prediction import RUNS, calibrated, errors, predict
+
+from saqqara.cluster.planning.devices import Device
+
+HOST = Device("host", 14, bandwidth=54e9, flops=890e9, link_bandwidth=1e9, kind="cpu")
+SMOL = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> argparse.Namespace:
+    (tmp_path / "config.json").write_text(json.dumps(SMOL), encoding="utf-8")
+    return argparse.Namespace(model=str(tmp_path), dtype="bfloat16", kv_memory_gib=4.0)
+
+
+def result(wall: float, prefill: float) -> dict[str, Any]:
+    """Of 16 requests, 512 tokens in and 128 out."""
+    report = {
+        "requests": {"length": 16},
+        "prompt_tokens": 16 * 512,
+        "generation_tokens": 16 * 128,
+        "num_running_peak": 16,
+        "num_steps": 136,
+        "prefill_seconds": prefill,
+        "phase_seconds": {"total": wall},
+        "wall_seconds": wall,
+        "workers": [
+            {
+                "pipeline_rank": 0,
+                "tensor_rank": 0,
+                "dtype": "bfloat16",
+                "page_tokens": 16,
+                "attention_backend": "native",
+            }
+        ],
+    }
+    config = {"retention": "full", "budget": None}
+    return {"report": report, "config": config, "wall_seconds": wall}
+
+
+def test_the_run_to_calibrate_with_is_predicted_and_others_follow(
+    arguments: argparse.Namespace,
+) -> None:
+    measured = result(5.5, 2.6)
+    factors = calibrated(measured, HOST, arguments.model)
+    seconds = {run.name: predict(run, factors, HOST, arguments) for run in RUNS}
+    assert seconds["W1"] == pytest.approx(5.5, rel=0.02)
+    assert seconds["W1@25%"] < seconds["W1"] < seconds["W2"] < seconds["W4"]
+    # Two plans in flight read the weights twice as often, and stages share what the cores can do.
+    assert seconds["W1"] < seconds["W1-PP2"] < 2 * seconds["W1"]
+
+
+def test_an_error_is_of_what_was_measured() -> None:
+    assert errors([2.0, 4.0], [2.5, 3.0]) == [0.25, -0.25]
