@@ -46,6 +46,7 @@ class FailoverClient:
         self._attempts = Attempts(limits or RecoveryLimits(), self._clock)
         self._lock = threading.Lock()
         self._unfinished: dict[str, Request] = {}
+        self._unsent: set[str] = set()  # of these, on their way to an engine by their own caller
         self._latest: EngineReport | None = None
         self._recoveries: Counter[str] = Counter()
         self._down_seconds = 0.0
@@ -55,9 +56,15 @@ class FailoverClient:
     def submit(self, requests: Sequence[Request]) -> list[Rejection]:
         """Queue requests; a bad one costs only itself and comes back as a `Rejection`."""
         assert not any(request.stream for request in requests), "what was told cannot be taken back"
-        rejections = self._call(lambda client: client.submit(requests))
-        refused = {rejection.request_id for rejection in rejections}
-        self._unfinished |= {r.request_id: r for r in requests if r.request_id not in refused}
+        with self._lock:
+            new = {r.request_id: r for r in requests if r.request_id not in self._unfinished}
+            self._unfinished |= new
+            self._unsent |= new.keys()
+        rejections = self._send(requests)
+        with self._lock:
+            for rejection in rejections:
+                if rejection.request_id in new:  # else another one of that id is under way
+                    self._unfinished.pop(rejection.request_id, None)
         return rejections
 
     def poll(self, timeout_seconds: float = 0.0) -> list[RequestOutput | ScoreOutput]:
@@ -68,9 +75,9 @@ class FailoverClient:
         Raises:
             EngineDeadError: no other one could be started, or the engine is lost for good.
         """
-        outputs = self._call(lambda client: client.poll(timeout_seconds))
-        for output in outputs:
-            self._unfinished.pop(output.request_id, None)
+        found = self._call(lambda client: client.poll(timeout_seconds))
+        with self._lock:  # an answer of an engine that is gone may come again from the next
+            outputs = [o for o in found if self._unfinished.pop(o.request_id, None) is not None]
         if outputs:
             self._note_answer()
         return outputs
@@ -120,6 +127,20 @@ class FailoverClient:
             except ControllerLostError as error:
                 self._fail_over(client, error)
 
+    def _send(self, requests: Sequence[Request]) -> list[Rejection]:
+        """Submit to an engine that has taken over whatever was sent before, and lives after it."""
+        while True:
+            client = self._client
+            try:
+                rejections = client.submit(requests)
+            except ControllerLostError as error:
+                self._fail_over(client, error)
+                continue
+            with self._lock:
+                if client is self._client:  # else the next one has not heard of them
+                    self._unsent.difference_update(request.request_id for request in requests)
+                    return rejections
+
     def _note_answer(self) -> None:
         self._attempts.forget()
         if self._lost_at is not None:
@@ -154,7 +175,9 @@ class FailoverClient:
             client: EngineClient | None = None
             try:
                 client = self._start()
-                refused = client.submit(list(self._unfinished.values()))
+                refused = client.submit(
+                    [r for name, r in self._unfinished.items() if name not in self._unsent]
+                )
             except RuntimeError as failure:  # the engine's, and that there is no room
                 logger.error("no other controller has started: %s", failure)
                 error = failure

@@ -277,8 +277,7 @@ class Engine:
 
     def _run_next_alone(self) -> None:
         """Suspects run one after the other, then all together."""
-        order = self._suspects.order
-        self.scheduler.run_alone(order[0] if order else None)
+        self.scheduler.run_alone(self._suspects.turn(self._states))
 
     def _note_progress(self, request_id: str) -> None:
         """A request has something new: the workers work, and it is no suspect any more."""
@@ -362,7 +361,7 @@ class Engine:
     def _close(self, state: RequestState, now: float) -> None:
         state.finished_time = now
         del self._states[state.request.request_id]
-        if self._suspects.forget(state.request.request_id):
+        if self._suspects.forget(state.request.request_id) or self._suspects.order:
             self._run_next_alone()
         for choice in state.choices:
             del self._choices[choice.sequence.arrival]

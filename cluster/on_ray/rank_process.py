@@ -62,11 +62,15 @@ WorkerFactory = Callable[
 """Makes the worker of a rank from (settings, layout, rank, store, log_file)."""
 
 
+_SAME_SECONDS = 0.05  # ticks of the kernel are 0.01
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessInfo:
     """A rank's process, as known before its worker has started.
 
-    `started_at` is Unix time by the machine's clock: together with the id it names one process.
+    `started_at` is in seconds since the machine's start, which no setting of its clock changes:
+    together with the id it names one process.
     """
 
     hostname: str
@@ -77,10 +81,15 @@ class ProcessInfo:
         """Whether it still holds memory; only for processes of this machine."""
         try:
             process = psutil.Process(self.pid)
-            is_ours = process.create_time() == self.started_at
+            is_ours = abs(started_at(process) - self.started_at) < _SAME_SECONDS
             return is_ours and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
+
+
+def started_at(process: psutil.Process) -> float:
+    """When it started, in seconds since the machine did; both are told by the clock of now."""
+    return psutil.Process(process.pid).create_time() - psutil.boot_time()
 
 
 class RankProcess:
@@ -191,7 +200,7 @@ class RankProcess:
 
 def this_process() -> ProcessInfo:
     """The process that asks."""
-    return ProcessInfo(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+    return ProcessInfo(socket.gethostname(), os.getpid(), started_at(psutil.Process()))
 
 
 def end_processes(processes: Sequence[ProcessInfo], timeout_seconds: float) -> list[int]:

@@ -6,15 +6,15 @@ once the workers are back, suspects run one after the other, alone, each until i
 Only a request that is alone with the workers at three losses, again without a new token in between,
 is *guilty* and must end: one may be chance, and so may two where workers die for reasons of their
 own. Between the first and the last somebody else must have got a token, or workers that are lost
-whatever they do would cost one request after the other; where there is no other suspect to show it,
-the losses alone will do.
+whatever they do would cost one request after the other. Where no suspect can show that, one that
+was at no loss runs alone as the *control*; where there is none either, the losses alone will do.
 
 A new token clears its request of everything. Workers that cannot be reached were stopped or cut
 off: whatever a request does, it does not do that.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from saqqara.cluster.errors import Cause
 
@@ -36,6 +36,20 @@ class Suspects:
         """Ids of the suspects: they run alone, in this order, before all others."""
         return tuple(self._order)
 
+    def turn(self, others: Iterable[str]) -> str | None:
+        """Who runs alone now; None: all may run.
+
+        Args:
+            others: ids of all requests, in the order of their turns.
+        """
+        if not self._order:
+            return None
+        if self._unproven.issuperset(self._order):
+            control = next((request for request in others if request not in self._losses), None)
+            if control is not None:
+                return control
+        return self._order[0]
+
     def lost(self, in_flight: Sequence[str], cause: Cause) -> str | None:
         """A worker was lost while these requests were in flight; returns the guilty one, if any."""
         if cause == "unreachable":
@@ -50,9 +64,10 @@ class Suspects:
         return None
 
     def progress(self, request_id: str) -> bool:
-        """A request has a new token; returns whether it was a suspect."""
+        """A request has a new token; returns whether that may change whose turn it is."""
+        was_control = bool(self._unproven)
         self._unproven.clear()
-        return self.forget(request_id)
+        return self.forget(request_id) or was_control
 
     def forget(self, request_id: str) -> bool:
         """A request is cleared, or has ended; returns whether it was a suspect."""

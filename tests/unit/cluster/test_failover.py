@@ -1,6 +1,6 @@
 """A controller is lost: the next one answers what had not ended."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from support.fake_client import FakeClient, answer_tokens
@@ -147,3 +147,55 @@ def test_what_streams_cannot_be_taken_over() -> None:
     bed = Bed(MortalClient())
     with pytest.raises(AssertionError, match="cannot be taken back"):
         bed.client.submit([Request("s", "prompt", GREEDY, stream=True)])
+
+
+class BusyClient(MortalClient):
+    """Something else happens while it takes in requests."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        super().__init__()
+        self.meanwhile = meanwhile
+
+    def submit(self, requests: Sequence[Request]) -> list[Rejection]:
+        rejections = super().submit(requests)
+        self.meanwhile()
+        return rejections
+
+
+def test_what_is_submitted_while_a_controller_is_lost_goes_to_the_next() -> None:
+    def lose() -> None:
+        first.dies_at = 0
+        bed.client.poll()  # as another thread does
+
+    first = BusyClient(lose)
+    bed = Bed(first, MortalClient())
+    assert set(bed.run(ask(3))) == {"r0", "r1", "r2"}
+    assert len(bed.started) == 2
+
+
+def test_what_is_answered_before_submit_returns_is_not_asked_again() -> None:
+    outputs: list[RequestOutput | ScoreOutput] = []
+    first = BusyClient(lambda: outputs.extend(bed.client.poll()))
+    second = MortalClient()
+    bed = Bed(first, second)
+    assert bed.client.submit(ask(2)) == []
+    assert {output.request_id for output in outputs} == {"r0", "r1"}
+    first.dies_at = 0
+    assert bed.client.poll() == []
+    assert second.submitted == []
+
+
+def test_a_second_request_of_an_id_leaves_the_first_under_way() -> None:
+    class Strict(MortalClient):
+        def submit(self, requests: Sequence[Request]) -> list[Rejection]:
+            known = {request.request_id for request in self.submitted}
+            again = [r for r in requests if r.request_id in known]
+            super().submit([r for r in requests if r not in again])
+            return [Rejection(r.request_id, "in use") for r in again]
+
+    first = Strict()
+    bed = Bed(first, MortalClient())
+    assert bed.client.submit(ask(1)) == []
+    assert [r.request_id for r in bed.client.submit(ask(1))] == ["r0"]
+    first.dies_at = 0
+    assert [output.request_id for output in bed.client.poll()] == ["r0"]

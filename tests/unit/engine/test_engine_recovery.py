@@ -267,6 +267,33 @@ def test_several_of_them_cost_themselves_only() -> None:
             bed.check(name)
 
 
+@pytest.mark.parametrize("waiting", [[], ["three"], ["three", "four", "five"]])
+def test_they_are_found_though_only_they_run(waiting: list[str]) -> None:
+    """Those that wait for a slot may not run beside suspects, so one of them shows the proof."""
+    bed = Bed(poison=["one", "two"], max_num_seqs=2)
+    bed.add("one", "two", *waiting)
+    if not waiting:
+        with pytest.raises(EngineDeadError):
+            bed.run()
+        return
+    bed.run()
+    for name in ("one", "two"):
+        assert bed.seen(name)[-1].outputs[0].finish_reason == "error"
+    for name in waiting:
+        bed.check(name)
+
+
+def test_the_control_may_be_aborted() -> None:
+    bed = Bed(poison=["one", "two"], max_num_seqs=2)
+    bed.add("one", "two", "three")
+    while {tokens("three")} not in bed.replica.runs:
+        bed.outputs += bed.engine.step()
+    bed.engine.abort(["three"])
+    bed.add("four")
+    bed.run()
+    bed.check("four")
+
+
 def test_the_suspects_run_alone_each_until_it_has_a_token() -> None:
     bed = Bed({3: "died", 4: "died"})
     bed.add(*NAMES)

@@ -13,9 +13,10 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import psutil
+import pytest
 from support.fake_worker import FakeWorker
 
-from saqqara.cluster.on_ray.rank_process import ProcessInfo, RankProcess, end_processes
+from saqqara.cluster.on_ray.rank_process import ProcessInfo, RankProcess, end_processes, started_at
 from saqqara.cluster.recovery.pulse import BEAT_SECONDS, PulseAddress, PulseMonitor
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import MeshLayout
@@ -52,12 +53,19 @@ def test_a_prepared_rank_logs_to_its_file(tmp_path: Path) -> None:
     assert "so does stderr" in text
 
 
-def test_a_process_is_waited_for_until_it_is_gone_and_killed_where_it_stays() -> None:
+def test_a_process_is_waited_for_until_it_is_gone_and_killed_where_it_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        info = ProcessInfo("here", child.pid, psutil.Process(child.pid).create_time())
+        info = ProcessInfo("here", child.pid, started_at(psutil.Process(child.pid)))
         assert end_processes([info], 0.2) == [child.pid]
         assert not replace(info, started_at=info.started_at - 1).is_there(), "an id is used again"
+        boot, created = psutil.boot_time(), psutil.Process(child.pid).create_time()
+        with monkeypatch.context() as clock_set:  # both are told by the clock of now
+            clock_set.setattr(psutil, "boot_time", lambda: boot + 5)
+            clock_set.setattr(psutil.Process, "create_time", lambda _: created + 5)
+            assert info.is_there()
         child.send_signal(signal.SIGSTOP)
         assert end_processes([info], 20) == [], "it holds nothing, though nobody has asked for it"
     finally:

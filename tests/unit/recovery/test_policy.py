@@ -81,6 +81,28 @@ def test_nobody_is_guilty_where_workers_are_lost_with_anybody() -> None:
     assert suspects.lost(["a"], "died") == "a", "there is nobody left to show more"
 
 
+def test_one_that_was_at_no_loss_shows_whether_the_workers_work() -> None:
+    suspects = Suspects()
+    everybody = ["a", "b", "c"]
+    assert suspects.turn(everybody) is None
+    for running in (["a", "b"], ["a", "b"], ["a"], ["b"]):
+        suspects.lost(running, "died")
+    assert suspects.turn(["a", "b"]) == "a", "there is no control"
+    assert suspects.turn(everybody) == "c"
+    assert suspects.progress("c"), "it is the suspects' turn again"
+    assert suspects.turn(everybody) == "a"
+    assert [suspects.lost([name], "died") for name in "abab"] == [None, None, "a", "b"]
+
+
+def test_a_control_that_is_lost_shows_nothing() -> None:
+    suspects = Suspects()
+    for running in (["a"], ["a"], ["a"], ["b"]):
+        suspects.lost(running, "died")
+    assert suspects.turn(["a", "b", "c"]) == "c"
+    suspects.lost(["c"], "died")
+    assert suspects.turn(["a", "b", "c"]) == "a"
+
+
 def test_who_happens_to_be_alone_is_not_guilty_before_it_is_a_suspect() -> None:
     suspects = Suspects()
     assert [suspects.lost(["a"], "died") for _ in range(5)] == [*[None] * 4, "a"]
