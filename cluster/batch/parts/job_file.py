@@ -16,7 +16,7 @@ from .storage import filesystem, is_local
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1 numbered parts in the order in which files were named
 _NAME = "_job.json"
 _LOCK = "_job.lock"
 
