@@ -24,7 +24,7 @@ from .storage import filesystem, is_local
 Kind = Literal["jsonl", "parquet"]
 
 STAGING = "_staging"
-_RESOLVED = "_resolved.json"
+RESOLVED = "_resolved.json"
 _BATCH_ROWS = 256
 
 
@@ -76,7 +76,7 @@ class OutputFolder:
         Raises:
             ValueError: they have not, and answers would be of two kinds.
         """
-        before = self.read_json(_RESOLVED) or {}
+        before = self.read_json(RESOLVED) or {}
         both = before.keys() & resolved.keys()
         changed = differences({k: before[k] for k in both}, {k: resolved[k] for k in both})
         if changed and not mix_settings:
@@ -85,7 +85,7 @@ class OutputFolder:
                 "set it as it was to resume, start anew with --overwrite, or have both with "
                 "--mix-settings"
             )
-        self.write_json(_RESOLVED, {**before, **resolved})
+        self.write_json(RESOLVED, {**before, **resolved})
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the folder; None if there is none.

@@ -24,6 +24,7 @@ from .cutting import Part, cut
 from .folder import Kind, OutputFolder
 from .job_file import (
     JobFile,
+    check_ours,
     clear_results,
     clear_staging,
     committed,
@@ -108,6 +109,7 @@ def run_parts(
     files = find_inputs(job.inputs)
     _check_apart(folder, files)
     with StopSignals() as stop, only_writer(folder):
+        check_ours(folder)
         job_file = None if job.overwrite else read_job_file(folder)
         todo = _prepare(job, folder, files, job_file)
         run = _Run()

@@ -69,7 +69,7 @@ def test_a_linked_file_keeps_its_name_and_is_read_once(tmp_path: Path) -> None:
 def test_a_linked_output_folder_is_seen_to_hold_the_input(tmp_path: Path) -> None:
     job = make_job(tmp_path, 4)
     (tmp_path / "ln").symlink_to("in")
-    with pytest.raises(ValueError, match="lies in .*; choose another folder"):
+    with pytest.raises(ValueError, match=r"lies in .*; choose another folder"):
         run_parts(replace(job, output=str(tmp_path / "ln")), FakeClient())
 
 
