@@ -169,13 +169,14 @@ def _left(
             if part.index not in there:
                 works.append(PartWork(part))
                 continue
-            errors = sum(record["error"] is not None for record in folder.records(part.index))
-            if retry and errors:
-                works.append(PartWork(part, retry=True))
-                resumed += part.num_rows - errors
+            records = folder.records(part.index)
+            failed = frozenset(int(r["line"]) for r in records if r["error"] is not None)
+            if retry and failed:
+                works.append(PartWork(part, failed))
+                resumed += part.num_rows - len(failed)
             else:
                 resumed += part.num_rows
-                resumed_errors += errors
+                resumed_errors += len(failed)
     return _Todo(works, num_rows, resumed, resumed_errors)
 
 
@@ -211,19 +212,18 @@ def _run(
             stack.callback(pool.close)
             stack.enter_context(progress)
             pool.begin(todo.works)
-            _watch(pool, len(todo.works), progress, stop)
-            tally = pool.tally()
+            done = _watch(pool, len(todo.works), progress, stop)
             seconds = time.perf_counter() - started
     except Stopped:
         _tell_how_to_go_on(job, todo, folder, stop)
         raise
     job_file = read_job_file(folder)
     assert job_file is not None
-    answered, errors = tally.totals()
+    answered, errors = done.totals()
     job_file.finished = {"rows": todo.num_rows, "errors": errors + todo.resumed_errors}
     job_file.write(folder)
     clear_staging(folder)
-    report = combined(list(tally.reports.values()))
+    report = combined(list(done.reports.values()))
     start_seconds = min(pool.start_seconds, seconds)
     return _Run(answered, errors, seconds - start_seconds, start_seconds, report)
 
@@ -241,21 +241,24 @@ def _pool(
     return RayPool(settings, job.num_replicas, make_client)
 
 
-def _watch(pool: Pool, num_parts: int, progress: BatchProgress, stop: StopSignals) -> None:
-    """Show how far all replicas are until every part is committed.
+def _watch(pool: Pool, num_parts: int, progress: BatchProgress, stop: StopSignals) -> Tally:
+    """Show how far all replicas are until every part is committed; what came of the parts.
 
     Raises:
         Stopped: a signal came.
         Exception: whatever a replica failed with.
     """
-    while num_parts:
+    done = Tally()
+    while len(done.parts) < num_parts:
         stop.check()
         event = pool.next(_TURN_SECONDS)
         if isinstance(event, BaseException):
             raise event
-        num_parts -= event is not None
-        if progress.is_due() or num_parts == 0:
-            _show(progress, pool.tally())
+        if event is not None:
+            done.note(event.replica, event.counts, event.report)
+        if progress.is_due() or len(done.parts) == num_parts:
+            _show(progress, done.over(pool.tally()))
+    return done
 
 
 def _show(progress: BatchProgress, tally: Tally) -> None:

@@ -12,7 +12,7 @@ from typing import IO, Any
 from saqqara.cluster.batch.files import check_settings
 from saqqara.cluster.batch.fingerprint import differences, shown
 
-from .folder import RESOLVED, STAGING, OutputFolder
+from .folder import STAGING, OutputFolder
 from .storage import filesystem, is_local
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 2  # 1 numbered parts in the order in which files were named
 _NAME = "_job.json"
 _LOCK = "_job.lock"
+_RESOLVED = "_resolved.json"
 _PART = re.compile(r"part-(\d{6,})\.(jsonl|parquet)")
 
 
@@ -58,10 +59,13 @@ class JobFile:
         """
         check_settings(folder.url, self.settings, settings, mix)
         if changed := differences(self.settings, settings):
-            logger.warning("%s will mix settings: %s", folder.url, shown(changed))
-            parts_before = len(committed(folder))
-            self.mixed.append({"parts_before": parts_before, "changed": changed})
+            self.note_mixed(changed, folder)
             self.settings = settings
+
+    def note_mixed(self, changed: list[str], folder: OutputFolder) -> None:
+        """Note what is changed on purpose, and how many parts are there."""
+        logger.warning("%s will mix settings: %s", folder.url, shown(changed))
+        self.mixed.append({"parts_before": len(committed(folder)), "changed": changed})
 
 
 def check_ours(folder: OutputFolder) -> None:
@@ -99,6 +103,31 @@ def read_job_file(folder: OutputFolder) -> JobFile | None:
     return JobFile(data["settings"], data["part_rows"], data["mixed"], data["finished"])
 
 
+def settle(folder: OutputFolder, resolved: dict[str, str], mix_settings: bool) -> None:
+    """Note what `auto` has come to for the first engine; the others must come to the same.
+
+    It reads and then writes, so replicas call it one after another.
+
+    Raises:
+        ValueError: they have not, and answers would be of two kinds.
+    """
+    before = folder.read_json(_RESOLVED) or {}
+    both = before.keys() & resolved.keys()
+    changed = differences({k: before[k] for k in both}, {k: resolved[k] for k in both})
+    if changed and not mix_settings:
+        raise ValueError(
+            f"output: {folder.url} holds results of another model or machine: {shown(changed)}; "
+            "set it as it was to resume, start anew with --overwrite, or have both with "
+            "--mix-settings"
+        )
+    if changed:
+        job_file = read_job_file(folder)
+        assert job_file is not None, "a job writes it before its replicas start"
+        job_file.note_mixed(changed, folder)
+        job_file.write(folder)
+    folder.write_json(_RESOLVED, {**before, **resolved})
+
+
 def committed(folder: OutputFolder) -> set[int]:
     """Indices of the parts that are there."""
     return {index for index, kind in _parts(folder).values() if kind == folder.kind}
@@ -129,7 +158,7 @@ def clear_results(folder: OutputFolder) -> None:
             job_file.finished = None
             job_file.write(folder)
     names = _names(folder)
-    for name in (*_parts(folder), RESOLVED, _NAME):
+    for name in (*_parts(folder), _RESOLVED, _NAME):
         if name in names:
             fs.rm(folder.path(name))
 
