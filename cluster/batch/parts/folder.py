@@ -23,6 +23,7 @@ from .storage import filesystem, is_local
 Kind = Literal["jsonl", "parquet"]
 
 STAGING = "_staging"
+SUMMARY = "_summary.json"
 _BATCH_ROWS = 256
 
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 from saqqara.cluster.batch.files import check_settings
 from saqqara.cluster.batch.fingerprint import differences, shown
 
-from .folder import STAGING, OutputFolder
+from .folder import STAGING, SUMMARY, OutputFolder
 from .storage import filesystem, is_local
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def clear_results(folder: OutputFolder) -> None:
             job_file.finished = None
             job_file.write(folder)
     names = _names(folder)
-    for name in (*_parts(folder), _RESOLVED, _NAME):
+    for name in (*_parts(folder), SUMMARY, _RESOLVED, _NAME):
         if name in names:
             fs.rm(folder.path(name))
 

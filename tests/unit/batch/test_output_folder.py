@@ -59,13 +59,14 @@ def test_overwrite_helps_where_a_job_cannot_be_read(tmp_path: Path, text: str) -
     assert run_parts(replace(job, overwrite=True), FakeClient()).answered == 3
 
 
-@pytest.mark.parametrize("removed", range(5))
+@pytest.mark.parametrize("removed", range(6))
 def test_an_overwrite_that_is_killed_leaves_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
 ) -> None:
     job = make_job(tmp_path, 9)
     run(job)
     folder = OutputFolder(job.output, "jsonl")
+    folder.write_json("_summary.json", {"rows": 9})
     fs, path = job_file.filesystem(job.output)
 
     class Dying:
