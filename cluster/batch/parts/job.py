@@ -1,7 +1,8 @@
 """Batch jobs over many files: cut into parts, answered by replicas, committed part by part.
 
 A row is told by its file and line, whatever part or replica it comes to, and so is its noise. The
-driver holds a few numbers for each part, never a row.
+driver holds a few numbers for each part (of those that are retried, the lines of their errors),
+never a row.
 """
 
 import logging
@@ -286,7 +287,7 @@ def _check_apart(folder: OutputFolder, files: Sequence[InputFile]) -> None:
     """Refuse an output folder that a pattern of the input could find results in."""
     above = folder.path("")
     for file in files:
-        if filesystem(file.url)[1].startswith(above):
+        if filesystem(whole_url(file.url))[1].startswith(above):
             raise ValueError(
                 f"output: the input {file.url} lies in {folder.url}; choose another folder"
             )

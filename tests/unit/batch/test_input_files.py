@@ -73,6 +73,17 @@ def test_a_linked_output_folder_is_seen_to_hold_the_input(tmp_path: Path) -> Non
         run_parts(replace(job, output=str(tmp_path / "ln")), FakeClient())
 
 
+def test_a_linked_input_is_seen_to_lie_in_the_output_folder(tmp_path: Path) -> None:
+    job = make_job(tmp_path, 4)
+    run_parts(job, FakeClient())
+    results = (tmp_path / "out/part-000000.jsonl").read_bytes()
+    (tmp_path / "in/0.jsonl").unlink()
+    (tmp_path / "in/0.jsonl").symlink_to("../out/part-000000.jsonl")
+    with pytest.raises(ValueError, match=r"lies in .*; choose another folder"):
+        run_parts(replace(job, overwrite=True), FakeClient())
+    assert (tmp_path / "out/part-000000.jsonl").read_bytes() == results
+
+
 def test_a_cloud_file_in_two_spellings_is_refused() -> None:
     cloud = fsspec.filesystem("memory")
     cloud.pipe("/store/in/a.jsonl", json.dumps({"prompt": "x"}).encode())

@@ -13,6 +13,7 @@ from saqqara.cluster.batch.parts import job_file
 from saqqara.cluster.batch.parts.folder import OutputFolder
 from saqqara.cluster.batch.parts.job import PartsJob, run_parts
 from saqqara.cluster.batch.parts.job_file import clear_results, read_job_file
+from saqqara.cluster.batch.parts.storage import filesystem
 from saqqara.cluster.errors import EngineDeadError
 
 
@@ -67,7 +68,7 @@ def test_an_overwrite_that_is_killed_leaves_a_job(
     run(job)
     folder = OutputFolder(job.output, "jsonl")
     folder.write_json("_summary.json", {"rows": 9})
-    fs, path = job_file.filesystem(job.output)
+    fs, path = filesystem(job.output)
 
     class Dying:
         """A file system whose process is killed once so many files are removed."""
