@@ -99,14 +99,22 @@ class CostModel:
         busy = terms.linear / f.prefill_linear + terms.attention / f.prefill_attention
         return self._with_rest(rank, terms, busy)
 
-    def group_seconds(self, rank: Footprint, prompts: Sequence[Sequence[int]]) -> float:
-        """Time on a rank of prompts that are computed together; of each, what enters each layer."""
-        group_tokens = sum(entering[0] for entering in prompts)
+    def group_seconds(
+        self, rank: Footprint, prompts: Sequence[Sequence[int]], times: int = 1
+    ) -> float:
+        """Time on a rank of prompts that are computed together.
+
+        Args:
+            rank: whose time it is.
+            prompts: of each, what enters each layer.
+            times: how often each of them is there.
+        """
+        group_tokens = times * sum(entering[0] for entering in prompts)
         each = [self.prefill_terms(rank, entering, group_tokens) for entering in prompts]
         terms = Terms(
-            linear=sum(one.linear for one in each),
-            attention=sum(one.attention for one in each),
-            exchange=sum(one.exchange for one in each),
+            linear=times * sum(one.linear for one in each),
+            attention=times * sum(one.attention for one in each),
+            exchange=times * sum(one.exchange for one in each),
             exchange_waits=each[0].exchange_waits,
             num_layers=each[0].num_layers,
         )

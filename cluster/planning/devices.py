@@ -11,6 +11,9 @@ GIB = 1024**3
 _TEXT = ("name", "kind")
 
 
+_100G, _200G, _400G = 12.5e9, 25e9, 50e9  # a network card of its own for each GPU
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """One GPU, or, of `kind` "cpu", a machine whose ranks share all that it has.
@@ -34,7 +37,7 @@ class Device:
     link_bandwidth: float
     kind: str = "cuda"
     link_seconds: float = 8e-6
-    node_bandwidth: float = 50e9
+    node_bandwidth: float = _400G
     node_seconds: float = 25e-6
     gpus_per_node: int = 8
     hour_price: float | None = None
@@ -69,13 +72,32 @@ DEVICES = {
         Device("h100-pcie-80gb", 79.1, 2.0e12, 756e12, _PCIE5, link_seconds=15e-6),
         Device("h100-nvl-94gb", 93.1, 3.9e12, 835e12, _PCIE5, link_seconds=15e-6),
         Device("h200-141gb", 139.8, 4.8e12, 989e12, _NVLINK_H100),
-        Device("a100-80gb", 79.1, 2.039e12, 312e12, _NVLINK_A100, node_bandwidth=25e9),
-        Device("a100-40gb", 39.4, 1.555e12, 312e12, _NVLINK_A100, node_bandwidth=25e9),
-        Device("a100-pcie-80gb", 79.1, 1.935e12, 312e12, _PCIE4, link_seconds=15e-6),
-        Device("l40s-48gb", 44.4, 864e9, 362e12, _PCIE4, link_seconds=15e-6),
-        Device("l4-24gb", 22.0, 300e9, 121e12, _PCIE4, link_seconds=15e-6),
-        Device("a10g-24gb", 22.0, 600e9, 70e12, _PCIE4, link_seconds=15e-6, gpus_per_node=4),
-        Device("rtx-4090-24gb", 23.6, 1008e9, 165e12, _PCIE4, link_seconds=15e-6),
+        Device("a100-80gb", 79.1, 2.039e12, 312e12, _NVLINK_A100, node_bandwidth=_200G),
+        Device("a100-40gb", 39.4, 1.555e12, 312e12, _NVLINK_A100, node_bandwidth=_200G),
+        Device(
+            "a100-pcie-80gb",
+            79.1,
+            1.935e12,
+            312e12,
+            _PCIE4,
+            link_seconds=15e-6,
+            node_bandwidth=_200G,
+        ),
+        Device("l40s-48gb", 44.4, 864e9, 362e12, _PCIE4, link_seconds=15e-6, node_bandwidth=_100G),
+        Device("l4-24gb", 22.0, 300e9, 121e12, _PCIE4, link_seconds=15e-6, node_bandwidth=_100G),
+        Device(
+            "a10g-24gb",
+            22.0,
+            600e9,
+            70e12,
+            _PCIE4,
+            link_seconds=15e-6,
+            node_bandwidth=_100G,
+            gpus_per_node=4,
+        ),
+        Device(
+            "rtx-4090-24gb", 23.6, 1008e9, 165e12, _PCIE4, link_seconds=15e-6, node_bandwidth=_100G
+        ),
         Device("b200-180gb", 178.4, 7.7e12, 2250e12, 900e9),
     )
 }

@@ -252,17 +252,18 @@ def _rates(question: Question, memory: ReplicaMemory, replicas: int, sequences: 
     cost, stages = cost_model_of(question, layout), layout.pipeline_size
     entering = workload.entering_tokens(spec)
     attended_LH = workload.attended_tokens(spec, sizes.page_tokens)
-    group = max(sizes.max_prefill_tokens, workload.prompt_tokens)
+    num_together = _prompts_together(question, sequences)
     kinds, kind_W = memory.kinds
     attended = [0.0] * len(kinds)  # of the rank of its kind that reads most
     for rank, kind in zip(memory.ranks, kind_W, strict=True):
         heads = slice(rank.heads.kv.start, rank.heads.kv.stop)
         rows = attended_LH[rank.layers.start : rank.layers.stop, heads]
         attended[kind] = max(attended[kind], float(rows.sum()))
-    prompts_S, steps_S = [0.0] * stages, [0.0] * stages
+    prompts_S, alone_S, steps_S = [0.0] * stages, [0.0] * stages, [0.0] * stages
     for rank, tokens in zip(kinds, attended, strict=True):
         stage = layout.pipeline_rank(rank.rank)
-        prompt = cost.prefill_seconds(rank, entering, group)
+        prompt = cost.group_seconds(rank, [entering], num_together) / num_together
+        alone_S[stage] = max(alone_S[stage], cost.group_seconds(rank, [entering]))
         step = cost.decode_seconds(rank, max(sequences / stages, 1.0), tokens)
         prompts_S[stage] = max(prompts_S[stage], prompt)
         steps_S[stage] = max(steps_S[stage], step)
@@ -277,8 +278,14 @@ def _rates(question: Question, memory: ReplicaMemory, replicas: int, sequences: 
         decode_tokens_per_second=replicas * sequences / step_seconds,
         output_tokens_per_second=replicas * workload.new_tokens / per_answer,
         step_seconds=step_seconds,
-        prompt_seconds=sum(prompts_S) + question.factors.step_seconds,
+        prompt_seconds=sum(alone_S) + question.factors.step_seconds,
     )
+
+
+def _prompts_together(question: Question, sequences: float) -> int:
+    """Prompts that a step computes: as many as its tokens allow, and as there are."""
+    fit = question.sizes.max_prefill_tokens // question.workload.prompt_tokens
+    return max(1, min(fit, int(sequences)))
 
 
 def _rank_of(plan: LayoutPlan) -> tuple[bool, float, int, int]:

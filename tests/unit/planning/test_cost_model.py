@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from saqqara.cluster.planning.cost_model import CostModel, Factors
-from saqqara.cluster.planning.devices import Device
+from saqqara.cluster.planning.devices import DEVICES, Device
 from saqqara.cluster.planning.models import model_of
 from saqqara.cluster.planning.planner import DTYPES
 from saqqara.cluster.planning.workload import Workload
@@ -123,3 +123,19 @@ def test_a_row_is_read_as_long_as_it_is_on_average() -> None:
     assert (kept == 64 + 8.5).all()
     trimmed = Retention.parse({"method": "pyramidinfer", "decode": {"trigger": "published"}})
     assert Workload(400, 241, trimmed).attended_tokens(spec, 16).mean() < 300
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
+def test_no_gpu_is_nearer_to_another_node_than_to_its_own(device: Device) -> None:
+    assert device.node_bandwidth <= device.link_bandwidth
+    assert device.node_seconds >= device.link_seconds
+
+
+@pytest.mark.parametrize("prompt_tokens", [64, 128, 256])
+def test_a_group_is_launched_and_awaited_once_whatever_it_consists_of(prompt_tokens: int) -> None:
+    rank = ranks(tensor=4)[0]
+    cost = CostModel(LLAMA, replace(GPU, link_seconds=1e-4), IDEAL)
+    prompt, num_prompts = (prompt_tokens,) * LAYERS, 2048 // prompt_tokens
+    many = cost.group_seconds(rank, [prompt], num_prompts)
+    assert many == pytest.approx(cost.group_seconds(rank, [prompt] * num_prompts))
+    assert many < 1.2 * cost.group_seconds(rank, [(2048,) * LAYERS])

@@ -177,3 +177,16 @@ def test_the_page_names_every_known_gpu_and_factor() -> None:
     text = (Path(__file__).resolve().parents[3] / "docs" / "planning.md").read_text("utf-8")
     for name in (*DEVICES, *(field.name for field in fields(Factors))):
         assert f"`{name}`" in text
+
+
+def test_short_prompts_are_computed_together() -> None:
+    """So 16 prompts of 128 tokens cost about as much as one of 2,048, and not 16 launches."""
+    rates = []
+    for prompt_tokens in (128, 2048):
+        asked = question(tensor=4, pipeline=2)
+        workload = replace(asked.workload, prompt_tokens=prompt_tokens)
+        sizes = replace(asked.sizes, max_prefill_tokens=2048)
+        [each] = plan(replace(asked, workload=workload, sizes=sizes))
+        assert each.kept is not None
+        rates.append(each.kept.prefill_tokens_per_second)
+    assert rates[0] == pytest.approx(rates[1], rel=0.2)
