@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from saqqara.configs.json_text import json_text
 
-from .fingerprint import changed_input, differences, shown
+from .fingerprint import differences, never_mixed, shown
 from .records import Record
 from .retried import replace_records, retried_path, whole_records
 
@@ -272,14 +272,14 @@ class ResultFile:
 def check_settings(
     output: str, before: Mapping[str, Any], now: Mapping[str, Any], mix_settings: bool
 ) -> None:
-    """Refuse to resume with settings that change answers, and always with another input.
+    """Refuse to resume with settings that change answers, and always with what is never mixed.
 
     Raises:
         ValueError: names the output and the differences.
     """
-    changed = differences(before, now) if not mix_settings else changed_input(before, now)
+    changed = differences(before, now) if not mix_settings else never_mixed(before, now)
     if changed:
-        mixing = "" if changed_input(before, now) else ", or have both with --mix-settings"
+        mixing = "" if never_mixed(before, now) else ", or have both with --mix-settings"
         raise ValueError(
             f"output: {output} holds results of other settings: {shown(changed)}; repeat the old "
             f"settings to resume, {'' if mixing else 'or '}start anew with --overwrite{mixing}"

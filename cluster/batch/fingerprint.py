@@ -29,6 +29,7 @@ NEUTRAL_SETTINGS = frozenset(
     }
 )
 _INPUT = ("input_sha256", "input")  # of the one file, and of each of several
+_NEVER_MIXED = (*_INPUT, "output_format", "prompt_column")  # where rows are, and their records
 _MOST_SHOWN = 5
 _RESOLVED = ("model", "tokenizer", "retention", "budget")
 _CONTENT = ("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*/*.jinja")
@@ -94,10 +95,17 @@ def shown(changed: Sequence[str]) -> str:
     return ", ".join(changed[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def changed_input(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Differences of the input alone: rows are told by their lines, which then mean others."""
+def never_mixed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Differences in what results cannot be mixed over: a row would have two records or none.
+
+    Rows are told by their lines, which in another input mean others; and records in another format
+    are not found.
+    """
     return differences(
-        *({k: v for k, v in s.items() if k.partition("/")[0] in _INPUT} for s in (before, now))
+        *(
+            {k: v for k, v in s.items() if k.partition("/")[0] in _NEVER_MIXED}
+            for s in (before, now)
+        )
     )
 
 

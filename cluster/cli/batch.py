@@ -11,7 +11,7 @@ from saqqara.cluster.batch.compare import compare_results, result_tokens
 from saqqara.cluster.batch.files import write_json
 from saqqara.cluster.batch.job import BatchJob, run_batch
 from saqqara.cluster.batch.parts.cutting import PARQUET
-from saqqara.cluster.batch.parts.folder import OutputFolder
+from saqqara.cluster.batch.parts.folder import SUMMARY, OutputFolder
 from saqqara.cluster.batch.parts.job import PART_ROWS, PartsJob, run_parts
 from saqqara.cluster.batch.stop import Stopped
 from saqqara.cluster.batch.summary import BatchSummary, all_there, summary_table
@@ -160,7 +160,7 @@ def run_parts_and_summarise(
         if summary_file is not None:
             write_json(summary_file, data)
         else:
-            OutputFolder(job.output, job.output_kind).write_json("_summary.json", data)
+            OutputFolder(job.output, job.output_kind).write_json(SUMMARY, data)
         print_table(summary_table([summary]))
     return exit_code(summary, fail_on_errors)
 

@@ -8,9 +8,11 @@ running an item again must do no harm.
 import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from saqqara.configs.schema import EngineConfig
 
@@ -35,13 +37,20 @@ class Replica(Protocol):
         ...
 
 
+BOARD_SECONDS = 2.0  # how long a look at the board may take
+
 Notes = Callable[..., None]
-MakeReplica = Callable[[str, Notes], Replica]
-"""Makes a replica of that name; it tells the board how far it is."""
+Alone = Callable[[Callable[[], None]], None]
+MakeReplica = Callable[[str, Notes, Alone], Replica]
+"""Makes a replica of that name; it tells the board how far it is, and has it call functions, one
+of all replicas at a time."""
 
 
 class Board:
-    """The actor that replicas write to while they work, and the driver reads."""
+    """The actor that replicas write to while they work, and the driver reads.
+
+    It is begun anew where it is lost, with the state that it had at its start.
+    """
 
     def __init__(self, state: Any) -> None:
         self._state = state
@@ -53,6 +62,14 @@ class Board:
     def read(self) -> Any:
         """The state as it is."""
         return self._state
+
+    def call(self, function: Callable[[], None]) -> Exception | None:
+        """Call a function; an error is handed back, to be raised in its own words."""
+        try:
+            function()
+        except Exception as error:
+            return error
+        return None
 
 
 class ReplicaFleet:
@@ -95,7 +112,10 @@ class ReplicaFleet:
                 num_replicas,
                 num_gpus,
             )
-        self._board = ray.remote(Board).options(num_cpus=0).remote(state)
+        # Its calls may be repeated: a note says how far a part is, not how much further.
+        lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        self._board = ray.remote(Board).options(**lasting).remote(state)
+        self._seen = state
 
     def results(self, items: Sequence[Any]) -> Iterator[Any]:
         """What the items have come to, in the order they end.
@@ -134,8 +154,12 @@ class ReplicaFleet:
                 yield result
 
     def board(self) -> Any:
-        """The state of the board as it is."""
-        return ray.get(self._board.read.remote())
+        """The state of the board; as it was last seen where the board cannot be reached."""
+        try:
+            self._seen = ray.get(self._board.read.remote(), timeout=BOARD_SECONDS)
+        except (RayActorError, GetTimeoutError):
+            logger.debug("the board of the replicas cannot be reached", exc_info=True)
+        return self._seen
 
     def close(self) -> None:
         """End what is left; a Ray that was there before stays."""
@@ -154,7 +178,9 @@ class ReplicaActor:
         self._error: Exception | None = None
         name = ray.get_runtime_context().get_actor_id()[:8]
         try:
-            self._replica = make_replica(name, lambda *note: board.note.remote(*note) and None)
+            self._replica = make_replica(
+                name, lambda *note: board.note.remote(*note) and None, partial(_call_alone, board)
+            )
         except Exception as error:  # travels back as a result, whole and in its own words
             logger.debug("a replica did not start", exc_info=True)
             self._error = error
@@ -177,3 +203,10 @@ class ReplicaActor:
             return self._replica.run(item)
         except Exception as error:
             return error
+
+
+def _call_alone(board: Any, function: Callable[[], None]) -> None:
+    """See `Alone`."""
+    error = ray.get(board.call.remote(function))
+    if error is not None:
+        raise error

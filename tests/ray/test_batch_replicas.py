@@ -75,7 +75,7 @@ def test_rows_are_answered_once_by_replicas_of_which_one_dies(
     killed: list[int] = []
 
     class Killing(RayPool):
-        """Kills a replica's process once a part is committed."""
+        """Kills a replica's process once a part is committed, and the board with it."""
 
         def next(self, timeout_seconds: float) -> Event:
             event = super().next(timeout_seconds)
@@ -83,6 +83,7 @@ def test_rows_are_answered_once_by_replicas_of_which_one_dies(
                 replicas = replica_processes()
                 os.kill(replicas[0], signal.SIGKILL)
                 killed.append(replicas[0])
+                ray.kill(self._fleet._board, no_restart=False)
             return event
 
     monkeypatch.setattr("saqqara.cluster.batch.parts.ray_pool.RayPool", Killing)

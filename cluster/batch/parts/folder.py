@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from saqqara.cluster.batch.files import WriteError
-from saqqara.cluster.batch.fingerprint import differences, shown
 from saqqara.cluster.batch.records import Record
 from saqqara.configs.json_text import json_text
 
@@ -24,7 +23,7 @@ from .storage import filesystem, is_local
 Kind = Literal["jsonl", "parquet"]
 
 STAGING = "_staging"
-_RESOLVED = "_resolved.json"
+SUMMARY = "_summary.json"
 _BATCH_ROWS = 256
 
 
@@ -69,23 +68,6 @@ class OutputFolder:
     def stage(self, index: int) -> "StagedPart":
         """A part to write, which is no result until it is committed."""
         return StagedPart(self, index)
-
-    def settle(self, resolved: dict[str, str], mix_settings: bool) -> None:
-        """Note what `auto` has come to for the first engine; the others must come to the same.
-
-        Raises:
-            ValueError: they have not, and answers would be of two kinds.
-        """
-        before = self.read_json(_RESOLVED) or {}
-        both = before.keys() & resolved.keys()
-        changed = differences({k: before[k] for k in both}, {k: resolved[k] for k in both})
-        if changed and not mix_settings:
-            raise ValueError(
-                f"output: {self.url} holds results of another model or machine: {shown(changed)}; "
-                "set it as it was to resume, start anew with --overwrite, or have both with "
-                "--mix-settings"
-            )
-        self.write_json(_RESOLVED, {**before, **resolved})
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the folder; None if there is none.

@@ -1,7 +1,8 @@
 """Batch jobs over many files: cut into parts, answered by replicas, committed part by part.
 
 A row is told by its file and line, whatever part or replica it comes to, and so is its noise. The
-driver holds a few numbers for each part, never a row.
+driver holds a few numbers for each part (of those that are retried, the lines of their errors),
+never a row.
 """
 
 import logging
@@ -24,6 +25,7 @@ from .cutting import Part, cut
 from .folder import Kind, OutputFolder
 from .job_file import (
     JobFile,
+    check_ours,
     clear_results,
     clear_staging,
     committed,
@@ -108,6 +110,7 @@ def run_parts(
     files = find_inputs(job.inputs)
     _check_apart(folder, files)
     with StopSignals() as stop, only_writer(folder):
+        check_ours(folder)
         job_file = None if job.overwrite else read_job_file(folder)
         todo = _prepare(job, folder, files, job_file)
         run = _Run()
@@ -167,13 +170,14 @@ def _left(
             if part.index not in there:
                 works.append(PartWork(part))
                 continue
-            errors = sum(record["error"] is not None for record in folder.records(part.index))
-            if retry and errors:
-                works.append(PartWork(part, retry=True))
-                resumed += part.num_rows - errors
+            records = folder.records(part.index)
+            failed = frozenset(int(r["line"]) for r in records if r["error"] is not None)
+            if retry and failed:
+                works.append(PartWork(part, failed))
+                resumed += part.num_rows - len(failed)
             else:
                 resumed += part.num_rows
-                resumed_errors += errors
+                resumed_errors += len(failed)
     return _Todo(works, num_rows, resumed, resumed_errors)
 
 
@@ -209,19 +213,18 @@ def _run(
             stack.callback(pool.close)
             stack.enter_context(progress)
             pool.begin(todo.works)
-            _watch(pool, len(todo.works), progress, stop)
-            tally = pool.tally()
+            done = _watch(pool, len(todo.works), progress, stop)
             seconds = time.perf_counter() - started
     except Stopped:
         _tell_how_to_go_on(job, todo, folder, stop)
         raise
     job_file = read_job_file(folder)
     assert job_file is not None
-    answered, errors = tally.totals()
+    answered, errors = done.totals()
     job_file.finished = {"rows": todo.num_rows, "errors": errors + todo.resumed_errors}
     job_file.write(folder)
     clear_staging(folder)
-    report = combined(list(tally.reports.values()))
+    report = combined(list(done.reports.values()))
     start_seconds = min(pool.start_seconds, seconds)
     return _Run(answered, errors, seconds - start_seconds, start_seconds, report)
 
@@ -239,21 +242,24 @@ def _pool(
     return RayPool(settings, job.num_replicas, make_client)
 
 
-def _watch(pool: Pool, num_parts: int, progress: BatchProgress, stop: StopSignals) -> None:
-    """Show how far all replicas are until every part is committed.
+def _watch(pool: Pool, num_parts: int, progress: BatchProgress, stop: StopSignals) -> Tally:
+    """Show how far all replicas are until every part is committed; what came of the parts.
 
     Raises:
         Stopped: a signal came.
         Exception: whatever a replica failed with.
     """
-    while num_parts:
+    done = Tally()
+    while len(done.parts) < num_parts:
         stop.check()
         event = pool.next(_TURN_SECONDS)
         if isinstance(event, BaseException):
             raise event
-        num_parts -= event is not None
-        if progress.is_due() or num_parts == 0:
-            _show(progress, pool.tally())
+        if event is not None:
+            done.note(event.replica, event.counts, event.report)
+        if progress.is_due() or len(done.parts) == num_parts:
+            _show(progress, done.over(pool.tally()))
+    return done
 
 
 def _show(progress: BatchProgress, tally: Tally) -> None:
@@ -281,7 +287,7 @@ def _check_apart(folder: OutputFolder, files: Sequence[InputFile]) -> None:
     """Refuse an output folder that a pattern of the input could find results in."""
     above = folder.path("")
     for file in files:
-        if filesystem(file.url)[1].startswith(above):
+        if filesystem(whole_url(file.url))[1].startswith(above):
             raise ValueError(
                 f"output: the input {file.url} lies in {folder.url}; choose another folder"
             )

@@ -3,22 +3,25 @@
 import fcntl
 import logging
 import os
+import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 from saqqara.cluster.batch.files import check_settings
 from saqqara.cluster.batch.fingerprint import differences, shown
 
-from .folder import STAGING, OutputFolder
+from .folder import STAGING, SUMMARY, OutputFolder
 from .storage import filesystem, is_local
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1 numbered parts in the order in which files were named
 _NAME = "_job.json"
 _LOCK = "_job.lock"
+_RESOLVED = "_resolved.json"
+_PART = re.compile(r"part-(\d{6,})\.(jsonl|parquet)")
 
 
 @dataclass(slots=True)
@@ -56,10 +59,30 @@ class JobFile:
         """
         check_settings(folder.url, self.settings, settings, mix)
         if changed := differences(self.settings, settings):
-            logger.warning("%s will mix settings: %s", folder.url, shown(changed))
-            parts_before = len(committed(folder))
-            self.mixed.append({"parts_before": parts_before, "changed": changed})
+            self.note_mixed(changed, folder)
             self.settings = settings
+
+    def note_mixed(self, changed: list[str], folder: OutputFolder) -> None:
+        """Note what is changed on purpose, and how many parts are there."""
+        logger.warning("%s will mix settings: %s", folder.url, shown(changed))
+        self.mixed.append({"parts_before": len(committed(folder)), "changed": changed})
+
+
+def check_ours(folder: OutputFolder) -> None:
+    """Make sure that a folder is a job's, or new, whatever the job is.
+
+    Raises:
+        ValueError: it is a file, or holds something else than a job.
+    """
+    fs, path = filesystem(folder.url)
+    if fs.isfile(path):
+        raise _is_a_file(folder)
+    names = _names(folder)
+    if _NAME not in names and any(name not in (_LOCK, STAGING) for name in names):
+        raise ValueError(
+            f"output: {folder.url} is not empty and not a batch job's (no {_NAME}); choose another "
+            "folder"
+        )
 
 
 def read_job_file(folder: OutputFolder) -> JobFile | None:
@@ -68,17 +91,9 @@ def read_job_file(folder: OutputFolder) -> JobFile | None:
     Raises:
         ValueError: the folder is a file, or holds something else than a job.
     """
-    fs, path = filesystem(folder.url)
-    if fs.isfile(path):
-        raise _is_a_file(folder)
+    check_ours(folder)
     data = folder.read_json(_NAME)
     if data is None:
-        others = [name for name in _names(folder) if name not in (_LOCK, STAGING)]
-        if others:
-            raise ValueError(
-                f"output: {folder.url} is not empty and not a batch job's (no {_NAME}); choose "
-                "another folder"
-            )
         return None
     if data.get("format") != FORMAT:
         raise ValueError(
@@ -88,15 +103,40 @@ def read_job_file(folder: OutputFolder) -> JobFile | None:
     return JobFile(data["settings"], data["part_rows"], data["mixed"], data["finished"])
 
 
+def settle(folder: OutputFolder, resolved: dict[str, str], mix_settings: bool) -> None:
+    """Note what `auto` has come to for the first engine; the others must come to the same.
+
+    It reads and then writes, so replicas call it one after another.
+
+    Raises:
+        ValueError: they have not, and answers would be of two kinds.
+    """
+    before = folder.read_json(_RESOLVED) or {}
+    both = before.keys() & resolved.keys()
+    changed = differences({k: before[k] for k in both}, {k: resolved[k] for k in both})
+    if changed and not mix_settings:
+        raise ValueError(
+            f"output: {folder.url} holds results of another model or machine: {shown(changed)}; "
+            "set it as it was to resume, start anew with --overwrite, or have both with "
+            "--mix-settings"
+        )
+    if changed:
+        job_file = read_job_file(folder)
+        assert job_file is not None, "a job writes it before its replicas start"
+        job_file.note_mixed(changed, folder)
+        job_file.write(folder)
+    folder.write_json(_RESOLVED, {**before, **resolved})
+
+
 def committed(folder: OutputFolder) -> set[int]:
     """Indices of the parts that are there."""
-    found = set()
-    for name in _names(folder):
-        stem, dot, kind = name.partition(".")
-        number = stem.removeprefix("part-")
-        if dot and kind == folder.kind and number != stem and number.isdigit():
-            found.add(int(number))
-    return found
+    return {index for index, kind in _parts(folder).values() if kind == folder.kind}
+
+
+def _parts(folder: OutputFolder) -> dict[str, tuple[int, str]]:
+    """Index and kind of each part that is there, by its name."""
+    found = {name: _PART.fullmatch(name) for name in _names(folder)}
+    return {name: (int(part[1]), part[2]) for name, part in found.items() if part}
 
 
 def clear_staging(folder: OutputFolder) -> None:
@@ -108,10 +148,18 @@ def clear_staging(folder: OutputFolder) -> None:
 
 
 def clear_results(folder: OutputFolder) -> None:
-    """Remove all results, and what is known of them; a job's folder has nothing else."""
+    """Remove all results, and then what is known of them; files of others stay.
+
+    Killed amid that, it leaves a job of which parts are to be made again.
+    """
     fs, _ = filesystem(folder.url)
-    for name in _names(folder):
-        if name.startswith("part-") or name in (_NAME, "_resolved.json"):
+    with suppress(ValueError):  # what cannot be read says nothing of its parts either
+        if (job_file := read_job_file(folder)) is not None:
+            job_file.finished = None
+            job_file.write(folder)
+    names = _names(folder)
+    for name in (*_parts(folder), SUMMARY, _RESOLVED, _NAME):
+        if name in names:
             fs.rm(folder.path(name))
 
 

@@ -48,12 +48,27 @@ class Tally:
         if counts is not None:
             self.parts[counts.index] = counts
         if report is not None:
-            self.reports[replica] = report
+            before = self.reports.get(replica)
+            if before is None or _time_of(report) >= _time_of(before):
+                self.reports[replica] = report
+
+    def over(self, other: "Tally") -> "Tally":
+        """What this one knows, and of everything else what the other does."""
+        return Tally(
+            {**other.parts, **self.parts},
+            {**self.reports, **other.reports},
+            self.ready | other.ready,
+        )
 
     def totals(self) -> tuple[int, int]:
         """Answered rows and errors of this run."""
         counts = list(self.parts.values())
         return sum(c.answered for c in counts), sum(c.errors for c in counts)
+
+
+def _time_of(report: EngineReport) -> tuple[float, bool]:
+    """What later reports of an engine have more of; the last one is of an engine at rest."""
+    return report.wall_seconds, report.pages_leaked is not None
 
 
 Event = PartResult | BaseException | None
@@ -76,7 +91,7 @@ class Pool(Protocol):
         ...
 
     def tally(self) -> Tally:
-        """How far all parts are."""
+        """How far all parts are, to show; what counts in the end are the events."""
         ...
 
     def close(self) -> None:
@@ -105,7 +120,11 @@ class LocalPool:
         self._events: queue.SimpleQueue[PartResult | BaseException] = queue.SimpleQueue()
         started = time.monotonic()
         self._replica = PartReplica(
-            settings, LOCAL, self._tally.note, client or (make_client and make_client())
+            settings,
+            LOCAL,
+            self._tally.note,
+            lambda call: call(),
+            client or (make_client and make_client()),
         )
         self.start_seconds = time.monotonic() - started
         self._threads: list[threading.Thread] = []

@@ -12,6 +12,7 @@ from saqqara.cluster.on_ray.data import ReplicaFleet
 from .pool import Event, Tally
 from .replica import (
     PARTS_AT_ONCE,
+    Alone,
     MakeClient,
     PartReplica,
     PartResult,
@@ -77,7 +78,7 @@ class RayPool:
 
 
 def start_replica(
-    settings: ReplicaSettings, make_client: MakeClient | None, name: str, tell: Tell
+    settings: ReplicaSettings, make_client: MakeClient | None, name: str, tell: Tell, alone: Alone
 ) -> PartReplica:
     """A replica, in the process that it is called in."""
-    return PartReplica(settings, name, tell, None if make_client is None else make_client())
+    return PartReplica(settings, name, tell, alone, make_client and make_client())

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from saqqara.cluster.batch.answers import AnswerSettings, RowLoop, final_report
@@ -15,6 +16,7 @@ from saqqara.cluster.launch import launch_lasting
 
 from .cutting import Part
 from .folder import OutputFolder
+from .job_file import settle
 from .rows import rows_of
 from .shared_engine import SharedEngine
 
@@ -25,10 +27,15 @@ _TURN_SECONDS = 0.1  # rows of one part wait at most so long for room that anoth
 
 @dataclass(frozen=True, slots=True)
 class PartWork:
-    """A part to answer; with `retry` its good records stay and the others are made again."""
+    """A part to answer, or rows of one to answer again.
+
+    Attributes:
+        part: what is answered, or, with `retried`, is there.
+        retried: lines whose records an earlier run has left as errors; the others stay.
+    """
 
     part: Part
-    retry: bool = False
+    retried: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,10 @@ class PartCounts:
 
 @dataclass(frozen=True, slots=True)
 class PartResult:
-    """A part that is committed: its counts, and what its replica has measured so far."""
+    """A part that is committed: its counts, and what its replica has measured so far.
+
+    However often a part is run, its counts are those of this run of the job.
+    """
 
     counts: PartCounts
     replica: str
@@ -67,6 +77,8 @@ class ReplicaSettings:
 
 
 MakeClient = Callable[[], EngineClient]
+Alone = Callable[[Callable[[], None]], None]
+"""Calls a function, which is picklable, while no other replica of the job calls one."""
 
 
 class Tell(Protocol):
@@ -92,6 +104,7 @@ class PartReplica:
         settings: of the job.
         name: of the replica, for reports.
         tell: is told how far each part is.
+        alone: compares what engines have come to, one after another.
         client: the engine, which the replica shuts down; default: it starts one.
 
     Raises:
@@ -100,7 +113,12 @@ class PartReplica:
     """
 
     def __init__(
-        self, settings: ReplicaSettings, name: str, tell: Tell, client: EngineClient | None = None
+        self,
+        settings: ReplicaSettings,
+        name: str,
+        tell: Tell,
+        alone: Alone,
+        client: EngineClient | None = None,
     ) -> None:
         self.name = name
         self._settings = settings
@@ -112,7 +130,7 @@ class PartReplica:
         try:
             workers = self._client.describe().workers
             resolved = resolved_settings(settings.answers.config, workers)
-            settings.folder.settle(resolved, settings.mix_settings)
+            alone(partial(settle, settings.folder, resolved, settings.mix_settings))
         except BaseException:
             self._client.shutdown()
             raise
@@ -128,13 +146,12 @@ class PartReplica:
             EngineDeadError: the engine failed.
         """
         part, folder = work.part, self._settings.folder
-        if not work.retry and folder.is_committed(part.index):  # killed between that and its report
+        if not work.retried and folder.is_committed(part.index):
+            # A replica was killed between that and its report.
             return self._result(_counted(part, folder))
         with folder.stage(part.index) as staged:
             writer = _PartWriter(self, work)
-            for line, record in writer.keep_good():
-                staged.write(record)
-                writer.kept.add(line)
+            writer.keep(staged.write)
             writer.run(staged.write)
             if self._stopped.is_set():
                 return None
@@ -180,17 +197,28 @@ class _PartWriter:
     def __init__(self, replica: PartReplica, work: PartWork) -> None:
         self._replica = replica
         self._work = work
-        self.kept: set[int] = set()
-        self._answered = self._errors = 0
+        self._left = set(work.retried)
+        self._answered = self._errors = self._kept = 0
         self._noted = (0, 0)
         self._told = time.monotonic()
 
-    def keep_good(self) -> list[tuple[int, Record]]:
-        """Records of an earlier run that stay, with their lines."""
-        if not self._work.retry:
-            return []
-        records = self._replica._settings.folder.records(self._work.part.index)
-        return [(int(r["line"]), r) for r in records if r["error"] is None]
+    def keep(self, write: Callable[[Record], None]) -> None:
+        """Write the records that stay, one at a time.
+
+        A good one on a retried line is of this run: a replica was killed after its commit.
+        """
+        if not self._work.retried:
+            return
+        for record in self._replica._settings.folder.records(self._work.part.index):
+            line = int(record["line"])
+            if line not in self._work.retried:
+                self._kept += 1
+            elif record["error"] is None:
+                self._answered += 1
+                self._left.remove(line)
+            else:
+                continue
+            write(record)
 
     def run(self, write: Callable[[Record], None]) -> None:
         """Run the rows that have no record that stays."""
@@ -198,7 +226,7 @@ class _PartWriter:
         settings = replica._settings
         parser = settings.answers.parser(part.label)
         rows = rows_of(part, parser, settings.prompt_column)
-        self._note(part.num_rows - len(self.kept))
+        self._note(part.num_rows - self._kept)
         engine, share = replica._engine, replica._engine.share()
 
         def write_named(record: Record) -> None:
@@ -216,13 +244,13 @@ class _PartWriter:
                 room=lambda _: engine.room(),
                 gate=engine.gate,
                 poll_seconds=_TURN_SECONDS,
-            ).run(row for row in rows if row.line not in self.kept)
+            ).run(row for row in rows if not self._work.retried or row.line in self._left)
         finally:
             share.shutdown()
 
     def counts(self) -> PartCounts:
         """How far the part is."""
-        return PartCounts(self._work.part.index, self._answered, self._errors, len(self.kept))
+        return PartCounts(self._work.part.index, self._answered, self._errors, self._kept)
 
     def _tick(self, is_last: bool) -> None:
         now = time.monotonic()

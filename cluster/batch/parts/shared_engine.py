@@ -53,14 +53,28 @@ class SharedEngine:
             return max(0, self._max_in_flight - len(self._owners))
 
     def submit(self, share: "EngineShare", requests: Sequence[Request]) -> list[Rejection]:
-        """Queue the requests of one user."""
+        """Queue the requests of one user; ids that the engine already has come back."""
+        fresh: list[Request] = []
+        rejections: list[Rejection] = []
         with self._lock:
-            self._owners |= {request.request_id: share for request in requests}
-        rejections = self.client.submit(requests)
+            for request in requests:
+                name = request.request_id
+                if name in self._owners:
+                    rejections.append(Rejection(name, f"the engine has a request {name} already"))
+                else:
+                    self._owners[name] = share
+                    fresh.append(request)
+        refused = self.client.submit(fresh)
         with self._lock:
-            for rejection in rejections:
+            for rejection in refused:
                 self._owners.pop(rejection.request_id, None)
-        return rejections
+        return rejections + refused
+
+    def abort(self, share: "EngineShare", request_ids: Iterable[str]) -> None:
+        """Stop requests of one user; those of others run on."""
+        with self._lock:
+            own = [name for name in request_ids if self._owners.get(name) is share]
+        self.client.abort(own)
 
     def leave(self, share: "EngineShare") -> None:
         """Forget a user, and stop what it has left in the engine."""
@@ -123,7 +137,7 @@ class EngineShare:
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Stop these requests; unknown or finished ids are ignored."""
-        self._engine.client.abort(request_ids)
+        self._engine.abort(self, request_ids)
 
     def report(self) -> EngineReport:
         """Measurements of the whole engine."""

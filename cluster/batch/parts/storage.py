@@ -51,20 +51,35 @@ def is_local(fs: Any) -> bool:
 
 def whole_url(url: str) -> str:
     """A path that means the same in every process of this machine, or the URL."""
-    return _url(*filesystem(url))
+    fs, path = filesystem(url)
+    return os.path.realpath(path) if is_local(fs) else _url(fs, path)
 
 
 def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
-    """The files that paths, URLs and glob patterns name, each once, in the order of the patterns.
+    """The files that paths, URLs and glob patterns name, each once, in the order of their labels.
+
+    However they are named, the same files come in the same order: parts are numbered by it.
 
     Raises:
-        ValueError: a pattern matches nothing, a file cannot be read, or a folder is named.
+        ValueError: a pattern matches nothing, a file cannot be read, or a folder is named; or two
+            URLs may be one file.
     """
-    urls = list(dict.fromkeys(url for pattern in patterns for url in _matching(pattern)))
+    urls = _each_once({url for pattern in patterns for url in _matching(pattern)})
     if not urls:
         raise ValueError("input: name at least one file")
-    above = _folder_above(urls)
-    return [_described(url, url[len(above) :].lstrip("/")) for url in urls]
+    labels = labels_of(urls)
+    return [_described(url, labels[url]) for url in sorted(urls, key=labels.__getitem__)]
+
+
+def labels_of(urls: Sequence[str]) -> dict[str, str]:
+    """Each URL's path below the folder that all lie in; the storage's name is a folder, too."""
+    paths = [url.split("/") for url in urls]
+    folders = [path[:-1] for path in paths]
+    first, last = min(folders), max(folders)  # what these two share, those between them do
+    num_shared = len(first)
+    while first[:num_shared] != last[:num_shared]:
+        num_shared -= 1
+    return {url: "/".join(path[num_shared:]) for url, path in zip(urls, paths, strict=True)}
 
 
 def open_input(file_url: str) -> IO[bytes]:
@@ -109,16 +124,31 @@ def _matching(pattern: str) -> list[str]:
 
 
 def _url(fs: Any, path: str) -> str:
-    return path if is_local(fs) else str(fs.unstrip_protocol(path))
+    """A URL; of a file on this machine, its path with its folder's links followed."""
+    if not is_local(fs):
+        return str(fs.unstrip_protocol(path))
+    folder, name = os.path.split(path)
+    if name in ("", ".", ".."):
+        return os.path.realpath(path)
+    return os.path.join(os.path.realpath(folder), name)
 
 
-def _folder_above(urls: Sequence[str]) -> str:
-    """The folder that all files lie in; the storage's name is a folder, too."""
-    folders = [posixpath.dirname(url) for url in urls]
-    try:
-        return os.path.commonpath(folders)
-    except ValueError:  # some on this machine, some elsewhere
-        return ""
+def _each_once(urls: set[str]) -> list[str]:
+    """One URL of each file, whatever the others are; a link keeps its own name.
+
+    Raises:
+        ValueError: on another machine, where only the storage knows whether they are one.
+    """
+    found: dict[str, str] = {}
+    for url in sorted(urls):
+        is_remote = "://" in url
+        same = posixpath.normpath(url) if is_remote else os.path.realpath(url)
+        if is_remote and same in found:
+            raise ValueError(
+                f"input: {found[same]} and {url} may be one file; name each in one spelling"
+            )
+        found.setdefault(same, url)
+    return list(found.values())
 
 
 def _described(url: str, label: str) -> InputFile:

@@ -374,7 +374,7 @@ def test_settings_that_change_no_answer_may_change(tmp_path: Path) -> None:
     assert run_batch(make_job(tmp_path, [{"prompt": "x"}], config=other), FakeClient()).complete
 
 
-def test_a_changed_input_is_not_resumed(tmp_path: Path) -> None:
+def test_a_never_mixed_is_not_resumed(tmp_path: Path) -> None:
     run(make_job(tmp_path, [{"prompt": "x"}]))
     with pytest.raises(ValueError, match="the input file has changed"):
         run_batch(make_job(tmp_path, [{"prompt": "y"}]), FakeClient())

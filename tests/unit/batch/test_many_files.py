@@ -22,7 +22,7 @@ from saqqara.cluster.batch.parts import folder as folders
 from saqqara.cluster.batch.parts.cutting import cut
 from saqqara.cluster.batch.parts.folder import OutputFolder
 from saqqara.cluster.batch.parts.job import PartsJob, run_parts
-from saqqara.cluster.batch.parts.job_file import only_writer
+from saqqara.cluster.batch.parts.job_file import JobFile, only_writer, settle
 from saqqara.cluster.batch.parts.storage import find_inputs
 from saqqara.cluster.batch.stop import Stopped
 from saqqara.cluster.errors import EngineDeadError
@@ -383,12 +383,15 @@ def test_one_job_at_a_time_writes_a_folder(tmp_path: Path) -> None:
 def test_another_devices_answers_are_not_mixed_in(tmp_path: Path) -> None:
     job = make_job(tmp_path, 6)
     folder = OutputFolder(job.output, "jsonl")
-    folder.settle({"device": "cuda"}, mix_settings=False)
-    folder.settle({"device": "cuda", "dtype": "bfloat16"}, mix_settings=False)
+    JobFile({}, part_rows=3).write(folder)
+    settle(folder, {"device": "cuda"}, mix_settings=False)
+    settle(folder, {"device": "cuda", "dtype": "bfloat16"}, mix_settings=False)
     with pytest.raises(ValueError, match="device was 'cuda' and is now 'cpu'"):
-        folder.settle({"device": "cpu"}, mix_settings=False)
-    folder.settle({"device": "cpu"}, mix_settings=True)
+        settle(folder, {"device": "cpu"}, mix_settings=False)
+    settle(folder, {"device": "cpu"}, mix_settings=True)
     assert folder.read_json("_resolved.json") == {"device": "cpu", "dtype": "bfloat16"}
+    (mixed,) = json.loads((tmp_path / "out/_job.json").read_text())["mixed"]
+    assert mixed == {"parts_before": 0, "changed": ["device was 'cuda' and is now 'cpu'"]}
 
 
 def test_parts_cover_every_line_once(tmp_path: Path) -> None:

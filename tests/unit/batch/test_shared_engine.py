@@ -47,6 +47,23 @@ def test_room_is_what_all_users_leave() -> None:
     engine.close()
 
 
+def test_an_id_that_the_engine_has_is_refused_and_stays_its_owners() -> None:
+    client = FakeClient(per_poll=0)
+    engine = SharedEngine(client, max_in_flight=9)
+    first, second = engine.share(), engine.share()
+    assert first.submit(ask("a")) == []
+    rejections = second.submit(ask("a", "b", "b"))
+    assert [r.request_id for r in rejections] == ["a", "b"]
+    assert "already" in rejections[0].error
+    assert [request.request_id for request in client.submitted] == ["a", "b"]
+    second.abort(["a"])
+    assert client.aborted == []
+    client.per_poll = 1
+    assert take(first, 1) == ["a"]
+    assert take(second, 1) == ["b"]
+    engine.close()
+
+
 def test_every_user_is_told_that_the_engine_has_died() -> None:
     engine = SharedEngine(FakeClient(die_after=0), max_in_flight=4)
     shares = [engine.share(), engine.share()]
