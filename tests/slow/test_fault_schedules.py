@@ -10,7 +10,7 @@ from support.planted_bugs import PLANTS
 from support.run_fault_schedules import run_in_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-NUM_SCHEDULES = 5000
+NUM_SCHEDULES = 2000
 FIRST = 1_000_000  # other ones than `make fault-schedules` runs
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,12 @@ def test_folders_are_never_imported_bare() -> None:
 
 def test_no_file_is_too_long_to_hold() -> None:
     assert long_files(House(ROOT, (*FOLDERS, "benchmarks", "deploy"))) == []
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Pytest imports each as a module of its name, and stops at the second."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_no_room_is_too_full() -> None:

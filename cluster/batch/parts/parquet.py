@@ -124,7 +124,8 @@ def _line(row: dict[str, Any]) -> str:
         except ValueError as error:
             row["body"] = f"no JSON: {error}"  # which is no object, and refused as that
     given = {key: _without_nulls(value) for key, value in row.items() if value is not None}
-    return json.dumps(given, ensure_ascii=False, default=_not_json)
+    # NaN is refused where the line is read, in the words that a line of text gets for it.
+    return json.dumps(given, ensure_ascii=False, allow_nan=True, default=_not_json)
 
 
 def _without_nulls(value: Any) -> Any:
