@@ -117,9 +117,11 @@ def test_the_router_is_shipped_to_proxies_that_have_no_package() -> None:
 
 
 def test_the_old_path_of_build_app_leads_to_the_new_one() -> None:
-    from saqqara.cluster import serve as old
     from saqqara.cluster.on_ray import serve
 
+    sys.modules.pop("saqqara.cluster.serve", None)
+    with pytest.warns(DeprecationWarning, match=r"is now saqqara\.cluster\.on_ray\.serve"):
+        old = importlib.import_module("saqqara.cluster.serve")
     assert old.build_app is serve.build_app
 
 
