@@ -33,6 +33,7 @@ PROGRESS_SECONDS = 3.0  # between words about how far the start is
 _SETTLE_SECONDS = 2.0  # peers of a dead rank fail too; this long to find out who was first
 _CLOSE_SECONDS = 5.0
 _STACKS_SECONDS = 0.2  # for a rank that hangs to write its stacks to its log
+_STOPPED_SECONDS = 2.5  # without a beat, of a rank whose step is late
 _PROCESS_SECONDS = 300.0  # for Ray to start the processes, before anything is loaded
 
 
@@ -255,12 +256,9 @@ class RankGroup:
         """A rank is dead or silent, says the thread of the monitor, maybe while nothing runs."""
 
         def diagnose() -> WorkerDiedError:
-            log_file = str(self._log_file(rank))
             if not is_closed:
-                message = f"{self._name(rank)} has fallen silent"
-                return WorkerDiedError(
-                    f"{message}; its log: {log_file}", rank, log_file, cause="unreachable"
-                )
+                return self._silent(rank)
+            log_file = str(self._log_file(rank))
             try:
                 ray.get(self._actors[rank].ping.remote(), timeout=_SETTLE_SECONDS)
             except RayActorError as error:
@@ -334,7 +332,19 @@ class RankGroup:
                 os.kill(process.pid, signal.SIGUSR1)
         time.sleep(_STACKS_SECONDS)
 
+    def _stopped_rank(self) -> int | None:
+        """The rank that does not beat: the others, which wait for it, are not the cause."""
+        rank, seconds = self._monitor.quietest() if self._monitor is not None else (None, 0.0)
+        return rank if seconds > _STOPPED_SECONDS else None
+
+    def _silent(self, rank: int) -> WorkerDiedError:
+        log_file = str(self._log_file(rank))
+        message = f"{self._name(rank)} has fallen silent; its log: {log_file}"
+        return WorkerDiedError(message, rank, log_file, cause="unreachable")
+
     def _hung(self, ranks: Sequence[int], seconds: float) -> WorkerDiedError:
+        if (stopped := self._stopped_rank()) is not None:
+            return self._silent(stopped)
         if not ranks:  # they answered just after the time was over
             ranks = range(len(self._actors))
         who = ", ".join(self._name(rank) for rank in ranks)

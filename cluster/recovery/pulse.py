@@ -102,6 +102,17 @@ class PulseMonitor:
         """
         self._closing.set()
 
+    def quietest(self) -> tuple[int | None, float]:
+        """The rank, of those up, not heard for longest, and the seconds; any thread may ask."""
+        now = time.monotonic()
+        silences = [
+            (now - peer.heard_at, peer.rank)
+            for peer in list(self._peers.values())
+            if peer.rank is not None and peer.is_up
+        ]
+        seconds, rank = max(silences, default=(0.0, None))
+        return rank, seconds
+
     def _run(self) -> None:
         try:
             while not self._closing.is_set():

@@ -92,6 +92,22 @@ def test_a_rank_that_is_stopped_is_silent_and_only_the_first_loss_is_told(
     assert is_quiet(losses, 1.0)
 
 
+def test_the_quietest_rank_is_the_stopped_one(
+    ranks: list[multiprocessing.process.BaseProcess], monitor: PulseMonitor
+) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while monitor.quietest()[0] is None:  # only rank 0 says that it is up
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert monitor.quietest()[1] < SILENT
+    assert ranks[0].pid is not None
+    os.kill(ranks[0].pid, signal.SIGSTOP)
+    while monitor.quietest()[1] < SILENT / 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert monitor.quietest()[0] == 0
+
+
 def test_a_rank_that_is_stopped_while_it_starts_is_lost_too(
     ranks: list[multiprocessing.process.BaseProcess], losses: SimpleQueue[Loss]
 ) -> None:
