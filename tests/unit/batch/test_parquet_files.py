@@ -65,7 +65,7 @@ def test_columns_become_the_fields_of_requests_and_others_are_not_read(tmp_path:
     first, second, third = records(job.output)
     assert (first["custom_id"], first["text"]) == ("x", "fe")
     assert second["text"] == "ihg"
-    assert "exactly one of" in third["error"]["message"]
+    assert "prompt is null" in third["error"]["message"]
     assert (summary.answered, summary.errors) == (2, 1)
     names = [*columns, "id"]
     assert set(used_columns(names, None, "a")) == {"prompt", "max_tokens", "custom_id"}
