@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from saqqara.compression.retention import Retention
 from saqqara.configs.worker_settings import WorkerSettings
 
 from .attention.base import AttentionBackend, get_backend
@@ -84,7 +85,8 @@ class Part:
             head_shard(spec.num_query_heads, spec.num_kv_heads, size, t) for t in range(size)
         ]
         heads = all_heads[layout.tensor_rank(rank)]
-        stages = stage_layers(spec, layout.pipeline_size, config.layer_split)
+        retention = Retention.parse(config.retention, config.budget)
+        stages = stage_layers(spec, layout.pipeline_size, config.layer_split, retention)
         layers = stages[layout.pipeline_rank(rank)]
         mesh = Mesh(layout, rank, spec.num_kv_heads, device, store)
         own_bytes = Footprint(spec, dtype, layout, rank, layers, heads).weight_bytes()
