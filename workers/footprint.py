@@ -12,6 +12,7 @@ from saqqara.compression.growth import (
     sums_mass,
 )
 from saqqara.compression.retention import Retention
+from saqqara.configs.worker_settings import WorkerSettings
 
 from .mesh.layout import (
     HeadShard,
@@ -54,6 +55,12 @@ def stage_layers(
     costs = None if retention is None else stage_costs(spec, retention)
     head_layers = _HEAD_SHARE * spec.head_layers
     return layer_split(spec.num_layers, num_stages, head_layers, explicit, costs)
+
+
+def engine_stages(spec: ModelSpec, num_stages: int, config: WorkerSettings) -> tuple[range, ...]:
+    """The layers of each stage of an engine with these settings."""
+    retention = Retention.parse(config.retention, config.budget)
+    return stage_layers(spec, num_stages, config.layer_split, retention)
 
 
 def stage_costs(spec: ModelSpec, retention: Retention) -> StageCosts | None:
