@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from saqqara.compression.decode import DecodeStage
 from saqqara.compression.growth import (
@@ -12,7 +13,6 @@ from saqqara.compression.growth import (
     sums_mass,
 )
 from saqqara.compression.retention import Retention
-from saqqara.configs.worker_settings import WorkerSettings
 
 from .mesh.layout import (
     HeadShard,
@@ -57,10 +57,15 @@ def stage_layers(
     return layer_split(spec.num_layers, num_stages, head_layers, explicit, costs)
 
 
-def engine_stages(spec: ModelSpec, num_stages: int, config: WorkerSettings) -> tuple[range, ...]:
-    """The layers of each stage of an engine with these settings."""
-    retention = Retention.parse(config.retention, config.budget)
-    return stage_layers(spec, num_stages, config.layer_split, retention)
+def stages_under(
+    spec: ModelSpec,
+    num_stages: int,
+    explicit: tuple[int, ...] | None,
+    retention: str | dict[str, Any],
+    budget: int | str | None,
+) -> tuple[range, ...]:
+    """`stage_layers` under a retention as the engine's settings spell it."""
+    return stage_layers(spec, num_stages, explicit, Retention.parse(retention, budget))
 
 
 def stage_costs(spec: ModelSpec, retention: Retention) -> StageCosts | None:
