@@ -8,17 +8,21 @@ turns of `--turn-seconds`, the one that is furthest behind first: whatever else 
 meanwhile meets all of them alike. A run's time is that of its steps, the others' left out.
 
 The cost model is calibrated with W1 alone and says how long the others take. The device is this
-machine: bandwidth and products are measured when the script starts, the link between stages is
-stated (`LINK`); what crosses it is small. The exit code is 1 if a prediction is off by more than
-`--limit`. `--share 0.25` takes a quarter of the requests of each run, for a slow machine.
+machine: what it reads and multiplies, how products of few rows take in their weights, what ranks
+reach together, and what a layer takes that computes next to nothing are measured when the script
+starts. The link between stages is stated (`LINK`); what crosses it is small. The exit code is 1 if
+a prediction is off by more than `--limit`. `--share 0.25` takes a quarter of the requests of each
+run, for a slow machine.
 """
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from harness.limits import READ_BYTES, make_limits, measure
+from harness.limits import READ_BYTES, Call, make_limits, measure
 from rich.console import Console
 from rich.table import Table
 
@@ -48,12 +52,15 @@ from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.speed.throughput import Workload as Prompts
 from saqqara.workers.host_memory import total_bytes
+from saqqara.workers.models.decoder import choose_linear_backend
 from saqqara.workers.models.demo import fetch_demo_model
 from saqqara.workers.models.spec import load_spec
 
 LINK_BANDWIDTH, LINK_SECONDS = 1e9, 1e-4  # TCP over loopback
 GEMM_SIZE = 2048
-LIMIT_ROUNDS = 15
+LIMIT_ROUNDS = 9
+FEW_ROWS, SEVERAL_ROWS = 4, 32  # between them a line says what the rows cost, and what the weights
+THIN = {"hidden_size": 72, "intermediate_size": 64, "head_dim": 8}  # for 9 query heads
 CALIBRATION = "W1"
 
 
@@ -136,19 +143,107 @@ def _executor(config: EngineConfig) -> Executor:
     return RayExecutor(config)
 
 
-def measured_device(dtype: str) -> Device:
-    """This machine: a plain read of memory, and a large product in the engine's dtype."""
+def measured_device(dtype: str, weights: torch.Tensor | None) -> Device:
+    """This machine: a plain read of memory, and a large product in the engine's dtype.
+
+    Args:
+        dtype: of the engine.
+        weights: matrices of the model's MLP, larger than the caches together, [N, F, E], where
+            torch multiplies with them; None: our own kernels do, which read while they multiply.
+    """
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(getattr(torch, dtype)) for _ in range(2))
-    times = measure({"read": make_limits()["GB/s"][1], "product": lambda: a @ b}, LIMIT_ROUNDS)
-    return Device(
+    calls: dict[str, Call] = {"read": make_limits()["GB/s"][1], "product": lambda: a @ b}
+    if weights is not None:
+        calls |= product_calls(weights)
+    times = measure(calls, LIMIT_ROUNDS)
+    seconds = {name: median(times[name].seconds) for name in calls}
+    device = Device(
         "this machine",
         memory_gib=total_bytes() / GIB,
-        bandwidth=READ_BYTES / median(times["read"].seconds),
-        flops=2 * GEMM_SIZE**3 / median(times["product"].seconds),
+        bandwidth=READ_BYTES / seconds["read"],
+        flops=2 * GEMM_SIZE**3 / seconds["product"],
         link_bandwidth=LINK_BANDWIDTH,
         link_seconds=LINK_SECONDS,
         kind="cpu",
     )
+    if weights is None:
+        return device
+    return replace(
+        device,
+        product_bandwidth=device.bandwidth * weights_share(seconds),
+        together=seconds["all"] / seconds["parts"],
+    )
+
+
+def product_calls(weights: torch.Tensor) -> dict[str, Call]:
+    """Products of one, few and several rows on one thread; of few on all, as one and in parts."""
+    num_threads, parts = torch.get_num_threads(), weights.chunk(torch.get_num_threads())
+
+    def multiply(rows: int, some: torch.Tensor) -> None:
+        hidden = torch.ones(rows, weights.shape[-1], dtype=weights.dtype)
+        with torch.inference_mode():
+            for matrix in some:
+                torch.nn.functional.linear(hidden, matrix)
+
+    def on_one_thread(rows: int, some: torch.Tensor) -> None:
+        torch.set_num_threads(1)
+        multiply(rows, some)
+        torch.set_num_threads(num_threads)
+
+    def in_parts() -> None:
+        torch.set_num_threads(1)  # a thread takes the number that is set when it starts
+        threads = [threading.Thread(target=multiply, args=(FEW_ROWS, part)) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        torch.set_num_threads(num_threads)
+
+    return {
+        "one row": lambda: on_one_thread(1, parts[0]),
+        "few rows": lambda: on_one_thread(FEW_ROWS, parts[0]),
+        "several rows": lambda: on_one_thread(SEVERAL_ROWS, parts[0]),
+        "all": lambda: multiply(FEW_ROWS, weights),
+        "parts": in_parts,
+    }
+
+
+def weights_share(seconds: Mapping[str, float]) -> float:
+    """How fast a product of several rows takes in its weights, beside one of one row."""
+    few, several = seconds["few rows"], seconds["several rows"]
+    row = (several - few) / (SEVERAL_ROWS - FEW_ROWS)
+    one = seconds["one row"]
+    return one / max(few - FEW_ROWS * row, one)
+
+
+def mlp_weights(model: str, dtype: str) -> torch.Tensor | None:
+    """Of the model's shape and of 128 MiB at least, where torch multiplies with them."""
+    torch_dtype = getattr(torch, dtype)
+    if choose_linear_backend("auto", torch.device("cpu"), torch_dtype)[0] != "torch":
+        return None
+    spec = load_spec(model)
+    one = spec.intermediate_size * spec.hidden_size * torch_dtype.itemsize
+    number = max(2 * torch.get_num_threads(), -(-READ_BYTES // one))
+    return torch.randn(number, spec.intermediate_size, spec.hidden_size).to(torch_dtype)
+
+
+def layer_seconds(run: Run, arguments: argparse.Namespace) -> float:
+    """What a layer takes in a decode step of a model of the same depth that hardly computes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file in Path(arguments.model).glob("*.json"):
+            shutil.copy(file, folder)
+        settings = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        thin = Path(folder) / "config.json"
+        thin.write_text(json.dumps(settings | THIN), encoding="utf-8")
+        config = config_of(run, arguments)
+        config = config.model_copy(update={"model": folder, "load_format": "dummy"})
+        turns = Turns(replace(run, prompt_tokens=64, new_tokens=16), config)
+        while turns.take(1.0):
+            pass
+        report = turns.result()["report"]
+        turns.close()
+    decoding = report["phase_seconds"]["total"] - report["prefill_seconds"]
+    return float(decoding / report["num_steps"] / settings["num_hidden_layers"])
 
 
 def config_of(run: Run, arguments: argparse.Namespace) -> EngineConfig:
@@ -211,13 +306,20 @@ def predict(run: Run, factors: Factors, device: Device, arguments: argparse.Name
     return only.job_seconds
 
 
-def calibrated(result: dict[str, Any], device: Device, model: str) -> Factors:
-    """Factors from the file of a run, as `--calibrate` reads it."""
+def calibrated(
+    result: dict[str, Any], device: Device, model: str, layer_seconds: float | None = None
+) -> Factors:
+    """Factors from the file of a run, as `--calibrate` reads it.
+
+    `layer_seconds` is measured before; None: the default.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         file.write_text(json.dumps(result), encoding="utf-8")
         run = read_run(file)
     before = Factors.default(device.kind, run.attention_backend)
+    if layer_seconds is not None:
+        before = replace(before, layer_seconds=layer_seconds)
     return calibrate([run], model_of(model), device, before)
 
 
@@ -244,11 +346,12 @@ def main() -> int:
         for run in RUNS
         if arguments.runs is None or run.name in (CALIBRATION, *arguments.runs.split(","))
     ]
-    device = measured_device(arguments.dtype)
+    device = measured_device(arguments.dtype, mlp_weights(arguments.model, arguments.dtype))
     before = Factors.default(device.kind)
     expected = [predict(run, before, device, arguments) for run in runs]
+    launching = layer_seconds(runs[0], arguments)
     results = measure_runs(runs, expected, arguments)
-    factors = calibrated(results[0], device, arguments.model)
+    factors = calibrated(results[0], device, arguments.model, launching)
     table = Table("run", "requests", "tokens in, out", "measured s", "predicted s", "error")
     for column in table.columns[1:]:
         column.justify = "right"

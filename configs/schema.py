@@ -91,7 +91,9 @@ class EngineConfig(BaseModel):
     tensor_parallel_size: int = Field(1, ge=1, le=MAX_RANKS)
     pipeline_parallel_size: int = Field(1, ge=1, le=MAX_RANKS)
     layer_split: tuple[int, ...] | None = Field(
-        None, description="Layers per pipeline stage, e.g. [16, 14]; default: balanced."
+        None,
+        description="Layers per pipeline stage, e.g. [16, 14]; default: balanced by time and "
+        "bytes, with what each layer keeps under the engine's retention.",
     )
     executor: Literal["local", "ray"] = "local"
     num_threads: int | None = Field(

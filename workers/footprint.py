@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from saqqara.compression.decode import DecodeStage
 from saqqara.compression.growth import (
@@ -16,6 +17,7 @@ from saqqara.compression.retention import Retention
 from .mesh.layout import (
     HeadShard,
     MeshLayout,
+    StageCosts,
     head_shard,
     intermediate_shard,
     layer_split,
@@ -31,6 +33,8 @@ _ENTRY_BYTES = 4  # int32, of a page table entry and of a row's length
 # The head runs for sampled positions only, so in a step that also prefills it costs a part of what
 # its weights, counted in layers, would suggest.
 _HEAD_SHARE = 0.25
+# What stages are balanced for: it must be known before anything is, and alike to planner and ranks.
+_BALANCED_SEQS, _BALANCED_TOKENS = 128, 4096
 _LARGEST_GRAPH = 512
 _WORKSPACE_BYTES = 64 << 20  # cuBLAS's and cuBLASLt's of the recording stream, 32 MiB each at most
 _KERNEL_BYTES = 8 << 10  # of a recorded kernel in the driver, and this many kernels in a layer
@@ -38,10 +42,61 @@ _LAYER_KERNELS = 20
 
 
 def stage_layers(
-    spec: ModelSpec, num_stages: int, explicit: tuple[int, ...] | None = None
+    spec: ModelSpec,
+    num_stages: int,
+    explicit: tuple[int, ...] | None = None,
+    retention: Retention | None = None,
 ) -> tuple[range, ...]:
-    """The layers of each pipeline stage; errors as `layer_split`'s."""
-    return layer_split(spec.num_layers, num_stages, _HEAD_SHARE * spec.head_layers, explicit)
+    """The layers of each pipeline stage; errors as `layer_split`'s.
+
+    The one function by which planner, simulator and ranks cut a model. Without `explicit`, stages
+    are balanced for the engine's own `retention`; None: full.
+    """
+    costs = None if retention is None else stage_costs(spec, retention)
+    head_layers = _HEAD_SHARE * spec.head_layers
+    return layer_split(spec.num_layers, num_stages, head_layers, explicit, costs)
+
+
+def stages_under(
+    spec: ModelSpec,
+    num_stages: int,
+    explicit: tuple[int, ...] | None,
+    retention: str | dict[str, Any],
+    budget: int | str | None,
+) -> tuple[range, ...]:
+    """`stage_layers` under a retention as the engine's settings spell it."""
+    return stage_layers(spec, num_stages, explicit, Retention.parse(retention, budget))
+
+
+def stage_costs(spec: ModelSpec, retention: Retention) -> StageCosts | None:
+    """What layers cost that keep, or let in, more than others; None where all are alike.
+
+    Half of the time is prefill, which multiplies with a layer's weights for the tokens that enter
+    it, half decode, which reads the weights and what the layer keeps. Counted for 128 sequences of
+    4,096 tokens; a retention that cannot be had for prompts so long counts as full.
+    """
+    num_layers = spec.num_layers
+    try:
+        entering = retention.entering_tokens(_BALANCED_TOKENS, num_layers)
+        rows = retention.row_tokens(_BALANCED_TOKENS, num_layers, spec.num_kv_heads)
+    except ValueError:
+        return None
+    kept = rows.sum(axis=1).tolist()
+    if len(set(kept)) == 1 and len(set(entering)) == 1:
+        return None
+    of_a_token = _BALANCED_SEQS * 2 * spec.head_dim  # in a row: keys and values
+    numbers = [spec.layer_parameters + of_a_token * tokens for tokens in kept]
+    mean_numbers, mean_entering = sum(numbers) / num_layers, sum(entering) / num_layers
+    num_bytes = tuple(each / mean_numbers for each in numbers)
+    return StageCosts(
+        seconds=tuple(
+            (tokens / mean_entering + read) / 2
+            for tokens, read in zip(entering, num_bytes, strict=True)
+        ),
+        num_bytes=num_bytes,
+        end_bytes=spec.head_parameters / mean_numbers,
+        end_layers=spec.head_layers,
+    )
 
 
 def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
@@ -78,13 +133,14 @@ class Footprint:
         dtype: ItemSize,
         layout: MeshLayout,
         split: tuple[int, ...] | None = None,
+        retention: Retention | None = None,
     ) -> "tuple[Footprint, ...]":
-        """Every rank of a replica, by rank; `split` gives the layers of each stage.
+        """Every rank of a replica, by rank; arguments as `stage_layers`'.
 
         Raises:
             ValueError: the model cannot be cut like this; names the setting.
         """
-        stages = stage_layers(spec, layout.pipeline_size, split)
+        stages = stage_layers(spec, layout.pipeline_size, split, retention)
         size = layout.tensor_size
         heads = [head_shard(spec.num_query_heads, spec.num_kv_heads, size, t) for t in range(size)]
         intermediate_shard(spec.intermediate_size, size, 0)

@@ -1,8 +1,9 @@
 """How long a step takes on a rank: a roofline, and what ranks exchange.
 
 Products take their number over the device's rate, weights and keys and values their bytes over its
-bandwidth, the larger of the two, over the share of that limit that is reached (`Factors`). What
-ranks exchange and what the host needs to launch a layer come on top.
+bandwidth, the larger of the two, over the share of that limit that is reached (`Factors`); where
+a product copies its weights before it multiplies (`Device.product_bandwidth`), the sum of the two.
+What ranks exchange and what the host needs to launch a layer come on top.
 
     prefill = linear / f.prefill_linear + attention / f.prefill_attention + exchange
     decode  = linear / f.decode_linear + attention / f.decode_attention + exchange
@@ -30,7 +31,8 @@ class Factors:
         decode_linear: share of the limit of reading weights, or multiplying with them, in decode.
         decode_attention: share of the limit of reading keys and values.
         link: share of the bandwidth between ranks.
-        layer_seconds: for the host to launch a layer.
+        layer_seconds: for the host to launch a layer; on a CPU nothing is computed meanwhile, and
+            other threads are no help.
         step_seconds: of the controller in every step, while no worker computes.
     """
 
@@ -46,12 +48,15 @@ class Factors:
     def default(cls, kind: str, attention_backend: str | None = None) -> "Factors":
         """Before anything was measured, by the `kind` of a device.
 
-        On a CPU torch's attention reaches less than our kernels', which None stands for.
+        On a CPU torch's attention reaches less than our kernels', which None stands for, and takes
+        some dozen calls in each layer, which they do in one.
         """
         if kind != "cpu":
             return cls()
-        prefill, decode = (0.5, 0.2) if attention_backend == "torch" else (0.8, 0.75)
-        return cls(0.8, prefill, 0.5, decode, 0.7, layer_seconds=50e-6, step_seconds=1e-3)
+        prefill, decode, layer_seconds = 0.8, 0.75, 50e-6
+        if attention_backend == "torch":
+            prefill, decode, layer_seconds = 0.5, 0.2, 800e-6
+        return cls(0.8, prefill, 0.5, decode, 0.7, layer_seconds, step_seconds=1e-3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +160,14 @@ class CostModel:
             if is_last:  # queries and MLP only where the next token comes from
                 products = tokens * in_front + num_prompts * (active - in_front)
                 pairs = tokens * num_prompts
-            linear += self._limit(2 * products, share * layer * size)
+            rows = tokens / share
+            linear += self._product(2 * products, share * layer * size, rows)
             attention += self._limit(4 * pairs * len(heads.query) * spec.head_dim, 0.0)
             exchanged += (num_prompts if is_last else tokens) * spec.hidden_size * size
         if rank.is_last_stage:
             head = rank.head_numbers
-            linear += self._limit(2 * num_prompts * head, share * head * size)
+            rows = num_prompts / share
+            linear += self._product(2 * num_prompts * head, share * head * size, rows)
         if rank.is_first_stage:  # the embedding is reduced once
             exchanged += tokens_in * spec.hidden_size * size / 2
         sent = 0 if rank.is_last_stage else entering[rank.layers.stop]
@@ -174,7 +181,7 @@ class CostModel:
         used = num_layers * (rank.attention_numbers + model.experts_per_token * mlp)
         if rank.is_last_stage:
             read, used = read + rank.head_numbers, used + rank.head_numbers
-        linear = self._limit(2 * num_seqs * used, read * size)
+        linear = self._product(2 * num_seqs * used, read * size, num_seqs)
         queries_per_row = len(rank.heads.query) / len(rank.heads.kv)
         tokens = num_seqs * attended_tokens
         attention = self._limit(
@@ -233,8 +240,12 @@ class CostModel:
 
     def _limit(self, products: float, num_bytes: float) -> float:
         """Seconds of the longer of computing and reading."""
+        return self._product(products, num_bytes, 1)
+
+    def _product(self, products: float, num_bytes: float, rows: float) -> float:
+        """Seconds of `rows` times weights, on the device's part that is this rank's."""
         share = self.device.share_of(self.ranks_on_node)
-        return max(products / self.device.flops, num_bytes / self.device.bandwidth) / share
+        return self.device.product_seconds(products, num_bytes, rows) / share
 
     def _experts(self, num_tokens: float) -> float:
         """MLPs of a layer of which some token makes use, if all are as likely."""

@@ -26,6 +26,11 @@ class Device:
         link_seconds: before a message to one of them is under way.
         node_bandwidth: bytes a second that it can send to another node.
         node_seconds: before a message to another node is under way.
+        product_bandwidth: bytes of weights a second that a product of several rows takes in, where
+            it first copies them and then multiplies, one after the other (BLAS on a CPU); None: it
+            reads at `bandwidth` while it multiplies.
+        together: of kind "cpu", what ranks reach together, each on its part of the cores, beside
+            one that has all; above 1 where the threads of one wait for each other.
         gpus_per_node: how many share a node, if nobody says otherwise.
         hour_price: of one GPU, in dollars; None: not known.
     """
@@ -39,6 +44,8 @@ class Device:
     link_seconds: float = 8e-6
     node_bandwidth: float = _400G
     node_seconds: float = 25e-6
+    product_bandwidth: float | None = None
+    together: float = 1.0
     gpus_per_node: int = 8
     hour_price: float | None = None
 
@@ -59,7 +66,16 @@ class Device:
 
     def share_of(self, num_ranks: int) -> float:
         """The part of its speed that one of so many ranks of a node has."""
-        return 1 / num_ranks if self.kind == "cpu" else 1.0
+        if self.kind != "cpu" or num_ranks == 1:
+            return 1.0
+        return self.together / num_ranks
+
+    def product_seconds(self, products: float, num_bytes: float, rows: float) -> float:
+        """At its limits, for so many products and sums of `rows` with weights of so many bytes."""
+        computing, reading = products / self.flops, num_bytes / self.bandwidth
+        if self.product_bandwidth is None or rows <= 1:
+            return max(computing, reading)
+        return computing + num_bytes / self.product_bandwidth
 
 
 _NVLINK_A100, _NVLINK_H100 = 300e9, 450e9  # one way, all links of a GPU together

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from saqqara.compression.retention import Retention
-from saqqara.workers.footprint import Footprint
+from saqqara.workers.footprint import Footprint, stage_layers
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.models.spec import ItemSize
 
@@ -184,7 +184,7 @@ def _planned(question: Question, layout: MeshLayout, replicas: int) -> LayoutPla
         return replace(plan, why_not=str(error))
     sequences = memory.most_sequences()
     if sequences == 0:
-        return replace(plan, why_not=memory.why_not())
+        return replace(plan, why_not=memory.why_not() + _fitting_split(question, layout))
     kept = _rates(question, memory, replicas, sequences)
     asked_full = question.workload.retention == FULL
     full_question = replace(question, workload=replace(question.workload, retention=FULL))
@@ -221,6 +221,16 @@ def _job_seconds(
     return each * question.workload.new_tokens / rates.output_tokens_per_second + filling
 
 
+def _fitting_split(question: Question, layout: MeshLayout) -> str:
+    """Which split would fit, where the one that counts what layers keep does not."""
+    if question.split is not None:
+        return ""
+    even = tuple(map(len, stage_layers(question.model.spec, layout.pipeline_size)))
+    if not replica_memory(replace(question, split=even), layout).most_sequences():
+        return ""
+    return f"; --layer-split {','.join(map(str, even))} fits"
+
+
 def _unplaceable(question: Question, layout: MeshLayout, replicas: int) -> str | None:
     """Why the tensor groups of all replicas cannot each lie on one node."""
     per_node, tensor = question.gpus_per_node, layout.tensor_size
@@ -237,8 +247,11 @@ def replica_memory(question: Question, layout: MeshLayout) -> ReplicaMemory:
     Raises:
         ValueError: the model cannot be cut like this.
     """
-    ranks = Footprint.of_ranks(question.model.spec, question.dtype, layout, question.split)
-    return ReplicaMemory(question.model, question.device, ranks, question.sizes, question.workload)
+    model, workload = question.model, question.workload
+    ranks = Footprint.of_ranks(
+        model.spec, question.dtype, layout, question.split, workload.retention
+    )
+    return ReplicaMemory(model, question.device, ranks, question.sizes, workload)
 
 
 def _rates(question: Question, memory: ReplicaMemory, replicas: int, sequences: float) -> Rates:

@@ -13,6 +13,7 @@ from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.worker import Worker
 
 # Of 3 kv heads and 6 query heads: uneven (2 + 1), stages, both, and shared kv heads (4 on 3).
+# The staged ones have a retention under which layers keep different numbers of tokens.
 CASES = [
     ("llama-gqa", MeshLayout(2, 1), None),
     ("llama-bias", MeshLayout(2, 2), (1, 2)),
@@ -56,6 +57,8 @@ def test_each_rank_holds_what_was_planned(tmp_path: Path) -> None:
             tensor_parallel_size=layout.tensor_size,
             pipeline_parallel_size=layout.pipeline_size,
             layer_split=split,
+            retention="pyramidkv" if layout.pipeline_size > 1 else "full",
+            budget="25%" if layout.pipeline_size > 1 else None,
         )
         cases.append((config, layout))
     by_rank = run_ranks(partial(_hold, cases), 4, len(cases))

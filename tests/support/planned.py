@@ -57,7 +57,6 @@ def question(
 def planned(config: EngineConfig, layout: MeshLayout) -> ReplicaMemory:
     """The replica of an engine with these settings."""
     model = model_of(config.model)
-    ranks = Footprint.of_ranks(model.spec, DTYPES[config.dtype], layout, config.layer_split)
     sizes = EngineSizes(
         max_model_len=config.max_model_len or model.spec.max_position,
         max_num_seqs=config.max_num_seqs,
@@ -67,6 +66,8 @@ def planned(config: EngineConfig, layout: MeshLayout) -> ReplicaMemory:
         kv_memory_gib=config.kv_memory_gib,
     )
     retention = Retention.parse(config.retention, config.budget)
+    split, dtype = config.layer_split, DTYPES[config.dtype]
+    ranks = Footprint.of_ranks(model.spec, dtype, layout, split, retention)
     return ReplicaMemory(model, HOST, ranks, sizes, Workload(64, 8, retention))
 
 

@@ -4,11 +4,16 @@ Rank = pipeline_rank * tensor_size + tensor_rank.
 """
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Literal
 
 _CHANNEL_MULTIPLE = 8
+_ROUNDING = 1e-9
+_MORE_WEIGHTS = 1.1
 
 GroupKind = Literal["tensor", "replicas", "hidden", "tokens"]
 
@@ -64,6 +69,23 @@ class VocabShard:
     stop: int
     size: int
     vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageCosts:
+    """What stages are balanced by: the larger of their time and of their bytes.
+
+    Attributes:
+        seconds: of each layer, the mean layer's being 1.
+        num_bytes: of each layer, weights and what it keeps, the mean layer's being 1.
+        end_bytes: of the embedding, and of the head.
+        end_layers: the weights of either, counted in layers.
+    """
+
+    seconds: tuple[float, ...]
+    num_bytes: tuple[float, ...]
+    end_bytes: float
+    end_layers: float
 
 
 def rank_groups(
@@ -166,11 +188,14 @@ def layer_split(
     pipeline_size: int,
     head_layers: float = 0.0,
     explicit: tuple[int, ...] | None = None,
+    costs: StageCosts | None = None,
 ) -> tuple[range, ...]:
     """The layers of each pipeline stage.
 
     Stages are balanced by layer count, the LM head of the last stage counting `head_layers`
-    layers (`ModelSpec.head_layers`). `explicit` gives the layers per stage instead.
+    layers (`ModelSpec.head_layers`), or by `costs` where layers differ: the weights are certain and
+    the load is not, so no stage then has a tenth more weights than the largest would have by layer
+    count. `explicit` gives the layers per stage instead.
 
     Raises:
         ValueError: more stages than layers, or `explicit` does not add up.
@@ -180,7 +205,12 @@ def layer_split(
             f"pipeline_parallel_size={pipeline_size} exceeds the model's {num_layers} layers; it "
             f"can be at most {num_layers}"
         )
-    counts = explicit or _balanced_counts(num_layers, pipeline_size, head_layers)
+    if explicit is not None:
+        counts = explicit
+    elif costs is None:
+        counts = _balanced_counts(num_layers, pipeline_size, head_layers)
+    else:
+        counts = _balanced_costs(costs, pipeline_size, head_layers)
     if len(counts) != pipeline_size or sum(counts) != num_layers or min(counts) < 1:
         raise ValueError(
             f"layer_split={list(counts)} must have {pipeline_size} positive entries (one per "
@@ -203,3 +233,59 @@ def _balanced_counts(num_layers: int, pipeline_size: int, head_layers: float) ->
     # Lower layers keep more KV under a pyramid, so the extra layers go to the later stages.
     counts = [len(split_evenly(num_layers - last, others, stage)) for stage in range(others)]
     return (*reversed(counts), last)
+
+
+@lru_cache(maxsize=1024)
+def _balanced_costs(costs: StageCosts, num_stages: int, head_layers: float) -> tuple[int, ...]:
+    """Layers of each stage: the costliest as cheap as can be, then all as even as can be."""
+    num_layers = len(costs.seconds)
+    seconds, num_bytes = ((0.0, *accumulate(each)) for each in (costs.seconds, costs.num_bytes))
+    even = _balanced_counts(num_layers, num_stages, head_layers)
+
+    def num_ends(stage: int) -> int:
+        return int(stage == 0) + int(stage == num_stages - 1)
+
+    def weights(stage: int, size: int) -> float:
+        return size + num_ends(stage) * costs.end_layers
+
+    most = _MORE_WEIGHTS * max(weights(stage, size) for stage, size in enumerate(even))
+
+    def cost(stage: int, start: int, stop: int) -> float:
+        if weights(stage, stop - start) > most:
+            return math.inf
+        head = head_layers if stage == num_stages - 1 else 0.0
+        held = num_bytes[stop] - num_bytes[start] + num_ends(stage) * costs.end_bytes
+        return max(seconds[stop] - seconds[start] + head, held)
+
+    costliest, _ = _cheapest(num_layers, num_stages, cost, max)
+
+    def unevenness(stage: int, start: int, stop: int) -> float:
+        each = cost(stage, start, stop)
+        return each**2 if each <= costliest * (1 + _ROUNDING) else math.inf
+
+    _, stops = _cheapest(num_layers, num_stages, unevenness, operator.add)
+    return tuple(stop - start for start, stop in pairwise((0, *stops)))
+
+
+def _cheapest(
+    num_layers: int,
+    num_stages: int,
+    cost: Callable[[int, int, int], float],
+    join: Callable[[float, float], float],
+) -> tuple[float, tuple[int, ...]]:
+    """The least cost of all stages, joined one by one, and the layer at which each of them stops.
+
+    Of equals, the one whose later stages are longer.
+    """
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for stage in range(num_stages):
+        stops = range(stage + 1, num_layers - (num_stages - stage - 1) + 1)
+        best = {
+            stop: min(
+                (join(so_far, cost(stage, start, stop)), (*before, stop))
+                for start, (so_far, before) in best.items()
+                if start < stop
+            )
+            for stop in stops
+        }
+    return best[num_layers]

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prediction import RUNS, calibrated, errors, predict
+from prediction import RUNS, calibrated, errors, predict, weights_share
 
 from saqqara.cluster.planning.devices import Device
 
@@ -66,6 +67,49 @@ def test_the_run_to_calibrate_with_is_predicted_and_others_follow(
     assert seconds["W1@25%"] < seconds["W1"] < seconds["W2"] < seconds["W4"]
     # Two plans in flight read the weights twice as often, and stages share what the cores can do.
     assert seconds["W1"] < seconds["W1-PP2"] < 2 * seconds["W1"]
+
+
+def test_two_stages_of_one_sequence_each_are_not_twice_as_slow_where_products_copy(
+    arguments: argparse.Namespace,
+) -> None:
+    """Two plans of one sequence beside one plan of two.
+
+    A product of one row takes in weights without copying them first, and the host of each stage
+    launches its own half of the layers, which no number of threads makes faster on one rank.
+    """
+    [w1] = [run for run in RUNS if run.name == "W1"]
+    [stages] = [run for run in RUNS if run.name == "W1-PP2"]
+    measured = result(22.0, 4.0)
+    measured["report"] |= {
+        "requests": {"length": 2},
+        "prompt_tokens": 2 * 512,
+        "generation_tokens": 2 * 128,
+        "num_running_peak": 2,
+    }
+    ratios = []
+    for product_bandwidth, launching in ((None, 50e-6), (30e9, 50e-6), (30e9, 1e-3)):
+        host = replace(HOST, product_bandwidth=product_bandwidth)
+        factors = calibrated(measured, host, arguments.model, launching)
+        alone, staged = (
+            predict(replace(run, num_requests=2), factors, host, arguments) for run in (w1, stages)
+        )
+        assert alone == pytest.approx(22.0, rel=0.03)
+        ratios.append(staged / alone)
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[0] > 1.8
+    assert ratios[1] < 1.5
+
+
+def test_weights_are_taken_in_as_slowly_as_the_line_through_few_and_several_rows_says() -> None:
+    """88 ms of one row; 140 of weights and 6.5 of each row else."""
+    seconds = {
+        "one row": 0.088,
+        "few rows": 0.140 + 4 * 0.0065,
+        "several rows": 0.140 + 32 * 0.0065,
+    }
+    assert weights_share(seconds) == pytest.approx(88 / 140)
+    seconds["few rows"] = 0.05  # noise: no product of several rows is faster than one of one
+    assert weights_share(seconds) == 1.0
 
 
 def test_an_error_is_of_what_was_measured() -> None:

@@ -104,6 +104,27 @@ def test_ranks_share_the_cores_of_a_host_but_not_gpus() -> None:
         assert shared.decode_seconds(rank, 1, 0) == times * alone.decode_seconds(rank, 1, 0)
 
 
+def test_what_ranks_reach_together_is_divided_among_them() -> None:
+    """Where the threads of one wait for each other, two of fewer threads reach more."""
+    host = replace(GPU, kind="cpu", together=1.25)
+    assert [host.share_of(number) for number in (1, 2, 4)] == [1.0, 1.25 / 2, 1.25 / 4]
+    assert replace(GPU, together=1.25).share_of(2) == 1.0
+
+
+def test_a_product_that_copies_its_weights_takes_in_few_at_a_time_and_then_multiplies() -> None:
+    """But not of one row: that is read through."""
+    [rank] = ranks()
+    plain = CostModel(LLAMA, replace(GPU, kind="cpu"), IDEAL)
+    copying = replace(plain, device=replace(plain.device, product_bandwidth=5e11))
+    one, two, ten = (copying.decode_seconds(rank, rows, 0) for rows in (1, 2, 10))
+    assert one == plain.decode_seconds(rank, 1, 0)
+    weights = LAYERS * (rank.attention_numbers + rank.mlp_numbers) + rank.head_numbers
+    assert two == pytest.approx(2 * weights / 5e11 + 2 * 2 * weights / 1e14)
+    assert ten - two == pytest.approx(2 * 8 * weights / 1e14)
+    # Half of the sequences at once is far from half of the time, unless it is one of two.
+    assert one / two < 0.5 < 0.9 < copying.decode_seconds(rank, 5, 0) / ten
+
+
 def test_experts_are_read_as_tokens_choose_them() -> None:
     mixtral = model_of("mixtral-8x7b")
     [rank] = Footprint.of_ranks(mixtral.spec, DTYPES["bfloat16"], MeshLayout())

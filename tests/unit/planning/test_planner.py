@@ -83,6 +83,26 @@ def test_layouts_that_cannot_be_say_why(settings: dict[str, Any], why_not: str) 
         assert why_not in each.why_not
 
 
+def test_stages_are_cut_by_what_their_layers_keep() -> None:
+    """More sequences at once, and as many tokens, as with as many layers in each stage."""
+    asked = question(retention="pyramidkv", budget="25%", tensor=2, pipeline=4)
+    [balanced], [even] = plan(asked), plan(replace(asked, split=(20, 20, 20, 20)))
+    assert [held.layers for held in balanced.ranks[::2]] == [(0, 17), (17, 37), (37, 58), (58, 80)]
+    assert balanced.kept is not None
+    assert even.kept is not None
+    assert balanced.kept.sequences > 1.2 * even.kept.sequences
+    assert balanced.kept.output_tokens_per_second > even.kept.output_tokens_per_second
+
+
+def test_a_split_that_fits_is_named_where_the_balanced_one_does_not() -> None:
+    asked = question(retention="pyramidkv", budget="25%", tensor=1, pipeline=2)
+    [refused] = plan(asked)
+    assert refused.why_not is not None
+    assert refused.why_not.endswith("; --layer-split 40,40 fits")
+    [fits] = plan(replace(asked, split=(40, 40)))
+    assert fits.kept is not None
+
+
 def test_what_cannot_be_asked() -> None:
     with pytest.raises(ValueError, match="gpus: 8 cannot be spread evenly over 3 nodes"):
         question(nodes=3)

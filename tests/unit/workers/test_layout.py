@@ -1,9 +1,14 @@
 """Who owns what: every head, channel, vocabulary row and layer has its owner, none has two."""
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
+from saqqara.cluster.planning.models import model_of
+from saqqara.compression.retention import Retention
+from saqqara.workers.footprint import stage_layers
 from saqqara.workers.mesh.layout import (
     MeshLayout,
     head_shard,
@@ -221,3 +226,69 @@ def test_ranks_make_their_groups_in_one_order(
 def test_without_kv_heads_no_replicas_are_known() -> None:
     assert list(rank_groups(MeshLayout(3), None)) == [("tensor", [0, 1, 2])]
     assert list(rank_groups(MeshLayout(), 8)) == []
+
+
+def stages_of(method: str, num_stages: int) -> list[int]:
+    spec = model_of("llama-3-8b").spec
+    budget = None if method in ("full", "pyramidinfer") else "25%"
+    return [*map(len, stage_layers(spec, num_stages, None, Retention.parse(method, budget)))]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 8])
+def test_where_layers_keep_the_same_their_number_is_balanced(num_stages: int) -> None:
+    spec = model_of("llama-3-8b").spec
+    before = [*map(len, stage_layers(spec, num_stages))]
+    for method in ("full", "snapkv", "recommended-adaptive"):
+        assert stages_of(method, num_stages) == before
+    given = stage_layers(spec, 2, (20, 12), Retention.parse("pyramidkv", "25%"))
+    assert given == (range(20), range(20, 32))
+
+
+def test_stages_whose_layers_keep_more_get_fewer_of_them() -> None:
+    assert stages_of("full", 4) == [8, 8, 8, 8]
+    assert stages_of("pyramidkv", 4) == [6, 8, 9, 9]
+    assert stages_of("pyramidkv", 2) == [15, 17]  # the head of the last: a tenth more, no more
+    assert stages_of("pyramidkv", 1) == [32]
+
+
+def test_fewer_tokens_in_the_upper_layers_are_less_work_there() -> None:
+    assert stages_of("pyramidinfer", 4) == [7, 7, 9, 9]
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+@pytest.mark.parametrize("num_layers", [6, 9])
+@pytest.mark.parametrize("vocab_size", [1000, 128256])
+def test_no_other_split_has_a_cheaper_costliest_stage(
+    num_stages: int, num_layers: int, vocab_size: int
+) -> None:
+    """Against all of them, one after the other."""
+    spec = replace(model_of("llama-3-8b").spec, num_layers=num_layers, vocab_size=vocab_size)
+    retention = Retention.parse("pyramidkv", "25%")
+    kept = retention.layer_tokens(4096, num_layers)
+    head, layer = vocab_size * 4096, spec.layer_parameters
+    held = [layer + 128 * 2 * 8 * 128 * tokens for tokens in kept]
+    mean = sum(held) / num_layers
+    even = [*map(len, stage_layers(spec, num_stages))]
+
+    def weights(sizes: Sequence[int]) -> float:
+        ends = [1, *[0] * (num_stages - 2), 1]
+        return max(size * layer + end * head for size, end in zip(sizes, ends, strict=True))
+
+    def costliest(sizes: Sequence[int]) -> float:
+        costs = []
+        for stage, size in enumerate(sizes):
+            part = held[sum(sizes[:stage]) : sum(sizes[:stage]) + size]
+            is_last = stage == num_stages - 1
+            seconds = (size + sum(part) / mean) / 2 + is_last * 0.25 * head / layer
+            ends = head * (stage == 0) + head * is_last
+            costs.append(max(seconds, (sum(part) + ends) / mean))
+        return max(costs)
+
+    every = [
+        sizes
+        for sizes in itertools.product(range(1, num_layers + 1), repeat=num_stages)
+        if sum(sizes) == num_layers and weights(sizes) <= 1.1 * weights(even)
+    ]
+    chosen = [*map(len, stage_layers(spec, num_stages, retention=retention))]
+    assert tuple(chosen) in every
+    assert costliest(chosen) == pytest.approx(min(map(costliest, every)))
