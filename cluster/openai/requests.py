@@ -206,9 +206,10 @@ class GenerationRequest(IdleFields):
         Raises:
             ApiError: `retention` or `budget` is wrong.
         """
-        if self.retention is None and self.budget is None:
+        asks_for_none = self.retention is None or self.retention == {}
+        if asks_for_none and self.budget is None:
             return default
-        spec = default if self.retention is None else self.retention
+        spec = default if asks_for_none else self.retention
         try:
             return Retention.parse(spec, self.budget)
         except ValueError as error:

@@ -154,7 +154,6 @@ HELLO = [{"role": "user", "content": "hello"}]
         ({"prompt": "x", "max_tokens": 2, "min_tokens": 3}, "min_tokens", "at most max_tokens"),
         ({"prompt": "x", "retention": 3}, "retention", "name of a method or a mapping"),
         ({"prompt": "x", "retention": ""}, "retention", "unknown ''"),
-        ({"prompt": "x", "retention": {}}, "retention", "method: missing"),
         (
             {"prompt": "x", "retention": {"method": "headkv", "budget": 5, "profile": __file__}},
             "retention",

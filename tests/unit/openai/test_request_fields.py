@@ -45,7 +45,7 @@ MANY_DIGITS = "1" + "0" * 4999
 
 
 def test_a_key_that_is_there_twice_is_refused() -> None:
-    with pytest.raises(ApiError, match="^'stop' is there twice$") as caught:
+    with pytest.raises(ApiError, match=r"^'stop' is there twice$") as caught:
         read_object(b'{"prompt": "x", "stop": "a", "stop": "b"}', "the body")
     assert (caught.value.status, caught.value.param) == (400, "stop")
 
