@@ -70,12 +70,9 @@ def test_what_json_lacks_is_an_error_of_its_row(
     assert row.message.startswith(message)
 
 
-@pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.date32(), pa.decimal128(9, 2)])
-def test_no_such_value_is_a_prompt(tmp_path: Path, kind: Any) -> None:
-    value = Decimal("1.50") if kind == pa.decimal128(9, 2) else MOMENT
-    if kind == pa.date32():
-        value = MOMENT.date()
-    (row,) = rows_in(tmp_path, pa.table({"text": pa.array([value], kind)}), "text")
+@pytest.mark.parametrize("value", [MOMENT, MOMENT.date(), Decimal("1.50")])
+def test_no_such_value_is_a_prompt(tmp_path: Path, value: Any) -> None:
+    (row,) = rows_in(tmp_path, pa.table({"text": pa.array([value])}), "text")
     assert isinstance(row, BadLine)
     assert row.message.startswith("prompt is a ")
 
