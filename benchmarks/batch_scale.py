@@ -4,8 +4,9 @@ The input is Parquet of `--gib` GiB, 95% of it in a column that no prompt uses. 
 `saqqara batch --replicas 2` on a tiny model with random weights; its driver is killed half-way,
 then (with one replica, whose process it is) between the write of a part and its commit, and then
 the job runs to its end. What must hold: the driver stays under 1 GiB and does not grow, each row
-has one record, and a finished job that is run again does nothing. Last, two replicas against one on
-a model whose step sleeps, so that cores are no limit.
+has one record, and a finished job that is run again does nothing. Where this process is root the
+kernel keeps the limit (a control group), else it is only sampled, which the output says. Last, two
+replicas against one on a model whose step sleeps, so that cores are no limit.
 
     python benchmarks/batch_scale.py --out results/batch     (minutes, and the disk of its input)
 """
@@ -22,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+from harness.local_ray import ray_head
+from harness.memory_limit import MemoryLimit, memory_limit
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -46,6 +50,7 @@ from saqqara.workers.plan import StepPlan, StepResult
 
 MIB = 2**20
 LIMIT_BYTES = 2**30
+OBJECT_STORE_BYTES = 2**30
 MAX_GROWTH_BYTES = 64 * MIB  # from the first quarter with rows to the last: what an allocator does
 MIN_PARTS = 5  # of a run, to tell how its memory goes
 MIN_SPEEDUP = 1.8
@@ -73,6 +78,14 @@ def sync(fs, file):
 folder._sync = sync
 main()
 """
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the command runs in: its environment, and the limit on its driver's memory."""
+
+    env: dict[str, str]
+    limit: MemoryLimit | None
 
 
 @dataclass
@@ -174,11 +187,18 @@ def prompt(row: int) -> str:
     return " ".join([f"w{row % 500}", *(f"{row + i:0312d}" for i in range(16))])
 
 
-def run_command(command: Sequence[str], output: Path, label: str, kill_at: int | None) -> Driver:
+def run_command(
+    command: Sequence[str],
+    output: Path,
+    label: str,
+    within: Surroundings,
+    kill_at: int | None = None,
+) -> Driver:
     """Run the command, sampling its driver's memory; kill it once so many parts are there."""
     driver = Driver(label)
     started = time.perf_counter()
-    process = subprocess.Popen(command, start_new_session=True)
+    enter = None if within.limit is None else within.limit.enter
+    process = subprocess.Popen(command, env=within.env, start_new_session=True, preexec_fn=enter)
     watched = psutil.Process(process.pid)
     try:
         while process.poll() is None:
@@ -207,7 +227,9 @@ def rows_of(output: Path) -> Iterator[tuple[str, int]]:
                 yield record["file"], record["line"]
 
 
-def run_job(folder: Path, num_rows: int, num_replicas: int) -> tuple[list[Driver], dict[str, int]]:
+def run_job(
+    folder: Path, num_rows: int, num_replicas: int, within: Surroundings
+) -> tuple[list[Driver], dict[str, int]]:
     """The job, killed twice, run to its end, and once more; fails unless all is as it must be."""
     output = folder / "out"
     arguments = ["batch", str(folder / "in/*.parquet"), "--output", str(output)]
@@ -218,21 +240,23 @@ def run_job(folder: Path, num_rows: int, num_replicas: int) -> tuple[list[Driver
     whole = [*command, "--replicas", str(num_replicas)]
     label = f"replicas: {num_replicas}"
     num_parts = -(-num_rows // GROUP_ROWS)
-    runs = [run_command(whole, output, f"{label}, killed half-way", num_parts // 2)]
+    runs = [run_command(whole, output, f"{label}, killed half-way", within, num_parts // 2)]
     assert runs[-1].exit_code == KILLED
     dying = [sys.executable, "-c", DIES_AT_COMMIT, *arguments]
-    runs.append(run_command(dying, output, "replicas: 1, killed before a commit", None))
+    runs.append(run_command(dying, output, "replicas: 1, killed before a commit", within))
     assert runs[-1].exit_code == KILLED
     assert list((output / "_staging").iterdir()), "nothing was written without its commit"
-    runs.append(run_command(whole, output, f"{label}, to the end", None))
+    runs.append(run_command(whole, output, f"{label}, to the end", within))
     assert runs[-1].exit_code == 0
     found = Counter(rows_of(output))
     assert len(found) == num_rows, (len(found), num_rows)
     assert set(found.values()) == {1}
     before = {file: file.stat().st_mtime_ns for file in output.iterdir()}
-    runs.append(run_command(whole, output, "run again", None))
+    runs.append(run_command(whole, output, "run again", within))
     assert runs[-1].exit_code == 0
     assert {file: file.stat().st_mtime_ns for file in output.iterdir()} == before
+    limit = within.limit
+    assert limit is None or limit.num_kills() == 0, "the kernel killed a driver to keep its limit"
     for run in runs:
         assert run.peak_bytes < LIMIT_BYTES, (run.label, run.peak_bytes)
     for run in (runs[0], runs[2]):
@@ -286,10 +310,16 @@ def measure_job(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     num_rows = int(options.gib * 2**30 / ROW_BYTES)
     write_input(folder / "in", num_rows)
     num_bytes = sum(file.stat().st_size for file in (folder / "in").iterdir())
-    runs, counts = run_job(folder, num_rows, options.replicas)
+    # A Ray of the job's own would be started by the driver, and share its limit.
+    ray = ray_head(os.cpu_count() or 1, OBJECT_STORE_BYTES) if options.replicas > 1 else None
+    with ray or nullcontext() as head, memory_limit(LIMIT_BYTES) as limit:
+        env = dict(os.environ) if head is None else head.env | {"RAY_ADDRESS": head.gcs_address}
+        print("limit: 1 GiB,", "sampled only" if limit is None else "kept by the kernel")
+        runs, counts = run_job(folder, num_rows, options.replicas, Surroundings(env, limit))
     print_table(show(runs))
     found = [{**vars(run), "peak": run.peak_bytes, "growth": run.growth_bytes} for run in runs]
-    return {"input_bytes": num_bytes, **counts, "runs": found}
+    kept_by = "kernel" if limit is not None else "nobody: sampled"
+    return {"input_bytes": num_bytes, "limit_kept_by": kept_by, **counts, "runs": found}
 
 
 def measure_speed(folder: Path) -> dict[str, float]:

@@ -43,9 +43,10 @@ def show(command: list[str]) -> None:
 
 @dataclass(frozen=True)
 class RayHead:
-    """A running head: its address for `ray job submit`, and the environment to do that in."""
+    """A running head: where it takes jobs, where drivers connect, and the environment for both."""
 
     address: str
+    gcs_address: str
     env: dict[str, str]
 
 
@@ -85,7 +86,7 @@ def ray_head(num_cpus: int, object_store_bytes: int = 200 * 2**20) -> Iterator[R
     try:
         address = f"http://127.0.0.1:{dashboard}"
         _wait_until_up(address, secret, head, log)
-        yield RayHead(address, env)
+        yield RayHead(address, f"127.0.0.1:{gcs}", env)
     finally:
         _stop(head)
         shutil.rmtree(folder, ignore_errors=True)

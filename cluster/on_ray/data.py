@@ -7,9 +7,10 @@ running an item again must do no harm.
 
 import logging
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -18,6 +19,9 @@ from saqqara.configs.schema import EngineConfig
 
 from .controller import connect
 from .placement import CPU_SHARE, uses_gpus
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ class Replica(Protocol):
 
 
 BOARD_SECONDS = 2.0  # how long a look at the board may take
+_STOP_SECONDS = 30.0  # for one step of Ray Data's loop
 
 Notes = Callable[..., None]
 Alone = Callable[[Callable[[], None]], None]
@@ -116,9 +121,11 @@ class ReplicaFleet:
         lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
         self._board = ray.remote(Board).options(**lasting).remote(state)
         self._seen = state
+        self._dataset: Dataset | None = None
+        self._stopped = threading.Event()
 
     def results(self, items: Sequence[Any]) -> Iterator[Any]:
-        """What the items have come to, in the order they end.
+        """What the items have come to, in the order they end; fewer of them after `stop`.
 
         Raises:
             Exception: what a replica has raised.
@@ -146,12 +153,27 @@ class ReplicaFleet:
             num_cpus=CPU_SHARE,
             num_gpus=self._num_gpus,
         )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in batch.column("result").to_pylist():
-                result = pickle.loads(row)
-                if isinstance(result, BaseException):
-                    raise result
-                yield result
+        self._dataset = dataset
+        try:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for row in batch.column("result").to_pylist():
+                    result = pickle.loads(row)
+                    if isinstance(result, BaseException):
+                        raise result
+                    yield result
+                if self._stopped.is_set():
+                    return
+        finally:
+            self._end_replicas()
+
+    def stop(self) -> None:
+        """End the replicas, whatever they are at, and with them `results`.
+
+        Another thread than that of `results` calls it, until that one has ended: what it has not
+        begun yet cannot be ended.
+        """
+        self._stopped.set()
+        self._end_replicas()
 
     def board(self) -> Any:
         """The state of the board; as it was last seen where the board cannot be reached."""
@@ -161,8 +183,16 @@ class ReplicaFleet:
             logger.debug("the board of the replicas cannot be reached", exc_info=True)
         return self._seen
 
+    def _end_replicas(self) -> None:
+        # There is no public way to end a dataset from another thread. Left alone, it takes the end
+        # of Ray for a loss of its actors: it tries again, and starts a Ray of its own for that.
+        executor = self._dataset and self._dataset._current_executor
+        if executor:
+            executor.shutdown(force=True)
+            executor.join(_STOP_SECONDS)
+
     def close(self) -> None:
-        """End what is left; a Ray that was there before stays."""
+        """End what is left, after `stop`; a Ray that was there before stays."""
         if not ray.is_initialized():
             return
         ray.kill(self._board, no_restart=True)

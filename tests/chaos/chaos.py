@@ -308,7 +308,8 @@ def report(result: dict[str, Any], folder: Path) -> None:
     for kind, row in result.get("times", {}).items():
         count, *seconds = row.values()
         table.add_row(kind, f"{count:g}", *(f"{value:.1f}" for value in seconds))
-    print_table(table)
+    if table.row_count:
+        print_table(table)
     for name in ("faults", "recoveries", "seconds", "different_rows", "left", "jobs"):
         if name in result:
             print(f"{name}: {result[name]}")

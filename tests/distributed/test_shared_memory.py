@@ -4,13 +4,13 @@ Kernels wait without the GIL, so threads can play ranks where one rank must fail
 concerns processes runs in processes.
 """
 
+import json
 import multiprocessing as mp
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,7 +140,6 @@ def _many_operations(mesh: Mesh) -> int:
     assert mesh.all_reduce(large.t()).eq(size * (size + 1) / 2).all()
     joined = mesh.all_gather_last(large.fill_(rank)).view(700, size, 1100)
     assert joined.eq(torch.arange(size)[None, :, None]).all()
-    assert not any("saqqara-" in name for name in os.listdir(shared_memory.SHARED_MEMORY_DIR))
     return count
 
 
@@ -208,65 +207,33 @@ def join_all(
     return outcomes
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in place of /dev/shm."""
-    monkeypatch.setattr(shared_memory, "SHARED_MEMORY_DIR", tmp_path)
-    return tmp_path
-
-
-def test_ranks_of_one_host_share_and_leave_no_name(folder: Path) -> None:
+def test_ranks_of_one_host_share() -> None:
     outcomes = join_all(3)
     assert {why for _, why in outcomes} == {outcomes[0][1]}
     assert "3 ranks on this host share" in outcomes[0][1]
-    assert list(folder.iterdir()) == []
     ends = [end for end, _ in outcomes if end is not None]
     xs = [torch.full((3,), float(r)) for r in range(3)]
     together([lambda e=e, x=x: e.all_reduce(x, None, x) for e, x in zip(ends, xs, strict=True)])  # type: ignore[misc]
     assert all(x.tolist() == [3.0, 3.0, 3.0] for x in xs)
 
 
-def _lose(folder: Path) -> Callable[[Store, int], None]:
-    """Take the memory away before the last rank looks: it is on another host."""
+def test_one_rank_that_cannot_attach_sends_all_to_gloo() -> None:
+    """Another host has no such process, or another file under the same numbers."""
+    for elsewhere in ({"process_id": 2**22 + 1}, {"name": "saqqara-another"}):
 
-    def change(store: Store, rank: int) -> None:
-        if rank == 2:
-            store.get("answer1")  # rank 1 has the memory
-            [path] = folder.iterdir()
-            path.rename(folder.parent / "elsewhere")
+        def change(store: Store, rank: int, elsewhere: dict[str, Any] = elsewhere) -> None:
+            if rank == 2:
+                store.get("answer1")  # rank 1 has the memory
+                offer = json.loads(store.get("offer"))
+                store.set("offer", json.dumps(offer | elsewhere))
 
-    return change
-
-
-def _replace(folder: Path) -> Callable[[Store, int], None]:
-    """Other contents under the same name."""
-
-    def change(store: Store, rank: int) -> None:
-        if rank == 2:
-            store.get("answer1")  # rank 1 has the memory
-            [path] = folder.iterdir()
-            size = path.stat().st_size
-            path.unlink()
-            path.write_bytes(bytes(size))
-
-    return change
+        outcomes = join_all(3, change)
+        assert [end for end, _ in outcomes] == [None] * 3
+        assert {why for _, why in outcomes} == {outcomes[0][1]}
+        assert outcomes[0][1].startswith("tensor rank 2: not on the host of tensor rank 0")
 
 
-@pytest.mark.parametrize(
-    ("lose", "reason"),
-    [(_lose, "tensor rank 2: not on the host"), (_replace, "tensor rank 2: what lies there")],
-)
-def test_one_rank_that_cannot_attach_sends_all_to_gloo(
-    lose: Callable[[Path], Callable[[Store, int], None]], reason: str, folder: Path
-) -> None:
-    outcomes = join_all(3, lose(folder))
-    assert [end for end, _ in outcomes] == [None] * 3
-    assert {why for _, why in outcomes} == {outcomes[0][1]}
-    assert outcomes[0][1].startswith(reason)
-    assert list(folder.iterdir()) == []
-
-
-def test_no_room_or_no_kernels_are_reasons(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_or_no_kernels_are_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -275,6 +242,5 @@ def test_no_room_or_no_kernels_are_reasons(folder: Path, monkeypatch: pytest.Mon
         outcomes = join_all(2)
         assert [end for end, _ in outcomes] == [None, None]
         assert "No space left" in outcomes[1][1]
-        assert list(folder.iterdir()) == []
     monkeypatch.setattr(build, "unavailable_reason", lambda: "no compiler")
     assert join_all(2) == [(None, "tensor rank 0: no native kernels: no compiler")] * 2

@@ -1,12 +1,15 @@
-"""A batch job over several replicas on Ray: one engine each, rows once, replicas that die."""
+"""A batch job over several replicas on Ray: one engine each, rows once, signals and deaths."""
 
 import json
+import logging
 import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -17,6 +20,7 @@ from saqqara.cluster.batch.parts.job_file import committed
 from saqqara.cluster.batch.parts.pool import Event
 from saqqara.cluster.batch.parts.ray_pool import RayPool
 from saqqara.cluster.batch.parts.replica import PartResult
+from saqqara.cluster.batch.stop import Stopped
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.schema import EngineConfig
 
@@ -67,11 +71,46 @@ def replica_processes() -> list[int]:
     return found
 
 
+def stop_after_a_part(job: PartsJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a job until a part is committed, then send it a signal; it ends with its replicas."""
+    replicas: list[int] = []
+
+    class Stopping(RayPool):
+        """Is sent the signal."""
+
+        def next(self, timeout_seconds: float) -> Event:
+            event = super().next(timeout_seconds)
+            if isinstance(event, PartResult) and not replicas:
+                replicas.extend(replica_processes())
+                os.kill(os.getpid(), signal.SIGTERM)
+            return event
+
+    with monkeypatch.context() as patch:
+        patch.setattr("saqqara.cluster.batch.parts.ray_pool.RayPool", Stopping)
+        with pytest.raises(Stopped) as stopped:
+            run_parts(job)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert not [thread for thread in threading.enumerate() if thread.name == "ray-data"]
+    processes = [psutil.Process(pid) for pid in replicas if psutil.pid_exists(pid)]
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
+
+
 @pytest.mark.timeout(420)
-def test_rows_are_answered_once_by_replicas_of_which_one_dies(
-    tiny_config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rows_are_answered_once_by_a_job_that_is_stopped_and_replicas_of_which_one_dies(
+    tiny_config: EngineConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     job = make_job(tiny_config, tmp_path)
+    stop_after_a_part(job, monkeypatch)
+    there = len(texts(job.output))
+    assert 0 < there < NUM_FILES * NUM_ROWS
+    [said] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    said_of = f"stopped by SIGTERM: {there} of {NUM_FILES * NUM_ROWS} rows are in {job.output}; "
+    assert said.getMessage().startswith(said_of)
+    assert "Traceback" not in capfd.readouterr().err
     killed: list[int] = []
 
     class Killing(RayPool):
@@ -94,7 +133,9 @@ def test_rows_are_answered_once_by_replicas_of_which_one_dies(
     assert [key for key, text in found.items() if text is None] == [
         (f"{n}.jsonl", 4) for n in range(NUM_FILES)
     ]
-    assert (summary.answered, summary.errors) == (NUM_FILES * (NUM_ROWS - 1), NUM_FILES)
+    assert summary.resumed == there
+    assert summary.answered + summary.errors == NUM_FILES * NUM_ROWS - there
+    assert summary.all_errors == NUM_FILES
     assert summary.report is not None
     assert summary.num_replicas == 2
     assert run_parts(job).report is None  # nothing is left

@@ -1,8 +1,8 @@
 """How ranks of one host come to share memory: one offers it, all agree or none uses it.
 
-Tensor rank 0 makes a file in shared memory, writes a random token into it and tells name and token
-through the rendezvous store. The others open the file: only on the same host do they find the token
-there. The name is gone as soon as all have it open, so nothing is left behind if a rank dies later.
+Tensor rank 0 makes memory that is in no folder, under a random name, and tells the name and its own
+descriptor through the rendezvous store. The others open that descriptor: only on the same host does
+it have this name. Whenever ranks die, the system frees the memory with the last one that has it.
 """
 
 import json
@@ -10,7 +10,6 @@ import mmap
 import os
 import secrets
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +18,12 @@ from torch.distributed import Store  # type: ignore[attr-defined]  # public, not
 if TYPE_CHECKING:
     from saqqara.workers.native.exchange import Exchange
 
-SHARED_MEMORY_DIR = Path("/dev/shm")
 # Some 450 tokens of a hidden size of 576 in bf16; a quarter or the double is as fast.
 _SLOT_BYTES_PER_THREAD = 512 * 1024
-# Containers often have 64 MiB of shared memory in all.
 _MAX_BYTES = 16 * 1024 * 1024
-_TOKEN_BYTES = 16
+_NAME_BYTES = 16
 _PAGE_BYTES = 4096
+NOT_HERE = "not on the host of tensor rank 0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,8 @@ class _Offer:
 
     reason: str | None
     name: str = ""
-    token: str = ""
+    process_id: int = 0
+    descriptor: int = -1
     num_bytes: int = 0
     slot_bytes: int = 0
 
@@ -80,7 +79,7 @@ _Outcome = tuple[_Offer, torch.Tensor | None, _Verdict]
 
 
 def _lead(store: Store, rank: int, num_ranks: int, problem: str | None) -> _Outcome:
-    """Rank 0's part: make the memory, hear the others, take the name away, tell the verdict."""
+    """Rank 0's part: make the memory, hear the others, tell the verdict."""
     offer, memory = _make(num_ranks, problem)
     try:
         store.set("offer", json.dumps(asdict(offer)))
@@ -88,14 +87,12 @@ def _lead(store: Store, rank: int, num_ranks: int, problem: str | None) -> _Outc
         answers += [json.loads(store.get(f"answer{other}")) for other in range(1, num_ranks)]
     finally:
         if memory is not None:
-            (SHARED_MEMORY_DIR / offer.name).unlink(missing_ok=True)
+            os.close(offer.descriptor)  # what is mapped stays
     reasons = [
         f"tensor rank {rank}: {reason}"
         for rank, answer in enumerate(answers)
         if (reason := answer["reason"]) is not None
     ]
-    if memory is not None:
-        memory.zero_()  # the token has served
     pids = tuple(answer["process_id"] for answer in answers)
     verdict = _Verdict(reasons[0] if reasons else None, pids)
     store.set("verdict", json.dumps(asdict(verdict)))
@@ -118,7 +115,7 @@ def _answer(reason: str | None) -> dict[str, Any]:
 
 
 def _make(num_ranks: int, problem: str | None) -> tuple[_Offer, torch.Tensor | None]:
-    """New shared memory that starts with a token, or the reason why there is none."""
+    """New shared memory of zeros, or the reason why there is none."""
     if problem is not None:
         return _Offer(problem), None
     from saqqara.workers.native.exchange import memory_bytes
@@ -126,42 +123,38 @@ def _make(num_ranks: int, problem: str | None) -> tuple[_Offer, torch.Tensor | N
     slot_bytes = _SLOT_BYTES_PER_THREAD * torch.get_num_threads()
     slot_bytes = min(slot_bytes, _MAX_BYTES // (2 * num_ranks)) // _PAGE_BYTES * _PAGE_BYTES
     num_bytes = memory_bytes(num_ranks, slot_bytes)
-    name, token = f"saqqara-{secrets.token_hex(8)}", secrets.token_bytes(_TOKEN_BYTES)
-    path = SHARED_MEMORY_DIR / name
+    name = f"saqqara-{secrets.token_hex(_NAME_BYTES)}"
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.memfd_create(name)
     except OSError as error:
-        return _Offer(str(error)), None
+        return _Offer(f"shared memory: {error}"), None
     try:
-        # Taken now: where the room is short, writing later would end the process.
+        # Taken now: where memory is short, writing later would end the process.
         os.posix_fallocate(descriptor, 0, num_bytes)
         memory = _map(descriptor, num_bytes)
     except OSError as error:
-        path.unlink()
-        return _Offer(f"{num_bytes} bytes in {SHARED_MEMORY_DIR}: {error}"), None
-    finally:
         os.close(descriptor)
-    memory[:_TOKEN_BYTES] = torch.frombuffer(bytearray(token), dtype=torch.uint8)
-    return _Offer(None, name, token.hex(), num_bytes, slot_bytes), memory
+        return _Offer(f"{num_bytes} bytes of shared memory: {error}"), None
+    return _Offer(None, name, os.getpid(), descriptor, num_bytes, slot_bytes), memory
 
 
 def _open(offer: _Offer) -> tuple[torch.Tensor | None, str | None]:
     """The memory of an offer, or the reason why this rank does not have it."""
+    path = f"/proc/{offer.process_id}/fd/{offer.descriptor}"
     try:
-        descriptor = os.open(SHARED_MEMORY_DIR / offer.name, os.O_RDWR)
+        if os.readlink(path) != f"/memfd:{offer.name} (deleted)":
+            return None, NOT_HERE
+        descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
-        return None, "not on the host of tensor rank 0"
+        return None, NOT_HERE
     except OSError as error:
         return None, str(error)
     try:
-        memory = _map(descriptor, offer.num_bytes)
+        return _map(descriptor, offer.num_bytes), None
     except (OSError, ValueError) as error:
         return None, str(error)
     finally:
         os.close(descriptor)
-    if bytes(memory[:_TOKEN_BYTES].tolist()).hex() != offer.token:
-        return None, "what lies there is not what tensor rank 0 made"
-    return memory, None
 
 
 def _map(descriptor: int, num_bytes: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from saqqara.cluster.batch.stop import Stopped, StopSignals
 from saqqara.cluster.batch.summary import BatchSummary, cost_of, integrity_of
 from saqqara.cluster.engine.client import EngineClient
 from saqqara.cluster.engine.report import EngineReport
+from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.long_wait import LongWait
 
 from .cutting import Part, cut
@@ -32,7 +33,7 @@ from .job_file import (
     only_writer,
     read_job_file,
 )
-from .pool import LocalPool, Pool, Tally
+from .pool import LocalPool, Over, Pool, Tally
 from .replica import MakeClient, PartWork, ReplicaSettings
 from .storage import InputFile, filesystem, find_inputs, whole_url
 from .totals import combined
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 PART_ROWS = 1000
 _TURN_SECONDS = 0.25
+_NAMED_PARTS = 5  # in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,7 @@ def _run(
         logger.info("%s has %d of %d rows", job.output, todo.resumed, todo.num_rows)
     progress = BatchProgress(todo.num_rows, todo.resumed)
     started = time.perf_counter()
+    done = Tally()
     settings = ReplicaSettings(job.answers, folder, job.prompt_column, job.mix_settings)
     try:
         pool = _pool(job, settings, client, make_client)
@@ -213,10 +216,17 @@ def _run(
             stack.callback(pool.close)
             stack.enter_context(progress)
             pool.begin(todo.works)
-            done = _watch(pool, len(todo.works), progress, stop)
+            _watch(pool, todo.works, done, progress, stop)
             seconds = time.perf_counter() - started
     except Stopped:
-        _tell_how_to_go_on(job, todo, folder, stop)
+        logger.warning(
+            "stopped by %s: %d of %d rows are in %s; run the same command again to go on from "
+            "there",
+            stop.name,
+            todo.resumed + _rows_there(todo.works, done, folder),
+            todo.num_rows,
+            job.output,
+        )
         raise
     job_file = read_job_file(folder)
     assert job_file is not None
@@ -242,24 +252,39 @@ def _pool(
     return RayPool(settings, job.num_replicas, make_client)
 
 
-def _watch(pool: Pool, num_parts: int, progress: BatchProgress, stop: StopSignals) -> Tally:
-    """Show how far all replicas are until every part is committed; what came of the parts.
+def _watch(
+    pool: Pool, works: Sequence[PartWork], done: Tally, progress: BatchProgress, stop: StopSignals
+) -> None:
+    """Show how far all replicas are until every part is committed; `done` is told of each.
 
     Raises:
         Stopped: a signal came.
+        EngineDeadError: the replicas have ended before that.
         Exception: whatever a replica failed with.
     """
-    done = Tally()
-    while len(done.parts) < num_parts:
+    while len(done.parts) < len(works):
         stop.check()
         event = pool.next(_TURN_SECONDS)
         if isinstance(event, BaseException):
             raise event
+        if isinstance(event, Over):
+            raise EngineDeadError(
+                _missing([w.part for w in works if w.part.index not in done.parts])
+            )
         if event is not None:
             done.note(event.replica, event.counts, event.report)
-        if progress.is_due() or len(done.parts) == num_parts:
+        if progress.is_due() or len(done.parts) == len(works):
             _show(progress, done.over(pool.tally()))
-    return done
+
+
+def _missing(parts: Sequence[Part]) -> str:
+    named = [f"{part.label} from line {part.first_line}" for part in parts[:_NAMED_PARTS]]
+    if len(parts) > len(named):
+        named.append(f"{len(parts) - len(named)} more")
+    return (
+        f"the replicas have ended without an error and without {len(parts)} parts "
+        f"({', '.join(named)}); run the same command again to go on from there"
+    )
 
 
 def _show(progress: BatchProgress, tally: Tally) -> None:
@@ -271,15 +296,13 @@ def _show(progress: BatchProgress, tally: Tally) -> None:
         progress.show(report)
 
 
-def _tell_how_to_go_on(job: PartsJob, todo: _Todo, folder: OutputFolder, stop: StopSignals) -> None:
-    there = len(committed(folder))
-    logger.warning(
-        "stopped by %s: %d parts are in %s and %d were to be done; run the same command again to "
-        "go on from there",
-        stop.name,
-        there,
-        job.output,
-        len(todo.works),
+def _rows_there(works: Sequence[PartWork], done: Tally, folder: OutputFolder) -> int:
+    """Rows that this run has committed; the replicas may not have come to telling of all."""
+    there = committed(folder)
+    return sum(
+        len(work.retried) or work.part.num_rows
+        for work in works
+        if work.part.index in (done.parts if work.retried else there)
     )
 
 

@@ -71,7 +71,26 @@ def _time_of(report: EngineReport) -> tuple[float, bool]:
     return report.wall_seconds, report.pages_leaked is not None
 
 
-Event = PartResult | BaseException | None
+class Over:
+    """Nothing more will come."""
+
+
+Event = PartResult | BaseException | Over | None
+
+
+def next_of(
+    events: "queue.SimpleQueue[PartResult | BaseException]",
+    threads: Sequence[threading.Thread],
+    timeout_seconds: float,
+) -> Event:
+    """What has come from the threads; `Over` once all have ended and everything is taken."""
+    alive = any(
+        thread.is_alive() for thread in threads
+    )  # asked first: its last event is there then
+    try:
+        return events.get(timeout=timeout_seconds if alive else 0)
+    except queue.Empty:
+        return None if alive else Over()
 
 
 class Pool(Protocol):
@@ -87,7 +106,10 @@ class Pool(Protocol):
         ...
 
     def next(self, timeout_seconds: float) -> Event:
-        """A committed part, or what has failed; None when the time is up."""
+        """A committed part, or what has failed; None when the time is up.
+
+        `Over` when no part is left that is answered, whether or not all have come.
+        """
         ...
 
     def tally(self) -> Tally:
@@ -141,11 +163,8 @@ class LocalPool:
             thread.start()
 
     def next(self, timeout_seconds: float) -> Event:
-        """A committed part, or what has failed; None when the time is up."""
-        try:
-            return self._events.get(timeout=timeout_seconds)
-        except queue.Empty:
-            return None
+        """See `Pool`."""
+        return next_of(self._events, self._threads, timeout_seconds)
 
     def tally(self) -> Tally:
         """How far all parts are."""

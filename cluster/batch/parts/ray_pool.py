@@ -9,7 +9,7 @@ from typing import cast
 
 from saqqara.cluster.on_ray.data import ReplicaFleet
 
-from .pool import Event, Tally
+from .pool import Event, Tally, next_of
 from .replica import (
     PARTS_AT_ONCE,
     Alone,
@@ -20,6 +20,9 @@ from .replica import (
     ReplicaSettings,
     Tell,
 )
+
+_CLOSE_SECONDS = 60.0  # Ray Data may be amid the start of its actors
+_TURN_SECONDS = 0.1
 
 
 class RayPool:
@@ -40,6 +43,7 @@ class RayPool:
         self._started = time.monotonic()
         self.start_seconds = 0.0
         self._events: queue.SimpleQueue[PartResult | BaseException] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
         self._fleet = ReplicaFleet(
             settings.answers.config,
             partial(start_replica, settings, make_client),
@@ -50,16 +54,15 @@ class RayPool:
 
     def begin(self, works: Sequence[PartWork]) -> None:
         """Start answering."""
-        threading.Thread(target=self._work, args=(works,), name="ray-data", daemon=True).start()
+        thread = threading.Thread(target=self._work, args=(works,), name="ray-data", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def next(self, timeout_seconds: float) -> Event:
-        """A committed part, or what has failed; None when the time is up."""
+        """See `Pool`."""
         if not self.start_seconds and self.tally().ready:
             self.start_seconds = time.monotonic() - self._started
-        try:
-            return self._events.get(timeout=timeout_seconds)
-        except queue.Empty:
-            return None
+        return next_of(self._events, self._threads, timeout_seconds)
 
     def tally(self) -> Tally:
         """How far all parts are."""
@@ -67,6 +70,12 @@ class RayPool:
 
     def close(self) -> None:
         """End everything; parts that are not committed are lost."""
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        self._fleet.stop()
+        for thread in self._threads:
+            while thread.is_alive() and time.monotonic() < deadline:
+                self._fleet.stop()
+                thread.join(_TURN_SECONDS)
         self._fleet.close()
 
     def _work(self, works: Sequence[PartWork]) -> None:

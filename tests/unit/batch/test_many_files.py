@@ -181,7 +181,7 @@ def test_a_signal_ends_a_job_with_whole_parts(
     assert client.closed
     there = len(records(job.output))
     assert there % 3 == 0
-    assert f"stopped by SIGTERM: {there // 3} parts are in" in caplog.text
+    assert f"stopped by SIGTERM: {there} of 12 rows are in" in caplog.text
     assert run_parts(job, FakeClient()).resumed == there
 
 

@@ -5,7 +5,7 @@ What Ray does to replicas is done here by hand, to one in this process.
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from saqqara.cluster.batch.parts.replica import (
     ReplicaSettings,
 )
 from saqqara.cluster.batch.records import Record
+from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.on_ray.data import Board
 
 
@@ -172,3 +173,25 @@ def test_a_board_hands_errors_back() -> None:
     board = Board(Tally())
     assert repr(board.call(fail)) == "ValueError('in its own words')"
     assert board.call(lambda: None) is None
+
+
+class ShortPool(LocalPool):
+    """Ends without an error, and without the last seven parts that it was given."""
+
+    def begin(self, works: Sequence[PartWork]) -> None:
+        """Leave some out."""
+        super().begin(works[:-7])
+
+
+def test_replicas_that_end_short_are_an_error_with_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, 9, 18)  # three parts, and six
+    with monkeypatch.context() as patch:
+        patch.setattr("saqqara.cluster.batch.parts.job.LocalPool", ShortPool)
+        with pytest.raises(EngineDeadError, match=r"without 7 parts .*run the same comm") as error:
+            run_parts(job, FakeClient())
+    assert "(0.jsonl from line 7, 1.jsonl from line 1, " in str(error.value)
+    assert ", 1.jsonl from line 10, 2 more);" in str(error.value)
+    assert run_parts(job, FakeClient()).resumed == 6
+    assert len(records(job.output)) == 27
