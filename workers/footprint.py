@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from saqqara.compression.decode import DecodeStage
 from saqqara.compression.growth import (
@@ -54,6 +55,17 @@ def stage_layers(
     costs = None if retention is None else stage_costs(spec, retention)
     head_layers = _HEAD_SHARE * spec.head_layers
     return layer_split(spec.num_layers, num_stages, head_layers, explicit, costs)
+
+
+def stages_under(
+    spec: ModelSpec,
+    num_stages: int,
+    explicit: tuple[int, ...] | None,
+    retention: str | dict[str, Any],
+    budget: int | str | None,
+) -> tuple[range, ...]:
+    """`stage_layers` under a retention as the engine's settings spell it."""
+    return stage_layers(spec, num_stages, explicit, Retention.parse(retention, budget))
 
 
 def stage_costs(spec: ModelSpec, retention: Retention) -> StageCosts | None:

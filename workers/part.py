@@ -9,11 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from saqqara.compression.retention import Retention
 from saqqara.configs.worker_settings import WorkerSettings
 
 from .attention.base import AttentionBackend, get_backend
-from .footprint import Footprint, stage_layers
+from .footprint import Footprint, stages_under
 from .mesh.layout import HeadShard, MeshLayout, head_shard
 from .mesh.mesh import Mesh
 from .models.decoder import Decoder, choose_linear_backend
@@ -85,8 +84,8 @@ class Part:
             head_shard(spec.num_query_heads, spec.num_kv_heads, size, t) for t in range(size)
         ]
         heads = all_heads[layout.tensor_rank(rank)]
-        retention = Retention.parse(config.retention, config.budget)
-        stages = stage_layers(spec, layout.pipeline_size, config.layer_split, retention)
+        split, kept = config.layer_split, (config.retention, config.budget)
+        stages = stages_under(spec, layout.pipeline_size, split, *kept)
         layers = stages[layout.pipeline_rank(rank)]
         mesh = Mesh(layout, rank, spec.num_kv_heads, device, store)
         own_bytes = Footprint(spec, dtype, layout, rank, layers, heads).weight_bytes()

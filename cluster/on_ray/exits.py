@@ -10,6 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from saqqara.cluster.errors import Cause
 
+from .placement import alive_nodes, unreachable_nodes
 from .rank_process import ProcessInfo, end_processes
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ def exit_reason(error: Exception) -> str:
 def end_on_nodes(processes: Iterable[tuple[str, ProcessInfo]], timeout_seconds: float) -> list[int]:
     """Make sure that processes which were told to end have left their nodes; ids of the others.
 
-    An actor outlives `ray.kill` by seconds, and its memory with it. Nodes that are lost are not
-    waited for: what runs there ends itself (see `recovery.pulse`).
+    An actor outlives `ray.kill` by seconds, and its memory with it. Nodes that are lost or cut off
+    are not waited for: what runs there ends itself (see `recovery.pulse`).
 
     Args:
         processes: each with the id of its node.
@@ -50,15 +51,20 @@ def end_on_nodes(processes: Iterable[tuple[str, ProcessInfo]], timeout_seconds: 
     by_node: defaultdict[str, list[ProcessInfo]] = defaultdict(list)
     for node_id, process in processes:
         by_node[node_id].append(process)
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     here = ray.get_runtime_context().get_node_id()
-    left = end_processes(by_node.pop(here, []), timeout_seconds)
+    own = by_node.pop(here, [])
+    cut_off = unreachable_nodes(by_node)
+    for address in cut_off.values():
+        logger.warning("node %s does not answer: its ranks end themselves", address)
     end = ray.remote(end_processes)
-    for node_id in by_node.keys() & alive:
+    calls = {}
+    for node_id in by_node.keys() & ({node["NodeID"] for node in alive_nodes()} - cut_off.keys()):
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        call = end.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(
+        calls[node_id] = end.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(
             by_node[node_id], timeout_seconds
         )
+    left = end_processes(own, timeout_seconds)
+    for node_id, call in calls.items():
         try:
             left += ray.get(call, timeout=timeout_seconds + _TASK_SECONDS)
         except RayError as error:

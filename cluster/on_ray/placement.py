@@ -13,9 +13,11 @@ Data parallelism is one placement group per replica, so that replicas start, fai
 
 import logging
 import math
+import socket
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +37,9 @@ DEFAULT_TIMEOUT_SECONDS = 120.0
 LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 1  # a cluster that has room grants it at once
+_CONNECT_SECONDS = 3.0  # two tries of TCP
+_MAX_THREADS = 32
+_NODE_LABEL = "ray.io/node-id"  # every node has it
 
 Strategy = Literal["PACK", "SPREAD"]
 
@@ -105,6 +110,8 @@ class Placement:
     def wait_until_whole(self, timeout_seconds: float) -> None:
         """Wait until all room is there: Ray finds other nodes for what a lost node had.
 
+        It does so once it has given the node up, which takes a minute for one that is cut off.
+
         Raises:
             PlacementError: there is none within `timeout_seconds`, or the room was given back.
         """
@@ -120,10 +127,9 @@ class Placement:
     def _state(self) -> str:
         """Ray's word for how far the group is; a bundle on a node that is gone counts as lost."""
         table = ray.util.placement_group_table(self.group)
-        alive = {node["NodeID"] for node in _alive_nodes()}
-        if table["state"] == "CREATED" and not alive.issuperset(
-            table["bundles_to_node_id"].values()
-        ):
+        nodes = set(table["bundles_to_node_id"].values())
+        alive = {node["NodeID"] for node in alive_nodes()}
+        if table["state"] == "CREATED" and (nodes - alive or unreachable_nodes(nodes)):
             return "RESCHEDULING"
         state: str = table["state"]
         return state
@@ -195,7 +201,7 @@ def plan_in_bundles(
 
 def pulse_host(places: Sequence[RankPlace]) -> str:
     """Where processes at these places can reach this one."""
-    here = ray.get_runtime_context().get_node_id()
+    here = _here()
     if all(place.node_id == here for place in places):
         return LOOPBACK
     address: str = ray.util.get_node_ip_address()
@@ -204,7 +210,7 @@ def pulse_host(places: Sequence[RankPlace]) -> str:
 
 def largest_node_gpus() -> int:
     """GPUs of the node that has the most."""
-    return max((int(node["Resources"].get("GPU", 0)) for node in _alive_nodes()), default=0)
+    return max((int(node["Resources"].get("GPU", 0)) for node in alive_nodes()), default=0)
 
 
 def reserve(
@@ -214,13 +220,19 @@ def reserve(
 ) -> Placement:
     """Reserve room for one replica, waiting for the cluster to free it or to grow.
 
+    Nodes that do not answer are passed over, also where Ray has not given them up yet.
+
     Raises:
         PlacementError: there is no room within `timeout_seconds`.
     """
     gpu = uses_gpus(config)
     layout = MeshLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
     plan = plan_placement(layout, gpu, largest_node_gpus(), strategy)
-    group = placement_group([dict(b) for b in plan.bundles], strategy=plan.strategy)
+    group = placement_group(
+        [dict(b) for b in plan.bundles],
+        strategy=plan.strategy,
+        bundle_label_selector=_elsewhere(unreachable_nodes(), len(plan.bundles)),
+    )
     if not group.wait(_PATIENCE_SECONDS):
         logger.warning("waiting for the cluster to have room for %s", plan)
         # Ray counts in whole seconds here.
@@ -229,6 +241,14 @@ def reserve(
             remove_placement_group(group)
             raise PlacementError(message)
     return Placement(plan, group)
+
+
+def _elsewhere(unreachable: Mapping[str, str], num_bundles: int) -> list[dict[str, str]] | None:
+    """Selectors that keep bundles off these nodes, which are addresses by id."""
+    if not unreachable:
+        return None
+    logger.warning("passing over nodes that do not answer: %s", ", ".join(unreachable.values()))
+    return [{_NODE_LABEL: f"!in({','.join(unreachable)})"}] * num_bundles
 
 
 def _no_room(config: EngineConfig, plan: PlacementPlan, waited_seconds: float) -> str:
@@ -248,13 +268,57 @@ def describe_nodes() -> str:
     nodes = [
         f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}): "
         f"{show_resources(node['Resources']) or 'neither CPU nor GPU'}"
-        for node in _alive_nodes()
+        for node in alive_nodes()
     ]
     return "; ".join(nodes) or "none"
 
 
-def _alive_nodes() -> list[dict[str, Any]]:
+def alive_nodes() -> list[dict[str, Any]]:
+    """What Ray says of the nodes that it takes for alive."""
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def unreachable_nodes(node_ids: Iterable[str] | None = None) -> dict[str, str]:
+    """Nodes that Ray takes for alive, but whose raylet takes no connection from here.
+
+    Ray gives up a node that does not answer only after a minute (`RAY_health_check_*` of the head
+    node), and meanwhile places on it what can never start.
+
+    Args:
+        node_ids: those that are asked; default: all.
+
+    Returns:
+        Address by node id.
+    """
+    here = _here()
+    asked = [
+        node
+        for node in alive_nodes()
+        if node["NodeID"] != here and (node_ids is None or node["NodeID"] in node_ids)
+    ]
+    if not asked:
+        return {}
+    with ThreadPoolExecutor(min(len(asked), _MAX_THREADS)) as pool:
+        answers = list(pool.map(_answers, asked))
+    return {
+        node["NodeID"]: node["NodeManagerAddress"]
+        for node, does_answer in zip(asked, answers, strict=True)
+        if not does_answer
+    }
+
+
+def _here() -> str:
+    node_id: str = ray.get_runtime_context().get_node_id()
+    return node_id
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+    try:
+        socket.create_connection(address, _CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def show_resources(resources: Mapping[str, float]) -> str:

@@ -4,7 +4,9 @@ A rank beats from a thread of its own, so its beats go on while it computes, and
 collective for a rank that has gone. They end when its process is stopped or its node is cut off;
 and when it dies, its connection is closed at once. The controller answers each beat. A rank that
 has no answer for long, or whose controller's side was closed, is of no use to anybody and ends its
-process: nobody else may be able to. The driver of a controller listens to it in the same way.
+process: nobody else may be able to. The driver of a controller listens to it in the same way, but
+may be stopped for long: the controller ends itself only where the kernel of the driver's machine
+does not acknowledge its beats either.
 
 To load libraries can hold up all threads of a process for many seconds, so more silence is borne of
 a rank until it says that it is up.
@@ -202,7 +204,7 @@ class Pulse:
         address: the controller's.
         rank: who beats.
         cut_off_seconds: without an answer for so long, the process ends; `math.inf`: only when the
-            connection is closed.
+            connection is closed, or the other machine has been out of reach for `CUT_OFF_SECONDS`.
         end: ends it.
 
     Raises:
@@ -222,6 +224,8 @@ class Pulse:
             (address.host, address.port), min(cut_off_seconds, CUT_OFF_SECONDS)
         )
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        milliseconds = int(1000 * CUT_OFF_SECONDS)
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         self._connection.sendall(address.token + _RANK.pack(rank))
         self._connection.settimeout(BEAT_SECONDS)
         self._closing = threading.Event()

@@ -3,7 +3,6 @@
 import errno
 import socket
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 LOOPBACK = "127.0.0.1"
@@ -56,12 +55,7 @@ class ReservedPort:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def release(self) -> None:

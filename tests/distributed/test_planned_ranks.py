@@ -13,7 +13,7 @@ from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.worker import Worker
 
 # Of 3 kv heads and 6 query heads: uneven (2 + 1), stages, both, and shared kv heads (4 on 3).
-# What the layers of the staged ones keep differs, which moves the cut.
+# The staged ones have a retention under which layers keep different numbers of tokens.
 CASES = [
     ("llama-gqa", MeshLayout(2, 1), None),
     ("llama-bias", MeshLayout(2, 2), (1, 2)),

@@ -1,5 +1,6 @@
 """A replica is one placement group: a bundle per tensor group, all of them or none."""
 
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import ray
 
+from saqqara.cluster.on_ray import placement
 from saqqara.cluster.on_ray.placement import (
     CPU_SHARE,
     PlacementError,
@@ -54,13 +56,13 @@ def test_reserve_and_release_leave_nothing_behind() -> None:
     # Tests before this one have let go of everything, but Ray may be slow to say so.
     before = ray.cluster_resources()["CPU"]
     _wait_for(lambda: ray.available_resources()["CPU"] == pytest.approx(before))
-    placement = reserve(_config(tensor_parallel_size=2, pipeline_parallel_size=2))
-    places = placement.places()
+    room = reserve(_config(tensor_parallel_size=2, pipeline_parallel_size=2))
+    places = room.places()
     assert len(places) == 4
     assert len({place.node_id for place in places}) == 1
     _wait_for(lambda: ray.available_resources()["CPU"] == pytest.approx(before - 4 * CPU_SHARE))
-    placement.release()
-    placement.release()
+    room.release()
+    room.release()
     _wait_for(lambda: ray.available_resources()["CPU"] == pytest.approx(before))
 
 
@@ -78,6 +80,21 @@ def test_a_cluster_without_room_says_what_was_asked_and_what_there_is() -> None:
     assert "CPU: 2" in message, "what there is"
     assert "device='cpu'" in message, "what would be right"
     _wait_for(lambda: ray.available_resources()["CPU"] == pytest.approx(before))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_nodes_that_do_not_answer_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    [node] = placement.alive_nodes()
+    monkeypatch.setattr(placement, "_here", lambda: "another node")
+    assert not placement.unreachable_nodes(), "its raylet takes connections"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = node | {"NodeManagerAddress": "127.0.0.1"}
+        closed["NodeManagerPort"] = server.getsockname()[1]
+    monkeypatch.setattr(placement, "alive_nodes", lambda: [closed])
+    assert placement.unreachable_nodes() == {node["NodeID"]: "127.0.0.1"}
+    assert not placement.unreachable_nodes([]), "nobody asked"
+    with pytest.raises(PlacementError, match="no room"):
+        reserve(_config(), timeout_seconds=1.0)
 
 
 def _config(**settings: Any) -> EngineConfig:

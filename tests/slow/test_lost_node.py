@@ -1,12 +1,8 @@
-"""Nodes are removed from a cluster and added again under a job, which notices but for time."""
+"""Nodes of unequal size; they are removed and added again under jobs, which notice but for time."""
 
-import json
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +11,27 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from support import chaos_job
-from support.byte_llama import save_tiny_llama
 from support.faults import actors
+from support.node_jobs import NodeJob
 
-from saqqara.cluster.batch.job import run_batch
-from saqqara.cluster.batch.summary import BatchSummary
+from saqqara.cluster.on_ray.placement import Placement, PlacementError, alive_nodes, reserve
+from saqqara.configs.schema import EngineConfig
 
 pytestmark = pytest.mark.slow
 
-NUM_ROWS = 40
-STUCK_SECONDS = 300.0
-RETENTIONS = ("full", {"method": "h2o", "budget": "25%", "decode": {"slack_pages": 1}})
+OBJECT_STORE = {"object_store_memory": 100 * 2**20}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head without room for ranks, and two nodes that have some."""
+    """A head without room for ranks."""
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={
-            "num_cpus": 0,
-            "object_store_memory": 100 * 2**20,
-            "include_dashboard": False,
-        },
+        head_node_args={"num_cpus": 0, "include_dashboard": False, **OBJECT_STORE},
     )
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
@@ -49,74 +39,99 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
-@pytest.mark.timeout(1200)
-def test_a_job_survives_the_loss_of_either_node(cluster: Any, tmp_path: Path) -> None:
-    nodes = [add_node(cluster) for _ in range(2)]
-    source, model = tmp_path / "in.jsonl", tmp_path / "model"
-    save_tiny_llama(model)
-    rows = [
-        {
-            "prompt": f"row {i} " * (5 + i % 20),
-            "max_tokens": 100,
-            "retention": RETENTIONS[i % 2],
-            "temperature": 0.8 if i % 3 == 0 else 0.0,
-            "seed": i,
-        }
-        for i in range(NUM_ROWS)
-    ]
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    alone = chaos_job.make_job(source, tmp_path / "alone.jsonl", model, tmp_path / "logs")
-    sizes = {"executor": "local", "tensor_parallel_size": 1, "pipeline_parallel_size": 1}
-    assert run_batch(replace(alone, config=alone.config.model_copy(update=sizes))).complete
+@pytest.fixture
+def add_node(cluster: Any) -> Iterator[Callable[..., Any]]:
+    """Adds a node with room for all ranks, until the test is over."""
+    nodes = []
 
-    output, summary_file = tmp_path / "out.jsonl", tmp_path / "summary"
-    arguments = [source, output, model, tmp_path / "logs", summary_file]
-    env = os.environ | {"RAY_ADDRESS": cluster.address}
-    with (tmp_path / "log").open("wb") as log:
-        command = [sys.executable, chaos_job.__file__, *map(str, arguments)]
-        job = subprocess.Popen(command, env=env, stderr=log)
-    try:
+    def add(**room: float) -> Any:
+        nodes.append(cluster.add_node(num_cpus=2, **room, **OBJECT_STORE))
+        return nodes[-1]
+
+    yield add
+    for node in nodes:
+        if node in cluster.list_all_nodes():
+            cluster.remove_node(node)
+
+
+@pytest.mark.timeout(1200)
+def test_a_job_survives_the_loss_of_either_node(
+    cluster: Any, add_node: Callable[..., Any], tmp_path: Path
+) -> None:
+    nodes = [add_node() for _ in range(2)]
+    job = NodeJob(tmp_path, num_rows=40)
+    with job.running(cluster.address):
         for _ in range(3):
-            await_rows(output, 4, job, tmp_path / "log")
+            job.await_rows()
             cluster.remove_node(nodes.pop(0), allow_graceful=False)
-            await_rows(output, 4, job, tmp_path / "log")
-            nodes.append(add_node(cluster))
-        assert job.wait(STUCK_SECONDS) == 0, (tmp_path / "log").read_text()[-4000:]
-    finally:
-        job.kill()
-        job.wait()
-    assert tokens(output) == tokens(alone.output)
-    summary = BatchSummary.model_validate_json(summary_file.read_text())
-    assert summary.integrity == "ok, owners proved"
-    assert summary.report is not None
-    assert sum(summary.report.recoveries.values()) >= 3
+            job.await_rows()
+            nodes.append(add_node())
+    job.check_answers()
+    assert sum(job.recoveries().values()) >= 3
+    check_nothing_is_left()
+
+
+@pytest.mark.timeout(600)
+def test_the_controller_survives_the_loss_of_a_node_with_one_rank(
+    cluster: Any, add_node: Callable[..., Any], tmp_path: Path
+) -> None:
+    nodes = [add_node() for _ in range(2)]
+    job = NodeJob(tmp_path, num_rows=24, tensor_size=1)
+    with job.running(cluster.address):
+        job.await_rows()
+        [controller] = actors("Controller")
+        [without_it] = [node for node in nodes if controller.ppid() != raylet_of(node).pid]
+        assert [rank.ppid() for rank in actors("RankProcess")].count(raylet_of(without_it).pid) == 1
+        cluster.remove_node(without_it, allow_graceful=False)
+        add_node()
+        job.await_rows()
+        assert actors("Controller") == [controller]
+    job.check_answers()
+    assert job.recoveries() == {"died": 1}
+    check_nothing_is_left()
+
+
+@pytest.mark.timeout(600)
+def test_tensor_groups_stay_inside_nodes_of_unequal_size(
+    add_node: Callable[..., Any],
+) -> None:
+    for num_gpus in (1, 3):
+        add_node(num_gpus=num_gpus)
+    assert sorted(gpus_of_ranks(reserve(gpu_config(pipeline=4, tensor=1)))) == [1, 3, 3, 3]
+
+    with pytest.raises(PlacementError) as error:
+        reserve(gpu_config(pipeline=2, tensor=2), timeout_seconds=3.0)
+    message = str(error.value)
+    assert "tensor_parallel_size=2 x pipeline_parallel_size=2 on device=cuda" in message
+    assert "asked for 2 x {CPU: 0.02, GPU: 2}, each on one node" in message
+    assert "CPU: 2, GPU: 1;" in message
+    assert "CPU: 2, GPU: 3;" in message
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(reserve, gpu_config(pipeline=2, tensor=2))
+        add_node(num_gpus=2)
+        assert gpus_of_ranks(waiting.result()) in ([2, 2, 3, 3], [3, 3, 2, 2])
+
+
+def gpus_of_ranks(placement: Placement) -> list[float]:
+    """By rank, the GPUs of its node, which tell nodes apart; gives the room back."""
+    gpus = {node["NodeID"]: node["Resources"].get("GPU", 0) for node in alive_nodes()}
+    places = placement.places()
+    placement.release()
+    return [gpus[place.node_id] for place in places]
+
+
+def gpu_config(pipeline: int, tensor: int) -> EngineConfig:
+    sizes = {"pipeline_parallel_size": pipeline, "tensor_parallel_size": tensor}
+    return EngineConfig(model="-", executor="ray", device="cuda", **sizes)
+
+
+def raylet_of(node: Any) -> psutil.Process:
+    [raylet] = node.all_processes["raylet"]
+    return psutil.Process(raylet.process.pid)
+
+
+def check_nothing_is_left() -> None:
     assert not [*actors("RankProcess"), *actors("Controller")]
     states = {group["state"] for group in ray.util.placement_group_table().values()}
     assert states == {"REMOVED"}
-
-
-def add_node(cluster: Any) -> Any:
-    """Another node with room for all ranks."""
-    return cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20)
-
-
-def await_rows(output: Path, more: int, job: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until the job has written so many rows more."""
-
-    def num_rows() -> int:
-        return output.read_bytes().count(b"\n") if output.exists() else 0
-
-    wanted = num_rows() + more
-    deadline = time.monotonic() + STUCK_SECONDS
-    while num_rows() < wanted:
-        assert job.poll() is None, log.read_text()[-4000:]
-        assert time.monotonic() < deadline, log.read_text()[-4000:]
-        time.sleep(0.05)
-
-
-def tokens(output: Path) -> dict[int, list[int]]:
-    """The tokens of each line's answer; a line has one record, and it is no error."""
-    records = [json.loads(line) for line in output.read_text().splitlines()]
-    assert sorted(record["line"] for record in records) == list(range(1, NUM_ROWS + 1))
-    assert not [record for record in records if record.get("error") is not None]
-    return {record["line"]: record["token_ids"] for record in records}

@@ -3,7 +3,7 @@
 Its ranks have a layer that can be told to sleep, by a file. Its stages are on different nodes where
 there are several.
 
-    python tests/support/chaos_job.py INPUT OUTPUT MODEL LOG_DIR SUMMARY
+    python tests/support/chaos_job.py INPUT OUTPUT MODEL LOG_DIR SUMMARY [TENSOR_SIZE]
 """
 
 import logging
@@ -65,15 +65,17 @@ def sleep_file(log_dir: Path, rank: int) -> Path:
     return log_dir / f"sleep-{rank}"
 
 
-def make_job(source: Path, output: Path, model: Path, log_dir: Path) -> BatchJob:
-    """The job: four ranks, few slots, every step's pages proved."""
+def make_job(
+    source: Path, output: Path, model: Path, log_dir: Path, tensor_size: int = 2
+) -> BatchJob:
+    """The job: two stages, few slots, every step's pages proved."""
     config = EngineConfig(
         model=str(model),
         load_format="dummy",
         dtype="float32",
         device="cpu",
         executor="ray",
-        tensor_parallel_size=2,
+        tensor_parallel_size=tensor_size,
         pipeline_parallel_size=2,
         max_num_seqs=4,
         max_model_len=512,
@@ -94,9 +96,10 @@ def make_job(source: Path, output: Path, model: Path, log_dir: Path) -> BatchJob
 
 def main() -> None:
     """Run the job to its end."""
-    source, output, model, log_dir, summary_file = map(Path, sys.argv[1:])
+    source, output, model, log_dir, summary_file = map(Path, sys.argv[1:6])
+    tensor_size = int(sys.argv[6]) if len(sys.argv) > 6 else 2
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    job = make_job(source, output, model, log_dir)
+    job = make_job(source, output, model, log_dir, tensor_size)
     config = job.config
     client = FailoverClient(
         lambda: start_controller(config, make_worker=SleepyWorker, strategy="SPREAD")

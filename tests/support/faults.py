@@ -128,6 +128,11 @@ def num_losses(logs: Sequence[Path]) -> int:
     return len(list(_moments(logs, _LOST)))
 
 
+def first_loss(log: Path, since: float) -> float | None:
+    """When somebody was first taken for lost after this moment, Unix time; None: nobody yet."""
+    return next((at for at in sorted(_moments([log], _LOST)) if at >= since), None)
+
+
 def _moments(logs: Sequence[Path], pattern: re.Pattern[str]) -> Iterator[float]:
     for log in logs:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():

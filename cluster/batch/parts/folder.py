@@ -9,8 +9,8 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from saqqara.cluster.batch.files import WriteError
@@ -145,12 +145,7 @@ class StagedPart:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         if self._fs.exists(self._path):
             self._fs.rm(self._path)
@@ -215,23 +210,13 @@ def _columns(record: Record, text: str) -> dict[str, Any]:
     }
 
 
-class _writing:  # noqa: N801 - reads as a word of the `with` line
+@contextmanager
+def _writing(url: str) -> Iterator[None]:
     """Turn what a storage says of a write into one line."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if isinstance(error, OSError):
-            raise WriteError(f"cannot write {self._url}: {error.strerror or error}") from None
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"cannot write {url}: {error.strerror or error}") from None
 
 
 def _sync(fs: Any, file: Any) -> None:

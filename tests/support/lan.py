@@ -1,0 +1,159 @@
+"""A network of Ray nodes on this machine, each in a network namespace, whose lines can be cut.
+
+It takes root and `ip`.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+_NETWORK = "10.213.78"
+HEAD = f"{_NETWORK}.1"
+START_SECONDS = 120.0
+# Given ports, a raylet does not wait for its agents, which a busy machine starts too slowly for it.
+AGENT_PORTS = {
+    "dashboard_agent_listen_port": 28301,
+    "metrics_agent_port": 28302,
+    "metrics_export_port": 28303,
+    "runtime_env_agent_port": 28304,
+}
+_PORT_FLAGS = (
+    "--dashboard-agent-listen-port=28301 --dashboard-agent-grpc-port=28302 "
+    "--metrics-export-port=28303 --runtime-env-agent-port=28304"
+)
+IS_TO_BE_HAD = os.geteuid() == 0 and shutil.which("ip") is not None
+
+
+class Node:
+    """A namespace with a raylet in it.
+
+    Args:
+        lan: the network's name.
+        number: of the node, 2 or more.
+        folder: for its files.
+    """
+
+    def __init__(self, lan: str, number: int, folder: Path) -> None:
+        self.host = f"{_NETWORK}.{number}"
+        self._name = f"{lan}n{number}"
+        self._line = f"{lan}v{number}"
+        self._folder = folder / f"node-{number}"
+        self._folder.mkdir(exist_ok=True)
+        self._started: list[subprocess.Popen[bytes]] = []
+        inner = f"{lan}p{number}"
+        ip(f"netns add {self._name}")
+        ip(f"link add {self._line} type veth peer name {inner} netns {self._name}")
+        ip(f"link set {self._line} master {lan}")
+        ip(f"netns exec {self._name} ip addr add {self.host}/24 dev {inner}")
+        ip(f"netns exec {self._name} ip link set {inner} up")
+        ip(f"netns exec {self._name} ip link set lo up")
+        self.mend()
+
+    def start_ray(self, address: str, resources: str) -> None:
+        """Start a raylet that joins the cluster at an address.
+
+        Args:
+            address: of the head.
+            resources: flags of `ray start`.
+        """
+        # Nodes of one machine would share a folder, where Ray keeps the address of *the* node.
+        inside = (
+            f"mount --bind {self._folder} /tmp/ray && exec {Path(sys.executable).parent}/ray start "
+            f"--address={address} --node-ip-address={self.host} {resources} {_PORT_FLAGS} "
+            "--object-store-memory=100000000 --block"
+        )
+        command = ["ip", "netns", "exec", self._name, "sh", "-c", inside]
+        with (self._folder / "start.log").open("ab") as log:
+            self._started.append(
+                subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            )
+
+    def cut(self) -> None:
+        """Take the line down: nothing comes through, and nobody is told."""
+        ip(f"link set {self._line} down")
+
+    def mend(self) -> None:
+        """Put the line up."""
+        ip(f"link set {self._line} up")
+
+    def processes(self) -> list[psutil.Process]:
+        """What runs inside."""
+        listed = subprocess.run(
+            ["ip", "netns", "pids", self._name], check=True, capture_output=True, text=True
+        )
+        found = []
+        for pid in map(int, listed.stdout.split()):
+            try:
+                found.append(psutil.Process(pid))
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def actors(self, name: str) -> list[psutil.Process]:
+        """Processes of actors of this class inside."""
+        found = []
+        for process in self.processes():
+            try:
+                if "".join(process.cmdline()).startswith(f"ray::{name}"):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def close(self) -> None:
+        """End what runs inside, and the namespace, and its line with it."""
+        deadline = time.monotonic() + 30.0
+        while processes := self.processes():
+            assert time.monotonic() < deadline, processes
+            for process in processes:
+                try:
+                    process.send_signal(signal.SIGKILL)
+                except psutil.NoSuchProcess:
+                    continue
+            time.sleep(0.1)
+        for started in self._started:
+            started.wait()
+        ip(f"netns del {self._name}")
+
+
+class Lan:
+    """A bridge, which has the head's address `HEAD`, and the nodes at it.
+
+    Args:
+        folder: for the files of the nodes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._name = f"sq{os.getpid()}"
+        self._folder = folder
+        self.nodes: list[Node] = []
+        ip(f"link add {self._name} type bridge")
+        ip(f"addr add {HEAD}/24 dev {self._name}")
+        ip(f"link set {self._name} up")
+
+    def add(self) -> Node:
+        """Another namespace, with nothing in it."""
+        node = Node(self._name, 2 + len(self.nodes), self._folder)
+        self.nodes.append(node)
+        return node
+
+    def hosts(self) -> set[str]:
+        """The addresses of head and nodes."""
+        return {HEAD, *(node.host for node in self.nodes)}
+
+    def close(self) -> None:
+        """End all."""
+        for node in self.nodes:
+            node.close()
+        ip(f"link del {self._name}")
+
+
+def ip(command: str) -> None:
+    """Run `ip`; an error is one."""
+    subprocess.run(["ip", *command.split()], check=True)
