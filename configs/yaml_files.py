@@ -45,8 +45,12 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("no YAML or JSON: nested too deep") from None
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
+def load_yaml(path: str | Path, field: str = "config") -> dict[str, Any]:
     """Read a YAML mapping; a bare name such as `cpu-pp2` is looked up under `configs/`.
+
+    Args:
+        path: file or name.
+        field: what errors call it.
 
     Raises:
         ValueError: no such file or preset, or the file is not a mapping.
@@ -54,36 +58,43 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     file = Path(path).expanduser()
     if file.is_dir():
         kind = "model's folder; give it as --model" if (file / "config.json").exists() else "folder"
-        raise ValueError(f"config: {file} is a {kind}")
+        raise ValueError(f"{field}: {file} is a {kind}")
+    if file.is_symlink() and not file.exists():
+        raise ValueError(f"{field}: {file} is a link that leads to no file")
     if not file.exists():
-        file = _preset(str(path))
+        file = _preset(str(path), field)
+    elif not file.is_file():  # a pipe, of which reading never ends
+        raise ValueError(f"{field}: {file} is not a file")
     try:
         data = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise ValueError(f"config: cannot read {file}: {error.strerror}") from None
+        raise ValueError(f"{field}: cannot read {file}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"config: {file} is no text in UTF-8") from None
+        raise ValueError(f"{field}: {file} is no text in UTF-8") from None
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or str(error)
-        raise ValueError(f"config: {file}{_place(error)} is no YAML: {problem}") from None
+        raise ValueError(f"{field}: {file}{_place(error)} is no YAML: {problem}") from None
+    except RecursionError:
+        raise ValueError(f"{field}: {file} is nested too deep") from None
     if not isinstance(data, dict):
         raise ValueError(
-            f"config: {file} must hold a mapping of settings, not {type(data).__name__}"
+            f"{field}: {file} must hold a mapping of settings, not {type(data).__name__}"
         )
     if _num_values(data, {}) > _MAX_VALUES:
-        raise ValueError(f"config: {file} has aliases (*name) that never end, or almost")
+        raise ValueError(f"{field}: {file} has aliases (*name) that never end, or almost")
     return data
 
 
-def _preset(name: str) -> Path:
+def _preset(name: str, field: str) -> Path:
     """The file of a preset, wherever it lies under `configs/`."""
     presets = {file.stem: file for file in sorted(CONFIG_DIR.glob("*/*.yaml"))}
     if name not in presets:
         if "/" in name or name.endswith((".yaml", ".yml")):
-            raise ValueError(f"config: there is no file {name!r} (a model is given as --model)")
+            hint = " (a model is given as --model)" if field == "config" else ""
+            raise ValueError(f"{field}: there is no file {name!r}{hint}")
         own = {stem for stem, file in presets.items() if file.parent.name != "retention"}
         hint = did_you_mean(name, own)
-        raise ValueError(f"config: no file or preset {name!r}; {hint}")
+        raise ValueError(f"{field}: no file or preset {name!r}; {hint}")
     return presets[name]
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import typer
 import yaml
+from rich.markup import escape
 from rich.table import Table
 
 from saqqara.cluster.planning.cost_model import Factors
 from saqqara.cluster.planning.devices import device_of
 from saqqara.cluster.planning.memory import EngineSizes, RankMemory
-from saqqara.cluster.planning.models import model_of
+from saqqara.cluster.planning.models import known_models, model_of
 from saqqara.cluster.planning.planner import DTYPES, LayoutPlan, Question, plan
 from saqqara.cluster.planning.plots import check_plot_file, curve, draw, save
 from saqqara.cluster.planning.workload import Workload
@@ -118,7 +119,7 @@ def question_of(flags: PlanFlags) -> Question:
             kv_memory_gib=flags.kv_memory_gib,
         ),
         factors=factors,
-        hour_price=flags.gpu_hour_price or device.hour_price,
+        hour_price=device.hour_price if flags.gpu_hour_price is None else flags.gpu_hour_price,
         num_requests=flags.requests,
         tensor=flags.tensor_parallel_size,
         pipeline=flags.pipeline_parallel_size,
@@ -153,7 +154,7 @@ def print_plans(question: Question, flags: PlanFlags, plans: Sequence[LayoutPlan
         *("sequences", "of full", "tokens/s", "of full", "decode/s", "prefill/s"),
         *("step ms", "prompt s", "$ per million"),
         *(["job s"] if flags.requests else []),
-        title=_question(question, flags),
+        title=escape(_question(question, flags)),
     )
     for column in table.columns[1:]:
         column.justify = "right"
@@ -169,6 +170,8 @@ def print_plans(question: Question, flags: PlanFlags, plans: Sequence[LayoutPlan
             typer.echo(f"{_name(each)} cannot serve: {each.why_not}")
     if served and question.model.note is None:
         typer.echo(f"To run it: {_command(flags, served[0])}")
+        if flags.model in known_models():
+            typer.echo(f"FOLDER: a folder or hub id of {flags.model}'s weights.")
     for note in _notes(question, flags):
         typer.echo(note)
 
@@ -255,7 +258,8 @@ def _command(flags: PlanFlags, best: LayoutPlan) -> str:
     """The server that the best layout is; a folder or hub id takes the place of a known name."""
     assert best.kept is not None
     slots = flags.max_num_seqs or best.kept.sequences
-    parts = [f"saqqara serve --model {flags.model}"]
+    model = "FOLDER" if flags.model in known_models() else shlex.quote(flags.model)
+    parts = [f"saqqara serve --model {model}"]
     if best.tensor * best.pipeline > 1:
         parts.append(f"--tensor-parallel-size {best.tensor}")
         parts.append(f"--pipeline-parallel-size {best.pipeline}")

@@ -16,31 +16,39 @@ def plan(
     gpu: Annotated[str, typer.Option(help="Known GPU (h100-80gb, ...), or a YAML file of one.")],
     gpus: Annotated[int, typer.Option(min=1, max=65536, help="GPUs in all.")] = 1,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="Nodes they are spread over. [default: 8 on each]")
+        int | None,
+        typer.Option(min=1, max=65536, help="Nodes they are spread over. [default: 8 on each]"),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 2048,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for it.")] = 256,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, max=10**9, help="Tokens of a prompt.")
+    ] = 2048,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, max=10**9, help="Tokens generated for it.")
+    ] = 256,
     requests: Annotated[
-        int | None, typer.Option(min=1, help="Also: time for so many, all there at once.")
+        int | None,
+        typer.Option(min=1, max=10**12, help="Also: time for so many, all there at once."),
     ] = None,
     retention: Annotated[str, typer.Option(help="Method, preset, or YAML mapping.")] = "full",
     budget: Annotated[str | None, typer.Option(help="Tokens, or a share such as 25%.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Longest sequence. [default: the model's context]")
+        int | None,
+        typer.Option(min=1, max=10**9, help="Longest sequence. [default: the model's context]"),
     ] = None,
     max_num_seqs: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Slots. [default: as many as fit]")
     ] = None,
     max_prefill_tokens: Annotated[
-        int, typer.Option(min=1, help="Prompt tokens of a prefill group.")
+        int, typer.Option(min=1, max=10**9, help="Prompt tokens of a prefill group.")
     ] = 2048,
     page_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Tokens of a page.")] = 16,
     memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of GPU memory the engine may use.")
     ] = 0.9,
     kv_memory_gib: Annotated[
-        float | None, typer.Option(min=0, help="KV pool of a replica; default: what is left.")
+        float | None,
+        typer.Option(min=0, max=16384, help="KV pool of a replica; default: what is left."),
     ] = None,
     tensor_parallel_size: Annotated[
         int | None, typer.Option(min=1, help="Only such layouts.")
@@ -52,7 +60,7 @@ def plan(
         str | None, typer.Option(metavar="N,N,...", help="Layers of each stage.")
     ] = None,
     gpu_hour_price: Annotated[
-        float | None, typer.Option(min=0, help="Dollars for an hour of one GPU.")
+        float | None, typer.Option(min=0, max=1e6, help="Dollars for an hour of one GPU.")
     ] = None,
     calibrate: Annotated[
         list[Path] | None,

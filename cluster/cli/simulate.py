@@ -15,25 +15,27 @@ def simulate(
     gpu: Annotated[str, typer.Option(help="Known GPU (h100-80gb, ...), or a YAML file of one.")],
     gpus: Annotated[int, typer.Option(min=1, max=65536, help="GPUs in all.")] = 1,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="Nodes they are spread over. [default: 8 on each]")
+        int | None,
+        typer.Option(min=1, max=65536, help="Nodes they are spread over. [default: 8 on each]"),
     ] = None,
     arrivals: Annotated[
         str, typer.Option(help="poisson, bursts, or a file of JSON lines.")
     ] = "poisson",
     rate: Annotated[
-        float | None, typer.Option(min=1e-9, help="Requests a second, all GPUs together.")
+        float | None, typer.Option(min=1e-6, max=1e9, help="Requests a second, all GPUs together.")
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(min=1, help="How many arrive. [default: 1000]")
+        int | None, typer.Option(min=1, max=10**8, help="How many arrive. [default: 1000]")
     ] = None,
     burst_size: Annotated[
-        int | None, typer.Option(min=1, help="Requests of a burst. [default: 32]")
+        int | None, typer.Option(min=1, max=10**8, help="Requests of a burst. [default: 32]")
     ] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a prompt, mean. [default: 2048]")
+        int | None, typer.Option(min=1, max=10**9, help="Tokens of a prompt, mean. [default: 2048]")
     ] = None,
     new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens generated for it, mean. [default: 256]")
+        int | None,
+        typer.Option(min=1, max=10**9, help="Tokens generated for it, mean. [default: 256]"),
     ] = None,
     spread: Annotated[
         float | None,
@@ -45,50 +47,61 @@ def simulate(
         str | None, typer.Option(help="Also the same under this method, such as full.")
     ] = None,
     slo_ttft: Annotated[
-        float, typer.Option(min=0, help="Objective: seconds to the first token.")
+        float, typer.Option(min=0, max=1e6, help="Objective: seconds to the first token.")
     ] = 2.0,
     slo_itl: Annotated[
-        float, typer.Option(min=0, help="Objective: seconds between tokens, mean of an answer.")
+        float,
+        typer.Option(min=0, max=1e6, help="Objective: seconds between tokens, mean of an answer."),
     ] = 0.1,
     faults: Annotated[
         Path | None, typer.Option(metavar=_FILE, help="What dies and when, as JSON lines.")
     ] = None,
     rank_mtbf_hours: Annotated[
-        float | None, typer.Option(min=1e-9, help="A rank dies once in so many, on average.")
+        float | None,
+        typer.Option(min=1e-4, max=1e9, help="A rank dies once in so many, on average."),
     ] = None,
     node_mtbf_hours: Annotated[
-        float | None, typer.Option(min=1e-9, help="A node dies once in so many, on average.")
+        float | None,
+        typer.Option(min=1e-4, max=1e9, help="A node dies once in so many, on average."),
     ] = None,
     node_return_seconds: Annotated[
-        float, typer.Option(min=0, help="Until a node that died so is there again.")
+        float, typer.Option(min=0, max=1e8, help="Until a node that died so is there again.")
     ] = 600.0,
-    detect_seconds: Annotated[float, typer.Option(min=0, help="Until a death is noticed.")] = 5.0,
+    detect_seconds: Annotated[
+        float, typer.Option(min=0, max=1e8, help="Until a death is noticed.")
+    ] = 5.0,
     restart_seconds: Annotated[
-        float, typer.Option(min=0, help="Until a replica's ranks have started again.")
+        float, typer.Option(min=0, max=1e8, help="Until a replica's ranks have started again.")
     ] = 60.0,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Longest sequence. [default: the model's context]")
+        int | None,
+        typer.Option(min=1, max=10**9, help="Longest sequence. [default: the model's context]"),
     ] = None,
     max_num_seqs: Annotated[
         int | None,
         typer.Option(min=1, max=4096, help="Slots of a replica. [default: as many as fit]"),
     ] = None,
     max_prefill_tokens: Annotated[
-        int, typer.Option(min=1, help="Prompt tokens of a prefill group.")
+        int, typer.Option(min=1, max=10**9, help="Prompt tokens of a prefill group.")
     ] = 2048,
     prefill_quantum: Annotated[
-        int, typer.Option(min=1, help="Layers x tokens of prefill per step while others decode.")
+        int,
+        typer.Option(
+            min=1, max=10**12, help="Layers x tokens of prefill per step while others decode."
+        ),
     ] = 32768,
     max_extend_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens replayed per step, all sequences together.")
+        int,
+        typer.Option(min=1, max=10**9, help="Tokens replayed per step, all sequences together."),
     ] = 1024,
     page_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Tokens of a page.")] = 16,
     memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of GPU memory the engine may use.")
     ] = 0.9,
     kv_memory_gib: Annotated[
-        float | None, typer.Option(min=0, help="KV pool of a replica; default: what is left.")
+        float | None,
+        typer.Option(min=0, max=16384, help="KV pool of a replica; default: what is left."),
     ] = None,
     tensor_parallel_size: Annotated[
         int | None, typer.Option(min=1, help="Ranks of a stage. [default: what is planned best]")
@@ -100,13 +113,13 @@ def simulate(
         str | None, typer.Option(metavar="N,N,...", help="Layers of each stage.")
     ] = None,
     gpu_hour_price: Annotated[
-        float | None, typer.Option(min=0, help="Dollars for an hour of one GPU.")
+        float | None, typer.Option(min=0, max=1e6, help="Dollars for an hour of one GPU.")
     ] = None,
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(metavar="RUN.json", help="A measured run; may be repeated."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is drawn.")] = 0,
     processes: Annotated[
         int | None, typer.Option(min=1, max=1024, help="To simulate in. [default: one per CPU]")
     ] = None,

@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -122,7 +123,9 @@ def _against(text: str) -> Retention:
 
 def _from_file(flags: SimulateFlags) -> Trace:
     path = Path(flags.arrivals)
-    if not path.exists():
+    if flags.arrivals and path.is_symlink() and not path.exists():
+        raise ValueError(f"arrivals: {path} is a link that leads to no file")
+    if not flags.arrivals or not path.exists():
         hint = did_you_mean(flags.arrivals, _DRAWN)
         raise ValueError(f"arrivals: {flags.arrivals!r} is neither a way nor a file; {hint}")
     for name in ("rate", "requests", "burst_size", "prompt_tokens", "new_tokens", "spread"):
@@ -219,7 +222,7 @@ def _as_data(flags: SimulateFlags, asked: _Asked, found: Mapping[str, Measured])
 def _print(
     flags: SimulateFlags, asked: _Asked, found: Mapping[str, Measured], seconds: float
 ) -> None:
-    table = Table("", *found, title=_title(flags, asked))
+    table = Table("", *found, title=escape(_title(flags, asked)))
     for column in table.columns[1:]:
         column.justify = "right"
     columns = [

@@ -44,6 +44,9 @@ class MeasuredRun:
         dtype_bytes: of a weight.
         page_tokens: of a page.
         attention_backend: that computed it.
+        num_layers: of the model.
+        num_kv_heads: of the model.
+        device_kind: "cuda" or "cpu".
         steps: decode steps, as few as the sequences that ran at once allow.
         num_seqs: sequences in each of them, on average.
         prefill_seconds: in prefill, the slowest worker of each step.
@@ -57,6 +60,9 @@ class MeasuredRun:
     dtype_bytes: int
     page_tokens: int
     attention_backend: str
+    num_layers: int
+    num_kv_heads: int
+    device_kind: str
     steps: float
     num_seqs: float
     prefill_seconds: float
@@ -83,10 +89,15 @@ class MeasuredRun:
             dtype, page_tokens = workers[0]["dtype"], workers[0]["page_tokens"]
             attention_backend = workers[0]["attention_backend"]
             prompt_tokens = report["prompt_tokens"]
+            num_layers = max(w["layers"][1] for w in workers)
+            num_kv_heads = max(w["kv_heads"][1] for w in workers)
+            device_kind = workers[0]["device"].partition(":")[0]
+            dtype_bytes = _DTYPE_BYTES[dtype]
         except (KeyError, TypeError, AttributeError, IndexError) as error:
+            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(
                 f"calibrate: {where} is no run of `saqqara bench throughput --json` or "
-                f"`saqqara batch`: {error!r}"
+                f"`saqqara batch`: {what}"
             ) from None
         if requests < 1 or fed < 1 or prefill <= 0 or total <= prefill:
             raise ValueError(f"calibrate: {where} has no prefill or no decode steps")
@@ -96,9 +107,12 @@ class MeasuredRun:
             workload=Workload(round(prompt_tokens / requests), new_tokens, retention),
             num_requests=requests,
             layout=MeshLayout(max(t for _, t in ranks), max(p for p, _ in ranks)),
-            dtype_bytes=_DTYPE_BYTES[dtype],
+            dtype_bytes=dtype_bytes,
             page_tokens=page_tokens,
             attention_backend=attention_backend,
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            device_kind=device_kind,
             steps=steps,
             num_seqs=fed / steps,
             prefill_seconds=prefill,
@@ -117,6 +131,8 @@ def read_run(path: Path) -> MeasuredRun:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"calibrate: cannot read {path}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"calibrate: {path} is nested too deep") from None
     if not isinstance(data, dict):
         raise ValueError(f"calibrate: {path} holds no JSON object")
     return MeasuredRun.of(data, str(path))
@@ -133,6 +149,8 @@ def calibrate(
     assert runs, "nothing to calibrate with"
     if any(run.layout.world_size > 1 for run in runs):
         raise ValueError("calibrate: it takes runs of one rank (the local executor)")
+    for run in runs:
+        _check_alike(run, model, device)
     parts = [_parts(run, model, device, before) for run in runs]
     prefill = _fit([p.prefill for p in parts], before.prefill_linear, before.prefill_attention)
     decode = _fit([p.decode for p in parts], before.decode_linear, before.decode_attention)
@@ -150,6 +168,24 @@ def calibrate(
         decode_attention=decode[1],
         step_seconds=float(np.mean([run.idle_seconds for run in runs])),
     )
+
+
+def _check_alike(run: MeasuredRun, model: PlannedModel, device: Device) -> None:
+    """Raise a ValueError unless a run can be of this model on this kind of device."""
+    if run.device_kind != device.kind:
+        raise ValueError(
+            f"calibrate: a run on {run.device_kind!r} says nothing about {device.name}, "
+            f"which is of kind {device.kind!r}"
+        )
+    of_run, of_model = (
+        (run.num_layers, run.num_kv_heads),
+        (model.spec.num_layers, model.spec.num_kv_heads),
+    )
+    if of_run != of_model:
+        raise ValueError(
+            f"calibrate: a run of a model with {of_run[0]} layers and {of_run[1]} kv heads is not "
+            f"of {model.name}, which has {of_model[0]} and {of_model[1]}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

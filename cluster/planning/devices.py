@@ -8,7 +8,22 @@ from saqqara.configs.names import did_you_mean
 from saqqara.configs.yaml_files import load_yaml
 
 GIB = 1024**3
-_TEXT = ("name", "kind")
+# From and to, both included; rates and bandwidths in numbers or bytes a second.
+_RATES, _SECONDS = (1e6, 1e21), (0.0, 60.0)
+_BOUNDS = {
+    "memory_gib": (0.01, 1e6),
+    "bandwidth": _RATES,
+    "flops": _RATES,
+    "link_bandwidth": _RATES,
+    "link_seconds": _SECONDS,
+    "node_bandwidth": _RATES,
+    "node_seconds": _SECONDS,
+    "product_bandwidth": _RATES,
+    "together": (0.01, 100.0),
+    "gpus_per_node": (1, 1024),
+    "hour_price": (0.0, 1e6),
+}
+_MAY_BE_NONE = ("product_bandwidth", "hour_price")
 
 
 _100G, _200G, _400G = 12.5e9, 25e9, 50e9  # a network card of its own for each GPU
@@ -52,12 +67,18 @@ class Device:
     def __post_init__(self) -> None:
         if self.kind not in ("cuda", "cpu"):
             raise ValueError(f"kind: must be 'cuda' or 'cpu', not {self.kind!r}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _TEXT or value is None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name: must be a text, not {self.name!r}")
+        for name, (least, most) in _BOUNDS.items():
+            value, is_whole = getattr(self, name), name == "gpus_per_node"
+            if value is None and name in _MAY_BE_NONE:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"{field.name}: must be a number above 0, not {value!r}")
+            is_number = isinstance(value, int if is_whole else int | float)
+            if isinstance(value, bool) or not is_number or not least <= value <= most:
+                number = "a whole number" if is_whole else "a number"
+                raise ValueError(
+                    f"{name}: must be {number} from {least:g} to {most:g}, not {value!r:.80}"
+                )
 
     @property
     def memory_bytes(self) -> int:
@@ -131,7 +152,7 @@ def device_of(name: str) -> Device:
         raise ValueError(
             f"gpu: {name!r} is not known; {did_you_mean(name, DEVICES)}; or give a YAML file"
         )
-    return _from_yaml(Path(name).stem, load_yaml(name), name)
+    return _from_yaml(Path(name).stem, load_yaml(name, "gpu"), name)
 
 
 def _from_yaml(stem: str, values: dict[str, Any], file: str) -> Device:
@@ -142,7 +163,16 @@ def _from_yaml(stem: str, values: dict[str, Any], file: str) -> Device:
     required = ("memory_gib", "bandwidth", "flops", "link_bandwidth")
     if missing := [key for key in required if key not in values]:
         raise ValueError(f"gpu: {file} lacks {', '.join(missing)}")
+    read = {key: _number(value) if key in _BOUNDS else value for key, value in values.items()}
     try:
-        return Device(**{"name": stem, **values})
+        return Device(**{"name": stem, **read})
     except ValueError as error:
         raise ValueError(f"gpu: {file}: {error}") from None
+
+
+def _number(value: Any) -> Any:
+    """What YAML takes for a text because it has no point, such as 5e10, as the number it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -9,13 +9,14 @@ from typing import Any
 from saqqara.configs.names import closest
 from saqqara.configs.yaml_files import CONFIG_DIR
 from saqqara.workers.models.source import described_folder, local_folder
-from saqqara.workers.models.spec import ModelSpec
+from saqqara.workers.models.spec import ModelSpec, check_whole
 
 MODEL_DIR = CONFIG_DIR / "models"
 _NEEDED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "max_position_embeddings", "rms_norm_eps"),
 )
+_MOST_EXPERTS = 10_000
 _EXPERTS, _EXPERTS_PER_TOKEN = "num_local_experts", "num_experts_per_tok"
 
 
@@ -69,6 +70,8 @@ def _read(name: str, file: Path) -> PlannedModel:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"model: cannot read the config in {file}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"model: {file} is nested too deep") from None
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(f"model: {file} has no model_type")
     if missing := [key for key in _NEEDED if values.get(key) is None]:
@@ -76,9 +79,14 @@ def _read(name: str, file: Path) -> PlannedModel:
     num_experts = 1
     if values["model_type"] == "mixtral":
         # Mistral's layers with several MLPs; the rest of its config is read as Mistral's.
-        num_experts = int(values.pop(_EXPERTS, 8))
+        num_experts = values.pop(_EXPERTS, 8)
         values["model_type"] = "mistral"
-    experts_per_token = int(values.pop(_EXPERTS_PER_TOKEN, 2)) if num_experts > 1 else 1
+    experts_per_token = values.pop(_EXPERTS_PER_TOKEN, 2) if num_experts != 1 else 1
+    try:
+        check_whole(_EXPERTS, num_experts, _MOST_EXPERTS)
+        check_whole(_EXPERTS_PER_TOKEN, experts_per_token, num_experts)
+    except ValueError as error:
+        raise ValueError(f"model: {file}: {error}") from None
     return PlannedModel(name, _spec(values, file), num_experts, experts_per_token)
 
 

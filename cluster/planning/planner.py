@@ -66,15 +66,48 @@ class Question:
 
     def __post_init__(self) -> None:
         if self.num_gpus % self.num_nodes:
+            even = [str(n) for n in range(1, self.num_gpus + 1) if self.num_gpus % n == 0]
             raise ValueError(
-                f"gpus: {self.num_gpus} cannot be spread evenly over {self.num_nodes} nodes"
+                f"gpus: {self.num_gpus} cannot be spread evenly over {self.num_nodes} nodes, of "
+                f"{self.device.gpus_per_node} each if nodes is not given; over "
+                f"{', '.join(even[:8])} nodes they can"
             )
+        self._check_shape()
         length = self.workload.prompt_tokens + self.workload.new_tokens
         if length > self.sizes.max_model_len:
             raise ValueError(
                 f"new_tokens: {self.workload.prompt_tokens} tokens in and "
                 f"{self.workload.new_tokens} out are more than max_model_len="
                 f"{self.sizes.max_model_len}"
+            )
+
+    def _check_shape(self) -> None:
+        """Raise a ValueError where no layout at all can be what is asked for."""
+        spec, split = self.model.spec, self.split
+        if self.tensor is not None and self.tensor > spec.num_query_heads:
+            raise ValueError(
+                f"tensor_parallel_size: {self.tensor} is more than the model's "
+                f"{spec.num_query_heads} query heads"
+            )
+        if self.pipeline is not None and self.pipeline > spec.num_layers:
+            raise ValueError(
+                f"pipeline_parallel_size: {self.pipeline} is more than the model's "
+                f"{spec.num_layers} layers"
+            )
+        if split is not None and (min(split) < 1 or sum(split) != spec.num_layers):
+            raise ValueError(
+                f"layer_split: {','.join(map(str, split))} must be numbers from 1 on that add up "
+                f"to the model's {spec.num_layers} layers"
+            )
+        if split is not None and self.pipeline not in (None, len(split)):
+            raise ValueError(
+                f"layer_split: it names {len(split)} stages, not pipeline_parallel_size="
+                f"{self.pipeline}"
+            )
+        if next(layouts(self), None) is None:
+            raise ValueError(
+                f"gpus: no layout of this shape uses all of {self.num_gpus} GPUs; "
+                "tensor x pipeline must divide their number"
             )
 
     @property
@@ -147,6 +180,8 @@ def layouts(question: Question) -> Iterator[tuple[MeshLayout, int]]:
             if question.num_gpus % (tensor * pipeline):
                 continue
             if question.tensor not in (None, tensor) or question.pipeline not in (None, pipeline):
+                continue
+            if question.split is not None and len(question.split) != pipeline:
                 continue
             yield MeshLayout(tensor, pipeline), question.num_gpus // (tensor * pipeline)
 

@@ -88,7 +88,7 @@ def drawn_trace(
     """A Poisson process of `rate` requests a second; `burst_size` of them come at once."""
     num_bursts = -(-num_requests // burst_size)
     gaps = np.random.default_rng([seed, 0]).exponential(burst_size / rate, num_bursts)
-    seconds = np.repeat(np.cumsum(gaps), burst_size)[:num_requests]
+    seconds = np.repeat(np.cumsum(gaps), min(burst_size, num_requests))[:num_requests]
     drawn = lengths.draw(num_requests, np.random.default_rng([seed, 1]))
     return Trace(seconds, *drawn)
 

@@ -52,8 +52,6 @@ class Deployment:
             ValueError: none can serve; says why not.
         """
         first = plan(question)
-        if not first:
-            raise ValueError("gpus: no layout of this shape uses all of them")
         if first[0].kept is None:
             raise ValueError(f"gpus: no layout can serve: {first[0].why_not}")
         return cls(question, first[0], prefill_quantum, max_extend_tokens)

@@ -18,6 +18,7 @@ from saqqara.configs.shown import shown
 from .json_lines import check_seconds, objects_in
 
 Cause = Literal["rank", "node"]
+_MOST_DRAWN = 100_000
 _KEYS = {"seconds", "rank", "node", "back_after_seconds"}
 
 
@@ -93,10 +94,14 @@ class FaultRates:
     node_return_seconds: float = 600.0
 
     def draw(self, placement: Placement, seconds: float, seed: int) -> list[Fault]:
-        """The faults of so many seconds."""
+        """The faults of so many seconds.
+
+        Raises:
+            ValueError: they are more than can be simulated.
+        """
         rng = np.random.default_rng([seed, 2])
-        ranks = _drawn(self.rank_mtbf_hours, placement.num_gpus, seconds, rng)
-        nodes = _drawn(self.node_mtbf_hours, placement.num_nodes, seconds, rng)
+        ranks = _drawn("rank", self.rank_mtbf_hours, placement.num_gpus, seconds, rng)
+        nodes = _drawn("node", self.node_mtbf_hours, placement.num_nodes, seconds, rng)
         faults = [Fault(time, "rank", number) for time, number in ranks]
         faults += [Fault(t, "node", number, self.node_return_seconds) for t, number in nodes]
         return sorted(faults)
@@ -158,11 +163,17 @@ def _hit(fault: Fault, placement: Placement) -> Sequence[int]:
 
 
 def _drawn(
-    mtbf_hours: float | None, number: int, seconds: float, rng: np.random.Generator
+    what: Cause, mtbf_hours: float | None, number: int, seconds: float, rng: np.random.Generator
 ) -> list[tuple[float, int]]:
     """Times, and which of so many it is that dies."""
     if mtbf_hours is None:
         return []
-    num_faults = int(rng.poisson(number * seconds / (3600 * mtbf_hours)))
+    expected = number * seconds / (3600 * mtbf_hours)
+    if expected > _MOST_DRAWN:
+        raise ValueError(
+            f"{what}_mtbf_hours: one death in {mtbf_hours:g} hours is {expected:.3g} deaths while "
+            f"requests arrive; at most {_MOST_DRAWN:,} are simulated"
+        )
+    num_faults = int(rng.poisson(expected))
     times = rng.uniform(0.0, seconds, num_faults).tolist()
     return list(zip(times, rng.integers(0, number, num_faults).tolist(), strict=True))

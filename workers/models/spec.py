@@ -1,6 +1,7 @@
 """ModelSpec: the shape of a model, read from its Hugging Face config."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,19 @@ _ROPE_NUMBERS: dict[RopeKind, dict[str, tuple[str, Callable[[Any], Any]]]] = {
         "high_freq_factor": ("high_freq_factor", float),
         "original_max_position": ("original_max_position_embeddings", int),
     },
+}
+
+
+# Whole numbers from 1 to these; far above any model, so that a slip costs no hours.
+_MOST = {
+    "vocab_size": 100_000_000,
+    "hidden_size": 10_000_000,
+    "intermediate_size": 10_000_000,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 100_000,
+    "num_key_value_heads": 100_000,
+    "head_dim": 100_000,
+    "max_position_embeddings": 1_000_000_000,
 }
 
 
@@ -87,6 +101,7 @@ class ModelSpec:
         """
         family = get_family(config.model_type)
         _check_supported(config)
+        _check_sizes(config)
         num_query_heads = config.num_attention_heads
         num_kv_heads = getattr(config, "num_key_value_heads", None) or num_query_heads
         if num_query_heads % num_kv_heads:
@@ -233,6 +248,24 @@ def _generation_eos(folder: Path) -> tuple[int, ...] | None:
         return _token_ids(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")) or None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"model: cannot read {file}: {error}") from None
+
+
+def check_whole(name: str, value: object, most: int) -> None:
+    """Raise a ValueError unless a config's value is a whole number from 1 to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(
+            f"config.{name} must be a whole number from 1 to {most:,}, not {value!r:.80}"
+        )
+
+
+def _check_sizes(config: Any) -> None:
+    for name, most in _MOST.items():
+        value = getattr(config, name, None)
+        if value is not None or name not in ("num_key_value_heads", "head_dim"):
+            check_whole(name, value, most)
+    eps = getattr(config, "rms_norm_eps", None)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        raise ValueError(f"config.rms_norm_eps must be a number from 0 on, not {eps!r:.80}")
 
 
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:

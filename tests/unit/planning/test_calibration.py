@@ -69,6 +69,9 @@ def run_json(
                 "dtype": "bfloat16",
                 "page_tokens": 16,
                 "attention_backend": "native",
+                "layers": [0, SMOL["num_hidden_layers"]],
+                "kv_heads": [0, SMOL["num_key_value_heads"]],
+                "device": "cpu",
             }
         ],
     }
@@ -190,6 +193,10 @@ def test_what_the_controller_takes_is_told_apart(smol: PlannedModel) -> None:
         ({"prefill_seconds": 0.0}, "has no prefill or no decode steps"),
         ({"generation_tokens": 16}, "has no prefill or no decode steps"),
         ({"prefill_seconds": 1e-9}, "prefill would reach .* are the runs of this model"),
+        ({"device": "cuda:0"}, "a run on 'cuda' says nothing about .* of kind 'cpu'"),
+        ({"layers": [0, 3]}, "a run of a model with 3 layers and .* kv heads is not of"),
+        ({"kv_heads": [0, 8]}, "layers and 8 kv heads is not of"),
+        ({"dtype": "int8"}, "no run of .*: it lacks 'int8'"),
     ],
     ids=str,
 )
@@ -199,6 +206,8 @@ def test_runs_that_say_nothing(
     data = run_json(16, 512, 128, 5.5, 2.6)
     if "report" in change:
         data["report"] = change["report"]
+    elif change.keys() <= data["report"]["workers"][0].keys():
+        data["report"]["workers"][0].update(change)
     else:
         data["report"].update(change)
     file = tmp_path / "run.json"

@@ -67,13 +67,13 @@ def test_dropped_tokens_save_prefill() -> None:
 
 def test_tensor_ranks_reduce_twice_in_every_layer() -> None:
     """A ring of 4 sends 3/4 of all bytes twice; the embedding once, the logits are gathered."""
-    free = replace(GPU, link_bandwidth=1e30, link_seconds=1e-30)
+    free = replace(GPU, link_bandwidth=1e21, link_seconds=0.0)
     for device, exchanged in ((free, 0.0), (replace(GPU, link_seconds=1e-30), 1.0)):
         cost = CostModel(LLAMA, device, IDEAL)
         for rank in ranks(4):
             num_bytes = (2 * LAYERS + 1) * 16 * E * 2 * 2 * 3 / 4 + 3 / 4 * 16 * V * 2
             terms = cost.decode_terms(rank, 16, 0)
-            assert terms.exchange == pytest.approx(exchanged * num_bytes / 1e11, abs=1e-20)
+            assert terms.exchange == pytest.approx(exchanged * num_bytes / 1e11, abs=1e-12)
     waits = CostModel(LLAMA, GPU, IDEAL).decode_terms(ranks(4)[0], 16, 0).exchange_waits
     assert waits == pytest.approx((4 * LAYERS + 1) * 1e-5)
 
@@ -128,7 +128,7 @@ def test_a_product_that_copies_its_weights_takes_in_few_at_a_time_and_then_multi
 def test_experts_are_read_as_tokens_choose_them() -> None:
     mixtral = model_of("mixtral-8x7b")
     [rank] = Footprint.of_ranks(mixtral.spec, DTYPES["bfloat16"], MeshLayout())
-    cost = CostModel(mixtral, replace(GPU, flops=1e30), IDEAL)
+    cost = CostModel(mixtral, replace(GPU, flops=1e21), IDEAL)
     around = LAYERS * rank.attention_numbers + rank.head_numbers
     for num_seqs, experts in ((1, 2), (2, 8 * (1 - (3 / 4) ** 2)), (1000, 8)):
         read = around + LAYERS * experts * 3 * E * F

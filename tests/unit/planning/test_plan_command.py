@@ -1,6 +1,7 @@
 """`saqqara plan`: what it prints, and that it needs neither torch nor Ray."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -79,12 +80,25 @@ def test_flags_reach_the_plan() -> None:
 def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "host.yaml"
     host = {"kind": "cpu", "memory_gib": 64, "bandwidth": 5.0e10, "flops": 9.0e11}
-    file.write_text(yaml.safe_dump({**host, "link_bandwidth": 5.0e9}), encoding="utf-8")
+    values = yaml.safe_dump(host) + "link_bandwidth: 5e9\nlink_seconds: 0\n"  # 5e9: a text in YAML
+    file.write_text(values, encoding="utf-8")
     result = CliRunner().invoke(
         app, ["plan", "--model", "llama-3-8b", "--gpu", str(file), "--kv-memory-gib", "4"]
     )
     assert result.exit_code == 0, result.output
     assert "llama-3-8b on 1 x host" in result.output
+
+
+def test_a_pipe_is_no_description_of_a_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.yaml"
+    os.mkfifo(file)
+    result = run("--gpu", str(file))
+    assert (result.exit_code, result.stderr) == (2, f"error: gpu: {file} is not a file\n")
+
+
+def test_a_price_of_nothing_is_a_price() -> None:
+    [best, *_] = planned("--gpu-hour-price", "0")["layouts"]
+    assert best["dollars_per_million"] == 0
 
 
 def test_nothing_fits_is_told_and_exits_with_1() -> None:
@@ -102,6 +116,11 @@ def test_nothing_fits_is_told_and_exits_with_1() -> None:
         (("--dtype", "bf16"), "error: dtype: 'bf16' is none"),
         (("--max-model-len", "9000"), "more than the model's context of 8192"),
         (("--prompt-tokens", "8192"), "more than max_model_len=8192"),
+        (("--tensor-parallel-size", "3"), "no layout of this shape uses all of 8 GPUs"),
+        (("--layer-split", "40,41"), "layer_split: 40,41 must be numbers"),
+        (("--kv-memory-gib", "inf"), "'--kv-memory-gib'"),
+        (("--gpu-hour-price", "inf"), "'--gpu-hour-price'"),
+        (("--gpu-hour-price", "nan"), "'--gpu-hour-price'"),
         (("--nodes", "3"), "8 cannot be spread evenly over 3 nodes"),
         (("--layer-split", "a,b"), "layer_split: 'a,b' is no list of numbers"),
         (("--plot", "plan.txt"), "plot: plan.txt must end in .png, .svg, .pdf"),

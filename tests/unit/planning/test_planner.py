@@ -1,5 +1,6 @@
 """Layouts: which are legal, what fits, and how they are ranked."""
 
+import math
 import time
 from collections import deque
 from dataclasses import fields, replace
@@ -70,8 +71,6 @@ def test_full_is_compared_with_itself() -> None:
     [
         ({"gpus": 4, "nodes": 4, "tensor": 2}, "a tensor group of 2 does not fit on a node of 1"),
         ({"gpus": 6, "nodes": 2, "tensor": 2}, "nodes of 3 cannot be filled with tensor groups"),
-        ({"gpus": 128, "nodes": 1, "tensor": 128}, "exceeds the model's 64 query heads"),
-        ({"gpus": 81, "nodes": 1, "pipeline": 81}, "exceeds the model's 80 layers"),
         ({"gpus": 2, "pipeline": 2, "gpu": "h100-80gb", "split": (70, 10)}, "weights ("),
     ],
     ids=str,
@@ -104,8 +103,23 @@ def test_a_split_that_fits_is_named_where_the_balanced_one_does_not() -> None:
 
 
 def test_what_cannot_be_asked() -> None:
-    with pytest.raises(ValueError, match="gpus: 8 cannot be spread evenly over 3 nodes"):
+    with pytest.raises(
+        ValueError, match=r"8 cannot be spread evenly over 3 nodes, .* over 1, 2, 4"
+    ):
         question(nodes=3)
+    with pytest.raises(
+        ValueError, match=r"tensor_parallel_size: 128 .* the model's 64 query heads"
+    ):
+        question(gpus=128, tensor=128)
+    with pytest.raises(ValueError, match=r"pipeline_parallel_size: 81 is more .* 80 layers"):
+        question(gpus=81, nodes=1, pipeline=81)
+    with pytest.raises(ValueError, match="no layout of this shape uses all of 8 GPUs"):
+        question(tensor=3)
+    for split in ((0, 80), (-1, 81), (40, 41)):
+        with pytest.raises(ValueError, match=r"layer_split: .* add up to the model's 80 layers"):
+            question(split=split)
+    with pytest.raises(ValueError, match="it names 2 stages, not pipeline_parallel_size=4"):
+        question(split=(40, 40), pipeline=4)
     with pytest.raises(ValueError, match=r"4096 tokens in and 512 out .* max_model_len=4096"):
         question(model="llama-2-7b")
 
@@ -179,6 +193,29 @@ def test_known_gpus_have_plausible_figures(name: str) -> None:
     stated = float(name.rsplit("-", 1)[1].removesuffix("gb"))
     assert 0.85 * stated < device.memory_gib * 1.0737 < 1.1 * stated  # GiB of the stated GB
     assert 100 < device.flops / device.bandwidth < 500  # products a byte
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("memory_gib", None, "must be a number from 0.01 to 1e+06, not None"),
+        ("memory_gib", math.inf, "not inf"),
+        ("bandwidth", math.nan, "not nan"),
+        ("bandwidth", 1e-300, "must be a number from 1e+06"),
+        ("flops", 10**400, "must be a number"),
+        ("link_seconds", math.inf, "from 0 to 60"),
+        ("node_bandwidth", None, "not None"),
+        ("gpus_per_node", 0.5, "must be a whole number from 1 to 1024"),
+        ("gpus_per_node", True, "must be a whole number"),
+        ("hour_price", math.inf, "from 0 to 1e+06"),
+        ("name", [1], "must be a text"),
+        ("name", None, "must be a text"),
+    ],
+)
+def test_a_gpu_of_ones_own_has_figures_that_can_be(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: ") as error:
+        replace(DEVICES["l4-24gb"], **{field: value})
+    assert message in str(error.value)
 
 
 def test_a_gpu_that_is_not_known_gets_the_closest() -> None:
