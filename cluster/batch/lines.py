@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from saqqara.cluster.chat import check_messages
-from saqqara.cluster.openai.errors import ApiError, type_name
+from saqqara.cluster.openai.errors import ApiError, a_type
 from saqqara.cluster.openai.requests import (
     ChatRequest,
     CompletionRequest,
@@ -90,7 +90,7 @@ class RowParser:
         url: str | None = None
         try:
             data = read_object(text, "the line")
-            url = _url_of(data)
+            url = url_of(data)
             custom_id = _custom_id(data, required=url is not None)
             if url is None:
                 return self._simple_row(line, custom_id, data)
@@ -107,6 +107,11 @@ class RowParser:
     def _simple_row(self, line: int, custom_id: str | None, data: Mapping[str, Any]) -> Row:
         body = {k: v for k, v in _given(data).items() if k != "custom_id"}
         given = [key for key in PROMPT_KEYS if key in body]
+        nulls = [key for key in PROMPT_KEYS if key in data and data[key] is None]
+        if nulls and not given:
+            verb = "is" if len(nulls) == 1 else "are"
+            message = f"{' and '.join(nulls)} {verb} null, so the line has no prompt"
+            raise _invalid(message, nulls[0])
         if len(given) != 1:
             wanted = " or ".join(repr(key) for key in PROMPT_KEYS)
             found = "none" if not given else " and ".join(repr(key) for key in given)
@@ -143,6 +148,7 @@ class RowParser:
         if request.stream:
             raise _invalid("stream must be false: a batch job writes whole answers", "stream")
         request.check_limits(LIMITS)
+        request.check_profile()
         sampling = request.sampling_params(self.sampling)
         retention = request.read_retention(self.retention)
         whole = Request(
@@ -161,7 +167,7 @@ class RowParser:
         return own if self.served_model_name is None else [self.served_model_name, *own]
 
 
-def _url_of(data: Mapping[str, Any]) -> str | None:
+def url_of(data: Mapping[str, Any]) -> str | None:
     """The endpoint of an OpenAI batch line; None for a simple line."""
     if not any(key in data for key in ("method", "url", "body")):
         return None
@@ -174,7 +180,7 @@ def _custom_id(data: Mapping[str, Any], required: bool) -> str | None:
     if custom_id is None and not required:
         return None
     if not isinstance(custom_id, str):
-        wrong = "missing" if custom_id is None else f"a {type_name(custom_id)}"
+        wrong = "missing" if custom_id is None else a_type(custom_id)
         raise _invalid(f"custom_id is {wrong}; it must be a string", "custom_id")
     return custom_id
 
@@ -193,7 +199,7 @@ def _body_url(data: Mapping[str, Any]) -> str:
         raise _invalid(f"url must be {CHAT_URL!r} or {COMPLETIONS_URL!r}, not {url!r:.80}", "url")
     body = data.get("body")
     if not isinstance(body, dict):
-        wrong = "missing" if body is None else f"a {type_name(body)}"
+        wrong = "missing" if body is None else a_type(body)
         raise _invalid(f"body is {wrong}; it must be an object with the request", "body")
     return str(url)
 

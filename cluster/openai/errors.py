@@ -115,9 +115,10 @@ class ApiError(Exception):
         return ApiError(self.status, message, param, self.code, self.headers)
 
 
-def type_name(value: Any) -> str:
-    """What JSON calls the type of a value."""
-    return _TYPES.get(type(value), "number")
+def a_type(value: Any) -> str:
+    """What JSON calls the type of a value, with its article."""
+    name = _TYPES.get(type(value), "number")
+    return f"{'an' if name == 'object' else 'a'} {name}"
 
 
 def _cut(text: str, length: int) -> str:
@@ -156,7 +157,7 @@ def _message(param: str | None, kind: str, message: str, given: Any) -> str:
     if kind == "missing":
         return f"{param} is required"
     if param.partition("[")[0] == "prompt":
-        what = f"{given!r:.80}" if isinstance(given, list | dict) else f"a {type_name(given)}"
+        what = f"{given!r:.80}" if isinstance(given, list | dict) else a_type(given)
         return (
             f"{param} must be a string or a list of token ids, not {what}; "
             "several prompts are a list of those"

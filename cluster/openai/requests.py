@@ -8,15 +8,15 @@ from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import from_json
 
 from saqqara.cluster.chat import ChatOptions
 from saqqara.cluster.sampling import FEW_ENTRIES, FailFastList, SamplingParams
 from saqqara.compression.retention import Retention
+from saqqara.configs.json_text import DoubledKeyError, parse_json
 from saqqara.configs.schema import ServerLimits
 from saqqara.configs.yaml_files import CONFIG_DIR
 
-from .errors import ApiError, type_name
+from .errors import ApiError, a_type
 from .fields import IdleChatFields, IdleCompletionFields, IdleFields, StreamOptions
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -36,10 +36,12 @@ def read_object(text: str | bytes, what: str) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        ApiError: it is none; `what` says what was read.
+        ApiError: it is none, or has a key twice; `what` says what was read.
     """
     try:
-        data = from_json(text)
+        data = parse_json(text)
+    except DoubledKeyError as error:
+        raise ApiError(400, str(error), error.key, "invalid_value") from None
     except ValueError as error:
         half = (
             "; half of a surrogate pair (\\udXXX) is no text" if "hex escape" in str(error) else ""
@@ -47,7 +49,7 @@ def read_object(text: str | bytes, what: str) -> dict[str, Any]:
         message = f"{what} is not JSON: {error}{half}"
         raise ApiError(400, message, None, "invalid_value") from None
     if not isinstance(data, dict):
-        message = f"{what} must be a JSON object, not a {type_name(data)}"
+        message = f"{what} must be a JSON object, not {a_type(data)}"
         raise ApiError(400, message, None, "invalid_value")
     return data
 
@@ -204,9 +206,10 @@ class GenerationRequest(IdleFields):
         Raises:
             ApiError: `retention` or `budget` is wrong.
         """
-        if not self.retention and self.budget is None:
+        asks_for_none = self.retention is None or self.retention == {}
+        if asks_for_none and self.budget is None:
             return default
-        spec = self.retention or default
+        spec = default if asks_for_none else self.retention
         try:
             return Retention.parse(spec, self.budget)
         except ValueError as error:

@@ -1,4 +1,4 @@
 """Runs a deployment on a simulated clock: the real scheduler, steps that take what `planning` says.
 
-Imports `planning`, `scheduling`, `recovery` and the shared words; no torch, no Ray.
+Imports `planning`, `scheduling`, `recovery`, `configs` and the shared words; no torch, no Ray.
 """

@@ -3,17 +3,23 @@
 Shapes: N requests.
 """
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from saqqara.configs.shown import shown
+
+from .json_lines import check_seconds, objects_in
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 _FIELDS = ("seconds", "prompt_tokens", "new_tokens")
+_MAX_TOKENS = 2**31
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,11 +99,7 @@ def read_trace(path: Path) -> Trace:
     Raises:
         ValueError: no such file, or a line is wrong; names it.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"arrivals: cannot read {path}: {error}") from None
-    rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_row(where, row) for where, row in objects_in(path, "arrivals", _FIELDS, _FIELDS)]
     if not rows:
         raise ValueError(f"arrivals: {path} has no requests")
     values = np.array(rows, dtype=np.float64)
@@ -105,22 +107,13 @@ def read_trace(path: Path) -> Trace:
     return Trace(values[:, 0].copy(), values[:, 1].astype(np.int64), values[:, 2].astype(np.int64))
 
 
-def _row(path: Path, number: int, line: str) -> tuple[float, int, int]:
-    where = f"arrivals: line {number} of {path}"
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise ValueError(f"{where} is no JSON") from None
-    if not isinstance(row, dict) or any(field not in row for field in _FIELDS):
-        raise ValueError(f"{where} needs {', '.join(_FIELDS)}")
+def _row(where: str, row: Mapping[str, Any]) -> tuple[float, int, int]:
     seconds, prompt, new = (row[field] for field in _FIELDS)
-    if not _is_number(seconds) or not 0 <= seconds < math.inf:
-        raise ValueError(f"{where}: seconds must be a number from 0 on, not {seconds!r}")
     for name, value in (("prompt_tokens", prompt), ("new_tokens", new)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{where}: {name} must be a whole number above 0, not {value!r}")
-    return float(seconds), prompt, new
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not is_whole or not 1 <= value <= _MAX_TOKENS:
+            raise ValueError(
+                f"{where}: {name} must be a whole number from 1 to {_MAX_TOKENS}, not "
+                f"{shown(value)}"
+            )
+    return check_seconds(where, "seconds", seconds), prompt, new

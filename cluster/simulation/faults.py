@@ -5,15 +5,17 @@ A node that dies takes its GPUs along until it returns; every GPU is in use, so 
 for it. GPUs are numbered from 0 on, replica by replica; each node holds whole tensor groups.
 """
 
-import json
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+
+from saqqara.configs.shown import shown
+
+from .json_lines import check_seconds, objects_in
 
 Cause = Literal["rank", "node"]
 _MOST_DRAWN = 100_000
@@ -136,38 +138,22 @@ def read_faults(path: Path, placement: Placement) -> list[Fault]:
     Raises:
         ValueError: no such file, or a line is wrong; names it.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"faults: cannot read {path}: {error}") from None
-    return [
-        _fault(f"faults: line {number} of {path}", line, placement)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    rows = objects_in(path, "faults", ["seconds"], _KEYS)
+    return [_fault(where, row, placement) for where, row in rows]
 
 
-def _fault(where: str, line: str, placement: Placement) -> Fault:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise ValueError(f"{where} is no JSON") from None
-    if not isinstance(row, dict) or "seconds" not in row or ("rank" in row) == ("node" in row):
+def _fault(where: str, row: Mapping[str, Any], placement: Placement) -> Fault:
+    if ("rank" in row) == ("node" in row):
         raise ValueError(f"{where} needs seconds, and rank or node")
-    if unknown := sorted(row.keys() - _KEYS):
-        raise ValueError(f"{where} has {unknown[0]!r}, which is none of {', '.join(sorted(_KEYS))}")
     cause: Cause = "rank" if "rank" in row else "node"
     if cause == "rank" and "back_after_seconds" in row:
         raise ValueError(f"{where}: back_after_seconds is for nodes; a rank is started again")
     number, most = row[cause], placement.num_gpus if cause == "rank" else placement.num_nodes
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < most:
-        raise ValueError(f"{where}: {cause} must be one of 0 to {most - 1}, not {number!r}")
+        raise ValueError(f"{where}: {cause} must be one of 0 to {most - 1}, not {shown(number)}")
+    seconds = check_seconds(where, "seconds", row["seconds"])
     back = row.get("back_after_seconds", 0.0)
-    for name, value in (("seconds", row["seconds"]), ("back_after_seconds", back)):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 <= value < math.inf:
-            raise ValueError(f"{where}: {name} must be a number from 0 on, not {value!r}")
-    return Fault(float(row["seconds"]), cause, number, float(back))
+    return Fault(seconds, cause, number, check_seconds(where, "back_after_seconds", back))
 
 
 def _hit(fault: Fault, placement: Placement) -> Sequence[int]:

@@ -75,7 +75,7 @@ ROOMS = {
     "cluster/planning": _below("cluster/scheduling", "compression", "configs", "workers")
     | {"workers/footprint.py", "workers/mesh", "workers/models"},
     "cluster/simulation": _below("cluster/planning", "cluster/scheduling", "compression")
-    | {"cluster", "cluster/recovery", "workers", "workers/footprint.py", "workers/mesh"},
+    | {"configs", "cluster", "cluster/recovery", "workers", "workers/footprint.py", "workers/mesh"},
     "cluster/openai": _BASE,
     "cluster/server": _BASE | {"cluster/openai", "cluster/engine"},
     "cluster/on_ray": _BASE

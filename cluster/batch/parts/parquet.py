@@ -1,15 +1,15 @@
 """Prompts in Parquet files: only the columns that a request has are read."""
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import IO, TYPE_CHECKING, Any
 
-from saqqara.cluster.batch.lines import PROMPT_KEYS, WRAPPER_KEYS
+from saqqara.cluster.batch.lines import PROMPT_KEYS, WRAPPER_KEYS, BadLine
 from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest
 
+from .arrow_values import doubled_name, line_of
 from .storage import InputFile
 
 if TYPE_CHECKING:
@@ -34,8 +34,15 @@ def used_columns(names: Sequence[str], prompt_column: str | None, file: str) -> 
         file: for the error.
 
     Raises:
-        ValueError: no column holds prompts.
+        ValueError: no column holds prompts, or two that are read have one name.
     """
+    used = _used(names, prompt_column, file)
+    if (name := doubled_name(name for name in names if name in used)) is not None:
+        raise ValueError(f"input: {file}: column {name!r} is there twice")
+    return used
+
+
+def _used(names: Sequence[str], prompt_column: str | None, file: str) -> dict[str, str]:
     if prompt_column is not None:
         if prompt_column not in names:
             raise ValueError(f"prompt-column: {file} has no column {prompt_column!r}{_has(names)}")
@@ -88,8 +95,10 @@ def cut_parquet(
 
 def parquet_rows(
     opened: IO[bytes], start: int, stop: int, prompt_column: str | None, name: str
-) -> Iterator[str]:
+) -> Iterator[str | BadLine]:
     """Rows `start` to `stop` from 0, each as the line of JSON that it stands for.
+
+    A row with a value that JSON lacks comes as the bad line that it is.
 
     Raises:
         Exception: what pyarrow says of a broken page, once it is reached.
@@ -108,35 +117,14 @@ def parquet_rows(
         low, high = max(start - row, 0), min(stop - row, batch.num_rows)
         if low < high:
             wanted = batch.slice(low, high - low)
-            fields = [columns[column] for column in wanted.schema.names]
-            for values in zip(*(column.to_pylist() for column in wanted.columns), strict=True):
-                yield _line(dict(zip(fields, values, strict=True)))
+            # With a column, pyarrow reads those whose names go on behind a dot, too.
+            read = {columns[name]: wanted.column(name) for name in columns}
+            rows = zip(*(column.to_pylist() for column in read.values()), strict=True)
+            for number, values in enumerate(rows, start=row + low + 1):
+                yield line_of(dict(zip(read, values, strict=True)), number)
         row += batch.num_rows
         if row >= stop:
             return
-
-
-def _line(row: dict[str, Any]) -> str:
-    body = row.get("body")
-    if isinstance(body, str):
-        try:
-            row["body"] = json.loads(body)
-        except ValueError as error:
-            row["body"] = f"no JSON: {error}"  # which is no object, and refused as that
-    given = {key: _without_nulls(value) for key, value in row.items() if value is not None}
-    # NaN is refused where the line is read, in the words that a line of text gets for it.
-    return json.dumps(given, ensure_ascii=False, allow_nan=True, default=_not_json)
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value without null fields: Arrow gives every struct of a column all fields of any."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _not_json(value: Any) -> str:
-    return f"{type(value).__name__} {value!r:.40}"  # what the field says of a wrong type
 
 
 def _footer(opened: IO[bytes], num_bytes: int) -> bytes:

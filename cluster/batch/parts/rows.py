@@ -64,5 +64,8 @@ def _parquet_rows(
                 for broken in range(number, last + 1):
                     yield BadLine(broken, None, None, message)
                 return
-            yield parse_line(parser, number, line.encode(), MAX_LINE_BYTES)
+            if isinstance(line, BadLine):
+                yield line
+            else:
+                yield parse_line(parser, number, line.encode(), MAX_LINE_BYTES)
             number += 1

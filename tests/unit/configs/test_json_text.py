@@ -5,8 +5,10 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
 from saqqara.cluster.batch.files import write_json
-from saqqara.configs.json_text import json_text
+from saqqara.configs.json_text import DoubledKeyError, json_text, parse_json
 from saqqara.evaluation.result import Outcome, Result
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,3 +64,31 @@ def test_json_that_leaves_the_process_is_written_strictly() -> None:
                 and not any(keyword.arg == "allow_nan" for keyword in call.keywords)
             ]
     assert loose == [], "use configs.json_text, or allow_nan=False"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"a": 1, "a": 1}', "a"),
+        (b'{"b": [{"a": {"x": 1, "y": 2, "x": 3}}]}', "x"),
+        ('{"\\u0061": null, "a": 2}', "a"),
+        ('{"": 1, "": 2}', ""),
+    ],
+)
+def test_a_key_that_is_there_twice_is_an_error(text: str | bytes, key: str) -> None:
+    with pytest.raises(DoubledKeyError, match=f"^'{key}' is there twice$"):
+        parse_json(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": {"b": [1, 2.5, -1e300]}, "b": {"a": null}}', '[{"a": 1}, {"a": "a"}]', " 1 ", '"\\t"'],
+)
+def test_other_json_is_read_as_it_is(text: str) -> None:
+    assert parse_json(text) == parse_json(text.encode()) == json.loads(text)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 5000, "{", '"\\ud800"', "1" * 5000, ""])
+def test_what_is_no_json_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match=" at line 1 column "):
+        parse_json(text)

@@ -22,7 +22,8 @@ from saqqara import LLM
 from saqqara.cluster.batch.job import BatchJob, run_batch
 from saqqara.cluster.batch.lines import BadLine, Row, RowParser
 from saqqara.cluster.engine.tokenizer import Tokenizer
-from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest
+from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest, read_object
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.scheduling.sequence import TokenRequest
@@ -41,6 +42,12 @@ TEMPLATE = (
 )
 FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {}}}
 MANY_DIGITS = "1" + "0" * 4999
+
+
+def test_a_key_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(ApiError, match=r"^'stop' is there twice$") as caught:
+        read_object(b'{"prompt": "x", "stop": "a", "stop": "b"}', "the body")
+    assert (caught.value.status, caught.value.param) == (400, "stop")
 
 
 def user(text: str) -> list[Json]:

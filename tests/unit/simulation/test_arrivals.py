@@ -57,6 +57,27 @@ def test_a_file_is_read_in_the_order_of_its_times(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "line 2 of .* is no JSON"),
+        ("[" * 100_000, "line 2 of .* is no JSON: recursion limit"),
+        (
+            '{"seconds": 1, "seconds": 2, "prompt_tokens": 1, "new_tokens": 1}',
+            "line 2 .* 'seconds' is there twice",
+        ),
+        (
+            '{"seconds": 1, "prompt_tokens": 1, "new_tokens": 1, "x": 1}',
+            "line 2 of .* has 'x', which is none",
+        ),
+        (
+            '{"seconds": 1%s, "prompt_tokens": 1, "new_tokens": 1}' % ("0" * 400),
+            "line 2 .*seconds must be .* an integer of 1329 bits",
+        ),
+        (
+            '{"seconds": 1, "prompt_tokens": 1%s, "new_tokens": 1}' % ("0" * 400),
+            "line 2 .*prompt_tokens must be .* an integer of 1329 bits",
+        ),
+        (
+            '{"seconds": 1%s, "prompt_tokens": 1, "new_tokens": 1}' % ("0" * 5000),
+            "line 2 of .* is no JSON",
+        ),
         ('{"seconds": 1, "prompt_tokens": 4}', "needs seconds, prompt_tokens, new_tokens"),
         ('{"seconds": -1, "prompt_tokens": 4, "new_tokens": 1}', "seconds must be a number"),
         ('{"seconds": NaN, "prompt_tokens": 4, "new_tokens": 1}', "seconds must be a number"),
@@ -71,6 +92,12 @@ def test_a_wrong_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=message):
         read_trace(file)
+
+
+def test_a_byte_order_mark_is_taken(tmp_path: Path) -> None:
+    line = b'{"seconds": 2, "prompt_tokens": 3, "new_tokens": 4}'
+    (tmp_path / "trace.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n")
+    assert read_trace(tmp_path / "trace.jsonl").seconds.tolist() == [2.0]
 
 
 def test_requests_that_are_too_long_are_named() -> None:

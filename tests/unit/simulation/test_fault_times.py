@@ -60,7 +60,7 @@ def test_a_schedule_is_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "faults.jsonl"
     file.write_text(
         '{"seconds": 5, "rank": 3}\n\n{"seconds": 7.5, "node": 1, "back_after_seconds": 60}\n',
-        encoding="utf-8",
+        encoding="utf-8-sig",  # with a byte order mark
     )
     assert read_faults(file, SMALL) == [Fault(5.0, "rank", 3), Fault(7.5, "node", 1, 60.0)]
 
@@ -69,11 +69,19 @@ def test_a_schedule_is_read_from_a_file(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("nonsense", "faults: line 1 of .* is no JSON"),
+        ("[" * 100_000, "line 1 of .* is no JSON: recursion limit"),
+        ('{"seconds": 1, "rank": 0, "rank": 1}', "line 1 of .*: 'rank' is there twice"),
+        ('{"seconds": 1%s, "rank": 0}' % ("0" * 400), "line 1 .*seconds must be .* an integer of"),
+        (
+            '{"seconds": 1, "rank": 1%s}' % ("0" * 400),
+            "line 1 .*rank must be one of .* an integer of",
+        ),
+        ('{"rank": 5}', "line 1 of .* needs seconds"),
         ('{"seconds": 5}', "needs seconds, and rank or node"),
         ('{"seconds": 5, "rank": 1, "node": 1}', "needs seconds, and rank or node"),
         ('{"seconds": 5, "rank": 16}', "rank must be one of 0 to 15, not 16"),
         ('{"seconds": 5, "node": 2}', "node must be one of 0 to 1, not 2"),
-        ('{"seconds": -5, "node": 1}', "seconds must be a number from 0 on"),
+        ('{"seconds": -5, "node": 1}', "seconds must be a number from 0 to 1e"),
         ('{"seconds": 5, "rank": 1, "back_after_seconds": 2}', "is for nodes"),
         ('{"seconds": 5, "rank": 1, "back": 2}', "has 'back', which is none of"),
     ],
