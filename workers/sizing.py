@@ -9,7 +9,7 @@ import torch
 from saqqara.compression.retention import Retention
 
 from .attention.base import CuSeqlens
-from .footprint import GIB, graph_sizes
+from .footprint import GIB, graph_sizes, stage_layers
 from .host_memory import available_bytes, total_bytes
 from .models.decoder import chunks
 from .part import Part
@@ -57,8 +57,21 @@ def pool_pages(part: Part) -> int:
         raise ValueError(
             f"kv_memory_gib: {max(pool_bytes, 0) / GIB:.4f} GiB holds {pages} pages on this worker,"
             f" fewer than one per row ({rows} layers x kv heads); it needs more memory"
+            f"{_even_split(part)}"
         )
     return pages
+
+
+def _even_split(part: Part) -> str:
+    """What else may help where stages were balanced by what their layers keep."""
+    stages = part.mesh.layout.pipeline_size
+    even = stage_layers(part.spec, stages)
+    if (
+        part.config.layer_split is not None
+        or even[part.mesh.layout.pipeline_rank(part.mesh.rank)] == part.layers
+    ):
+        return ""
+    return f", or layer_split: [{', '.join(str(len(stage)) for stage in even)}]"
 
 
 def measure_step(part: Part) -> int:

@@ -1,0 +1,65 @@
+"""What a pool that is too small says: also that another cut of the layers may help."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from saqqara.cluster.planning.models import model_of
+from saqqara.compression.retention import Retention
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.footprint import Footprint
+from saqqara.workers.mesh.layout import MeshLayout
+from saqqara.workers.part import Part
+from saqqara.workers.sizing import pool_pages
+
+SPEC = model_of("llama-3-70b").spec
+HINT = "or layer_split: [40, 40]"
+
+
+def part(pipeline: int, **settings: Any) -> Part:
+    """The first stage, as far as its pool is computed from it."""
+    layout = MeshLayout(1, pipeline)
+    config = EngineConfig(
+        model="none",
+        executor="ray",
+        kv_memory_gib=1e-6,
+        pipeline_parallel_size=pipeline,
+        **settings,
+    )
+    retention = Retention.parse(config.retention, config.budget)
+    footprint = Footprint.of_ranks(SPEC, torch.bfloat16, layout, config.layer_split, retention)[0]
+    found = SimpleNamespace(
+        config=config,
+        spec=SPEC,
+        device=torch.device("cpu"),
+        mesh=SimpleNamespace(layout=layout, rank=0),
+        layers=footprint.layers,
+        footprint=footprint,
+        num_rows=footprint.num_rows,
+        replica_rows=SPEC.num_layers * SPEC.num_kv_heads,
+        max_model_len=4096,
+    )
+    return cast("Part", found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_told"),
+    [
+        ({"pipeline": 2, "retention": "pyramidkv", "budget": "25%"}, True),
+        ({"pipeline": 2}, False),
+        ({"pipeline": 1, "retention": "pyramidkv", "budget": "25%"}, False),
+        (
+            {"pipeline": 2, "retention": "pyramidkv", "budget": "25%", "layer_split": (38, 42)},
+            False,
+        ),
+    ],
+    ids=str,
+)
+def test_where_stages_were_balanced_by_what_is_kept_an_even_split_is_named(
+    settings: dict[str, Any], is_told: bool
+) -> None:
+    with pytest.raises(ValueError, match="fewer than one per row") as error:
+        pool_pages(part(**settings))
+    assert (HINT in str(error.value)) == is_told
