@@ -188,9 +188,9 @@ def exit_code(summary: BatchSummary, fail_on_errors: bool) -> int:
 
 
 def _check_not_empty(options: BatchOptions, answers: AnswerSettings) -> None:
-    named = [("input", name) for name in options.inputs]
+    named: list[tuple[str, str | None]] = [("input", name) for name in options.inputs]
     named += [("output", options.output), ("prompt-column", options.prompt_column)]
-    named += [("served-model-name", answers.served_model_name)]
+    named.append(("served-model-name", answers.served_model_name))
     for what, name in named:
         if name == "":
             raise ValueError(f"{what}: the name is empty")
