@@ -16,6 +16,8 @@ from saqqara.cluster.batch.parts.folder import SUMMARY, OutputFolder
 from saqqara.cluster.batch.parts.job import PART_ROWS, PartsJob, run_parts
 from saqqara.cluster.batch.stop import Stopped
 from saqqara.cluster.batch.summary import BatchSummary, all_there, summary_table
+from saqqara.workers.models.source import local_folder
+from saqqara.workers.models.spec import load_spec
 
 from .tables import print_table
 
@@ -62,6 +64,7 @@ def run_batch_command(options: BatchOptions, answers: AnswerSettings) -> int:
         ValueError: an option is wrong, or does not go with the others.
     """
     _check_not_empty(options, answers)
+    _check_room(answers)
     common = {
         "overwrite": options.overwrite,
         "mix_settings": options.mix_settings,
@@ -149,8 +152,8 @@ def run_parts_and_summarise(
     Without `summary_file` it is `_summary.json` in the output folder. Returns and raises what
     `run_and_summarise` does.
     """
-    if summary_file is not None and summary_file.is_dir():
-        raise ValueError(f"summary: {summary_file} is a folder; it must be a file")
+    if summary_file is not None:
+        _check_place(summary_file)
     try:
         summary = run_parts(job)
     except Stopped as stopped:
@@ -196,11 +199,34 @@ def _check_not_empty(options: BatchOptions, answers: AnswerSettings) -> None:
             raise ValueError(f"{what}: the name is empty")
 
 
-def _check_summary_file(file: Path, job: BatchJob) -> None:
-    """Refuse a summary that would replace a file of the job."""
-    sidecar = job.output.with_name(job.output.name + ".job.json")
+def _check_room(answers: AnswerSettings) -> None:
+    """Refuse answers that leave no room for a prompt, where the model's context is known here."""
+    config, wanted = answers.config, answers.sampling.max_tokens
+    most = config.max_model_len
+    if most is None and local_folder(config.model) is not None:
+        most = load_spec(config.model).max_position
+    if wanted is not None and most is not None and wanted >= most:
+        raise ValueError(
+            f"max_tokens={wanted} leaves no room for a prompt in max_model_len={most}; "
+            f"it can be at most {most - 1}"
+        )
+
+
+def _check_place(file: Path, output: Path | None = None) -> None:
+    """Refuse a summary that cannot be written, before hours of work."""
     if file.is_dir():
         raise ValueError(f"summary: {file} is a folder; it must be a file")
+    if output is not None and file.parent == output.parent:  # where it says itself what is wrong
+        return
+    above = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"summary: cannot write {file}: {above} is no folder that can be written")
+
+
+def _check_summary_file(file: Path, job: BatchJob) -> None:
+    """Refuse a summary that cannot be written, or would replace a file of the job."""
+    sidecar = job.output.with_name(job.output.name + ".job.json")
+    _check_place(file, job.output)
     for name, taken in [("input", job.input), ("output", job.output), ("settings", sidecar)]:
         if os.path.realpath(file) == os.path.realpath(taken):
             raise ValueError(f"summary: {file} is the job's {name}; choose another file")

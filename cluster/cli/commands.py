@@ -12,7 +12,7 @@ import typer
 
 from saqqara import __version__
 
-from .help import errors_in_one_line, root_app
+from .help import errors_in_one_line, file_path, root_app
 from .options import Settings, with_settings
 from .plan_flags import plan
 from .simulate import simulate
@@ -88,6 +88,7 @@ def batch(
             "--max-in-flight",
             "--max-inflight",
             min=1,
+            max=1_000_000,
             help="Rows an engine has at once; default: 2 x max-num-seqs.",
         ),
     ] = None,
@@ -101,17 +102,26 @@ def batch(
     ] = False,
     gpu_hour_price: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Price of an hour of one GPU: the summary has the cost."),
+        typer.Option(
+            min=0.0, max=1e6, help="Price of an hour of one GPU: the summary has the cost."
+        ),
     ] = None,
     return_token_ids: Annotated[
         bool, typer.Option("--return-token-ids", help="Also write the answers' token ids.")
     ] = False,
     compare: Annotated[
         Path | None,
-        typer.Option(help="Results of another run (with token ids): report the agreement."),
+        typer.Option(
+            parser=file_path,
+            metavar="PATH",
+            help="Results of another run (with token ids): report the agreement.",
+        ),
     ] = None,
     summary: Annotated[
-        Path | None, typer.Option(help="JSON summary; default: OUTPUT.summary.json.")
+        Path | None,
+        typer.Option(
+            parser=file_path, metavar="PATH", help="JSON summary; default: OUTPUT.summary.json."
+        ),
     ] = None,
     *,
     settings: Settings,

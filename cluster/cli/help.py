@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -136,6 +137,13 @@ def errors_in_one_line() -> Iterator[None]:
         # Some libraries explain in several lines; here it is one.
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+
+
+def file_path(text: str) -> Path:
+    """What a flag that names a file means."""
+    if not text:
+        raise typer.BadParameter("the name is empty")
+    return Path(text)
 
 
 def _print_version(wanted: bool) -> None:

@@ -9,6 +9,7 @@ one line.
 import functools
 import inspect
 import logging
+import os
 import sys
 import types
 from collections.abc import Callable, Collection, Mapping
@@ -109,6 +110,7 @@ def with_settings(
                     settings = Settings(engine_config(engine), sampling_params(params))
                     # A mistake in it is known before anything is loaded.
                     Retention.parse(settings.config.retention, settings.config.budget)
+                    _check_log_dir(settings.config)
                     local_folder(settings.config.model)
                     if settings.config.tokenizer is not None:
                         local_folder(settings.config.tokenizer, "tokenizer")
@@ -122,6 +124,11 @@ def with_settings(
         return wrapped
 
     return decorate
+
+
+def _check_log_dir(config: EngineConfig) -> None:
+    if config.log_dir is not None and os.path.isfile(config.log_dir):
+        raise ValueError(f"log_dir: {config.log_dir} is a file; it must be a folder")
 
 
 def _written(written: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -30,6 +30,7 @@ from .job_file import (
     clear_results,
     clear_staging,
     committed,
+    is_begun,
     only_writer,
     read_job_file,
 )
@@ -127,6 +128,9 @@ def _prepare(
     job: PartsJob, folder: OutputFolder, files: Sequence[InputFile], job_file: JobFile | None
 ) -> _Todo:
     """Cut the input, compare the settings, and see what is left."""
+    if job_file is not None and not is_begun(folder, job_file):
+        clear_results(folder)  # whatever it was made with has made nothing
+        job_file = None
     part_rows = job.part_rows if job_file is None else job_file.part_rows
     with LongWait(f"reading {len(files)} files"):
         parts, digests = cut(files, part_rows, job.prompt_column)
@@ -140,6 +144,8 @@ def _prepare(
     else:
         job_file.go_on_with(settings, job.mix_settings, folder)
     finished = job_file.finished
+    if {part.index for part in parts} - committed(folder):
+        finished = None  # somebody has removed a part
     if finished is not None and not (job.retry_errors and finished["errors"]):
         return _Todo([], num_rows, num_rows, finished["errors"])
     clear_staging(folder)
@@ -172,8 +178,7 @@ def _left(
             if part.index not in there:
                 works.append(PartWork(part))
                 continue
-            records = folder.records(part.index)
-            failed = frozenset(int(r["line"]) for r in records if r["error"] is not None)
+            failed = _failed(part, folder)
             if retry and failed:
                 works.append(PartWork(part, failed))
                 resumed += part.num_rows - len(failed)
@@ -181,6 +186,28 @@ def _left(
                 resumed += part.num_rows
                 resumed_errors += len(failed)
     return _Todo(works, num_rows, resumed, resumed_errors)
+
+
+def _failed(part: Part, folder: OutputFolder) -> frozenset[int]:
+    """Lines whose records are errors, of a part that is there and has one record a row."""
+    lines: set[int] = set()
+    failed: set[int] = set()
+    problem = None
+    for number, record in enumerate(folder.records(part.index), start=1):
+        line = int(record["line"])
+        if line in lines or number > part.num_rows:
+            problem = f"record {number} is one too many, of line {line} of {part.label}"
+        lines.add(line)
+        if record["error"] is not None:
+            failed.add(line)
+    if problem is None and len(lines) < part.num_rows:
+        problem = f"it has {len(lines)} records of {part.num_rows} rows"
+    if problem is not None:
+        raise ValueError(
+            f"output: {folder.name(part.index)} in {folder.url} was changed: {problem}; remove the "
+            "file, and it is made again"
+        )
+    return frozenset(failed)
 
 
 @dataclass(frozen=True, slots=True)

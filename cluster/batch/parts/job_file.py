@@ -135,6 +135,11 @@ def committed(folder: OutputFolder) -> set[int]:
     return {index for index, kind in _parts(folder).values() if kind == folder.kind}
 
 
+def is_begun(folder: OutputFolder, job_file: JobFile) -> bool:
+    """Whether anything has come of a folder's job, of whatever kind its files are."""
+    return job_file.finished is not None or bool(_parts(folder))
+
+
 def _parts(folder: OutputFolder) -> dict[str, tuple[int, str]]:
     """Index and kind of each part that is there, by its name."""
     found = {name: _PART.fullmatch(name) for name in _names(folder)}

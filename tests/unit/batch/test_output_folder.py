@@ -1,6 +1,7 @@
 """What an output folder may hold, what is removed from it, and what is never mixed in it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,49 @@ def test_formats_and_columns_are_never_mixed(
     assert client.submitted == []
     assert json.loads((tmp_path / "out/_job.json").read_text()) == before
     assert len(run(job)) == 9
+
+
+def test_settings_may_change_while_nothing_has_come_of_a_job(tmp_path: Path) -> None:
+    job = make_job(tmp_path, 4)
+
+    def refuse() -> FakeClient:
+        raise ValueError("budget: more than this model has")
+
+    with pytest.raises(ValueError, match="more than this model has"):
+        run_parts(job, make_client=refuse)
+    assert (tmp_path / "out/_job.json").exists()
+    answers = replace(job.answers, return_token_ids=True)
+    assert run_parts(replace(job, answers=answers), FakeClient()).complete
+    with pytest.raises(ValueError, match="holds results of other settings"):
+        run_parts(job, FakeClient())
+
+
+def test_a_part_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    job = make_job(tmp_path, 7)
+    before = run(job)
+    (tmp_path / "out/part-000001.jsonl").unlink()
+    client = FakeClient()
+    summary = run_parts(job, client)
+    assert (summary.answered, summary.resumed, summary.complete) == (3, 4, True)
+    assert records(job.output) == before
+
+
+@pytest.mark.parametrize("retry_errors", [False, True])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: [*lines, lines[0]], r"record 4 is one too many, of line \d of 0.jsonl"),
+        (lambda lines: lines[1:], "it has 2 records of 3 rows"),
+    ],
+)
+def test_a_part_that_has_not_one_record_a_row_is_an_error(
+    tmp_path: Path, retry_errors: bool, change: Callable[[list[str]], list[str]], said: str
+) -> None:
+    job = make_job(tmp_path, 7, retry_errors=retry_errors)
+    run(job, fail=["file 0 row 4"])
+    part = tmp_path / "out/part-000000.jsonl"
+    part.write_text("\n".join(change(part.read_text().splitlines())) + "\n")
+    if not retry_errors:  # a finished folder is not read
+        (tmp_path / "out/part-000002.jsonl").unlink()
+    with pytest.raises(ValueError, match=f"part-000000.jsonl in .* was changed: {said}"):
+        run_parts(job, FakeClient())

@@ -368,6 +368,20 @@ def test_batch_over_many_files_makes_a_folder(engine: FakeClient, tmp_path: Path
         (["--output", "out", "--config", ""], "--config is empty"),
         (["--output", "out", "--served-model-name", ""], "served-model-name: the name is empty"),
         (["--output", "out/", "--prompt-column", ""], "prompt-column: the name is empty"),
+        (["--output", "out", "--summary", ""], "'--summary': the name is empty"),
+        (["--output", "out", "--compare", ""], "'--compare': the name is empty"),
+        (["--output", "out", "--summary", "in.jsonl/x"], "in.jsonl is no folder that can be"),
+        (["--output", "out/", "--summary", "in.jsonl/x"], "in.jsonl is no folder that can be"),
+        (["--output", "out", "--log-dir", "in.jsonl"], "log_dir: in.jsonl is a file; it must be"),
+        (["--output", "out", "--gpu-hour-price", "inf"], "price': Input should be less than"),
+        (
+            ["--output", "out", "--max-in-flight", "1" + "0" * 20],
+            "should be less than or equal to 1000000",
+        ),
+        (
+            ["--output", "out", "--max-tokens", "9", "--max-model-len", "9"],
+            "max_tokens=9 leaves no room for a prompt in max_model_len=9; it can be at most 8",
+        ),
     ],
 )
 def test_a_wrong_batch_command_is_one_line(
@@ -446,6 +460,27 @@ def test_a_refused_input_leaves_an_output_that_was_there(
         "batch", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--model", "m"
     )
     assert (tmp_path / "out.jsonl").exists()
+
+
+def test_room_for_a_prompt_is_that_of_a_model_on_this_machine(
+    engine: FakeClient, tmp_path: Path
+) -> None:
+    CONFIGS["llama-gqa"].save_pretrained(tmp_path / "model")
+    (tmp_path / "in.jsonl").write_text("")
+    arguments = [str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    arguments += ["--model", str(tmp_path / "model"), "--load-format", "dummy", "--max-tokens"]
+    assert "leaves no room for a prompt in max_model_len=512" in fails("batch", *arguments, "512")
+    assert runner.invoke(app, ["batch", *arguments, "511"]).exit_code == 0
+
+
+def test_a_single_token_id_is_a_list_of_one() -> None:
+    settings = resolve("--model", "m", "--allowed-token-ids", "7", "--stop-token-ids", "2,3")
+    assert settings.sampling.allowed_token_ids == (7,)
+    assert settings.sampling.stop_token_ids == (2, 3)
+    assert resolve("--model", "m", "--allowed-token-ids", "[7, 8]").sampling.allowed_token_ids == (
+        7,
+        8,
+    )
 
 
 def test_generate_prints_the_answers_in_order(engine: FakeClient) -> None:
