@@ -163,7 +163,7 @@ def validation_message(error: ValidationError) -> str:
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "missing":
         return f"{name} is required"
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
     if not name:
         return message
     text = f"{name}: {message[:1].lower()}{message[1:]}"

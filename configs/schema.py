@@ -111,6 +111,13 @@ class EngineConfig(BaseModel):
         None, description="Folder of the per-rank logs; default: <cache>/logs/<start time>."
     )
 
+    @field_validator("model", "tokenizer", "retention", "log_dir", mode="before")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("is empty")
+        return value
+
     @field_validator("budget", mode="before")
     @classmethod
     def _no_fraction(cls, value: Any) -> Any:

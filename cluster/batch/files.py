@@ -21,6 +21,7 @@ from saqqara.configs.json_text import json_text
 from .fingerprint import differences, never_mixed, shown
 from .records import Record
 from .retried import replace_records, retried_path, whole_records
+from .text import reason
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class ResultFile:
         self._mixed: list[dict[str, Any]] = []
         self._settings: dict[str, Any] = {}
         self._before: dict[str, Any] = {}
+        self._made = missing_paths(path)
         self._file = self._open(path)
         try:
             self._lock()
@@ -79,19 +81,21 @@ class ResultFile:
             self._file.close()
             raise
 
-    def resume(self, settings: Mapping[str, Any]) -> None:
+    def resume(self, settings: Mapping[str, Any], num_lines: int | None = None) -> None:
         """Find the input lines that are already answered, and cut off a torn last line.
 
         Args:
             settings: what the job's results depend on.
+            num_lines: lines of the input, to find records of none of them.
 
         Raises:
-            ValueError: the file belongs to a job with other settings, or to none.
+            ValueError: the file belongs to a job with other settings, or to none, or has not one
+                record a row.
         """
         self._settings = dict(settings)
         if not self._overwrite:
             self._check_settings()
-            self._recover()
+            self._recover(num_lines)
             if self._before:
                 self._note_mixed(differences(self._before["settings"], self._settings))
 
@@ -117,6 +121,7 @@ class ResultFile:
         if self._overwrite:
             self._file.truncate(0)
             retried_path(self.path).unlink(missing_ok=True)
+        self._made = []
         data = {"format": FORMAT, "settings": self._settings, "resolved": {**before, **resolved}}
         write_json(self.sidecar, data | ({"mixed": self._mixed} if self._mixed else {}))
         if self._to_retry:
@@ -157,9 +162,13 @@ class ResultFile:
             raise _cannot_write(self.path, error, self._resume_hint()) from None
 
     def close(self) -> None:
-        """Make sure everything is on disk, records of retried rows in place, and let go of it."""
+        """Make sure everything is on disk, records of retried rows in place, and let go of it.
+
+        What was made for a job that never began, file and folders, is removed.
+        """
         if self._file.closed:
             return
+        remove_made(self._made)
         try:
             self.sync()
             if self._retried is not None:
@@ -206,20 +215,22 @@ class ResultFile:
                 "leave .gz off and pack it afterwards"
             )
         try:
+            if os.path.lexists(path.parent):
+                os.stat(path.parent)  # says of a link to nothing more than `mkdir` does
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not stat.S_ISREG(path.stat().st_mode):
                 kind = "a folder" if path.is_dir() else "a pipe or a device"
                 raise ValueError(f"output: {path} is {kind}; it must be a file")
             return FileIO(path, "a")
         except OSError as error:
-            raise ValueError(f"output: cannot write {path}: {error.strerror}") from None
+            raise ValueError(f"output: cannot write {path}: {reason(error)}") from None
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
                 raise BlockingIOError  # another job has just replaced it
-        except BlockingIOError:
+        except (BlockingIOError, FileNotFoundError):  # or has just removed it
             raise ValueError(f"output: another job is writing {self.path}") from None
         except OSError as error:
             raise ValueError(
@@ -258,15 +269,28 @@ class ResultFile:
             )
         return data
 
-    def _recover(self) -> None:
+    def _recover(self, num_lines: int | None) -> None:
         """Find the input lines that have a record, and cut off a torn last line."""
         self._put_in_place()
         end = 0
-        for record, (_, end) in whole_records(self.path):  # noqa: B007 - the last end counts
-            is_error = record["error"] is not None
-            (self._to_retry if is_error and self._retry_errors else self.done).add(record["line"])
+        for number, (record, span) in enumerate(whole_records(self.path), start=1):
+            is_error, line, end = record["error"] is not None, record["line"], span[1]
+            self._check_place(number, line, num_lines)
+            (self._to_retry if is_error and self._retry_errors else self.done).add(line)
             self.num_errors += is_error and not self._retry_errors
         self._file.truncate(end)
+
+    def _check_place(self, number: int, line: int, num_lines: int | None) -> None:
+        """Refuse a record whose row has one already, or that is none of the input's."""
+        problem = None
+        if line in self.done or line in self._to_retry:
+            problem = f"a second record of line {line} of the input; remove one of the two"
+        elif line < 1 or (num_lines is not None and line > num_lines):
+            problem = f"a record of line {line} of the input, which has {num_lines}; remove it"
+        if problem is not None:
+            raise ValueError(
+                f"output: line {number} of {self.path} is {problem}, or start anew with --overwrite"
+            )
 
 
 def check_settings(
@@ -284,6 +308,18 @@ def check_settings(
             f"output: {output} holds results of other settings: {shown(changed)}; repeat the old "
             f"settings to resume, {'' if mixing else 'or '}start anew with --overwrite{mixing}"
         )
+
+
+def missing_paths(path: Path) -> list[Path]:
+    """A path and the folders above it, from the path upwards, that are not there yet."""
+    return [each for each in (path, *path.parents) if not os.path.lexists(each)]
+
+
+def remove_made(paths: Sequence[Path]) -> None:
+    """Remove what was made of `missing_paths`: an empty file and empty folders."""
+    for path in paths:
+        with suppress(OSError):  # somebody else uses it
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _cannot_write(path: Path, error: OSError, hint: str = "") -> WriteError:

@@ -95,7 +95,7 @@ def run_batch(job: BatchJob, client: EngineClient | None = None) -> BatchSummary
         with LongWait(f"reading {source.name}"):
             found = source.scan(job.output.parent)
         with LongWait(f"reading {job.config.model}"):
-            results.resume(_fingerprint(job, found))
+            results.resume(_fingerprint(job, found), found.num_lines)
         resumed, resumed_errors = len(results.done), results.num_errors
         progress = BatchProgress(found.num_rows, resumed)
         run = _Run()

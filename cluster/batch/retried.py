@@ -69,9 +69,10 @@ def whole_records(path: Path) -> Iterator[tuple[dict[str, Any], tuple[int, int]]
                 return
             try:
                 record = json.loads(raw)
-                int(record["line"])
+                if type(record["line"]) is not int:
+                    raise TypeError
                 record["error"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(
                     f"output: line {number} of {path} is no batch result; the file is damaged, "
                     "start anew with --overwrite"

@@ -16,17 +16,27 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from .lines import BadLine, Row, RowParser
-from .text import CHUNK_BYTES, MAX_LINE_BYTES, check_text, content, naming, parse_line, split_lines
+from .text import (
+    CHUNK_BYTES,
+    MAX_LINE_BYTES,
+    check_text,
+    content,
+    naming,
+    parse_line,
+    reason,
+    split_lines,
+)
 
 _STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 
 
 @dataclass(frozen=True, slots=True)
 class InputSummary:
-    """What one pass over the input tells: its hash (unpacked) and how many lines are not blank."""
+    """What one pass over the input tells: its hash (unpacked), lines, and those not blank."""
 
     sha256: str
     num_rows: int
+    num_lines: int
 
 
 class BatchSource:
@@ -53,7 +63,7 @@ class BatchSource:
         try:
             self._file = _open_stdin() if str(path) in _STDIN else path.open("rb")
         except OSError as error:
-            raise ValueError(f"input: cannot read {self.name}: {error.strerror}") from None
+            raise ValueError(f"input: cannot read {self.name}: {reason(error)}") from None
 
     def scan(self, spool_folder: Path) -> InputSummary:
         """Hash the input and count its rows; comes before `rows`.
@@ -69,11 +79,11 @@ class BatchSource:
                 self._file = self._spool(pipe, spool_folder)
         self._packed = check_text(self._file, self.name)
         self._state = self._stat()
-        digest, num_rows = hashlib.sha256(), 0
-        for _, raw in self._lines(digest):
+        digest, num_rows, num_lines = hashlib.sha256(), 0, 0
+        for num_lines, raw in self._lines(digest):  # noqa: B007 - the last one counts
             num_rows += raw is None or bool(raw.strip())
         self._sha256 = digest.hexdigest()
-        return InputSummary(self._sha256, num_rows)
+        return InputSummary(self._sha256, num_rows, num_lines)
 
     def rows(self, parser: RowParser) -> Iterator[Row | BadLine]:
         """Rows in order, one at a time; blank lines are left out.

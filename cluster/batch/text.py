@@ -1,5 +1,6 @@
 """Text of a batch job's input: what kind of file it is, its lines, and what each is as a row."""
 
+import errno
 import gzip
 import logging
 import zlib
@@ -31,13 +32,17 @@ def check_text(file: IO[bytes], name: str) -> bool:
     """
     file.seek(0)
     start = file.read(8)
-    for magic, kind in _OTHER_FORMATS.items():
-        if start.startswith(magic):
-            raise ValueError(f"input: {name} is {kind}; it must be JSON lines, plain or with gzip")
     packed = start.startswith(_GZIP)
+    within = ""
     if packed:
         with naming(name):
             start = content(file, packed).read(8)
+        within = " within gzip"
+    for magic, kind in (_OTHER_FORMATS | ({_GZIP: "gzip"} if packed else {})).items():
+        if start.startswith(magic):
+            raise ValueError(
+                f"input: {name} is {kind}{within}; it must be JSON lines, plain or with gzip"
+            )
     if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start[:2]:
         raise ValueError(
             f"input: {name} is UTF-16 or UTF-32, not UTF-8; convert it first: "
@@ -102,4 +107,11 @@ def naming(name: str) -> Iterator[None]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"input: {name} is broken gzip: {error}") from None
     except OSError as error:
-        raise ValueError(f"input: cannot read {name}: {error.strerror or error}") from None
+        raise ValueError(f"input: cannot read {name}: {reason(error)}") from None
+
+
+def reason(error: OSError) -> str:
+    """What the operating system says is wrong, in a few words."""
+    if error.errno == errno.ELOOP:
+        return "it is a loop of links, or lies behind one"
+    return error.strerror or str(error)

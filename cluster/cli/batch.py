@@ -1,5 +1,6 @@
 """What `saqqara batch` does once its settings are checked."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -60,6 +61,7 @@ def run_batch_command(options: BatchOptions, answers: AnswerSettings) -> int:
     Raises:
         ValueError: an option is wrong, or does not go with the others.
     """
+    _check_not_empty(options, answers)
     common = {
         "overwrite": options.overwrite,
         "mix_settings": options.mix_settings,
@@ -185,11 +187,20 @@ def exit_code(summary: BatchSummary, fail_on_errors: bool) -> int:
     return ERRORS_EXIT if fail_on_errors and summary.all_errors else 0
 
 
+def _check_not_empty(options: BatchOptions, answers: AnswerSettings) -> None:
+    named: list[tuple[str, str | None]] = [("input", name) for name in options.inputs]
+    named += [("output", options.output), ("prompt-column", options.prompt_column)]
+    named.append(("served-model-name", answers.served_model_name))
+    for what, name in named:
+        if name == "":
+            raise ValueError(f"{what}: the name is empty")
+
+
 def _check_summary_file(file: Path, job: BatchJob) -> None:
     """Refuse a summary that would replace a file of the job."""
     sidecar = job.output.with_name(job.output.name + ".job.json")
     if file.is_dir():
         raise ValueError(f"summary: {file} is a folder; it must be a file")
     for name, taken in [("input", job.input), ("output", job.output), ("settings", sidecar)]:
-        if file.resolve() == taken.resolve():
+        if os.path.realpath(file) == os.path.realpath(taken):
             raise ValueError(f"summary: {file} is the job's {name}; choose another file")

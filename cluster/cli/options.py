@@ -128,11 +128,13 @@ def _written(written: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     """Engine and sampling settings: those of the YAML file, then of the command line."""
     engine: dict[str, Any] = {}
     sampling: dict[str, Any] = {}
-    if written["config"] is not None:
+    if written["config"]:
         engine, sampling = read_config_file(written["config"])
     for name, value in vllm_names.with_our_names(_vllm_settings(written)).items():
         engine[name] = value
     for name, value in written.items():
+        if value == "":
+            raise ValueError(f"{_flag_of(name)} is empty; give it a value, or leave it off")
         if value is None or name == "config" or name.startswith(VLLM_PREFIX):
             continue
         if name.startswith(ENGINE_PREFIX):
@@ -142,6 +144,14 @@ def _written(written: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
             field = name.removeprefix(SAMPLING_PREFIX)
             sampling[field] = _value(value, SamplingParams.model_fields[field])
     return engine, sampling
+
+
+def _flag_of(name: str) -> str:
+    """The flag of a parameter; that of a sampling setting may have its panel in front."""
+    is_taken = name.removeprefix(SAMPLING_PREFIX) in EngineConfig.model_fields
+    for prefix in (ENGINE_PREFIX, VLLM_PREFIX, *(() if is_taken else (SAMPLING_PREFIX,))):
+        name = name.removeprefix(prefix)
+    return f"--{name.replace('_', '-')}"
 
 
 def _vllm_settings(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,9 +239,10 @@ def _from_yaml(text: Any) -> Any:
 def _members(field: FieldInfo) -> tuple[Any, ...]:
     """The alternatives of a field's type, without None."""
     annotation = field.annotation
-    if get_origin(annotation) in (Union, types.UnionType):
-        return tuple(t for t in get_args(annotation) if t is not type(None))
-    return (annotation,)
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return (annotation,)
+    members = (t for t in get_args(annotation) if t is not type(None))
+    return tuple(get_args(t)[0] if get_origin(t) is Annotated else t for t in members)
 
 
 def _is_list_of_strings(field: FieldInfo) -> bool:

@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
-from saqqara.cluster.batch.files import check_settings
+from saqqara.cluster.batch.files import check_settings, missing_paths, remove_made
 from saqqara.cluster.batch.fingerprint import differences, shown
+from saqqara.cluster.batch.text import reason
 
 from .folder import STAGING, SUMMARY, OutputFolder
 from .storage import filesystem, is_local
@@ -173,8 +175,16 @@ def only_writer(folder: OutputFolder) -> Iterator[None]:
     fs, path = filesystem(folder.url)
     with ExitStack() as stack:
         if is_local(fs):
+            made = missing_paths(Path(path))
             stack.enter_context(_locked(folder, path))
+            stack.callback(_remove_unused, folder, made)
         yield
+
+
+def _remove_unused(folder: OutputFolder, made: list[Path]) -> None:
+    """Remove a folder that was made for a job that never began."""
+    if made and _names(folder) == [_LOCK]:
+        remove_made([Path(folder.path(_LOCK)), *made])
 
 
 def _locked(folder: OutputFolder, path: str) -> IO[str]:
@@ -182,9 +192,13 @@ def _locked(folder: OutputFolder, path: str) -> IO[str]:
         os.makedirs(path, exist_ok=True)
         lock = open(folder.path(_LOCK), "a")  # noqa: SIM115 - closed by the caller
     except FileExistsError:
-        raise _is_a_file(folder) from None
+        if os.path.isfile(path):
+            raise _is_a_file(folder) from None
+        raise ValueError(
+            f"output: {folder.url} is a link, or a loop of links, to nothing"
+        ) from None
     except OSError as error:
-        raise ValueError(f"output: cannot write {folder.url}: {error.strerror}") from None
+        raise ValueError(f"output: cannot write {folder.url}: {reason(error)}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -419,6 +419,32 @@ def test_a_damaged_output_is_an_error(tmp_path: Path) -> None:
         run_batch(job, FakeClient())
 
 
+@pytest.mark.parametrize("retry_errors", [False, True])
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        (1, "line 3 of .*out.* is a second record of line 1 of the input; remove one of the two"),
+        (2, "line 3 of .*out.* is a second record of line 2 of the input; remove one of the two"),
+        (3, "line 3 of .*out.* is a record of line 3 of the input, which has 2; remove it"),
+        (0, "line 3 of .*out.* is a record of line 0 of the input, which has 2; remove it"),
+        ("1", "line 3 of .*out.* is no batch result"),
+        (1.5, "line 3 of .*out.* is no batch result"),
+        (True, "line 3 of .*out.* is no batch result"),
+    ],
+)
+def test_an_output_with_more_than_one_record_a_row_is_an_error(
+    tmp_path: Path, added: Any, said: str, retry_errors: bool
+) -> None:
+    job = make_job(tmp_path, [{"prompt": "x"}, "bad"], retry_errors=retry_errors)
+    run(job)
+    with job.output.open("a") as file:
+        file.write(json.dumps({"line": added, "error": None}) + "\n")
+    before = job.output.read_bytes()
+    with pytest.raises(ValueError, match=f"^output: {said}"):
+        run_batch(job, FakeClient())
+    assert job.output.read_bytes() == before
+
+
 def test_two_jobs_cannot_write_one_file(tmp_path: Path) -> None:
     job = make_job(tmp_path, [{"prompt": "x"}])
     with job.output.open("ab") as file:

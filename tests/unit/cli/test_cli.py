@@ -1,5 +1,7 @@
 """The command line: where settings come from, and how mistakes are reported."""
 
+import bz2
+import gzip
 import json
 import logging
 import os
@@ -356,6 +358,16 @@ def test_batch_over_many_files_makes_a_folder(engine: FakeClient, tmp_path: Path
         (["--output", "out", "--output-format", "csv"], "must be 'jsonl' or 'parquet', not 'csv'"),
         (["--output", "out/", "--compare", "in.jsonl"], "compare: only results of one file"),
         (["other*.jsonl", "--output", "out"], "no file matches 'other*.jsonl'"),
+        (["", "--output", "out"], "input: the name is empty"),
+        (["--output", ""], "output: the name is empty"),
+        (["--output", "out", "--model", ""], "--model is empty"),
+        (["--output", "out", "--retention", ""], "--retention is empty"),
+        (["--output", "out", "--block-size", ""], "--block-size is empty"),
+        (["--output", "out", "--sampling-seed", ""], "--sampling-seed is empty"),
+        (["--output", "out", "--top-p", ""], "--top-p is empty"),
+        (["--output", "out", "--config", ""], "--config is empty"),
+        (["--output", "out", "--served-model-name", ""], "served-model-name: the name is empty"),
+        (["--output", "out/", "--prompt-column", ""], "prompt-column: the name is empty"),
     ],
 )
 def test_a_wrong_batch_command_is_one_line(
@@ -370,6 +382,70 @@ def test_a_wrong_batch_command_is_one_line(
     stderr = fails("batch", "in.jsonl", "--model", "m", *arguments)
     assert said in stderr
     assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["loop", "--output", "out"], "error: input: cannot read loop: it is a loop of links"),
+        (["loop/a", "--output", "out"], "error: input: cannot read loop/a: it is a loop of links"),
+        (["loop", "in.jsonl", "--output", "out"], "loop: it is a loop of links"),
+        (["in.jsonl", "--output", "loop"], "output: cannot write loop: it is a loop of links"),
+        (["in.jsonl", "--output", "loop/a"], "output: cannot write loop/a: it is a loop of links"),
+        (["in.jsonl", "in.jsonl", "--output", "loop"], "a loop of links, to nothing"),
+        (["in.jsonl", "in.jsonl", "--output", "loop/a"], "it is a loop of links"),
+    ],
+)
+def test_a_loop_of_links_is_said_to_be_one(
+    engine: FakeClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text("")
+    (tmp_path / "loop").symlink_to("pool")
+    (tmp_path / "pool").symlink_to("loop")
+    assert said in fails("batch", *arguments, "--model", "m")
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "loop", "pool"]
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "new/deep/out.jsonl", "new/deep/out/"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}".encode("utf-16"), "is UTF-16 or UTF-32"),
+        (gzip.compress(b"{}\n" * 9)[:-5], "is broken gzip"),
+        (gzip.compress(gzip.compress(b"{}")), "is gzip within gzip; it must be JSON lines"),
+        (gzip.compress(bz2.compress(b"{}")), "is bzip2 within gzip; it must be JSON lines"),
+        (bz2.compress(b"{}"), "is bzip2; it must be JSON lines"),
+        (b"PK\x03\x04....", "is a zip archive; it must be JSON lines"),
+    ],
+)
+def test_a_refused_input_leaves_no_output(
+    engine: FakeClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes,
+    said: str,
+    output: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_bytes(content)
+    assert said in fails("batch", "in.jsonl", "--output", output, "--model", "m")
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_a_refused_input_leaves_an_output_that_was_there(
+    engine: FakeClient, tmp_path: Path
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b"BZh")
+    (tmp_path / "out.jsonl").touch()
+    fails(
+        "batch", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--model", "m"
+    )
+    assert (tmp_path / "out.jsonl").exists()
 
 
 def test_generate_prints_the_answers_in_order(engine: FakeClient) -> None:
