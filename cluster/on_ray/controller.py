@@ -75,6 +75,8 @@ def connect(address: str | None = None, *, object_store_bytes: int = OBJECT_STOR
             ray.init(address=address, log_to_driver=False)
             return False
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray runs workers as background jobs, which ranks are not.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address="local",
             object_store_memory=object_store_bytes,

@@ -15,6 +15,9 @@ from typing import Any
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Ray's own wait for a node that does not answer, shortened as docs/operations.md says.
+os.environ.setdefault("RAY_health_check_timeout_ms", "5000")
+os.environ.setdefault("RAY_health_check_failure_threshold", "3")
 # A busy machine needs longer for three nodes at once.
 os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")
 
