@@ -1,7 +1,6 @@
 """How much each head of a model matters, measured beforehand: what the `profile` shape reads."""
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
+from saqqara.configs.json_text import DoubledKeyError, parse_json
 from saqqara.configs.shown import shown
 from saqqara.configs.yaml_files import CONFIG_DIR
 
@@ -84,8 +84,10 @@ class HeadProfile:
         except (RuntimeError, ValueError) as error:  # no such home, or no file's name, or no text
             raise ValueError(f"{name}: cannot be read ({error})") from error
         try:
-            content = json.loads(text)
-        except (RecursionError, ValueError) as error:
+            content = parse_json(text)
+        except DoubledKeyError as error:
+            raise ValueError(f"{name}: {error}") from None
+        except ValueError as error:
             raise ValueError(f"{name}: is not JSON ({error})") from error
         if not isinstance(content, Mapping):
             raise ValueError(f"{name}: must hold an object {{'layer-head': [scores]}}")

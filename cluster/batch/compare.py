@@ -79,14 +79,18 @@ def result_tokens(path: str | Path) -> dict[int, list[int]]:
     """Token ids of each answered line of a batch job's results, by input line number.
 
     Raises:
-        ValueError: the file cannot be read, is none of a batch job, or has a result without token
-            ids (the job ran without `--return-token-ids`).
+        ValueError: the file cannot be read, is none of a batch job, has two results of a line, or
+            one without token ids (the job ran without `--return-token-ids`).
     """
     answers: dict[int, list[int]] = {}
     try:
         with Path(path).open(encoding="utf-8") as file:
             for number, text in enumerate(file, start=1):
                 line, tokens = _line_and_tokens(text, f"{path}, line {number}")
+                if line in answers:
+                    raise ValueError(
+                        f"results: {path}, line {number} is a second result of input line {line}"
+                    )
                 if tokens is not None:
                     answers[line] = tokens
     except OSError as error:

@@ -64,7 +64,7 @@ def run_batch_command(options: BatchOptions, answers: AnswerSettings) -> int:
         ValueError: an option is wrong, or does not go with the others.
     """
     _check_not_empty(options, answers)
-    _check_room(answers)
+    _check_sampling(answers)
     common = {
         "overwrite": options.overwrite,
         "mix_settings": options.mix_settings,
@@ -199,12 +199,14 @@ def _check_not_empty(options: BatchOptions, answers: AnswerSettings) -> None:
             raise ValueError(f"{what}: the name is empty")
 
 
-def _check_room(answers: AnswerSettings) -> None:
-    """Refuse answers that leave no room for a prompt, where the model's context is known here."""
+def _check_sampling(answers: AnswerSettings) -> None:
+    """Refuse what every row would be refused for, where the model is known on this machine."""
     config, wanted = answers.config, answers.sampling.max_tokens
     most = config.max_model_len
-    if most is None and local_folder(config.model) is not None:
-        most = load_spec(config.model).max_position
+    if local_folder(config.model) is not None:
+        spec = load_spec(config.model)
+        answers.sampling.check_vocabulary(spec.vocab_size)
+        most = most or spec.max_position
     if wanted is not None and most is not None and wanted >= most:
         raise ValueError(
             f"max_tokens={wanted} leaves no room for a prompt in max_model_len={most}; "

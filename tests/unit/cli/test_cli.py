@@ -462,7 +462,7 @@ def test_a_refused_input_leaves_an_output_that_was_there(
     assert (tmp_path / "out.jsonl").exists()
 
 
-def test_room_for_a_prompt_is_that_of_a_model_on_this_machine(
+def test_sampling_is_checked_by_the_model_that_is_on_this_machine(
     engine: FakeClient, tmp_path: Path
 ) -> None:
     CONFIGS["llama-gqa"].save_pretrained(tmp_path / "model")
@@ -470,6 +470,8 @@ def test_room_for_a_prompt_is_that_of_a_model_on_this_machine(
     arguments = [str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     arguments += ["--model", str(tmp_path / "model"), "--load-format", "dummy", "--max-tokens"]
     assert "leaves no room for a prompt in max_model_len=512" in fails("batch", *arguments, "512")
+    unknown = fails("batch", *arguments, "9", "--allowed-token-ids", "99999999")
+    assert "allowed_token_ids: 99999999 is no token of the model; they are 0 to 198" in unknown
     assert runner.invoke(app, ["batch", *arguments, "511"]).exit_code == 0
 
 
@@ -526,6 +528,15 @@ def test_batch_compares_with_another_run(engine: FakeClient, tmp_path: Path) -> 
     assert summary["agreement"]["identical_share"] == 0.0
     assert summary["agreement"]["common_prefix_share"] == pytest.approx(2 / 3)
     assert "0 of 2" in result.stdout
+
+
+def test_results_to_compare_with_have_one_of_a_line(engine: FakeClient, tmp_path: Path) -> None:
+    assert batch(tmp_path, "--return-token-ids").exit_code == 0
+    first = (tmp_path / "out.jsonl").read_text()
+    (tmp_path / "first.jsonl").write_text(first + first.splitlines()[-1] + "\n")
+    result = batch(tmp_path, "--max-tokens", "2", "--compare", str(tmp_path / "first.jsonl"))
+    assert result.exit_code == 2
+    assert "first.jsonl, line 4 is a second result of input line" in result.stderr
 
 
 def test_batch_that_cannot_resume_says_why(engine: FakeClient, tmp_path: Path) -> None:

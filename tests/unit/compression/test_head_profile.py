@@ -120,6 +120,7 @@ def test_skipped_layers_leave_the_rest_to_the_others() -> None:
     ("content", "message"),
     [
         ("{", r"{file}: is not JSON \("),
+        ('{"0-0": [1], "0-0": [2]}', r"{file}: '0-0' is there twice"),
         ("[1, 2]", r"{file}: must hold an object {{'layer-head': \[scores\]}}"),
         ("{}", "{file}: holds no head"),
         ('{"0": [1]}', "{file}: key '0' must be '<layer>-<head>'"),
