@@ -106,7 +106,7 @@ def _line_and_tokens(text: str, where: str) -> tuple[int, list[int] | None]:
         if record["error"] is not None:
             return line, None
         tokens = _token_ids(record)
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise ValueError(f"results: {where} is no batch result") from None
     if tokens is None:
         raise ValueError(

@@ -255,7 +255,7 @@ class ResultFile:
             ) from None
         except OSError as error:
             raise ValueError(f"output: cannot read {self.sidecar}: {error.strerror}") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             data = None
         if not isinstance(data, dict) or not isinstance(data.get("settings"), dict):
             raise ValueError(

@@ -81,7 +81,7 @@ class OutputFolder:
                 data = json.loads(file.read())
         except FileNotFoundError:
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             data = None
         if not isinstance(data, dict):
             raise ValueError(

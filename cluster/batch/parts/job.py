@@ -193,13 +193,17 @@ def _failed(part: Part, folder: OutputFolder) -> frozenset[int]:
     lines: set[int] = set()
     failed: set[int] = set()
     problem = None
-    for number, record in enumerate(folder.records(part.index), start=1):
-        line = int(record["line"])
-        if line in lines or number > part.num_rows:
-            problem = f"record {number} is one too many, of line {line} of {part.label}"
-        lines.add(line)
-        if record["error"] is not None:
-            failed.add(line)
+    number = 0
+    try:
+        for number, record in enumerate(folder.records(part.index), start=1):
+            line = int(record["line"])
+            if line in lines or number > part.num_rows:
+                problem = f"record {number} is one too many, of line {line} of {part.label}"
+            lines.add(line)
+            if record["error"] is not None:
+                failed.add(line)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        problem = f"what comes after {number} records is no batch result"
     if problem is None and len(lines) < part.num_rows:
         problem = f"it has {len(lines)} records of {part.num_rows} rows"
     if problem is not None:

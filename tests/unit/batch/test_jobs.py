@@ -411,10 +411,11 @@ def test_files_that_are_not_a_jobs_are_left_alone(tmp_path: Path) -> None:
         run_batch(BatchJob(tmp_path / "no.jsonl", job.output, job.config, job.sampling))
 
 
-def test_a_damaged_output_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [b"\0\0\0", b"[" * 100_000, b'{"line": 1}'])
+def test_a_damaged_output_is_an_error(tmp_path: Path, damage: bytes) -> None:
     job = make_job(tmp_path, [{"prompt": "x"}, {"prompt": "y"}])
     run(job)
-    job.output.write_bytes(b"\0\0\0\n" + job.output.read_bytes())
+    job.output.write_bytes(damage + b"\n" + job.output.read_bytes())
     with pytest.raises(ValueError, match=r"line 1 of .* is no batch result"):
         run_batch(job, FakeClient())
 

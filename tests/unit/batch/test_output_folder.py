@@ -147,6 +147,8 @@ def test_a_part_that_was_removed_is_made_again(tmp_path: Path) -> None:
     [
         (lambda lines: [*lines, lines[0]], r"record 4 is one too many, of line \d of 0.jsonl"),
         (lambda lines: lines[1:], "it has 2 records of 3 rows"),
+        (lambda lines: [lines[0], "["], "what comes after 1 records is no batch result"),
+        (lambda lines: ["[" * 100_000], "what comes after 0 records is no batch result"),
     ],
 )
 def test_a_part_that_has_not_one_record_a_row_is_an_error(
