@@ -59,7 +59,7 @@ from saqqara.workers.models.spec import load_spec
 LINK_BANDWIDTH, LINK_SECONDS = 1e9, 1e-4  # TCP over loopback
 GEMM_SIZE = 2048
 LIMIT_ROUNDS = 9
-FEW_ROWS, SEVERAL_ROWS = 4, 32  # between them a line says what the rows cost, and what the weights
+FEW_ROWS, SEVERAL_ROWS = 2, 32  # between them a line says what the rows cost, and what the weights
 THIN = {"hidden_size": 72, "intermediate_size": 64, "head_dim": 8}  # for 9 query heads
 CALIBRATION = "W1"
 
@@ -176,7 +176,7 @@ def measured_device(dtype: str, weights: torch.Tensor | None) -> Device:
 
 
 def product_calls(weights: torch.Tensor) -> dict[str, Call]:
-    """Products of one, few and several rows on one thread; of few on all, as one and in parts."""
+    """Products of one, few and several rows on one thread; of one on all, as one and in parts."""
     num_threads, parts = torch.get_num_threads(), weights.chunk(torch.get_num_threads())
 
     def multiply(rows: int, some: torch.Tensor) -> None:
@@ -192,7 +192,7 @@ def product_calls(weights: torch.Tensor) -> dict[str, Call]:
 
     def in_parts() -> None:
         torch.set_num_threads(1)  # a thread takes the number that is set when it starts
-        threads = [threading.Thread(target=multiply, args=(FEW_ROWS, part)) for part in parts]
+        threads = [threading.Thread(target=multiply, args=(1, part)) for part in parts]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -203,7 +203,7 @@ def product_calls(weights: torch.Tensor) -> dict[str, Call]:
         "one row": lambda: on_one_thread(1, parts[0]),
         "few rows": lambda: on_one_thread(FEW_ROWS, parts[0]),
         "several rows": lambda: on_one_thread(SEVERAL_ROWS, parts[0]),
-        "all": lambda: multiply(FEW_ROWS, weights),
+        "all": lambda: multiply(1, weights),
         "parts": in_parts,
     }
 

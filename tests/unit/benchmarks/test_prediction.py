@@ -104,7 +104,7 @@ def test_weights_are_taken_in_as_slowly_as_the_line_through_few_and_several_rows
     """88 ms of one row; 140 of weights and 6.5 of each row else."""
     seconds = {
         "one row": 0.088,
-        "few rows": 0.140 + 4 * 0.0065,
+        "few rows": 0.140 + 2 * 0.0065,
         "several rows": 0.140 + 32 * 0.0065,
     }
     assert weights_share(seconds) == pytest.approx(88 / 140)
