@@ -50,6 +50,9 @@ def result(wall: float, prefill: float) -> dict[str, Any]:
                 "dtype": "bfloat16",
                 "page_tokens": 16,
                 "attention_backend": "native",
+                "layers": [0, 30],
+                "kv_heads": [0, 3],
+                "device": "cpu",
             }
         ],
     }
