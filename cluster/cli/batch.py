@@ -16,8 +16,9 @@ from saqqara.cluster.batch.parts.folder import SUMMARY, OutputFolder
 from saqqara.cluster.batch.parts.job import PART_ROWS, PartsJob, run_parts
 from saqqara.cluster.batch.stop import Stopped
 from saqqara.cluster.batch.summary import BatchSummary, all_there, summary_table
+from saqqara.cluster.planning.models import model_of
 from saqqara.workers.models.source import local_folder
-from saqqara.workers.models.spec import load_spec
+from saqqara.workers.models.spec import ModelSpec
 
 from .tables import print_table
 
@@ -203,8 +204,7 @@ def _check_sampling(answers: AnswerSettings) -> None:
     """Refuse what every row would be refused for, where the model is known on this machine."""
     config, wanted = answers.config, answers.sampling.max_tokens
     most = config.max_model_len
-    if local_folder(config.model) is not None:
-        spec = load_spec(config.model)
+    if local_folder(config.model) is not None and (spec := _light_spec(config.model)) is not None:
         answers.sampling.check_vocabulary(spec.vocab_size)
         most = most or spec.max_position
     if wanted is not None and most is not None and wanted >= most:
@@ -212,6 +212,17 @@ def _check_sampling(answers: AnswerSettings) -> None:
             f"max_tokens={wanted} leaves no room for a prompt in max_model_len={most}; "
             f"it can be at most {most - 1}"
         )
+
+
+def _light_spec(model: str) -> ModelSpec | None:
+    """A model's sizes, read without torch, which a driver of replicas has no use for.
+
+    None where its config leaves out what transformers fills in: the engine will know.
+    """
+    try:
+        return model_of(model).spec
+    except ValueError:
+        return None
 
 
 def _check_place(file: Path, output: Path | None = None) -> None:
