@@ -60,7 +60,7 @@ NUM_FILES = 8
 GROUP_ROWS = 500
 SAMPLE_SECONDS = 0.1
 STEP_SECONDS = 0.05
-SPEED_ROWS = 800
+SPEED_ROWS = 1600
 KILLED = -signal.SIGKILL
 
 # Runs the command, and dies by its own hand between the write of the third part and its commit.
