@@ -430,12 +430,19 @@ def test_a_loop_of_links_is_said_to_be_one(
     ("content", "said"),
     [
         ("{}".encode("utf-16"), "is UTF-16 or UTF-32"),
-        (gzip.compress(b"{}\n" * 9)[:-5], "is broken gzip"),
-        (gzip.compress(gzip.compress(b"{}")), "is gzip within gzip; it must be JSON lines"),
-        (gzip.compress(bz2.compress(b"{}")), "is bzip2 within gzip; it must be JSON lines"),
+        (gzip.compress(b"{}\n" * 9, mtime=0)[:-5], "is broken gzip"),
+        (
+            gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0),
+            "is gzip within gzip; it must be JSON lines",
+        ),
+        (
+            gzip.compress(bz2.compress(b"{}"), mtime=0),
+            "is bzip2 within gzip; it must be JSON lines",
+        ),
         (bz2.compress(b"{}"), "is bzip2; it must be JSON lines"),
         (b"PK\x03\x04....", "is a zip archive; it must be JSON lines"),
     ],
+    ids=["utf-16", "cut", "gzip-in-gzip", "bzip2-in-gzip", "bzip2", "zip"],
 )
 def test_a_refused_input_leaves_no_output(
     engine: FakeClient,
