@@ -5,8 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic_core import from_json
-
 
 class DoubledKeyError(ValueError):
     """An object has a key twice, of which a reader would drop one. `key` is which."""
@@ -23,6 +21,8 @@ def parse_json(text: str | bytes) -> Any:
         DoubledKeyError: an object in it has a key twice.
         ValueError: it is no JSON, or is nested some 200 levels deep.
     """
+    from pydantic_core import from_json  # reading weights and settings goes without it
+
     value = from_json(text)
     _KEYS.decode(text if isinstance(text, str) else text.decode())
     return value

@@ -223,7 +223,7 @@ def test_a_retry_that_dies_keeps_the_old_records(tmp_path: Path) -> None:
 def test_other_settings_are_refused_and_mixed_on_demand(tmp_path: Path) -> None:
     job = make_job(tmp_path, 6)
     with pytest.raises(EngineDeadError):
-        run_parts(job, FakeClient(die_after=4, per_poll=1))
+        run_parts(job, FakeClient(die_after=5, per_poll=1))  # one of two parts is there
     answers = replace(ANSWERS, sampling=SamplingParams(max_tokens=2))
     other = replace(job, answers=answers)
     with pytest.raises(ValueError, match=r"sampling.max_tokens was 4 and is now 2"):
