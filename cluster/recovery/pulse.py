@@ -94,6 +94,7 @@ class PulseMonitor:
         self._peers: dict[socket.socket, _Peer] = {}
         self._closing = threading.Event()
         self._is_over = False
+        self._silent_rank: int | None = None
         self._thread = threading.Thread(target=self._run, name="pulse-monitor", daemon=True)
         self._thread.start()
 
@@ -106,6 +107,8 @@ class PulseMonitor:
 
     def quietest(self) -> tuple[int | None, float]:
         """The rank, of those up, not heard for longest, and the seconds; any thread may ask."""
+        if self._silent_rank is not None:  # its connection is closed on our side
+            return self._silent_rank, self._silent_seconds
         now = time.monotonic()
         silences = [
             (now - peer.heard_at, peer.rank)
@@ -183,6 +186,7 @@ class PulseMonitor:
                 if now - peer.heard_at > _HELLO_SECONDS:
                     self._drop(peer.connection)
             elif now - peer.heard_at > borne:
+                self._silent_rank = peer.rank
                 self._drop(peer.connection)
                 self._lose(peer.rank, is_closed=False)
 
