@@ -30,6 +30,14 @@ runner = CliRunner()
 CLUSTER_PRESETS = sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml"))
 
 
+@pytest.fixture
+def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with an empty `in.jsonl`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text("")
+    return tmp_path
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
     """The command line sets up logging; tests after it should not notice."""
@@ -385,17 +393,11 @@ def test_batch_over_many_files_makes_a_folder(engine: FakeClient, tmp_path: Path
     ],
 )
 def test_a_wrong_batch_command_is_one_line(
-    engine: FakeClient,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    said: str,
+    engine: FakeClient, work_dir: Path, arguments: list[str], said: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "in.jsonl").write_text("")
     stderr = fails("batch", "in.jsonl", "--model", "m", *arguments)
     assert said in stderr
-    assert os.listdir(tmp_path) == ["in.jsonl"]
+    assert os.listdir(work_dir) == ["in.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -411,18 +413,12 @@ def test_a_wrong_batch_command_is_one_line(
     ],
 )
 def test_a_loop_of_links_is_said_to_be_one(
-    engine: FakeClient,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    said: str,
+    engine: FakeClient, work_dir: Path, arguments: list[str], said: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "in.jsonl").write_text("")
-    (tmp_path / "loop").symlink_to("pool")
-    (tmp_path / "pool").symlink_to("loop")
+    (work_dir / "loop").symlink_to("pool")
+    (work_dir / "pool").symlink_to("loop")
     assert said in fails("batch", *arguments, "--model", "m")
-    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "loop", "pool"]
+    assert sorted(os.listdir(work_dir)) == ["in.jsonl", "loop", "pool"]
 
 
 @pytest.mark.parametrize("output", ["out.jsonl", "new/deep/out.jsonl", "new/deep/out/"])
