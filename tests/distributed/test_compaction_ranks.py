@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.plans import new_sequence, prefill_plan
-from support.ranks import Store, run_ranks
+from support.ranks import Store, leave_together, run_ranks
 from support.tiny import VOCAB, save_tiny
 
 from saqqara.cluster.scheduling.ledger import Ledger
@@ -156,7 +156,7 @@ def _run_rank(folder: Path, rank: int, stores: Sequence[Store]) -> dict[str, Out
         worker = Worker(config_of(name, folder).for_worker(), layout, rank, store)
         outcomes[case] = run_plans(worker)
         outcomes[case].refused = run_short_of_pages(worker, rank)
-        worker.close()
+        leave_together(worker)
     return outcomes
 
 

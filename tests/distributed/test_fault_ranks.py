@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from support.plans import GREEDY, new_sequence, prefill_plan, run_greedy
-from support.ranks import Store, run_ranks
+from support.ranks import Store, leave_together, run_ranks
 from support.tiny import VOCAB, save_tiny
 
 from saqqara.compression.retention import Retention
@@ -45,7 +45,7 @@ def run_rank(folder: str, rank: int, stores: Sequence[Store]) -> list[StepResult
     results.append(worker.execute(StepPlan(NUM_STEPS, free=(0, 1, 2, 3))))
     worker.check_integrity()
     assert results[-1].pages_free == worker.info.num_pages
-    worker.close()
+    leave_together(worker)
     return results
 
 

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from support.planned import Bytes, planned_bytes, real_bytes
-from support.ranks import Store, run_ranks
+from support.ranks import Store, leave_together, run_ranks
 from support.tiny import CONFIGS
 
 from saqqara.configs.schema import EngineConfig
@@ -33,8 +33,7 @@ def _hold(
             continue
         worker = Worker(config.for_worker(), layout, rank, store)
         held.append(real_bytes(worker))
-        worker._shard.part.mesh.barrier()
-        worker.close()
+        leave_together(worker)
     return held
 
 

@@ -147,6 +147,7 @@ def _run_mesh(size: int, rank: int, stores: Sequence[tuple[str, int]]) -> int:
     mesh = Mesh(MeshLayout(size), rank, store=stores[0], timeout_seconds=60.0)
     assert mesh.shares_memory
     count = _many_operations(mesh)
+    mesh.barrier()
     mesh.close()
     return count
 

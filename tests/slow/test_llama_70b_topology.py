@@ -14,7 +14,7 @@ import torch
 from support.llama_70b import write
 from support.planned import Bytes, planned_bytes, real_bytes
 from support.plans import new_sequence
-from support.ranks import Store, run_ranks
+from support.ranks import Store, leave_together, run_ranks
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
@@ -128,8 +128,7 @@ def _run(folder: Path, rank: int, stores: Sequence[Store]) -> list[Ran | None]:
             result = worker.execute(plan)
             worker.check_integrity()
             sampled += [(token.slot, token.token_id) for token in result.sampled]
-        worker._shard.part.mesh.barrier()
-        worker.close()
+        leave_together(worker)
         ran.append(Ran(held, sampled))
     return ran
 

@@ -153,9 +153,17 @@ def _run_job(job: Job, rank: int, store: Store) -> RankRun:
         results.append(worker.execute(plan))
         worker.check_integrity()
     run = RankRun(results, worker.info.num_pages)
-    worker._shard.part.mesh.barrier()  # who leaves first drops what the next stage has not received
-    worker.close()
+    leave_together(worker)
     return run
+
+
+def leave_together(worker: Worker) -> None:
+    """Close this rank's worker once every rank is here.
+
+    Who leaves first drops what the next stage has not received, which then fails or waits.
+    """
+    worker._shard.part.mesh.barrier()
+    worker.close()
 
 
 def sampled_tokens(runs: Sequence[RankRun]) -> dict[int, list[SampledToken]]:
