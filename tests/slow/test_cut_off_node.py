@@ -25,16 +25,13 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 from support.faults import first_loss
-from support.lan import AGENT_PORTS, HEAD, IS_TO_BE_HAD, START_SECONDS, Lan, Node
+from support.lan import AGENT_PORTS, START_SECONDS, Lan, Node, why_none
 from support.node_jobs import NodeJob
 
 from saqqara.cluster.on_ray.placement import alive_nodes
 from saqqara.cluster.recovery.pulse import CUT_OFF_SECONDS
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not IS_TO_BE_HAD, reason="needs root and `ip`"),
-]
+pytestmark = pytest.mark.slow
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +42,8 @@ ROOM = "--num-cpus=2"  # for all ranks
 
 @pytest.fixture
 def lan(tmp_path: Path) -> Iterator[Lan]:
+    if reason := why_none():
+        pytest.skip(f"needs a network of its own: {reason}")
     lan = Lan(tmp_path)
     yield lan
     lan.close()
@@ -59,7 +58,7 @@ def cluster(lan: Lan) -> Iterator[Any]:
             "num_cpus": 0,
             "object_store_memory": 100 * 2**20,
             "include_dashboard": False,
-            "node_ip_address": HEAD,
+            "node_ip_address": lan.head,
             **AGENT_PORTS,
         },
     )

@@ -1,10 +1,10 @@
 """A network of Ray nodes on this machine, each in a network namespace, whose lines can be cut.
 
-It takes root and `ip`.
+It takes a kernel that lets us make bridges: root, and `ip`.
 """
 
-import os
-import shutil
+import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -13,8 +13,6 @@ from pathlib import Path
 
 import psutil
 
-_NETWORK = "10.213.78"
-HEAD = f"{_NETWORK}.1"
 START_SECONDS = 120.0
 # Given ports, a raylet does not wait for its agents, which a busy machine starts too slowly for it.
 AGENT_PORTS = {
@@ -27,7 +25,6 @@ _PORT_FLAGS = (
     "--dashboard-agent-listen-port=28301 --dashboard-agent-grpc-port=28302 "
     "--metrics-export-port=28303 --runtime-env-agent-port=28304"
 )
-IS_TO_BE_HAD = os.geteuid() == 0 and shutil.which("ip") is not None
 
 
 class Node:
@@ -35,12 +32,13 @@ class Node:
 
     Args:
         lan: the network's name.
+        host: the node's address.
         number: of the node, 2 or more.
         folder: for its files.
     """
 
-    def __init__(self, lan: str, number: int, folder: Path) -> None:
-        self.host = f"{_NETWORK}.{number}"
+    def __init__(self, lan: str, host: str, number: int, folder: Path) -> None:
+        self.host = host
         self._name = f"{lan}n{number}"
         self._line = f"{lan}v{number}"
         self._folder = folder / f"node-{number}"
@@ -123,29 +121,34 @@ class Node:
 
 
 class Lan:
-    """A bridge, which has the head's address `HEAD`, and the nodes at it.
+    """A bridge, which has the head's address, and the nodes at it.
+
+    Name and addresses are drawn, so that what a killed run left behind is in nobody's way.
 
     Args:
         folder: for the files of the nodes.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._name = f"sq{os.getpid()}"
+        self._name = _new_name()
+        self._network = f"10.213.{random.SystemRandom().randrange(256)}"
         self._folder = folder
+        self.head = f"{self._network}.1"
         self.nodes: list[Node] = []
         ip(f"link add {self._name} type bridge")
-        ip(f"addr add {HEAD}/24 dev {self._name}")
+        ip(f"addr add {self.head}/24 dev {self._name}")
         ip(f"link set {self._name} up")
 
     def add(self) -> Node:
         """Another namespace, with nothing in it."""
-        node = Node(self._name, 2 + len(self.nodes), self._folder)
+        number = 2 + len(self.nodes)
+        node = Node(self._name, f"{self._network}.{number}", number, self._folder)
         self.nodes.append(node)
         return node
 
     def hosts(self) -> set[str]:
         """The addresses of head and nodes."""
-        return {HEAD, *(node.host for node in self.nodes)}
+        return {self.head, *(node.host for node in self.nodes)}
 
     def close(self) -> None:
         """End all."""
@@ -154,6 +157,31 @@ class Lan:
         ip(f"link del {self._name}")
 
 
+def why_none() -> str | None:
+    """What keeps this machine from having such a network; None: nothing."""
+    name = _new_name()
+    try:
+        ip(f"link add {name} type bridge")
+        ip(f"link del {name}")
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
 def ip(command: str) -> None:
-    """Run `ip`; an error is one."""
-    subprocess.run(["ip", *command.split()], check=True)
+    """Run `ip`.
+
+    Args:
+        command: its arguments.
+
+    Raises:
+        RuntimeError: with what it says, where it fails.
+    """
+    done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ip {command}: {done.stderr.strip()}")
+
+
+def _new_name() -> str:
+    """A name that no network has, short enough for the interfaces named after it."""
+    return f"sq{secrets.token_hex(3)}"
