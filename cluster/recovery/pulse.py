@@ -4,9 +4,10 @@ A rank beats from a thread of its own, so its beats go on while it computes, and
 collective for a rank that has gone. They end when its process is stopped or its node is cut off;
 and when it dies, its connection is closed at once. The controller answers each beat. A rank that
 has no answer for long, or whose controller's side was closed, is of no use to anybody and ends its
-process: nobody else may be able to. The driver of a controller listens to it in the same way, but
-may be stopped for long: the controller ends itself only where the kernel of the driver's machine
-does not acknowledge its beats either.
+process: nobody else may be able to. So does one that the controller has let go and that nobody has
+ended since, as on a node that is cut off together with its controller. The driver of a controller
+listens to it in the same way, but may be stopped for long: the controller ends itself only where
+the kernel of the driver's machine does not acknowledge its beats either.
 
 To load libraries can hold up all threads of a process for many seconds, so more silence is borne of
 a rank until it says that it is up.
@@ -16,6 +17,7 @@ The port is bound to one address and open to whoever knows the token, which is r
 
 import hmac
 import logging
+import math
 import os
 import secrets
 import selectors
@@ -99,7 +101,9 @@ class PulseMonitor:
         self._thread.start()
 
     def close(self) -> None:
-        """Have the thread say goodbye to all ranks, so that none ends itself, and end.
+        """Have the thread say goodbye to all ranks, and end.
+
+        None ends itself at once; somebody is to end them within `CUT_OFF_SECONDS`.
 
         Does not wait for it, so `on_loss` may call this. Calling it again does nothing.
         """
@@ -207,8 +211,9 @@ class Pulse:
     Args:
         address: the controller's.
         rank: who beats.
-        cut_off_seconds: without an answer for so long, the process ends; `math.inf`: only when the
-            connection is closed, or the other machine has been out of reach for `CUT_OFF_SECONDS`.
+        cut_off_seconds: without an answer for so long, or still there so long after the controller
+            has let it go, the process ends; `math.inf`: only when the connection is closed, or the
+            other machine has been out of reach for `CUT_OFF_SECONDS`.
         end: ends it.
 
     Raises:
@@ -248,7 +253,8 @@ class Pulse:
 
     def _run(self) -> None:
         silent_seconds = 0.0
-        while not self._closing.wait(BEAT_SECONDS):
+        is_let_go = False
+        while not is_let_go and not self._closing.wait(BEAT_SECONDS):
             try:
                 self._connection.send(_BEAT)
                 answer = self._connection.recv(4096)
@@ -260,15 +266,20 @@ class Pulse:
                 answer = b""
             if answer:
                 silent_seconds = 0.0
-            if answer is not None and _BYE in answer:
-                break
-            if answer == b"" or silent_seconds >= self._cut_off_seconds:
-                if not self._closing.is_set():
-                    logger.error("the controller is out of reach: this rank ends itself")
-                    self._end()
+                is_let_go = _BYE in answer
+            elif answer == b"" or silent_seconds >= self._cut_off_seconds:
+                self._end_unless_closing("the controller is out of reach: this rank ends itself")
                 break
         _part(self._connection)
         self._connection.close()
+        if is_let_go and math.isfinite(self._cut_off_seconds):
+            self._closing.wait(self._cut_off_seconds)
+            self._end_unless_closing("nobody has ended this rank, which was let go: it does")
+
+    def _end_unless_closing(self, reason: str) -> None:
+        if not self._closing.is_set():
+            logger.error("%s", reason)
+            self._end()
 
 
 def _part(connection: socket.socket) -> None:

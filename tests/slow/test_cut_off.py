@@ -4,8 +4,6 @@ The node is a network namespace of this machine, which takes root and `ip`.
 """
 
 import math
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -13,17 +11,13 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 
 import pytest
+from support.lan import ip, new_name, why_none
 
 from saqqara.cluster.recovery.pulse import CUT_OFF_SECONDS, EXIT_STATUS, PulseMonitor
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and `ip`"
-    ),
-]
+pytestmark = pytest.mark.slow
 
-HERE, THERE = "10.213.77.1", "10.213.77.2"
+HERE, THERE = "10.214.77.1", "10.214.77.2"
 NOTICE_SECONDS = 10.0
 START_SECONDS = 120.0
 PROCESS = """
@@ -40,14 +34,12 @@ time.sleep(600)
 """
 
 
-def ip(command: str) -> None:
-    subprocess.run(["ip", *command.split()], check=True)
-
-
 @pytest.fixture
 def link() -> Iterator[str]:
     """Our end of the line to a node of its own, which is the namespace `<link>n`."""
-    name = f"sq{os.getpid()}"
+    if reason := why_none():
+        pytest.skip(f"needs a network of its own: {reason}")
+    name = new_name()
     ip(f"netns add {name}n")
     try:
         ip(f"link add {name} type veth peer name {name}p netns {name}n")

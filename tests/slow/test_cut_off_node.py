@@ -6,7 +6,7 @@ The nodes are network namespaces of this machine, each with a raylet and its pro
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -65,31 +65,44 @@ def cluster(lan: Lan) -> Iterator[Any]:
     for _ in range(2):
         lan.add().start_ray(cluster.address, ROOM)
     ray.init(address=cluster.address, log_to_driver=False)
-    await_nodes(lan)
+    await_started(lan.nodes)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_a_job_goes_on_where_a_node_with_ranks_is_cut_off(
     cluster: Any, lan: Lan, tmp_path: Path
 ) -> None:
-    job = NodeJob(tmp_path, num_rows=40)
+    """First one with ranks alone, then one with ranks and the controller."""
+    job = NodeJob(tmp_path, num_rows=80)
     with job.running(cluster.address):
         job.await_rows()
         # Each node has one stage, and one of them the controller.
         [cut_off] = [node for node in lan.nodes if not node.actors("Controller")]
         [left] = [node for node in lan.nodes if node is not cut_off]
         assert len(cut_off.actors("RankProcess")) == 2
+        spare = lan.add()
+        spare.start_ray(cluster.address, ROOM)
         cut_and_await_loss(cut_off, job.log_dir / "controller.log")
         job.await_rows()
-        assert len(left.actors("RankProcess")) == 4
-    cut_off.mend()
-    await_empty(cut_off)
+        assert len([*left.actors("RankProcess"), *spare.actors("RankProcess")]) == 4
+        cut_off.mend()
+        await_empty(cut_off)
+
+        await_started([spare])
+        assert left.actors("Controller")
+        assert len(left.actors("RankProcess")) >= 2
+        cut_and_await_loss(left, job.log)
+        job.await_rows()
+        assert spare.actors("Controller")
+        assert len(spare.actors("RankProcess")) == 4
+    left.mend()
+    await_empty(left)
     job.check_answers()
-    assert job.recoveries() == {"unreachable": 1}
-    assert not left.actors("RankProcess") + left.actors("Controller")
+    assert job.recoveries() == {"unreachable": 1, "controller": 1}
+    assert not spare.actors("RankProcess") + spare.actors("Controller")
     states = {group["state"] for group in ray.util.placement_group_table().values()}
     assert states == {"REMOVED"}
 
@@ -111,11 +124,14 @@ def cut_and_await_loss(node: Node, log: Path) -> None:
     logger.info("ended itself after %.1f s", time.monotonic() - started)
 
 
-def await_nodes(lan: Lan) -> None:
-    """Wait until the cluster has the head and all nodes."""
+def await_started(nodes: Sequence[Node]) -> None:
+    """Wait until these nodes are part of the cluster."""
     deadline = time.monotonic() + START_SECONDS
-    while {node["NodeManagerAddress"] for node in alive_nodes()} != lan.hosts():
+    hosts = {node.host for node in nodes}
+    while not hosts <= {node["NodeManagerAddress"] for node in alive_nodes()}:
         assert time.monotonic() < deadline
+        for node in nodes:
+            node.start_again_if_ended()
         time.sleep(0.1)
 
 

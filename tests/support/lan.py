@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 # Given ports, a raylet does not wait for its agents, which a busy machine starts too slowly for it.
 AGENT_PORTS = {
     "dashboard_agent_listen_port": 28301,
@@ -43,6 +43,7 @@ class Node:
         self._line = f"{lan}v{number}"
         self._folder = folder / f"node-{number}"
         self._folder.mkdir(exist_ok=True)
+        self._command: list[str] = []
         self._started: list[subprocess.Popen[bytes]] = []
         inner = f"{lan}p{number}"
         ip(f"netns add {self._name}")
@@ -66,10 +67,18 @@ class Node:
             f"--address={address} --node-ip-address={self.host} {resources} {_PORT_FLAGS} "
             "--object-store-memory=100000000 --block"
         )
-        command = ["ip", "netns", "exec", self._name, "sh", "-c", inside]
+        self._command = ["ip", "netns", "exec", self._name, "sh", "-c", inside]
+        self._start()
+
+    def start_again_if_ended(self) -> None:
+        """Start the raylet again where it gave up, as it does on a busy machine."""
+        if self._started[-1].poll() is not None:
+            self._start()
+
+    def _start(self) -> None:
         with (self._folder / "start.log").open("ab") as log:
             self._started.append(
-                subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+                subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True)
             )
 
     def cut(self) -> None:
@@ -130,7 +139,7 @@ class Lan:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._name = _new_name()
+        self._name = new_name()
         self._network = f"10.213.{random.SystemRandom().randrange(256)}"
         self._folder = folder
         self.head = f"{self._network}.1"
@@ -146,10 +155,6 @@ class Lan:
         self.nodes.append(node)
         return node
 
-    def hosts(self) -> set[str]:
-        """The addresses of head and nodes."""
-        return {self.head, *(node.host for node in self.nodes)}
-
     def close(self) -> None:
         """End all."""
         for node in self.nodes:
@@ -157,9 +162,14 @@ class Lan:
         ip(f"link del {self._name}")
 
 
+def new_name() -> str:
+    """A name that no network has, short enough for the interfaces named after it."""
+    return f"sq{secrets.token_hex(3)}"
+
+
 def why_none() -> str | None:
     """What keeps this machine from having such a network; None: nothing."""
-    name = _new_name()
+    name = new_name()
     try:
         ip(f"link add {name} type bridge")
         ip(f"link del {name}")
@@ -180,8 +190,3 @@ def ip(command: str) -> None:
     done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"ip {command}: {done.stderr.strip()}")
-
-
-def _new_name() -> str:
-    """A name that no network has, short enough for the interfaces named after it."""
-    return f"sq{secrets.token_hex(3)}"

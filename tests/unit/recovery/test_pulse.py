@@ -1,5 +1,6 @@
 """Ranks and their controller hear of each other's end: by closed connections, or by silence."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,13 @@ from queue import Empty, SimpleQueue
 
 import pytest
 
-from saqqara.cluster.recovery.pulse import EXIT_STATUS, Pulse, PulseAddress, PulseMonitor
+from saqqara.cluster.recovery.pulse import (
+    BEAT_SECONDS,
+    EXIT_STATUS,
+    Pulse,
+    PulseAddress,
+    PulseMonitor,
+)
 
 Loss = tuple[int, bool]
 SILENT = 1.5
@@ -148,9 +155,26 @@ def test_a_meant_end_ends_nobody_else(monitor: PulseMonitor, losses: SimpleQueue
     first.close()
     assert is_quiet(losses, 1.0), "it said goodbye"
     monitor.close()
-    second._thread.join(PATIENCE)
+    assert not ended.wait(3 * BEAT_SECONDS), "so did the controller"
+    second.close()
     assert not second._thread.is_alive()
-    assert not ended.is_set(), "so did the controller"
+    assert not ended.is_set()
+
+
+def test_a_rank_that_was_let_go_and_that_nobody_ends_ends_itself(monitor: PulseMonitor) -> None:
+    ends = {seconds: threading.Event() for seconds in (2.0, math.inf)}
+    pulses = [
+        Pulse(monitor.address, rank, seconds, end=ended.set)
+        for rank, (seconds, ended) in enumerate(ends.items())
+    ]
+    while len(monitor._peers) < len(pulses):
+        time.sleep(0.02)
+    monitor.close()
+    assert ends[2.0].wait(PATIENCE)
+    for pulse in pulses:
+        pulse._thread.join(PATIENCE)
+        assert not pulse._thread.is_alive()
+    assert not ends[math.inf].is_set(), "a controller waits for its driver"
 
 
 def test_who_does_not_know_the_token_is_nobody(
