@@ -78,9 +78,11 @@ ROOMS = {
     | {"configs", "cluster", "cluster/recovery", "workers", "workers/footprint.py", "workers/mesh"},
     "cluster/openai": _BASE,
     "cluster/server": _BASE | {"cluster/openai", "cluster/engine"},
+    "cluster/server/routes": _BASE | {"cluster/server", "cluster/openai", "cluster/engine"},
+    "cluster/server/app.py": _BASE | {"cluster/server", "cluster/server/routes", "cluster/openai"},
     "cluster/on_ray": _BASE
     | _MODEL
-    | {"cluster/server", "cluster/engine", "cluster/recovery"}
+    | {"cluster/server", "cluster/server/app.py", "cluster/engine", "cluster/recovery"}
     | {"workers/process.py", "workers/worker.py"},
     # The doors: an engine in this process or on Ray, Python's, and an earlier place of Serve's.
     "cluster/failover.py": _BASE | {"cluster/engine", "cluster/recovery"},
