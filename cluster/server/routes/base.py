@@ -22,13 +22,11 @@ Handler = Callable[..., Any]  # as FastAPI takes them
 
 
 class Routes(Protocol):
-    """A group of paths.
+    """A group of paths."""
 
-    Attributes:
-        endpoints: what is said of them in the description of the API.
-    """
-
-    endpoints: tuple[Endpoint, ...]
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """What is said of them in the description of the API."""
 
     def add_to(self, app: FastAPI) -> None:
         """Register the paths."""

@@ -26,8 +26,7 @@ class ModelRoutes:
 
     def add_to(self, app: FastAPI) -> None:
         """Register the paths."""
-        handlers = {"/v1/models": self.models, "/v1/models/{model:path}": self.model}
-        register(app, "GET", handlers)
+        register(app, "GET", {"/v1/models": self.models, "/v1/models/{model:path}": self.model})
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""
