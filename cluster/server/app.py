@@ -23,6 +23,7 @@ from .routes.completions import CompletionRoutes
 from .routes.description import DescriptionRoutes
 from .routes.models import ModelRoutes
 from .routes.operations import OperationRoutes
+from .routes.responses import ResponseRoutes
 from .routes.tokens import TokenRoutes
 
 CLIENT_LEFT = 499  # what nginx logs for it; nobody is there to read it
@@ -49,6 +50,7 @@ def make_app(generation: Generation, keys: ApiKeys, allowed_origins: Sequence[st
     door = Door(generation, keys)
     groups: tuple[Routes, ...] = (
         CompletionRoutes(door),
+        ResponseRoutes(door),
         TokenRoutes(door),
         ModelRoutes(door),
         OperationRoutes(door),
