@@ -1,1 +1,1 @@
-"""What is in the text of a chat's answer: thoughts, content, tool calls. Imports the words alone."""
+"""What is in the text of a chat's answer: thoughts, content, tool calls. Imports words alone."""

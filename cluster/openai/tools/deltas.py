@@ -84,7 +84,7 @@ def mistral_call_id() -> str:
 class Sink:
     """Takes what a parser has found, in order, and gives it out as deltas.
 
-    Space around calls belongs to their format, so it is no content.
+    Space around calls belongs to their format: it is content only between two pieces of content.
 
     Args:
         new_id: makes the ids of calls.
@@ -100,6 +100,7 @@ class Sink:
     _content: list[str] = field(default_factory=list)
     _space: list[str] = field(default_factory=list)
     _follows_call: bool = False
+    _has_content: bool = False
     _heads: dict[int, tuple[str, str]] = field(default_factory=dict)
     _arguments: dict[int, list[str]] = field(default_factory=dict)
 
@@ -109,11 +110,12 @@ class Sink:
         if not body:
             self._space.append(text)
             return
-        if self._follows_call:
-            self._follows_call = False
+        if self._follows_call and not self._has_content:
             self._content.append(body.lstrip(SPACE))
         else:
             self._content += [*self._space, body]
+        self._follows_call = False
+        self._has_content = True
         self._space = [text[len(body) :]]
 
     def begin_call(self, name: str) -> None:
@@ -141,8 +143,9 @@ class Sink:
         calls = tuple(
             CallDelta(
                 index,
-                *self._heads.get(index, (None, None)),
-                "".join(self._arguments.get(index, ())),
+                id=self._heads[index][0] if index in self._heads else None,
+                name=self._heads[index][1] if index in self._heads else None,
+                arguments="".join(self._arguments.get(index, ())),
             )
             for index in indices
         )

@@ -1,4 +1,4 @@
-"""Calls as Hermes and Qwen write them: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`."""
+"""Calls of Hermes and Qwen: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`."""
 
 from typing import ClassVar
 
@@ -46,6 +46,7 @@ class HermesParser(CallParser):
     def _after_call(self, text: str, at: int) -> int:
         """The closing marker, which some models forget."""
         place = self.skip_space(text, at)
+        self.sink.content(text[at:place])
         if place == len(text) or self.may_begin(text, place, _END):
             return place
         self.go(self.start)

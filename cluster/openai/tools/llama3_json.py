@@ -78,8 +78,6 @@ class Llama3JsonParser(CallParser):
 
     def unfinished(self) -> None:
         """A `;` at the end is no content."""
-        if self._held and "".join(self._held).strip(SPACE + ";"):
-            self.release()
-        elif not self.sink.num_calls:
+        if not self.sink.num_calls or "".join(self._held).strip(SPACE + ";"):
             self.release()
         self._held.clear()

@@ -153,6 +153,7 @@ class Qwen3CoderParser(CallParser):
 
     def _after_function(self, text: str, at: int) -> int:
         place = self.skip_space(text, at)
+        self.sink.content(text[at:place])
         if place == len(text) or self.may_begin(text, place, _END):
             return place
         self.go(self.start)

@@ -23,7 +23,8 @@ class ThoughtSplitter:
         self._is_open = is_open
         self._state = "begin"
         self._text = ""
-        self._space: list[str] = []
+        self._space: list[str] = []  # held back
+        self._has_thought = False
 
     def feed(self, text: str, *, is_end: bool = False) -> tuple[str, str]:
         """Take the next piece; returns what is certain now: (thoughts, rest)."""
@@ -45,19 +46,18 @@ class ThoughtSplitter:
     def _begin(self, rest: list[str], *, is_end: bool) -> None:
         """Space and a marker that may come, before anything else."""
         body = self._text.lstrip(SPACE)
-        if body != self._text:
-            self._space.append(self._text[: len(self._text) - len(body)])
-            self._text = body
+        self._space.append(self._text[: len(self._text) - len(body)])
+        self._text = body
+        if BEGIN.startswith(body) and body != BEGIN and not is_end:
+            return
         if body.startswith(BEGIN):
             self._text = body[len(BEGIN) :]
-            self._state = "lead"
-        elif not BEGIN.startswith(body) or is_end:
-            self._state = "lead" if self._is_open else "rest"
-            if not self._is_open:
-                rest += self._space
-        if self._state == "lead":
-            self._space.clear()
-            self._state = "thoughts"
+        elif not self._is_open:
+            self._state = "rest"
+            rest += self._space
+            return
+        self._state = "thoughts"
+        self._space.clear()
 
     def _think(self, thoughts: list[str], *, is_end: bool) -> None:
         found = _END.search(self._text, 0)
@@ -83,5 +83,3 @@ class ThoughtSplitter:
             self._has_thought = True
             thoughts.append(body.lstrip(SPACE))
         self._space = [text[len(body) :]]
-
-    _has_thought = False
