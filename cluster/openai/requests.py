@@ -113,6 +113,7 @@ class GenerationRequest(IdleFields):
     retention: str | dict[str, Any] | None = None
     budget: int | str | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    timeout_seconds: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
@@ -131,6 +132,7 @@ class GenerationRequest(IdleFields):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         _check_limit("stop", len(stops), limits.max_stop, " strings")
         _check_limit(self.logprobs_field, self.num_logprobs or 0, limits.max_logprobs)
+        _check_limit("timeout_seconds", self.timeout_seconds or 0, limits.max_timeout_seconds)
 
     def check_profile(self) -> None:
         """Raise an `ApiError` if `retention` names a file: clients read none of the server's."""
@@ -342,11 +344,10 @@ class DetokenizeRequest(BaseModel):
     tokens: FailFastList[int]
 
 
-def _check_limit(name: str, value: int, limit: int, what: str = "") -> None:
+def _check_limit(name: str, value: float, limit: float, what: str = "") -> None:
     if value > limit:
-        raise ApiError(
-            400, f"{name} may be at most {limit}{what} here, not {value}", name, "limit_exceeded"
-        )
+        message = f"{name} may be at most {limit:.10g}{what} here, not {value:.10g}"
+        raise ApiError(400, message, name, "limit_exceeded")
 
 
 def _token_ids(bias: Mapping[str, float]) -> dict[int, float]:

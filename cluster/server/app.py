@@ -1,5 +1,6 @@
 """The HTTP API as an ASGI application over one engine. No Ray here: any ASGI server can run it."""
 
+import asyncio
 import logging
 import time
 import uuid
@@ -33,7 +34,7 @@ from .api_keys import ApiKeys
 from .docs import Endpoint, docs_page, openapi
 from .generation import Generation, Job
 from .guard import add_guards, check_is_json
-from .io import EventStream, race, read_body, unless_disconnected
+from .io import EventStream, race, read_body, unless_disconnected, until
 
 logger = logging.getLogger(__name__)
 
@@ -197,10 +198,19 @@ class _Routes:
     async def _generate(
         self, request: Request, kind: type[CompletionRequest] | type[ChatRequest]
     ) -> Response:
+        arrived = asyncio.get_running_loop().time()
         body = await self._read(request, kind)
         assert isinstance(body, CompletionRequest | ChatRequest)
-        job = await self._generation.prepare(body)
-        is_chat = kind is ChatRequest
+        deadline = self._generation.deadline(body, arrived)
+        async with until(deadline):
+            return await self._answer(request, body, deadline)
+
+    async def _answer(
+        self, request: Request, body: CompletionRequest | ChatRequest, deadline: float | None
+    ) -> Response:
+        """The answer, or its first event: a stream ends by its job's deadline."""
+        job = await self._generation.prepare(body, deadline)
+        is_chat = isinstance(body, ChatRequest)
         head = ReplyHead(
             id=f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             created=int(time.time()),
