@@ -193,7 +193,9 @@ def serve(
     ] = None,
     default_timeout_seconds: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Time for an answer where a request says none. [default: any]"),
+        typer.Option(
+            min=0.001, help="Time for an answer where a request says none. [default: any]"
+        ),
     ] = None,
     max_timeout_seconds: Annotated[
         float | None,
