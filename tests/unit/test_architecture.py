@@ -77,7 +77,8 @@ ROOMS = {
     "cluster/simulation": _below("cluster/planning", "cluster/scheduling", "compression")
     | {"configs", "cluster", "cluster/recovery", "workers", "workers/footprint.py", "workers/mesh"},
     "cluster/openai": _BASE,
-    "cluster/server": _BASE | {"cluster/openai", "cluster/engine"},
+    "cluster/server": _BASE | {"cluster/openai", "cluster/engine", "cluster/server/page"},
+    "cluster/server/page": _below("compression"),
     "cluster/on_ray": _BASE
     | _MODEL
     | {"cluster/server", "cluster/engine", "cluster/recovery"}
