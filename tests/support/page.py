@@ -45,6 +45,11 @@ class Page:
         until(self.driver, lambda: part in self.text(selector), what)
         return self.text(selector)
 
+    def wait_longer(self, selector: str) -> None:
+        """Wait until the text of an element is longer than now."""
+        length = len(self.text(selector))
+        until(self.driver, lambda: len(self.text(selector)) > length, f"{selector} grows")
+
     def choose(self, retention: str, budget: str | None = None) -> None:
         """Choose a retention method and its budget."""
         Select(self.driver.find_element(By.ID, "retention")).select_by_value(retention)
@@ -78,4 +83,5 @@ class Page:
 
     def problems(self) -> list[Any]:
         """What the browser's console has to complain of since the last time."""
-        return [entry for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+        entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
+        return [entry for entry in entries if entry["level"] == "SEVERE"]

@@ -60,6 +60,8 @@ _WORKERS["workers/retain"] = frozenset({*_WORKERS, "compression"}) - {"workers/p
 _WORKERS["workers/passes"] = frozenset({*_WORKERS, "compression"}) - {"workers/process.py"}
 _WORKERS["workers/worker.py"] = frozenset({*_WORKERS, "compression", "configs"})
 _BASE = _below("configs", "compression", "cluster")
+# The dialect of OpenAI's API, room by room, for those who speak it: server and batch lines.
+_OPENAI = _below("cluster/openai", "cluster/openai/requests")
 # What says how large a model is and how it is divided: no tensors are made for it.
 _MODEL = _below("workers", "workers/models", "workers/mesh")
 ROOMS = {
@@ -77,11 +79,16 @@ ROOMS = {
     "cluster/simulation": _below("cluster/planning", "cluster/scheduling", "compression")
     | {"configs", "cluster", "cluster/recovery", "workers", "workers/footprint.py", "workers/mesh"},
     "cluster/openai": _BASE,
-    "cluster/server": _BASE | {"cluster/openai", "cluster/engine", "cluster/server/page"},
+    "cluster/openai/requests": _BASE | {"cluster/openai"},
+    "cluster/server": _BASE | _OPENAI | {"cluster/engine"},
+    "cluster/server/routes": _BASE | _OPENAI | {"cluster/server", "cluster/engine"},
     "cluster/server/page": _below("compression"),
+    "cluster/server/app.py": _BASE
+    | _OPENAI
+    | {"cluster/server", "cluster/server/routes", "cluster/server/page"},
     "cluster/on_ray": _BASE
     | _MODEL
-    | {"cluster/server", "cluster/engine", "cluster/recovery"}
+    | {"cluster/server", "cluster/server/app.py", "cluster/engine", "cluster/recovery"}
     | {"workers/process.py", "workers/worker.py"},
     # The doors: an engine in this process or on Ray, Python's, and an earlier place of Serve's.
     "cluster/failover.py": _BASE | {"cluster/engine", "cluster/recovery"},
@@ -90,9 +97,10 @@ ROOMS = {
     | {"cluster/failover.py", "cluster/on_ray", "cluster/engine"},
     "cluster/llm.py": _BASE | {"cluster/launch.py", "cluster/engine"},
     "cluster/serve.py": _below("cluster/on_ray"),
-    "cluster/batch": _BASE | _MODEL | {"cluster/launch.py", "cluster/openai", "cluster/engine"},
+    "cluster/batch": _BASE | _MODEL | _OPENAI | {"cluster/launch.py", "cluster/engine"},
     "cluster/batch/parts": _BASE
-    | {"cluster/batch", "cluster/launch.py", "cluster/openai", "cluster/engine", "cluster/on_ray"},
+    | _OPENAI
+    | {"cluster/batch", "cluster/launch.py", "cluster/engine", "cluster/on_ray"},
     "cluster/cli": _BASE
     | _MODEL
     | {"cluster/batch", "cluster/batch/parts", "cluster/server", "cluster/on_ray"}

@@ -38,8 +38,10 @@ function bytes(value) {
   return `${value >= 100 || place === 0 ? Math.round(value) : value.toFixed(1)} ${units[place]}`;
 }
 
-function say(text) {
+/** Say it to all, or to screen readers only: what can be seen anyway. */
+function say(text, isSeen = false) {
   $("status").textContent = text;
+  $("status").classList.toggle("unseen", isSeen);
 }
 
 // ---------------------------------------------------------------- the server
@@ -300,7 +302,7 @@ async function send(text) {
   $("log").scrollTop = $("log").scrollHeight;
 
   setRunning(new AbortController());
-  say("The answer comes.");
+  say("The answer comes.", true);
   const { signal } = chat.running;
   await Promise.all(runs.map(([answer, body]) => answer.run(body, signal)));
   setRunning(null);
@@ -319,16 +321,16 @@ function conclude(text, turn, answers) {
       send(text);
     });
     ours.card.querySelector(".error").append(again);
-    say("The answer has failed.");
+    say("The answer has failed.", true);
     return;
   }
   chat.history.push({ role: "user", content: text }, { role: "assistant", content: ours.text });
   if (other && !other.failure && ours.text && other.text) {
     const note = element("p", "help", comparison(ours.text, other.text));
     turn.append(note);
-    say(`The answers are there. ${note.textContent}`);
+    say(`The answers are there. ${note.textContent}`, true);
   } else {
-    say("The answer is there.");
+    say("The answer is there.", true);
   }
   follow();
 }

@@ -1,13 +1,16 @@
 """The page in a real browser: against scripted answers, and against a small engine."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from support.api_server import ENGINE, MAX_MODEL_LEN
 from support.browser import chromium, until
-from support.local_server import listening
+from support.byte_llama import save_tiny_llama
+from support.local_server import engine_app, listening
 from support.page import Page
 from support.scripted_server import KEY, Scripted, stats
 
@@ -197,3 +200,33 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_only(browser: Chrome) -> None:
         page.load()
         page.wait_text("#model", "scripted")
         assert browser.execute_script("return [localStorage.length, document.cookie]") == [0, ""]
+
+
+def test_with_a_real_engine_text_streams_and_the_answers_stand_side_by_side(
+    browser: Chrome, tmp_path: Path
+) -> None:
+    save_tiny_llama(tmp_path, max_position=MAX_MODEL_LEN)
+    with listening(engine_app(tmp_path, engine_kwargs=ENGINE), PREFIX) as url:
+        page = Page(browser, url)
+        page.problems()
+        page.choose("pyramidkv", "25%")
+        page.fill("#max-tokens", "6000")
+        page.send("word " * 100)
+        for _ in range(3):
+            page.wait_longer(".ours .text")
+        page.driver.find_element(By.ID, "stop").click()
+        page.wait_done(2)
+        assert page.text(".ours h3 span") == page.text(".other h3 span") == "stopped"
+
+        page.fill("#max-tokens", "8")
+        page.send("word " * 100)
+        page.wait_done(4)
+        last = ".turn:last-child"
+        for answer in (f"{last} .ours", f"{last} .other"):
+            assert page.text(f"{answer} .text")
+            assert page.text(f"{answer} h3 span") == "cut at its length"
+            assert "8 out" in page.text(f"{answer} .facts")
+        page.choose("tova", "0%")  # what the engine refuses
+        page.send("Hello")
+        page.wait_done(6)
+        assert "budget" in page.text(".turn:last-child .ours .error")

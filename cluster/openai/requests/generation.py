@@ -1,25 +1,22 @@
-"""Requests as clients write them, over HTTP and in the lines of a batch job alike.
+"""What all requests for text have in common.
 
 Names and meaning are OpenAI's; beyond those there are vLLM's sampling extensions and our own
 `retention` and `budget`. Fields that are neither are errors, so that nothing is dropped silently.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Self, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from saqqara.cluster.chat import ChatOptions
+from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.openai.fields import IdleFields, StreamOptions
 from saqqara.cluster.sampling import FEW_ENTRIES, FailFastList, SamplingParams
 from saqqara.compression.retention import Retention
-from saqqara.configs.json_text import DoubledKeyError, parse_json
 from saqqara.configs.schema import ServerLimits
 from saqqara.configs.yaml_files import CONFIG_DIR
 
-from .errors import ApiError, a_type
-from .fields import IdleChatFields, IdleCompletionFields, IdleFields, StreamOptions
-
-Body = TypeVar("Body", bound=BaseModel)
+from .reading import check_limit
 
 _MAX_ID_DIGITS = 10
 
@@ -30,55 +27,6 @@ _SAMPLING_FIELDS = (
     *("skip_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens"),
     *("allowed_token_ids", "bad_words"),
 )
-
-
-def read_object(text: str | bytes, what: str) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ApiError: it is none, or has a key twice; `what` says what was read.
-    """
-    try:
-        data = parse_json(text)
-    except DoubledKeyError as error:
-        raise ApiError(400, str(error), error.key, "invalid_value") from None
-    except ValueError as error:
-        half = (
-            "; half of a surrogate pair (\\udXXX) is no text" if "hex escape" in str(error) else ""
-        )
-        message = f"{what} is not JSON: {error}{half}"
-        raise ApiError(400, message, None, "invalid_value") from None
-    if not isinstance(data, dict):
-        message = f"{what} must be a JSON object, not {a_type(data)}"
-        raise ApiError(400, message, None, "invalid_value")
-    return data
-
-
-def read_request(kind: type[Body], fields: Mapping[str, Any]) -> Body:
-    """A request from its fields.
-
-    Raises:
-        ApiError: a field is unknown, missing or wrong; names it.
-    """
-    if len(fields) > len(kind.model_fields):  # pydantic would write an error for each of them
-        unknown = next(name for name in fields if name not in kind.model_fields)
-        raise ApiError.unknown(unknown, kind.model_fields)
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        raise ApiError.of(error, known=kind.model_fields) from None
-
-
-def check_model(model: str | None, names: Collection[str]) -> None:
-    """Raise an `ApiError` (404) unless a request's model is the one that is here."""
-    if model is not None and model not in names:
-        known = " or ".join(repr(name) for name in names)
-        raise ApiError(
-            404,
-            f"model {model!r:.200} does not exist here; there is {known}",
-            "model",
-            "model_not_found",
-        )
 
 
 class GenerationRequest(IdleFields):
@@ -127,10 +75,10 @@ class GenerationRequest(IdleFields):
 
     def check_limits(self, limits: ServerLimits) -> None:
         """Raise an `ApiError` if the request asks for more than this server gives."""
-        _check_limit("n", self.n or 1, limits.max_n)
+        check_limit("n", self.n or 1, limits.max_n)
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        _check_limit("stop", len(stops), limits.max_stop, " strings")
-        _check_limit(self.logprobs_field, self.num_logprobs or 0, limits.max_logprobs)
+        check_limit("stop", len(stops), limits.max_stop, " strings")
+        check_limit(self.logprobs_field, self.num_logprobs or 0, limits.max_logprobs)
 
     def check_profile(self) -> None:
         """Raise an `ApiError` if `retention` names a file: clients read none of the server's."""
@@ -217,136 +165,6 @@ class GenerationRequest(IdleFields):
             field = "budget" if is_budget else "retention"
             message = str(error) if is_budget else f"retention: {error}"
             raise ApiError(400, message, field, "invalid_value") from None
-
-
-class CompletionRequest(GenerationRequest, IdleCompletionFields):
-    """`POST /v1/completions`."""
-
-    prompt: str | FailFastList[int] | FailFastList[str] | FailFastList[FailFastList[int]]
-    logprobs: int | None = None
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """See `GenerationRequest`."""
-        return self.logprobs
-
-    @property
-    def default_max_tokens(self) -> int | None:
-        """See `GenerationRequest`; this is OpenAI's."""
-        return 16
-
-    def prompts(self, max_prompts: int) -> list[str | list[int]]:
-        """The prompts one by one.
-
-        Raises:
-            ApiError: there are none or too many.
-        """
-        if not self.prompt:
-            message = "prompt is empty; it needs a text or token ids"
-            raise ApiError(400, message, "prompt", "invalid_value")
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        prompts: list[Any] = list(self.prompt)
-        if isinstance(prompts[0], int):
-            return [prompts]
-        _check_limit("prompt", len(prompts), max_prompts, " prompts")
-        return prompts
-
-
-class ChatFields(BaseModel):
-    """How a conversation is written; see `ChatOptions`."""
-
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    def chat_options(self) -> ChatOptions:
-        """The options.
-
-        Raises:
-            ApiError: they do not go together; names the field.
-        """
-        try:
-            return ChatOptions(
-                add_generation_prompt=self.add_generation_prompt,
-                continue_final_message=bool(self.continue_final_message),
-                template_args=self.chat_template_kwargs or {},
-            )
-        except ValueError as error:
-            raise ApiError.of(error) from None
-
-
-class ChatRequest(GenerationRequest, ChatFields, IdleChatFields):
-    """`POST /v1/chat/completions`. Messages are checked by the tokenizer, which reads them."""
-
-    messages: FailFastList[dict[str, Any]]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-
-    @model_validator(mode="after")
-    def _check_pairs(self) -> Self:
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
-        bounds = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(bounds) > 1:
-            raise ValueError("max_tokens and max_completion_tokens mean the same; give one")
-        return self
-
-    @property
-    def prompt_field(self) -> str:
-        """See `GenerationRequest`."""
-        return "messages"
-
-    @property
-    def logprobs_field(self) -> str:
-        """See `GenerationRequest`."""
-        return "top_logprobs"
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """See `GenerationRequest`."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def max_new_tokens(self) -> tuple[str, int | None]:
-        """See `GenerationRequest`."""
-        if self.max_completion_tokens is not None:
-            return "max_completion_tokens", self.max_completion_tokens
-        return "max_tokens", self.max_tokens
-
-
-class TokenizeRequest(ChatFields):
-    """`POST /tokenize`: a text, or a chat as its template writes it."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: FailFastList[dict[str, Any]] | None = None
-    add_special_tokens: bool | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("prompt or messages must be given, and not both")
-        return self
-
-
-class DetokenizeRequest(BaseModel):
-    """`POST /detokenize`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model: str | None = None
-    tokens: FailFastList[int]
-
-
-def _check_limit(name: str, value: int, limit: int, what: str = "") -> None:
-    if value > limit:
-        raise ApiError(
-            400, f"{name} may be at most {limit}{what} here, not {value}", name, "limit_exceeded"
-        )
 
 
 def _token_ids(bias: Mapping[str, float]) -> dict[int, float]:

@@ -1,0 +1,75 @@
+"""`POST /v1/chat/completions`, and how a conversation is written."""
+
+from typing import Any, Self
+
+from pydantic import BaseModel, model_validator
+
+from saqqara.cluster.chat import ChatOptions
+from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.openai.fields import IdleChatFields
+from saqqara.cluster.sampling import FailFastList
+
+from .generation import GenerationRequest
+
+
+class ChatFields(BaseModel):
+    """How a conversation is written; see `ChatOptions`."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def chat_options(self) -> ChatOptions:
+        """The options.
+
+        Raises:
+            ApiError: they do not go together; names the field.
+        """
+        try:
+            return ChatOptions(
+                add_generation_prompt=self.add_generation_prompt,
+                continue_final_message=bool(self.continue_final_message),
+                template_args=self.chat_template_kwargs or {},
+            )
+        except ValueError as error:
+            raise ApiError.of(error) from None
+
+
+class ChatRequest(GenerationRequest, ChatFields, IdleChatFields):
+    """`POST /v1/chat/completions`. Messages are checked by the tokenizer, which reads them."""
+
+    messages: FailFastList[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        bounds = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(bounds) > 1:
+            raise ValueError("max_tokens and max_completion_tokens mean the same; give one")
+        return self
+
+    @property
+    def prompt_field(self) -> str:
+        """See `GenerationRequest`."""
+        return "messages"
+
+    @property
+    def logprobs_field(self) -> str:
+        """See `GenerationRequest`."""
+        return "top_logprobs"
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `GenerationRequest`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def max_new_tokens(self) -> tuple[str, int | None]:
+        """See `GenerationRequest`."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
