@@ -423,6 +423,12 @@ function drawRates() {
   $("spark").firstElementChild.setAttribute("points", points.join(" "));
 }
 
+function layerOfBars() {
+  const layer = shape("g", {});
+  layer.append(shape("title", {}), shape("rect", { class: "full", rx: 1 }), shape("rect", { class: "kept", rx: 1 }));
+  return layer;
+}
+
 /** Bars by layer, the lowest at the bottom, kept before full; and the same in words. */
 function drawPyramid({ kept_tokens: kept, full_tokens: full, is_live: isLive, num_sequences: count }) {
   if (!kept.length || !(full > 0)) return;
@@ -433,18 +439,16 @@ function drawPyramid({ kept_tokens: kept, full_tokens: full, is_live: isLive, nu
   const step = height / kept.length;
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.setAttribute("preserveAspectRatio", "none");
-  const bars = [];
+  if (svg.childElementCount !== kept.length) svg.replaceChildren(...kept.map(layerOfBars));
   for (const [layer, tokens] of kept.entries()) {
-    const y = height - (layer + 1) * step;
-    const size = Math.min(1, tokens / full) * width;
-    const title = `Layer ${layer}: ${number(tokens)} of ${number(full)} tokens`;
-    for (const [kind, w] of [["full", width], ["kept", size]]) {
-      const bar = shape("rect", { class: kind, x: (width - w) / 2, y, width: w, height: Math.max(step - gap, 0.5), rx: 1 });
-      bar.append(shape("title", {}, title));
-      bars.push(bar);
+    const [title, ...bars] = svg.children[layer].children;
+    title.textContent = `Layer ${layer}: ${number(tokens)} of ${number(full)} tokens`;
+    for (const [place, size] of [width, Math.min(1, tokens / full) * width].entries()) {
+      const y = height - (layer + 1) * step;
+      const drawn = { x: (width - size) / 2, y, width: size, height: Math.max(step - gap, 0.5) };
+      for (const [name, value] of Object.entries(drawn)) bars[place].setAttribute(name, value);
     }
   }
-  svg.replaceChildren(...bars);
   const mean = kept.reduce((sum, tokens) => sum + tokens, 0) / kept.length;
   const most = Math.max(...kept);
   const least = Math.min(...kept);

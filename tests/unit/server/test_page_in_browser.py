@@ -138,7 +138,9 @@ def test_errors_say_what_to_do_and_can_be_tried_again(
 
 def test_the_pyramid_moves_with_the_engine(page: Page, scripted: Scripted) -> None:
     def widths() -> list[float]:
-        return [float(bar.get_attribute("width") or 0) for bar in page.all("#pyramid .kept")]
+        bars = "document.querySelectorAll('#pyramid .kept')"
+        script = f"return Array.from({bars}, (bar) => Number(bar.getAttribute('width')))"
+        return list(page.driver.execute_script(script))
 
     until(page.driver, lambda: widths() == [160, 80, 40], "the bars are those of the layers")
     assert "between 2 and 8" in page.text("#pyramid-note")
