@@ -61,7 +61,7 @@ _WORKERS["workers/passes"] = frozenset({*_WORKERS, "compression"}) - {"workers/p
 _WORKERS["workers/worker.py"] = frozenset({*_WORKERS, "compression", "configs"})
 _BASE = _below("configs", "compression", "cluster")
 # The dialect of OpenAI's API, room by room, for those who speak it: server and batch lines.
-_OPENAI = _below("cluster/openai", "cluster/openai/requests")
+_OPENAI = _below("cluster/openai", "cluster/openai/requests", "cluster/openai/tools")
 # What says how large a model is and how it is divided: no tensors are made for it.
 _MODEL = _below("workers", "workers/models", "workers/mesh")
 ROOMS = {
@@ -79,8 +79,9 @@ ROOMS = {
     | {"workers/footprint.py", "workers/mesh", "workers/models"},
     "cluster/simulation": _below("cluster/planning", "cluster/scheduling", "compression")
     | {"configs", "cluster", "cluster/recovery", "workers", "workers/footprint.py", "workers/mesh"},
-    "cluster/openai": _BASE,
-    "cluster/openai/requests": _BASE | {"cluster/openai"},
+    "cluster/openai/tools": _BASE,
+    "cluster/openai": _BASE | {"cluster/openai/tools"},
+    "cluster/openai/requests": _BASE | {"cluster/openai", "cluster/openai/tools"},
     "cluster/server": _BASE | _OPENAI | {"cluster/engine", "cluster/live"},
     "cluster/server/routes": _BASE | _OPENAI | {"cluster/server", "cluster/engine"},
     "cluster/server/page": _below("compression"),
