@@ -25,6 +25,7 @@ from .routes.description import DescriptionRoutes
 from .routes.models import ModelRoutes
 from .routes.operations import OperationRoutes
 from .routes.responses import ResponseRoutes
+from .routes.stats import StatsRoutes
 from .routes.tokens import TokenRoutes
 
 CLIENT_LEFT = 499  # what nginx logs for it; nobody is there to read it
@@ -62,6 +63,7 @@ def make_app(
         TokenRoutes(door),
         ModelRoutes(door),
         OperationRoutes(door),
+        StatsRoutes(door),
     )
     endpoints = [endpoint for group in groups for endpoint in group.endpoints]
     for group in (*groups, DescriptionRoutes(endpoints)):
