@@ -1,5 +1,6 @@
 """`/v1/responses`."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -16,7 +17,7 @@ from saqqara.cluster.openai.responses.request import RENAMED, ResponseRequest, r
 from saqqara.cluster.request import RequestOutput
 from saqqara.cluster.server.docs import Endpoint
 from saqqara.cluster.server.generation import Job
-from saqqara.cluster.server.io import EventStream, unless_disconnected
+from saqqara.cluster.server.io import EventStream, unless_disconnected, until
 
 from .base import Door, json_reply, register
 
@@ -41,8 +42,23 @@ class ResponseRoutes:
 
     async def create(self, request: Request) -> Response:
         """`POST /v1/responses`."""
+        arrived = asyncio.get_running_loop().time()
         body = await self._door.read(request, ResponseRequest, read_response)
-        job = await self._prepare(body)
+        deadline = self._generation.deadline(body.chat(), arrived)
+        async with until(deadline):
+            return await self._answer(request, body, deadline)
+
+    async def stored(self, request: Request, response_id: str) -> Response:
+        """`GET` and `DELETE /v1/responses/{response_id}`: there is none."""
+        self._door.authorize(request)
+        message = f"response {response_id!r:.200} is not here: no responses are stored"
+        raise ApiError(404, message, "response_id", "not_found")
+
+    async def _answer(
+        self, request: Request, body: ResponseRequest, deadline: float | None
+    ) -> Response:
+        """The answer, or its first events; a stream's end is the engine's to see to."""
+        job = await self._prepare(body, deadline)
         head = ResponseHead(
             id=f"resp_{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -57,33 +73,29 @@ class ResponseRoutes:
         first = await unless_disconnected(request, _next(events))
         return EventStream(first, events)
 
-    async def stored(self, request: Request, response_id: str) -> Response:
-        """`GET` and `DELETE /v1/responses/{response_id}`: there is none."""
-        self._door.authorize(request)
-        message = f"response {response_id!r:.200} is not here: no responses are stored"
-        raise ApiError(404, message, "response_id", "not_found")
-
-    async def _prepare(self, body: ResponseRequest) -> Job:
+    async def _prepare(self, body: ResponseRequest, deadline: float | None) -> Job:
         """Check and tokenise a request; where it may, without the oldest items that do not fit.
 
         Raises:
             ApiError: what is wrong with it, and in which field.
         """
         try:
-            return await self._prepare_without(body, 0)
+            return await self._prepare_without(body, 0, deadline)
         except ApiError as error:
             if body.truncation != "auto" or error.code != "context_length_exceeded":
                 raise
-            return await self._fitting(body, error)
+            return await self._fitting(body, deadline, error)
 
-    async def _fitting(self, body: ResponseRequest, too_long: ApiError) -> Job:
+    async def _fitting(
+        self, body: ResponseRequest, deadline: float | None, too_long: ApiError
+    ) -> Job:
         """The request without as few of its oldest items as make it fit; the last one stays."""
         job = None
         low, high = 1, len(body.items) - 1
         while low <= high:
             middle = (low + high) // 2
             try:
-                job = await self._prepare_without(body, middle)
+                job = await self._prepare_without(body, middle, deadline)
                 high = middle - 1
             except ApiError as error:
                 if error.code != "context_length_exceeded":
@@ -93,9 +105,11 @@ class ResponseRoutes:
             raise too_long
         return job
 
-    async def _prepare_without(self, body: ResponseRequest, num_dropped: int) -> Job:
+    async def _prepare_without(
+        self, body: ResponseRequest, num_dropped: int, deadline: float | None
+    ) -> Job:
         try:
-            return await self._generation.prepare(body.chat(num_dropped))
+            return await self._generation.prepare(body.chat(num_dropped), deadline)
         except ApiError as error:
             raise error.renamed(RENAMED) from None
 

@@ -1,0 +1,74 @@
+"""Which path gives which reply, with which status."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from saqqara.cluster.live.snapshot import LiveStats
+
+from .base import Error
+from .completions import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
+from .operations import Health, Model, Models, Text, Tokens, Version
+from .responses import ResponseEvent, ResponseObject
+
+_OPEN = (403,)
+_KEY = (401, *_OPEN)
+_BODY = (400, *_KEY, 404, 408, 413, 415, 503)
+_ANSWERS = (*_BODY, 429, 500)
+
+
+@dataclass(frozen=True, slots=True)
+class Replies:
+    """What a path answers.
+
+    Attributes:
+        reply: the type of what comes with status 200; None: a text.
+        errors: the other statuses, each with an `Error`.
+        event: the type of an event, where it may be a stream.
+    """
+
+    reply: Any
+    errors: tuple[int, ...] = _KEY
+    event: Any = None
+
+
+REPLIES: Mapping[tuple[str, str], Replies] = {
+    ("POST", "/v1/chat/completions"): Replies(ChatCompletion, _ANSWERS, ChatCompletionChunk),
+    ("POST", "/v1/completions"): Replies(Completion, _ANSWERS, CompletionChunk),
+    ("POST", "/v1/responses"): Replies(ResponseObject, _ANSWERS, ResponseEvent),
+    ("POST", "/tokenize"): Replies(Tokens, _BODY),
+    ("POST", "/detokenize"): Replies(Text, _BODY),
+    ("GET", "/v1/models"): Replies(Models),
+    ("GET", "/v1/models/{model}"): Replies(Model, (*_KEY, 404)),
+    ("GET", "/health"): Replies(Health, (*_OPEN, 503)),
+    ("GET", "/live"): Replies(Health, (*_OPEN, 503)),
+    ("GET", "/version"): Replies(Version, _OPEN),
+    ("GET", "/metrics"): Replies(None, _OPEN),
+    ("GET", "/stats"): Replies(LiveStats, (*_KEY, 503)),
+}
+
+
+def reply_schemas(replies: Mapping[tuple[str, str], Replies], template: str) -> tuple[Any, Any]:
+    """JSON schemas of replies and events, and of an `Error`.
+
+    Args:
+        replies: by method and path.
+        template: of references to definitions, with `{model}`.
+
+    Returns:
+        Schemas by (method, path, "reply" or "event"), and their definitions by name.
+    """
+    kinds = {
+        (*key, what): kind
+        for key, known in replies.items()
+        for what, kind in (("reply", known.reply), ("event", known.event))
+        if kind is not None
+    }
+    kinds["", "", "error"] = Error
+    made, definitions = TypeAdapter.json_schemas(
+        [(key, "validation", TypeAdapter(kind)) for key, kind in kinds.items()],
+        ref_template=template,
+    )
+    return {key: schema for (key, _), schema in made.items()}, definitions.get("$defs", {})
