@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from .description.base import Error
-from .description.table import REPLIES, Replies, reply_schemas
+from .description.requests import complete
+from .description.table import REPLIES, UNTOLD, Replies, reply_schemas
 
 _REF = "#/components/schemas/"
 _ERRORS = {
@@ -62,7 +63,9 @@ class Endpoint:
     media_type: str = "application/json"
 
 
-def openapi(endpoints: Sequence[Endpoint], version: str, root: str = "") -> dict[str, Any]:
+def openapi(
+    endpoints: Sequence[Endpoint], version: str, root: str = "", model: str = "MODEL"
+) -> dict[str, Any]:
     """The description of the API in OpenAPI 3.1.
 
     What an event of a stream is stands beside the schema of its media type as `x-item-schema`.
@@ -71,13 +74,14 @@ def openapi(endpoints: Sequence[Endpoint], version: str, root: str = "") -> dict
         endpoints: what there is.
         version: of the server.
         root: what stands before the paths.
+        model: the name of the model that is served, for examples.
     """
     kinds = dict.fromkeys(e.body for e in endpoints if e.body is not None)
     template = _REF + "{model}"
     _, requests = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template=template
     )
-    known = {(e.method, e.path): REPLIES[e.method, e.path] for e in endpoints}
+    known = {(e.method, e.path): REPLIES.get((e.method, e.path), UNTOLD) for e in endpoints}
     replies, definitions = reply_schemas(known, template)
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
@@ -89,7 +93,7 @@ def openapi(endpoints: Sequence[Endpoint], version: str, root: str = "") -> dict
         "servers": [{"url": root or "/"}],
         "paths": paths,
         "components": {
-            "schemas": _together(requests.get("$defs", {}), definitions),
+            "schemas": _together(complete(requests.get("$defs", {}), model), definitions),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -133,7 +137,7 @@ def _operation(
     schema = schemas.get((*key, "reply"), {"type": "string"})
     content: dict[str, Any] = {endpoint.media_type: {"schema": schema}}
     if endpoint.streams:
-        stream = {"schema": {"type": "string"}, "x-item-schema": schemas[*key, "event"]}
+        stream = {"schema": {"type": "string"}, "x-item-schema": schemas.get((*key, "event"), {})}
         content["text/event-stream"] = stream
     operation: dict[str, Any] = {
         "summary": endpoint.summary,

@@ -48,6 +48,7 @@ REPLIES: Mapping[tuple[str, str], Replies] = {
     ("GET", "/metrics"): Replies(None, _OPEN),
     ("GET", "/stats"): Replies(LiveStats, (*_KEY, 503)),
 }
+UNTOLD = Replies(dict[str, Any], _ANSWERS)  # of a path that is not in the table
 
 
 def reply_schemas(replies: Mapping[tuple[str, str], Replies], template: str) -> tuple[Any, Any]:

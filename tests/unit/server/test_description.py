@@ -14,7 +14,11 @@ from support.byte_llama import save_tiny_llama
 from support.described import Description
 from support.in_process import InProcessServer
 
+from saqqara.cluster.openai.requests import ChatRequest
 from saqqara.cluster.openai.responses.request import LOGPROBS
+from saqqara.cluster.sampling import MAX_TEMPERATURE
+from saqqara.cluster.server.description.table import REPLIES
+from saqqara.cluster.server.docs import Endpoint, openapi
 
 Json = dict[str, Any]
 CONTEXT = 128
@@ -80,6 +84,7 @@ def test_every_path_answers_as_described(model: Path) -> None:
                 document = (await client.get("/openapi.json")).json()
                 OpenAPI.model_validate(document)
                 description = Description(document)
+                assert {*description.operations} <= {*REPLIES}, "each has its line in the table"
                 missing = set(description.operations)
                 for method, path, body in requests():
                     fields = None if body is None else {"model": MODEL, **body}
@@ -96,6 +101,18 @@ def test_every_path_answers_as_described(model: Path) -> None:
             await server.generation.shutdown()
 
     asyncio.run(run())
+
+
+def test_the_document_tells_bounds_and_what_has_no_effect() -> None:
+    endpoint = Endpoint("POST", "/v1/chat/completions", "", ChatRequest, streams=True)
+    schemas = openapi([endpoint], "1")["components"]["schemas"]
+    fields = schemas["ChatRequest"]["properties"]
+    bounded = next(kind for kind in fields["temperature"]["anyOf"] if kind["type"] == "number")
+    assert (bounded["minimum"], bounded["maximum"]) == (0, MAX_TEMPERATURE)
+    assert fields["messages"]["items"]["required"] == ["role", "content"]
+    assert fields["use_beam_search"]["enum"] == [None, "", [], {}, False]
+    (example,) = schemas["ChatRequest"]["examples"]
+    ChatRequest.model_validate(example)
 
 
 def test_what_is_not_as_described_is_found() -> None:
