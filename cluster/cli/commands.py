@@ -16,6 +16,7 @@ from .help import errors_in_one_line, file_path, root_app
 from .options import Settings, with_settings
 from .plan_flags import plan
 from .simulate import simulate
+from .top import top
 
 app = root_app()
 
@@ -262,6 +263,7 @@ def methods(
 
 app.command()(plan)
 app.command()(simulate)
+app.command()(top)
 
 
 @app.command()
