@@ -24,6 +24,7 @@ from .routes.completions import CompletionRoutes
 from .routes.description import DescriptionRoutes
 from .routes.models import ModelRoutes
 from .routes.operations import OperationRoutes
+from .routes.responses import ResponseRoutes
 from .routes.stats import StatsRoutes
 from .routes.tokens import TokenRoutes
 
@@ -58,6 +59,7 @@ def make_app(
     door = Door(generation, keys)
     groups: tuple[Routes, ...] = (
         CompletionRoutes(door),
+        ResponseRoutes(door),
         TokenRoutes(door),
         ModelRoutes(door),
         OperationRoutes(door),

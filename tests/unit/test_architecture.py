@@ -62,6 +62,7 @@ _WORKERS["workers/worker.py"] = frozenset({*_WORKERS, "compression", "configs"})
 _BASE = _below("configs", "compression", "cluster")
 # The dialect of OpenAI's API, room by room, for those who speak it: server and batch lines.
 _OPENAI = _below("cluster/openai", "cluster/openai/requests", "cluster/openai/tools")
+_OPENAI |= {"cluster/openai/responses"}
 # What says how large a model is and how it is divided: no tensors are made for it.
 _MODEL = _below("workers", "workers/models", "workers/mesh")
 ROOMS = {
@@ -83,6 +84,7 @@ ROOMS = {
     "cluster/openai/tools": _BASE,
     "cluster/openai": _BASE | {"cluster/openai/tools"},
     "cluster/openai/requests": _BASE | {"cluster/openai", "cluster/openai/tools"},
+    "cluster/openai/responses": _BASE | _OPENAI,
     "cluster/server": _BASE | _OPENAI | {"cluster/engine", "cluster/live"},
     "cluster/server/routes": _BASE | _OPENAI | {"cluster/server", "cluster/engine"},
     "cluster/server/page": _below("compression"),
