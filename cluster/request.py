@@ -29,12 +29,15 @@ class Request:
         retention: overrides the engine's for this request.
         budget: overrides the retention's.
         priority: a lower one goes first.
+        timeout_seconds: from when the engine takes it, after which it ends with the error code
+            `deadline_exceeded` and what it has; None: never.
         score_continuation: text (without special tokens) or token ids. With it nothing is
             generated: its tokens are scored after the prompt, whose keys and values are retained
             first, and the result is a `ScoreOutput`.
         token_by_token: feed the continuation in the decode steps that generating it would take, not
             in pieces.
         stream: its unfinished outputs are wanted, too.
+        add_special_tokens: put the tokenizer's special tokens around a prompt that is a text.
         prompt_text: what the token ids in `prompt` were made of, for the output.
         echo: the output's `prompt` is wanted: it is decoded where there is no text.
         must_fit: refuse a `max_tokens` that the context has no room for, rather than end there.
@@ -48,9 +51,11 @@ class Request:
     retention: RetentionSpec | None = None
     budget: int | str | None = None
     priority: int = 0
+    timeout_seconds: float | None = None
     score_continuation: Prompt | None = None
     token_by_token: bool = False
     stream: bool = False
+    add_special_tokens: bool = True
     prompt_text: str | None = None
     echo: bool = False
     must_fit: bool = False

@@ -20,11 +20,12 @@ from saqqara.cluster.openai.requests import (
     read_object,
     read_request,
 )
+from saqqara.cluster.openai.shown import Shown
 from saqqara.cluster.request import Request
 from saqqara.cluster.sampling import MAX_CHOICES
 from saqqara.cluster.settings import check_keys
 from saqqara.compression.retention import Retention
-from saqqara.configs.schema import ServerLimits
+from saqqara.configs.schema import MAX_TIMEOUT_SECONDS, ServerLimits
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,9 @@ COMPLETIONS_URL = "/v1/completions"
 WRAPPER_KEYS = ("custom_id", "method", "url", "body")
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 # A server's limits are for its clients; a job's rows are its owner's.
-LIMITS = ServerLimits(max_n=MAX_CHOICES, max_stop=1024, max_prompts=65536)
+LIMITS = ServerLimits(
+    max_n=MAX_CHOICES, max_stop=1024, max_prompts=65536, max_timeout_seconds=MAX_TIMEOUT_SECONDS
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Row:
     url: str | None
     requests: tuple[Request, ...]
     is_chat: bool = False
+    shown: Shown = Shown()
     names: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -156,11 +160,15 @@ class RowParser:
             sampling_params=sampling,
             retention=retention,
             priority=request.priority or 0,
+            timeout_seconds=request.timeout_seconds,
+            echo=request.shown.echo,
             must_fit=True,
         )
         requests = _one_each(whole, request)
         is_chat = isinstance(request, ChatRequest)
-        return Row(line, custom_id, url, requests, is_chat, {**request.names, **names})
+        return Row(
+            line, custom_id, url, requests, is_chat, request.shown, {**request.names, **names}
+        )
 
     def _model_names(self) -> list[str]:
         own = [self.model, self.model.rstrip("/").rsplit("/", 1)[-1]]
@@ -218,6 +226,7 @@ def _one_each(whole: Request, given: ChatRequest | CompletionRequest) -> tuple[R
         except ValueError as error:
             raise ApiError.of(error, "messages") from None
     prompts = given.prompts(LIMITS.max_prompts)
+    whole = replace(whole, add_special_tokens=given.add_special_tokens is not False)
     if len(prompts) == 1:
         return (replace(whole, prompt=prompts[0]),)
     return tuple(

@@ -19,6 +19,7 @@ class CompletionRequest(GenerationRequest, IdleCompletionFields):
     prompt: str | FailFastList[int] | FailFastList[str] | FailFastList[FailFastList[int]]
     logprobs: int | None = None
     echo: bool | None = None
+    add_special_tokens: bool | None = None
 
     @property
     def names(self) -> Mapping[str, str]:

@@ -61,13 +61,13 @@ class GenerationRequest(IdleFields):
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
-    add_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     retention: str | dict[str, Any] | None = None
     budget: int | str | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    timeout_seconds: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
@@ -116,6 +116,7 @@ class GenerationRequest(IdleFields):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         check_limit("stop", len(stops), limits.max_stop, " strings")
         check_limit(self.logprobs_field, self.num_logprobs or 0, limits.max_logprobs)
+        check_limit("timeout_seconds", self.timeout_seconds or 0, limits.max_timeout_seconds)
 
     def check_profile(self) -> None:
         """Raise an `ApiError` if `retention` names a file: clients read none of the server's."""
