@@ -203,8 +203,9 @@ class WorkerMemory:
 class StepResult:
     """What one worker did in one step.
 
-    `sampled`, `scored` and `prompts` come from tensor rank 0 of the last stage only. `refused` names slots
-    whose keys and values did not fit: this worker wrote nothing for them and holds nothing of them.
+    `sampled`, `scored` and `prompts` come from tensor rank 0 of the last stage only. `refused`
+    names slots whose keys and values did not fit: this worker wrote nothing for them and holds
+    nothing of them.
     `faults` says of which of the refused slots the sequence has to end, and why; it need not be the
     same on every worker.
     `prefill_layer_tokens` counts the tokens that prefill took through each of this worker's layers,

@@ -20,7 +20,7 @@ from saqqara.cluster.openai.requests import (
     read_object,
     read_request,
 )
-from saqqara.cluster.openai.shown import Shown
+from saqqara.cluster.openai.shown import ANSWER_ONLY, Shown
 from saqqara.cluster.request import Request
 from saqqara.cluster.sampling import MAX_CHOICES
 from saqqara.cluster.settings import check_keys
@@ -63,7 +63,7 @@ class Row:
     url: str | None
     requests: tuple[Request, ...]
     is_chat: bool = False
-    shown: Shown = Shown()
+    shown: Shown = ANSWER_ONLY
     names: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -96,7 +96,9 @@ def echoed_logprobs(
 def prompt_logprobs(prompt: PromptLogprobs, count: int, as_ids: bool = False) -> list[Json | None]:
     """A prompt's log-probabilities as vLLM shows them: by token id, null for the first token."""
     return [
-        None if entry is None else {str(i): _vllm_token(i, t, as_ids) for i, t in _all(entry, count)}
+        None
+        if entry is None
+        else {str(i): _vllm_token(i, t, as_ids) for i, t in _all(entry, count)}
         for entry in prompt
     ]
 

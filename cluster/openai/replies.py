@@ -16,7 +16,7 @@ from .logprobs import (
     echoed_logprobs,
     prompt_logprobs,
 )
-from .shown import Shown
+from .shown import ANSWER_ONLY, Shown
 
 Json = dict[str, Any]
 
@@ -31,7 +31,7 @@ class ReplyHead:
     created: int
     model: str
     is_chat: bool
-    shown: Shown = Shown()
+    shown: Shown = ANSWER_ONLY
 
     def json(self, *, is_chunk: bool) -> Json:
         """The fields that come before `choices`."""
@@ -110,7 +110,7 @@ def chunk_choice(
     return _choice(index, content, logprobs, choice)
 
 
-def usage(outputs: Iterable[RequestOutput], shown: Shown = Shown()) -> Json:
+def usage(outputs: Iterable[RequestOutput], shown: Shown = ANSWER_ONLY) -> Json:
     """Tokens of the prompts (each once) and of all their choices.
 
     Once all have finished, also how many keys and values they kept, and would have kept in full.
@@ -142,7 +142,7 @@ def check_served(output: RequestOutput) -> None:
 
 
 def in_pieces(data: Any) -> Iterator[bytes]:
-    """The JSON of `to_bytes`, a little at a time: the encoder lets no other thread run meanwhile."""
+    """The JSON of `to_bytes` a little at a time: while it encodes, no other thread can run."""
     if isinstance(data, Mapping) and data:
         for place, (name, value) in enumerate(data.items()):
             yield b"," if place else b"{"
@@ -205,7 +205,8 @@ def _choice(index: int, content: Json, logprobs: Json | None, choice: Completion
 
 def _of_prompt(head: ReplyHead, output: RequestOutput) -> Json:
     """What is shown of the prompt's tokens."""
-    shown, of_prompt = head.shown, {}
+    shown = head.shown
+    of_prompt: Json = {}
     if shown.prompt_token_ids:
         of_prompt["prompt_token_ids"] = list(output.prompt_token_ids)
     if shown.num_prompt_logprobs is not None and output.prompt_logprobs is not None:

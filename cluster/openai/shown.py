@@ -44,3 +44,6 @@ class Shown:
             return computed
         finish_reason = computed.finish_reason and "length"
         return CompletionOutput(computed.index, "", (), logprobs=(), finish_reason=finish_reason)
+
+
+ANSWER_ONLY = Shown()

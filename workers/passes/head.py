@@ -127,7 +127,9 @@ class Head:
         """Score the known tokens at `position` and after, predicted by `hidden_ME`."""
         num_top = self._slots[slot].sampling.num_logprobs or 0
         scores = self._scores(slot, position, hidden_ME, num_top)
-        best = (scores.top_ids_MK.tolist(), scores.top_logprobs_MK.tolist()) if num_top else ([], [])
+        best = (
+            (scores.top_ids_MK.tolist(), scores.top_logprobs_MK.tolist()) if num_top else ([], [])
+        )
         return ScoredTokens(
             slot,
             position,

@@ -54,8 +54,8 @@ class Finals:
 
 
 def last_rows(wanted: CuSeqlens, cu: CuSeqlens) -> Tensor:
-    """The rows of the last tokens of each sequence of `cu`, as many as `wanted` has of it, int64 [R]."""
-    if wanted.lengths == [1] * len(wanted.lengths):
+    """The rows of the last tokens of each sequence of `cu`, as many as `wanted` has, int64 [R]."""
+    if wanted.max_len == 1:
         return cu.device[1:].long() - 1
     rows = [
         np.arange(stop - length, stop)

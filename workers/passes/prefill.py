@@ -167,9 +167,9 @@ class Prefill:
         qkv = self._project(weights, parked)
         wanted = CuSeqlens.of(self._num_wanted(parked), part.device)
         rows_R = last_rows(wanted, parked.cu)
-        attended = part.backend.prefill(
-            qkv.q[rows_R], qkv.k, qkv.v, wanted, parked.cu, part.scale
-        )[0]
+        attended = part.backend.prefill(qkv.q[rows_R], qkv.k, qkv.v, wanted, parked.cu, part.scale)[
+            0
+        ]
         self._retain(layer, parked, qkv, None)
         del qkv
         hidden_RE = parked.hidden_TE[rows_R]

@@ -6,8 +6,8 @@ from typing import Any
 
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.fields import IdleCompletionFields
-from saqqara.cluster.sampling import FailFastList
 from saqqara.cluster.openai.shown import Shown
+from saqqara.cluster.sampling import FailFastList
 
 from .generation import GenerationRequest
 from .reading import check_limit
