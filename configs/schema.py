@@ -263,6 +263,7 @@ class ServeConfig(BaseModel):
     enable_tokenizer_info_endpoint: bool = Field(
         False, description="Answer GET /tokenizer_info: the tokenizer's settings and template."
     )
+    ui: bool = Field(True, description="Whether there is a page at `/`.")
     limits: ServerLimits = ServerLimits()
 
     @field_validator("allowed_origins")

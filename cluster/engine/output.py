@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from saqqara.cluster.live.finished import FinishedRequest
 from saqqara.cluster.outcome import FinishReason, KVUsage
 from saqqara.cluster.request import (
     CompletionOutput,
@@ -34,6 +35,7 @@ class Choice:
         sequence: the scheduler's side of it.
         tokenizer: the model's.
         last_token_time: when its latest token came, None before the first.
+        has_started: whether it ever had a slot.
     """
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
@@ -41,6 +43,7 @@ class Choice:
         self.sequence = sequence
         self.tokenizer = tokenizer
         self.last_token_time: float | None = None
+        self.has_started = False
         self._sampling = sampling
         self._detokenizer = IncrementalDetokenizer(tokenizer, sampling.skip_special_tokens)
         self._stop = StopChecker(sampling.stop, sampling.include_stop_str_in_output)
@@ -230,7 +233,9 @@ class RequestState:
     request: TokenRequest
     stream: bool
     choices: list[Choice] = field(default_factory=list)
+    scheduled_time: float | None = None
     first_token_time: float | None = None
+    last_token_time: float | None = None
     finished_time: float | None = None
     is_prefilled: bool = False
     _spelled: PromptLogprobs | None = None
@@ -245,6 +250,25 @@ class RequestState:
         """Why the request as a whole ended."""
         reasons = {choice.finish_reason for choice in self.choices}
         return next(reason for reason in _REASONS if reason in reasons)
+
+    def measures(self, finished: float) -> FinishedRequest:
+        """What its engine measures of it; all of its choices have ended."""
+        request = self.request
+        sequences = [choice.sequence for choice in self.choices]
+        asked = None if request.is_score else request.sampling.max_tokens
+        if asked is None and not request.is_score:
+            asked = sequences[0].max_output_tokens
+        return FinishedRequest(
+            reason=self.finish_reason,
+            prompt_tokens=len(request.prompt_token_ids),
+            generation_tokens=tuple(len(s.output_token_ids) for s in sequences),
+            max_tokens=asked,
+            arrival=request.arrival_time,
+            scheduled=self.scheduled_time,
+            first_token=self.first_token_time,
+            last_token=self.last_token_time,
+            finished=finished,
+        )
 
     def output(self) -> RequestOutput | ScoreOutput:
         """What there is of it."""

@@ -125,6 +125,11 @@ class SlotPages:
         """See `PageCounts`."""
         return self._of(slot).grown(slot, fed_tokens)
 
+    def kept_now(self, slots: Ints, prefilled_NL: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Mean tokens that rows of each layer hold, [N, L], of what prefill left of them [N, L]."""
+        kept_NL = prefilled_NL + self._tabulated.grown_by(slots)[:, None]
+        return self._trimmed.replaced(slots, kept_NL) if self._trimmed else kept_NL
+
     def _of(self, slot: int) -> PageCounts:
         return self._trimmed if slot in self._trimmed else self._tabulated
 
@@ -208,6 +213,10 @@ class TabulatedPages:
     def grown(self, slot: int, fed_tokens: int) -> Ints:
         """See `PageCounts`."""
         return self._grown(np.array([slot]), np.array([fed_tokens]))[0]  # type: ignore[no-any-return]
+
+    def grown_by(self, slots: Ints) -> Ints:
+        """Tokens by which rows of slots [N] outgrow what prefill kept, now."""
+        return self._grown(slots, self._fed_S[slots])
 
     def _grown(self, slots: Ints, fed_tokens: Ints) -> Ints:
         """Tokens by which rows of slots [N] outgrow what prefill kept, once so many are fed [N]."""
@@ -301,6 +310,12 @@ class TrimmedPages:
     def grown(self, slot: int, fed_tokens: int) -> Ints:
         """See `PageCounts`."""
         return self._open[slot].grown(fed_tokens)
+
+    def replaced(self, slots: Ints, kept_NL: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Tokens by layer [N, L], with those of the slots that are open here in their place."""
+        for place, trimmed in self._among(slots):
+            kept_NL[place] = trimmed.rows.stored
+        return kept_NL
 
     def _among(self, slots: Ints) -> "list[tuple[int, _TrimmedSlot]]":
         """Those of slots [N] that are open here, each with its place among them."""
