@@ -14,7 +14,7 @@ def answering(answer: Callable[[str, Mapping[str, str]], Answer], port: int = 0)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            status, headers, body = answer(self.path, self.headers)
+            status, headers, body = answer(self.path, dict(self.headers.items()))
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
