@@ -1,5 +1,6 @@
 """Every setting of engine and server, with its default, unit and check. Unknown keys are errors."""
 
+import os
 import re
 from dataclasses import fields
 from typing import Any, Literal, Self
@@ -259,6 +260,14 @@ class ServeConfig(BaseModel):
         description="Folder of files and batches, shared by the replicas; default: there are none.",
     )
     batches: BatchLimits = BatchLimits()
+
+    @field_validator("batch_dir")
+    @classmethod
+    def _absolute(cls, folder: str | None) -> str | None:
+        """Replicas run elsewhere than where the setting was read."""
+        if folder == "":
+            raise ValueError("is empty")
+        return None if folder is None else os.path.abspath(os.path.expanduser(folder))
 
     @field_validator("allowed_origins")
     @classmethod

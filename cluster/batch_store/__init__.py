@@ -1,1 +1,1 @@
-"""Files and batches of a server, in a folder and SQLite, shared by its replicas. Imports `openai`."""
+"""Files and batches of a server, in a folder and SQLite that replicas share. Imports `openai`."""

@@ -29,9 +29,7 @@ class BatchStore:
         now: Unix time in seconds.
     """
 
-    def __init__(
-        self, database: Database, limits: BatchLimits, now: Callable[[], float]
-    ) -> None:
+    def __init__(self, database: Database, limits: BatchLimits, now: Callable[[], float]) -> None:
         self._database = database
         self._limits = limits
         self._now = now

@@ -27,9 +27,7 @@ class InputLine:
     body: Mapping[str, Any]
 
 
-def check_input(
-    file: BinaryIO, url: str, limits: BatchLimits
-) -> tuple[int, tuple[LineError, ...]]:
+def check_input(file: BinaryIO, url: str, limits: BatchLimits) -> tuple[int, tuple[LineError, ...]]:
     """How many requests a file has, and what is wrong with its lines; `()` if it is an input.
 
     What stands in the bodies is not looked at: it costs a line, not the file.

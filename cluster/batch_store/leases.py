@@ -36,9 +36,7 @@ class LeaseStore:
         now: Unix time in seconds, the same for all processes.
     """
 
-    def __init__(
-        self, database: Database, lease_seconds: float, now: Callable[[], float]
-    ) -> None:
+    def __init__(self, database: Database, lease_seconds: float, now: Callable[[], float]) -> None:
         self._database = database
         self._now = now
         self.lease_seconds = lease_seconds
@@ -96,13 +94,26 @@ class LeaseStore:
             raise LeaseLostError(f"another runner has {lease.batch.id}")
         return StoredBatch.of(row)
 
+    def look(self, lease: Lease) -> StoredBatch:
+        """How a batch stands.
+
+        Raises:
+            LeaseLostError: another runner has it.
+        """
+        with self._database.read() as db:
+            row = db.execute(
+                "SELECT * FROM batches WHERE id = ? AND epoch = ? AND holder = ?",
+                (lease.batch.id, lease.epoch, lease.holder),
+            ).fetchone()
+        if row is None:
+            raise LeaseLostError(f"another runner has {lease.batch.id}")
+        return StoredBatch.of(row)
+
     def release(self, lease: Lease) -> None:
         """Hand a batch back, so that another runner takes it at once; nothing counts as lost."""
         with self._database.write("release") as db:
             if _is_held(db, lease):
-                db.execute(
-                    "UPDATE started SET epoch = NULL WHERE batch_id = ?", (lease.batch.id,)
-                )
+                db.execute("UPDATE started SET epoch = NULL WHERE batch_id = ?", (lease.batch.id,))
                 db.execute(
                     "UPDATE batches SET holder = NULL, lease_until = NULL WHERE id = ?",
                     (lease.batch.id,),

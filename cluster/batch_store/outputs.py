@@ -1,7 +1,6 @@
 """The output and the error file of a batch, written from its results when no more will come."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, BinaryIO
@@ -12,7 +11,7 @@ from .files import FileStore, new_file_id, put_in_place
 from .inputs import read_input
 from .leases import Lease
 from .progress import Progress
-from .records import StoredBatch, StoredFile, Status
+from .records import Status, StoredBatch, StoredFile
 
 _LEFT = {
     "expired": (

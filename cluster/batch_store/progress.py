@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from .database import Database
 from .files import FileStore
 from .leases import Lease, LeaseStore
-from .records import LineError, Status, StoredBatch, StoredFile, Usage
+from .records import NO_USAGE, LineError, Status, StoredBatch, StoredFile, Usage
 
 _PAGE = 256  # results that are read at once
 
@@ -19,7 +19,7 @@ class LineResult:
     line: int
     record: bytes
     is_error: bool
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
 
 
 class Progress:
@@ -57,9 +57,7 @@ class Progress:
     def begin(self, lease: Lease, num_lines: int) -> None:
         """Note that the input was read, and has so many lines."""
         with self._leases.fenced(lease, "begin") as db:
-            db.execute(
-                "UPDATE batches SET num_lines = ? WHERE id = ?", (num_lines, lease.batch.id)
-            )
+            db.execute("UPDATE batches SET num_lines = ? WHERE id = ?", (num_lines, lease.batch.id))
             db.execute(
                 "UPDATE batches SET status = 'in_progress', in_progress_at = ? "
                 "WHERE id = ? AND status = 'validating'",

@@ -61,6 +61,9 @@ class Usage:
     reasoning_tokens: int = 0
 
 
+NO_USAGE = Usage()
+
+
 @dataclass(frozen=True, slots=True)
 class LineError:
     """What is wrong with a line of an input; `line` is None where it is the file."""

@@ -198,6 +198,10 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin whose web pages may use the server, or *; may be repeated."),
     ] = None,
+    batch_dir: Annotated[
+        str | None,
+        typer.Option(help="Folder of /v1/files and /v1/batches. [default: there are none]"),
+    ] = None,
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="Time to finish what runs after SIGTERM.")
     ] = 600.0,
@@ -218,6 +222,7 @@ def serve(
         body_timeout_seconds=body_timeout_seconds,
         route_prefix=route_prefix,
         allowed_origins=tuple(allowed_origins or ()),
+        batch_dir=batch_dir,
         drain_seconds=drain_seconds,
     )
     serve_until_stopped(server, flags, settings)

@@ -29,6 +29,7 @@ class ServerFlags:
     body_timeout_seconds: float | None = None
     route_prefix: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    batch_dir: str | None = None
     drain_seconds: float = 600.0
 
 
@@ -107,6 +108,8 @@ def merged_config(
     )
     if flags.allowed_origins:
         merged["allowed_origins"] = flags.allowed_origins
+    if flags.batch_dir is not None:
+        merged["batch_dir"] = flags.batch_dir
     if flags.api_key_file is not None:
         merged["api_key_file"] = flags.api_key_file
     return serve_config(merged)
