@@ -191,6 +191,16 @@ def serve(
     body_timeout_seconds: Annotated[
         float | None, typer.Option(min=0.001, help="Time for a body to come. [default: 30]")
     ] = None,
+    default_timeout_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Time for an answer where a request says none. [default: any]"
+        ),
+    ] = None,
+    max_timeout_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Most time that a request may ask for. [default: 86400]"),
+    ] = None,
     route_prefix: Annotated[
         str | None, typer.Option(help="Path before /v1, beside other applications. [default: /]")
     ] = None,
@@ -220,6 +230,8 @@ def serve(
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
         body_timeout_seconds=body_timeout_seconds,
+        default_timeout_seconds=default_timeout_seconds,
+        max_timeout_seconds=max_timeout_seconds,
         route_prefix=route_prefix,
         allowed_origins=tuple(allowed_origins or ()),
         batch_dir=batch_dir,
