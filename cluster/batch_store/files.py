@@ -242,7 +242,7 @@ class Upload:
         )
         try:
             self._store.add(self, file)
-        except BaseException:
+        except Exception:
             self._store.path(self._id).unlink(missing_ok=True)
             raise
         return file

@@ -63,7 +63,7 @@ def finish_batch(
     errors = _write(lease, files, batch, "errors", _errors(progress, files, batch, status, limits))
     try:
         progress.finish(lease, status, output, errors)
-    except BaseException:
+    except Exception:
         for file in (output, errors):
             if file is not None:
                 files.path(file.blob).unlink(missing_ok=True)

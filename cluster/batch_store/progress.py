@@ -1,6 +1,7 @@
 """What a batch's runner writes: which lines are under way, their results, and how it ends."""
 
 import json
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -53,6 +54,7 @@ class Progress:
                 "lease_until = NULL WHERE id = ?",
                 (self._now(), listed, lease.batch.id),
             )
+            _forget(db, lease.batch.id)
 
     def begin(self, lease: Lease, num_lines: int) -> None:
         """Note that the input was read, and has so many lines."""
@@ -177,5 +179,10 @@ class Progress:
                     *(None if errors is None else errors.id, batch_id),
                 ),
             )
-            db.execute("DELETE FROM started WHERE batch_id = ?", (batch_id,))
-            db.execute("DELETE FROM results WHERE batch_id = ?", (batch_id,))
+            _forget(db, batch_id)
+
+
+def _forget(db: sqlite3.Connection, batch_id: str) -> None:
+    """Delete what only the runner of a batch needs."""
+    for table in ("started", "results"):
+        db.execute(f"DELETE FROM {table} WHERE batch_id = ?", (batch_id,))

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message
 
+from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.server.routes.base import OWNER
 
 BATCH_PRIORITY = 2**30
@@ -47,7 +48,11 @@ class AppAnswers:
 
     async def __call__(self, owner: str, url: str, body: Mapping[str, Any]) -> LineAnswer:
         """See `Answers`."""
-        content = json.dumps(_behind_others(body), allow_nan=False).encode()
+        try:
+            content = json.dumps(_behind_others(body), allow_nan=False).encode()
+        except ValueError:
+            error = ApiError(400, "body: NaN and Infinity are no JSON", "body", "invalid_value")
+            return LineAnswer(error.status, error.body)
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -75,7 +80,11 @@ class AppAnswers:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        except Exception:
+            if not sent:  # else it has been logged, and answered with status 500
+                raise
         status = next(m["status"] for m in sent if m["type"] == "http.response.start")
         text = b"".join(m.get("body", b"") for m in sent if m["type"] == "http.response.body")
         return LineAnswer(status, json.loads(text))

@@ -14,7 +14,7 @@ from saqqara.cluster.batch_store.inputs import InputLine, check_input, read_inpu
 from saqqara.cluster.batch_store.leases import Lease
 from saqqara.cluster.batch_store.outputs import finish_batch, record
 from saqqara.cluster.batch_store.progress import LineResult
-from saqqara.cluster.batch_store.records import NO_USAGE, LineError, NotFoundError, Usage
+from saqqara.cluster.batch_store.records import LineError, NotFoundError, Usage
 from saqqara.cluster.batch_store.store import Store
 from saqqara.cluster.openai.batches import check_not_streamed
 from saqqara.cluster.openai.errors import ApiError
@@ -69,7 +69,11 @@ class BatchRun:
         """
         async with asyncio.TaskGroup() as group:
             watch = group.create_task(self._watch())
-            await self._to_the_end()
+            try:
+                await self._to_the_end()
+            except NotFoundError as error:  # somebody has deleted what is in the folder
+                gone = LineError("file_not_found", str(error), None, "input_file_id")
+                await self._in_thread(self.store.progress.fail, self.lease, [gone])
             watch.cancel()
 
     async def _to_the_end(self) -> None:
@@ -121,11 +125,8 @@ class BatchRun:
         return True
 
     def _check_input(self) -> tuple[int, tuple[LineError, ...]]:
-        try:
-            with self._open_input() as file:
-                return check_input(file, self.lease.batch.endpoint, self.store.limits)
-        except NotFoundError as error:
-            return 0, (LineError("file_not_found", str(error), None, "input_file_id"),)
+        with self._open_input() as file:
+            return check_input(file, self.lease.batch.endpoint, self.store.limits)
 
     def _open_input(self) -> BinaryIO:
         batch, files = self.lease.batch, self.store.files
@@ -168,8 +169,14 @@ class BatchRun:
     async def _run_line(self, line: InputLine) -> None:
         """Answer a line and keep the result."""
         await self._in_thread(self.store.progress.start, self.lease, [line.number])
-        answer = await self._answer(line)
-        await self._commit(self._result(line, answer))
+        try:
+            result = self._result(line, await self._answer(line))
+        except Exception as error:  # a fault of ours, but no line may keep its batch from its end
+            logger.exception("%s: line %d", self.lease.batch.id, line.number)
+            message = f"the answer cannot be written: {type(error).__name__}: {error}"
+            failure = ApiError(500, message, None, "internal_error")
+            result = self._result(line, LineAnswer(failure.status, failure.body))
+        await self._commit(result)
 
     def _leave(self, places: int, task: "asyncio.Task[None]") -> None:
         """Give places back, also of a task that was cancelled before it began."""
@@ -203,10 +210,9 @@ class BatchRun:
             "body": answer.body,
         }
         data = record(self.lease.batch.id, line.number, line.custom_id, response, None)
-        is_error = answer.status != HTTPStatus.OK
-        return LineResult(
-            line.number, data, is_error, NO_USAGE if is_error else _usage(answer.body)
-        )
+        if answer.status != HTTPStatus.OK:
+            return LineResult(line.number, data, is_error=True)
+        return LineResult(line.number, data, is_error=False, usage=_usage(answer.body))
 
     def _lost(self, line: InputLine, num_losses: int) -> LineResult:
         logger.error("%s: line %d is given up", self.lease.batch.id, line.number)
