@@ -212,6 +212,10 @@ def serve(
         str | None,
         typer.Option(help="Folder of /v1/files and /v1/batches. [default: there are none]"),
     ] = None,
+    ui: Annotated[
+        bool | None,
+        typer.Option("--ui/--no-ui", help="Whether there is a page at /. [default: yes]"),
+    ] = None,
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="Time to finish what runs after SIGTERM.")
     ] = 600.0,
@@ -235,6 +239,7 @@ def serve(
         route_prefix=route_prefix,
         allowed_origins=tuple(allowed_origins or ()),
         batch_dir=batch_dir,
+        ui=ui,
         drain_seconds=drain_seconds,
     )
     serve_until_stopped(server, flags, settings)

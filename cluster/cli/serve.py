@@ -32,6 +32,7 @@ class ServerFlags:
     route_prefix: str | None = None
     allowed_origins: tuple[str, ...] = ()
     batch_dir: str | None = None
+    ui: bool | None = None
     drain_seconds: float = 600.0
 
 
@@ -114,6 +115,8 @@ def merged_config(
         merged["allowed_origins"] = flags.allowed_origins
     if flags.batch_dir is not None:
         merged["batch_dir"] = flags.batch_dir
+    if flags.ui is not None:
+        merged["ui"] = flags.ui
     if flags.api_key_file is not None:
         merged["api_key_file"] = flags.api_key_file
     return serve_config(merged)

@@ -92,7 +92,9 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Any:
         """The HTTP application, as Serve asks for it."""
         config = self._plan.config
-        return make_app(self._generation, self._plan.keys, config.allowed_origins, self._store)
+        return make_app(
+            self._generation, self._plan.keys, config.allowed_origins, self._store, ui=config.ui
+        )
 
     async def check_health(self) -> None:
         """Raise if the engine has failed, upon which Serve starts another replica."""
@@ -220,6 +222,7 @@ def _start(plan: ReplicaPlan) -> Generation:
         spec,
         sinks=[RaySink(name)],
         model_name=name,
+        replica_id=serve.get_replica_context().replica_id.unique_id,
     )
     return Generation(plan.config, config, engine, Tokenizer.load(tokenizer))
 

@@ -22,11 +22,14 @@ from .batches.files import FileRoutes
 from .batches.service import BatchService
 from .generation import Generation
 from .guard import add_guards
+from .page.routes import add_page
 from .routes.base import Door, Routes
 from .routes.completions import CompletionRoutes
 from .routes.description import DescriptionRoutes
 from .routes.models import ModelRoutes
 from .routes.operations import OperationRoutes
+from .routes.responses import ResponseRoutes
+from .routes.stats import StatsRoutes
 from .routes.tokens import TokenRoutes
 
 CLIENT_LEFT = 499  # what nginx logs for it; nobody is there to read it
@@ -38,6 +41,8 @@ def make_app(
     keys: ApiKeys,
     allowed_origins: Sequence[str] = (),
     store: Store | None = None,
+    *,
+    ui: bool = True,
 ) -> FastAPI:
     """The application.
 
@@ -46,6 +51,7 @@ def make_app(
         keys: who may use what is behind `/v1`, `/tokenize` and `/detokenize`.
         allowed_origins: origins whose web pages may use it.
         store: files and batches; closed with the application. None: there are none.
+        ui: whether there is a page at `/`.
     """
     batches = BatchService(store, generation)
 
@@ -62,15 +68,19 @@ def make_app(
     door = Door(generation, keys)
     groups: tuple[Routes, ...] = (
         CompletionRoutes(door),
+        ResponseRoutes(door),
         TokenRoutes(door),
         ModelRoutes(door),
         OperationRoutes(door),
         FileRoutes(door, batches),
         BatchRoutes(door, batches),
+        StatsRoutes(door),
     )
     endpoints = [endpoint for group in groups for endpoint in group.endpoints]
     for group in (*groups, DescriptionRoutes(endpoints)):
         group.add_to(app)
+    if ui:
+        add_page(app, generation.retention.label, needs_key=len(keys) > 0)
     return app
 
 

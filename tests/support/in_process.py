@@ -26,6 +26,9 @@ class InProcessServer:
         keys: who may use it; default: everybody.
         store: its files and batches.
         settings: fields of the engine beside those of the API tests' server.
+
+    Attributes:
+        app: the application.
     """
 
     def __init__(
