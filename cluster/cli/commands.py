@@ -209,6 +209,10 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin whose web pages may use the server, or *; may be repeated."),
     ] = None,
+    batch_dir: Annotated[
+        str | None,
+        typer.Option(help="Folder of /v1/files and /v1/batches. [default: there are none]"),
+    ] = None,
     ui: Annotated[
         bool | None,
         typer.Option("--ui/--no-ui", help="Whether there is a page at /. [default: yes]"),
@@ -235,6 +239,7 @@ def serve(
         max_timeout_seconds=max_timeout_seconds,
         route_prefix=route_prefix,
         allowed_origins=tuple(allowed_origins or ()),
+        batch_dir=batch_dir,
         ui=ui,
         drain_seconds=drain_seconds,
     )

@@ -88,12 +88,17 @@ ROOMS = {
     "cluster/server": _BASE | _OPENAI | {"cluster/engine", "cluster/live"},
     "cluster/server/routes": _BASE | _OPENAI | {"cluster/server", "cluster/engine"},
     "cluster/server/page": _below("compression"),
+    "cluster/batch_store": _BASE | _OPENAI,
+    "cluster/server/batches": _BASE
+    | _OPENAI
+    | {"cluster/server", "cluster/server/routes", "cluster/batch_store"},
     "cluster/server/app.py": _BASE
     | _OPENAI
-    | {"cluster/server", "cluster/server/routes", "cluster/server/page"},
+    | {"cluster/server", "cluster/server/routes", "cluster/server/page"}
+    | {"cluster/server/batches", "cluster/batch_store"},
     "cluster/on_ray": _BASE
     | _MODEL
-    | {"cluster/server", "cluster/server/app.py"}
+    | {"cluster/server", "cluster/server/app.py", "cluster/batch_store"}
     | {"cluster/engine", "cluster/live", "cluster/recovery"}
     | {"workers/process.py", "workers/worker.py"},
     # The doors: an engine in this process or on Ray, Python's, and an earlier place of Serve's.
