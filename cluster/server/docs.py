@@ -25,6 +25,7 @@ _ERRORS = {
     408: "The body did not come in time, or the answer is not complete in the time that it has.",
     409: "It is not in a state for this.",
     413: "The body is too large.",
+    416: "The file has no such bytes.",
     415: "The body is not of a type that is taken here.",
     429: "The queue is full; see `Retry-After`.",
     500: "The model's output for this request is not finite.",
@@ -122,8 +123,9 @@ def docs_page(spec: Mapping[str, Any]) -> str:
             parts.append(f"<h2><code>{method.upper()} {escape(root + path)}</code></h2>")
             parts.append(f"<p>{escape(operation['summary'])}</p>")
             if "requestBody" in operation:
-                schema = operation["requestBody"]["content"]["application/json"]["schema"]
-                parts.extend(_fields(schemas[schema["$ref"].removeprefix(_REF)]))
+                (content,) = operation["requestBody"]["content"].values()
+                name = content["schema"].get("$ref", "").removeprefix(_REF)
+                parts.extend(_fields(schemas.get(name, content["schema"])))
     parts.append("<h2>Errors</h2><table>")
     parts.extend(f"<tr><td>{s}<td>{escape(text)}" for s, text in _ERRORS.items())
     parts.append("</table></html>")
@@ -139,27 +141,39 @@ def _operation(
     if endpoint.streams:
         stream = {"schema": {"type": "string"}, "x-item-schema": schemas.get((*key, "event"), {})}
         content["text/event-stream"] = stream
+    responses = {"200": {"description": "The answer.", "content": content}}
+    if known.has_parts:
+        responses["206"] = {"description": "A part of it.", "content": content}
     operation: dict[str, Any] = {
         "summary": endpoint.summary,
         "operationId": f"{endpoint.method.lower()}{endpoint.path.translate(_TO_NAME)}",
-        "responses": {"200": {"description": "The answer.", "content": content}},
+        "responses": responses,
     }
-    if "{" in endpoint.path:
-        name = endpoint.path.partition("{")[2].partition("}")[0]
-        operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        ]
+    if parameters := _parameters(endpoint.path, known):
+        operation["parameters"] = parameters
     if endpoint.needs_key:
         operation["security"] = [{"key": []}, {}]
     if endpoint.body is not None:
-        body = {"$ref": _REF + endpoint.body.__name__}
-        operation["requestBody"] = {
-            "required": True,
-            "content": {"application/json": {"schema": body}},
-        }
+        body: Any = {"application/json": {"schema": {"$ref": _REF + endpoint.body.__name__}}}
+        operation["requestBody"] = {"required": True, "content": body}
+    elif known.form is not None:
+        body = {"multipart/form-data": {"schema": known.form}}
+        operation["requestBody"] = {"required": True, "content": body}
     for status in known.errors:
         operation["responses"][str(status)] = _error(status)
     return operation
+
+
+def _parameters(path: str, known: Replies) -> list[dict[str, Any]]:
+    """Those of the path and those of the query."""
+    parameters: list[dict[str, Any]] = []
+    if "{" in path:
+        name = path.partition("{")[2].partition("}")[0]
+        schema = {"type": "string", "minLength": 1}
+        parameters.append({"name": name, "in": "path", "required": True, "schema": schema})
+    for name, schema in known.query.items():
+        parameters.append({"name": name, "in": "query", "required": False, "schema": schema})
+    return parameters
 
 
 def _error(status: int) -> dict[str, Any]:

@@ -15,6 +15,15 @@ Count = Annotated[int, Field(ge=0)]
 UnixTime = Annotated[int, Field(ge=0, description="Unix time in seconds.")]
 
 
+class KvCache(Reply):
+    """Keys and values at the end: what was kept, and what full retention would keep."""
+
+    kept_tokens: Count
+    full_tokens: Count
+    kept_bytes: Count
+    full_bytes: Count
+
+
 class TopLogprob(Reply):
     """One of the most likely tokens in a place."""
 
@@ -27,6 +36,7 @@ class TokenLogprob(TopLogprob):
     """A token of an answer, and the most likely in its place."""
 
     top_logprobs: list[TopLogprob]
+    token_id: Count | None = None
 
 
 ErrorType = Literal[

@@ -4,12 +4,26 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .base import Count, Reply, TokenLogprob, UnixTime
+from .base import Count, KvCache, Reply, TokenLogprob, UnixTime
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 StopReason = Annotated[
     int | str | None, Field(description="The stop string or token id that ended it.")
 ]
+
+
+TokenIds = list[Count]
+
+
+class PromptLogprob(Reply):
+    """A token in a place of the prompt."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class Usage(Reply):
@@ -18,6 +32,7 @@ class Usage(Reply):
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
+    kv_cache: KvCache | None = None
 
 
 class ChatLogprobs(Reply):
@@ -40,6 +55,7 @@ class ChatChoice(Reply):
 
     index: Count
     message: ChatMessage
+    token_ids: TokenIds | None = None
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     stop_reason: StopReason
@@ -54,6 +70,8 @@ class ChatCompletion(Reply):
     model: str
     choices: Annotated[list[ChatChoice], Field(min_length=1)]
     usage: Usage
+    prompt_token_ids: TokenIds | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChatDelta(Reply):
@@ -68,6 +86,7 @@ class ChatChunkChoice(Reply):
 
     index: Count
     delta: ChatDelta
+    token_ids: TokenIds | None = None
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: StopReason
@@ -82,14 +101,15 @@ class ChatCompletionChunk(Reply):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: TokenIds | None = None
 
 
 class CompletionLogprobs(Reply):
     """Parallel lists, one item per token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[Count]
 
 
@@ -98,6 +118,9 @@ class CompletionChoice(Reply):
 
     index: Count
     text: str
+    token_ids: TokenIds | None = None
+    prompt_token_ids: TokenIds | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
     stop_reason: StopReason

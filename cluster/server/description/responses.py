@@ -6,7 +6,7 @@ from pydantic import Field
 
 from saqqara.cluster.openai.responses.options import AllowedTools, NamedFunction
 
-from .base import Count, Reply, TokenLogprob, UnixTime
+from .base import Count, KvCache, Reply, TokenLogprob, UnixTime
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -119,6 +119,7 @@ class ResponseUsage(Reply):
     output_tokens: Count
     output_tokens_details: OutputDetails
     total_tokens: Count
+    kv_cache: KvCache | None = None
 
 
 class ResponseObject(Reply):

@@ -1,7 +1,7 @@
 """Which path gives which reply, with which status."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from saqqara.cluster.live.snapshot import LiveStats
 
 from .base import Error
+from .batches import AFTER, ORDER, UPLOAD, BatchObject, BatchPage, DeletedFile, FileObject, FilePage
 from .completions import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
 from .operations import Health, Model, Models, Text, Tokens, Version
 from .responses import ResponseEvent, ResponseObject
@@ -17,6 +18,8 @@ _OPEN = (403,)
 _KEY = (401, *_OPEN)
 _BODY = (400, *_KEY, 404, 408, 413, 415, 503)
 _ANSWERS = (*_BODY, 429, 500)
+_STORED = (*_KEY, 404, 503)
+_LISTED = (400, *_STORED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +30,17 @@ class Replies:
         reply: the type of what comes with status 200; None: a text.
         errors: the other statuses, each with an `Error`.
         event: the type of an event, where it may be a stream.
+        query: schemas of the parameters of the address.
+        form: the schema of a body that is `multipart/form-data`.
+        has_parts: a part of the answer may be asked for by `Range`, and comes with status 206.
     """
 
     reply: Any
     errors: tuple[int, ...] = _KEY
     event: Any = None
+    query: Mapping[str, Any] = field(default_factory=dict)
+    form: Mapping[str, Any] | None = None
+    has_parts: bool = False
 
 
 REPLIES: Mapping[tuple[str, str], Replies] = {
@@ -47,6 +56,28 @@ REPLIES: Mapping[tuple[str, str], Replies] = {
     ("GET", "/version"): Replies(Version, _OPEN),
     ("GET", "/metrics"): Replies(None, _OPEN),
     ("GET", "/stats"): Replies(LiveStats, (*_KEY, 503)),
+    ("POST", "/v1/files"): Replies(FileObject, (*_BODY, 429), form=UPLOAD),
+    ("GET", "/v1/files"): Replies(
+        FilePage,
+        _LISTED,
+        query={
+            "limit": {"type": "integer", "minimum": 1, "maximum": 10_000},
+            "after": AFTER,
+            "order": ORDER,
+            "purpose": {"type": "string", "maxLength": 256},
+        },
+    ),
+    ("GET", "/v1/files/{file_id}"): Replies(FileObject, _STORED),
+    ("GET", "/v1/files/{file_id}/content"): Replies(None, (*_STORED, 416), has_parts=True),
+    ("DELETE", "/v1/files/{file_id}"): Replies(DeletedFile, _LISTED),
+    ("POST", "/v1/batches"): Replies(BatchObject, _BODY),
+    ("GET", "/v1/batches"): Replies(
+        BatchPage,
+        _LISTED,
+        query={"limit": {"type": "integer", "minimum": 1, "maximum": 100}, "after": AFTER},
+    ),
+    ("GET", "/v1/batches/{batch_id}"): Replies(BatchObject, _STORED),
+    ("POST", "/v1/batches/{batch_id}/cancel"): Replies(BatchObject, _LISTED),
 }
 UNTOLD = Replies(dict[str, Any], _ANSWERS)  # of a path that is not in the table
 

@@ -55,6 +55,10 @@ def requests() -> Iterator[tuple[str, str, Json | None]]:
     yield completion(logprobs=0, **usage)
     yield completion(top_p=2)
     yield completion(model="other")
+    yield completion(echo=True, logprobs=1, return_token_ids=True, prompt_logprobs=1)
+    yield completion(echo=True, logprobs=1, return_token_ids=True, **usage)
+    yield chat(return_token_ids=True, logprobs=True, prompt_logprobs=1)
+    yield chat(return_token_ids=True, **usage)
     yield response()
     yield response(stream=True, include=[LOGPROBS], top_logprobs=2)
     yield response(
