@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from saqqara.cluster.chat import read_template
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.executor import LocalExecutor
 from saqqara.cluster.engine.tokenizer import Tokenizer
@@ -22,19 +25,23 @@ class InProcessServer:
 
     Args:
         model: folder of its model, which gets random weights.
+        server: fields of `ServeConfig` beside these.
         settings: fields of the engine beside those of the API tests' server.
 
     Attributes:
         app: the application.
     """
 
-    def __init__(self, model: Path, **settings: Any) -> None:
+    def __init__(
+        self, model: Path, server: Mapping[str, Any] = MappingProxyType({}), **settings: Any
+    ) -> None:
         loading = {"model_id": MODEL, "model_source": str(model)}
         config = serve_config(
-            {"model_loading_config": loading, "engine_kwargs": {**ENGINE, **settings}}
+            {"model_loading_config": loading, "engine_kwargs": {**ENGINE, **settings}, **server}
         )
         engine_config = served_engine(config)
-        tokenizers = [Tokenizer.load(model), Tokenizer.load(model)]
+        template = None if config.chat_template is None else read_template(config.chat_template)
+        tokenizers = [Tokenizer.load(model, template), Tokenizer.load(model, template)]
         engine = Engine(
             engine_config, LocalExecutor(engine_config), tokenizers[0], load_spec(str(model))
         )
