@@ -34,6 +34,7 @@ class ServerFlags:
     chat_template: str | None = None
     trust_request_chat_template: bool = False
     enable_tokenizer_info_endpoint: bool = False
+    batch_dir: str | None = None
     ui: bool | None = None
     drain_seconds: float = 600.0
 
@@ -121,6 +122,8 @@ def merged_config(
     for name in ("trust_request_chat_template", "enable_tokenizer_info_endpoint"):
         if getattr(flags, name):
             merged[name] = True
+    if flags.batch_dir is not None:
+        merged["batch_dir"] = flags.batch_dir
     if flags.ui is not None:
         merged["ui"] = flags.ui
     if flags.api_key_file is not None:

@@ -2,12 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from saqqara.cluster.chat import read_template
+from saqqara.cluster.batch_store.store import Store
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.executor import LocalExecutor
 from saqqara.cluster.engine.tokenizer import Tokenizer
@@ -25,7 +23,8 @@ class InProcessServer:
 
     Args:
         model: folder of its model, which gets random weights.
-        server: fields of `ServeConfig` beside these.
+        keys: who may use it; default: everybody.
+        store: its files and batches.
         settings: fields of the engine beside those of the API tests' server.
 
     Attributes:
@@ -33,20 +32,23 @@ class InProcessServer:
     """
 
     def __init__(
-        self, model: Path, server: Mapping[str, Any] = MappingProxyType({}), **settings: Any
+        self,
+        model: Path,
+        keys: ApiKeys | None = None,
+        store: Store | None = None,
+        **settings: Any,
     ) -> None:
         loading = {"model_id": MODEL, "model_source": str(model)}
         config = serve_config(
-            {"model_loading_config": loading, "engine_kwargs": {**ENGINE, **settings}, **server}
+            {"model_loading_config": loading, "engine_kwargs": {**ENGINE, **settings}}
         )
         engine_config = served_engine(config)
-        template = None if config.chat_template is None else read_template(config.chat_template)
-        tokenizers = [Tokenizer.load(model, template), Tokenizer.load(model, template)]
+        tokenizers = [Tokenizer.load(model), Tokenizer.load(model)]
         engine = Engine(
             engine_config, LocalExecutor(engine_config), tokenizers[0], load_spec(str(model))
         )
         self.generation = Generation(config, engine_config, engine, tokenizers[1])
-        self.app = make_app(self.generation, ApiKeys())
+        self.app = make_app(self.generation, keys or ApiKeys(), store=store)
 
     async def post(self, path: str, body: Any, raw: bytes | None = None) -> tuple[int, Any]:
         """Status and JSON of the answer to a POST; events of a stream come as a list."""
