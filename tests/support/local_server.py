@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from saqqara.cluster.batch_store.store import Store
 from saqqara.cluster.chat import read_template
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.executor import LocalExecutor
@@ -75,7 +76,9 @@ def engine_app(model: Path, keys: Sequence[str] = (), **fields: Any) -> FastAPI:
     )
     generation = Generation(config, engine_config, engine, tokenizers[1])
     environ: Mapping[str, str] = {"SAQQARA_API_KEYS": ",".join(keys)} if keys else {}
-    return make_app(generation, ApiKeys.load(None, environ), config.allowed_origins, ui=config.ui)
+    store = None if config.batch_dir is None else Store(Path(config.batch_dir), config.batches)
+    keys_of = ApiKeys.load(None, environ)
+    return make_app(generation, keys_of, config.allowed_origins, store, ui=config.ui)
 
 
 def _below(app: FastAPI, prefix: str) -> FastAPI:

@@ -13,6 +13,7 @@ class Tokens(Reply):
     tokens: list[Count]
     count: Count
     max_model_len: Annotated[int, Field(ge=1)]
+    token_strs: list[str] | None = None
 
 
 class Text(Reply):
@@ -28,6 +29,7 @@ class Model(Reply):
     object: Literal["model"]
     created: UnixTime
     owned_by: str
+    root: str
     max_model_len: Annotated[int, Field(ge=1)]
 
 
@@ -36,6 +38,24 @@ class Models(Reply):
 
     object: Literal["list"]
     data: list[Model]
+
+
+class TokenizerInfo(Reply):
+    """What another program needs to tokenise as the server does."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    vocab_size: Annotated[int, Field(ge=1)]
+    chat_template: str | dict[str, str] | None
+
+
+class Load(Reply):
+    """Requests that run or wait."""
+
+    server_load: Count
 
 
 class Health(Reply):

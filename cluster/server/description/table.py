@@ -11,7 +11,7 @@ from saqqara.cluster.live.snapshot import LiveStats
 from .base import Error
 from .batches import AFTER, ORDER, UPLOAD, BatchObject, BatchPage, DeletedFile, FileObject, FilePage
 from .completions import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
-from .operations import Health, Model, Models, Text, Tokens, Version
+from .operations import Health, Load, Model, Models, Text, TokenizerInfo, Tokens, Version
 from .responses import ResponseEvent, ResponseObject
 
 _OPEN = (403,)
@@ -53,6 +53,8 @@ REPLIES: Mapping[tuple[str, str], Replies] = {
     ("GET", "/v1/models/{model}"): Replies(Model, (*_KEY, 404)),
     ("GET", "/health"): Replies(Health, (*_OPEN, 503)),
     ("GET", "/live"): Replies(Health, (*_OPEN, 503)),
+    ("GET", "/load"): Replies(Load, _OPEN),
+    ("GET", "/tokenizer_info"): Replies(TokenizerInfo),
     ("GET", "/version"): Replies(Version, _OPEN),
     ("GET", "/metrics"): Replies(None, _OPEN),
     ("GET", "/stats"): Replies(LiveStats, (*_KEY, 503)),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi.openapi.models import OpenAPI
-from support.api_server import MODEL
+from support.api_server import ENGINE, MODEL
 from support.byte_llama import save_tiny_llama
 from support.described import Description
-from support.in_process import InProcessServer
+from support.local_server import engine_app
 
 from saqqara.cluster.openai.requests import ChatRequest
 from saqqara.cluster.openai.responses.request import LOGPROBS
@@ -27,21 +28,30 @@ USER = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("described-llama")
+    folder = tmp_path_factory.mktemp("described") / MODEL
+    folder.mkdir()
     save_tiny_llama(folder, max_position=CONTEXT)
     return folder
 
 
 def chat(**fields: Any) -> tuple[str, str, Json]:
-    return "POST", "/v1/chat/completions", {"messages": USER, "max_tokens": 4, **fields}
+    return (
+        "POST",
+        "/v1/chat/completions",
+        {"model": MODEL, "messages": USER, "max_tokens": 4, **fields},
+    )
 
 
 def completion(**fields: Any) -> tuple[str, str, Json]:
-    return "POST", "/v1/completions", {"prompt": "hi", "max_tokens": 4, **fields}
+    return "POST", "/v1/completions", {"model": MODEL, "prompt": "hi", "max_tokens": 4, **fields}
 
 
 def response(**fields: Any) -> tuple[str, str, Json]:
-    return "POST", "/v1/responses", {"input": "hi", "max_output_tokens": 4, **fields}
+    return (
+        "POST",
+        "/v1/responses",
+        {"model": MODEL, "input": "hi", "max_output_tokens": 4, **fields},
+    )
 
 
 def requests() -> Iterator[tuple[str, str, Json | None]]:
@@ -73,36 +83,88 @@ def requests() -> Iterator[tuple[str, str, Json | None]]:
     )
     yield response(previous_response_id="x")
     yield "POST", "/tokenize", {"messages": USER}
+    yield "POST", "/tokenize", {"prompt": "hi", "return_token_strs": True}
     yield "POST", "/detokenize", {"tokens": [1, 2]}
     for path in ("/v1/models", "/v1/models/{model}", "/health", "/live", "/version", "/metrics"):
         yield "GET", path, None
-    yield "GET", "/stats", None
+    for path in ("/stats", "/load", "/tokenizer_info"):
+        yield "GET", path, None
 
 
-def test_every_path_answers_as_described(model: Path) -> None:
+LINE = {
+    "custom_id": "a",
+    "method": "POST",
+    "url": "/v1/completions",
+    "body": {"model": MODEL, "prompt": "x", "max_tokens": 2},
+}
+
+
+class Caller:
+    """Asks a server, and compares what it answers with what it says of itself."""
+
+    def __init__(self, client: httpx2.AsyncClient, document: Json) -> None:
+        self.missing = set(Description(document).operations)
+        self._client = client
+        self._description = Description(document)
+
+    async def ask(
+        self, method: str, path: str, body: Json | None = None, name: str = MODEL, **more: Any
+    ) -> httpx2.Response:
+        """The answer; `name` stands for the parameter of the path."""
+        url = re.sub(r"{\w+}", name, path)
+        answer = await self._client.request(method, url, json=body, **more)
+        kind = answer.headers["content-type"]
+        found = self._description.wrong(method, path, answer.status_code, kind, answer.text)
+        assert found is None, (path, body, found)
+        if answer.status_code in (200, 206):
+            self.missing.discard((method, path))
+        return answer
+
+    async def ask_of_batches(self) -> None:
+        """A file is uploaded, read, run and deleted."""
+        upload = {"file": ("lines.jsonl", json.dumps(LINE).encode())}
+        purpose = {"purpose": "batch"}
+        file = (await self.ask("POST", "/v1/files", files=upload, data=purpose)).json()["id"]
+        await self.ask("POST", "/v1/files", data=purpose)
+        await self.ask("GET", "/v1/files", params={"limit": 5, "order": "asc"})
+        await self.ask("GET", "/v1/files", params={"limit": "x"})
+        await self.ask("GET", "/v1/files/{file_id}", name=file)
+        await self.ask("GET", "/v1/files/{file_id}", name="file-none")
+        content = "/v1/files/{file_id}/content"
+        for wanted in ({}, {"Range": "bytes=0-3"}, {"Range": "bytes=9999-"}):
+            await self.ask("GET", content, name=file, headers=wanted)
+        job = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+        batch = (await self.ask("POST", "/v1/batches", job)).json()["id"]
+        await self.ask("POST", "/v1/batches", {})
+        await self.ask("GET", "/v1/batches/{batch_id}", name=batch)
+        await self.ask("POST", "/v1/batches/{batch_id}/cancel", name=batch)
+        await self.ask("GET", "/v1/batches")
+        await self.ask("DELETE", "/v1/files/{file_id}", name=file)
+        other = (await self.ask("POST", "/v1/files", files=upload, data=purpose)).json()["id"]
+        await self.ask("DELETE", "/v1/files/{file_id}", name=other)
+
+
+def test_every_path_answers_as_described(model: Path, tmp_path: Path) -> None:
     async def run() -> None:
-        server = InProcessServer(model)
-        transport = httpx2.ASGITransport(server.app)
-        try:
-            async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
-                document = (await client.get("/openapi.json")).json()
-                OpenAPI.model_validate(document)
-                description = Description(document)
-                assert {*description.operations} <= {*REPLIES}, "each has its line in the table"
-                missing = set(description.operations)
-                for method, path, body in requests():
-                    fields = None if body is None else {"model": MODEL, **body}
-                    answer = await client.request(
-                        method, path.replace("{model}", MODEL), json=fields
-                    )
-                    kind = answer.headers["content-type"]
-                    found = description.wrong(method, path, answer.status_code, kind, answer.text)
-                    assert found is None, (path, body, found)
-                    if answer.status_code == 200:
-                        missing.discard((method, path))
-                assert missing == set(), "every path has a request above that succeeds"
-        finally:
-            await server.generation.shutdown()
+        app = engine_app(
+            model,
+            engine_kwargs=ENGINE,
+            batch_dir=str(tmp_path),
+            enable_tokenizer_info_endpoint=True,
+        )
+        transport = httpx2.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client,
+        ):
+            document = (await client.get("/openapi.json")).json()
+            OpenAPI.model_validate(document)
+            caller = Caller(client, document)
+            assert caller.missing <= {*REPLIES}, "each has its line in the table"
+            for method, path, body in requests():
+                await caller.ask(method, path, body)
+            await caller.ask_of_batches()
+            assert caller.missing == set(), "every path has a request that succeeds"
 
     asyncio.run(run())
 
