@@ -138,6 +138,7 @@ class Intake:
             sampling=sampling,
             retention=self._retention(request),
             priority=request.priority,
+            owner=request.owner,
             score_continuation=scored,
             token_by_token=request.token_by_token,
             prompt=request.prompt if isinstance(request.prompt, str) else None,
