@@ -245,6 +245,7 @@ class ServeConfig(BaseModel):
     allowed_origins: tuple[str, ...] = Field(
         (), description="Origins whose web pages may use the server, such as https://example.com."
     )
+    ui: bool = Field(True, description="Whether there is a page at `/`.")
     limits: ServerLimits = ServerLimits()
 
     @field_validator("allowed_origins")

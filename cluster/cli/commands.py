@@ -208,6 +208,10 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin whose web pages may use the server, or *; may be repeated."),
     ] = None,
+    ui: Annotated[
+        bool | None,
+        typer.Option("--ui/--no-ui", help="Whether there is a page at /. [default: yes]"),
+    ] = None,
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="Time to finish what runs after SIGTERM.")
     ] = 600.0,
@@ -230,6 +234,7 @@ def serve(
         max_timeout_seconds=max_timeout_seconds,
         route_prefix=route_prefix,
         allowed_origins=tuple(allowed_origins or ()),
+        ui=ui,
         drain_seconds=drain_seconds,
     )
     serve_until_stopped(server, flags, settings)

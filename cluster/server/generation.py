@@ -91,6 +91,11 @@ class Generation:
         """The engine."""
         return self._engine
 
+    @property
+    def retention(self) -> Retention:
+        """What is kept for requests that do not say."""
+        return self._retention
+
     def metrics(self) -> str:
         """The engine's metrics in the Prometheus text format."""
         return self._metrics.render()

@@ -232,6 +232,7 @@ def test_flags_override_the_file() -> None:
         served_model_name="mine",
         body_timeout_seconds=2.5,
         allowed_origins=("https://example.com",),
+        ui=False,
     )
     config = merged_config(args, flags, {"retention": "pyramidkv", "budget": "25%"})
     assert config.model_loading_config.model_dump() == {**MODEL, "model_id": "mine"}
@@ -239,9 +240,11 @@ def test_flags_override_the_file() -> None:
     assert (config.limits.max_n, config.limits.max_queue) == (2, 0)
     assert config.limits.body_timeout_seconds == 2.5
     assert config.allowed_origins == ("https://example.com",)
+    assert not config.ui
     assert config.deployment_config.num_replicas == 3
     named = merged_config({}, ServerFlags(), {"model": "/models/SmolLM2"})
     assert named.model_loading_config.model_id == "SmolLM2"
+    assert named.ui
     with pytest.raises(ValueError, match="model is required"):
         merged_config({}, ServerFlags(), {})
 
