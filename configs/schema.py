@@ -200,6 +200,9 @@ class ServerLimits(BaseModel):
     max_queue: int = Field(
         256, ge=0, description="Sequences that may wait beyond max_num_seqs; more get status 429."
     )
+    max_queue_share: float = Field(
+        0.75, gt=0, le=1, description="Of the queue that one of several keys may take; else 429."
+    )
     max_body_bytes: int = Field(4 * 2**20, ge=1, description="A larger body gets status 413.")
     body_timeout_seconds: float = Field(
         30.0, gt=0, description="A body that has not come within this time gets status 408."

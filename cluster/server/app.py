@@ -81,7 +81,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     def overloaded(request: Request, error: OverloadedError) -> Response:
         wait = {"Retry-After": str(error.retry_seconds)}
-        return _reply(ApiError(429, str(error), None, "queue_full", wait))
+        code = "queue_share_full" if error.is_share else "queue_full"
+        return _reply(ApiError(429, str(error), None, code, wait))
 
     def draining(request: Request, error: DrainingError) -> Response:
         wait = {"Retry-After": str(DRAIN_RETRY_SECONDS)}

@@ -46,6 +46,7 @@ class Job:
     retention: Retention
     priority: int = 0
     deadline: float | None = None  # in the time of the event loop
+    owner: str = ""
 
     @property
     def num_sequences(self) -> int:
@@ -79,7 +80,11 @@ class Generation:
         self.limits = config.limits
         self.tokenizer = tokenizer
         self.max_model_len = engine.scheduler.max_model_len
-        self.admission = Admission(engine_config.max_num_seqs, config.limits.max_queue)
+        self.admission = Admission(
+            engine_config.max_num_seqs,
+            config.limits.max_queue,
+            max_share=config.limits.max_queue_share,
+        )
         self._retention = engine.retention
         self._vocab_size = engine.vocab_size
         self._metrics = engine.metrics
@@ -117,9 +122,17 @@ class Generation:
         return None if seconds is None else arrived + seconds
 
     async def prepare(
-        self, request: CompletionRequest | ChatRequest, deadline: float | None = None
+        self,
+        request: CompletionRequest | ChatRequest,
+        deadline: float | None = None,
+        owner: str = "",
     ) -> Job:
         """Check and tokenise a request.
+
+        Args:
+            request: as the client wrote it.
+            deadline: when its answer must be complete, from `deadline`.
+            owner: whose share of the queue it has; see `Admission`.
 
         Raises:
             ApiError: what is wrong with it, and in which field.
@@ -141,13 +154,14 @@ class Generation:
             retention,
             request.priority or 0,
             deadline,
+            owner,
         )
         self._check_lengths(job)
-        if job.num_sequences > self.admission.capacity:
+        if job.num_sequences > self.admission.capacity(owner):
             raise ApiError(
                 400,
                 f"n: {len(prompts)} prompts times n={sampling.n} are more sequences than the "
-                f"{self.admission.capacity} that the server takes at once",
+                f"{self.admission.capacity(owner)} that the server takes at once",
                 "n",
                 "limit_exceeded",
             )
@@ -251,6 +265,7 @@ class Generation:
             job.sampling.for_prompt(place),
             retention=job.retention,
             priority=job.priority,
+            owner=job.owner,
             timeout_seconds=_seconds_until(job.deadline),
             stream=stream,
             must_fit=True,

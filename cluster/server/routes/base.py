@@ -71,6 +71,12 @@ class Door:
                 {"WWW-Authenticate": "Bearer"},
             )
 
+    def owner(self, request: Request) -> str:
+        """Who shares the queue with others: the owner of the key, if there are several keys."""
+        if len(self.keys) < 2:
+            return ""
+        return self.keys.owner(request.headers.get("authorization"))
+
     async def read(self, request: Request, kind: type[Body]) -> Body:
         """Let in who may come in, and read and check the body, which must be JSON.
 

@@ -59,7 +59,7 @@ class CompletionRoutes:
         self, request: Request, body: CompletionRequest | ChatRequest, deadline: float | None
     ) -> Response:
         """The answer, or its first event; a stream's end is the engine's to see to."""
-        job = await self._generation.prepare(body, deadline)
+        job = await self._generation.prepare(body, deadline, self._door.owner(request))
         is_chat = isinstance(body, ChatRequest)
         head = ReplyHead(
             id=f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -77,7 +77,7 @@ class CompletionRoutes:
 
     async def _finished(self, job: Job) -> list[RequestOutput]:
         outputs: dict[int, RequestOutput] = {}
-        with self._generation.admission.enter(job.num_sequences):
+        with self._generation.admission.enter(job.num_sequences, job.owner):
             async with aclosing(self._generation.outputs(job, stream=False)) as source:
                 async for place, output in source:
                     check_served(output)
@@ -88,7 +88,7 @@ class CompletionRoutes:
         self, head: ReplyHead, job: Job, *, include_usage: bool
     ) -> AsyncGenerator[bytes, None]:
         async with AsyncExitStack() as stack:
-            stack.enter_context(self._generation.admission.enter(job.num_sequences))
+            stack.enter_context(self._generation.admission.enter(job.num_sequences, job.owner))
             outputs = self._generation.outputs(job, stream=True)
             await stack.enter_async_context(aclosing(outputs))
             events = event_stream(head, outputs, job.sampling.n, include_usage=include_usage)
