@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .budget import budget_mistake
+from .hosts import check_host_pattern
 from .worker_settings import MAX_NUM_SEQS, WorkerSettings
 
 MAX_TOKENS = 2**24
@@ -249,7 +250,17 @@ class ServeConfig(BaseModel):
         (), description="Origins whose web pages may use the server, such as https://example.com."
     )
     ui: bool = Field(True, description="Whether there is a page at `/`.")
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Names by which a server without keys may be asked, such as *.example.com; "
+        "besides addresses and localhost.",
+    )
     limits: ServerLimits = ServerLimits()
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_host_pattern(host) for host in hosts)
 
     @field_validator("allowed_origins")
     @classmethod

@@ -208,6 +208,12 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin whose web pages may use the server, or *; may be repeated."),
     ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name by which a server without keys may be asked, *.NAME or *; may be repeated."
+        ),
+    ] = None,
     ui: Annotated[
         bool | None,
         typer.Option("--ui/--no-ui", help="Whether there is a page at /. [default: yes]"),
@@ -234,6 +240,7 @@ def serve(
         max_timeout_seconds=max_timeout_seconds,
         route_prefix=route_prefix,
         allowed_origins=tuple(allowed_origins or ()),
+        allowed_hosts=tuple(allowed_hosts or ()),
         ui=ui,
         drain_seconds=drain_seconds,
     )

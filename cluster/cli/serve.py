@@ -31,6 +31,7 @@ class ServerFlags:
     max_timeout_seconds: float | None = None
     route_prefix: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     ui: bool | None = None
     drain_seconds: float = 600.0
 
@@ -114,6 +115,8 @@ def merged_config(
         merged["allowed_origins"] = flags.allowed_origins
     if flags.ui is not None:
         merged["ui"] = flags.ui
+    if flags.allowed_hosts:
+        merged["allowed_hosts"] = flags.allowed_hosts
     if flags.api_key_file is not None:
         merged["api_key_file"] = flags.api_key_file
     return serve_config(merged)

@@ -89,7 +89,13 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Any:
         """The HTTP application, as Serve asks for it."""
         config = self._plan.config
-        return make_app(self._generation, self._plan.keys, config.allowed_origins, ui=config.ui)
+        return make_app(
+            self._generation,
+            self._plan.keys,
+            config.allowed_origins,
+            ui=config.ui,
+            allowed_hosts=config.allowed_hosts,
+        )
 
     async def check_health(self) -> None:
         """Raise if the engine has failed, upon which Serve starts another replica."""
@@ -217,6 +223,7 @@ def _start(plan: ReplicaPlan) -> Generation:
         spec,
         sinks=[RaySink(name)],
         model_name=name,
+        replica_id=serve.get_replica_context().replica_id.unique_id,
     )
     return Generation(plan.config, config, engine, Tokenizer.load(tokenizer))
 

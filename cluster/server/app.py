@@ -24,6 +24,8 @@ from .routes.completions import CompletionRoutes
 from .routes.description import DescriptionRoutes
 from .routes.models import ModelRoutes
 from .routes.operations import OperationRoutes
+from .routes.responses import ResponseRoutes
+from .routes.stats import StatsRoutes
 from .routes.tokens import TokenRoutes
 
 CLIENT_LEFT = 499  # what nginx logs for it; nobody is there to read it
@@ -36,6 +38,7 @@ def make_app(
     allowed_origins: Sequence[str] = (),
     *,
     ui: bool = True,
+    allowed_hosts: Sequence[str] = (),
 ) -> FastAPI:
     """The application.
 
@@ -44,6 +47,7 @@ def make_app(
         keys: who may use what is behind `/v1`, `/tokenize` and `/detokenize`.
         allowed_origins: origins whose web pages may use it.
         ui: whether there is a page at `/`.
+        allowed_hosts: names by which it may be asked where there are no keys.
     """
 
     @asynccontextmanager
@@ -52,14 +56,16 @@ def make_app(
         await generation.shutdown()
 
     app = FastAPI(title="Saqqara", version=__version__, openapi_url=None, lifespan=lifespan)
-    add_guards(app, allowed_origins)
+    add_guards(app, allowed_origins, None if keys else allowed_hosts)
     _add_error_handlers(app)
     door = Door(generation, keys)
     groups: tuple[Routes, ...] = (
         CompletionRoutes(door),
+        ResponseRoutes(door),
         TokenRoutes(door),
         ModelRoutes(door),
         OperationRoutes(door),
+        StatsRoutes(door),
     )
     endpoints = [endpoint for group in groups for endpoint in group.endpoints]
     for group in (*groups, DescriptionRoutes(endpoints)):

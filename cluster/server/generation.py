@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,11 +12,11 @@ from saqqara.cluster.chat import ChatOptions
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.cluster.live.snapshot import LiveStats
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.requests import (
     ChatRequest,
     CompletionRequest,
-    GenerationRequest,
     check_model,
 )
 from saqqara.cluster.outcome import check_room
@@ -34,6 +34,21 @@ LONG_TEXT_CHARS = 8192  # a longer text is tokenised in a thread: it takes milli
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """Who waits for an answer: whose share of the queue it has, and until when it waits.
+
+    `owner` is empty where nobody shares the queue; see `Admission`. `deadline` is in the time of
+    the event loop; None: for ever.
+    """
+
+    owner: str = ""
+    deadline: float | None = None
+
+
+NOBODY = Caller()
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A request that is checked and tokenised.
 
@@ -45,8 +60,7 @@ class Job:
     sampling: SamplingParams
     retention: Retention
     priority: int = 0
-    deadline: float | None = None  # in the time of the event loop
-    owner: str = ""
+    caller: Caller = NOBODY
 
     @property
     def num_sequences(self) -> int:
@@ -88,6 +102,7 @@ class Generation:
         self._retention = engine.retention
         self._vocab_size = engine.vocab_size
         self._metrics = engine.metrics
+        self._live_stats = engine.live_stats
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._engine = AsyncEngine(engine)
 
@@ -105,34 +120,30 @@ class Generation:
         """The engine's metrics in the Prometheus text format."""
         return self._metrics.render()
 
+    def live_stats(self) -> LiveStats:
+        """What the engine does now."""
+        return self._live_stats()
+
     async def shutdown(self) -> None:
         """End the engine; whoever still waits for it gets an error."""
         self.admission.close()
         await asyncio.to_thread(self._engine.shutdown)
         self._threads.shutdown(wait=False)
 
-    def deadline(self, request: GenerationRequest, arrived: float) -> float | None:
-        """When the answer must be complete, in the time of the event loop, as `arrived` is.
-
-        Raises:
-            ApiError: the request asks for more time than this server gives.
-        """
-        request.check_limits(self.limits)
-        seconds = request.timeout_seconds or self.limits.default_timeout_seconds
-        return None if seconds is None else arrived + seconds
+    def admit(self, job: Job) -> AbstractContextManager[None]:
+        """Hold room for a job; see `Admission.enter`."""
+        return self.admission.enter(job.num_sequences, job.caller.owner)
 
     async def prepare(
         self,
         request: CompletionRequest | ChatRequest,
-        deadline: float | None = None,
-        owner: str = "",
+        caller: Caller = NOBODY,
     ) -> Job:
         """Check and tokenise a request.
 
         Args:
             request: as the client wrote it.
-            deadline: when its answer must be complete, from `deadline`.
-            owner: whose share of the queue it has; see `Admission`.
+            caller: who waits for it.
 
         Raises:
             ApiError: what is wrong with it, and in which field.
@@ -153,15 +164,14 @@ class Generation:
             sampling,
             retention,
             request.priority or 0,
-            deadline,
-            owner,
+            caller,
         )
         self._check_lengths(job)
-        if job.num_sequences > self.admission.capacity(owner):
+        if job.num_sequences > self.admission.capacity(caller.owner):
             raise ApiError(
                 400,
                 f"n: {len(prompts)} prompts times n={sampling.n} are more sequences than the "
-                f"{self.admission.capacity(owner)} that the server takes at once",
+                f"{self.admission.capacity(caller.owner)} that the server takes at once",
                 "n",
                 "limit_exceeded",
             )
@@ -265,8 +275,8 @@ class Generation:
             job.sampling.for_prompt(place),
             retention=job.retention,
             priority=job.priority,
-            owner=job.owner,
-            timeout_seconds=_seconds_until(job.deadline),
+            owner=job.caller.owner,
+            timeout_seconds=_seconds_until(job.caller.deadline),
             stream=stream,
             must_fit=True,
         )

@@ -1,12 +1,14 @@
 """One table of metrics feeds any number of sinks; Prometheus is the one that is always there."""
 
 import re
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
 import pytest
 
-from saqqara.cluster.engine.metrics import METRICS, SPECS, Metrics, MetricSpec, PrometheusSink
+from saqqara.cluster.engine.metrics import Metrics, PrometheusSink
+from saqqara.cluster.live.families import METRICS, SPECS, MetricSpec
 
 VLLM_NAMES = {
     "vllm:num_requests_running",
@@ -19,6 +21,19 @@ VLLM_NAMES = {
     "vllm:e2e_request_latency_seconds",
     "vllm:request_success",
     "vllm:num_preemptions",
+    "vllm:request_queue_time_seconds",
+    "vllm:request_inference_time_seconds",
+    "vllm:request_prefill_time_seconds",
+    "vllm:request_decode_time_seconds",
+    "vllm:request_prompt_tokens",
+    "vllm:request_generation_tokens",
+    "vllm:request_max_num_generation_tokens",
+    "vllm:request_params_n",
+    "vllm:request_params_max_tokens",
+    "vllm:iteration_tokens_total",
+    "vllm:prefix_cache_queries",
+    "vllm:prefix_cache_hits",
+    "vllm:cache_config_info",
 }
 
 
@@ -103,6 +118,11 @@ def test_metrics_are_served_on_a_free_port(sink: PrometheusSink) -> None:
     assert port > 0
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
         assert b"vllm:num_requests_running" in response.read()
+    foreign = urllib.request.Request(
+        f"http://127.0.0.1:{port}/metrics", headers={"Host": f"evil.com:{port}"}
+    )
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(foreign, timeout=10)
     sink.close()
     sink.close()
     with pytest.raises(OSError, match="refused"):
