@@ -1,5 +1,6 @@
 """`/v1/completions` and `/v1/chat/completions`."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
