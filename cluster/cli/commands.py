@@ -16,6 +16,7 @@ from .help import errors_in_one_line, file_path, root_app
 from .options import Settings, with_settings
 from .plan_flags import plan
 from .simulate import simulate
+from .top import top
 
 app = root_app()
 
@@ -214,6 +215,10 @@ def serve(
             help="Name by which a server without keys may be asked, *.NAME or *; may be repeated."
         ),
     ] = None,
+    batch_dir: Annotated[
+        str | None,
+        typer.Option(help="Folder of /v1/files and /v1/batches. [default: there are none]"),
+    ] = None,
     ui: Annotated[
         bool | None,
         typer.Option("--ui/--no-ui", help="Whether there is a page at /. [default: yes]"),
@@ -241,6 +246,7 @@ def serve(
         route_prefix=route_prefix,
         allowed_origins=tuple(allowed_origins or ()),
         allowed_hosts=tuple(allowed_hosts or ()),
+        batch_dir=batch_dir,
         ui=ui,
         drain_seconds=drain_seconds,
     )
@@ -269,6 +275,7 @@ def methods(
 
 app.command()(plan)
 app.command()(simulate)
+app.command()(top)
 
 
 @app.command()

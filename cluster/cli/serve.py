@@ -32,6 +32,7 @@ class ServerFlags:
     route_prefix: str | None = None
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    batch_dir: str | None = None
     ui: bool | None = None
     drain_seconds: float = 600.0
 
@@ -113,6 +114,8 @@ def merged_config(
     )
     if flags.allowed_origins:
         merged["allowed_origins"] = flags.allowed_origins
+    if flags.batch_dir is not None:
+        merged["batch_dir"] = flags.batch_dir
     if flags.ui is not None:
         merged["ui"] = flags.ui
     if flags.allowed_hosts:

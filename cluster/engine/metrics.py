@@ -2,13 +2,15 @@
 
 import socket
 import threading
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import prometheus_client
 from prometheus_client import CollectorRegistry
 
+from saqqara.cluster.live.door import StatsDoor
 from saqqara.cluster.live.families import METRICS, MODEL_LABEL, SPECS, Kind, MetricSpec
+from saqqara.cluster.live.snapshot import LiveStats
 from saqqara.configs.hosts import may_ask_as
 
 
@@ -95,8 +97,18 @@ class PrometheusSink:
         """The metrics in the Prometheus text format."""
         return prometheus_client.generate_latest(self.registry).decode()
 
-    def start_http_server(self, port: int = 0, host: str = "127.0.0.1") -> int:
-        """Serve /metrics in a thread and return the port (0 takes any free one).
+    def start_http_server(
+        self,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        read_stats: Callable[[], LiveStats] | None = None,
+    ) -> int:
+        """Serve /metrics, and with `read_stats` /stats, in a thread; returns the port.
+
+        Args:
+            port: 0 takes any free one.
+            host: address to listen on.
+            read_stats: what the engine shows.
 
         Raises:
             OSError: the port is taken.
@@ -105,17 +117,18 @@ class PrometheusSink:
         server, thread = prometheus_client.start_http_server(port, host, self.registry)
         # Prometheus asks for OpenMetrics, in which prometheus_client (0.26) writes `_` for the `:`
         # of a name; the plain text format keeps it.
-        app = server.get_app()
+        app: Any = server.get_app()
         assert app is not None
-        own_names = (socket.gethostname().lower(),)
+        own_names = (host.lower(), socket.gethostname().lower())
 
-        def answer(environ: dict[str, Any], start: Any) -> Iterable[bytes]:
+        def plain(environ: Mapping[str, Any], start: Any) -> Any:
             if not may_ask_as(environ.get("HTTP_HOST"), own_names):
                 start("403 Forbidden", [("Content-Type", "text/plain")])
                 return [b"metrics are served by address, as localhost and by this machine's name\n"]
             return app({**environ, "HTTP_ACCEPT": "text/plain"}, start)
 
-        server.set_app(answer)
+        served = plain if read_stats is None else StatsDoor(read_stats, plain, [host])
+        server.set_app(cast(Any, served))
         self._server = (server, thread)
         return int(server.server_port)
 

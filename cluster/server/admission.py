@@ -64,13 +64,28 @@ class Admission:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def capacity(self, owner: str = "") -> int:
+    @property
+    def capacity(self) -> int:
+        """Sequences that are taken at most."""
+        return self._capacity
+
+    def capacity_of(self, owner: str) -> int:
         """Sequences of one owner that are taken at most; without one, of all together."""
         if not owner:
             return self._capacity
         return self._max_running + int(
             self._max_share * (self._capacity - self._max_running) + _ROUNDING
         )
+
+    @property
+    def max_running(self) -> int:
+        """Sequences that the engine runs at once."""
+        return self._max_running
+
+    @property
+    def num_free(self) -> int:
+        """Slots of the engine that no sequence has or waits for; below 0 if more wait."""
+        return self._max_running - self._num_sequences
 
     @property
     def num_requests(self) -> int:
@@ -86,7 +101,7 @@ class Admission:
             OverloadedError: there is no room now.
         """
         self.check_open()
-        assert num_sequences <= self.capacity(owner), "there never will be room for so many"
+        assert num_sequences <= self.capacity_of(owner), "there never will be room for so many"
         if self._num_sequences + num_sequences > self._capacity:
             waiting = self._num_sequences - self._max_running
             raise OverloadedError(self._retry_seconds(waiting))

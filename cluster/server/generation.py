@@ -185,11 +185,11 @@ class Generation:
         )
         self._check_lengths(job)
         self._check_logprobs(job)
-        if job.num_sequences > self.admission.capacity(caller.owner):
+        if job.num_sequences > self.admission.capacity_of(caller.owner):
             raise ApiError(
                 400,
                 f"n: {len(prompts)} prompts times n={sampling.n} are more sequences than the "
-                f"{self.admission.capacity(caller.owner)} that the server takes at once",
+                f"{self.admission.capacity_of(caller.owner)} that the server takes at once",
                 "n",
                 "limit_exceeded",
             )

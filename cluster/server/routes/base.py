@@ -19,6 +19,9 @@ from saqqara.cluster.server.generation import Caller, Generation
 from saqqara.cluster.server.guard import check_is_json
 from saqqara.cluster.server.io import race, read_body, until
 
+OWNER = "saqqara.owner"
+"""In the scope of a request that the server makes itself, on behalf of an owner: who that is."""
+
 Body = TypeVar("Body", bound=BaseModel)
 Handler = Callable[..., Any]  # as FastAPI takes them
 
@@ -63,7 +66,9 @@ class Door:
         self.keys = keys
 
     def authorize(self, request: Request) -> None:
-        """Raise an `ApiError` (401) unless the request has one of the keys."""
+        """Raise an `ApiError` (401) unless the request has one of the keys, or is our own."""
+        if OWNER in request.scope:
+            return
         if not self.keys.accepts(request.headers.get("authorization")):
             raise ApiError(
                 401,
@@ -72,6 +77,17 @@ class Door:
                 "invalid_api_key",
                 {"WWW-Authenticate": "Bearer"},
             )
+
+    def owner(self, request: Request) -> str:
+        """Let in who may come in; whose files, batches and share of the queue are theirs.
+
+        Raises:
+            ApiError: (401) the request has none of the keys.
+        """
+        self.authorize(request)
+        if (owner := request.scope.get(OWNER)) is not None:
+            return str(owner)
+        return self.keys.owner(request.headers.get("authorization"))
 
     @asynccontextmanager
     async def answering(
@@ -91,7 +107,7 @@ class Door:
         seconds = timeout_seconds or limits.default_timeout_seconds
         deadline = None if seconds is None else request.state.arrived + seconds
         async with until(deadline):
-            yield Caller(self._owner(request), deadline)
+            yield Caller(self._sharer(request), deadline)
 
     async def read(
         self,
@@ -123,8 +139,6 @@ class Door:
         reading = read_body(request, limits.max_body_bytes, limits.body_timeout_seconds)
         return await race(reading, admission.wait_closed(), DrainingError())
 
-    def _owner(self, request: Request) -> str:
-        """Who shares the queue with others: the owner of the key, if there are several keys."""
-        if len(self.keys) < 2:
-            return ""
-        return self.keys.owner(request.headers.get("authorization"))
+    def _sharer(self, request: Request) -> str:
+        """Who shares the queue with others, if there are several keys."""
+        return "" if len(self.keys) < 2 else self.owner(request)

@@ -281,7 +281,7 @@ def fill(admission: Admission, stack: ExitStack, owner: str, most: int = 10**6) 
 def test_no_owner_fills_the_queue_and_a_newcomer_finds_room() -> None:
     admission = Admission(max_running=16, max_waiting=256, max_share=0.75)
     with ExitStack() as stack:
-        assert fill(admission, stack, "a") == 16 + 192 == admission.capacity("a")
+        assert fill(admission, stack, "a") == 16 + 192 == admission.capacity_of("a")
         taken = [fill(admission, stack, owner) for owner in "bc"]
         assert all(count > 0 for count in taken)
         assert taken == sorted(taken, reverse=True)
@@ -315,4 +315,4 @@ def test_without_owners_the_whole_queue_is_everybodys() -> None:
     with ExitStack() as stack:
         for _ in range(5):
             stack.enter_context(admission.enter(1))
-        assert admission.capacity() == 5
+        assert admission.capacity == 5
