@@ -5,8 +5,9 @@ from typing import Literal
 from .errors import ContextLengthError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-# Why a sequence ended with `error`: more than the replica can hold, or what it computes is broken.
-ErrorCode = Literal["request_too_large", "computation_failed"]
+# Why a sequence ended with `error`: more than the replica can hold, what it computes is broken, or
+# what its request asks of the answer leaves no token.
+ErrorCode = Literal["request_too_large", "computation_failed", "constraint_failed"]
 
 
 def check_room(num_tokens: int, max_tokens: int | None, max_model_len: int) -> None:

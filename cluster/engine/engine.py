@@ -23,6 +23,7 @@ from saqqara.cluster.scheduling.events import (
     Prefilled,
 )
 from saqqara.cluster.scheduling.scheduler import Scheduler
+from saqqara.cluster.structured.preparation import Preparation
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec
@@ -30,7 +31,7 @@ from saqqara.workers.models.spec import ModelSpec
 from .executor import Executor
 from .intake import Intake, RetentionLimits
 from .metrics import PrometheusSink, Sink
-from .model_fit import check_fits
+from .model_fit import check_fits, known_eos
 from .output import Choice, RequestState
 from .report import BatchRows, EngineReport
 from .stats import EngineStats
@@ -109,6 +110,7 @@ class Engine:
         self._choices: dict[int, tuple[RequestState, Choice]] = {}  # by the sequence's arrival
         self._clock = clock or Clock()
         self._epoch = time.time() - self._clock.now()
+        self._preparation = Preparation(self._clock, WorkerDiedError)
         self._flights = Flights(executor.workers, self._clock)
         self._attempts = Attempts(limits or RecoveryLimits(), self._clock)
         self._suspects = Suspects()
@@ -128,10 +130,11 @@ class Engine:
             raise ValueError(f"request_id {tokens.request_id!r} is in use")
         self.scheduler.check(tokens)
         specs = self._intake.specs(tokens)
+        ready = self._preparation.begin(tokens.request_id, specs[0].grammar)
         state = RequestState(tokens, stream=request.stream and not tokens.is_score)
         for index, spec in enumerate(specs):
             sequence = self.scheduler.add(
-                tokens, spec, index=index, eos_token_ids=self._eos_token_ids
+                tokens, spec, index=index, eos_token_ids=self._eos_token_ids, is_ready=ready
             )
             choice = Choice(sequence, self._tokenizer)
             state.choices.append(choice)
@@ -213,6 +216,7 @@ class Engine:
         try:
             if not self._flights and (failure := self._executor.failure) is not None:
                 raise failure
+            self._admit_prepared()
             while (plan := self.scheduler.schedule()) is not None:
                 self._flights.send(plan, self._executor)
             return self._absorb_oldest()
@@ -221,6 +225,7 @@ class Engine:
 
     def _absorb_oldest(self) -> list[Event]:
         if not self._flights:
+            self._preparation.wait()
             return self.scheduler.take_events()
         plan, results = self._flights.land(self._executor)
         events = self.scheduler.absorb(plan, results)
@@ -229,6 +234,18 @@ class Engine:
             with suppress(WorkerDiedError):  # the next step hears of it; these events are good
                 self._executor.check_integrity()
         return events
+
+    def _admit_prepared(self) -> None:
+        """Queue the requests whose grammar the workers have; end those that it cannot be had for."""
+        for request_id, error in self._preparation.settled(self._executor):
+            state = self._states.get(request_id)
+            for choice in [] if state is None else state.choices:
+                if error is None:
+                    self.scheduler.enqueue(choice.sequence)
+                    continue
+                self.scheduler.finish(
+                    choice.sequence, "error", None, f"structured_outputs: {error}", "constraint_failed"
+                )
 
     # Lost workers ---------------------------------------------------------------------------------
 
@@ -261,6 +278,7 @@ class Engine:
     def _start_over(self) -> None:
         """Nothing is in flight and no worker holds anything: a token that was sent stays."""
         self._flights.drop()
+        self._preparation.restart()
         self.scheduler.restart(self._executor.workers)
         self._stats.set_workers(self._executor.workers)
 
@@ -370,19 +388,3 @@ class Engine:
     def _now(self) -> float:
         """Unix time in seconds, but never running backwards."""
         return self._epoch + self._clock.now()
-
-
-def known_eos(spec: ModelSpec, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end a text, of the model's configs and the tokenizer, ascending.
-
-    Those that the model cannot write are left out with a warning.
-    """
-    given = {*spec.eos_token_ids, *tokenizer.eos_token_ids}
-    known = tuple(sorted(token for token in given if 0 <= token < spec.vocab_size))
-    if unknown := sorted(given.difference(known)):
-        logger.warning(
-            "end tokens %s are ignored: the model's tokens are 0 to %d",
-            ", ".join(map(str, unknown)),
-            spec.vocab_size - 1,
-        )
-    return known

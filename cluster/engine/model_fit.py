@@ -1,9 +1,18 @@
-"""Whether a model can be cut as the settings say: known from its config, before any rank starts."""
+"""Whether a model can be cut as the settings say: known from its config, before any rank starts.
+
+And which tokens end its texts.
+"""
+
+import logging
 
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import head_shard, intermediate_shard, layer_split
 from saqqara.workers.models.source import local_folder
 from saqqara.workers.models.spec import ModelSpec, load_spec
+
+from .tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def check_fits(config: EngineConfig, spec: ModelSpec) -> None:
@@ -32,3 +41,19 @@ def check_fits_if_local(config: EngineConfig) -> None:
         return
     if is_local:
         check_fits(config, load_spec(config.model))
+
+
+def known_eos(spec: ModelSpec, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a text, of the model's configs and the tokenizer, ascending.
+
+    Those that the model cannot write are left out with a warning.
+    """
+    given = {*spec.eos_token_ids, *tokenizer.eos_token_ids}
+    known = tuple(sorted(token for token in given if 0 <= token < spec.vocab_size))
+    if unknown := sorted(given.difference(known)):
+        logger.warning(
+            "end tokens %s are ignored: the model's tokens are 0 to %d",
+            ", ".join(map(str, unknown)),
+            spec.vocab_size - 1,
+        )
+    return known

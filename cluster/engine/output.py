@@ -53,7 +53,7 @@ class Choice:
     def append(self, event: NewToken) -> None:
         """Take in the sequence's next token."""
         sampling = self._sampling
-        is_stop_token = self.sequence.finish_reason == "stop"
+        is_stop_token = self.sequence.is_ended_by(event.token_id)
         is_shown = not is_stop_token or sampling.include_stop_str_in_output
         if is_shown and sampling.detokenize:
             may_stop = len(self.sequence.output_token_ids) > sampling.min_tokens
