@@ -84,9 +84,11 @@ ROOMS = {
     "cluster/openai": _BASE,
     "cluster/openai/requests": _BASE | {"cluster/openai"},
     "cluster/server": _BASE | _OPENAI | {"cluster/engine"},
+    "cluster/server/routes": _BASE | _OPENAI | {"cluster/server", "cluster/engine"},
+    "cluster/server/app.py": _BASE | _OPENAI | {"cluster/server", "cluster/server/routes"},
     "cluster/on_ray": _BASE
     | _MODEL
-    | {"cluster/server", "cluster/engine", "cluster/recovery"}
+    | {"cluster/server", "cluster/server/app.py", "cluster/engine", "cluster/recovery"}
     | {"workers/process.py", "workers/worker.py"},
     # The doors: an engine in this process or on Ray, Python's, and an earlier place of Serve's.
     "cluster/failover.py": _BASE | {"cluster/engine", "cluster/recovery"},

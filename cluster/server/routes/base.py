@@ -1,0 +1,90 @@
+"""What the groups of paths have in common: how they are added, and who and what comes in."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.openai.replies import to_bytes
+from saqqara.cluster.openai.requests import read_object, read_request
+from saqqara.cluster.server.admission import DrainingError
+from saqqara.cluster.server.api_keys import ApiKeys
+from saqqara.cluster.server.docs import Endpoint
+from saqqara.cluster.server.generation import Generation
+from saqqara.cluster.server.guard import check_is_json
+from saqqara.cluster.server.io import race, read_body
+
+Body = TypeVar("Body", bound=BaseModel)
+Handler = Callable[..., Any]  # as FastAPI takes them
+
+
+class Routes(Protocol):
+    """A group of paths."""
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """What is said of them in the description of the API."""
+
+    def add_to(self, app: FastAPI) -> None:
+        """Register the paths."""
+
+
+def register(app: FastAPI, method: str, handlers: Mapping[str, Handler]) -> None:
+    """Add handlers by their paths; whoever answers GET answers HEAD, too."""
+    methods = ["GET", "HEAD"] if method == "GET" else [method]
+    for path, handler in handlers.items():
+        app.add_api_route(path, handler, methods=methods, response_model=None)
+
+
+def json_reply(data: Mapping[str, Any]) -> Response:
+    """An answer of status 200."""
+    return Response(to_bytes(data), media_type="application/json")
+
+
+class Door:
+    """Lets in who may come in, and reads and checks what they bring.
+
+    Args:
+        generation: the engine and its queue; its limits hold for bodies.
+        keys: who may come in.
+
+    Attributes:
+        generation: as given.
+        keys: as given.
+    """
+
+    def __init__(self, generation: Generation, keys: ApiKeys) -> None:
+        self.generation = generation
+        self.keys = keys
+
+    def authorize(self, request: Request) -> None:
+        """Raise an `ApiError` (401) unless the request has one of the keys."""
+        if not self.keys.accepts(request.headers.get("authorization")):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; send it as `Authorization: Bearer KEY`",
+                None,
+                "invalid_api_key",
+                {"WWW-Authenticate": "Bearer"},
+            )
+
+    async def read(self, request: Request, kind: type[Body]) -> Body:
+        """Let in who may come in, and read and check the body, which must be JSON.
+
+        Raises:
+            ApiError: the key, the body or a field of it is wrong.
+            DrainingError: the server ends.
+        """
+        self.authorize(request)
+        check_is_json(request)
+        return read_request(kind, read_object(await self.read_body(request), "the body"))
+
+    async def read_body(self, request: Request) -> bytes:
+        """The body; a client that is slow with it is not waited for when the server ends."""
+        admission, limits = self.generation.admission, self.generation.limits
+        admission.check_open()
+        reading = read_body(request, limits.max_body_bytes, limits.body_timeout_seconds)
+        return await race(reading, admission.wait_closed(), DrainingError())

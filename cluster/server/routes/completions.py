@@ -1,0 +1,91 @@
+"""`/v1/completions` and `/v1/chat/completions`."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from saqqara.cluster.openai.events import event_stream
+from saqqara.cluster.openai.replies import ReplyHead, check_served, full_reply
+from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest
+from saqqara.cluster.request import RequestOutput
+from saqqara.cluster.server.docs import Endpoint
+from saqqara.cluster.server.generation import Job
+from saqqara.cluster.server.io import EventStream, unless_disconnected
+
+from .base import Door, json_reply, register
+
+
+class CompletionRoutes:
+    """Texts and chats that are continued."""
+
+    endpoints = (
+        Endpoint("POST", "/v1/chat/completions", "Answer a chat.", ChatRequest, streams=True),
+        Endpoint("POST", "/v1/completions", "Continue a text.", CompletionRequest, streams=True),
+    )
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._generation = door.generation
+
+    def add_to(self, app: FastAPI) -> None:
+        """Register the paths."""
+        handlers = {"/v1/completions": self.completions, "/v1/chat/completions": self.chats}
+        register(app, "POST", handlers)
+
+    async def completions(self, request: Request) -> Response:
+        """`POST /v1/completions`."""
+        return await self._generate(request, CompletionRequest)
+
+    async def chats(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        return await self._generate(request, ChatRequest)
+
+    async def _generate(
+        self, request: Request, kind: type[CompletionRequest] | type[ChatRequest]
+    ) -> Response:
+        body = await self._door.read(request, kind)
+        assert isinstance(body, CompletionRequest | ChatRequest)
+        job = await self._generation.prepare(body)
+        is_chat = kind is ChatRequest
+        head = ReplyHead(
+            id=f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=self._generation.model,
+            is_chat=is_chat,
+            num_logprobs=job.sampling.logprobs or 0,
+        )
+        if not body.stream:
+            outputs = await unless_disconnected(request, self._finished(job))
+            return json_reply(full_reply(head, outputs, job.sampling.n))
+        events = self._events(head, job, include_usage=body.include_usage)
+        first = await unless_disconnected(request, _next(events))
+        return EventStream(first, events)
+
+    async def _finished(self, job: Job) -> list[RequestOutput]:
+        outputs: dict[int, RequestOutput] = {}
+        with self._generation.admission.enter(job.num_sequences):
+            async with aclosing(self._generation.outputs(job, stream=False)) as source:
+                async for place, output in source:
+                    check_served(output)
+                    outputs[place] = output
+        return [outputs[place] for place in sorted(outputs)]
+
+    async def _events(
+        self, head: ReplyHead, job: Job, *, include_usage: bool
+    ) -> AsyncGenerator[bytes, None]:
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self._generation.admission.enter(job.num_sequences))
+            outputs = self._generation.outputs(job, stream=True)
+            await stack.enter_async_context(aclosing(outputs))
+            events = event_stream(head, outputs, job.sampling.n, include_usage=include_usage)
+            await stack.enter_async_context(aclosing(events))
+            async for piece in events:
+                yield piece
+
+
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events)
