@@ -11,7 +11,6 @@ import numpy as np
 
 from saqqara.compression.retention import Retention
 
-
 FaultCode = Literal["computation_failed", "constraint_failed"]
 
 

@@ -236,7 +236,7 @@ class Engine:
         return events
 
     def _admit_prepared(self) -> None:
-        """Queue the requests whose grammar the workers have; end those that it cannot be had for."""
+        """Queue the requests whose grammar the workers have; end those who cannot have theirs."""
         for request_id, error in self._preparation.settled(self._executor):
             state = self._states.get(request_id)
             for choice in [] if state is None else state.choices:
@@ -244,7 +244,11 @@ class Engine:
                     self.scheduler.enqueue(choice.sequence)
                     continue
                 self.scheduler.finish(
-                    choice.sequence, "error", None, f"structured_outputs: {error}", "constraint_failed"
+                    choice.sequence,
+                    "error",
+                    None,
+                    f"structured_outputs: {error}",
+                    "constraint_failed",
                 )
 
     # Lost workers ---------------------------------------------------------------------------------

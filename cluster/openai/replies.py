@@ -103,7 +103,8 @@ def check_served(output: RequestOutput) -> None:
     if output.error_code == "computation_failed":
         raise ApiError(500, output.error or "", None, output.error_code)
     if output.error_code == "constraint_failed":
-        raise ApiError(400, output.error or "", "structured_outputs", output.error_code)
+        message = output.error or ""
+        raise ApiError(400, message, ApiError.rejected(message).param, output.error_code)
     if output.error is not None:
         raise ApiError(400, output.error, "prompt", "request_too_large")
     if any(choice.finish_reason == "abort" for choice in output.outputs):

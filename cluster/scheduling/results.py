@@ -49,9 +49,7 @@ class Landing:
         for fault in (fault for result in self._results for fault in result.faults):
             sequence = self._draft.sequences[fault.slot]
             if not sequence.discarding:  # else it starts anew, and this was of its last try
-                self._roster.finish(
-                    sequence, "error", error=fault.message, error_code=fault.code
-                )
+                self._roster.finish(sequence, "error", error=fault.message, error_code=fault.code)
 
     def retry_refused(self) -> None:
         """Let sequences that a worker had no pages for try again."""

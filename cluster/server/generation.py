@@ -13,6 +13,7 @@ from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.openai.replies import check_served
 from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest, check_model
 from saqqara.cluster.outcome import check_room
 from saqqara.cluster.request import Request, RequestOutput
@@ -103,7 +104,9 @@ class Generation:
         self.check_model(request.model)
         request.check_limits(self.limits)
         request.check_profile()
-        sampling = request.sampling_params()
+        # A grammar takes up to a second to check.
+        off_loop = 0 if request.structure is None else 1 + LONG_TEXT_CHARS
+        sampling = await self._off_loop_if_long(off_loop, request.sampling_params)
         retention = request.read_retention(self._retention)
         if isinstance(request, ChatRequest):
             encoded = await self.encode_chat(request.messages, request.chat_options())
@@ -229,7 +232,10 @@ class Generation:
         try:
             async with aclosing(source) as outputs:
                 async for output in outputs:
+                    check_served(output)
                     yield output
+        except ApiError as error:
+            raise error.renamed(job.names) from None
         except ValueError as error:
             raise ApiError.of(error, "prompt").renamed(job.names) from None
 

@@ -28,8 +28,10 @@ DEFAULT_WHITESPACE = "[ ]?"  # at most one space: a small model may else write b
 # Keywords of a schema below which further schemas lie.
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _OF_LISTS = ("prefixItems", "anyOf", "allOf", "oneOf", "items")
-_OF_ONE = ("items", "additionalProperties", "additionalItems", "not", "if", "then", "else")
-_OF_ONE += ("contains", "propertyNames", "unevaluatedItems", "unevaluatedProperties")
+_OF_ONE = (
+    *("items", "additionalProperties", "additionalItems", "not", "if", "then", "else"),
+    *("contains", "propertyNames", "unevaluatedItems", "unevaluatedProperties"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -1,4 +1,4 @@
-"""Requests that wait until the workers have compiled their grammar, so that no step waits for it."""
+"""Requests that wait until the workers have compiled their grammar, so that no step does."""
 
 from collections import OrderedDict
 from concurrent.futures import Future

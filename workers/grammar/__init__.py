@@ -1,1 +1,4 @@
-"""Which tokens a grammar allows next, for the rank that samples; imports plans and the model's folder."""
+"""Which tokens a grammar allows next, for the rank that samples.
+
+Imports plans, transfers and where a model's files are.
+"""

@@ -61,7 +61,8 @@ class Compiler:
 
     def num_words(self, eos_token_ids: tuple[int, ...]) -> int:
         """32-bit words of a mask."""
-        return -(-self._table(eos_token_ids).vocab_size // 32)
+        vocab_size: int = self._table(eos_token_ids).vocab_size
+        return -(-vocab_size // 32)
 
     def _find(self, key: Key) -> Any:
         with self._changing:
@@ -135,5 +136,10 @@ def parser_limits() -> Any:
 
 
 def first_line(message: str) -> str:
-    """What went wrong, without the state of the parser that follows it."""
-    return next((line.strip() for line in message.splitlines() if line.strip()), "unknown error")
+    """What went wrong, without the state of the parser that follows it.
+
+    Of a wrong regular expression the first line says only that it is wrong, a later one why.
+    """
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    whys = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return " ".join([*lines[:1], *whys]) or "unknown error"

@@ -1,9 +1,10 @@
 """From logits to tokens: penalties, filters, and counter-based random numbers.
 
 The order is vLLM's: biases, penalties and forbidden tokens (all that are not allowed or that the
-grammar excludes, the ends of bad words, and those blocked before `min_tokens`), temperature, then `min_p`, `top_k`, `top_p`, each
-on what the one before left. A token tied with the last of `top_k` or with the
-threshold of `min_p` stays in; among ties at the edge of `top_p` the lower id comes first.
+grammar excludes, the ends of bad words, and those blocked before `min_tokens`), temperature, then
+`min_p`, `top_k`, `top_p`, each on what the one before left. A token tied with the last of `top_k`
+or with the threshold of `min_p` stays in; among ties at the edge of `top_p` the lower id comes
+first.
 
 A token is drawn by the Gumbel-max trick: the best of log-probability plus noise, the noise being a
 function of (seed, position, token id) alone. So what is sampled does not depend on which other
@@ -93,18 +94,20 @@ def sample(
     draws = list(map(Draw, tokens.tolist(), _logprobs(logits, tokens, specs)))
     for row, draw in enumerate(draws):
         if not finite[row] or (draw.logprobs is not None and math.isnan(draw.logprobs.logprob)):
-            draws[row] = _no_token(logits[row], positions[row])
+            draws[row] = _no_token(logits[row], specs[row], positions[row])
     return draws
 
 
-def _no_token(logits: torch.Tensor, position: int) -> Draw:
+def _no_token(logits: torch.Tensor, spec: SamplingSpec, position: int) -> Draw:
     """What becomes of a row [V] that nothing can be sampled from."""
     if logits.isnan().any() or not logits.max().isfinite():
         return Draw(0, error=not_finite(position))
     message = (
-        f"no token is left that may stand at position {position}: structured_outputs, "
-        "allowed_token_ids, bad_words and the stop tokens that min_tokens blocks exclude all"
+        f"no token is left that may stand at position {position}: allowed_token_ids, bad_words and "
+        "the stop tokens that min_tokens blocks exclude all"
     )
+    if spec.grammar is not None:
+        message = f"structured_outputs: {message} that match"
     return Draw(0, error=message, code="constraint_failed")
 
 

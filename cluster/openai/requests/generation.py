@@ -17,6 +17,7 @@ from saqqara.configs.schema import ServerLimits
 from saqqara.configs.yaml_files import CONFIG_DIR
 
 from .reading import check_limit
+from .structure import StructureFields
 
 _MAX_ID_DIGITS = 10
 
@@ -29,7 +30,7 @@ _SAMPLING_FIELDS = (
 )
 
 
-class GenerationRequest(IdleFields):
+class GenerationRequest(StructureFields, IdleFields):
     """What completions and chats have in common; None stands for the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -106,6 +107,7 @@ class GenerationRequest(IdleFields):
             "prompt": self.prompt_field,
             "max_tokens": self.max_new_tokens[0],
             "logprobs": self.logprobs_field,
+            "structured_outputs": self.structure_field,
         }
 
     @property
@@ -140,6 +142,7 @@ class GenerationRequest(IdleFields):
         given = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
         given["max_tokens"] = self.max_new_tokens[1]
         given["logprobs"] = self.num_logprobs
+        given["structured_outputs"] = self.structure
         given["logit_bias"] = _token_ids(self.logit_bias or {}) or None
         given = {name: value for name, value in given.items() if value is not None}
         usual = {"max_tokens": self.default_max_tokens, **(defaults or {})}
