@@ -4,6 +4,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from saqqara.cluster.engine.client import EngineClient, EngineDescription, Rejection
@@ -15,6 +16,7 @@ from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 
 logger = logging.getLogger(__name__)
 
+_LEAST_SECONDS = 1e-6  # of a request whose time is over: the engine ends it at once
 CONTROLLER = "controller"  # beside the causes of lost workers, in reports
 T = TypeVar("T")
 
@@ -46,6 +48,7 @@ class FailoverClient:
         self._attempts = Attempts(limits or RecoveryLimits(), self._clock)
         self._lock = threading.Lock()
         self._unfinished: dict[str, Request] = {}
+        self._due: dict[str, float] = {}  # of these, where they have a time to end by
         self._unsent: set[str] = set()  # of these, on their way to an engine by their own caller
         self._latest: EngineReport | None = None
         self._recoveries: Counter[str] = Counter()
@@ -60,11 +63,16 @@ class FailoverClient:
             new = {r.request_id: r for r in requests if r.request_id not in self._unfinished}
             self._unfinished |= new
             self._unsent |= new.keys()
+            self._due |= {
+                name: self._clock.now() + request.timeout_seconds
+                for name, request in new.items()
+                if request.timeout_seconds is not None
+            }
         rejections = self._send(requests)
         with self._lock:
             for rejection in rejections:
                 if rejection.request_id in new:  # else another one of that id is under way
-                    self._unfinished.pop(rejection.request_id, None)
+                    self._end(rejection.request_id)
         return rejections
 
     def poll(self, timeout_seconds: float = 0.0) -> list[RequestOutput | ScoreOutput]:
@@ -77,7 +85,7 @@ class FailoverClient:
         """
         found = self._call(lambda client: client.poll(timeout_seconds))
         with self._lock:  # an answer of an engine that is gone may come again from the next
-            outputs = [o for o in found if self._unfinished.pop(o.request_id, None) is not None]
+            outputs = [o for o in found if self._end(o.request_id)]
         if outputs:
             self._note_answer()
         return outputs
@@ -118,6 +126,18 @@ class FailoverClient:
     def shutdown(self) -> None:
         """Stop the engine and release all it holds; calling it again does nothing."""
         self._client.shutdown()
+
+    def _end(self, request_id: str) -> bool:
+        """Whether the request had not ended before."""
+        self._due.pop(request_id, None)
+        return self._unfinished.pop(request_id, None) is not None
+
+    def _rest(self, request: Request) -> Request:
+        """A request with the time that it still has."""
+        due = self._due.get(request.request_id)
+        if due is None:
+            return request
+        return replace(request, timeout_seconds=max(due - self._clock.now(), _LEAST_SECONDS))
 
     def _call(self, function: Callable[[EngineClient], T]) -> T:
         while True:
@@ -176,7 +196,11 @@ class FailoverClient:
             try:
                 client = self._start()
                 refused = client.submit(
-                    [r for name, r in self._unfinished.items() if name not in self._unsent]
+                    [
+                        self._rest(request)
+                        for name, request in self._unfinished.items()
+                        if name not in self._unsent
+                    ]
                 )
             except RuntimeError as failure:  # the engine's, and that there is no room
                 logger.error("no other controller has started: %s", failure)

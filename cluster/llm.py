@@ -12,14 +12,22 @@ from typing import Any, Literal, Self, cast, overload
 from saqqara.cluster.engine.report import EngineReport
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.compression.retention import Retention
-from saqqara.configs.budget import budget_mistake
 from saqqara.configs.shown import shown
 
 from .chat import ChatOptions
 from .errors import EngineDeadError
 from .launch import launch
 from .long_wait import LongWait
-from .prompts import as_list, is_list, is_single, one_conversation, one_each, one_prompt
+from .prompts import (
+    Budget,
+    as_list,
+    is_list,
+    is_single,
+    one_conversation,
+    one_prompt,
+    with_settings,
+    with_turns,
+)
 from .request import Request, RequestOutput, RetentionSpec, ScoreOutput
 from .sampling import SamplingParams, scoring_params
 from .settings import engine_config
@@ -29,7 +37,6 @@ _NO_ID = ""  # of requests that are not checked yet
 
 Message = Mapping[str, Any]
 GivenPrompt = str | Sequence[int] | Mapping[str, Any]
-Budget = int | str
 Output = RequestOutput | ScoreOutput
 
 
@@ -110,6 +117,8 @@ class LLM:
         use_tqdm: bool = True,
         retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
         budget: Budget | Sequence[Budget | None] | None = None,
+        priority: int | Sequence[int] = 0,
+        timeout_seconds: float | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts; the results come in the order of the prompts.
 
@@ -121,6 +130,9 @@ class LLM:
             use_tqdm: show progress: a bar on a terminal, else a line in the log every few seconds.
             retention: overrides the engine's, for all prompts or one for each.
             budget: overrides the engine's, for all prompts or one for each.
+            priority: a lower one goes first; for all prompts or one for each.
+            timeout_seconds: after which a prompt's output ends with what it has and the
+                `error_code` `deadline_exceeded`; default: never.
 
         Raises:
             ValueError: a prompt or setting is wrong; names the prompt's index.
@@ -133,6 +145,7 @@ class LLM:
             Request(_NO_ID, one_prompt(prompt, i))
             for i, prompt in enumerate(as_list(given, "prompts"))
         ]
+        requests = with_turns(requests, priority, timeout_seconds)
         return self._generate(requests, "prompts", sampling_params, retention, budget, use_tqdm)
 
     def chat(
@@ -147,6 +160,8 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
         budget: Budget | Sequence[Budget | None] | None = None,
+        priority: int | Sequence[int] = 0,
+        timeout_seconds: float | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations, with the model's chat template.
 
@@ -161,6 +176,8 @@ class LLM:
             chat_template_kwargs: variables for the template, e.g. `{"enable_thinking": False}`.
             retention: as for `generate`.
             budget: as for `generate`.
+            priority: as for `generate`.
+            timeout_seconds: as for `generate`.
 
         Raises:
             ValueError: a conversation or setting is wrong; names the conversation's index.
@@ -184,6 +201,7 @@ class LLM:
             Request(_NO_ID, messages=one_conversation(given, i), chat_options=options)
             for i, given in enumerate(several)
         ]
+        requests = with_turns(requests, priority, timeout_seconds)
         return self._generate(requests, "messages", sampling_params, retention, budget, use_tqdm)
 
     @overload
@@ -256,7 +274,7 @@ class LLM:
             )
             for i, (before, after) in enumerate(zip(contexts, continuations, strict=True))
         ]
-        requests = _with_settings(requests, scoring_params(top_logprobs), retention, budget)
+        requests = with_settings(requests, scoring_params(top_logprobs), retention, budget)
         outputs = cast("list[ScoreOutput]", self._run(requests, "context", use_tqdm))
         return outputs[0] if is_single(context) and is_single(continuation) else outputs
 
@@ -298,7 +316,7 @@ class LLM:
         budget: Budget | Sequence[Budget | None] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        requests = _with_settings(requests, sampling_params, retention, budget)
+        requests = with_settings(requests, sampling_params, retention, budget)
         return cast("list[RequestOutput]", self._run(requests, what, use_tqdm))
 
     def _run(self, requests: list[Request], what: str, use_tqdm: bool) -> list[Output]:
@@ -324,32 +342,6 @@ class LLM:
                     self._client.abort(index.keys() - outputs.keys())
                 raise
         return [outputs[request_id] for request_id in index]
-
-
-def _with_settings(
-    requests: list[Request],
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-    retention: RetentionSpec | Sequence[RetentionSpec | None] | None,
-    budget: Budget | Sequence[Budget | None] | None,
-) -> list[Request]:
-    """The requests with what the caller says of all, or of each."""
-    count = len(requests)
-    sampling = one_each(sampling_params, SamplingParams, count, "sampling_params")
-    retentions = one_each(retention, (str, Mapping, Retention), count, "retention")
-    if isinstance(budget, float):
-        raise ValueError(budget_mistake(budget))
-    if isinstance(retention, Mapping | str) and (budget is None or isinstance(budget, int | str)):
-        Retention.parse(retention, budget)  # a mistake in it is no prompt's
-    budgets = one_each(budget, (int, str), count, "budget")
-    return [
-        replace(
-            request,
-            sampling_params=sampling[i] or SamplingParams(),
-            retention=retentions[i],
-            budget=budgets[i],
-        )
-        for i, request in enumerate(requests)
-    ]
 
 
 @contextmanager

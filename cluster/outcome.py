@@ -6,8 +6,10 @@ from .errors import ContextLengthError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 # Why a sequence ended with `error`: more than the replica can hold, what it computes is broken, or
-# what its request asks of the answer leaves no token.
-ErrorCode = Literal["request_too_large", "computation_failed", "constraint_failed"]
+# what its request asks of the answer leaves no token, or its time is over.
+ErrorCode = Literal[
+    "request_too_large", "computation_failed", "constraint_failed", "deadline_exceeded"
+]
 
 
 def check_room(num_tokens: int, max_tokens: int | None, max_model_len: int) -> None:

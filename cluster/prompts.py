@@ -1,14 +1,20 @@
 """Prompts and settings as callers of `LLM` write them: one or several, text or token ids."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
+from saqqara.compression.retention import Retention
+from saqqara.configs.budget import budget_mistake
 from saqqara.configs.shown import shown
 
 from .chat import check_messages
-from .request import Prompt
+from .request import Prompt, Request, RetentionSpec
+from .sampling import SamplingParams
 from .settings import check_keys
+
+Budget = int | str
 
 
 def is_single(value: Any) -> bool:
@@ -89,6 +95,43 @@ def one_each(value: Any, kinds: type | tuple[type, ...], count: int, name: str) 
             right = " or ".join(_kind_name(kind) for kind in _as_tuple(kinds))
             raise ValueError(f"{name}[{i}]: must be {right} or None, not {shown(one)}")
     return list(value)
+
+
+def with_turns(
+    requests: list[Request], priority: int | Sequence[int], timeout_seconds: float | None
+) -> list[Request]:
+    """The requests with when they have their turn, and how long they may take."""
+    priorities = one_each(priority, int, len(requests), "priority")
+    return [
+        replace(request, priority=priorities[i] or 0, timeout_seconds=timeout_seconds)
+        for i, request in enumerate(requests)
+    ]
+
+
+def with_settings(
+    requests: list[Request],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    retention: RetentionSpec | Sequence[RetentionSpec | None] | None,
+    budget: Budget | Sequence[Budget | None] | None,
+) -> list[Request]:
+    """The requests with what the caller says of all, or of each."""
+    count = len(requests)
+    sampling = one_each(sampling_params, SamplingParams, count, "sampling_params")
+    retentions = one_each(retention, (str, Mapping, Retention), count, "retention")
+    if isinstance(budget, float):
+        raise ValueError(budget_mistake(budget))
+    if isinstance(retention, Mapping | str) and (budget is None or isinstance(budget, int | str)):
+        Retention.parse(retention, budget)  # a mistake in it is no prompt's
+    budgets = one_each(budget, (int, str), count, "budget")
+    return [
+        replace(
+            request,
+            sampling_params=sampling[i] or SamplingParams(),
+            retention=retentions[i],
+            budget=budgets[i],
+        )
+        for i, request in enumerate(requests)
+    ]
 
 
 def _as_tuple(kinds: type | tuple[type, ...]) -> tuple[type, ...]:

@@ -28,6 +28,8 @@ class Request:
         retention: overrides the engine's for this request.
         budget: overrides the retention's.
         priority: a lower one goes first.
+        timeout_seconds: from when the engine takes it, after which it ends with the error code
+            `deadline_exceeded` and what it has; None: never.
         score_continuation: text (without special tokens) or token ids. With it nothing is
             generated: its tokens are scored after the prompt, whose keys and values are retained
             first, and the result is a `ScoreOutput`.
@@ -45,6 +47,7 @@ class Request:
     retention: RetentionSpec | None = None
     budget: int | str | None = None
     priority: int = 0
+    timeout_seconds: float | None = None
     score_continuation: Prompt | None = None
     token_by_token: bool = False
     stream: bool = False

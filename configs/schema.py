@@ -11,6 +11,7 @@ from .worker_settings import MAX_NUM_SEQS, WorkerSettings
 
 MAX_TOKENS = 2**24
 MAX_RANKS = 1024
+MAX_TIMEOUT_SECONDS = 30 * 24 * 3600.0
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", re.IGNORECASE)
 
@@ -207,6 +208,21 @@ class ServerLimits(BaseModel):
     max_logprobs: int = Field(20, ge=0, le=20, description="Best tokens beside the sampled one.")
     max_stop: int = Field(16, ge=0, description="Stop strings of a request.")
     max_prompts: int = Field(64, ge=1, description="Prompts of one completion request.")
+    max_timeout_seconds: float = Field(
+        86400.0, gt=0, le=MAX_TIMEOUT_SECONDS, description="Largest timeout_seconds of a request."
+    )
+    default_timeout_seconds: float | None = Field(
+        None, gt=0, description="timeout_seconds of requests that say none; default: no end."
+    )
+
+    @model_validator(mode="after")
+    def _check_timeouts(self) -> Self:
+        if (self.default_timeout_seconds or 0) > self.max_timeout_seconds:
+            raise ValueError(
+                f"default_timeout_seconds={self.default_timeout_seconds:g} is more than "
+                f"max_timeout_seconds={self.max_timeout_seconds:g}"
+            )
+        return self
 
 
 class ServeConfig(BaseModel):
@@ -229,6 +245,7 @@ class ServeConfig(BaseModel):
     allowed_origins: tuple[str, ...] = Field(
         (), description="Origins whose web pages may use the server, such as https://example.com."
     )
+    ui: bool = Field(True, description="Whether there is a page at `/`.")
     limits: ServerLimits = ServerLimits()
 
     @field_validator("allowed_origins")

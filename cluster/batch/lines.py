@@ -24,7 +24,7 @@ from saqqara.cluster.request import Request
 from saqqara.cluster.sampling import MAX_CHOICES
 from saqqara.cluster.settings import check_keys
 from saqqara.compression.retention import Retention
-from saqqara.configs.schema import ServerLimits
+from saqqara.configs.schema import MAX_TIMEOUT_SECONDS, ServerLimits
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,9 @@ COMPLETIONS_URL = "/v1/completions"
 WRAPPER_KEYS = ("custom_id", "method", "url", "body")
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 # A server's limits are for its clients; a job's rows are its owner's.
-LIMITS = ServerLimits(max_n=MAX_CHOICES, max_stop=1024, max_prompts=65536)
+LIMITS = ServerLimits(
+    max_n=MAX_CHOICES, max_stop=1024, max_prompts=65536, max_timeout_seconds=MAX_TIMEOUT_SECONDS
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,7 @@ class RowParser:
             sampling_params=sampling,
             retention=retention,
             priority=request.priority or 0,
+            timeout_seconds=request.timeout_seconds,
             must_fit=True,
         )
         requests = _one_each(whole, request)

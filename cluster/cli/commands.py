@@ -191,12 +191,26 @@ def serve(
     body_timeout_seconds: Annotated[
         float | None, typer.Option(min=0.001, help="Time for a body to come. [default: 30]")
     ] = None,
+    default_timeout_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Time for an answer where a request says none. [default: any]"
+        ),
+    ] = None,
+    max_timeout_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Most time that a request may ask for. [default: 86400]"),
+    ] = None,
     route_prefix: Annotated[
         str | None, typer.Option(help="Path before /v1, beside other applications. [default: /]")
     ] = None,
     allowed_origins: Annotated[
         list[str] | None,
         typer.Option(help="Origin whose web pages may use the server, or *; may be repeated."),
+    ] = None,
+    ui: Annotated[
+        bool | None,
+        typer.Option("--ui/--no-ui", help="Whether there is a page at /. [default: yes]"),
     ] = None,
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="Time to finish what runs after SIGTERM.")
@@ -216,8 +230,11 @@ def serve(
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
         body_timeout_seconds=body_timeout_seconds,
+        default_timeout_seconds=default_timeout_seconds,
+        max_timeout_seconds=max_timeout_seconds,
         route_prefix=route_prefix,
         allowed_origins=tuple(allowed_origins or ()),
+        ui=ui,
         drain_seconds=drain_seconds,
     )
     serve_until_stopped(server, flags, settings)

@@ -27,8 +27,11 @@ class ServerFlags:
     max_queue: int | None = None
     max_body_bytes: int | None = None
     body_timeout_seconds: float | None = None
+    default_timeout_seconds: float | None = None
+    max_timeout_seconds: float | None = None
     route_prefix: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    ui: bool | None = None
     drain_seconds: float = 600.0
 
 
@@ -104,9 +107,13 @@ def merged_config(
         max_queue=flags.max_queue,
         max_body_bytes=flags.max_body_bytes,
         body_timeout_seconds=flags.body_timeout_seconds,
+        default_timeout_seconds=flags.default_timeout_seconds,
+        max_timeout_seconds=flags.max_timeout_seconds,
     )
     if flags.allowed_origins:
         merged["allowed_origins"] = flags.allowed_origins
+    if flags.ui is not None:
+        merged["ui"] = flags.ui
     if flags.api_key_file is not None:
         merged["api_key_file"] = flags.api_key_file
     return serve_config(merged)

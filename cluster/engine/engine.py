@@ -8,8 +8,10 @@ from contextlib import suppress
 from dataclasses import replace
 
 from saqqara.cluster.errors import WorkerDiedError
+from saqqara.cluster.outcome import ErrorCode
 from saqqara.cluster.recovery.attempts import Attempts, RecoveryLimits
 from saqqara.cluster.recovery.clock import Clock
+from saqqara.cluster.recovery.expiry import Expiry
 from saqqara.cluster.recovery.flights import Flights
 from saqqara.cluster.recovery.outage import Outage
 from saqqara.cluster.recovery.suspects import LOSSES_OF_A_GUILTY, Suspects
@@ -114,6 +116,7 @@ class Engine:
         self._flights = Flights(executor.workers, self._clock)
         self._attempts = Attempts(limits or RecoveryLimits(), self._clock)
         self._suspects = Suspects()
+        self._expiry = Expiry()
         self._outage: Outage | None = None
         self._lost_at: float | None = None  # until there is a new token
         self._is_broken = False
@@ -140,13 +143,16 @@ class Engine:
             state.choices.append(choice)
             self._choices[sequence.arrival] = (state, choice)
         self._states[tokens.request_id] = state
+        if request.timeout_seconds is not None:
+            self._expiry.add(tokens.request_id, tokens.arrival_time + request.timeout_seconds)
         self._stats.added(tokens.arrival_time)
 
     def step(self) -> list[RequestOutput | ScoreOutput]:
         """Schedule, execute, absorb; returns what the requests have to show for it.
 
         Keeps as many plans in flight as the scheduler allows and waits for the oldest only. While
-        lost workers are started again, a step waits for them a moment.
+        lost workers are started again, a step waits for them a moment. Requests whose time is over
+        end first.
 
         Raises:
             EngineDeadError: the workers are lost for good.
@@ -156,6 +162,8 @@ class Engine:
         if self._is_broken:
             raise RuntimeError("the engine's last step failed; it needs a restart")
         self._is_broken = True  # until the step has gone well
+        for request_id in self._expiry.pop_expired(self._now()):
+            self._end_with_error(request_id, "its timeout_seconds are over", "deadline_exceeded")
         try:
             events = self._run_step() if self._outage is None else self._await_workers(self._outage)
         except Exception as error:
@@ -175,6 +183,10 @@ class Engine:
             if (state := self._states.get(request_id)) is not None:
                 for choice in state.choices:
                     self.scheduler.finish(choice.sequence, "abort")
+
+    def _end_with_error(self, request_id: str, message: str, code: ErrorCode) -> None:
+        for choice in self._states[request_id].choices:
+            self.scheduler.finish(choice.sequence, "error", error=message, error_code=code)
 
     def has_unfinished(self) -> bool:
         """Whether another step has something to do."""
@@ -238,18 +250,9 @@ class Engine:
     def _admit_prepared(self) -> None:
         """Queue the requests whose grammar the workers have; end those who cannot have theirs."""
         for request_id, error in self._preparation.settled(self._executor):
-            state = self._states.get(request_id)
-            for choice in [] if state is None else state.choices:
-                if error is None:
-                    self.scheduler.enqueue(choice.sequence)
-                    continue
-                self.scheduler.finish(
-                    choice.sequence,
-                    "error",
-                    None,
-                    f"structured_outputs: {error}",
-                    "constraint_failed",
-                )
+            if (state := self._states.get(request_id)) is not None:
+                for choice in state.choices:
+                    self.scheduler.enqueue(choice.sequence, error)
 
     # Lost workers ---------------------------------------------------------------------------------
 
@@ -292,10 +295,7 @@ class Engine:
             f"alone: {failure}"
         )
         logger.error("%s", message)
-        for choice in self._states[request_id].choices:
-            self.scheduler.finish(
-                choice.sequence, "error", error=message, error_code="computation_failed"
-            )
+        self._end_with_error(request_id, message, "computation_failed")
 
     def _run_next_alone(self) -> None:
         """Suspects run one after the other, then all together."""
@@ -383,6 +383,7 @@ class Engine:
     def _close(self, state: RequestState, now: float) -> None:
         state.finished_time = now
         del self._states[state.request.request_id]
+        self._expiry.forget(state.request.request_id)
         if self._suspects.forget(state.request.request_id) or self._suspects.order:
             self._run_next_alone()
         for choice in state.choices:

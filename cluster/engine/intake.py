@@ -13,6 +13,7 @@ from saqqara.cluster.sampling import SamplingParams, derived_seed, scoring_param
 from saqqara.cluster.scheduling.sequence import TokenRequest
 from saqqara.compression.growth import num_ring_queries
 from saqqara.compression.retention import Retention
+from saqqara.configs.schema import MAX_TIMEOUT_SECONDS
 from saqqara.configs.shown import shown
 from saqqara.workers.models.spec import ModelSpec
 from saqqara.workers.plan import SamplingSpec, WorkerInfo
@@ -144,6 +145,7 @@ class Intake:
         if request.must_fit and scored is None:
             check_room(len(prompt_token_ids), sampling.max_tokens, self._max_model_len)
         check_priority(request.priority)
+        check_timeout(request.timeout_seconds)
         return tokens
 
     def specs(self, request: TokenRequest) -> list[SamplingSpec]:
@@ -229,6 +231,18 @@ def check_priority(priority: object) -> None:
         raise ValueError(
             f"priority: must be an integer of at least {-MAX_PRIORITY - 1} and at most "
             f"{MAX_PRIORITY}, not {shown(priority)}"
+        )
+
+
+def check_timeout(seconds: object) -> None:
+    """Raise a ValueError unless it is None or a time that a request may be given."""
+    if seconds is None:
+        return
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not 0 < seconds <= MAX_TIMEOUT_SECONDS:  # type: ignore[operator]
+        raise ValueError(
+            f"timeout_seconds: must be a number above 0 and at most {MAX_TIMEOUT_SECONDS:.0f}, "
+            f"not {shown(seconds)}"
         )
 
 

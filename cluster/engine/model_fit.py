@@ -1,7 +1,4 @@
-"""Whether a model can be cut as the settings say: known from its config, before any rank starts.
-
-And which tokens end its texts.
-"""
+"""Whether a model can be cut as the settings say, and what else its config tells before a start."""
 
 import logging
 

@@ -88,7 +88,8 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> Any:
         """The HTTP application, as Serve asks for it."""
-        return make_app(self._generation, self._plan.keys, self._plan.config.allowed_origins)
+        config = self._plan.config
+        return make_app(self._generation, self._plan.keys, config.allowed_origins, ui=config.ui)
 
     async def check_health(self) -> None:
         """Raise if the engine has failed, upon which Serve starts another replica."""

@@ -20,6 +20,7 @@ _FIELD = re.compile(r"[a-z_]+(\[\d+\])*(\.[a-z_]+(\[\d+\])*)*")
 _FIELDS = {
     *SamplingParams.model_fields,
     *("prompt", "prompt_token_ids", "messages", "retention", "budget", "priority"),
+    "timeout_seconds",
     *("stream_options", "max_completion_tokens", "top_logprobs", "tools", "functions"),
     "response_format",
     *("continue_final_message", "chat_template_kwargs"),

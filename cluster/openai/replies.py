@@ -105,10 +105,22 @@ def check_served(output: RequestOutput) -> None:
     if output.error_code == "constraint_failed":
         message = output.error or ""
         raise ApiError(400, message, ApiError.rejected(message).param, output.error_code)
+    if output.error_code == "deadline_exceeded":
+        raise deadline_exceeded()
     if output.error is not None:
         raise ApiError(400, output.error, "prompt", "request_too_large")
     if any(choice.finish_reason == "abort" for choice in output.outputs):
         raise ApiError(503, "the server has ended the request", None, "aborted")
+
+
+def deadline_exceeded() -> ApiError:
+    """What a client is told whose request has run out of time.
+
+    OpenAI's clients repeat a request that gets 408; what took too long once would again.
+    """
+    message = "the answer was not complete within the request's time (timeout_seconds)"
+    headers = {"X-Should-Retry": "false"}
+    return ApiError(408, message, "timeout_seconds", "deadline_exceeded", headers)
 
 
 def to_bytes(data: Mapping[str, Any]) -> bytes:

@@ -144,9 +144,16 @@ class Scheduler:
             self._roster.prepare(sequence)
         return sequence
 
-    def enqueue(self, sequence: Sequence) -> None:
-        """Queue a sequence that was not ready when it was added, unless it has ended."""
-        self._roster.enqueue(sequence)
+    def enqueue(self, sequence: Sequence, error: str | None = None) -> None:
+        """Queue a sequence that was not ready when it was added, unless it has ended.
+
+        With an error its grammar cannot be had, and it ends.
+        """
+        if error is None:
+            self._roster.enqueue(sequence)
+        else:
+            message = f"structured_outputs: {error}"
+            self.finish(sequence, "error", error=message, error_code="constraint_failed")
 
     def check(self, request: TokenRequest) -> None:
         """Raise a ValueError if the request could never be served."""

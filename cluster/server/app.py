@@ -18,6 +18,7 @@ from .admission import DrainingError, OverloadedError
 from .api_keys import ApiKeys
 from .generation import Generation
 from .guard import add_guards
+from .page.routes import add_page
 from .routes.base import Door, Routes
 from .routes.completions import CompletionRoutes
 from .routes.description import DescriptionRoutes
@@ -29,13 +30,20 @@ CLIENT_LEFT = 499  # what nginx logs for it; nobody is there to read it
 DRAIN_RETRY_SECONDS = 5
 
 
-def make_app(generation: Generation, keys: ApiKeys, allowed_origins: Sequence[str] = ()) -> FastAPI:
+def make_app(
+    generation: Generation,
+    keys: ApiKeys,
+    allowed_origins: Sequence[str] = (),
+    *,
+    ui: bool = True,
+) -> FastAPI:
     """The application.
 
     Args:
         generation: the engine and its queue; ended with the application.
         keys: who may use what is behind `/v1`, `/tokenize` and `/detokenize`.
         allowed_origins: origins whose web pages may use it.
+        ui: whether there is a page at `/`.
     """
 
     @asynccontextmanager
@@ -56,6 +64,8 @@ def make_app(generation: Generation, keys: ApiKeys, allowed_origins: Sequence[st
     endpoints = [endpoint for group in groups for endpoint in group.endpoints]
     for group in (*groups, DescriptionRoutes(endpoints)):
         group.add_to(app)
+    if ui:
+        add_page(app, generation.retention.label, needs_key=len(keys) > 0)
     return app
 
 

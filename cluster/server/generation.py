@@ -14,7 +14,12 @@ from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.replies import check_served
-from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest, check_model
+from saqqara.cluster.openai.requests import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    check_model,
+)
 from saqqara.cluster.outcome import check_room
 from saqqara.cluster.request import Request, RequestOutput
 from saqqara.cluster.sampling import SamplingParams
@@ -25,6 +30,7 @@ from .admission import Admission
 
 T = TypeVar("T")
 
+_LEAST_SECONDS = 1e-6  # of a request whose time is over: the engine ends it at once
 LONG_TEXT_CHARS = 8192  # a longer text is tokenised in a thread: it takes milliseconds
 
 
@@ -40,6 +46,7 @@ class Job:
     sampling: SamplingParams
     retention: Retention
     priority: int = 0
+    deadline: float | None = None  # in the time of the event loop
 
     @property
     def num_sequences(self) -> int:
@@ -85,6 +92,11 @@ class Generation:
         """The engine."""
         return self._engine
 
+    @property
+    def retention(self) -> Retention:
+        """What is kept for requests that do not say."""
+        return self._retention
+
     def metrics(self) -> str:
         """The engine's metrics in the Prometheus text format."""
         return self._metrics.render()
@@ -95,7 +107,19 @@ class Generation:
         await asyncio.to_thread(self._engine.shutdown)
         self._threads.shutdown(wait=False)
 
-    async def prepare(self, request: CompletionRequest | ChatRequest) -> Job:
+    def deadline(self, request: GenerationRequest, arrived: float) -> float | None:
+        """When the answer must be complete, in the time of the event loop, as `arrived` is.
+
+        Raises:
+            ApiError: the request asks for more time than this server gives.
+        """
+        request.check_limits(self.limits)
+        seconds = request.timeout_seconds or self.limits.default_timeout_seconds
+        return None if seconds is None else arrived + seconds
+
+    async def prepare(
+        self, request: CompletionRequest | ChatRequest, deadline: float | None = None
+    ) -> Job:
         """Check and tokenise a request.
 
         Raises:
@@ -114,7 +138,12 @@ class Generation:
         else:
             prompts = [await self._encode(p) for p in request.prompts(self.limits.max_prompts)]
         job = Job(
-            tuple(map(tuple, prompts)), request.names, sampling, retention, request.priority or 0
+            tuple(map(tuple, prompts)),
+            request.names,
+            sampling,
+            retention,
+            request.priority or 0,
+            deadline,
         )
         self._check_lengths(job)
         if job.num_sequences > self.admission.capacity:
@@ -225,6 +254,7 @@ class Generation:
             job.sampling.for_prompt(place),
             retention=job.retention,
             priority=job.priority,
+            timeout_seconds=_seconds_until(job.deadline),
             stream=stream,
             must_fit=True,
         )
@@ -238,6 +268,12 @@ class Generation:
             raise error.renamed(job.names) from None
         except ValueError as error:
             raise ApiError.of(error, "prompt").renamed(job.names) from None
+
+
+def _seconds_until(deadline: float | None) -> float | None:
+    if deadline is None:
+        return None
+    return max(deadline - asyncio.get_running_loop().time(), _LEAST_SECONDS)
 
 
 def _num_chars(value: Any) -> int:

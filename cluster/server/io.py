@@ -1,7 +1,8 @@
 """Bodies and connections of HTTP requests: read with a limit, and given up when the client does."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -9,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.openai.replies import deadline_exceeded
 
 T = TypeVar("T")
 
@@ -46,6 +48,22 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise too_large
     return bytes(body)
+
+
+@asynccontextmanager
+async def until(deadline: float | None) -> AsyncIterator[None]:
+    """Cancel what is within when the event loop's time comes to `deadline`; None: never.
+
+    Raises:
+        ApiError: it has come (408).
+    """
+    try:
+        async with asyncio.timeout_at(deadline) as scope:
+            yield
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        raise deadline_exceeded() from None
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

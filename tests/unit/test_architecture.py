@@ -85,7 +85,10 @@ ROOMS = {
     "cluster/openai/requests": _BASE | {"cluster/openai"},
     "cluster/server": _BASE | _OPENAI | {"cluster/engine"},
     "cluster/server/routes": _BASE | _OPENAI | {"cluster/server", "cluster/engine"},
-    "cluster/server/app.py": _BASE | _OPENAI | {"cluster/server", "cluster/server/routes"},
+    "cluster/server/page": _below("compression"),
+    "cluster/server/app.py": _BASE
+    | _OPENAI
+    | {"cluster/server", "cluster/server/routes", "cluster/server/page"},
     "cluster/on_ray": _BASE
     | _MODEL
     | {"cluster/server", "cluster/server/app.py", "cluster/engine", "cluster/recovery"}

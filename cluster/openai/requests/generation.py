@@ -62,6 +62,7 @@ class GenerationRequest(StructureFields, IdleFields):
     retention: str | dict[str, Any] | None = None
     budget: int | str | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    timeout_seconds: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
@@ -80,6 +81,7 @@ class GenerationRequest(StructureFields, IdleFields):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         check_limit("stop", len(stops), limits.max_stop, " strings")
         check_limit(self.logprobs_field, self.num_logprobs or 0, limits.max_logprobs)
+        check_limit("timeout_seconds", self.timeout_seconds or 0, limits.max_timeout_seconds)
 
     def check_profile(self) -> None:
         """Raise an `ApiError` if `retention` names a file: clients read none of the server's."""

@@ -60,9 +60,8 @@ def check_model(model: str | None, names: Collection[str]) -> None:
         )
 
 
-def check_limit(name: str, value: int, limit: int, what: str = "") -> None:
+def check_limit(name: str, value: float, limit: float, what: str = "") -> None:
     """Raise an `ApiError` if a field asks for more than a limit; `what` is what it counts."""
     if value > limit:
-        raise ApiError(
-            400, f"{name} may be at most {limit}{what} here, not {value}", name, "limit_exceeded"
-        )
+        message = f"{name} may be at most {limit:.10g}{what} here, not {value:.10g}"
+        raise ApiError(400, message, name, "limit_exceeded")

@@ -1,5 +1,6 @@
 """`/v1/completions` and `/v1/chat/completions`."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -14,7 +15,7 @@ from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest
 from saqqara.cluster.request import RequestOutput
 from saqqara.cluster.server.docs import Endpoint
 from saqqara.cluster.server.generation import Job
-from saqqara.cluster.server.io import EventStream, unless_disconnected
+from saqqara.cluster.server.io import EventStream, unless_disconnected, until
 
 from .base import Door, json_reply, register
 
@@ -47,10 +48,19 @@ class CompletionRoutes:
     async def _generate(
         self, request: Request, kind: type[CompletionRequest] | type[ChatRequest]
     ) -> Response:
+        arrived = asyncio.get_running_loop().time()
         body = await self._door.read(request, kind)
         assert isinstance(body, CompletionRequest | ChatRequest)
-        job = await self._generation.prepare(body)
-        is_chat = kind is ChatRequest
+        deadline = self._generation.deadline(body, arrived)
+        async with until(deadline):
+            return await self._answer(request, body, deadline)
+
+    async def _answer(
+        self, request: Request, body: CompletionRequest | ChatRequest, deadline: float | None
+    ) -> Response:
+        """The answer, or its first event; a stream's end is the engine's to see to."""
+        job = await self._generation.prepare(body, deadline)
+        is_chat = isinstance(body, ChatRequest)
         head = ReplyHead(
             id=f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             created=int(time.time()),

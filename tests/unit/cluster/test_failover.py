@@ -1,6 +1,7 @@
 """A controller is lost: the next one answers what had not ended."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from support.fake_client import FakeClient, answer_tokens
@@ -199,3 +200,18 @@ def test_a_second_request_of_an_id_leaves_the_first_under_way() -> None:
     assert [r.request_id for r in bed.client.submit(ask(1))] == ["r0"]
     first.dies_at = 0
     assert [output.request_id for output in bed.client.poll()] == ["r0"]
+
+
+def test_a_request_has_with_the_next_controller_what_time_it_has_left() -> None:
+    bed = Bed(MortalClient(2), MortalClient())
+    requests = [replace(r, timeout_seconds=100.0) for r in ask(4)]
+    assert bed.client.submit(requests) == []
+    bed.clock.time += 30.0
+    answered = {o.request_id for o in bed.client.poll()}
+    while len(answered) < 4:
+        answered |= {o.request_id for o in bed.client.poll()}
+    second = bed.started[1]
+    assert second.submitted
+    for request in second.submitted:
+        assert request.timeout_seconds is not None
+        assert 0 < request.timeout_seconds <= 70.0

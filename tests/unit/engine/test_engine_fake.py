@@ -16,8 +16,9 @@ from support.fake_replica import (
     token_logprob,
 )
 
-from saqqara.cluster.engine.engine import Engine, known_eos
+from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.metrics import MetricSpec
+from saqqara.cluster.engine.model_fit import known_eos
 from saqqara.cluster.engine.report import BatchRows
 from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer

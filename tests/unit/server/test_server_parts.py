@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,7 @@ def test_flags_override_the_file() -> None:
         served_model_name="mine",
         body_timeout_seconds=2.5,
         allowed_origins=("https://example.com",),
+        ui=False,
     )
     config = merged_config(args, flags, {"retention": "pyramidkv", "budget": "25%"})
     assert config.model_loading_config.model_dump() == {**MODEL, "model_id": "mine"}
@@ -238,8 +240,27 @@ def test_flags_override_the_file() -> None:
     assert (config.limits.max_n, config.limits.max_queue) == (2, 0)
     assert config.limits.body_timeout_seconds == 2.5
     assert config.allowed_origins == ("https://example.com",)
+    assert not config.ui
     assert config.deployment_config.num_replicas == 3
     named = merged_config({}, ServerFlags(), {"model": "/models/SmolLM2"})
     assert named.model_loading_config.model_id == "SmolLM2"
+    assert named.ui
     with pytest.raises(ValueError, match="model is required"):
         merged_config({}, ServerFlags(), {})
+
+
+def test_each_key_has_an_owner_that_is_the_same_everywhere_and_tells_nothing() -> None:
+    one = ApiKeys.load(None, {KEYS_VARIABLE: "one,two"})
+    other = ApiKeys.load(None, {KEYS_VARIABLE: "three, one"})
+    assert one.owner("Bearer one") == other.owner("bearer one ")
+    owners = {one.owner("Bearer one"), one.owner("Bearer two"), other.owner("Bearer three")}
+    assert len(owners) == 3
+    for owner in owners:
+        assert re.fullmatch("[0-9a-f]{32}", owner)
+    assert hashlib.sha256(b"one").hexdigest()[:32] != one.owner("Bearer one")
+    with pytest.raises(AssertionError):
+        one.owner("Bearer three")
+
+
+def test_without_keys_all_are_one_owner() -> None:
+    assert {ApiKeys().owner(header) for header in (None, "Bearer one", "")} == {"anonymous"}
