@@ -16,7 +16,7 @@ from saqqara.cluster.recovery.clock import Clock
 from saqqara.cluster.recovery.expiry import Expiry
 from saqqara.cluster.recovery.flights import Flights
 from saqqara.cluster.recovery.outage import Outage
-from saqqara.cluster.recovery.suspects import LOSSES_OF_A_GUILTY, Suspects
+from saqqara.cluster.recovery.suspects import Suspects, verdict_on
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.cluster.scheduling.events import (
     Event,
@@ -301,10 +301,7 @@ class Engine:
         self._stats.set_workers(self._executor.workers)
 
     def _end_guilty(self, request_id: str, failure: WorkerDiedError) -> None:
-        message = (
-            f"request {request_id} has ended the workers {LOSSES_OF_A_GUILTY} times while it ran "
-            f"alone: {failure}"
-        )
+        message = f"{verdict_on(request_id)}: {failure}"
         logger.error("%s", message)
         self._end_with_error(request_id, message, "computation_failed")
 
@@ -356,11 +353,7 @@ class Engine:
     def _note(self, event: Event, state: RequestState, choice: Choice, now: float) -> None:
         match event:
             case NewToken():
-                try:
-                    choice.append(event)
-                except Exception as error:
-                    message = f"token {event.token_id} cannot be told as text: {error}"
-                    logger.exception("%s", message)
+                if (message := choice.try_append(event)) is not None:
                     self.scheduler.finish(event.sequence, "error", error=message)
                 self._note_token(state, choice, now)
                 self._note_progress(state.request.request_id)
@@ -382,11 +375,7 @@ class Engine:
             case Preempted():
                 self._stats.preempted()
             case Finished():
-                try:
-                    choice.end()
-                except Exception as error:
-                    event.sequence.finish_reason = "error"
-                    event.sequence.error = event.sequence.error or f"the text's end: {error}"
+                choice.end()
 
     def _note_token(self, state: RequestState, choice: Choice, now: float) -> None:
         if state.first_token_time is None:

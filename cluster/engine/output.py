@@ -1,5 +1,6 @@
 """From tokens to what the caller sees: text, stop strings, log-probabilities, times."""
 
+import logging
 from dataclasses import dataclass, field
 
 from saqqara.cluster.live.finished import FinishedRequest
@@ -16,6 +17,8 @@ from saqqara.cluster.scheduling.sequence import Sequence, TokenRequest
 
 from .intake import sampling_of
 from .tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # A request with several choices counts once, under the first of these that one of them has.
 _REASONS: tuple[FinishReason, ...] = ("error", "abort", "length", "stop")
@@ -53,6 +56,27 @@ class Choice:
         """Why it ended: a stop string counts before the token that completed it."""
         return "stop" if self.matched is not None else self.sequence.finish_reason
 
+    def try_append(self, event: NewToken) -> str | None:
+        """Take in the sequence's next token; returns why it cannot be told, if so."""
+        try:
+            self.append(event)
+        except Exception as error:
+            message = f"token {event.token_id} cannot be told as text: {error}"
+            logger.exception("%s", message)
+            return message
+        return None
+
+    def end(self) -> None:
+        """Let out the text that was held back; no more tokens will come."""
+        if self.matched is not None:
+            return
+        try:
+            self._text += self._stop.append(self._detokenizer.flush())
+            self._text += self._stop.flush()
+        except Exception as error:
+            self.sequence.finish_reason = "error"
+            self.sequence.error = self.sequence.error or f"the text's end: {error}"
+
     def append(self, event: NewToken) -> None:
         """Take in the sequence's next token."""
         sampling = self._sampling
@@ -64,12 +88,6 @@ class Choice:
             self._text += self._stop.append(piece, may_stop)
         if self._logprobs is not None:
             self._append_logprobs(self._logprobs, event, is_shown=is_shown)
-
-    def end(self) -> None:
-        """Let out the text that was held back; no more tokens will come."""
-        if self.matched is None:
-            self._text += self._stop.append(self._detokenizer.flush())
-            self._text += self._stop.flush()
 
     def output(self) -> CompletionOutput:
         """The completion so far."""
