@@ -20,6 +20,7 @@ from saqqara.cluster.openai.requests import (
     read_object,
     read_request,
 )
+from saqqara.cluster.openai.shown import ANSWER_ONLY, Shown
 from saqqara.cluster.request import Request
 from saqqara.cluster.sampling import MAX_CHOICES
 from saqqara.cluster.settings import check_keys
@@ -62,6 +63,7 @@ class Row:
     url: str | None
     requests: tuple[Request, ...]
     is_chat: bool = False
+    shown: Shown = ANSWER_ONLY
     names: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -159,11 +161,14 @@ class RowParser:
             retention=retention,
             priority=request.priority or 0,
             timeout_seconds=request.timeout_seconds,
+            echo=request.shown.echo,
             must_fit=True,
         )
         requests = _one_each(whole, request)
         is_chat = isinstance(request, ChatRequest)
-        return Row(line, custom_id, url, requests, is_chat, {**request.names, **names})
+        return Row(
+            line, custom_id, url, requests, is_chat, request.shown, {**request.names, **names}
+        )
 
     def _model_names(self) -> list[str]:
         own = [self.model, self.model.rstrip("/").rsplit("/", 1)[-1]]
@@ -221,6 +226,7 @@ def _one_each(whole: Request, given: ChatRequest | CompletionRequest) -> tuple[R
         except ValueError as error:
             raise ApiError.of(error, "messages") from None
     prompts = given.prompts(LIMITS.max_prompts)
+    whole = replace(whole, add_special_tokens=given.add_special_tokens is not False)
     if len(prompts) == 1:
         return (replace(whole, prompt=prompts[0]),)
     return tuple(

@@ -55,8 +55,12 @@ class Tokenizer:
         self._bytes = TokenBytes(backend)
 
     @classmethod
-    def load(cls, path_or_id: str | Path) -> Self:
+    def load(cls, path_or_id: str | Path, chat_template: str | None = None) -> Self:
         """Load from a local folder or by a Hugging Face hub id.
+
+        Args:
+            path_or_id: of the tokenizer.
+            chat_template: the text of a template instead of its own.
 
         Raises:
             ValueError: there is no tokenizer there.
@@ -73,6 +77,8 @@ class Tokenizer:
             backend = AutoTokenizer.from_pretrained(str(folder))
         except Exception as error:  # the library for files that are wrong raises bare Exceptions
             raise ValueError(f"tokenizer: cannot load {str(path_or_id)!r}: {error}") from error
+        if chat_template is not None:
+            backend.chat_template = chat_template
         return cls(backend, _generation_eos_ids(folder))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -113,7 +119,8 @@ class Tokenizer:
                 "messages: this model's tokenizer has no chat template; send a plain prompt"
             )
         text = render_chat(self.backend, checked, options)
-        return self.encode(text, add_special_tokens=False)  # the template has written them
+        # As a rule the template has written them.
+        return self.encode(text, add_special_tokens=options.add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""

@@ -22,8 +22,8 @@ _FIELDS = {
     *("prompt", "prompt_token_ids", "messages", "retention", "budget", "priority"),
     "timeout_seconds",
     *("stream_options", "max_completion_tokens", "top_logprobs", "tools", "functions"),
+    *("continue_final_message", "chat_template_kwargs", "best_of", "echo", "chat_template"),
     "response_format",
-    *("continue_final_message", "chat_template_kwargs"),
 }
 _NESTED = {"stream_options", "response_format", "structured_outputs"}
 _MAX_NAME_CHARS = 100  # longer than any field; what a client wrote may have megabytes
