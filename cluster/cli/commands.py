@@ -16,6 +16,7 @@ from .help import errors_in_one_line, file_path, root_app
 from .options import Settings, with_settings
 from .plan_flags import plan
 from .simulate import simulate
+from .top import top
 
 app = root_app()
 
@@ -208,6 +209,10 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin whose web pages may use the server, or *; may be repeated."),
     ] = None,
+    batch_dir: Annotated[
+        str | None,
+        typer.Option(help="Folder of /v1/files and /v1/batches. [default: there are none]"),
+    ] = None,
     ui: Annotated[
         bool | None,
         typer.Option("--ui/--no-ui", help="Whether there is a page at /. [default: yes]"),
@@ -234,6 +239,7 @@ def serve(
         max_timeout_seconds=max_timeout_seconds,
         route_prefix=route_prefix,
         allowed_origins=tuple(allowed_origins or ()),
+        batch_dir=batch_dir,
         ui=ui,
         drain_seconds=drain_seconds,
     )
@@ -262,6 +268,7 @@ def methods(
 
 app.command()(plan)
 app.command()(simulate)
+app.command()(top)
 
 
 @app.command()

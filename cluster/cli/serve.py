@@ -31,6 +31,7 @@ class ServerFlags:
     max_timeout_seconds: float | None = None
     route_prefix: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    batch_dir: str | None = None
     ui: bool | None = None
     drain_seconds: float = 600.0
 
@@ -112,6 +113,8 @@ def merged_config(
     )
     if flags.allowed_origins:
         merged["allowed_origins"] = flags.allowed_origins
+    if flags.batch_dir is not None:
+        merged["batch_dir"] = flags.batch_dir
     if flags.ui is not None:
         merged["ui"] = flags.ui
     if flags.api_key_file is not None:

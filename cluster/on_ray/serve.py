@@ -12,12 +12,14 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from saqqara.cluster.batch_store.store import Store
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.executor import Executor, LocalExecutor
 from saqqara.cluster.engine.model_fit import check_fits, check_fits_if_local
@@ -81,6 +83,7 @@ class Replica:
         show_stacks_when_asked()
         self._plan = plan
         try:
+            self._store = open_store(plan.config)
             self._generation = _start(plan)
         except Exception as error:
             logger.exception("the replica cannot start")
@@ -89,7 +92,9 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Any:
         """The HTTP application, as Serve asks for it."""
         config = self._plan.config
-        return make_app(self._generation, self._plan.keys, config.allowed_origins, ui=config.ui)
+        return make_app(
+            self._generation, self._plan.keys, config.allowed_origins, self._store, ui=config.ui
+        )
 
     async def check_health(self) -> None:
         """Raise if the engine has failed, upon which Serve starts another replica."""
@@ -220,6 +225,15 @@ def _start(plan: ReplicaPlan) -> Generation:
         replica_id=serve.get_replica_context().replica_id.unique_id,
     )
     return Generation(plan.config, config, engine, Tokenizer.load(tokenizer))
+
+
+def open_store(config: ServeConfig) -> Store | None:
+    """The files and batches of a server, if it is to have any.
+
+    Raises:
+        ValueError: the folder cannot be used.
+    """
+    return None if config.batch_dir is None else Store(Path(config.batch_dir), config.batches)
 
 
 def _executor(plan: ReplicaPlan) -> Executor:
