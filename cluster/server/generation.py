@@ -218,6 +218,14 @@ class Generation:
 
         return await self._off_loop_if_long(len(token_ids), decode)
 
+    async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary spells them."""
+
+        def spell() -> list[str]:
+            return self.tokenizer.token_strings(token_ids)
+
+        return await self._off_loop_if_long(len(token_ids), spell)
+
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
     ) -> list[int]:
