@@ -43,7 +43,7 @@ def make(
 
 def take(queue: WaitingQueue, count: int = 10**9) -> list[Sequence]:
     """The sequences in the order of their turns, as slots become free."""
-    taken = []
+    taken: list[Sequence] = []
     while len(taken) < count and (head := queue.head) is not None:
         queue.remove(head)
         taken.append(head)
