@@ -77,8 +77,14 @@ def engine_app(model: Path, keys: Sequence[str] = (), **fields: Any) -> FastAPI:
     generation = Generation(config, engine_config, engine, tokenizers[1])
     environ: Mapping[str, str] = {"SAQQARA_API_KEYS": ",".join(keys)} if keys else {}
     store = None if config.batch_dir is None else Store(Path(config.batch_dir), config.batches)
-    keys_of = ApiKeys.load(None, environ)
-    return make_app(generation, keys_of, config.allowed_origins, store, ui=config.ui)
+    return make_app(
+        generation,
+        ApiKeys.load(None, environ),
+        config.allowed_origins,
+        store,
+        ui=config.ui,
+        allowed_hosts=config.allowed_hosts,
+    )
 
 
 def _below(app: FastAPI, prefix: str) -> FastAPI:

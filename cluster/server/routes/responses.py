@@ -1,6 +1,5 @@
 """`/v1/responses`."""
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -16,8 +15,8 @@ from saqqara.cluster.openai.responses.reply import ResponseHead
 from saqqara.cluster.openai.responses.request import RENAMED, ResponseRequest, read_response
 from saqqara.cluster.request import RequestOutput
 from saqqara.cluster.server.docs import Endpoint
-from saqqara.cluster.server.generation import Job
-from saqqara.cluster.server.io import EventStream, unless_disconnected, until
+from saqqara.cluster.server.generation import Caller, Job
+from saqqara.cluster.server.io import EventStream, unless_disconnected
 
 from .base import Door, json_reply, register
 
@@ -42,23 +41,12 @@ class ResponseRoutes:
 
     async def create(self, request: Request) -> Response:
         """`POST /v1/responses`."""
-        arrived = asyncio.get_running_loop().time()
         body = await self._door.read(request, ResponseRequest, read_response)
-        deadline = self._generation.deadline(body.chat(), arrived)
-        async with until(deadline):
-            return await self._answer(request, body, deadline)
+        async with self._door.answering(request, body.timeout_seconds) as caller:
+            return await self._answer(request, body, caller)
 
-    async def stored(self, request: Request, response_id: str) -> Response:
-        """`GET` and `DELETE /v1/responses/{response_id}`: there is none."""
-        self._door.authorize(request)
-        message = f"response {response_id!r:.200} is not here: no responses are stored"
-        raise ApiError(404, message, "response_id", "not_found")
-
-    async def _answer(
-        self, request: Request, body: ResponseRequest, deadline: float | None
-    ) -> Response:
-        """The answer, or its first events; a stream's end is the engine's to see to."""
-        job = await self._prepare(body, deadline)
+    async def _answer(self, request: Request, body: ResponseRequest, caller: Caller) -> Response:
+        job = await self._prepare(body, caller)
         head = ResponseHead(
             id=f"resp_{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -73,29 +61,33 @@ class ResponseRoutes:
         first = await unless_disconnected(request, _next(events))
         return EventStream(first, events)
 
-    async def _prepare(self, body: ResponseRequest, deadline: float | None) -> Job:
+    async def stored(self, request: Request, response_id: str) -> Response:
+        """`GET` and `DELETE /v1/responses/{response_id}`: there is none."""
+        self._door.authorize(request)
+        message = f"response {response_id!r:.200} is not here: no responses are stored"
+        raise ApiError(404, message, "response_id", "not_found")
+
+    async def _prepare(self, body: ResponseRequest, caller: Caller) -> Job:
         """Check and tokenise a request; where it may, without the oldest items that do not fit.
 
         Raises:
             ApiError: what is wrong with it, and in which field.
         """
         try:
-            return await self._prepare_without(body, 0, deadline)
+            return await self._prepare_without(body, caller, 0)
         except ApiError as error:
             if body.truncation != "auto" or error.code != "context_length_exceeded":
                 raise
-            return await self._fitting(body, deadline, error)
+            return await self._fitting(body, caller, error)
 
-    async def _fitting(
-        self, body: ResponseRequest, deadline: float | None, too_long: ApiError
-    ) -> Job:
+    async def _fitting(self, body: ResponseRequest, caller: Caller, too_long: ApiError) -> Job:
         """The request without as few of its oldest items as make it fit; the last one stays."""
         job = None
         low, high = 1, len(body.items) - 1
         while low <= high:
             middle = (low + high) // 2
             try:
-                job = await self._prepare_without(body, middle, deadline)
+                job = await self._prepare_without(body, caller, middle)
                 high = middle - 1
             except ApiError as error:
                 if error.code != "context_length_exceeded":
@@ -106,15 +98,15 @@ class ResponseRoutes:
         return job
 
     async def _prepare_without(
-        self, body: ResponseRequest, num_dropped: int, deadline: float | None
+        self, body: ResponseRequest, caller: Caller, num_dropped: int
     ) -> Job:
         try:
-            return await self._generation.prepare(body.chat(num_dropped), deadline)
+            return await self._generation.prepare(body.chat(num_dropped), caller)
         except ApiError as error:
             raise error.renamed(RENAMED) from None
 
     async def _finished(self, job: Job) -> RequestOutput:
-        with self._generation.admission.enter(job.num_sequences):
+        with self._generation.admit(job):
             async with aclosing(self._generation.outputs(job, stream=False)) as source:
                 async for _, output in source:
                     check_served(output)
@@ -124,7 +116,7 @@ class ResponseRoutes:
 
     async def _events(self, head: ResponseHead, job: Job) -> AsyncGenerator[bytes, None]:
         async with AsyncExitStack() as stack:
-            stack.enter_context(self._generation.admission.enter(job.num_sequences))
+            stack.enter_context(self._generation.admit(job))
             outputs = self._generation.outputs(job, stream=True)
             await stack.enter_async_context(aclosing(outputs))
             events = response_stream(head, outputs)
