@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from overlays import FILE, build, overlays
 from typer.testing import CliRunner
 
 from saqqara.cli import app
@@ -23,7 +24,13 @@ SCRIPT = DEPLOY / "validate.py"
 MANIFESTS = {
     f"{file.stem}/{document['kind']}": document
     for file in sorted((DEPLOY / "kuberay").glob("*.yaml"))
+    if file.name != FILE
     for document in yaml.safe_load_all(file.read_text())
+}
+MANIFESTS |= {
+    f"{folder.name}/{document['kind']}": document
+    for folder in overlays()
+    for document in build(folder)
 }
 LABEL = "app.kubernetes.io/part-of"
 
@@ -178,7 +185,7 @@ def test_pods_run_without_rights_and_with_limits(name: str) -> None:
         spec = template["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["automountServiceAccountToken"] is False
-        for container in spec["containers"]:
+        for container in [*spec.get("initContainers", ()), *spec["containers"]]:
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
                 "capabilities": {"drop": ["ALL"]},
@@ -210,7 +217,10 @@ def serve_args(name: str) -> dict[str, Any]:
     return args
 
 
-@pytest.mark.parametrize("name", [n for n in MANIFESTS if n.endswith("/RayService")])
+@pytest.mark.parametrize(
+    "name",
+    [n for n in MANIFESTS if n.endswith("/RayService") and "placement_group" in str(MANIFESTS[n])],
+)
 def test_services_ask_for_engines_that_their_groups_have_room_for(name: str) -> None:
     args = serve_args(name)
     assert serve_config(args).engine_kwargs == args["engine_kwargs"]
