@@ -78,9 +78,10 @@ def audit(command: Path, service: str) -> Any:
     Raises:
         ValueError: it made none; says what it said instead.
     """
+    flags = ["--requirement", str(CONSTRAINTS), "--disable-pip", "--no-deps"]
+    flags += ["--vulnerability-service", service, "--format", "json", "--progress-spinner", "off"]
     done = subprocess.run(
-        [str(command), "--requirement", str(CONSTRAINTS), "--disable-pip", "--no-deps"]
-        + ["--service", service, "--format", "json", "--progress-spinner", "off"],
+        [str(command), *flags],
         capture_output=True,
         text=True,
         check=False,
