@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -51,6 +52,7 @@ class ChatOptions:
         continue_final_message: leave the final message open, so that the answer goes on with it.
         template_args: variables for the template, e.g. `{"enable_thinking": False}`.
         chat_template: a template instead of the model's own.
+        add_special_tokens: put the tokenizer's special tokens around what the template has written.
 
     Raises:
         ValueError: both a new message and a continued one are wanted, or a variable is reserved.
@@ -60,6 +62,7 @@ class ChatOptions:
     continue_final_message: bool = False
     template_args: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
+    add_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.continue_final_message and self.add_generation_prompt:
@@ -133,6 +136,8 @@ def _check_message(message: Mapping[str, Any], field: str) -> dict[str, str]:
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{field}.{key} must be a non-empty string, not {value!r:.80}")
             checked[key] = value
+        elif key == "type" and value in ("text", "message"):
+            continue  # lm-eval and the Responses API mark messages so
         elif key != "content" and value not in (None, [], {}):  # clients send unset ones along
             raise ValueError(f"{field}.{key} is not supported; use role, content and name")
     return checked
@@ -157,6 +162,24 @@ def _check_content(content: Any, field: str) -> str:
             raise ValueError(f"{name}.text must be a string, not {part.get('text')!r:.80}")
         texts.append(part["text"])
     return "\n".join(texts)
+
+
+def read_template(path: str) -> str:
+    """A chat template from a file.
+
+    Raises:
+        ValueError: it cannot be read, or is no template.
+    """
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"chat_template: {path} cannot be read: {error}") from None
+    except TemplateSyntaxError as error:
+        raise ValueError(f"chat_template: {path}:{error.lineno}: {error.message}") from None
+    return text
 
 
 class _EndlessTemplateError(Exception):

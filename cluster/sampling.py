@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import (
@@ -15,7 +15,9 @@ from pydantic import (
 )
 
 from saqqara.configs.shown import shown
-from saqqara.workers.plan import SamplingSpec
+from saqqara.workers.plan import Grammar, SamplingSpec
+
+from .structured.outputs import StructuredOutputs
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
@@ -100,11 +102,21 @@ class SamplingParams(BaseModel):
         "the answer ends with the tokens before it.",
     )
     ignore_eos: bool = False
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="What the answer must look like: JSON, a regex, a choice, ..."
+    )
     logprobs: int | None = Field(
         default=None,
         ge=0,
         le=MAX_LOGPROBS,
         description="Best tokens beside the sampled one.",
+    )
+    prompt_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Best tokens beside each of the prompt's own, as prefill sees them: before "
+        "retention.",
     )
     detokenize: bool = Field(default=True, description="Without it the answer has no text.")
     skip_special_tokens: bool = True
@@ -113,20 +125,12 @@ class SamplingParams(BaseModel):
         default=None,
         ge=-1,
         lt=_INT32,
-        description="Keep the prompt's last k tokens; -1: as many as leave room for max_tokens.",
+        description="Keep k tokens of the prompt; -1: as many as leave room for max_tokens.",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _say_what_is_called_otherwise(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping) or "prompt_logprobs" not in given:
-            return given
-        if given["prompt_logprobs"] is not None:
-            raise ValueError(
-                "prompt_logprobs is not supported: LLM.score(context, continuation) has the "
-                "log-probabilities of a known text, under the retention that is measured"
-            )
-        return {name: value for name, value in given.items() if name != "prompt_logprobs"}
+    truncation_side: Literal["left", "right"] = Field(
+        default="left", description="Where truncate_prompt_tokens cuts: left keeps the last tokens."
+    )
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -209,7 +213,14 @@ class SamplingParams(BaseModel):
             bad_words=bad_words,
             logit_bias=tuple((self.logit_bias or {}).items()),
             num_logprobs=self.logprobs,
+            grammar=self._grammar(eos_token_ids),
+            num_prompt_logprobs=self.prompt_logprobs,
         )
+
+    def _grammar(self, eos_token_ids: tuple[int, ...]) -> Grammar | None:
+        if self.structured_outputs is None:
+            return None
+        return Grammar(self.structured_outputs.text, eos_token_ids, self.ignore_eos)
 
 
 def derived_seed(seed: int, *, prompt: int = 0, choice: int = 0) -> int:

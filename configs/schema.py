@@ -1,8 +1,9 @@
 """Every setting of engine and server, with its default, unit and check. Unknown keys are errors."""
 
+import os
 import re
 from dataclasses import fields
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -207,6 +208,12 @@ class ServerLimits(BaseModel):
     max_n: int = Field(16, ge=1, le=128, description="Choices per prompt.")
     max_logprobs: int = Field(20, ge=0, le=20, description="Best tokens beside the sampled one.")
     max_stop: int = Field(16, ge=0, description="Stop strings of a request.")
+    max_answer_logprobs: int = Field(
+        1_000_000,
+        ge=0,
+        description="Log-probabilities that one request may be answered with, the best tokens and "
+        "the prompt's included.",
+    )
     max_prompts: int = Field(64, ge=1, description="Prompts of one completion request.")
     max_timeout_seconds: float = Field(
         86400.0, gt=0, le=MAX_TIMEOUT_SECONDS, description="Largest timeout_seconds of a request."
@@ -223,6 +230,30 @@ class ServerLimits(BaseModel):
                 f"max_timeout_seconds={self.max_timeout_seconds:g}"
             )
         return self
+
+
+class BatchLimits(BaseModel):
+    """How much the files and batches of a server may be; `key`: an API key, or all without keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_file_bytes: int = Field(200 * 2**20, ge=1, description="A larger file gets status 413.")
+    max_stored_bytes: int = Field(10 * 2**30, ge=1, description="All files of a key.")
+    max_files: int = Field(10_000, ge=1, description="Files of a key.")
+    max_active: int = Field(100, ge=1, description="Batches of a key that are not done.")
+    max_lines: int = Field(50_000, ge=1, description="Lines of a batch's input.")
+    max_line_bytes: int = Field(4 * 2**20, ge=1, description="Bytes of one of them.")
+    max_in_flight: int | None = Field(
+        None,
+        ge=1,
+        description="Sequences of batches that a replica runs at once; default: 3/4 of "
+        "max_num_seqs.",
+    )
+    lease_seconds: float = Field(
+        30.0,
+        ge=1,
+        description="A replica that is silent for so long has lost its batches to others.",
+    )
 
 
 class ServeConfig(BaseModel):
@@ -245,8 +276,33 @@ class ServeConfig(BaseModel):
     allowed_origins: tuple[str, ...] = Field(
         (), description="Origins whose web pages may use the server, such as https://example.com."
     )
+    model_aliases: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="Other names of the model that requests may give."
+    )
+    chat_template: str | None = Field(
+        None, description="File with a Jinja chat template instead of the model's own."
+    )
+    trust_request_chat_template: bool = Field(
+        False, description="Take chat templates from clients: they are programs, in a sandbox."
+    )
+    enable_tokenizer_info_endpoint: bool = Field(
+        False, description="Answer GET /tokenizer_info: the tokenizer's settings and template."
+    )
     ui: bool = Field(True, description="Whether there is a page at `/`.")
     limits: ServerLimits = ServerLimits()
+    batch_dir: str | None = Field(
+        None,
+        description="Folder of files and batches, shared by the replicas; default: there are none.",
+    )
+    batches: BatchLimits = BatchLimits()
+
+    @field_validator("batch_dir")
+    @classmethod
+    def _absolute(cls, folder: str | None) -> str | None:
+        """Replicas run elsewhere than where the setting was read."""
+        if folder == "":
+            raise ValueError("is empty")
+        return None if folder is None else os.path.abspath(os.path.expanduser(folder))
 
     @field_validator("allowed_origins")
     @classmethod

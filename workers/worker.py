@@ -15,18 +15,23 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.worker_settings import WorkerSettings
 
 from .clock import Span
+from .grammar.compiler import Compiler
+from .grammar.matchers import Matchers
 from .kv.store import KVStore
 from .mesh.layout import MeshLayout
 from .models.spec import ModelSpec
 from .part import Part
 from .passes.decode import Decode
 from .passes.head import Head
+from .passes.parked import Finals
 from .passes.prefill import Prefill
 from .plan import (
     DecodeItem,
+    Grammar,
     KeptCounts,
     NewSequence,
     PrefillGroup,
+    PromptScores,
     SampledToken,
     SamplingSpec,
     ScoredTokens,
@@ -65,8 +70,9 @@ class Worker:
         self._prefill = Prefill(shard)
         self._decode = Decode(shard)
         self._head: Head | None = None
+        self._compiler: Compiler | None = None
         if part.mesh.is_last_stage:
-            self._head = Head(part.decoder, part.mesh, shard.slots, shard.faults)
+            self._head = self._make_head(part)
         if config.warmup:
             self.warm_up()
         self.info = shard.info(os.uname().nodename, os.getpid(), log_file)
@@ -76,6 +82,25 @@ class Worker:
         """The only rank of an engine that runs in this process, whose threads it sets."""
         prepare_process(config)
         return cls(config, MeshLayout(1, 1))
+
+    def _make_head(self, part: Part) -> Head:
+        """The end of the last stage; its tensor rank 0 samples, and knows the grammars."""
+        matchers, config = None, part.config
+        if part.mesh.tensor_rank == 0:
+            self._compiler = Compiler(config.tokenizer or config.model, part.spec.vocab_size)
+            matchers = Matchers(self._compiler, config.num_threads)
+        return Head(part.decoder, part.mesh, self._shard.slots, self._shard.faults, matchers)
+
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """Have a grammar ready before a sequence needs it; nothing to do on ranks without it.
+
+        May be called from another thread while a step runs.
+
+        Raises:
+            ValueError: it cannot be compiled.
+        """
+        if self._compiler is not None:
+            self._compiler.compile(grammar)
 
     @property
     def spec(self) -> ModelSpec:
@@ -100,18 +125,23 @@ class Worker:
         for slot in plan.free:
             self._prefill.drop(slot)
             shard.free(slot)
+            if self._head is not None:
+                self._head.close(slot)
         already_refused = frozenset(shard.faults.refused)
         for new in plan.new:
             shard.add(new)
+            if self._head is not None:
+                self._head.open(new)
         targets = shard.slots.samples(plan, shard.part.spec.num_layers)
         finals = self._prefill.run(plan)
         decoded = self._decode.run(plan.decode)
-        sampled, scored = self._read_head(plan, targets, finals, decoded)
+        sampled, scored, prompts = self._read_head(plan, targets, finals, decoded)
         return StepResult(
             step=plan.step,
             rank=shard.part.mesh.rank,
             sampled=sampled,
             scored=scored,
+            prompts=prompts,
             kept=self._kept(plan),
             refused=tuple(sorted(shard.faults.refused - already_refused)),
             faults=shard.faults.take(),
@@ -183,23 +213,25 @@ class Worker:
         self,
         plan: StepPlan,
         targets: list[Target],
-        finals: dict[int, Tensor],
+        finals: Finals,
         decoded_TE: Tensor | None,
-    ) -> tuple[tuple[SampledToken, ...], tuple[ScoredTokens, ...]]:
+    ) -> tuple[tuple[SampledToken, ...], tuple[ScoredTokens, ...], tuple[PromptScores, ...]]:
         """Sample and score on the last stage; elsewhere only note which tokens will come."""
         shard, mesh = self._shard, self._shard.part.mesh
         if self._head is None:
             if targets and mesh.is_first_stage:
                 self._decode.expect(targets)
-            return (), ()
+            return (), (), ()
         with shard.clock.phase("head"):
-            sampled = self._head.sample(plan, targets, finals, decoded_TE)
-            scored = self._head.score(plan, finals, decoded_TE)
+            sampled = self._head.sample(plan, targets, finals.last, decoded_TE)
+            scored = self._head.score(plan, finals.last, decoded_TE)
+            prompts = self._head.score_prompts(finals.whole)
         if targets and not mesh.is_first_stage:
             mesh.send_tokens(torch.tensor([s.token_id for s in sampled]))
         if mesh.tensor_rank != 0:
-            return (), ()
+            return (), (), ()
         return (
             tuple(s for s in sampled if s.slot not in shard.faults.refused),
             tuple(s for s in scored if s.slot not in shard.faults.refused),
+            tuple(p for p in prompts if p.slot not in shard.faults.refused),
         )

@@ -8,13 +8,15 @@ from contextlib import suppress
 from dataclasses import replace
 
 from saqqara.cluster.errors import WorkerDiedError
+from saqqara.cluster.live.board import Board
+from saqqara.cluster.live.snapshot import LiveStats
 from saqqara.cluster.outcome import ErrorCode
 from saqqara.cluster.recovery.attempts import Attempts, RecoveryLimits
 from saqqara.cluster.recovery.clock import Clock
 from saqqara.cluster.recovery.expiry import Expiry
 from saqqara.cluster.recovery.flights import Flights
 from saqqara.cluster.recovery.outage import Outage
-from saqqara.cluster.recovery.suspects import LOSSES_OF_A_GUILTY, Suspects
+from saqqara.cluster.recovery.suspects import Suspects, verdict_on
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.cluster.scheduling.events import (
     Event,
@@ -25,6 +27,7 @@ from saqqara.cluster.scheduling.events import (
     Prefilled,
 )
 from saqqara.cluster.scheduling.scheduler import Scheduler
+from saqqara.cluster.structured.preparation import Preparation
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec
@@ -52,6 +55,7 @@ class Engine:
         lookahead: steps of one sequence that may be in flight; see `Scheduler`.
         sinks: where metrics go besides Prometheus.
         model_name: the metrics' label of that name; default: `config.model`.
+        replica_id: what it is called among several; default: its host and process.
         limits: how often lost workers are started again.
         clock: default: the machine's.
 
@@ -73,6 +77,7 @@ class Engine:
         lookahead: int = 1,
         sinks: Many[Sink] = (),
         model_name: str | None = None,
+        replica_id: str | None = None,
         limits: RecoveryLimits | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -104,13 +109,16 @@ class Engine:
             limits=fitting,
             seed=config.seed,
         )
-        self._stats = EngineStats(
-            config.model, self.retention.label, executor.workers, [self.metrics, *sinks]
-        )
         self._states: dict[str, RequestState] = {}
         self._choices: dict[int, tuple[RequestState, Choice]] = {}  # by the sequence's arrival
         self._clock = clock or Clock()
         self._epoch = time.time() - self._clock.now()
+        self._preparation = Preparation(self._clock, WorkerDiedError)
+        label = self.retention.label
+        self._board = Board(model_name or config.model, label, self._now(), replica_id)
+        self._stats = EngineStats(
+            config, label, executor.workers, [self.metrics, *sinks], self._board
+        )
         self._flights = Flights(executor.workers, self._clock)
         self._attempts = Attempts(limits or RecoveryLimits(), self._clock)
         self._suspects = Suspects()
@@ -118,7 +126,7 @@ class Engine:
         self._outage: Outage | None = None
         self._lost_at: float | None = None  # until there is a new token
         self._is_broken = False
-        self._stats.publish(0, 0, self._now(), is_idle=True)
+        self._stats.publish(self.scheduler, self._now())
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -131,10 +139,11 @@ class Engine:
             raise ValueError(f"request_id {tokens.request_id!r} is in use")
         self.scheduler.check(tokens)
         specs = self._intake.specs(tokens)
+        ready = self._preparation.begin(tokens.request_id, specs[0].grammar)
         state = RequestState(tokens, stream=request.stream and not tokens.is_score)
         for index, spec in enumerate(specs):
             sequence = self.scheduler.add(
-                tokens, spec, index=index, eos_token_ids=self._eos_token_ids
+                tokens, spec, index=index, eos_token_ids=self._eos_token_ids, is_ready=ready
             )
             choice = Choice(sequence, self._tokenizer)
             state.choices.append(choice)
@@ -210,6 +219,10 @@ class Engine:
         """Measurements since the start or the last `reset_stats`."""
         return self._stats.report(is_idle=self.scheduler.is_idle)
 
+    def live_stats(self) -> LiveStats:
+        """What it does now; any thread may ask, whatever the engine is at."""
+        return self._board.read(self._now())
+
     def reset_stats(self) -> None:
         """Start the measurements anew (the counters of the metrics go on)."""
         self._stats.reset()
@@ -225,7 +238,9 @@ class Engine:
         try:
             if not self._flights and (failure := self._executor.failure) is not None:
                 raise failure
+            self._admit_prepared()
             while (plan := self.scheduler.schedule()) is not None:
+                self._note_started(self._now())
                 self._flights.send(plan, self._executor)
             return self._absorb_oldest()
         except WorkerDiedError as error:
@@ -233,6 +248,7 @@ class Engine:
 
     def _absorb_oldest(self) -> list[Event]:
         if not self._flights:
+            self._preparation.wait()
             return self.scheduler.take_events()
         plan, results = self._flights.land(self._executor)
         events = self.scheduler.absorb(plan, results)
@@ -241,6 +257,13 @@ class Engine:
             with suppress(WorkerDiedError):  # the next step hears of it; these events are good
                 self._executor.check_integrity()
         return events
+
+    def _admit_prepared(self) -> None:
+        """Queue the requests whose grammar the workers have; end those who cannot have theirs."""
+        for request_id, error in self._preparation.settled(self._executor):
+            if (state := self._states.get(request_id)) is not None:
+                for choice in state.choices:
+                    self.scheduler.enqueue(choice.sequence, error)
 
     # Lost workers ---------------------------------------------------------------------------------
 
@@ -256,7 +279,7 @@ class Engine:
         if guilty is not None:
             self._end_guilty(guilty, failure)
         self._run_next_alone()
-        self._stats.set_ready(False)
+        self._stats.lost(failure)
         self._lost_at = self._lost_at or self._clock.now()
         self._outage = Outage(failure, self._executor, self._attempts, self._clock)
         return self.scheduler.take_events()
@@ -273,14 +296,12 @@ class Engine:
     def _start_over(self) -> None:
         """Nothing is in flight and no worker holds anything: a token that was sent stays."""
         self._flights.drop()
+        self._preparation.restart()
         self.scheduler.restart(self._executor.workers)
         self._stats.set_workers(self._executor.workers)
 
     def _end_guilty(self, request_id: str, failure: WorkerDiedError) -> None:
-        message = (
-            f"request {request_id} has ended the workers {LOSSES_OF_A_GUILTY} times while it ran "
-            f"alone: {failure}"
-        )
+        message = f"{verdict_on(request_id)}: {failure}"
         logger.error("%s", message)
         self._end_with_error(request_id, message, "computation_failed")
 
@@ -317,22 +338,22 @@ class Engine:
                 self._close(state, now)
             if state.is_finished or state.stream:
                 outputs.append(state.output())
-        self._stats.publish(
-            self.scheduler.num_running,
-            self.scheduler.num_waiting,
-            now,
-            is_idle=self.scheduler.is_idle,
-        )
+        self._stats.publish(self.scheduler, now)
         return outputs
+
+    def _note_started(self, now: float) -> None:
+        """Some of the newest plan's sequences have their first slot."""
+        for sequence, is_shared in self.scheduler.started():
+            state, choice = self._choices[sequence.arrival]
+            if not choice.has_started:
+                choice.has_started = True
+                state.scheduled_time = state.scheduled_time or now
+                self._stats.started(sequence.prompt_tokens, is_shared=is_shared)
 
     def _note(self, event: Event, state: RequestState, choice: Choice, now: float) -> None:
         match event:
             case NewToken():
-                try:
-                    choice.append(event)
-                except Exception as error:
-                    message = f"token {event.token_id} cannot be told as text: {error}"
-                    logger.exception("%s", message)
+                if (message := choice.try_append(event)) is not None:
                     self.scheduler.finish(event.sequence, "error", error=message)
                 self._note_token(state, choice, now)
                 self._note_progress(state.request.request_id)
@@ -343,6 +364,7 @@ class Engine:
                 if event.num_tokens:
                     self._note_progress(state.request.request_id)
                 state.first_token_time = state.first_token_time or now
+                state.last_token_time = now
             case Prefilled():
                 request = state.request
                 num_tokens = len(request.prompt_token_ids)
@@ -353,11 +375,7 @@ class Engine:
             case Preempted():
                 self._stats.preempted()
             case Finished():
-                try:
-                    choice.end()
-                except Exception as error:
-                    event.sequence.finish_reason = "error"
-                    event.sequence.error = event.sequence.error or f"the text's end: {error}"
+                choice.end()
 
     def _note_token(self, state: RequestState, choice: Choice, now: float) -> None:
         if state.first_token_time is None:
@@ -365,7 +383,7 @@ class Engine:
             self._stats.first_token(now - state.request.arrival_time)
         last = choice.last_token_time
         self._stats.token(None if last is None else now - last)
-        choice.last_token_time = now
+        choice.last_token_time = state.last_token_time = now
 
     def _close(self, state: RequestState, now: float) -> None:
         state.finished_time = now
@@ -375,7 +393,7 @@ class Engine:
             self._run_next_alone()
         for choice in state.choices:
             del self._choices[choice.sequence.arrival]
-        self._stats.finished(state.finish_reason, now - state.request.arrival_time)
+        self._stats.finished(state.measures(now))
 
     def _now(self) -> float:
         """Unix time in seconds, but never running backwards."""

@@ -1,153 +1,15 @@
-"""Every counter, gauge and histogram of an engine, in one table, and where the numbers go.
-
-`METRICS` is plain data, so any number of sinks can be built from it: Prometheus here, Ray's own
-metrics in the controller. Names that start with `vllm:` mean what they mean in vLLM, so its
-dashboards work; what only Saqqara has starts with `saqqara:`.
-"""
+"""Where an engine's numbers go: to every sink, under the names of `live/families.py`."""
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import prometheus_client
 from prometheus_client import CollectorRegistry
 
-from saqqara.cluster.errors import Cause
-
-Kind = Literal["counter", "gauge", "histogram"]
-
-MODEL_LABEL = "model_name"
-
-_FIRST_TOKEN = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
-    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
-)
-_NEXT_TOKEN = (
-    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
-    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
-)
-_REQUEST = (
-    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
-    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
-)
-_STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-
-
-@dataclass(frozen=True, slots=True)
-class MetricSpec:
-    """One metric; every metric also has the label `model_name`.
-
-    `first_values` are values of its (only) label whose series exist, at zero, from the start.
-    """
-
-    name: str
-    kind: Kind
-    help: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
-    first_values: tuple[str, ...] = ()
-
-
-METRICS: tuple[MetricSpec, ...] = (
-    MetricSpec("vllm:num_requests_running", "gauge", "Sequences in prefill or decode."),
-    MetricSpec("vllm:num_requests_waiting", "gauge", "Sequences waiting for a slot."),
-    MetricSpec(
-        "vllm:kv_cache_usage_perc",
-        "gauge",
-        "Share of the KV pages in use, 1 = all, of the worker with the least free.",
-    ),
-    MetricSpec("vllm:prompt_tokens", "counter", "Prompt tokens prefilled, each request once."),
-    MetricSpec("vllm:generation_tokens", "counter", "Tokens generated."),
-    MetricSpec(
-        "vllm:time_to_first_token_seconds",
-        "histogram",
-        "From arrival to the first token.",
-        buckets=_FIRST_TOKEN,
-    ),
-    MetricSpec(
-        "vllm:inter_token_latency_seconds",
-        "histogram",
-        "Between two tokens of one sequence.",
-        buckets=_NEXT_TOKEN,
-    ),
-    MetricSpec(
-        "vllm:e2e_request_latency_seconds",
-        "histogram",
-        "From arrival to the last token.",
-        buckets=_REQUEST,
-    ),
-    MetricSpec(
-        "vllm:request_success",
-        "counter",
-        "Finished requests by reason.",
-        labels=("finished_reason",),
-        first_values=("stop", "length", "abort", "error"),
-    ),
-    MetricSpec("vllm:num_preemptions", "counter", "Sequences that lost their slot for a while."),
-    MetricSpec(
-        "saqqara:num_refusals", "counter", "Sequences that a worker had no pages for in a step."
-    ),
-    MetricSpec("saqqara:scored_tokens", "counter", "Continuation tokens scored."),
-    MetricSpec(
-        "saqqara:kept_tokens",
-        "counter",
-        "Prompt tokens kept after prefill, summed over kv heads.",
-        labels=("layer", "method"),
-    ),
-    MetricSpec(
-        "saqqara:dropped_tokens",
-        "counter",
-        "Prompt tokens dropped after prefill, summed over kv heads.",
-        labels=("layer", "method"),
-    ),
-    MetricSpec("saqqara:kv_kept_bytes", "gauge", "Bytes of KV pages that sequences hold."),
-    MetricSpec("saqqara:kv_full_bytes", "gauge", "Bytes they would hold under full retention."),
-    MetricSpec("saqqara:kv_kept_bytes_peak", "gauge", "Most bytes of KV pages held at once."),
-    MetricSpec(
-        "saqqara:kv_full_bytes_peak", "gauge", "What full retention would have held at that moment."
-    ),
-    MetricSpec("saqqara:num_pages", "gauge", "KV pages of the pool.", labels=("worker",)),
-    MetricSpec("saqqara:pages_free", "gauge", "Free KV pages.", labels=("worker",)),
-    MetricSpec(
-        "saqqara:pages_leaked",
-        "gauge",
-        "Pages not free when nothing was left to do, the last time that was so; always 0.",
-    ),
-    MetricSpec(
-        "saqqara:step_seconds",
-        "histogram",
-        "Time of a step on its slowest worker, by phase.",
-        labels=("phase",),
-        buckets=_STEP,
-    ),
-    MetricSpec(
-        "saqqara:worker_memory_bytes",
-        "gauge",
-        "Bytes on a worker: weights, pool, parked activations, query rings, peaks, resident.",
-        labels=("worker", "kind"),
-    ),
-    MetricSpec(
-        "saqqara:recoveries",
-        "counter",
-        "Times that lost workers were started again, by how they were lost.",
-        labels=("cause",),
-        first_values=get_args(Cause),
-    ),
-    MetricSpec("saqqara:down_seconds", "counter", "Seconds without workers until they were back."),
-    MetricSpec("saqqara:ready", "gauge", "1: there are workers; 0: they are started again."),
-    MetricSpec("saqqara:batch_rows", "gauge", "Rows of the batch job's input; 0: no batch job."),
-    MetricSpec("saqqara:batch_rows_left", "gauge", "Rows of the batch job without a record."),
-    MetricSpec(
-        "saqqara:batch_rows_done",
-        "counter",
-        "Records that batch jobs wrote, by outcome.",
-        labels=("outcome",),
-        first_values=("answered", "error"),
-    ),
-)
-
-SPECS: Mapping[str, MetricSpec] = {spec.name: spec for spec in METRICS}
+from saqqara.cluster.live.door import StatsDoor
+from saqqara.cluster.live.families import METRICS, MODEL_LABEL, SPECS, Kind, MetricSpec
+from saqqara.cluster.live.snapshot import LiveStats
 
 
 class Sink(Protocol):
@@ -233,8 +95,18 @@ class PrometheusSink:
         """The metrics in the Prometheus text format."""
         return prometheus_client.generate_latest(self.registry).decode()
 
-    def start_http_server(self, port: int = 0, host: str = "127.0.0.1") -> int:
-        """Serve /metrics in a thread and return the port (0 takes any free one).
+    def start_http_server(
+        self,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        read_stats: Callable[[], LiveStats] | None = None,
+    ) -> int:
+        """Serve /metrics, and with `read_stats` /stats, in a thread; returns the port.
+
+        Args:
+            port: 0 takes any free one.
+            host: address to listen on.
+            read_stats: what the engine shows.
 
         Raises:
             OSError: the port is taken.
@@ -243,9 +115,14 @@ class PrometheusSink:
         server, thread = prometheus_client.start_http_server(port, host, self.registry)
         # Prometheus asks for OpenMetrics, in which prometheus_client (0.26) writes `_` for the `:`
         # of a name; the plain text format keeps it.
-        app = server.get_app()
+        app: Any = server.get_app()
         assert app is not None
-        server.set_app(lambda environ, start: app({**environ, "HTTP_ACCEPT": "text/plain"}, start))
+
+        def plain(environ: Mapping[str, Any], start: Any) -> Any:
+            return app({**environ, "HTTP_ACCEPT": "text/plain"}, start)
+
+        served = plain if read_stats is None else StatsDoor(read_stats, plain, [host])
+        server.set_app(cast(Any, served))
         self._server = (server, thread)
         return int(server.server_port)
 

@@ -55,8 +55,12 @@ class Tokenizer:
         self._bytes = TokenBytes(backend)
 
     @classmethod
-    def load(cls, path_or_id: str | Path) -> Self:
+    def load(cls, path_or_id: str | Path, chat_template: str | None = None) -> Self:
         """Load from a local folder or by a Hugging Face hub id.
+
+        Args:
+            path_or_id: of the tokenizer.
+            chat_template: the text of a template instead of its own.
 
         Raises:
             ValueError: there is no tokenizer there.
@@ -73,6 +77,8 @@ class Tokenizer:
             backend = AutoTokenizer.from_pretrained(str(folder))
         except Exception as error:  # the library for files that are wrong raises bare Exceptions
             raise ValueError(f"tokenizer: cannot load {str(path_or_id)!r}: {error}") from error
+        if chat_template is not None:
+            backend.chat_template = chat_template
         return cls(backend, _generation_eos_ids(folder))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -113,7 +119,8 @@ class Tokenizer:
                 "messages: this model's tokenizer has no chat template; send a plain prompt"
             )
         text = render_chat(self.backend, checked, options)
-        return self.encode(text, add_special_tokens=False)  # the template has written them
+        # As a rule the template has written them.
+        return self.encode(text, add_special_tokens=options.add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
@@ -121,6 +128,22 @@ class Tokenizer:
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary spells them, such as `Ġthe`."""
+        return [str(token) for token in self.backend.convert_ids_to_tokens(list(ids))]
+
+    def info(self) -> dict[str, Any]:
+        """What another program needs to use this tokenizer as it is used here."""
+        backend = self.backend
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        special = {name: getattr(backend, name, None) for name in names}
+        return {
+            "tokenizer_class": type(backend).__name__,
+            **{name: None if token is None else str(token) for name, token in special.items()},
+            "vocab_size": self.vocab_size,
+            "chat_template": backend.chat_template,
+        }
 
     def token_text(self, token_id: int) -> str:
         """One token as text, special tokens by their name (for log-probabilities)."""

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
+MAX_DEPTH = 16
+MAX_MEMBERS = 1024
 _NO_TOOLS = "there are no tool calls here"
-_NO_GRAMMAR = "answers are free text; there is no constrained decoding here"
 _NO_BEAMS = "there is no beam search here"
 _TEXT_ONLY = "models here read and write text alone"
 _NO_CACHE = "nothing is kept between requests here"
@@ -34,23 +35,34 @@ def _is_same(value: Any, other: Any) -> bool:
     return isinstance(value, bool) == isinstance(other, bool) and value == other
 
 
+def _check_small(value: Any) -> Any:
+    """Bound what is not read: members at any depth, and the depth."""
+    waiting, count = [(value, 1)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        members = item.values() if isinstance(item, dict) else item
+        if not isinstance(item, dict | list):
+            continue
+        count += len(item)
+        if depth > MAX_DEPTH or count > MAX_MEMBERS:
+            raise ValueError(
+                f"may have at most {MAX_MEMBERS} members, at most {MAX_DEPTH} levels deep"
+            )
+        waiting += [(member, depth + 1) for member in members]
+    return value
+
+
+SmallObject = Annotated[dict[str, Any], AfterValidator(_check_small)]
+
+
 class StreamOptions(BaseModel):
     """Settings of a stream."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool | None = None
-    continuous_usage_stats: Annotated[Any, only(False, why="the usage comes at the end")] = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Annotated[Any, only(False, why="streams are not padded here")] = None
-
-
-class ResponseFormat(BaseModel):
-    """Only plain text is supported."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Annotated[Any, only("text", why=_NO_GRAMMAR)] = None
-    json_schema: Annotated[Any, only(why=_NO_GRAMMAR)] = None
 
 
 class IdleFields(BaseModel):
@@ -58,36 +70,22 @@ class IdleFields(BaseModel):
 
     # For the client's own book-keeping.
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: SmallObject | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
 
     # OpenAI's.
-    response_format: ResponseFormat | None = None
     store: Annotated[Any, only(False, why=_NO_CACHE)] = None
 
     # vLLM's.
-    best_of: Annotated[Any, only(1, why="every choice is returned; set n")] = None
     use_beam_search: Annotated[Any, only(False, why=_NO_BEAMS)] = None
     length_penalty: Annotated[Any, only(1.0, why=_NO_BEAMS)] = None
     early_stopping: Annotated[Any, only(False, why=_NO_BEAMS)] = None
-    echo: Annotated[Any, only(False, why="answers do not repeat their prompt")] = None
-    prompt_logprobs: Annotated[Any, only(why="LLM.score in Python scores a known text")] = None
-    return_token_ids: Annotated[Any, only(False, why="answers are text")] = None
-    return_tokens_as_token_ids: Annotated[Any, only(False, why="tokens are shown as text")] = None
-    spaces_between_special_tokens: Annotated[Any, only(True, why="text is as decoded")] = None
+    spaces_between_special_tokens: bool | None = None  # only tokenizers in Python heed it
     detokenize: Annotated[Any, only(True, why="answers are text")] = None
     logits_processors: Annotated[Any, only(why="clients bring no code")] = None
-    structured_outputs: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    structural_tag: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_json: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_regex: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_choice: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_grammar: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_decoding_backend: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_whitespace_pattern: Annotated[Any, only(why=_NO_GRAMMAR)] = None
     cache_salt: Annotated[Any, only(why=_NO_CACHE)] = None
     kv_transfer_params: Annotated[Any, only(why="keys and values stay in their engine")] = None
     request_id: Annotated[Any, only(why="answers get their id here")] = None
@@ -111,8 +109,7 @@ class IdleChatFields(BaseModel):
     web_search_options: Annotated[Any, only(why=_NO_TOOLS)] = None
 
     # vLLM's.
-    add_special_tokens: Annotated[Any, only(False, why="the chat template writes them")] = None
-    chat_template: Annotated[Any, only(why="chats go through the model's own template")] = None
+    echo: Annotated[Any, only(False, why="answers do not repeat their prompt")] = None
     documents: Annotated[Any, only(why="put them into a message")] = None
     mm_processor_kwargs: Annotated[Any, only(why=_TEXT_ONLY)] = None
     include_reasoning: bool | None = None
@@ -132,5 +129,4 @@ class IdleChatFields(BaseModel):
 class IdleCompletionFields(BaseModel):
     """What completions may say without an effect."""
 
-    suffix: Annotated[Any, only(why="nothing comes after the answer")] = None
-    add_special_tokens: Annotated[Any, only(True, why="prompts get them; send token ids")] = None
+    suffix: Annotated[Any, only(why="models here do not fill in the middle")] = None

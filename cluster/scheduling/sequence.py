@@ -1,15 +1,15 @@
 """What the scheduler knows about a request and its choices. Plain values, no tensors."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
 import numpy as np
 
-from saqqara.cluster.outcome import ErrorCode, FinishReason
+from saqqara.cluster.outcome import ErrorCode, FinishReason, KVUsage
 from saqqara.compression.retention import Retention
-from saqqara.workers.plan import NewSequence, SamplingSpec
+from saqqara.workers.plan import NewSequence, PromptScores, SamplingSpec
 
 
 class OutputEnd(Protocol):
@@ -59,8 +59,9 @@ class TokenRequest:
 
 
 class Status(Enum):
-    """Where a sequence stands: in the queue, in a prefill group, decoding, or done."""
+    """Where a sequence stands: before the queue, in it, in a prefill group, decoding, or done."""
 
+    PREPARING = "preparing"
     WAITING = "waiting"
     PREFILL = "prefill"
     RUNNING = "running"
@@ -102,6 +103,8 @@ class Sequence:
     stop_reason: int | str | None = None
     error: str | None = None
     error_code: ErrorCode | None = None
+    prompt_scores: PromptScores | None = None
+    kv_cache: KVUsage | None = None  # once it has finished, if it was prefilled then
     prompt_hash: int = field(init=False)
     prompt_tokens: int = field(init=False)
     is_score: bool = field(init=False)
@@ -126,6 +129,11 @@ class Sequence:
     def is_finished(self) -> bool:
         """Whether nothing more will come of it."""
         return self.status is Status.FINISHED
+
+    def is_ended_by(self, token_id: int) -> bool:
+        """Whether its last token, this one, ends the text and is no part of it."""
+        is_end = token_id in self.eos_token_ids or token_id in self.stop_token_ids
+        return self.finish_reason == "stop" and is_end
 
     @property
     def known_after_prompt(self) -> tuple[int, ...] | list[int]:
@@ -165,11 +173,14 @@ class Sequence:
     def new_sequence(self, shares_prefill_with: int | None = None) -> NewSequence:
         """What the workers are told when it takes its slot."""
         tokens = (*self.request.prompt_token_ids, *self.known_after_prompt)
+        spec = self.spec
+        if self.prompt_scores is not None:  # they are known since an earlier prefill
+            spec = replace(spec, num_prompt_logprobs=None)
         return NewSequence(
             slot=self.held_slot,
             token_ids=np.asarray(tokens, dtype=np.int32).tobytes(),
             prompt_tokens=self.prompt_tokens,
-            sampling=self.spec,
+            sampling=spec,
             retention=self.request.retention,
             score=self.is_score,
             shares_prefill_with=shares_prefill_with,

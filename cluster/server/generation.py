@@ -12,13 +12,16 @@ from saqqara.cluster.chat import ChatOptions
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.cluster.live.snapshot import LiveStats
 from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.openai.replies import check_served
 from saqqara.cluster.openai.requests import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
     check_model,
 )
+from saqqara.cluster.openai.shown import ANSWER_ONLY, Shown
 from saqqara.cluster.outcome import check_room
 from saqqara.cluster.request import Request, RequestOutput
 from saqqara.cluster.sampling import SamplingParams
@@ -37,15 +40,17 @@ LONG_TEXT_CHARS = 8192  # a longer text is tokenised in a thread: it takes milli
 class Job:
     """A request that is checked and tokenised.
 
-    `names` are what the client calls the engine's fields.
+    `names` are what the client calls the engine's fields; `texts` what prompts were made of.
     """
 
     prompts: tuple[tuple[int, ...], ...]
+    texts: tuple[str | None, ...]
     names: Mapping[str, str]
     sampling: SamplingParams
     retention: Retention
     priority: int = 0
     deadline: float | None = None  # in the time of the event loop
+    shown: Shown = ANSWER_ONLY
 
     @property
     def num_sequences(self) -> int:
@@ -65,6 +70,10 @@ class Generation:
     Attributes:
         admission: who may come in.
         tokenizer: as given.
+        model: its name in answers.
+        names: all names that requests may give.
+        trusts_templates: whether clients may bring chat templates.
+        shows_tokenizer: whether clients may read the tokenizer's settings.
     """
 
     def __init__(
@@ -75,6 +84,9 @@ class Generation:
         tokenizer: Tokenizer,
     ) -> None:
         self.model = config.model_loading_config.model_id
+        self.names = (self.model, *config.model_aliases)
+        self.trusts_templates = config.trust_request_chat_template
+        self.shows_tokenizer = config.enable_tokenizer_info_endpoint
         self._source = config.model_loading_config.model_source
         self.limits = config.limits
         self.tokenizer = tokenizer
@@ -83,6 +95,7 @@ class Generation:
         self._retention = engine.retention
         self._vocab_size = engine.vocab_size
         self._metrics = engine.metrics
+        self._live_stats = engine.live_stats
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._engine = AsyncEngine(engine)
 
@@ -99,6 +112,10 @@ class Generation:
     def metrics(self) -> str:
         """The engine's metrics in the Prometheus text format."""
         return self._metrics.render()
+
+    def live_stats(self) -> LiveStats:
+        """What the engine does now."""
+        return self._live_stats()
 
     async def shutdown(self) -> None:
         """End the engine; whoever still waits for it gets an error."""
@@ -127,22 +144,32 @@ class Generation:
         self.check_model(request.model)
         request.check_limits(self.limits)
         request.check_profile()
-        sampling = request.sampling_params()
+        # A grammar takes up to a second to check.
+        off_loop = 0 if request.structure is None else 1 + LONG_TEXT_CHARS
+        sampling = await self._off_loop_if_long(off_loop, request.sampling_params)
         retention = request.read_retention(self._retention)
+        texts: list[str | None] = [None]
         if isinstance(request, ChatRequest):
-            encoded = await self.encode_chat(request.messages, request.chat_options())
+            options = request.chat_options(trusts_templates=self.trusts_templates)
+            encoded = await self.encode_chat(request.messages, options)
             prompts = [self._fitting("messages", encoded)]
         else:
-            prompts = [await self._encode(p) for p in request.prompts(self.limits.max_prompts)]
+            given = request.prompts(self.limits.max_prompts)
+            adds = request.add_special_tokens is not False
+            prompts = [await self._encode(p, add_special_tokens=adds) for p in given]
+            texts = [prompt if isinstance(prompt, str) else None for prompt in given]
         job = Job(
             tuple(map(tuple, prompts)),
+            tuple(texts),
             request.names,
             sampling,
             retention,
             request.priority or 0,
             deadline,
+            request.shown,
         )
         self._check_lengths(job)
+        self._check_logprobs(job)
         if job.num_sequences > self.admission.capacity:
             raise ApiError(
                 400,
@@ -191,6 +218,14 @@ class Generation:
 
         return await self._off_loop_if_long(len(token_ids), decode)
 
+    async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary spells them."""
+
+        def spell() -> list[str]:
+            return self.tokenizer.token_strings(token_ids)
+
+        return await self._off_loop_if_long(len(token_ids), spell)
+
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
     ) -> list[int]:
@@ -214,11 +249,12 @@ class Generation:
         What was given as `--model` names it, too, as in vLLM; errors do not tell where it lies.
         """
         if model != self._source:
-            check_model(model, [self.model])
+            check_model(model, self.names)
 
-    async def _encode(self, prompt: str | list[int]) -> list[int]:
+    async def _encode(self, prompt: str | list[int], *, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
-            return self._fitting("prompt", await self.encode_text(prompt))
+            ids = await self.encode_text(prompt, add_special_tokens=add_special_tokens)
+            return self._fitting("prompt", ids)
         return prompt  # the engine checks what did not come from the tokenizer
 
     def _fitting(self, field: str, token_ids: list[int]) -> list[int]:
@@ -231,6 +267,26 @@ class Generation:
         if num_chars <= LONG_TEXT_CHARS:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+    def _check_logprobs(self, job: Job) -> None:
+        """Raise an `ApiError` where the answer could have more than this server gives."""
+        sampling, most = job.sampling, 0
+        for prompt in job.prompts:
+            if sampling.logprobs is not None:
+                room = self.max_model_len - len(prompt)
+                num_new = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+                most += sampling.n * num_new * (1 + sampling.logprobs)
+            if sampling.prompt_logprobs is not None:
+                most += len(prompt) * (1 + sampling.prompt_logprobs)
+        limit = self.limits.max_answer_logprobs
+        if most > limit:
+            raise ApiError(
+                400,
+                f"logprobs: the answer could have {most} log-probabilities, and this server gives "
+                f"{limit} at most; ask for fewer of them, or fewer tokens or choices",
+                job.names["logprobs"],
+                "limit_exceeded",
+            )
 
     def _check_lengths(self, job: Job) -> None:
         """Raise an `ApiError` for what has no room, before it waits in the queue."""
@@ -253,13 +309,18 @@ class Generation:
             priority=job.priority,
             timeout_seconds=_seconds_until(job.deadline),
             stream=stream,
+            prompt_text=job.texts[place] if job.shown.echo else None,
+            echo=job.shown.echo,
             must_fit=True,
         )
         source = self._engine.generate(request)
         try:
             async with aclosing(source) as outputs:
                 async for output in outputs:
+                    check_served(output)
                     yield output
+        except ApiError as error:
+            raise error.renamed(job.names) from None
         except ValueError as error:
             raise ApiError.of(error, "prompt").renamed(job.names) from None
 

@@ -45,6 +45,7 @@ _WORKERS = {
     "workers/kv": _below("workers", "workers/kernels"),
     "workers/attention": _below("workers", "workers/kv", "workers/kernels", "workers/native"),
     "workers/models": _below("workers", "workers/mesh", "workers/native", "configs"),
+    "workers/grammar": _below("workers", "workers/models"),
     "workers/state": _below("workers", "compression", "configs"),
 }
 _WORKERS["workers/footprint.py"] = _below("workers/mesh", "workers/models", "compression")
@@ -61,34 +62,48 @@ _WORKERS["workers/passes"] = frozenset({*_WORKERS, "compression"}) - {"workers/p
 _WORKERS["workers/worker.py"] = frozenset({*_WORKERS, "compression", "configs"})
 _BASE = _below("configs", "compression", "cluster")
 # The dialect of OpenAI's API, room by room, for those who speak it: server and batch lines.
-_OPENAI = _below("cluster/openai", "cluster/openai/requests")
+_OPENAI = _below("cluster/openai", "cluster/openai/requests", "cluster/openai/tools")
+_OPENAI |= {"cluster/openai/responses"}
 # What says how large a model is and how it is divided: no tensors are made for it.
 _MODEL = _below("workers", "workers/models", "workers/mesh")
 ROOMS = {
     "configs": _below(),
     "compression": _below("configs"),
     **_WORKERS,
-    "cluster": _below("workers", "compression", "configs"),  # the words that its rooms share
+    "cluster/structured": _below("workers", "workers/grammar", "configs"),
+    # The words that its rooms share.
+    "cluster": _below("workers", "compression", "configs", "cluster/structured"),
     "cluster/scheduling": _BASE | {"workers"},
     "cluster/recovery": _BASE | {"workers"},
+    "cluster/live": _BASE | {"workers", "cluster/scheduling"},
+    "cluster/top": _below("cluster/live"),
     "cluster/engine": _BASE
     | _MODEL
-    | {"cluster/scheduling", "cluster/recovery", "workers/worker.py"},
+    | {"cluster/scheduling", "cluster/recovery", "cluster/live", "cluster/structured"}
+    | {"workers/worker.py"},
     "cluster/planning": _below("cluster/scheduling", "compression", "configs", "workers")
     | {"workers/footprint.py", "workers/mesh", "workers/models"},
     "cluster/simulation": _below("cluster/planning", "cluster/scheduling", "compression")
     | {"configs", "cluster", "cluster/recovery", "workers", "workers/footprint.py", "workers/mesh"},
-    "cluster/openai": _BASE,
-    "cluster/openai/requests": _BASE | {"cluster/openai"},
-    "cluster/server": _BASE | _OPENAI | {"cluster/engine"},
+    "cluster/openai/tools": _BASE,
+    "cluster/openai": _BASE | {"cluster/openai/tools"},
+    "cluster/openai/requests": _BASE | {"cluster/openai", "cluster/openai/tools"},
+    "cluster/openai/responses": _BASE | _OPENAI,
+    "cluster/server": _BASE | _OPENAI | {"cluster/engine", "cluster/live"},
     "cluster/server/routes": _BASE | _OPENAI | {"cluster/server", "cluster/engine"},
     "cluster/server/page": _below("compression"),
+    "cluster/batch_store": _BASE | _OPENAI,
+    "cluster/server/batches": _BASE
+    | _OPENAI
+    | {"cluster/server", "cluster/server/routes", "cluster/batch_store"},
     "cluster/server/app.py": _BASE
     | _OPENAI
-    | {"cluster/server", "cluster/server/routes", "cluster/server/page"},
+    | {"cluster/server", "cluster/server/routes", "cluster/server/page"}
+    | {"cluster/server/batches", "cluster/batch_store"},
     "cluster/on_ray": _BASE
     | _MODEL
-    | {"cluster/server", "cluster/server/app.py", "cluster/engine", "cluster/recovery"}
+    | {"cluster/server", "cluster/server/app.py", "cluster/batch_store"}
+    | {"cluster/engine", "cluster/live", "cluster/recovery"}
     | {"workers/process.py", "workers/worker.py"},
     # The doors: an engine in this process or on Ray, Python's, and an earlier place of Serve's.
     "cluster/failover.py": _BASE | {"cluster/engine", "cluster/recovery"},
@@ -104,7 +119,7 @@ ROOMS = {
     "cluster/cli": _BASE
     | _MODEL
     | {"cluster/batch", "cluster/batch/parts", "cluster/server", "cluster/on_ray"}
-    | {"cluster/launch.py", "cluster/engine"}
+    | {"cluster/launch.py", "cluster/engine", "cluster/top"}
     | {"cluster/planning", "cluster/simulation"},
     "src/saqqara": _BASE | {"cluster/llm.py"},  # the public names
     "evaluation/prompts": _below("cluster/engine"),
@@ -360,7 +375,8 @@ def test_the_command_line_answers_without_loading_the_engine() -> None:
 def test_tables_are_printed_by_the_function_that_keeps_their_columns() -> None:
     """Other consoles are for progress, on stderr: rich itself drops columns that do not fit."""
     benchmarks = (file.relative_to(ROOT).as_posix() for file in ROOT.glob("benchmarks/**/*.py"))
-    for source in sorted({*SOURCES, *benchmarks} - {"cluster/cli/tables.py"}):
+    whole_screen = "cluster/top/screen.py"
+    for source in sorted({*SOURCES, *benchmarks} - {"cluster/cli/tables.py", whole_screen}):
         for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Console"):
                 assert ast.unparse(node) == "Console(stderr=True)", f"{source}: use print_table"

@@ -1,16 +1,20 @@
 """The end of the last stage: from hidden states to sampled tokens and scored ones.
 
 Shapes: S sampled positions, T decoded tokens, M scored tokens of one sequence, E hidden size,
-V vocabulary.
+V vocabulary, N tokens of a prompt, K best tokens.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from saqqara.workers.grammar.masks import TokenMasks
+from saqqara.workers.grammar.matchers import Matchers
 from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.models.decoder import Decoder, chunks
-from saqqara.workers.plan import SampledToken, ScoredTokens, StepPlan
+from saqqara.workers.plan import NewSequence, PromptScores, SampledToken, ScoredTokens, StepPlan
 from saqqara.workers.state.faults import Faults
 from saqqara.workers.state.slots import SlotTable, Target, ended
 from saqqara.workers.transfer import to_device
@@ -27,13 +31,44 @@ class Head:
 
     Every tensor rank computes its vocabulary shard; rank 0 samples and broadcasts, so that ranks
     cannot diverge.
+
+    Args:
+        decoder: the last stage's.
+        mesh: the ranks.
+        slots: what is known of each slot's sequence.
+        faults: where sequences that cannot go on are told.
+        matchers: of the answers that have a grammar, on rank 0; None on the others.
     """
 
-    def __init__(self, decoder: Decoder, mesh: Mesh, slots: SlotTable, faults: Faults) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        mesh: Mesh,
+        slots: SlotTable,
+        faults: Faults,
+        matchers: Matchers | None,
+    ) -> None:
+        self._matchers = matchers
         self._decoder = decoder
         self._mesh = mesh
         self._slots = slots
         self._faults = faults
+
+    def open(self, new: NewSequence) -> None:
+        """Note a new sequence: its matcher begins where its known tokens end."""
+        grammar = new.sampling.grammar
+        if self._matchers is None or grammar is None or new.score:
+            return
+        known = new.tokens()[new.prompt_tokens :].tolist()
+        try:
+            self._matchers.open(new.slot, grammar, known)
+        except ValueError as error:
+            self._faults.add(new.slot, _of_grammar(str(error)), "constraint_failed")
+
+    def close(self, slot: int) -> None:
+        """Note that a slot is free."""
+        if self._matchers is not None:
+            self._matchers.close(slot)
 
     def sample(
         self,
@@ -49,7 +84,7 @@ class Head:
         if not targets:
             return []
         logits_SV = self._decoder.logits(_sampled_rows(plan, targets, finals, decoded_TE))
-        sampled = self._sample(logits_SV, targets)
+        sampled = self._sample(logits_SV, targets, self._masks(targets))
         agreed = [draw.token_id for draw in sampled]
         if self._mesh.layout.tensor_size > 1:
             token_ids = torch.tensor(agreed, device=logits_SV.device)
@@ -57,13 +92,36 @@ class Head:
         for target, token, draw in zip(targets, agreed, sampled, strict=True):
             self._slots.put_token(target, token)
             if draw.error is not None:
-                self._faults.add(target.slot, draw.error)
+                self._faults.add(target.slot, draw.error, draw.code)
         return [
-            SampledToken(target.slot, target.position, token, draw.logprobs)
+            SampledToken(
+                target.slot, target.position, token, draw.logprobs, self._advance(target, token)
+            )
             for target, token, draw in zip(targets, agreed, sampled, strict=True)
         ]
 
-    def _sample(self, logits_SV: Tensor, targets: list[Target]) -> list[Draw]:
+    def _masks(self, targets: list[Target]) -> TokenMasks | None:
+        """What the grammars allow in the targets' places."""
+        if self._matchers is None:
+            return None
+        masks, errors = self._matchers.masks([target.slot for target in targets])
+        for slot, error in errors.items():
+            self._faults.add(slot, _of_grammar(error), "constraint_failed")
+        return masks
+
+    def _advance(self, target: Target, token_id: int) -> bool:
+        """Take a sampled token into its grammar; returns whether nothing may follow it."""
+        if self._matchers is None or target.slot in self._faults:
+            return False
+        try:
+            return self._matchers.advance(target.slot, token_id)
+        except ValueError as error:
+            self._faults.add(target.slot, _of_grammar(str(error)), "constraint_failed")
+            return False
+
+    def _sample(
+        self, logits_SV: Tensor, targets: list[Target], masks: TokenMasks | None
+    ) -> list[Draw]:
         """Sample all together, or one by one where that fails, to find out whose fault it is.
 
         A sequence at fault gets token 0, so that all ranks go on alike.
@@ -74,13 +132,15 @@ class Head:
                 [self._slots[t.slot].sampling for t in targets],
                 [t.position for t in targets],
                 [TokenHistory(self._slots.prompt(t.slot), self._slots.output(t)) for t in targets],
+                masks,
             )
         except Exception as error:
             if len(targets) == 1:
                 with self._faults.blame([targets[0].slot], "sampling", is_local=True):
                     raise error
                 return [Draw(0)]  # type: ignore[unreachable]
-        return [self._sample(logits_SV[i, None], [t])[0] for i, t in enumerate(targets)]
+        alone = [None if masks is None else masks.of(row) for row in range(len(targets))]
+        return [self._sample(logits_SV[i, None], [t], alone[i])[0] for i, t in enumerate(targets)]
 
     def score(
         self, plan: StepPlan, finals: dict[int, Tensor], decoded_TE: Tensor | None
@@ -103,30 +163,82 @@ class Head:
             row += item.num_tokens
         return scored
 
+    def score_prompts(self, whole: dict[int, Tensor]) -> list[PromptScores]:
+        """Log-probabilities of the tokens of prompts, whose hidden states [n, E] are `whole`."""
+        scored: list[PromptScores] = []
+        for slot, hidden_NE in whole.items():
+            num_top = self._slots[slot].sampling.num_prompt_logprobs or 0
+            with self._faults.blame([slot], "scoring"):
+                scores = self._scores(slot, 1, hidden_NE[:-1], num_top)
+                scored.append(
+                    PromptScores(
+                        slot,
+                        logprobs=scores.logprobs_M.numpy().tobytes(),
+                        ranks=scores.ranks_M.numpy().tobytes(),
+                        top_ids=scores.top_ids_MK.numpy().tobytes(),
+                        top_logprobs=scores.top_logprobs_MK.numpy().tobytes(),
+                    )
+                )
+        return scored
+
     def _score(self, slot: int, position: int, hidden_ME: Tensor) -> ScoredTokens:
         """Score the known tokens at `position` and after, predicted by `hidden_ME`."""
+        num_top = self._slots[slot].sampling.num_logprobs or 0
+        scores = self._scores(slot, position, hidden_ME, num_top)
+        best = (
+            (scores.top_ids_MK.tolist(), scores.top_logprobs_MK.tolist()) if num_top else ([], [])
+        )
+        return ScoredTokens(
+            slot,
+            position,
+            tuple(scores.logprobs_M.tolist()),
+            tuple(scores.ranks_M.tolist()),
+            tuple(map(tuple, best[0])),
+            tuple(map(tuple, best[1])),
+        )
+
+    def _scores(self, slot: int, position: int, hidden_ME: Tensor, num_top: int) -> "_Scores":
+        """Scores of the known tokens at `position` and after, predicted by `hidden_ME`."""
         known = self._slots.tokens[slot, position : position + len(hidden_ME)]
         wanted_M1 = torch.from_numpy(known).to(hidden_ME.device).long()[:, None]
-        num_top = self._slots[slot].sampling.num_logprobs or 0
-        logprobs: list[float] = []
-        ranks: list[int] = []
-        top_ids: list[tuple[int, ...]] = []
-        top_logprobs: list[tuple[float, ...]] = []
+        scores = _Scores.empty(len(hidden_ME), min(num_top, self._decoder.spec.vocab_size))
         for chunk in chunks(len(hidden_ME), SCORE_CHUNK_TOKENS):
             logits = self._decoder.logits(hidden_ME[chunk])
             chosen = logits.gather(1, wanted_M1[chunk])
             total = logits.logsumexp(dim=-1, keepdim=True)
             if not total.isfinite().all():
                 self._faults.add(slot, not_finite(position + chunk.start))
-            logprobs += (chosen - total)[:, 0].tolist()
-            ranks += (1 + (logits > chosen).sum(dim=-1)).tolist()
+            scores.logprobs_M[chunk] = (chosen - total)[:, 0].cpu()
+            scores.ranks_M[chunk] = (1 + (logits > chosen).sum(dim=-1)).int().cpu()
             if num_top:
-                best = logits.topk(min(num_top, logits.shape[1]), dim=-1)
-                top_ids += map(tuple, best.indices.tolist())
-                top_logprobs += map(tuple, (best.values - total).tolist())
-        return ScoredTokens(
-            slot, position, tuple(logprobs), tuple(ranks), tuple(top_ids), tuple(top_logprobs)
+                best = logits.topk(scores.top_ids_MK.shape[1], dim=-1)
+                scores.top_ids_MK[chunk] = best.indices.int().cpu()
+                scores.top_logprobs_MK[chunk] = (best.values - total).cpu()
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Log-probabilities (float32) and ranks (int32) of known tokens, and the K best beside them."""
+
+    logprobs_M: Tensor
+    ranks_M: Tensor
+    top_ids_MK: Tensor
+    top_logprobs_MK: Tensor
+
+    @classmethod
+    def empty(cls, num_tokens: int, num_top: int) -> "_Scores":
+        """Room for the scores, on the host."""
+        return cls(
+            torch.empty(num_tokens),
+            torch.empty(num_tokens, dtype=torch.int32),
+            torch.empty(num_tokens, num_top, dtype=torch.int32),
+            torch.empty(num_tokens, num_top),
         )
+
+
+def _of_grammar(error: str) -> str:
+    return f"structured_outputs: the answer cannot go on: {error}"
 
 
 def _sampled_rows(

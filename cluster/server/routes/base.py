@@ -17,6 +17,9 @@ from saqqara.cluster.server.generation import Generation
 from saqqara.cluster.server.guard import check_is_json
 from saqqara.cluster.server.io import race, read_body
 
+OWNER = "saqqara.owner"
+"""In the scope of a request that the server makes itself, on behalf of an owner: who that is."""
+
 Body = TypeVar("Body", bound=BaseModel)
 Handler = Callable[..., Any]  # as FastAPI takes them
 
@@ -61,7 +64,9 @@ class Door:
         self.keys = keys
 
     def authorize(self, request: Request) -> None:
-        """Raise an `ApiError` (401) unless the request has one of the keys."""
+        """Raise an `ApiError` (401) unless the request has one of the keys, or is our own."""
+        if OWNER in request.scope:
+            return
         if not self.keys.accepts(request.headers.get("authorization")):
             raise ApiError(
                 401,
@@ -71,8 +76,29 @@ class Door:
                 {"WWW-Authenticate": "Bearer"},
             )
 
-    async def read(self, request: Request, kind: type[Body]) -> Body:
+    def owner(self, request: Request) -> str:
+        """Let in who may come in; whose files, batches and share of the queue are theirs.
+
+        Raises:
+            ApiError: (401) the request has none of the keys.
+        """
+        self.authorize(request)
+        if (owner := request.scope.get(OWNER)) is not None:
+            return str(owner)
+        return self.keys.owner(request.headers.get("authorization"))
+
+    async def read(
+        self,
+        request: Request,
+        kind: type[Body],
+        reader: Callable[[Mapping[str, Any]], Body] | None = None,
+    ) -> Body:
         """Let in who may come in, and read and check the body, which must be JSON.
+
+        Args:
+            request: whose body it is.
+            kind: what the body is.
+            reader: makes it of the fields; default: `read_request`.
 
         Raises:
             ApiError: the key, the body or a field of it is wrong.
@@ -80,7 +106,8 @@ class Door:
         """
         self.authorize(request)
         check_is_json(request)
-        return read_request(kind, read_object(await self.read_body(request), "the body"))
+        fields = read_object(await self.read_body(request), "the body")
+        return read_request(kind, fields) if reader is None else reader(fields)
 
     async def read_body(self, request: Request) -> bytes:
         """The body; a client that is slow with it is not waited for when the server ends."""
