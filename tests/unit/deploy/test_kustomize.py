@@ -1,6 +1,7 @@
 """The overlays of deploy/kustomize: what they make, and that pods are asked what they know."""
 
 import copy
+import importlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,17 +9,18 @@ from typing import Any
 
 import pytest
 import yaml
-from overlays import FOLDER, apply, build, overlays
 
 from saqqara.cluster.settings import engine_config, serve_config
 from saqqara.compression.retention import Retention
 
-NAMES = [folder.name for folder in overlays()]
+kustomize: Any = importlib.import_module("overlays")
+FOLDER: Path = kustomize.FOLDER
+NAMES = [folder.name for folder in kustomize.overlays()]
 RAY_HEALTH = {"path": "/api/healthz", "port": 52365}
 
 
 def service(name: str) -> dict[str, Any]:
-    [document] = [d for d in build(FOLDER / name) if d["kind"] == "RayService"]
+    [document] = [d for d in kustomize.build(FOLDER / name) if d["kind"] == "RayService"]
     return document
 
 
@@ -54,7 +56,7 @@ def test_what_is_built_here_is_what_kubectl_builds(name: str) -> None:
     def by_name(documents: Any) -> dict[tuple[str, str], Any]:
         return {(d["kind"], d["metadata"]["name"]): d for d in documents}
 
-    assert by_name(yaml.safe_load_all(text)) == by_name(build(FOLDER / name))
+    assert by_name(yaml.safe_load_all(text)) == by_name(kustomize.build(FOLDER / name))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +98,9 @@ def test_pods_have_the_time_that_their_replicas_take_to_end(name: str) -> None:
 
 def test_clients_of_two_stages_reach_the_first_only() -> None:
     [selector] = [
-        d["spec"]["selector"] for d in build(FOLDER / "70b-tp8-pp2") if d["kind"] == "Service"
+        d["spec"]["selector"]
+        for d in kustomize.build(FOLDER / "70b-tp8-pp2")
+        if d["kind"] == "Service"
     ]
     first, second = (g["template"]["metadata"]["labels"] for g in groups("70b-tp8-pp2"))
     assert selector.items() <= first.items()
@@ -134,13 +138,13 @@ def test_patches_do_what_they_say_or_fail(operation: dict[str, Any], result: Any
     document = copy.deepcopy({"a": [1, 2]})
     if result is None:
         with pytest.raises(ValueError, match=r"does not exist|not known"):
-            apply(document, operation)
+            kustomize.apply(document, operation)
     else:
-        apply(document, operation)
+        kustomize.apply(document, operation)
         assert document == result
 
 
 def test_what_is_not_known_here_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "kustomization.yaml").write_text("namePrefix: x-\n")
     with pytest.raises(ValueError, match="namePrefix"):
-        build(tmp_path)
+        kustomize.build(tmp_path)

@@ -1,5 +1,6 @@
 """Manifests hold only fields that exist, and ask for what our rules of security allow."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -11,7 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from overlays import FILE, build, overlays
 from typer.testing import CliRunner
 
 from saqqara.cli import app
@@ -21,16 +21,17 @@ from saqqara.compression.retention import Retention
 ROOT = Path(__file__).resolve().parents[3]
 DEPLOY = ROOT / "deploy"
 SCRIPT = DEPLOY / "validate.py"
+kustomize: Any = importlib.import_module("overlays")
 MANIFESTS = {
     f"{file.stem}/{document['kind']}": document
     for file in sorted((DEPLOY / "kuberay").glob("*.yaml"))
-    if file.name != FILE
+    if file.name != kustomize.FILE
     for document in yaml.safe_load_all(file.read_text())
 }
 MANIFESTS |= {
     f"{folder.name}/{document['kind']}": document
-    for folder in overlays()
-    for document in build(folder)
+    for folder in kustomize.overlays()
+    for document in kustomize.build(folder)
 }
 LABEL = "app.kubernetes.io/part-of"
 
