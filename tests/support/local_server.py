@@ -78,7 +78,13 @@ def engine_app(model: Path, keys: Sequence[str] = (), **fields: Any) -> FastAPI:
     )
     generation = Generation(config, engine_config, engine, tokenizers[1])
     environ: Mapping[str, str] = {"SAQQARA_API_KEYS": ",".join(keys)} if keys else {}
-    return make_app(generation, ApiKeys.load(None, environ), config.allowed_origins, ui=config.ui)
+    return make_app(
+        generation,
+        ApiKeys.load(None, environ),
+        config.allowed_origins,
+        ui=config.ui,
+        allowed_hosts=config.allowed_hosts,
+    )
 
 
 def _below(app: FastAPI, prefix: str) -> FastAPI:

@@ -20,6 +20,7 @@ RAY_HEALTH = {"path": "/api/healthz", "port": 52365}
 
 
 def service(name: str) -> dict[str, Any]:
+    document: dict[str, Any]
     [document] = [d for d in kustomize.build(FOLDER / name) if d["kind"] == "RayService"]
     return document
 
