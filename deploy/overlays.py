@@ -75,7 +75,7 @@ def apply(document: Any, operation: Mapping[str, Any]) -> None:
 
 def _is_target(document: Json, target: Mapping[str, str]) -> bool:
     assert set(target) == {"kind", "name"}, "what the overlays use"
-    return document["kind"] == target["kind"] and document["metadata"]["name"] == target["name"]
+    return (document["kind"], document["metadata"]["name"]) == (target["kind"], target["name"])
 
 
 def _containers(node: Any) -> Iterator[Json]:
