@@ -36,7 +36,10 @@ def listening(app: FastAPI, prefix: str = "") -> Iterator[str]:
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(
-            _below(app, prefix), log_level="warning", lifespan="on", timeout_graceful_shutdown=5
+            _below(app, prefix),
+            log_level="warning",
+            timeout_keep_alive=90,  # as Serve's proxy: clients keep connections for later
+            timeout_graceful_shutdown=5,
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
