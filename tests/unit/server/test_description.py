@@ -184,9 +184,10 @@ def test_the_document_tells_bounds_and_what_has_no_effect() -> None:
 def test_what_is_not_as_described_is_found() -> None:
     reply = {"type": "object", "required": ["a"], "additionalProperties": False}
     reply |= {"properties": {"a": {"$ref": "#/components/schemas/Number"}}}
+    kinds = [{"const": "[DONE]"}, {"type": "string", "contentSchema": reply}]
     content = {
         "application/json": {"schema": reply},
-        "text/event-stream": {"schema": {"type": "string"}, "x-item-schema": reply},
+        "text/event-stream": {"schema": {"properties": {"data": {"anyOf": kinds}}}},
     }
     description = Description(
         {
