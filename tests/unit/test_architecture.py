@@ -59,7 +59,7 @@ _WORKERS["workers/shard.py"] = _below(
 _WORKERS["workers/retain"] = frozenset({*_WORKERS, "compression"}) - {"workers/process.py"}
 _WORKERS["workers/passes"] = frozenset({*_WORKERS, "compression"}) - {"workers/process.py"}
 _WORKERS["workers/worker.py"] = frozenset({*_WORKERS, "compression", "configs"})
-_BASE = _below("configs", "compression", "cluster")
+_BASE = _below("configs", "compression", "cluster", "cluster/chat")
 # The dialect of OpenAI's API, room by room, for those who speak it: server and batch lines.
 _OPENAI = _below("cluster/openai", "cluster/openai/requests", "cluster/openai/tools")
 # What says how large a model is and how it is divided: no tensors are made for it.
@@ -68,7 +68,9 @@ ROOMS = {
     "configs": _below(),
     "compression": _below("configs"),
     **_WORKERS,
-    "cluster": _below("workers", "compression", "configs"),  # the words that its rooms share
+    "cluster/chat": _below("configs"),
+    # The words that its rooms share.
+    "cluster": _below("workers", "compression", "configs", "cluster/chat"),
     "cluster/scheduling": _BASE | {"workers"},
     "cluster/recovery": _BASE | {"workers"},
     "cluster/engine": _BASE

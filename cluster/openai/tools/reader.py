@@ -18,6 +18,11 @@ class ParserType(Protocol):
     """The class of a parser."""
 
     @property
+    def markers(self) -> tuple[str, ...]:
+        """The texts that its format is made of."""
+        ...
+
+    @property
     def new_id(self) -> Callable[[], str]:
         """Makes the ids of calls."""
         ...

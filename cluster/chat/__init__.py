@@ -1,0 +1,23 @@
+"""A conversation: messages, tools, and the text that a template makes. Imports configs."""
+
+from .messages import check_messages
+from .template import (
+    RESERVED_ARGS,
+    Backend,
+    ChatOptions,
+    num_characters,
+    render_chat,
+)
+from .tools import TOOL_NAME, check_tool_name, check_tools
+
+__all__ = [
+    "RESERVED_ARGS",
+    "TOOL_NAME",
+    "Backend",
+    "ChatOptions",
+    "check_messages",
+    "check_tool_name",
+    "check_tools",
+    "num_characters",
+    "render_chat",
+]
