@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import replace
 
 from saqqara.cluster.errors import WorkerDiedError
+from saqqara.cluster.live.board import Board
+from saqqara.cluster.live.snapshot import LiveStats
 from saqqara.cluster.outcome import ErrorCode
 from saqqara.cluster.recovery.attempts import Attempts, RecoveryLimits
 from saqqara.cluster.recovery.clock import Clock
@@ -52,6 +54,7 @@ class Engine:
         lookahead: steps of one sequence that may be in flight; see `Scheduler`.
         sinks: where metrics go besides Prometheus.
         model_name: the metrics' label of that name; default: `config.model`.
+        replica_id: what it is called among several; default: its host and process.
         limits: how often lost workers are started again.
         clock: default: the machine's.
 
@@ -73,6 +76,7 @@ class Engine:
         lookahead: int = 1,
         sinks: Many[Sink] = (),
         model_name: str | None = None,
+        replica_id: str | None = None,
         limits: RecoveryLimits | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -104,13 +108,15 @@ class Engine:
             limits=fitting,
             seed=config.seed,
         )
-        self._stats = EngineStats(
-            config.model, self.retention.label, executor.workers, [self.metrics, *sinks]
-        )
         self._states: dict[str, RequestState] = {}
         self._choices: dict[int, tuple[RequestState, Choice]] = {}  # by the sequence's arrival
         self._clock = clock or Clock()
         self._epoch = time.time() - self._clock.now()
+        label = self.retention.label
+        self._board = Board(model_name or config.model, label, self._now(), replica_id)
+        self._stats = EngineStats(
+            config, label, executor.workers, [self.metrics, *sinks], self._board
+        )
         self._flights = Flights(executor.workers, self._clock)
         self._attempts = Attempts(limits or RecoveryLimits(), self._clock)
         self._suspects = Suspects()
@@ -118,7 +124,7 @@ class Engine:
         self._outage: Outage | None = None
         self._lost_at: float | None = None  # until there is a new token
         self._is_broken = False
-        self._stats.publish(0, 0, self._now(), is_idle=True)
+        self._stats.publish(self.scheduler, self._now())
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -210,6 +216,10 @@ class Engine:
         """Measurements since the start or the last `reset_stats`."""
         return self._stats.report(is_idle=self.scheduler.is_idle)
 
+    def live_stats(self) -> LiveStats:
+        """What it does now; any thread may ask, whatever the engine is at."""
+        return self._board.read(self._now())
+
     def reset_stats(self) -> None:
         """Start the measurements anew (the counters of the metrics go on)."""
         self._stats.reset()
@@ -226,6 +236,7 @@ class Engine:
             if not self._flights and (failure := self._executor.failure) is not None:
                 raise failure
             while (plan := self.scheduler.schedule()) is not None:
+                self._note_started(self._now())
                 self._flights.send(plan, self._executor)
             return self._absorb_oldest()
         except WorkerDiedError as error:
@@ -256,7 +267,7 @@ class Engine:
         if guilty is not None:
             self._end_guilty(guilty, failure)
         self._run_next_alone()
-        self._stats.set_ready(False)
+        self._stats.lost(failure)
         self._lost_at = self._lost_at or self._clock.now()
         self._outage = Outage(failure, self._executor, self._attempts, self._clock)
         return self.scheduler.take_events()
@@ -317,13 +328,17 @@ class Engine:
                 self._close(state, now)
             if state.is_finished or state.stream:
                 outputs.append(state.output())
-        self._stats.publish(
-            self.scheduler.num_running,
-            self.scheduler.num_waiting,
-            now,
-            is_idle=self.scheduler.is_idle,
-        )
+        self._stats.publish(self.scheduler, now)
         return outputs
+
+    def _note_started(self, now: float) -> None:
+        """Some of the newest plan's sequences have their first slot."""
+        for sequence, is_shared in self.scheduler.started():
+            state, choice = self._choices[sequence.arrival]
+            if not choice.has_started:
+                choice.has_started = True
+                state.scheduled_time = state.scheduled_time or now
+                self._stats.started(sequence.prompt_tokens, is_shared=is_shared)
 
     def _note(self, event: Event, state: RequestState, choice: Choice, now: float) -> None:
         match event:
@@ -343,6 +358,7 @@ class Engine:
                 if event.num_tokens:
                     self._note_progress(state.request.request_id)
                 state.first_token_time = state.first_token_time or now
+                state.last_token_time = now
             case Prefilled():
                 request = state.request
                 num_tokens = len(request.prompt_token_ids)
@@ -365,7 +381,7 @@ class Engine:
             self._stats.first_token(now - state.request.arrival_time)
         last = choice.last_token_time
         self._stats.token(None if last is None else now - last)
-        choice.last_token_time = now
+        choice.last_token_time = state.last_token_time = now
 
     def _close(self, state: RequestState, now: float) -> None:
         state.finished_time = now
@@ -375,7 +391,7 @@ class Engine:
             self._run_next_alone()
         for choice in state.choices:
             del self._choices[choice.sequence.arrival]
-        self._stats.finished(state.finish_reason, now - state.request.arrival_time)
+        self._stats.finished(state.measures(now))
 
     def _now(self) -> float:
         """Unix time in seconds, but never running backwards."""

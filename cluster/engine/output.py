@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from saqqara.cluster.live.finished import FinishedRequest
 from saqqara.cluster.outcome import FinishReason
 from saqqara.cluster.request import (
     CompletionOutput,
@@ -26,12 +27,14 @@ class Choice:
     Attributes:
         sequence: the scheduler's side of it.
         last_token_time: when its latest token came, None before the first.
+        has_started: whether it ever had a slot.
     """
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
         sampling = sampling_of(sequence.request)
         self.sequence = sequence
         self.last_token_time: float | None = None
+        self.has_started = False
         self._sampling = sampling
         self._detokenizer = IncrementalDetokenizer(tokenizer, sampling.skip_special_tokens)
         self._stop = StopChecker(sampling.stop, sampling.include_stop_str_in_output)
@@ -139,7 +142,9 @@ class RequestState:
     request: TokenRequest
     stream: bool
     choices: list[Choice] = field(default_factory=list)
+    scheduled_time: float | None = None
     first_token_time: float | None = None
+    last_token_time: float | None = None
     finished_time: float | None = None
     is_prefilled: bool = False
 
@@ -153,6 +158,25 @@ class RequestState:
         """Why the request as a whole ended."""
         reasons = {choice.finish_reason for choice in self.choices}
         return next(reason for reason in _REASONS if reason in reasons)
+
+    def measures(self, finished: float) -> FinishedRequest:
+        """What its engine measures of it; all of its choices have ended."""
+        request = self.request
+        sequences = [choice.sequence for choice in self.choices]
+        asked = None if request.is_score else request.sampling.max_tokens
+        if asked is None and not request.is_score:
+            asked = sequences[0].max_output_tokens
+        return FinishedRequest(
+            reason=self.finish_reason,
+            prompt_tokens=len(request.prompt_token_ids),
+            generation_tokens=tuple(len(s.output_token_ids) for s in sequences),
+            max_tokens=asked,
+            arrival=request.arrival_time,
+            scheduled=self.scheduled_time,
+            first_token=self.first_token_time,
+            last_token=self.last_token_time,
+            finished=finished,
+        )
 
     def output(self) -> RequestOutput | ScoreOutput:
         """What there is of it."""

@@ -7,9 +7,13 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
-from saqqara.cluster.errors import Cause
-from saqqara.cluster.outcome import FinishReason
-from saqqara.cluster.scheduling.ledger import Usage
+from saqqara.cluster.errors import Cause, WorkerDiedError
+from saqqara.cluster.live.board import Board, Shown, Totals
+from saqqara.cluster.live.finished import FinishedRequest
+from saqqara.cluster.live.ranks import Ranks
+from saqqara.cluster.scheduling.ledger import Pyramid, Usage
+from saqqara.cluster.scheduling.scheduler import Scheduler
+from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import StepResult, WorkerInfo
 
 from .metrics import Metrics, Sink
@@ -19,26 +23,48 @@ _PUBLISH_SECONDS = 0.5  # gauges and per-layer counters need not follow every st
 
 
 class EngineStats:
-    """Everything that is counted about one engine. Times are in seconds, from any fixed point."""
+    """Everything that is counted about one engine. Times are in seconds, from any fixed point.
+
+    Args:
+        config: the engine's settings.
+        retention: of requests that do not say, as a label.
+        workers: that it runs on.
+        sinks: where metrics go.
+        board: where others read what the engine does.
+    """
 
     def __init__(
-        self, model: str, retention: str, workers: Sequence[WorkerInfo], sinks: Sequence[Sink]
+        self,
+        config: EngineConfig,
+        retention: str,
+        workers: Sequence[WorkerInfo],
+        sinks: Sequence[Sink],
+        board: Board,
     ) -> None:
         self._metrics = Metrics(sinks)
-        self._model = model
+        self._config = config
         self._retention = retention
+        self._board = board
         self._published_time = -_PUBLISH_SECONDS
         self._unpublished: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._ranks = Ranks(workers)
+        self._published_seconds: defaultdict[tuple[int, str], float] = defaultdict(float)
+        self._totals: Counter[str] = Counter()  # since the start, whatever is reset
+        self._finished: Counter[str] = Counter()
+        self._ever_recovered: Counter[str] = Counter()
+        self._ever_down_seconds = 0.0
+        self._step_tokens = self._step_generated = 0
+        self._is_ready = True
         self.set_workers(workers)
+        self._prefilled = Pyramid(0, np.zeros(self._num_layers), 0)
         self.reset()
-        self.set_ready(True)
+        self._set_ready(True)
+        self._show_cache_config()
 
     def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
         """The engine runs on these workers from now on; their pools are empty."""
-        self._workers = tuple(workers)
         self._num_layers = max(w.stop_layer for w in workers)
-        self._pages_free = [w.num_pages for w in workers]
-        self._memory = [w.memory for w in workers]
+        self._ranks.replace(workers)
         self._usage = Usage(0, 0)
 
     def reset(self) -> None:
@@ -63,8 +89,14 @@ class EngineStats:
         """A request has come in."""
         self._first_time = now if self._first_time is None else self._first_time
 
+    def started(self, prompt_tokens: int, *, is_shared: bool) -> None:
+        """A sequence has its first slot; `is_shared`: another's prefill serves it, too."""
+        self._metrics.inc("vllm:prefix_cache_queries", prompt_tokens)
+        self._metrics.inc("vllm:prefix_cache_hits", prompt_tokens if is_shared else 0)
+
     def prompt(self, num_tokens: int) -> None:
         """A request's prompt is prefilled for the first time."""
+        self._step_tokens += num_tokens
         self._count("prompt_tokens", "vllm:prompt_tokens", num_tokens)
 
     def first_token(self, seconds: float) -> None:
@@ -74,7 +106,7 @@ class EngineStats:
 
     def token(self, seconds_since_last: float | None) -> None:
         """A choice has one more token, this long after the one before (None: it is the first)."""
-        self._count("generation_tokens", "vllm:generation_tokens", 1)
+        self._step_generated += 1
         if seconds_since_last is not None:
             self._inter_token.add(seconds_since_last)
             self._metrics.observe("vllm:inter_token_latency_seconds", seconds_since_last)
@@ -91,30 +123,37 @@ class EngineStats:
         """A prompt is through all layers; `kept_LH` are its kept tokens per row."""
         kept_L = kept_LH.sum(axis=1, dtype=np.int64)
         dropped_L = prompt_tokens * kept_LH.shape[1] - kept_L
+        self._prefilled = Pyramid(1, kept_L / kept_LH.shape[1], prompt_tokens)
         self._kept_L += kept_L
         self._dropped_L += dropped_L
         nothing = np.zeros_like(kept_L)
         kept, dropped = self._unpublished.get(method, (nothing, nothing))
         self._unpublished[method] = (kept + kept_L, dropped + dropped_L)
 
-    def finished(self, reason: FinishReason, seconds: float) -> None:
-        """A request has ended, this long after it came in."""
-        self._requests[reason] += 1
-        self._metrics.inc("vllm:request_success", 1, reason)
-        self._e2e.add(seconds)
-        self._metrics.observe("vllm:e2e_request_latency_seconds", seconds)
+    def finished(self, request: FinishedRequest) -> None:
+        """A request has ended."""
+        self._requests[request.reason] += 1
+        self._finished[request.reason] += 1
+        self._metrics.inc("vllm:request_success", 1, request.reason)
+        self._e2e.add(request.finished - request.arrival)
+        for name, value in (*request.seconds().items(), *request.sizes().items()):
+            self._metrics.observe(name, value)
 
-    def set_ready(self, is_ready: bool) -> None:
-        """Whether there are workers."""
-        self._metrics.set("saqqara:ready", int(is_ready))
+    def lost(self, failure: WorkerDiedError) -> None:
+        """There are no workers until there are others."""
+        self._ranks.lose(failure.rank)
+        self._metrics.inc("saqqara:workers_lost", 1, str(failure.rank), failure.cause)
+        self._set_ready(False)
 
     def recovered(self, cause: Cause, seconds: float) -> None:
         """There are workers again, this long after those before them were lost."""
         self._recoveries[cause] += 1
+        self._ever_recovered[cause] += 1
         self._down_seconds += seconds
+        self._ever_down_seconds += seconds
         self._metrics.inc("saqqara:recoveries", 1, cause)
         self._metrics.inc("saqqara:down_seconds", seconds)
-        self.set_ready(True)
+        self._set_ready(True)
 
     def batch(self, rows: BatchRows) -> None:
         """A batch job that runs on this engine has come this far."""
@@ -138,47 +177,117 @@ class EngineStats:
             self._metrics.inc("saqqara:num_refusals", len(refused))
         slowest: dict[str, float] = {}
         for result in results:
-            self._pages_free[result.rank] = result.pages_free
-            self._memory[result.rank] = result.memory
+            self._ranks.note(result)
             for phase, seconds in result.seconds.items():
                 slowest[phase] = max(seconds, slowest.get(phase, 0.0))
         for phase, seconds in slowest.items():
             self._phase_seconds[phase] += seconds
             self._metrics.observe("saqqara:step_seconds", seconds, phase)
 
-    def publish(self, num_running: int, num_waiting: int, now: float, *, is_idle: bool) -> None:
-        """Send gauges and per-layer counters to the sinks, if it is time or the engine is idle."""
+    def publish(self, scheduler: Scheduler, now: float) -> None:
+        """A step's events are told: count its tokens, and show the rest if it is time or idle."""
+        self._count_step()
+        num_running, is_idle = scheduler.num_running, scheduler.is_idle
         self._running_peak = max(self._running_peak, num_running)
         if not is_idle and now - self._published_time < _PUBLISH_SECONDS:
             return
         self._published_time = now
         gauges = {
             "vllm:num_requests_running": num_running,
-            "vllm:num_requests_waiting": num_waiting,
-            "vllm:kv_cache_usage_perc": self._used_share(),
+            "vllm:num_requests_waiting": scheduler.num_waiting,
+            "vllm:kv_cache_usage_perc": self._ranks.used_share,
             "saqqara:kv_kept_bytes": self._usage.kept_bytes,
             "saqqara:kv_full_bytes": self._usage.full_bytes,
             "saqqara:kv_kept_bytes_peak": self._usage_peak.kept_bytes,
             "saqqara:kv_full_bytes_peak": self._usage_peak.full_bytes,
         }
         if is_idle:
-            gauges["saqqara:pages_leaked"] = self._pages_in_use()
+            gauges["saqqara:pages_leaked"] = self._ranks.pages_in_use
         for name, value in gauges.items():
             self._metrics.set(name, value)
-        for worker, pages_free, memory in zip(
-            self._workers, self._pages_free, self._memory, strict=True
-        ):
-            self._metrics.set("saqqara:num_pages", worker.num_pages, str(worker.rank))
-            self._metrics.set("saqqara:pages_free", pages_free, str(worker.rank))
-            for field, num_bytes in asdict(memory).items():
-                kind = field.replace("_bytes", "")
-                self._metrics.set("saqqara:worker_memory_bytes", num_bytes, str(worker.rank), kind)
+        self._publish_workers()
         for method, (kept_L, dropped_L) in self._unpublished.items():
             for layer in range(self._num_layers):
                 labels = (str(layer), method)
                 self._metrics.inc("saqqara:kept_tokens", int(kept_L[layer]), *labels)
                 self._metrics.inc("saqqara:dropped_tokens", int(dropped_L[layer]), *labels)
         self._unpublished.clear()
+        self._show(scheduler, now)
+
+    def _publish_workers(self) -> None:
+        """Send what is known of each worker."""
+        ranks = self._ranks
+        for worker, pages_free, memory in zip(
+            ranks.workers, ranks.pages_free, ranks.memory, strict=True
+        ):
+            name = str(worker.rank)
+            self._metrics.set("saqqara:num_pages", worker.num_pages, name)
+            self._metrics.set("saqqara:pages_free", pages_free, name)
+            for field, num_bytes in asdict(memory).items():
+                kind = field.replace("_bytes", "")
+                self._metrics.set("saqqara:worker_memory_bytes", num_bytes, name, kind)
+            for phase, seconds in ranks.seconds(worker.rank).items():
+                new = seconds - self._published_seconds[worker.rank, phase]
+                self._metrics.inc("saqqara:worker_seconds", new, name, phase)
+                self._published_seconds[worker.rank, phase] = seconds
+
+    def _show(self, scheduler: Scheduler, now: float) -> None:
+        """Leave the snapshot where others read it."""
+        totals = Totals(now, self._totals["prompt_tokens"], self._totals["generation_tokens"])
+        self._board.show(
+            Shown(
+                is_ready=self._is_ready,
+                num_running=scheduler.num_running,
+                num_waiting=scheduler.num_waiting,
+                num_preemptions=self._totals["num_preemptions"],
+                finished=dict(self._finished),
+                totals=self._board.count(totals),
+                usage=self._usage,
+                usage_peak=self._usage_peak,
+                used_share=self._ranks.used_share,
+                pyramid=scheduler.ledger.pyramid(),
+                prefilled=self._prefilled,
+                ranks=self._ranks.seen(are_alive=self._is_ready),
+                recoveries=dict(self._ever_recovered),
+                down_seconds=self._ever_down_seconds,
+            )
+        )
+
+    def _count_step(self) -> None:
+        """Count the tokens of the step whose events were told; once a step, not once a token."""
+        generated, self._step_generated = self._step_generated, 0
+        tokens, self._step_tokens = self._step_tokens + generated, 0
+        if generated:
+            self._count("generation_tokens", "vllm:generation_tokens", generated)
+        if tokens:
+            self._metrics.observe("vllm:iteration_tokens_total", tokens)
+
+    def _set_ready(self, is_ready: bool) -> None:
+        """Show whether there are workers, and which."""
+        self._is_ready = is_ready
+        workers = self._ranks.workers
+        self._metrics.set("saqqara:ready", int(is_ready))
+        self._metrics.set("saqqara:workers", len(workers))
+        self._metrics.set("saqqara:workers_alive", len(workers) if is_ready else 0)
+        for w in workers:
+            layers = f"{w.start_layer}-{w.stop_layer - 1}"
+            heads = f"{w.start_head}-{w.stop_head - 1}"
+            labels = (str(w.rank), w.hostname, w.device, layers, heads)
+            self._metrics.set("saqqara:worker_info", int(is_ready), *labels)
+
+    def _show_cache_config(self) -> None:
+        """Say how the cache is made, in vLLM's words; a block of its spans all layers and heads."""
+        workers = self._ranks.workers
+        rows = ((w.stop_layer - w.start_layer) * (w.stop_head - w.start_head) for w in workers)
+        pairs = zip(workers, rows, strict=True)
+        labels = (
+            str(workers[0].page_tokens),
+            workers[0].dtype,
+            "False",
+            str(self._config.memory_utilization),
+            str(min(worker.num_pages // num_rows for worker, num_rows in pairs)),
+        )
+        self._metrics.set("vllm:cache_config_info", 1, *labels)
 
     def report(self, *, is_idle: bool) -> EngineReport:
         """All measurements since the last reset."""
@@ -187,7 +296,7 @@ class EngineStats:
             wall = max(self._last_time - self._first_time, 0.0)
         counts = self._counts
         return EngineReport(
-            model=self._model,
+            model=self._config.model,
             retention=self._retention,
             requests=dict(self._requests),
             prompt_tokens=counts["prompt_tokens"],
@@ -212,17 +321,17 @@ class EngineStats:
             kv_ring_bytes_peak=self._ring_bytes_peak,
             kept_tokens_by_layer=tuple(self._kept_L.tolist()),
             dropped_tokens_by_layer=tuple(self._dropped_L.tolist()),
-            pages_leaked=self._pages_in_use() if is_idle else None,
-            prefill_kv_bytes_peak=sum(m.prefill_kv_bytes_peak for m in self._memory),
+            pages_leaked=self._ranks.pages_in_use if is_idle else None,
+            prefill_kv_bytes_peak=sum(m.prefill_kv_bytes_peak for m in self._ranks.memory),
             prefill_activation_bytes_peak=sum(
-                m.prefill_activation_bytes_peak for m in self._memory
+                m.prefill_activation_bytes_peak for m in self._ranks.memory
             ),
-            resident_bytes_peak=sum(m.resident_bytes_peak for m in self._memory),
-            workers=tuple(self._worker_report(rank) for rank in range(len(self._workers))),
+            resident_bytes_peak=sum(m.resident_bytes_peak for m in self._ranks.memory),
+            workers=tuple(self._worker_report(rank) for rank in range(len(self._ranks.workers))),
         )
 
     def _worker_report(self, rank: int) -> WorkerReport:
-        worker = self._workers[rank]
+        worker = self._ranks.workers[rank]
         return WorkerReport(
             rank=worker.rank,
             pipeline_rank=worker.pipeline_rank,
@@ -234,21 +343,13 @@ class EngineStats:
             layers=(worker.start_layer, worker.stop_layer),
             kv_heads=(worker.start_head, worker.stop_head),
             num_pages=worker.num_pages,
-            pages_free=self._pages_free[rank],
+            pages_free=self._ranks.pages_free[rank],
             page_tokens=worker.page_tokens,
             page_bytes=worker.page_bytes,
-            memory=self._memory[rank],
-        )
-
-    def _pages_in_use(self) -> int:
-        return sum(w.num_pages for w in self._workers) - sum(self._pages_free)
-
-    def _used_share(self) -> float:
-        return max(
-            1 - free / worker.num_pages
-            for free, worker in zip(self._pages_free, self._workers, strict=True)
+            memory=self._ranks.memory[rank],
         )
 
     def _count(self, name: str, metric: str, value: int) -> None:
         self._counts[name] += value
+        self._totals[name] += value
         self._metrics.inc(metric, value)

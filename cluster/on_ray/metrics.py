@@ -4,7 +4,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from saqqara.cluster.engine.metrics import METRICS, MODEL_LABEL, MetricSpec
+from saqqara.cluster.live.families import METRICS, MODEL_LABEL, MetricSpec
 
 
 class RaySink:

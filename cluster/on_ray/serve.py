@@ -217,6 +217,7 @@ def _start(plan: ReplicaPlan) -> Generation:
         spec,
         sinks=[RaySink(name)],
         model_name=name,
+        replica_id=serve.get_replica_context().replica_id.unique_id,
     )
     return Generation(plan.config, config, engine, Tokenizer.load(tokenizer))
 

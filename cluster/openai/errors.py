@@ -67,17 +67,22 @@ class ApiError(Exception):
 
     @classmethod
     def of(
-        cls, error: ValueError, default_param: str | None = None, known: Iterable[str] = ()
+        cls,
+        error: ValueError,
+        default_param: str | None = None,
+        known: Iterable[str] = (),
+        given: Any = None,
     ) -> Self:
         """The answer to a wrong value: names the field that the error does, else the default.
 
-        `known` are the fields that there are, for a hint where an unknown one was given.
+        `known` are the fields that there are, for a hint where an unknown one was given. With
+        `given`, the body, a field is named however deep it lies.
         """
         if isinstance(error, ContextLengthError):
             return cls.rejected(str(error), is_too_long=True)
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False)[0]
-            param = _param(first["loc"])
+            param = _param(first["loc"]) if given is None else _path(first["loc"], given)
             if first["type"] == "extra_forbidden":
                 return cls.unknown(param or "", known)
             message = _message(param, first["type"], first["msg"], first["input"])
@@ -148,6 +153,22 @@ def _param(location: tuple[int | str, ...]) -> str | None:
         elif location[0] in _NESTED:
             name += f".{part}"
     return name
+
+
+def _path(location: tuple[int | str, ...], given: Any) -> str | None:
+    """A field as the client wrote it, of any depth: `input[2].content[0].text`.
+
+    Names that are neither in the body nor the last one are members of unions; the last one is
+    none, because an error within a union lies in what its member has.
+    """
+    path, value = "", given
+    for place, part in enumerate(location):
+        is_last = place == len(location) - 1
+        if isinstance(part, int) and isinstance(value, list):
+            path, value = f"{path}[{part}]", value[part]
+        elif isinstance(part, str) and isinstance(value, Mapping) and (part in value or is_last):
+            path, value = f"{path}.{part}" if path else part, value.get(part)
+    return path or None
 
 
 def _message(param: str | None, kind: str, message: str, given: Any) -> str:

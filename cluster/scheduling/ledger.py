@@ -36,6 +36,21 @@ class Usage:
     ring_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Pyramid:
+    """What prefilled sequences keep in each layer, against their length.
+
+    Attributes:
+        num_sequences: sequences that the means are over.
+        kept_L: mean tokens kept by layer, over sequences and kv heads, float64 [L].
+        full_tokens: length of all of them together.
+    """
+
+    num_sequences: int
+    kept_L: NDArray[np.float64]
+    full_tokens: int
+
+
 class Ledger:
     """Free pages of each worker, and what each slot holds there.
 
@@ -192,6 +207,14 @@ class Ledger:
             int(full_W @ self._page_bytes),
             int(self._ring_bytes_SW.sum()),
         )
+
+    def pyramid(self) -> Pyramid:
+        """What sequences keep by layer, of those whose prefill has ended on every worker."""
+        slots = np.flatnonzero(self._held_S & self._exact_SW.all(axis=1))
+        if len(slots) == 0:
+            return Pyramid(0, np.zeros(self.num_layers), 0)
+        kept_NL = self._pages.kept_now(slots, self._kept_SLH[slots].mean(axis=2))
+        return Pyramid(len(slots), kept_NL.mean(axis=0), int(self._tokens_S[slots].sum()))
 
     def allocated(self) -> Ints:
         """Pages that each worker holds once the planned steps have run, int64 [W].

@@ -114,6 +114,11 @@ class SlotPages:
         """See `PageCounts`."""
         return self._of(slot).room(slot)
 
+    def kept_now(self, slots: Ints, prefilled_NL: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Mean tokens that rows of each layer hold, [N, L], of what prefill left of them [N, L]."""
+        kept_NL = prefilled_NL + self._tabulated.grown_by(slots)[:, None]
+        return self._trimmed.replaced(slots, kept_NL) if self._trimmed else kept_NL
+
     def _of(self, slot: int) -> PageCounts:
         return self._trimmed if slot in self._trimmed else self._tabulated
 
@@ -193,6 +198,10 @@ class TabulatedPages:
             return None
         cycle = Cycle(int(self._grace_S[slot]), int(self._slack_S[slot]))
         return cycle.room(int(self._fed_S[slot]))
+
+    def grown_by(self, slots: Ints) -> Ints:
+        """Tokens by which rows of slots [N] outgrow what prefill kept, now."""
+        return self._grown(slots, self._fed_S[slots])
 
     def _grown(self, slots: Ints, fed_tokens: Ints) -> Ints:
         """Tokens by which rows of slots [N] outgrow what prefill kept, once so many are fed [N]."""
@@ -282,6 +291,12 @@ class TrimmedPages:
     def room(self, slot: int) -> int | None:
         """See `PageCounts`."""
         return self._open[slot].rows.room
+
+    def replaced(self, slots: Ints, kept_NL: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Tokens by layer [N, L], with those of the slots that are open here in their place."""
+        for place, trimmed in self._among(slots):
+            kept_NL[place] = trimmed.rows.stored
+        return kept_NL
 
     def _among(self, slots: Ints) -> "list[tuple[int, _TrimmedSlot]]":
         """Those of slots [N] that are open here, each with its place among them."""

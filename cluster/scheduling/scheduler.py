@@ -208,6 +208,11 @@ class Scheduler:
         self._absorbing = None
         return self.take_events()
 
+    def started(self) -> list[tuple[Sequence, bool]]:
+        """Sequences that the newest plan gives a slot, each with whether it shares a prefill."""
+        plan, draft = self._flights[-1]
+        return [(draft.sequences[n.slot], n.shares_prefill_with is not None) for n in plan.new]
+
     def requests_in_flight(self) -> list[str]:
         """Ids of the requests in the oldest plan that is not absorbed yet."""
         drafts = [self._absorbing, *(draft for _, draft in self._flights)]

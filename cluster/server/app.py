@@ -24,6 +24,8 @@ from .routes.completions import CompletionRoutes
 from .routes.description import DescriptionRoutes
 from .routes.models import ModelRoutes
 from .routes.operations import OperationRoutes
+from .routes.responses import ResponseRoutes
+from .routes.stats import StatsRoutes
 from .routes.tokens import TokenRoutes
 
 CLIENT_LEFT = 499  # what nginx logs for it; nobody is there to read it
@@ -57,9 +59,11 @@ def make_app(
     door = Door(generation, keys)
     groups: tuple[Routes, ...] = (
         CompletionRoutes(door),
+        ResponseRoutes(door),
         TokenRoutes(door),
         ModelRoutes(door),
         OperationRoutes(door),
+        StatsRoutes(door),
     )
     endpoints = [endpoint for group in groups for endpoint in group.endpoints]
     for group in (*groups, DescriptionRoutes(endpoints)):

@@ -12,6 +12,7 @@ from saqqara.cluster.chat import ChatOptions
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.cluster.live.snapshot import LiveStats
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.requests import (
     ChatRequest,
@@ -83,6 +84,7 @@ class Generation:
         self._retention = engine.retention
         self._vocab_size = engine.vocab_size
         self._metrics = engine.metrics
+        self._live_stats = engine.live_stats
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._engine = AsyncEngine(engine)
 
@@ -99,6 +101,10 @@ class Generation:
     def metrics(self) -> str:
         """The engine's metrics in the Prometheus text format."""
         return self._metrics.render()
+
+    def live_stats(self) -> LiveStats:
+        """What the engine does now."""
+        return self._live_stats()
 
     async def shutdown(self) -> None:
         """End the engine; whoever still waits for it gets an error."""

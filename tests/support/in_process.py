@@ -23,6 +23,9 @@ class InProcessServer:
     Args:
         model: folder of its model, which gets random weights.
         settings: fields of the engine beside those of the API tests' server.
+
+    Attributes:
+        app: the application.
     """
 
     def __init__(self, model: Path, **settings: Any) -> None:
@@ -36,7 +39,7 @@ class InProcessServer:
             engine_config, LocalExecutor(engine_config), tokenizers[0], load_spec(str(model))
         )
         self.generation = Generation(config, engine_config, engine, tokenizers[1])
-        self._app = make_app(self.generation, ApiKeys())
+        self.app = make_app(self.generation, ApiKeys())
 
     async def post(self, path: str, body: Any, raw: bytes | None = None) -> tuple[int, Any]:
         """Status and JSON of the answer to a POST; events of a stream come as a list."""
@@ -68,7 +71,7 @@ class InProcessServer:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
         status = next(m["status"] for m in sent if m["type"] == "http.response.start")
         text = b"".join(m.get("body", b"") for m in sent).decode()
         if not text.startswith("data: "):

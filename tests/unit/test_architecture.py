@@ -62,6 +62,7 @@ _WORKERS["workers/worker.py"] = frozenset({*_WORKERS, "compression", "configs"})
 _BASE = _below("configs", "compression", "cluster", "cluster/chat")
 # The dialect of OpenAI's API, room by room, for those who speak it: server and batch lines.
 _OPENAI = _below("cluster/openai", "cluster/openai/requests", "cluster/openai/tools")
+_OPENAI |= {"cluster/openai/responses"}
 # What says how large a model is and how it is divided: no tensors are made for it.
 _MODEL = _below("workers", "workers/models", "workers/mesh")
 ROOMS = {
@@ -73,9 +74,10 @@ ROOMS = {
     "cluster": _below("workers", "compression", "configs", "cluster/chat"),
     "cluster/scheduling": _BASE | {"workers"},
     "cluster/recovery": _BASE | {"workers"},
+    "cluster/live": _BASE | {"workers", "cluster/scheduling"},
     "cluster/engine": _BASE
     | _MODEL
-    | {"cluster/scheduling", "cluster/recovery", "workers/worker.py"},
+    | {"cluster/scheduling", "cluster/recovery", "cluster/live", "workers/worker.py"},
     "cluster/planning": _below("cluster/scheduling", "compression", "configs", "workers")
     | {"workers/footprint.py", "workers/mesh", "workers/models"},
     "cluster/simulation": _below("cluster/planning", "cluster/scheduling", "compression")
@@ -83,7 +85,8 @@ ROOMS = {
     "cluster/openai/tools": _BASE,
     "cluster/openai": _BASE | {"cluster/openai/tools"},
     "cluster/openai/requests": _BASE | {"cluster/openai", "cluster/openai/tools"},
-    "cluster/server": _BASE | _OPENAI | {"cluster/engine"},
+    "cluster/openai/responses": _BASE | _OPENAI,
+    "cluster/server": _BASE | _OPENAI | {"cluster/engine", "cluster/live"},
     "cluster/server/routes": _BASE | _OPENAI | {"cluster/server", "cluster/engine"},
     "cluster/server/page": _below("compression"),
     "cluster/server/app.py": _BASE
@@ -91,7 +94,8 @@ ROOMS = {
     | {"cluster/server", "cluster/server/routes", "cluster/server/page"},
     "cluster/on_ray": _BASE
     | _MODEL
-    | {"cluster/server", "cluster/server/app.py", "cluster/engine", "cluster/recovery"}
+    | {"cluster/server", "cluster/server/app.py"}
+    | {"cluster/engine", "cluster/live", "cluster/recovery"}
     | {"workers/process.py", "workers/worker.py"},
     # The doors: an engine in this process or on Ray, Python's, and an earlier place of Serve's.
     "cluster/failover.py": _BASE | {"cluster/engine", "cluster/recovery"},

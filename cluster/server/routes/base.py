@@ -71,8 +71,18 @@ class Door:
                 {"WWW-Authenticate": "Bearer"},
             )
 
-    async def read(self, request: Request, kind: type[Body]) -> Body:
+    async def read(
+        self,
+        request: Request,
+        kind: type[Body],
+        reader: Callable[[Mapping[str, Any]], Body] | None = None,
+    ) -> Body:
         """Let in who may come in, and read and check the body, which must be JSON.
+
+        Args:
+            request: whose body it is.
+            kind: what the body is.
+            reader: makes it of the fields; default: `read_request`.
 
         Raises:
             ApiError: the key, the body or a field of it is wrong.
@@ -80,7 +90,8 @@ class Door:
         """
         self.authorize(request)
         check_is_json(request)
-        return read_request(kind, read_object(await self.read_body(request), "the body"))
+        fields = read_object(await self.read_body(request), "the body")
+        return read_request(kind, fields) if reader is None else reader(fields)
 
     async def read_body(self, request: Request) -> bytes:
         """The body; a client that is slow with it is not waited for when the server ends."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from saqqara.cluster.engine.metrics import METRICS
+from saqqara.cluster.live.families import METRICS
 
 FOLDER = Path(__file__).resolve().parents[3] / "deploy" / "grafana"
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}

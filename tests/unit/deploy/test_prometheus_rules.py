@@ -10,7 +10,7 @@ import pytest
 import yaml
 from support.prometheus import find_binary
 
-from saqqara.cluster.engine.metrics import METRICS
+from saqqara.cluster.live.families import METRICS
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "deploy" / "prometheus"

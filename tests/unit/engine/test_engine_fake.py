@@ -17,12 +17,12 @@ from support.fake_replica import (
 )
 
 from saqqara.cluster.engine.engine import Engine
-from saqqara.cluster.engine.metrics import MetricSpec
 from saqqara.cluster.engine.model_fit import known_eos
 from saqqara.cluster.engine.report import BatchRows
 from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.errors import EngineDeadError
+from saqqara.cluster.live.families import MetricSpec
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.cluster.sampling import SamplingParams, derived_seed
 from saqqara.compression.retention import Retention

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from saqqara.cluster.engine.metrics import METRICS, SPECS, Metrics, MetricSpec, PrometheusSink
+from saqqara.cluster.engine.metrics import Metrics, PrometheusSink
+from saqqara.cluster.live.families import METRICS, SPECS, MetricSpec
 
 VLLM_NAMES = {
     "vllm:num_requests_running",
@@ -19,6 +20,19 @@ VLLM_NAMES = {
     "vllm:e2e_request_latency_seconds",
     "vllm:request_success",
     "vllm:num_preemptions",
+    "vllm:request_queue_time_seconds",
+    "vllm:request_inference_time_seconds",
+    "vllm:request_prefill_time_seconds",
+    "vllm:request_decode_time_seconds",
+    "vllm:request_prompt_tokens",
+    "vllm:request_generation_tokens",
+    "vllm:request_max_num_generation_tokens",
+    "vllm:request_params_n",
+    "vllm:request_params_max_tokens",
+    "vllm:iteration_tokens_total",
+    "vllm:prefix_cache_queries",
+    "vllm:prefix_cache_hits",
+    "vllm:cache_config_info",
 }
 
 

@@ -28,6 +28,7 @@ from saqqara.cluster.openai.requests import (
     TokenizeRequest,
     read_request,
 )
+from saqqara.cluster.openai.responses.request import ResponseRequest
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.server.generation import LONG_TEXT_CHARS
 from saqqara.cluster.server.io import read_body
@@ -42,7 +43,7 @@ WRONG: list[Any] = [
 ]
 KINDS: list[type[BaseModel]] = [
     *(ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest),
-    SamplingParams,
+    *(ResponseRequest, SamplingParams),
 ]
 
 

@@ -1,0 +1,172 @@
+"""What an engine shows while it runs is what it does, and reading it disturbs nobody."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from support.fake_clock import FakeClock
+from support.fake_model import SPEC, Ascii, greedy
+from support.fake_replica import PAGE_BYTES, FakeReplica, make_workers
+
+from saqqara.cluster.engine.engine import Engine
+from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.cluster.live.board import WINDOW_SECONDS, Totals, throughput
+from saqqara.cluster.request import Request
+from saqqara.configs.schema import EngineConfig
+
+NUM_PAGES = 1000
+
+
+def make(stages: tuple[int, ...] = (4,), **settings: Any) -> tuple[Engine, FakeReplica, FakeClock]:
+    config = EngineConfig.model_validate(
+        {"model": "fake", "max_num_seqs": 4, "executor": "ray"} | settings
+    )
+    clock = FakeClock()
+    replica = FakeReplica(make_workers(NUM_PAGES, stages=stages))
+    engine = Engine(
+        config, replica, Tokenizer(Ascii()), SPEC, clock=clock, model_name="m", replica_id="r1"
+    )
+    return engine, replica, clock
+
+
+def step(engine: Engine, clock: FakeClock, seconds: float = 1.0) -> None:
+    clock.time += seconds
+    engine.step()
+
+
+def rows_by_layer(replica: FakeReplica) -> list[float]:
+    """Mean length of a sequence's rows in each layer, counted row by row."""
+    by_layer: dict[int, list[int]] = {layer: [] for layer in range(SPEC.num_layers)}
+    for worker in replica.fakes:
+        for rows in worker.rows.values():
+            for (layer, _), length in rows.items():
+                by_layer[layer].append(length)
+    return [float(np.mean(lengths)) for lengths in by_layer.values()]
+
+
+@pytest.mark.parametrize(
+    "retention",
+    [
+        "full",
+        {"method": "snapkv", "budget": 24, "window": 4},
+        {"method": "pyramidkv", "budget": 24, "window": 4},
+        {"method": "snapkv", "budget": 24, "window": 4, "decode": True},
+        "pyramidinfer",
+    ],
+    ids=str,
+)
+def test_the_pyramid_is_what_the_rows_hold(retention: Any) -> None:
+    engine, replica, clock = make(retention=retention)
+    lengths = {"a": 80, "b": 60, "c": 40}
+    for name, length in lengths.items():
+        params = greedy(max_tokens=40, ignore_eos=True)
+        engine.add(Request(name, tuple(range(5, 5 + length)), params))
+    num_live = 0
+    while engine.has_unfinished():
+        step(engine, clock)
+        pyramid = engine.live_stats().pyramid
+        held = [s for s in replica.slots.values() if s.prefilled_layers == SPEC.num_layers]
+        if len(held) == len(replica.slots) == pyramid.num_sequences and held and pyramid.is_live:
+            num_live += 1
+            assert pyramid.kept_tokens == pytest.approx(rows_by_layer(replica))
+            fed = [slot.fed for slot in held]
+            assert pyramid.full_tokens == pytest.approx(np.mean(fed))
+            kv = engine.live_stats().kv_cache
+            assert kv.full_tokens == sum(fed)
+            assert kv.kept_tokens == pytest.approx(np.mean(pyramid.kept_tokens) * len(held))
+            pages = sum(worker.info.num_pages - worker.pages_free for worker in replica.fakes)
+            assert kv.num_pages - kv.pages_free == pages
+            assert kv.kept_bytes == pages * PAGE_BYTES
+    assert num_live > 30
+    if retention == "full":
+        assert kv.kept_bytes == kv.full_bytes > 0
+
+
+def test_an_idle_engine_shows_the_last_pyramid_and_holds_nothing() -> None:
+    engine, _, clock = make(retention="pyramidkv", budget=40)
+    stats = engine.live_stats()
+    assert (stats.model, stats.replica.id, stats.is_ready) == ("m", "r1", True)
+    assert stats.retention == engine.retention.label
+    assert stats.pyramid.kept_tokens == [0.0] * SPEC.num_layers
+    engine.add(Request("a", tuple(range(5, 105)), greedy(max_tokens=3, ignore_eos=True)))
+    while engine.has_unfinished():
+        step(engine, clock, 0.01)  # faster than anything but the end is shown
+    stats = engine.live_stats()
+    assert not stats.pyramid.is_live
+    assert stats.pyramid.full_tokens == 100
+    kept = stats.pyramid.kept_tokens
+    assert kept[0] > kept[-1]
+    assert sum(kept) == pytest.approx(40 * SPEC.num_layers)
+    assert (stats.kv_cache.kept_tokens, stats.kv_cache.kept_bytes) == (0, 0)
+    assert stats.kv_cache.pages_free == stats.kv_cache.num_pages == NUM_PAGES
+    assert (stats.queue.running, stats.queue.waiting) == (0, 0)
+    assert stats.queue.finished == {"length": 1}
+
+
+def test_who_runs_and_who_waits() -> None:
+    engine, _, clock = make(max_num_seqs=2)
+    for name in "abc":
+        engine.add(Request(name, "hello", greedy(max_tokens=20, ignore_eos=True)))
+    step(engine, clock)
+    queue = engine.live_stats().queue
+    assert (queue.running, queue.waiting) == (2, 1)
+
+
+def test_ranks_and_their_seconds() -> None:
+    engine, _, clock = make(stages=(1, 3))
+    engine.add(Request("a", "hello", greedy(max_tokens=4, ignore_eos=True)))
+    while engine.has_unfinished():
+        step(engine, clock)
+    ranks = engine.live_stats().ranks
+    num_steps = engine.report().num_steps
+    assert [rank.layers for rank in ranks] == [(0, 1), (1, 4)]
+    for rank in ranks:
+        assert rank.is_alive
+        assert rank.hostname == "localhost"
+        assert rank.seconds["decode"] == 0.5 * num_steps  # what the fake says of every step
+    text = engine.metrics.render()
+    for line in [
+        f'saqqara:worker_seconds_total{{model_name="m",phase="decode",worker="1"}} {num_steps / 2}',
+        'saqqara:workers{model_name="m"} 2.0',
+        'saqqara:workers_alive{model_name="m"} 2.0',
+    ]:
+        assert line in text
+    engine.reset_stats()
+    assert engine.live_stats().ranks == ranks, "they go on, whatever is reset"
+
+
+def test_the_snapshot_follows_a_few_times_a_second() -> None:
+    engine, _, clock = make()
+    engine.add(Request("a", "hello", greedy(max_tokens=50, ignore_eos=True)))
+    times = set()
+    for _ in range(20):
+        step(engine, clock, 0.1)
+        times.add(engine.live_stats().time)
+    assert len(times) in (4, 5)
+
+
+def test_throughput_is_that_of_the_window() -> None:
+    busy = tuple(Totals(t / 2, 100 * t, 10 * t) for t in range(21))  # until 10 s
+    found = throughput(busy, 10.0)
+    assert found.prompt_tokens_per_second == pytest.approx(200)
+    assert found.generation_tokens_per_second == pytest.approx(20)
+    assert (found.prompt_tokens, found.generation_tokens) == (2000, 200)
+    half = throughput(busy, 10.0 + WINDOW_SECONDS / 2)  # idle since
+    assert half.generation_tokens_per_second == pytest.approx(10)
+    assert throughput(busy, 60.0).generation_tokens_per_second == 0
+    # A burst after a long rest is not spread over the rest.
+    burst = (Totals(0, 0, 0), Totals(100, 0, 0), Totals(101, 0, 50))
+    assert throughput(burst, 101.0).generation_tokens_per_second == pytest.approx(50 / 5.5)
+    assert throughput((Totals(0, 0, 0),), 0.0).generation_tokens_per_second == 0
+
+
+def test_throughput_of_an_engine() -> None:
+    engine, _, clock = make()
+    engine.add(Request("a", "hello", greedy(max_tokens=100, ignore_eos=True)))
+    for _ in range(60):
+        step(engine, clock, 0.25)
+    found = engine.live_stats().throughput
+    assert found.generation_tokens_per_second == pytest.approx(4, rel=0.15)
+    assert found.prompt_tokens == len("hello") + 1
+    clock.time += 100
+    assert engine.live_stats().throughput.generation_tokens_per_second == 0
