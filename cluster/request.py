@@ -37,6 +37,8 @@ class Request:
             in pieces.
         stream: its unfinished outputs are wanted, too.
         must_fit: refuse a `max_tokens` that the context has no room for, rather than end there.
+        visible_tokens: special tokens, by their names, that stay in the text although
+            `skip_special_tokens` takes the others out; names that are none do not count.
     """
 
     request_id: str
@@ -52,6 +54,7 @@ class Request:
     token_by_token: bool = False
     stream: bool = False
     must_fit: bool = False
+    visible_tokens: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,11 +36,15 @@ class Choice:
         self.last_token_time: float | None = None
         self.has_started = False
         self._sampling = sampling
-        self._detokenizer = IncrementalDetokenizer(tokenizer, sampling.skip_special_tokens)
+        skipped = tokenizer.special_token_ids - sequence.request.visible_token_ids
+        skipped = skipped if sampling.skip_special_tokens else frozenset()
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, sampling.skip_special_tokens, sequence.request.visible_token_ids
+        )
         self._stop = StopChecker(sampling.stop, sampling.include_stop_str_in_output)
         self._text = ""
         self._logprobs: list[dict[int, Logprob]] | None = None if sampling.logprobs is None else []
-        self._spelling = _Spelling(tokenizer, sampling.skip_special_tokens)
+        self._spelling = _Spelling(tokenizer, skipped)
         self._cumulative_logprob = 0.0
 
     @property
@@ -109,9 +113,9 @@ class Choice:
 class _Spelling:
     """Names and bytes of the tokens that may stand next in one text."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
         self._at_start = True
 
     def data(self, token_id: int) -> bytes:

@@ -5,11 +5,11 @@ answer is an error, so that nothing is dropped silently.
 """
 
 import json
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
-_NO_TOOLS = "there are no tool calls here"
+_FORMER_TOOLS = "write tools and tool_choice, OpenAI's later form"
 _NO_GRAMMAR = "answers are free text; there is no constrained decoding here"
 _NO_BEAMS = "there is no beam search here"
 _TEXT_ONLY = "models here read and write text alone"
@@ -97,36 +97,21 @@ class IdleFields(BaseModel):
 class IdleChatFields(BaseModel):
     """What chats may say without an effect."""
 
-    # OpenAI's. Without tools, how they are called is of no account.
-    tools: list[Any] | None = None
-    tool_choice: Annotated[Any, only("none", "auto", why=_NO_TOOLS)] = None
-    parallel_tool_calls: bool | None = None
-    functions: list[Any] | None = None
-    function_call: Annotated[Any, only("none", "auto", why=_NO_TOOLS)] = None
+    # OpenAI's.
+    functions: Annotated[Any, only(why=_FORMER_TOOLS)] = None
+    function_call: Annotated[Any, only("none", "auto", why=_FORMER_TOOLS)] = None
     reasoning_effort: Annotated[Any, only("none", why="see chat_template_kwargs")] = None
     verbosity: Annotated[Any, only("medium", why="say it in a message")] = None
     modalities: Annotated[Any, only(["text"], why=_TEXT_ONLY)] = None
     audio: Annotated[Any, only(why=_TEXT_ONLY)] = None
     prediction: Annotated[Any, only(why="there is no speculative decoding here")] = None
-    web_search_options: Annotated[Any, only(why=_NO_TOOLS)] = None
+    web_search_options: Annotated[Any, only(why="nothing is looked up here")] = None
 
     # vLLM's.
     add_special_tokens: Annotated[Any, only(False, why="the chat template writes them")] = None
     chat_template: Annotated[Any, only(why="chats go through the model's own template")] = None
     documents: Annotated[Any, only(why="put them into a message")] = None
     mm_processor_kwargs: Annotated[Any, only(why=_TEXT_ONLY)] = None
-    include_reasoning: bool | None = None
-
-    @model_validator(mode="after")
-    def _check_tools(self) -> Self:
-        """Tools that must not be called ask for nothing."""
-        if self.tools and self.tool_choice != "none":
-            raise ValueError(f'tools: {_NO_TOOLS}; leave them out, or send tool_choice="none"')
-        if self.functions and self.function_call != "none":
-            raise ValueError(
-                f'functions: {_NO_TOOLS}; leave them out, or send function_call="none"'
-            )
-        return self
 
 
 class IdleCompletionFields(BaseModel):

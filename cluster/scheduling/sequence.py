@@ -39,7 +39,8 @@ class TokenRequest:
     With `score_continuation` its tokens are scored after the prompt and nothing is generated;
     `token_by_token` feeds them in the decode steps that generating them would take. Of `sampling`
     only what ends the output matters here. `prompt` is the text, if there was one.
-    A lower `priority` goes first; equal ones go in order of arrival.
+    A lower `priority` goes first; equal ones go in order of arrival. `visible_token_ids` are the
+    special tokens that stay in the answer's text.
     """
 
     request_id: str
@@ -51,6 +52,7 @@ class TokenRequest:
     token_by_token: bool = False
     arrival_time: float = 0.0
     prompt: str | None = None
+    visible_token_ids: frozenset[int] = frozenset()
 
     @property
     def is_score(self) -> bool:

@@ -20,6 +20,8 @@ from saqqara.cluster.openai.requests import (
     GenerationRequest,
     check_model,
 )
+from saqqara.cluster.openai.tools.reader import PLAIN, AnswerFormat
+from saqqara.cluster.openai.tools.style import ChatStyle
 from saqqara.cluster.outcome import check_room
 from saqqara.cluster.request import Request, RequestOutput
 from saqqara.cluster.sampling import SamplingParams
@@ -38,7 +40,8 @@ LONG_TEXT_CHARS = 8192  # a longer text is tokenised in a thread: it takes milli
 class Job:
     """A request that is checked and tokenised.
 
-    `names` are what the client calls the engine's fields.
+    `names` are what the client calls the engine's fields. `answers` says how the answers to a chat
+    are read, and `visible_tokens` which special tokens that needs.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -47,6 +50,8 @@ class Job:
     retention: Retention
     priority: int = 0
     deadline: float | None = None  # in the time of the event loop
+    answers: AnswerFormat = PLAIN
+    visible_tokens: tuple[str, ...] = ()
 
     @property
     def num_sequences(self) -> int:
@@ -66,6 +71,7 @@ class Generation:
     Attributes:
         admission: who may come in.
         tokenizer: as given.
+        style: how the model writes thoughts and calls.
     """
 
     def __init__(
@@ -81,6 +87,9 @@ class Generation:
         self.tokenizer = tokenizer
         self.max_model_len = engine.scheduler.max_model_len
         self.admission = Admission(engine_config.max_num_seqs, config.limits.max_queue)
+        self.style = ChatStyle.of(
+            tokenizer.chat_template, engine_config.tool_call_parser, engine_config.reasoning_parser
+        )
         self._retention = engine.retention
         self._vocab_size = engine.vocab_size
         self._metrics = engine.metrics
@@ -135,9 +144,18 @@ class Generation:
         request.check_profile()
         sampling = request.sampling_params()
         retention = request.read_retention(self._retention)
+        answers = PLAIN
+        visible: tuple[str, ...] = ()
         if isinstance(request, ChatRequest):
+            self._check_tools(request)
             encoded = await self.encode_chat(request.messages, request.chat_options())
             prompts = [self._fitting("messages", encoded)]
+            answers = self.style.answer_format(
+                request.tool_use,
+                prompt_end=self.tokenizer.end_of_text(encoded),
+                shows_thoughts=request.include_reasoning is not False,
+            )
+            visible = self.style.markers(request.tool_use)
         else:
             prompts = [await self._encode(p) for p in request.prompts(self.limits.max_prompts)]
         job = Job(
@@ -147,6 +165,8 @@ class Generation:
             retention,
             request.priority or 0,
             deadline,
+            answers,
+            visible,
         )
         self._check_lengths(job)
         if job.num_sequences > self.admission.capacity:
@@ -222,6 +242,12 @@ class Generation:
         if model != self._source:
             check_model(model, [self.model])
 
+    def _check_tools(self, request: ChatRequest) -> None:
+        try:
+            self.style.check(request.tool_use)
+        except ValueError as error:
+            raise ApiError.of(error) from None
+
     async def _encode(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             return self._fitting("prompt", await self.encode_text(prompt))
@@ -260,6 +286,7 @@ class Generation:
             timeout_seconds=_seconds_until(job.deadline),
             stream=stream,
             must_fit=True,
+            visible_tokens=job.visible_tokens,
         )
         source = self._engine.generate(request)
         try:

@@ -1,12 +1,14 @@
 """`POST /v1/chat/completions`, and how a conversation is written."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, PrivateAttr, model_validator
 
 from saqqara.cluster.chat import ChatOptions
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.fields import IdleChatFields
+from saqqara.cluster.openai.tools.choice import NO_TOOLS, ToolUse, read_tool_use
 from saqqara.cluster.sampling import FailFastList
 
 from .generation import GenerationRequest
@@ -18,6 +20,12 @@ class ChatFields(BaseModel):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+
+    @property
+    def offered_tools(self) -> Sequence[Mapping[str, Any]]:
+        """The tools that the model is told of."""
+        return self.tools or ()
 
     def chat_options(self) -> ChatOptions:
         """The options.
@@ -30,6 +38,7 @@ class ChatFields(BaseModel):
                 add_generation_prompt=self.add_generation_prompt,
                 continue_final_message=bool(self.continue_final_message),
                 template_args=self.chat_template_kwargs or {},
+                tools=self.offered_tools,
             )
         except ValueError as error:
             raise ApiError.of(error) from None
@@ -42,6 +51,26 @@ class ChatRequest(GenerationRequest, ChatFields, IdleChatFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+
+    _tool_use: ToolUse = PrivateAttr(NO_TOOLS)
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        self._tool_use = read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        return self
+
+    @property
+    def tool_use(self) -> ToolUse:
+        """How tools are used."""
+        return self._tool_use
+
+    @property
+    def offered_tools(self) -> Sequence[Mapping[str, Any]]:
+        """See `ChatFields`; with `tool_choice` `none` there are none."""
+        return self.tool_use.tools
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:

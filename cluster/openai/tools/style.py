@@ -11,8 +11,6 @@ from .thoughts import BEGIN, END
 
 logger = logging.getLogger(__name__)
 
-TAIL_TOKENS = 16  # of a prompt: enough for a marker and the space around it
-
 
 @dataclass(frozen=True, slots=True)
 class ChatStyle:
