@@ -16,6 +16,8 @@ from .lines import BadLine, Row
 
 Record = dict[str, Any]
 
+_BESIDE_TEXT = ("tool_calls", "reasoning_content")
+
 
 def result_record(
     row: Row, outputs: Sequence[RequestOutput], model: str, return_token_ids: bool
@@ -41,6 +43,7 @@ def result_record(
         is_chat=row.is_chat or row.url is None,  # simple records list log-probabilities as chats do
         num_logprobs=sampling.logprobs or 0,
         show_token_ids=return_token_ids,
+        answers=row.answers,
     )
     reply = full_reply(head, outputs, sampling.n)
     if row.url is None:
@@ -96,10 +99,12 @@ def _simple_record(row: Row, reply: Record) -> Record:
 
 
 def _simple_answer(choice: Record) -> Record:
+    message = choice["message"]
     answer: Record = {
-        "text": choice["message"]["content"],
+        "text": message["content"],
         "finish_reason": choice["finish_reason"],
     }
+    answer |= {name: message[name] for name in _BESIDE_TEXT if name in message}
     if "token_ids" in choice:
         answer["token_ids"] = choice["token_ids"]
     if choice["logprobs"] is not None:

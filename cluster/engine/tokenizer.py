@@ -107,14 +107,17 @@ class Tokenizer:
             ValueError: a message is malformed, the model has no chat template, or its template
                 refuses the conversation or fails on it.
         """
+        text = self.chat_text(messages, options or ChatOptions())
+        return self.encode(text, add_special_tokens=False)  # the template has written them
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
+        """The text of a conversation; arguments and errors are those of `apply_chat`."""
         checked = check_messages(messages)
-        options = options or ChatOptions()
         if not self.has_chat_template and options.chat_template is None:
             raise ValueError(
                 "messages: this model's tokenizer has no chat template; send a plain prompt"
             )
-        text = render_chat(self.backend, checked, options)
-        return self.encode(text, add_special_tokens=False)  # the template has written them
+        return render_chat(self.backend, checked, options)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""

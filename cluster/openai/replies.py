@@ -9,6 +9,8 @@ from saqqara.cluster.request import CompletionOutput, RequestOutput
 
 from .errors import ApiError
 from .logprobs import Entry, TextOffsets, chat_logprobs, completion_logprobs
+from .tools.reader import PLAIN, AnswerFormat, AnswerReader
+from .tools.shapes import delta, message
 
 Json = dict[str, Any]
 
@@ -18,7 +20,7 @@ class ReplyHead:
     """What every piece of one answer begins with, and what it shows of the tokens.
 
     `num_logprobs` are the best tokens beside the sampled one; with `show_token_ids` the answer's
-    tokens have their ids, too.
+    tokens have their ids, too. `answers` is how the answers to a chat are read.
     """
 
     id: str
@@ -27,6 +29,7 @@ class ReplyHead:
     is_chat: bool
     num_logprobs: int = 0
     show_token_ids: bool = False
+    answers: AnswerFormat = PLAIN
 
     def json(self, *, is_chunk: bool) -> Json:
         """The fields that come before `choices`."""
@@ -45,6 +48,7 @@ class ChoiceProgress:
     offsets: TextOffsets = field(default_factory=TextOffsets)
     has_started: bool = False
     has_finished: bool = False
+    reader: AnswerReader | None = None  # of a chat
 
 
 def full_reply(head: ReplyHead, outputs: Sequence[RequestOutput], num_choices: int) -> Json:
@@ -55,12 +59,14 @@ def full_reply(head: ReplyHead, outputs: Sequence[RequestOutput], num_choices: i
             index = place * num_choices + choice.index
             logprobs = _logprobs(head, choice.logprobs, TextOffsets())
             content: Json = {"text": choice.text}
+            reason: str | None = choice.finish_reason
             if head.is_chat:
-                message = {"role": "assistant", "content": choice.text, "refusal": None}
-                content = {"message": message}
+                answer = head.answers.read(choice.text)
+                content = {"message": message(answer)}
+                reason = head.answers.finish_reason(reason, has_calls=bool(answer.calls))
             if head.show_token_ids:
                 content["token_ids"] = list(choice.token_ids)
-            choices.append(_choice(index, content, logprobs, choice))
+            choices.append(_choice(index, content, logprobs, reason, choice.stop_reason))
     return {**head.json(is_chunk=False), "choices": choices, "usage": usage(outputs)}
 
 
@@ -72,17 +78,23 @@ def chunk_choice(
     logprobs = None
     if choice.logprobs is not None and len(choice.logprobs) > sent.num_tokens:
         logprobs = _logprobs(head, choice.logprobs[sent.num_tokens :], sent.offsets)
-    if not text and logprobs is None and not choice.finished:
-        return None
     content: Json = {"text": text}
+    reason: str | None = choice.finish_reason
+    has_news = bool(text)
     if head.is_chat:
+        sent.reader = sent.reader or AnswerReader(head.answers)
+        new = sent.reader.read(choice.text, is_finished=choice.finished)
+        has_news = bool(new)
         role = {} if sent.has_started else {"role": "assistant"}
-        content = {"delta": {**role, "content": text}}
+        content = {"delta": {**role, **delta(new)}}
+        reason = head.answers.finish_reason(reason, has_calls=sent.reader.has_calls)
+    if not has_news and logprobs is None and not choice.finished:
+        return None
     sent.num_chars = len(choice.text)
     sent.num_tokens = len(choice.token_ids)
     sent.has_started = True
     sent.has_finished = choice.finished
-    return _choice(index, content, logprobs, choice)
+    return _choice(index, content, logprobs, reason, choice.stop_reason)
 
 
 def usage(outputs: Iterable[RequestOutput]) -> Json:
@@ -130,13 +142,19 @@ def to_json(data: Mapping[str, Any]) -> str:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def _choice(index: int, content: Json, logprobs: Json | None, choice: CompletionOutput) -> Json:
+def _choice(
+    index: int,
+    content: Json,
+    logprobs: Json | None,
+    finish_reason: str | None,
+    stop_reason: int | str | None,
+) -> Json:
     return {
         "index": index,
         **content,
         "logprobs": logprobs,
-        "finish_reason": choice.finish_reason,
-        "stop_reason": choice.stop_reason,
+        "finish_reason": finish_reason,
+        "stop_reason": stop_reason,
     }
 
 

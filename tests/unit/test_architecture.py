@@ -82,7 +82,8 @@ ROOMS = {
     | {"workers/footprint.py", "workers/mesh", "workers/models"},
     "cluster/simulation": _below("cluster/planning", "cluster/scheduling", "compression")
     | {"configs", "cluster", "cluster/recovery", "workers", "workers/footprint.py", "workers/mesh"},
-    "cluster/openai/tools": _BASE,
+    "cluster/openai/formats": _BASE,
+    "cluster/openai/tools": _BASE | {"cluster/openai/formats"},
     "cluster/openai": _BASE | {"cluster/openai/tools"},
     "cluster/openai/requests": _BASE | {"cluster/openai", "cluster/openai/tools"},
     "cluster/openai/responses": _BASE | _OPENAI,

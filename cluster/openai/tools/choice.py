@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from saqqara.cluster.chat import check_tools
-
-from .deltas import Schemas
-from .forced import named_schema, required_schema
+from saqqara.cluster.openai.formats.deltas import Schemas
+from saqqara.cluster.openai.formats.forced import named_schema, required_schema
 
 Mode = Literal["none", "auto", "required", "named"]
 _WORDS = ("none", "auto", "required")

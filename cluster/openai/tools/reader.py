@@ -7,8 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .call_parser import CallParser
-from .deltas import Answer, AnswerDelta, CallDelta, Schemas, Sink, ToolCall
+from saqqara.cluster.openai.formats.call_parser import CallParser
+from saqqara.cluster.openai.formats.deltas import (
+    Answer,
+    AnswerDelta,
+    CallDelta,
+    Schemas,
+    Sink,
+    ToolCall,
+)
+
 from .thoughts import ThoughtSplitter
 
 __all__ = ["PLAIN", "Answer", "AnswerDelta", "AnswerFormat", "AnswerReader", "CallDelta"]

@@ -3,8 +3,9 @@
 import logging
 from dataclasses import dataclass
 
+from saqqara.cluster.openai.formats.forced import NamedParser, RequiredParser
+
 from .choice import NO_TOOLS, ToolUse
-from .forced import NamedParser, RequiredParser
 from .reader import PLAIN, AnswerFormat, ParserType
 from .registry import AUTO, ReasoningParser, reasoning_parser, tool_parser, tool_parser_type
 from .thoughts import BEGIN, END

@@ -67,6 +67,7 @@ class CompletionRoutes:
             model=self._generation.model,
             is_chat=is_chat,
             num_logprobs=job.sampling.logprobs or 0,
+            answers=job.answers,
         )
         if not body.stream:
             outputs = await unless_disconnected(request, self._finished(job))
