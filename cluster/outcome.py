@@ -1,5 +1,6 @@
 """How a sequence may end, and whether it fits at all: words of scheduler, engine and front ends."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from .errors import ContextLengthError
@@ -8,6 +9,29 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 # Why a sequence ended with `error`: more than the replica can hold, what it computes is broken, or
 # its time is over.
 ErrorCode = Literal["request_too_large", "computation_failed", "deadline_exceeded"]
+
+
+@dataclass(frozen=True, slots=True)
+class KVUsage:
+    """Keys and values at the end of a sequence: what was kept, and what full retention would keep.
+
+    `kept_tokens` are summed over the rows, so over all layers and kv heads of the model; bytes are
+    those of these tokens, without what is left empty in their pages.
+    """
+
+    kept_tokens: int = 0
+    full_tokens: int = 0
+    kept_bytes: int = 0
+    full_bytes: int = 0
+
+    def __add__(self, other: "KVUsage") -> "KVUsage":
+        """Of several sequences together."""
+        return KVUsage(
+            self.kept_tokens + other.kept_tokens,
+            self.full_tokens + other.full_tokens,
+            self.kept_bytes + other.kept_bytes,
+            self.full_bytes + other.full_bytes,
+        )
 
 
 def check_room(num_tokens: int, max_tokens: int | None, max_model_len: int) -> None:

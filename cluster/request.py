@@ -1,5 +1,6 @@
 """A request as it travels from a front end to its engine, and what comes back."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from saqqara.compression.retention import Retention
 
 from .chat import ChatOptions
-from .outcome import ErrorCode, FinishReason
+from .outcome import ErrorCode, FinishReason, KVUsage
 from .sampling import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -36,6 +37,9 @@ class Request:
         token_by_token: feed the continuation in the decode steps that generating it would take, not
             in pieces.
         stream: its unfinished outputs are wanted, too.
+        add_special_tokens: put the tokenizer's special tokens around a prompt that is a text.
+        prompt_text: what the token ids in `prompt` were made of, for the output.
+        echo: the output's `prompt` is wanted: it is decoded where there is no text.
         must_fit: refuse a `max_tokens` that the context has no room for, rather than end there.
         visible_tokens: special tokens, by their names, that stay in the text although
             `skip_special_tokens` takes the others out; names that are none do not count.
@@ -53,6 +57,9 @@ class Request:
     score_continuation: Prompt | None = None
     token_by_token: bool = False
     stream: bool = False
+    add_special_tokens: bool = True
+    prompt_text: str | None = None
+    echo: bool = False
     must_fit: bool = False
     visible_tokens: Sequence[str] = ()
 
@@ -73,6 +80,20 @@ class Logprob:
     rank: int | None = None
     decoded_token: str | None = None
     token_bytes: bytes = b""
+
+
+class PromptLogprobs(Sequence[dict[int, Logprob] | None]):
+    """Log-probabilities of a prompt's tokens, each given those before it, before retention.
+
+    None for the first, which has none before it; for the others as in `CompletionOutput.logprobs`:
+    the prompt's own token first, then the best. Entries are made when they are read, so that a long
+    prompt's cost nothing to whoever passes them on.
+    """
+
+    @property
+    @abstractmethod
+    def first(self) -> Logprob:
+        """How the first token is spelled; its `logprob` is NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +133,8 @@ class RequestOutput:
     """A request's completions so far.
 
     `error` says why one finished with the reason `error`; `error_code` is a name for its kind.
+    `prompt_logprobs` come, where they were asked for, with the first token; `kv_cache`, of all
+    completions together, when the request has finished.
     """
 
     request_id: str
@@ -122,6 +145,8 @@ class RequestOutput:
     metrics: RequestMetrics
     error: str | None = None
     error_code: ErrorCode | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    kv_cache: KVUsage | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import (
@@ -106,6 +106,13 @@ class SamplingParams(BaseModel):
         le=MAX_LOGPROBS,
         description="Best tokens beside the sampled one.",
     )
+    prompt_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Best tokens beside each of the prompt's own, as prefill sees them: before "
+        "retention.",
+    )
     detokenize: bool = Field(default=True, description="Without it the answer has no text.")
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -113,20 +120,12 @@ class SamplingParams(BaseModel):
         default=None,
         ge=-1,
         lt=_INT32,
-        description="Keep the prompt's last k tokens; -1: as many as leave room for max_tokens.",
+        description="Keep k tokens of the prompt; -1: as many as leave room for max_tokens.",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _say_what_is_called_otherwise(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping) or "prompt_logprobs" not in given:
-            return given
-        if given["prompt_logprobs"] is not None:
-            raise ValueError(
-                "prompt_logprobs is not supported: LLM.score(context, continuation) has the "
-                "log-probabilities of a known text, under the retention that is measured"
-            )
-        return {name: value for name, value in given.items() if name != "prompt_logprobs"}
+    truncation_side: Literal["left", "right"] = Field(
+        default="left", description="Where truncate_prompt_tokens cuts: left keeps the last tokens."
+    )
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -209,6 +208,7 @@ class SamplingParams(BaseModel):
             bad_words=bad_words,
             logit_bias=tuple((self.logit_bias or {}).items()),
             num_logprobs=self.logprobs,
+            num_prompt_logprobs=self.prompt_logprobs,
         )
 
 

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import fields
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -217,6 +217,12 @@ class ServerLimits(BaseModel):
     max_n: int = Field(16, ge=1, le=128, description="Choices per prompt.")
     max_logprobs: int = Field(20, ge=0, le=20, description="Best tokens beside the sampled one.")
     max_stop: int = Field(16, ge=0, description="Stop strings of a request.")
+    max_answer_logprobs: int = Field(
+        1_000_000,
+        ge=0,
+        description="Log-probabilities that one request may be answered with, the best tokens and "
+        "the prompt's included.",
+    )
     max_prompts: int = Field(64, ge=1, description="Prompts of one completion request.")
     max_timeout_seconds: float = Field(
         86400.0, gt=0, le=MAX_TIMEOUT_SECONDS, description="Largest timeout_seconds of a request."
@@ -254,6 +260,18 @@ class ServeConfig(BaseModel):
     )
     allowed_origins: tuple[str, ...] = Field(
         (), description="Origins whose web pages may use the server, such as https://example.com."
+    )
+    model_aliases: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="Other names of the model that requests may give."
+    )
+    chat_template: str | None = Field(
+        None, description="File with a Jinja chat template instead of the model's own."
+    )
+    trust_request_chat_template: bool = Field(
+        False, description="Take chat templates from clients: they are programs, in a sandbox."
+    )
+    enable_tokenizer_info_endpoint: bool = Field(
+        False, description="Answer GET /tokenizer_info: the tokenizer's settings and template."
     )
     ui: bool = Field(True, description="Whether there is a page at `/`.")
     limits: ServerLimits = ServerLimits()

@@ -22,7 +22,8 @@ class SamplingSpec:
     last id of each of `bad_words` cannot where the output ends with the ids before it.
     `logit_bias` are (token id, what is added to its logit).
     `num_logprobs` is None for none, 0 for the sampled token's only, k for the k best as well (and
-    of a scored sequence, k for the k best at each scored position).
+    of a scored sequence, k for the k best at each scored position). `num_prompt_logprobs` asks the
+    same of the prompt's tokens, where its prefill ends.
     """
 
     temperature: float = 1.0
@@ -39,6 +40,7 @@ class SamplingSpec:
     bad_words: tuple[tuple[int, ...], ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,22 @@ class ScoredTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities of a prompt's n tokens but the first, each given all tokens before it.
+
+    They are computed in prefill, before retention. `logprobs` are float32 and `ranks` int32 bytes
+    [n - 1], `top_logprobs` and `top_ids` the same [n - 1, k], with k the sequence's
+    `num_prompt_logprobs` (or the vocabulary, if that is smaller).
+    """
+
+    slot: int
+    logprobs: bytes
+    ranks: bytes
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class KeptCounts:
     """Kept tokens per row of one slot whose prefill ended on this worker, int32 bytes [L, H]."""
 
@@ -185,8 +203,9 @@ class WorkerMemory:
 class StepResult:
     """What one worker did in one step.
 
-    `sampled` and `scored` come from tensor rank 0 of the last stage only. `refused` names slots
-    whose keys and values did not fit: this worker wrote nothing for them and holds nothing of them.
+    `sampled`, `scored` and `prompts` come from tensor rank 0 of the last stage only. `refused`
+    names slots whose keys and values did not fit: this worker wrote nothing for them and holds
+    nothing of them.
     `faults` says of which of the refused slots the sequence has to end, and why; it need not be the
     same on every worker.
     `prefill_layer_tokens` counts the tokens that prefill took through each of this worker's layers,
@@ -197,6 +216,7 @@ class StepResult:
     rank: int
     sampled: tuple[SampledToken, ...] = ()
     scored: tuple[ScoredTokens, ...] = ()
+    prompts: tuple[PromptScores, ...] = ()
     kept: tuple[KeptCounts, ...] = ()
     refused: tuple[int, ...] = ()
     faults: tuple[Fault, ...] = ()

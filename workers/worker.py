@@ -21,12 +21,14 @@ from .models.spec import ModelSpec
 from .part import Part
 from .passes.decode import Decode
 from .passes.head import Head
+from .passes.parked import Finals
 from .passes.prefill import Prefill
 from .plan import (
     DecodeItem,
     KeptCounts,
     NewSequence,
     PrefillGroup,
+    PromptScores,
     SampledToken,
     SamplingSpec,
     ScoredTokens,
@@ -106,12 +108,13 @@ class Worker:
         targets = shard.slots.samples(plan, shard.part.spec.num_layers)
         finals = self._prefill.run(plan)
         decoded = self._decode.run(plan.decode)
-        sampled, scored = self._read_head(plan, targets, finals, decoded)
+        sampled, scored, prompts = self._read_head(plan, targets, finals, decoded)
         return StepResult(
             step=plan.step,
             rank=shard.part.mesh.rank,
             sampled=sampled,
             scored=scored,
+            prompts=prompts,
             kept=self._kept(plan),
             refused=tuple(sorted(shard.faults.refused - already_refused)),
             faults=shard.faults.take(),
@@ -183,23 +186,25 @@ class Worker:
         self,
         plan: StepPlan,
         targets: list[Target],
-        finals: dict[int, Tensor],
+        finals: Finals,
         decoded_TE: Tensor | None,
-    ) -> tuple[tuple[SampledToken, ...], tuple[ScoredTokens, ...]]:
+    ) -> tuple[tuple[SampledToken, ...], tuple[ScoredTokens, ...], tuple[PromptScores, ...]]:
         """Sample and score on the last stage; elsewhere only note which tokens will come."""
         shard, mesh = self._shard, self._shard.part.mesh
         if self._head is None:
             if targets and mesh.is_first_stage:
                 self._decode.expect(targets)
-            return (), ()
+            return (), (), ()
         with shard.clock.phase("head"):
-            sampled = self._head.sample(plan, targets, finals, decoded_TE)
-            scored = self._head.score(plan, finals, decoded_TE)
+            sampled = self._head.sample(plan, targets, finals.last, decoded_TE)
+            scored = self._head.score(plan, finals.last, decoded_TE)
+            prompts = self._head.score_prompts(finals.whole)
         if targets and not mesh.is_first_stage:
             mesh.send_tokens(torch.tensor([s.token_id for s in sampled]))
         if mesh.tensor_rank != 0:
-            return (), ()
+            return (), (), ()
         return (
             tuple(s for s in sampled if s.slot not in shard.faults.refused),
             tuple(s for s in scored if s.slot not in shard.faults.refused),
+            tuple(p for p in prompts if p.slot not in shard.faults.refused),
         )

@@ -20,6 +20,7 @@ from saqqara.cluster.openai.requests import (
     read_object,
     read_request,
 )
+from saqqara.cluster.openai.shown import ANSWER_ONLY, Shown
 from saqqara.cluster.openai.tools.reader import PLAIN, AnswerFormat
 from saqqara.cluster.openai.tools.reading import ChatReading
 from saqqara.cluster.request import Request
@@ -65,6 +66,7 @@ class Row:
     url: str | None
     requests: tuple[Request, ...]
     is_chat: bool = False
+    shown: Shown = ANSWER_ONLY
     answers: AnswerFormat = PLAIN
     names: Mapping[str, str] = field(default_factory=dict)
 
@@ -165,6 +167,7 @@ class RowParser:
             retention=retention,
             priority=request.priority or 0,
             timeout_seconds=request.timeout_seconds,
+            echo=request.shown.echo,
             must_fit=True,
         )
         is_chat, answers = isinstance(request, ChatRequest), PLAIN
@@ -172,7 +175,16 @@ class RowParser:
             answers = self._answers(request)
             whole = replace(whole, visible_tokens=self.chats.style.markers(request.tool_use))
         requests = _one_each(whole, request)
-        return Row(line, custom_id, url, requests, is_chat, answers, {**request.names, **names})
+        return Row(
+            line,
+            custom_id,
+            url,
+            requests,
+            is_chat,
+            request.shown,
+            answers,
+            {**request.names, **names},
+        )
 
     def _answers(self, request: ChatRequest) -> AnswerFormat:
         try:
@@ -241,6 +253,7 @@ def _one_each(whole: Request, given: ChatRequest | CompletionRequest) -> tuple[R
         except ValueError as error:
             raise ApiError.of(error, "messages") from None
     prompts = given.prompts(LIMITS.max_prompts)
+    whole = replace(whole, add_special_tokens=given.add_special_tokens is not False)
     if len(prompts) == 1:
         return (replace(whole, prompt=prompts[0]),)
     return tuple(

@@ -5,6 +5,7 @@ records of OpenAI's batch output files, plus `line`. Replies and errors are thos
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from saqqara.cluster.engine.client import Rejection
@@ -17,6 +18,7 @@ from .lines import BadLine, Row
 Record = dict[str, Any]
 
 _BESIDE_TEXT = ("tool_calls", "reasoning_content")
+_OF_PROMPT = ("prompt_token_ids", "prompt_logprobs")
 
 
 def result_record(
@@ -35,17 +37,18 @@ def result_record(
             check_served(output)
     except ApiError as error:
         return _error_record(row.line, row.custom_id, row.url, error.renamed(row.names))
-    sampling = row.requests[0].sampling_params
+    shown = replace(row.shown, token_ids=row.shown.token_ids or return_token_ids)
+    if row.url is None and shown.echo and shown.num_prompt_logprobs is None:
+        shown = replace(shown, num_prompt_logprobs=shown.num_logprobs)
     head = ReplyHead(
         id=f"{'chatcmpl' if row.is_chat else 'cmpl'}-{row.line}",
         created=int(outputs[0].metrics.arrival_time),
         model=model,
         is_chat=row.is_chat or row.url is None,  # simple records list log-probabilities as chats do
-        num_logprobs=sampling.logprobs or 0,
-        show_token_ids=return_token_ids,
+        shown=shown,
         answers=row.answers,
     )
-    reply = full_reply(head, outputs, sampling.n)
+    reply = full_reply(head, outputs)
     if row.url is None:
         return _simple_record(row, reply)
     return {
@@ -93,6 +96,7 @@ def _simple_record(row: Row, reply: Record) -> Record:
     answers = [_simple_answer(choice) for choice in reply["choices"]]
     record: Record = {"line": row.line, "custom_id": row.custom_id, **answers[0]}
     record |= {"usage": reply["usage"], "error": None}
+    record |= {name: reply[name] for name in _OF_PROMPT if name in reply}
     if len(answers) > 1:
         record["choices"] = answers
     return record

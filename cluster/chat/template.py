@@ -60,6 +60,7 @@ class ChatOptions:
         continue_final_message: leave the final message open, so that the answer goes on with it.
         template_args: variables for the template, e.g. `{"enable_thinking": False}`.
         chat_template: a template instead of the model's own.
+        add_special_tokens: put the tokenizer's special tokens around what the template has written.
         tools: what the model may call, in OpenAI's form; see `check_tools`.
 
     Raises:
@@ -71,6 +72,7 @@ class ChatOptions:
     continue_final_message: bool = False
     template_args: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
+    add_special_tokens: bool = False
     tools: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ Nothing is queued here, so whatever is wrong with a request costs that request a
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from saqqara.cluster.outcome import check_room
 from saqqara.cluster.request import Prompt, Request
@@ -132,15 +132,21 @@ class Intake:
             scored = self._tokens("score_continuation", continuation, add_special_tokens=False)
             sampling = scoring_params(request.sampling_params.logprobs)
             prompt_token_ids = self._prompt_tokens(request)
+        retention = self._retention(request)
+        if sampling.prompt_logprobs is not None and retention.propagate is not None:
+            raise ValueError(
+                "prompt_logprobs: with a retention that propagates, most tokens of the prompt do "
+                "not reach the last layer, which says how likely they are; choose another retention"
+            )
         tokens = TokenRequest(
             request_id=request.request_id,
             prompt_token_ids=prompt_token_ids,
             sampling=sampling,
-            retention=self._retention(request),
+            retention=retention,
             priority=request.priority,
             score_continuation=scored,
             token_by_token=request.token_by_token,
-            prompt=request.prompt if isinstance(request.prompt, str) else None,
+            prompt=self._text(request, prompt_token_ids),
             visible_token_ids=self._tokenizer.special_ids(request.visible_tokens),
         )
         if request.must_fit and scored is None:
@@ -158,10 +164,12 @@ class Intake:
         sampling = sampling_of(request)
         seed = self._request_seed(request)
         bad_words = self._tokenizer.spellings(sampling.bad_words)
-        return [
+        specs = [
             sampling.spec(derived_seed(seed, choice=index), self._eos_token_ids, bad_words)
             for index in range(sampling.n)
         ]
+        # The choices have one prompt; its log-probabilities come with the first of them.
+        return [specs[0], *(replace(spec, num_prompt_logprobs=None) for spec in specs[1:])]
 
     def _request_seed(self, request: TokenRequest) -> int:
         """The request's own seed, or one that the engine's seed and the request's id determine."""
@@ -170,6 +178,15 @@ class Intake:
             return seed
         name = f"{self._seed}/{request.request_id}"
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
+
+    def _text(self, request: Request, token_ids: tuple[int, ...]) -> str | None:
+        """The text of a prompt, if there was one or it is wanted."""
+        text = request.prompt if isinstance(request.prompt, str) else request.prompt_text
+        is_cut = request.sampling_params.truncate_prompt_tokens is not None
+        if request.echo and (text is None or is_cut):
+            skips = request.sampling_params.skip_special_tokens
+            return self._tokenizer.decode(token_ids, skip_special_tokens=skips)
+        return text
 
     def _retention(self, request: Request) -> Retention:
         if request.retention is None and request.budget is None:
@@ -183,7 +200,9 @@ class Intake:
         if (request.prompt is None) == (request.messages is None):
             raise ValueError("give either prompt or messages")
         if request.prompt is not None:
-            return self._tokens("prompt", request.prompt)
+            return self._tokens(
+                "prompt", request.prompt, add_special_tokens=request.add_special_tokens
+            )
         assert request.messages is not None
         ids = self._tokenizer.apply_chat(request.messages, request.chat_options)
         return tuple(self._tokenizer.check_fit("messages", ids, self._vocab_size))
@@ -210,7 +229,7 @@ class Intake:
                     f"truncate_prompt_tokens=-1 leaves nothing of the prompt: max_tokens="
                     f"{max_tokens} fills max_model_len={self._max_model_len}"
                 )
-        return token_ids[-keep:]
+        return token_ids[-keep:] if sampling.truncation_side == "left" else token_ids[:keep]
 
 
 def check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:

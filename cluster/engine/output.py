@@ -1,18 +1,25 @@
 """From tokens to what the caller sees: text, stop strings, log-probabilities, times."""
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from math import nan
+from typing import Any, overload
+
+import numpy as np
 
 from saqqara.cluster.live.finished import FinishedRequest
-from saqqara.cluster.outcome import FinishReason
+from saqqara.cluster.outcome import FinishReason, KVUsage
 from saqqara.cluster.request import (
     CompletionOutput,
     Logprob,
+    PromptLogprobs,
     RequestMetrics,
     RequestOutput,
     ScoreOutput,
 )
 from saqqara.cluster.scheduling.events import NewToken
 from saqqara.cluster.scheduling.sequence import Sequence, TokenRequest
+from saqqara.workers.plan import PromptScores, TokenLogprobs
 
 from .intake import sampling_of
 from .tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
@@ -26,6 +33,7 @@ class Choice:
 
     Attributes:
         sequence: the scheduler's side of it.
+        tokenizer: the model's.
         last_token_time: when its latest token came, None before the first.
         has_started: whether it ever had a slot.
     """
@@ -33,6 +41,7 @@ class Choice:
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
         sampling = sampling_of(sequence.request)
         self.sequence = sequence
+        self.tokenizer = tokenizer
         self.last_token_time: float | None = None
         self.has_started = False
         self._sampling = sampling
@@ -92,22 +101,9 @@ class Choice:
         self, logprobs: list[dict[int, Logprob]], event: NewToken, *, is_shown: bool
     ) -> None:
         assert event.logprobs is not None, f"no log-probability came with {event.token_id}"
-        chosen = event.logprobs
-        data = self._spelling.data(event.token_id) if is_shown else b""
-        name = self._spelling.name(event.token_id)
-        entry = {event.token_id: Logprob(chosen.logprob, chosen.rank, name, data)}
-        names = {name}
-        best = zip(chosen.top_ids, chosen.top_logprobs, strict=True)
-        for rank, (token_id, logprob) in enumerate(best, start=1):
-            if token_id in entry:
-                continue
-            name = self._spelling.name(token_id)
-            name = f"token_id:{token_id}" if name in names else name
-            names.add(name)
-            entry[token_id] = Logprob(logprob, rank, name, self._spelling.data(token_id))
-        logprobs.append(entry)
+        logprobs.append(self._spelling.entry(event.token_id, event.logprobs, is_shown=is_shown))
         self._spelling.pass_by(event.token_id)
-        self._cumulative_logprob += chosen.logprob
+        self._cumulative_logprob += event.logprobs.logprob
 
 
 class _Spelling:
@@ -115,8 +111,26 @@ class _Spelling:
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        self._skipped = skipped
+        self._skipped = skipped  # tokens that are left out of the text
         self._at_start = True
+
+    def entry(
+        self, token_id: int, chosen: TokenLogprobs, *, is_shown: bool = True
+    ) -> dict[int, Logprob]:
+        """The log-probabilities in the next place: of the token that stands there, and the best."""
+        name = self.name(token_id)
+        data = self.data(token_id) if is_shown else b""
+        entry = {token_id: Logprob(chosen.logprob, chosen.rank, name, data)}
+        names = {name}
+        best = zip(chosen.top_ids, chosen.top_logprobs, strict=True)
+        for rank, (other, logprob) in enumerate(best, start=1):
+            if other in entry:
+                continue
+            name = self.name(other)
+            name = f"token_id:{other}" if name in names else name
+            names.add(name)
+            entry[other] = Logprob(logprob, rank, name, self.data(other))
+        return entry
 
     def data(self, token_id: int) -> bytes:
         """What a token adds to the text."""
@@ -139,6 +153,82 @@ class _Spelling:
         self._at_start = self._at_start and token_id in self._skipped
 
 
+class SpelledPrompt(PromptLogprobs):
+    """The log-probabilities of a prompt as a worker wrote them, spelled entry by entry.
+
+    Args:
+        token_ids: the prompt's.
+        text: the prompt's, if there is one: special tokens are in it only if it has their names.
+        scores: of all tokens but the first.
+        tokenizer: the model's.
+        skip_special_tokens: where there is no text, it is without special tokens.
+    """
+
+    def __init__(
+        self,
+        token_ids: tuple[int, ...],
+        text: str | None,
+        scores: PromptScores,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool,
+    ) -> None:
+        num_scored = len(token_ids) - 1
+        self._token_ids = token_ids
+        self._logprobs = np.frombuffer(scores.logprobs, dtype=np.float32)
+        self._ranks = np.frombuffer(scores.ranks, dtype=np.int32)
+        num_top = len(scores.top_ids) // (4 * num_scored) if num_scored else 0
+        shape = (num_scored, num_top)
+        self._top_ids = np.frombuffer(scores.top_ids, dtype=np.int32).reshape(shape)
+        self._top_logprobs = np.frombuffer(scores.top_logprobs, dtype=np.float32).reshape(shape)
+        skipped = tokenizer.special_token_ids
+        if text is not None:
+            skipped -= {t for t in skipped & {*token_ids} if tokenizer.token_text(t) in text}
+        elif not skip_special_tokens:
+            skipped = frozenset()
+        self._spellings = [_Spelling(tokenizer, skipped), _Spelling(tokenizer, skipped)]
+        start = next((i for i, t in enumerate(token_ids) if t not in skipped), len(token_ids))
+        self._text_start = start  # up to here tokens stand at the start of the text
+        self._spellings[1].pass_by(-1)
+
+    def __len__(self) -> int:
+        return len(self._token_ids)
+
+    @overload
+    def __getitem__(self, place: int) -> dict[int, Logprob] | None: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[dict[int, Logprob] | None]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        if place == 0:
+            return None
+        row = place - 1
+        chosen = TokenLogprobs(
+            float(self._logprobs[row]),
+            int(self._ranks[row]),
+            tuple(self._top_ids[row].tolist()),
+            tuple(self._top_logprobs[row].tolist()),
+        )
+        return self._at(place).entry(self._token_ids[place], chosen)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Many) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # as a list's
+
+    @property
+    def first(self) -> Logprob:
+        """See `PromptLogprobs`."""
+        spelling, token_id = self._at(0), self._token_ids[0]
+        return Logprob(nan, None, spelling.name(token_id), spelling.data(token_id))
+
+    def _at(self, place: int) -> "_Spelling":
+        return self._spellings[place > self._text_start]
+
+
 @dataclass(slots=True, eq=False)
 class RequestState:
     """A request that is being served. With `stream`, unfinished outputs are wanted, too."""
@@ -151,6 +241,7 @@ class RequestState:
     last_token_time: float | None = None
     finished_time: float | None = None
     is_prefilled: bool = False
+    _spelled: PromptLogprobs | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -216,4 +307,22 @@ class RequestState:
             metrics=metrics,
             error=error,
             error_code=None if failed is None else failed.error_code,
+            prompt_logprobs=self._prompt_logprobs(),
+            kv_cache=self._kv_cache() if self.is_finished else None,
         )
+
+    def _prompt_logprobs(self) -> PromptLogprobs | None:
+        if self._spelled is None and (scores := self.choices[0].sequence.prompt_scores) is not None:
+            request, sampling = self.request, sampling_of(self.request)
+            self._spelled = SpelledPrompt(
+                request.prompt_token_ids,
+                request.prompt,
+                scores,
+                self.choices[0].tokenizer,
+                sampling.skip_special_tokens,
+            )
+        return self._spelled
+
+    def _kv_cache(self) -> KVUsage:
+        known = (choice.sequence.kv_cache for choice in self.choices)
+        return sum((kv for kv in known if kv is not None), KVUsage())

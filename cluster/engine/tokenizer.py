@@ -56,8 +56,12 @@ class Tokenizer:
         self._bytes = TokenBytes(backend)
 
     @classmethod
-    def load(cls, path_or_id: str | Path) -> Self:
+    def load(cls, path_or_id: str | Path, chat_template: str | None = None) -> Self:
         """Load from a local folder or by a Hugging Face hub id.
+
+        Args:
+            path_or_id: of the tokenizer.
+            chat_template: the text of a template instead of its own.
 
         Raises:
             ValueError: there is no tokenizer there.
@@ -74,6 +78,8 @@ class Tokenizer:
             backend = AutoTokenizer.from_pretrained(str(folder))
         except Exception as error:  # the library for files that are wrong raises bare Exceptions
             raise ValueError(f"tokenizer: cannot load {str(path_or_id)!r}: {error}") from error
+        if chat_template is not None:
+            backend.chat_template = chat_template
         return cls(backend, _generation_eos_ids(folder))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -107,8 +113,10 @@ class Tokenizer:
             ValueError: a message is malformed, the model has no chat template, or its template
                 refuses the conversation or fails on it.
         """
-        text = self.chat_text(messages, options or ChatOptions())
-        return self.encode(text, add_special_tokens=False)  # the template has written them
+        options = options or ChatOptions()
+        text = self.chat_text(messages, options)
+        # As a rule the template has written them.
+        return self.encode(text, add_special_tokens=options.add_special_tokens)
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
         """The text of a conversation; arguments and errors are those of `apply_chat`."""

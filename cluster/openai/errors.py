@@ -21,15 +21,9 @@ _FIELDS = {
     *SamplingParams.model_fields,
     *("prompt", "prompt_token_ids", "messages", "retention", "budget", "priority"),
     "timeout_seconds",
-    *(
-        "stream_options",
-        "max_completion_tokens",
-        "top_logprobs",
-        "tools",
-        "tool_choice",
-        "functions",
-    ),
-    *("continue_final_message", "chat_template_kwargs"),
+    *("stream_options", "max_completion_tokens", "top_logprobs"),
+    *("tools", "tool_choice", "functions"),
+    *("continue_final_message", "chat_template_kwargs", "best_of", "echo", "chat_template"),
 }
 _NESTED = {"stream_options", "response_format"}
 _MAX_NAME_CHARS = 100  # longer than any field; what a client wrote may have megabytes

@@ -31,9 +31,9 @@ DEAD_RETRY_SECONDS = 10
 async def event_stream(
     head: ReplyHead,
     outputs: AsyncIterator[tuple[int, RequestOutput]],
-    num_choices: int,
     *,
     include_usage: bool,
+    continuous_usage: bool = False,
 ) -> AsyncGenerator[bytes, None]:
     """The events of an answer, as bytes.
 
@@ -42,17 +42,17 @@ async def event_stream(
     Args:
         head: of the answer.
         outputs: (place of the prompt in the request, what there is of its answer).
-        num_choices: `n`.
         include_usage: end with an event that has the usage and no choices.
+        continuous_usage: every event has the usage so far.
     """
-    writer = _EventWriter(head, num_choices, include_usage)
+    writer = _EventWriter(head, include_usage, continuous_usage)
     latest: dict[int, RequestOutput] = {}
     has_begun = False
     try:
         async for place, output in outputs:
             check_served(output)
             latest[place] = output
-            if events := writer.events(place, output):
+            if events := writer.events(place, latest):
                 has_begun = True
                 yield events
     except (ApiError, EngineDeadError) as error:
@@ -88,31 +88,51 @@ def dead_engine(error: EngineDeadError) -> ApiError:
 class _EventWriter:
     """Renders the events of one answer."""
 
-    def __init__(self, head: ReplyHead, num_choices: int, include_usage: bool) -> None:
+    def __init__(self, head: ReplyHead, include_usage: bool, continuous_usage: bool) -> None:
         self._head = head
-        self._num_choices = num_choices
+        self._continuous_usage = continuous_usage
         fixed = to_bytes(head.json(is_chunk=True))[:-1].decode()
         self._before = f'data: {fixed},"choices":['
         self._after = '],"usage":null}\n\n' if include_usage else "]}\n\n"
         self._sent: dict[int, ChoiceProgress] = {}
 
-    def events(self, place: int, output: RequestOutput) -> bytes:
-        """One event per choice that has something new."""
-        events = []
+    def events(self, place: int, latest: Mapping[int, RequestOutput]) -> bytes:
+        """One event per choice of a prompt that has something new.
+
+        Args:
+            place: of the prompt.
+            latest: what there is by now, by place.
+        """
+        output, events = latest[place], []
         for choice in output.outputs:
-            index = place * self._num_choices + choice.index
+            index = place * self._head.shown.num_choices + choice.index
             sent = self._sent.setdefault(index, ChoiceProgress())
             if sent.has_finished:
                 continue
-            data = chunk_choice(self._head, index, choice, sent)
+            is_first = not sent.has_started
+            data = chunk_choice(self._head, index, output, choice, sent)
             if data is not None:
-                text = to_json(data)
-                events.append(f"{self._before}{text}{self._after}")
+                end = self._end(output, latest, is_first=is_first)
+                events.append(f"{self._before}{to_json(data)}{end}")
         return "".join(events).encode()
+
+    def _end(
+        self, output: RequestOutput, latest: Mapping[int, RequestOutput], *, is_first: bool
+    ) -> str:
+        """What comes after the choice of an event."""
+        shows_prompt = is_first and self._head.is_chat and self._head.shown.prompt_token_ids
+        if not shows_prompt and not self._continuous_usage:
+            return self._after
+        prompt = f',"prompt_token_ids":{to_json(output.prompt_token_ids)}' if shows_prompt else ""
+        if not self._continuous_usage:
+            return f"]{prompt}{self._after[1:]}"
+        counts = to_json(usage(latest.values(), self._head.shown))
+        return f']{prompt},"usage":{counts}}}\n\n'
 
     def usage_event(self, latest: Mapping[int, RequestOutput]) -> bytes:
         """The last event, which has the usage."""
-        data = {**self._head.json(is_chunk=True), "choices": [], "usage": usage(latest.values())}
+        counts = usage(latest.values(), self._head.shown)
+        data = {**self._head.json(is_chunk=True), "choices": [], "usage": counts}
         return _event(data)
 
 

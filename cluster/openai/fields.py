@@ -10,6 +10,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 _FORMER_TOOLS = "write tools and tool_choice, OpenAI's later form"
+MAX_DEPTH = 16
+MAX_MEMBERS = 1024
 _NO_GRAMMAR = "answers are free text; there is no constrained decoding here"
 _NO_BEAMS = "there is no beam search here"
 _TEXT_ONLY = "models here read and write text alone"
@@ -34,13 +36,33 @@ def _is_same(value: Any, other: Any) -> bool:
     return isinstance(value, bool) == isinstance(other, bool) and value == other
 
 
+def _check_small(value: Any) -> Any:
+    """Bound what is not read: members at any depth, and the depth."""
+    waiting, count = [(value, 1)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        members = item.values() if isinstance(item, dict) else item
+        if not isinstance(item, dict | list):
+            continue
+        count += len(item)
+        if depth > MAX_DEPTH or count > MAX_MEMBERS:
+            raise ValueError(
+                f"may have at most {MAX_MEMBERS} members, at most {MAX_DEPTH} levels deep"
+            )
+        waiting += [(member, depth + 1) for member in members]
+    return value
+
+
+SmallObject = Annotated[dict[str, Any], AfterValidator(_check_small)]
+
+
 class StreamOptions(BaseModel):
     """Settings of a stream."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool | None = None
-    continuous_usage_stats: Annotated[Any, only(False, why="the usage comes at the end")] = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Annotated[Any, only(False, why="streams are not padded here")] = None
 
 
@@ -58,7 +80,7 @@ class IdleFields(BaseModel):
 
     # For the client's own book-keeping.
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: SmallObject | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -69,15 +91,10 @@ class IdleFields(BaseModel):
     store: Annotated[Any, only(False, why=_NO_CACHE)] = None
 
     # vLLM's.
-    best_of: Annotated[Any, only(1, why="every choice is returned; set n")] = None
     use_beam_search: Annotated[Any, only(False, why=_NO_BEAMS)] = None
     length_penalty: Annotated[Any, only(1.0, why=_NO_BEAMS)] = None
     early_stopping: Annotated[Any, only(False, why=_NO_BEAMS)] = None
-    echo: Annotated[Any, only(False, why="answers do not repeat their prompt")] = None
-    prompt_logprobs: Annotated[Any, only(why="LLM.score in Python scores a known text")] = None
-    return_token_ids: Annotated[Any, only(False, why="answers are text")] = None
-    return_tokens_as_token_ids: Annotated[Any, only(False, why="tokens are shown as text")] = None
-    spaces_between_special_tokens: Annotated[Any, only(True, why="text is as decoded")] = None
+    spaces_between_special_tokens: bool | None = None  # only tokenizers in Python heed it
     detokenize: Annotated[Any, only(True, why="answers are text")] = None
     logits_processors: Annotated[Any, only(why="clients bring no code")] = None
     structured_outputs: Annotated[Any, only(why=_NO_GRAMMAR)] = None
@@ -108,8 +125,7 @@ class IdleChatFields(BaseModel):
     web_search_options: Annotated[Any, only(why="nothing is looked up here")] = None
 
     # vLLM's.
-    add_special_tokens: Annotated[Any, only(False, why="the chat template writes them")] = None
-    chat_template: Annotated[Any, only(why="chats go through the model's own template")] = None
+    echo: Annotated[Any, only(False, why="answers do not repeat their prompt")] = None
     documents: Annotated[Any, only(why="put them into a message")] = None
     mm_processor_kwargs: Annotated[Any, only(why=_TEXT_ONLY)] = None
 
@@ -117,5 +133,4 @@ class IdleChatFields(BaseModel):
 class IdleCompletionFields(BaseModel):
     """What completions may say without an effect."""
 
-    suffix: Annotated[Any, only(why="nothing comes after the answer")] = None
-    add_special_tokens: Annotated[Any, only(True, why="prompts get them; send token ids")] = None
+    suffix: Annotated[Any, only(why="models here do not fill in the middle")] = None

@@ -1,34 +1,42 @@
 """Answers of the HTTP API, in OpenAI's shapes, made from the engine's outputs."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from saqqara.cluster.outcome import KVUsage
 from saqqara.cluster.request import CompletionOutput, RequestOutput
 
 from .errors import ApiError
-from .logprobs import Entry, TextOffsets, chat_logprobs, completion_logprobs
+from .logprobs import (
+    TextOffsets,
+    chat_logprobs,
+    completion_logprobs,
+    echoed_logprobs,
+    prompt_logprobs,
+)
+from .shown import ANSWER_ONLY, Shown
 from .tools.reader import PLAIN, AnswerFormat, AnswerReader
 from .tools.shapes import delta, message
 
 Json = dict[str, Any]
+
+_PIECE_ITEMS = 256  # of a list that is encoded at once
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyHead:
     """What every piece of one answer begins with, and what it shows of the tokens.
 
-    `num_logprobs` are the best tokens beside the sampled one; with `show_token_ids` the answer's
-    tokens have their ids, too. `answers` is how the answers to a chat are read.
+    `answers` is how the answers to a chat are read.
     """
 
     id: str
     created: int
     model: str
     is_chat: bool
-    num_logprobs: int = 0
-    show_token_ids: bool = False
+    shown: Shown = ANSWER_ONLY
     answers: AnswerFormat = PLAIN
 
     def json(self, *, is_chunk: bool) -> Json:
@@ -51,33 +59,49 @@ class ChoiceProgress:
     reader: AnswerReader | None = None  # of a chat
 
 
-def full_reply(head: ReplyHead, outputs: Sequence[RequestOutput], num_choices: int) -> Json:
-    """The answer to a request that is not streamed; `num_choices` is `n`."""
-    choices = []
+def full_reply(head: ReplyHead, outputs: Sequence[RequestOutput]) -> Json:
+    """The answer to a request that is not streamed."""
+    shown, choices = head.shown, []
     for place, output in enumerate(outputs):
-        for choice in output.outputs:
-            index = place * num_choices + choice.index
-            logprobs = _logprobs(head, choice.logprobs, TextOffsets())
-            content: Json = {"text": choice.text}
+        for choice in shown.choices(output.outputs):
+            index = place * shown.num_choices + choice.index
+            progress = ChoiceProgress()
+            logprobs = _logprobs(head, output, choice, progress)
+            text = (output.prompt or "") + choice.text if shown.echo else choice.text
+            content: Json = {"text": text}
             reason: str | None = choice.finish_reason
             if head.is_chat:
-                answer = head.answers.read(choice.text)
+                answer = head.answers.read(text)
                 content = {"message": message(answer)}
                 reason = head.answers.finish_reason(reason, has_calls=bool(answer.calls))
-            if head.show_token_ids:
+            if shown.token_ids:
                 content["token_ids"] = list(choice.token_ids)
+            if not head.is_chat:
+                content |= _of_prompt(head, output)
             choices.append(_choice(index, content, logprobs, reason, choice.stop_reason))
-    return {**head.json(is_chunk=False), "choices": choices, "usage": usage(outputs)}
+    reply = {**head.json(is_chunk=False), "choices": choices, "usage": usage(outputs, shown)}
+    return {**reply, **_of_prompt(head, outputs[0])} if head.is_chat else reply
 
 
 def chunk_choice(
-    head: ReplyHead, index: int, choice: CompletionOutput, sent: ChoiceProgress
+    head: ReplyHead,
+    index: int,
+    output: RequestOutput,
+    choice: CompletionOutput,
+    sent: ChoiceProgress,
 ) -> Json | None:
     """What is new of a choice since `sent`, which is brought up to date; None for nothing."""
+    shown, choice = head.shown, head.shown.choice(choice)
+    if _waits_for_prompt(shown, output) and not sent.has_started:
+        return None
     text = choice.text[sent.num_chars :]
+    if shown.echo and not sent.has_started:
+        text = (output.prompt or "") + text
+    new_ids = choice.token_ids[sent.num_tokens :]
     logprobs = None
-    if choice.logprobs is not None and len(choice.logprobs) > sent.num_tokens:
-        logprobs = _logprobs(head, choice.logprobs[sent.num_tokens :], sent.offsets)
+    if new_ids or (shown.echo and not sent.has_started):
+        logprobs = _logprobs(head, output, choice, sent)
+    has_ids = shown.token_ids and bool(new_ids)
     content: Json = {"text": text}
     reason: str | None = choice.finish_reason
     has_news = bool(text)
@@ -88,8 +112,12 @@ def chunk_choice(
         role = {} if sent.has_started else {"role": "assistant"}
         content = {"delta": {**role, **delta(new)}}
         reason = head.answers.finish_reason(reason, has_calls=sent.reader.has_calls)
-    if not has_news and logprobs is None and not choice.finished:
+    if not has_news and logprobs is None and not choice.finished and not has_ids:
         return None
+    if shown.token_ids:
+        content["token_ids"] = list(new_ids)
+    if shown.prompt_token_ids and not head.is_chat and not sent.has_started:
+        content["prompt_token_ids"] = list(output.prompt_token_ids)
     sent.num_chars = len(choice.text)
     sent.num_tokens = len(choice.token_ids)
     sent.has_started = True
@@ -97,17 +125,23 @@ def chunk_choice(
     return _choice(index, content, logprobs, reason, choice.stop_reason)
 
 
-def usage(outputs: Iterable[RequestOutput]) -> Json:
-    """Tokens of the prompts (each once) and of all their choices."""
+def usage(outputs: Iterable[RequestOutput], shown: Shown = ANSWER_ONLY) -> Json:
+    """Tokens of the prompts (each once) and of all their choices.
+
+    Once all have finished, also how many keys and values they kept, and would have kept in full.
+    """
     num_prompt = num_new = 0
+    kept: KVUsage | None = KVUsage()
     for output in outputs:
         num_prompt += len(output.prompt_token_ids)
-        num_new += sum(len(choice.token_ids) for choice in output.outputs)
-    return {
+        num_new += sum(len(shown.choice(choice).token_ids) for choice in output.outputs)
+        kept = kept + output.kv_cache if kept and output.kv_cache else None
+    counts: Json = {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_new,
         "total_tokens": num_prompt + num_new,
     }
+    return counts if kept is None else {**counts, "kv_cache": asdict(kept)}
 
 
 def check_served(output: RequestOutput) -> None:
@@ -120,6 +154,38 @@ def check_served(output: RequestOutput) -> None:
         raise ApiError(400, output.error, "prompt", "request_too_large")
     if any(choice.finish_reason == "abort" for choice in output.outputs):
         raise ApiError(503, "the server has ended the request", None, "aborted")
+
+
+def in_pieces(data: Any) -> Iterator[bytes]:
+    """The JSON of `to_bytes` a little at a time: while it encodes, no other thread can run."""
+    if isinstance(data, Mapping) and data:
+        for place, (name, value) in enumerate(data.items()):
+            yield b"," if place else b"{"
+            yield json.dumps(name, ensure_ascii=False, allow_nan=False).encode() + b":"
+            yield from in_pieces(value)
+        yield b"}"
+    elif isinstance(data, list) and len(data) > _PIECE_ITEMS:
+        for start in range(0, len(data), _PIECE_ITEMS):
+            yield b"," if start else b"["
+            yield to_json(data[start : start + _PIECE_ITEMS])[1:-1].encode()
+        yield b"]"
+    elif isinstance(data, list) and data:
+        for place, value in enumerate(data):
+            yield b"," if place else b"["
+            yield from in_pieces(value)
+        yield b"]"
+    else:
+        yield to_json(data).encode()
+
+
+def num_logprobs(outputs: Iterable[RequestOutput]) -> int:
+    """How many log-probabilities there are in outputs, of prompts and answers."""
+    count = 0
+    for output in outputs:
+        kinds = [output.prompt_logprobs, *(choice.logprobs for choice in output.outputs)]
+        for entries in kinds:
+            count += len(entries) * len(entries[-1] or ()) if entries else 0
+    return count
 
 
 def deadline_exceeded() -> ApiError:
@@ -137,7 +203,7 @@ def to_bytes(data: Mapping[str, Any]) -> bytes:
     return to_json(data).encode()
 
 
-def to_json(data: Mapping[str, Any]) -> str:
+def to_json(data: Any) -> str:
     """Compact JSON; a number that JSON lacks is a mistake of ours."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
@@ -158,11 +224,39 @@ def _choice(
     }
 
 
+def _of_prompt(head: ReplyHead, output: RequestOutput) -> Json:
+    """What is shown of the prompt's tokens."""
+    shown = head.shown
+    of_prompt: Json = {}
+    if shown.prompt_token_ids:
+        of_prompt["prompt_token_ids"] = list(output.prompt_token_ids)
+    if shown.num_prompt_logprobs is not None and output.prompt_logprobs is not None:
+        entries = output.prompt_logprobs
+        of_prompt["prompt_logprobs"] = prompt_logprobs(
+            entries, shown.num_prompt_logprobs, shown.tokens_as_ids
+        )
+    return of_prompt
+
+
+def _waits_for_prompt(shown: Shown, output: RequestOutput) -> bool:
+    """Whether the answer begins with log-probabilities that have not come yet."""
+    return shown.echo and shown.num_logprobs is not None and output.prompt_logprobs is None
+
+
 def _logprobs(
-    head: ReplyHead, entries: Sequence[Entry] | None, offsets: TextOffsets
+    head: ReplyHead, output: RequestOutput, choice: CompletionOutput, sent: ChoiceProgress
 ) -> Json | None:
-    if entries is None:
+    """The log-probabilities of a choice's tokens since `sent`, and of the prompt's before them."""
+    shown, count = head.shown, head.shown.num_logprobs
+    if count is None or choice.logprobs is None:
         return None
+    entries = choice.logprobs[sent.num_tokens :]
     if head.is_chat:
-        return chat_logprobs(entries, head.num_logprobs, head.show_token_ids)
-    return completion_logprobs(entries, head.num_logprobs, offsets)
+        return chat_logprobs(entries, count, shown.token_ids, shown.tokens_as_ids)
+    prompt = output.prompt_logprobs
+    if not shown.echo or sent.has_started or prompt is None:
+        return completion_logprobs(entries, count, sent.offsets, shown.tokens_as_ids)
+    first_id = output.prompt_token_ids[0]
+    before = echoed_logprobs(prompt, first_id, count, sent.offsets, shown.tokens_as_ids)
+    after = completion_logprobs(entries, count, sent.offsets, shown.tokens_as_ids)
+    return {name: items + after[name] for name, items in before.items()}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from saqqara.cluster.outcome import KVUsage
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import WorkerInfo
 
@@ -76,6 +77,7 @@ class Ledger:
         self._pages = SlotPages(num_slots, num_workers, self.page_tokens)
         self._kept_SLH = np.zeros((num_slots, self.num_layers, self.num_heads), dtype=np.int32)
         self._tokens_S = np.zeros(num_slots, dtype=np.int64)  # of the prompt, and fed since
+        self._prompt_S = np.zeros(num_slots, dtype=np.int64)
         self._layers_S = np.zeros(num_slots, dtype=np.int64)  # prefilled so far
         self._held_S = np.zeros(num_slots, dtype=np.bool_)
         self._ragged_S = np.zeros(num_slots, dtype=np.bool_)
@@ -109,7 +111,7 @@ class Ledger:
         assert not self._held_S[slot], f"slot {slot} is already charged"
         self._held_S[slot] = True
         self._ragged_S[slot] = demand.ragged
-        self._tokens_S[slot] = prompt_tokens
+        self._tokens_S[slot] = self._prompt_S[slot] = prompt_tokens
         self._ring_bytes_SW[slot] = demand.ring_bytes
         self._kept_SLH[slot] = demand.rows
         self._pages.open(slot, demand, reserve_tokens)
@@ -188,6 +190,19 @@ class Ledger:
         """Tokens kept per row after prefill, int32 [L, H]."""
         kept: NDArray[np.int32] = self._kept_SLH[slot].copy()
         return kept
+
+    def kept(self, slot: int, fed_tokens: int) -> KVUsage:
+        """What a slot keeps, and full retention would, with so many tokens fed after its prompt.
+
+        Its prefill has ended. Every row of the model counts once, however many ranks hold it, and
+        tokens count, not pages.
+        """
+        num_rows = self.num_layers * self.num_heads
+        grown_L = np.broadcast_to(self._pages.grown(slot, fed_tokens), self.num_layers)
+        kept = int(self._kept_SLH[slot].sum()) + int(grown_L.sum()) * self.num_heads
+        full = (self._prompt_S[slot] + fed_tokens) * num_rows
+        token_bytes = self.workers[0].page_bytes // self.page_tokens
+        return KVUsage(kept, int(full), kept * token_bytes, int(full) * token_bytes)
 
     def usage(self) -> Usage:
         """Bytes held by sequences where their prefill has ended, against full retention's.

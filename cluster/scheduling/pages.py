@@ -62,6 +62,13 @@ class PageCounts(Protocol):
         """Tokens that one step may feed: those up to the next compaction; None: any number."""
         ...
 
+    def grown(self, slot: int, fed_tokens: int) -> Ints:
+        """Tokens by which rows outgrow what prefill kept, once so many are fed.
+
+        Int64 [L], or [] where it is the same in all layers.
+        """
+        ...
+
 
 class SlotPages:
     """The pages of all slots, whatever their rows do; see `PageCounts`."""
@@ -113,6 +120,10 @@ class SlotPages:
     def room(self, slot: int) -> int | None:
         """See `PageCounts`."""
         return self._of(slot).room(slot)
+
+    def grown(self, slot: int, fed_tokens: int) -> Ints:
+        """See `PageCounts`."""
+        return self._of(slot).grown(slot, fed_tokens)
 
     def kept_now(self, slots: Ints, prefilled_NL: NDArray[np.float64]) -> NDArray[np.float64]:
         """Mean tokens that rows of each layer hold, [N, L], of what prefill left of them [N, L]."""
@@ -198,6 +209,10 @@ class TabulatedPages:
             return None
         cycle = Cycle(int(self._grace_S[slot]), int(self._slack_S[slot]))
         return cycle.room(int(self._fed_S[slot]))
+
+    def grown(self, slot: int, fed_tokens: int) -> Ints:
+        """See `PageCounts`."""
+        return self._grown(np.array([slot]), np.array([fed_tokens]))[0]  # type: ignore[no-any-return]
 
     def grown_by(self, slots: Ints) -> Ints:
         """Tokens by which rows of slots [N] outgrow what prefill kept, now."""
@@ -292,6 +307,10 @@ class TrimmedPages:
         """See `PageCounts`."""
         return self._open[slot].rows.room
 
+    def grown(self, slot: int, fed_tokens: int) -> Ints:
+        """See `PageCounts`."""
+        return self._open[slot].grown(fed_tokens)
+
     def replaced(self, slots: Ints, kept_NL: NDArray[np.float64]) -> NDArray[np.float64]:
         """Tokens by layer [N, L], with those of the slots that are open here in their place."""
         for place, trimmed in self._among(slots):
@@ -327,6 +346,15 @@ class _TrimmedSlot:
         fed = self.holds_W * self.growth.pages(self.rows.stored + num_tokens)
         peak: Ints = np.maximum(fed, self.charged())
         return peak
+
+    def grown(self, fed_tokens: int) -> Ints:
+        """By layer [L]; of fewer tokens than it was fed, which overran a stop, by feeding again."""
+        rows = self.rows
+        if fed_tokens != self._fed:
+            rows = self.growth.rows.copy()
+            for _ in range(fed_tokens):
+                rows.feed(1)
+        return rows.stored - self.growth.rows.stored
 
     def feed(self, num_tokens: int) -> Ints:
         peak = self.peak(num_tokens)

@@ -58,6 +58,13 @@ class Landing:
         for slot in self._refused:
             self._refuse(self._draft.sequences[slot], alone=self._draft.num_held == 1)
 
+    def take_prompts(self) -> None:
+        """Note the scores of prompts."""
+        for scores in (scores for result in self._results for scores in result.prompts):
+            sequence = self._draft.sequences[scores.slot]
+            if scores.slot not in self._refused and not _is_void(sequence):
+                sequence.prompt_scores = scores
+
     def take_tokens(self) -> None:
         """Append the sampled tokens, and end what they end."""
         sampled = {token.slot: token for result in self._results for token in result.sampled}

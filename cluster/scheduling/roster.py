@@ -90,6 +90,9 @@ class Roster:
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         elif sequence.status is Status.RUNNING:
+            if self.ledger.is_exact(sequence.held_slot):
+                fed = max(len(sequence.known_after_prompt) - 1, 0)  # nothing follows the last one
+                sequence.kv_cache = self.ledger.kept(sequence.held_slot, fed)
             self.vacate(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason

@@ -202,6 +202,7 @@ class Scheduler:
         landing.count_down()
         landing.end_faulty()
         landing.retry_refused()
+        landing.take_prompts()
         landing.take_tokens()
         landing.take_scores()
         landing.settle_refused()

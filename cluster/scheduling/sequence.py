@@ -1,15 +1,15 @@
 """What the scheduler knows about a request and its choices. Plain values, no tensors."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
 import numpy as np
 
-from saqqara.cluster.outcome import ErrorCode, FinishReason
+from saqqara.cluster.outcome import ErrorCode, FinishReason, KVUsage
 from saqqara.compression.retention import Retention
-from saqqara.workers.plan import NewSequence, SamplingSpec
+from saqqara.workers.plan import NewSequence, PromptScores, SamplingSpec
 
 
 class OutputEnd(Protocol):
@@ -104,6 +104,8 @@ class Sequence:
     stop_reason: int | str | None = None
     error: str | None = None
     error_code: ErrorCode | None = None
+    prompt_scores: PromptScores | None = None
+    kv_cache: KVUsage | None = None  # once it has finished, if it was prefilled then
     prompt_hash: int = field(init=False)
     prompt_tokens: int = field(init=False)
     is_score: bool = field(init=False)
@@ -167,11 +169,14 @@ class Sequence:
     def new_sequence(self, shares_prefill_with: int | None = None) -> NewSequence:
         """What the workers are told when it takes its slot."""
         tokens = (*self.request.prompt_token_ids, *self.known_after_prompt)
+        spec = self.spec
+        if self.prompt_scores is not None:  # they are known since an earlier prefill
+            spec = replace(spec, num_prompt_logprobs=None)
         return NewSequence(
             slot=self.held_slot,
             token_ids=np.asarray(tokens, dtype=np.int32).tobytes(),
             prompt_tokens=self.prompt_tokens,
-            sampling=self.spec,
+            sampling=spec,
             retention=self.request.retention,
             score=self.is_score,
             shares_prefill_with=shares_prefill_with,

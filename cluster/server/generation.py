@@ -20,6 +20,7 @@ from saqqara.cluster.openai.requests import (
     GenerationRequest,
     check_model,
 )
+from saqqara.cluster.openai.shown import ANSWER_ONLY, Shown
 from saqqara.cluster.openai.tools.reader import PLAIN, AnswerFormat
 from saqqara.cluster.openai.tools.style import ChatStyle
 from saqqara.cluster.outcome import check_room
@@ -40,16 +41,19 @@ LONG_TEXT_CHARS = 8192  # a longer text is tokenised in a thread: it takes milli
 class Job:
     """A request that is checked and tokenised.
 
-    `names` are what the client calls the engine's fields. `answers` says how the answers to a chat
-    are read, and `visible_tokens` which special tokens that needs.
+    `names` are what the client calls the engine's fields; `texts` what prompts were made of.
+    `answers` says how the answers to a chat are read, and `visible_tokens` which special tokens
+    that needs.
     """
 
     prompts: tuple[tuple[int, ...], ...]
+    texts: tuple[str | None, ...]
     names: Mapping[str, str]
     sampling: SamplingParams
     retention: Retention
     priority: int = 0
     deadline: float | None = None  # in the time of the event loop
+    shown: Shown = ANSWER_ONLY
     answers: AnswerFormat = PLAIN
     visible_tokens: tuple[str, ...] = ()
 
@@ -71,6 +75,10 @@ class Generation:
     Attributes:
         admission: who may come in.
         tokenizer: as given.
+        model: its name in answers.
+        names: all names that requests may give.
+        trusts_templates: whether clients may bring chat templates.
+        shows_tokenizer: whether clients may read the tokenizer's settings.
         style: how the model writes thoughts and calls.
     """
 
@@ -82,6 +90,9 @@ class Generation:
         tokenizer: Tokenizer,
     ) -> None:
         self.model = config.model_loading_config.model_id
+        self.names = (self.model, *config.model_aliases)
+        self.trusts_templates = config.trust_request_chat_template
+        self.shows_tokenizer = config.enable_tokenizer_info_endpoint
         self._source = config.model_loading_config.model_source
         self.limits = config.limits
         self.tokenizer = tokenizer
@@ -144,11 +155,13 @@ class Generation:
         request.check_profile()
         sampling = request.sampling_params()
         retention = request.read_retention(self._retention)
+        texts: list[str | None] = [None]
         answers = PLAIN
         visible: tuple[str, ...] = ()
         if isinstance(request, ChatRequest):
             self._check_tools(request)
-            encoded = await self.encode_chat(request.messages, request.chat_options())
+            options = request.chat_options(trusts_templates=self.trusts_templates)
+            encoded = await self.encode_chat(request.messages, options)
             prompts = [self._fitting("messages", encoded)]
             answers = self.style.answer_format(
                 request.tool_use,
@@ -157,18 +170,24 @@ class Generation:
             )
             visible = self.style.markers(request.tool_use)
         else:
-            prompts = [await self._encode(p) for p in request.prompts(self.limits.max_prompts)]
+            given = request.prompts(self.limits.max_prompts)
+            adds = request.add_special_tokens is not False
+            prompts = [await self._encode(p, add_special_tokens=adds) for p in given]
+            texts = [prompt if isinstance(prompt, str) else None for prompt in given]
         job = Job(
             tuple(map(tuple, prompts)),
+            tuple(texts),
             request.names,
             sampling,
             retention,
             request.priority or 0,
             deadline,
+            request.shown,
             answers,
             visible,
         )
         self._check_lengths(job)
+        self._check_logprobs(job)
         if job.num_sequences > self.admission.capacity:
             raise ApiError(
                 400,
@@ -240,7 +259,7 @@ class Generation:
         What was given as `--model` names it, too, as in vLLM; errors do not tell where it lies.
         """
         if model != self._source:
-            check_model(model, [self.model])
+            check_model(model, self.names)
 
     def _check_tools(self, request: ChatRequest) -> None:
         try:
@@ -248,9 +267,10 @@ class Generation:
         except ValueError as error:
             raise ApiError.of(error) from None
 
-    async def _encode(self, prompt: str | list[int]) -> list[int]:
+    async def _encode(self, prompt: str | list[int], *, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
-            return self._fitting("prompt", await self.encode_text(prompt))
+            ids = await self.encode_text(prompt, add_special_tokens=add_special_tokens)
+            return self._fitting("prompt", ids)
         return prompt  # the engine checks what did not come from the tokenizer
 
     def _fitting(self, field: str, token_ids: list[int]) -> list[int]:
@@ -263,6 +283,26 @@ class Generation:
         if num_chars <= LONG_TEXT_CHARS:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+    def _check_logprobs(self, job: Job) -> None:
+        """Raise an `ApiError` where the answer could have more than this server gives."""
+        sampling, most = job.sampling, 0
+        for prompt in job.prompts:
+            if sampling.logprobs is not None:
+                room = self.max_model_len - len(prompt)
+                num_new = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+                most += sampling.n * num_new * (1 + sampling.logprobs)
+            if sampling.prompt_logprobs is not None:
+                most += len(prompt) * (1 + sampling.prompt_logprobs)
+        limit = self.limits.max_answer_logprobs
+        if most > limit:
+            raise ApiError(
+                400,
+                f"logprobs: the answer could have {most} log-probabilities, and this server gives "
+                f"{limit} at most; ask for fewer of them, or fewer tokens or choices",
+                job.names["logprobs"],
+                "limit_exceeded",
+            )
 
     def _check_lengths(self, job: Job) -> None:
         """Raise an `ApiError` for what has no room, before it waits in the queue."""
@@ -285,6 +325,8 @@ class Generation:
             priority=job.priority,
             timeout_seconds=_seconds_until(job.deadline),
             stream=stream,
+            prompt_text=job.texts[place] if job.shown.echo else None,
+            echo=job.shown.echo,
             must_fit=True,
             visible_tokens=job.visible_tokens,
         )

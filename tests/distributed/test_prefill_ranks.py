@@ -3,11 +3,12 @@
 All ranks of a stage select the same tokens, and stages hand over positions.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.plans import new_sequence, run_greedy
+from support.plans import GREEDY, new_sequence, prefill_plan, run_greedy
 from support.ranks import Job, RankRun, run_on_ranks, sampled_tokens
 from support.tiny import VOCAB, save_tiny
 
@@ -60,12 +61,29 @@ def make_shared() -> list[NewSequence]:
     ]
 
 
+def make_scored() -> list[NewSequence]:
+    """Prompts whose tokens are scored, beside others: one alone, one that a follower asks of."""
+    wanted = replace(GREEDY, num_prompt_logprobs=3)
+    first, short, other = prompts()
+    return [
+        new_sequence(0, first),
+        new_sequence(1, first, sampling=wanted, retention=SNAPKV, shares_prefill_with=0),
+        new_sequence(2, short),
+        new_sequence(3, other, sampling=replace(GREEDY, num_prompt_logprobs=0)),
+    ]
+
+
 # 3 kv heads on 2 ranks are 2 + 1; on 4 ranks one is shared by two.
 CASES = {
     "pp2": (MeshLayout(pipeline_size=2), [2, 3], make_new(PYRAMID)),
     "tp2": (MeshLayout(tensor_size=2), [], make_new(PYRAMID)),
     "pp2xtp2": (MeshLayout(tensor_size=2, pipeline_size=2), [3], make_new(ONCE)),
     "tp4": (MeshLayout(tensor_size=4), [4], make_new(PYRAMID)),
+    "scored-pp2xtp2": (
+        MeshLayout(tensor_size=2, pipeline_size=2),
+        [1, 4],
+        make_scored(),
+    ),
     "shared-pp2": (MeshLayout(pipeline_size=2), [1, 3], make_shared()),
 }
 
@@ -121,6 +139,30 @@ def test_tokens_that_nobody_is_fed_block_no_stage(
     [[expected]] = run_greedy(alone, [prompts()[1]], 1)
     tokens = [t.token_id for t in sampled_tokens(runs["one-token"])[0]]
     assert tokens == [expected.token_id] * NUM_SHORT
+
+
+def test_ranks_together_score_prompts_as_one_does(
+    folder: Path, runs: dict[str, list[RankRun]]
+) -> None:
+    """The first rank of the last stage says it, and no other does."""
+    alone = Worker.local(make_config(folder, MeshLayout()).for_worker())
+    [_, first, _, other] = CASES["scored-pp2xtp2"][2]
+    by_rank = [[p for r in run.results for p in r.prompts] for run in runs["scored-pp2xtp2"]]
+    assert [len(scores) for scores in by_rank] == [0, 0, 2, 0]
+    for scores, new in zip(by_rank[2], (first, other), strict=True):
+        lone = replace(new, slot=0, shares_prefill_with=None)
+        [expected] = alone.execute(prefill_plan(alone, [lone])).prompts
+        alone.execute(StepPlan(1, free=(0,)))
+        assert scores.slot == new.slot
+        assert (scores.top_ids, scores.ranks) == (expected.top_ids, expected.ranks)
+        for got, want in (
+            (scores.logprobs, expected.logprobs),
+            (scores.top_logprobs, expected.top_logprobs),
+        ):
+            numbers = np.frombuffer(got, np.float32), np.frombuffer(want, np.float32)
+            np.testing.assert_allclose(*numbers, atol=1e-4)  # sums over ranks round otherwise
+    assert len(by_rank[2][0].top_ids) == 4 * 3 * (first.prompt_tokens - 1)
+    assert by_rank[2][1].top_ids == b""
 
 
 @pytest.mark.parametrize("case", CASES)

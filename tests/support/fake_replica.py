@@ -24,6 +24,7 @@ from saqqara.workers.plan import (
     KeptCounts,
     NewSequence,
     PrefillGroup,
+    PromptScores,
     SampledToken,
     ScoredTokens,
     StepPlan,
@@ -190,6 +191,7 @@ class FakeReplica:
         self.is_shut_down = False
         self.plans: list[StepPlan] = []
         self.prefilled_tokens = 0  # of prompts, computed to the end
+        self.num_prompts_scored = 0
 
     @property
     def workers(self) -> list[WorkerInfo]:
@@ -240,6 +242,7 @@ class FakeReplica:
         faults = self._take_faults(plan)
         for fault in faults:
             self.fakes[-1].give_up(fault.slot)
+        prompts = self._score_prompts(ended)
         sampled, scored = self._read_out(plan, ended)
         last = len(self.stages) - 1
         return [
@@ -248,6 +251,7 @@ class FakeReplica:
                 rank=worker.info.rank,
                 sampled=sampled if self._speaks(worker, last) else (),
                 scored=scored if self._speaks(worker, last) else (),
+                prompts=prompts if self._speaks(worker, last) else (),
                 kept=kept[worker.info.rank],
                 refused=tuple(sorted(worker.refused - before[worker.info.rank])),
                 faults=faults if worker is self.fakes[-1] else (),
@@ -422,6 +426,22 @@ class FakeReplica:
             tuple(s for s in sampled if s.slot not in refused),
             tuple(s for s in scored if s.slot not in refused),
         )
+
+    def _score_prompts(self, ended: list[int]) -> tuple[PromptScores, ...]:
+        """Scores of prompts that ask for them, the best tokens left out."""
+        found = []
+        refused = set().union(*(worker.refused for worker in self.fakes))
+        for slot in ended:
+            new = self.slots[slot].new
+            if new.sampling.num_prompt_logprobs is None or slot in refused:
+                continue
+            tokens = self.slots[slot].tokens[: new.prompt_tokens]
+            scores = [token_logprob(tokens[:p], tokens[p]) for p in range(1, len(tokens))]
+            logprobs = np.array([logprob for logprob, _ in scores], dtype=np.float32)
+            ranks = np.array([rank for _, rank in scores], dtype=np.int32)
+            found.append(PromptScores(slot, logprobs.tobytes(), ranks.tobytes()))
+        self.num_prompts_scored += len(found)
+        return tuple(found)
 
     def _sample(self, slot: int) -> SampledToken:
         held = self.slots[slot]

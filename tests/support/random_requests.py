@@ -72,6 +72,9 @@ OTHERS = {  # fields of SamplingParams
         ({}, {0: -100}, {VOCAB - 1: 100}),
         ({VOCAB: 1.0}, {-1: 1.0}, {1: 101.0}, {1: -101.0}, {1: float("nan")}, [1]),
     ),
+    "truncation_side": Other(
+        lambda random: random.choice(["left", "right"]), ("left", "right"), ("middle", 7, ["left"])
+    ),
     "ignore_eos": FLAG,
     "detokenize": Other(lambda _: True, FLAG.edges, FLAG.wrong),  # HTTP takes no other
     "skip_special_tokens": FLAG,
@@ -268,11 +271,13 @@ def batches(
 
 def _request(draw: _Draw) -> Drawn:
     random = draw.random
+    retention, budget = _retention(draw)
     sampling: dict[str, Any] = {"max_tokens": draw.number("max_tokens")}
     names = [name for name in (*SAMPLING, *OTHERS) if name not in sampling]
+    if _propagates(retention):  # then there are none of the prompt
+        names.remove("prompt_logprobs")
     for name in random.sample(names, random.choice([0, 1, 1, 2, 2, 3, 4, 6])):
         sampling[name] = draw.number(name) if name in SAMPLING else draw.other(name)
-    retention, budget = _retention(draw)
     length = random.randint(1, CONTEXT - 8)
     prompt: list[Any] | str = [(7 * i + length) % VOCAB for i in range(length)]
     if draw.chance(4):
@@ -283,6 +288,11 @@ def _request(draw: _Draw) -> Drawn:
         prompt = [1] * CONTEXT
     priority = draw.number("priority")
     return Drawn(prompt, sampling, retention, budget, priority, tuple(draw.tried), draw.is_wrong)
+
+
+def _propagates(retention: Mapping[str, Any] | str | None) -> bool:
+    given = presets()[retention] if isinstance(retention, str) else retention or {}
+    return given.get("propagate") is not None
 
 
 def _retention(draw: _Draw) -> tuple[Mapping[str, Any] | str | None, Any]:

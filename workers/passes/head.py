@@ -1,8 +1,10 @@
 """The end of the last stage: from hidden states to sampled tokens and scored ones.
 
 Shapes: S sampled positions, T decoded tokens, M scored tokens of one sequence, E hidden size,
-V vocabulary.
+V vocabulary, N tokens of a prompt, K best tokens.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.models.decoder import Decoder, chunks
-from saqqara.workers.plan import SampledToken, ScoredTokens, StepPlan
+from saqqara.workers.plan import PromptScores, SampledToken, ScoredTokens, StepPlan
 from saqqara.workers.state.faults import Faults
 from saqqara.workers.state.slots import SlotTable, Target, ended
 from saqqara.workers.transfer import to_device
@@ -103,29 +105,77 @@ class Head:
             row += item.num_tokens
         return scored
 
+    def score_prompts(self, whole: dict[int, Tensor]) -> list[PromptScores]:
+        """Log-probabilities of the tokens of prompts, whose hidden states [n, E] are `whole`."""
+        scored: list[PromptScores] = []
+        for slot, hidden_NE in whole.items():
+            num_top = self._slots[slot].sampling.num_prompt_logprobs or 0
+            with self._faults.blame([slot], "scoring"):
+                scores = self._scores(slot, 1, hidden_NE[:-1], num_top)
+                scored.append(
+                    PromptScores(
+                        slot,
+                        logprobs=scores.logprobs_M.numpy().tobytes(),
+                        ranks=scores.ranks_M.numpy().tobytes(),
+                        top_ids=scores.top_ids_MK.numpy().tobytes(),
+                        top_logprobs=scores.top_logprobs_MK.numpy().tobytes(),
+                    )
+                )
+        return scored
+
     def _score(self, slot: int, position: int, hidden_ME: Tensor) -> ScoredTokens:
         """Score the known tokens at `position` and after, predicted by `hidden_ME`."""
+        num_top = self._slots[slot].sampling.num_logprobs or 0
+        scores = self._scores(slot, position, hidden_ME, num_top)
+        best = (
+            (scores.top_ids_MK.tolist(), scores.top_logprobs_MK.tolist()) if num_top else ([], [])
+        )
+        return ScoredTokens(
+            slot,
+            position,
+            tuple(scores.logprobs_M.tolist()),
+            tuple(scores.ranks_M.tolist()),
+            tuple(map(tuple, best[0])),
+            tuple(map(tuple, best[1])),
+        )
+
+    def _scores(self, slot: int, position: int, hidden_ME: Tensor, num_top: int) -> "_Scores":
+        """Scores of the known tokens at `position` and after, predicted by `hidden_ME`."""
         known = self._slots.tokens[slot, position : position + len(hidden_ME)]
         wanted_M1 = torch.from_numpy(known).to(hidden_ME.device).long()[:, None]
-        num_top = self._slots[slot].sampling.num_logprobs or 0
-        logprobs: list[float] = []
-        ranks: list[int] = []
-        top_ids: list[tuple[int, ...]] = []
-        top_logprobs: list[tuple[float, ...]] = []
+        scores = _Scores.empty(len(hidden_ME), min(num_top, self._decoder.spec.vocab_size))
         for chunk in chunks(len(hidden_ME), SCORE_CHUNK_TOKENS):
             logits = self._decoder.logits(hidden_ME[chunk])
             chosen = logits.gather(1, wanted_M1[chunk])
             total = logits.logsumexp(dim=-1, keepdim=True)
             if not total.isfinite().all():
                 self._faults.add(slot, not_finite(position + chunk.start))
-            logprobs += (chosen - total)[:, 0].tolist()
-            ranks += (1 + (logits > chosen).sum(dim=-1)).tolist()
+            scores.logprobs_M[chunk] = (chosen - total)[:, 0].cpu()
+            scores.ranks_M[chunk] = (1 + (logits > chosen).sum(dim=-1)).int().cpu()
             if num_top:
-                best = logits.topk(min(num_top, logits.shape[1]), dim=-1)
-                top_ids += map(tuple, best.indices.tolist())
-                top_logprobs += map(tuple, (best.values - total).tolist())
-        return ScoredTokens(
-            slot, position, tuple(logprobs), tuple(ranks), tuple(top_ids), tuple(top_logprobs)
+                best = logits.topk(scores.top_ids_MK.shape[1], dim=-1)
+                scores.top_ids_MK[chunk] = best.indices.int().cpu()
+                scores.top_logprobs_MK[chunk] = (best.values - total).cpu()
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Log-probabilities (float32) and ranks (int32) of known tokens, and the K best beside them."""
+
+    logprobs_M: Tensor
+    ranks_M: Tensor
+    top_ids_MK: Tensor
+    top_logprobs_MK: Tensor
+
+    @classmethod
+    def empty(cls, num_tokens: int, num_top: int) -> "_Scores":
+        """Room for the scores, on the host."""
+        return cls(
+            torch.empty(num_tokens),
+            torch.empty(num_tokens, dtype=torch.int32),
+            torch.empty(num_tokens, num_top, dtype=torch.int32),
+            torch.empty(num_tokens, num_top),
         )
 
 

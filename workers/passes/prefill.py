@@ -10,7 +10,6 @@ D head dim.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -21,42 +20,16 @@ from saqqara.compression.selecting import select
 from saqqara.workers.attention.base import CuSeqlens
 from saqqara.workers.kv.prompts import PromptWrite, write_prompts
 from saqqara.workers.models.decoder import chunks
-from saqqara.workers.models.layer import QKV, Layer, Places
+from saqqara.workers.models.layer import QKV, Layer
 from saqqara.workers.plan import PrefillGroup, StepPlan
 from saqqara.workers.retain.observe import observe_prompt, prompt_mass
 from saqqara.workers.retain.propagate import PropagatingPrompt, surviving_rows
 from saqqara.workers.shard import Shard
 from saqqara.workers.transfer import to_device
 
+from .parked import Finals, ParkedPrefill, last_rows
+
 Selection = Tensor | list[Tensor] | None
-
-
-@dataclass
-class ParkedPrefill:
-    """A prefill group between two layer ranges: hidden states [T, E] and where they stand.
-
-    `families` has the slots by their leader. `cu` delimits each leader's tokens that are still on
-    their way, in the order of their positions.
-    """
-
-    families: dict[int, list[int]]
-    hidden_TE: Tensor
-    places: Places
-    cu: CuSeqlens
-
-    @property
-    def num_tokens(self) -> int:
-        """Packed tokens, T."""
-        return self.hidden_TE.shape[0]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that the group holds while it is parked."""
-        return self.hidden_TE.nbytes + self.places.num_bytes
-
-    def narrow(self, rows_T: Tensor, places: Places, cu: CuSeqlens) -> None:
-        """Go on with these rows only."""
-        self.hidden_TE, self.places, self.cu = self.hidden_TE.index_select(0, rows_T), places, cu
 
 
 class Prefill:
@@ -84,19 +57,19 @@ class Prefill:
         for slots in [slots for slots in self._parked if slot in slots]:
             del self._parked[slots]
 
-    def run(self, plan: StepPlan) -> dict[int, Tensor]:
+    def run(self, plan: StepPlan) -> Finals:
         """Advance every group of the plan.
 
         Returns:
-            The last hidden state [E] of each slot that is through the model's last layer.
+            Hidden states of the slots that are through the model's last layer.
         """
-        finals: dict[int, Tensor] = {}
+        finals = Finals()
         # What this stage holds already goes first: what is handed over arrives later.
         for group in sorted(plan.prefill, key=self._is_handed_over):
-            finals.update(self._advance(group))
+            self._advance(group, finals)
         return finals
 
-    def _advance(self, group: PrefillGroup) -> dict[int, Tensor]:
+    def _advance(self, group: PrefillGroup, finals: Finals) -> None:
         part, slots = self._part, group.slots
         if group.start_layer == 0 and part.mesh.is_first_stage:
             self._parked[slots] = self._embed(slots)
@@ -105,19 +78,17 @@ class Prefill:
         start = max(group.start_layer, part.layers.start)
         stop = min(group.stop_layer, part.layers.stop)
         if start >= stop:
-            return {}
-        parked, finals = self._parked[slots], {}
+            return
+        parked = self._parked[slots]
         with self._shard.clock.phase("prefill"):
             for layer in range(start, min(stop, part.spec.num_layers - 1)):
                 self._layer(layer, parked)
             if stop == part.spec.num_layers:
-                last = zip(parked.families.values(), self._last_layer(parked), strict=True)
-                finals = {slot: hidden_E for family, hidden_E in last for slot in family}
+                self._last_layer(parked, finals)
         if stop == part.layers.stop:
             del self._parked[slots]
             if not part.mesh.is_last_stage:
                 self._send(parked)
-        return finals
 
     def _is_handed_over(self, group: PrefillGroup) -> bool:
         """Whether the previous stage finishes its part of the group in this range."""
@@ -188,19 +159,37 @@ class Prefill:
                 hidden = parked.hidden_TE[chunk]
                 weights.finish(hidden, attended[chunk], out=hidden)
 
-    def _last_layer(self, parked: ParkedPrefill) -> Tensor:
-        """The model's last layer: queries and MLP only where the next token comes from, [N, E]."""
+    def _last_layer(self, parked: ParkedPrefill, finals: Finals) -> None:
+        """The model's last layer: queries and MLP only where a token is sampled or scored."""
         part = self._part
         layer = part.spec.num_layers - 1
         weights = part.decoder.layers[layer - part.layers.start]
         qkv = self._project(weights, parked)
-        last_N = parked.cu.device[1:].long() - 1
-        one_each = CuSeqlens.of([1] * len(parked.families), part.device)
-        attended = part.backend.prefill(
-            qkv.q[last_N], qkv.k, qkv.v, one_each, parked.cu, part.scale
-        )[0]
+        wanted = CuSeqlens.of(self._num_wanted(parked), part.device)
+        rows_R = last_rows(wanted, parked.cu)
+        attended = part.backend.prefill(qkv.q[rows_R], qkv.k, qkv.v, wanted, parked.cu, part.scale)[
+            0
+        ]
         self._retain(layer, parked, qkv, None)
-        return weights.finish(parked.hidden_TE[last_N], attended)
+        del qkv
+        hidden_RE = parked.hidden_TE[rows_R]
+        for chunk in chunks(len(hidden_RE), part.config.linear_chunk_tokens):
+            weights.finish(hidden_RE[chunk], attended[chunk], out=hidden_RE[chunk])
+        for family, stop, length in zip(
+            parked.families.values(), wanted.host[1:], wanted.lengths, strict=True
+        ):
+            for slot in family:
+                finals.last[slot] = hidden_RE[stop - 1]
+                if self._shard.slots[slot].scores_prompt:
+                    finals.whole[slot] = hidden_RE[stop - length : stop]
+
+    def _num_wanted(self, parked: ParkedPrefill) -> list[int]:
+        """How many of each prompt's last tokens go through the whole of the last layer."""
+        slots = self._shard.slots
+        return [
+            length if any(slots[slot].scores_prompt for slot in family) else 1
+            for family, length in zip(parked.families.values(), parked.cu.lengths, strict=True)
+        ]
 
     def _propagate(
         self, layer: int, parked: ParkedPrefill, qkv: QKV, lse: Tensor | None

@@ -25,6 +25,11 @@ class Slot:
     leader: int
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether its prompt's tokens get log-probabilities."""
+        return self.sampling.num_prompt_logprobs is not None
+
+    @property
     def samples_after_prefill(self) -> bool:
         """Whether the end of prefill is where the next token comes from."""
         return not self.score and self.known_tokens == self.prompt_tokens

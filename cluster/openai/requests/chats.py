@@ -7,7 +7,7 @@ from pydantic import BaseModel, PrivateAttr, model_validator
 
 from saqqara.cluster.chat import ChatOptions
 from saqqara.cluster.openai.errors import ApiError
-from saqqara.cluster.openai.fields import IdleChatFields
+from saqqara.cluster.openai.fields import IdleChatFields, SmallObject
 from saqqara.cluster.openai.tools.choice import NO_TOOLS, ToolUse, read_tool_use
 from saqqara.cluster.sampling import FailFastList
 
@@ -19,7 +19,9 @@ class ChatFields(BaseModel):
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: SmallObject | None = None
+    chat_template: str | None = None
+    add_special_tokens: bool | None = None
     tools: list[Any] | None = None
 
     @property
@@ -27,17 +29,28 @@ class ChatFields(BaseModel):
         """The tools that the model is told of."""
         return self.tools or ()
 
-    def chat_options(self) -> ChatOptions:
+    def chat_options(self, *, trusts_templates: bool = False) -> ChatOptions:
         """The options.
+
+        Args:
+            trusts_templates: take a template from the client: it is a program.
 
         Raises:
             ApiError: they do not go together; names the field.
         """
+        if self.chat_template and not trusts_templates:
+            message = (
+                "chat_template: templates are taken from clients only where the server was started "
+                "with --trust-request-chat-template; leave it out"
+            )
+            raise ApiError(400, message, "chat_template", "invalid_value")
         try:
             return ChatOptions(
                 add_generation_prompt=self.add_generation_prompt,
                 continue_final_message=bool(self.continue_final_message),
                 template_args=self.chat_template_kwargs or {},
+                chat_template=self.chat_template or None,
+                add_special_tokens=bool(self.add_special_tokens),
                 tools=self.offered_tools,
             )
         except ValueError as error:

@@ -1,9 +1,12 @@
 """`POST /v1/completions`."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.fields import IdleCompletionFields
+from saqqara.cluster.openai.shown import Shown
 from saqqara.cluster.sampling import FailFastList
 
 from .generation import GenerationRequest
@@ -15,6 +18,35 @@ class CompletionRequest(GenerationRequest, IdleCompletionFields):
 
     prompt: str | FailFastList[int] | FailFastList[str] | FailFastList[FailFastList[int]]
     logprobs: int | None = None
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """See `GenerationRequest`."""
+        if self.echo and self.prompt_logprobs is None:
+            return {**super().names, "prompt_logprobs": "echo"}
+        return super().names
+
+    @property
+    def shown(self) -> Shown:
+        """See `GenerationRequest`."""
+        return replace(super().shown, echo=bool(self.echo), answer=not self._is_prompt_only)
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """See `GenerationRequest`."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in wanted if number is not None), default=None)
+
+    @property
+    def max_new_tokens(self) -> tuple[str, int | None]:
+        """See `GenerationRequest`; with `echo` there may be no answer: one token is left out."""
+        return "max_tokens", 1 if self._is_prompt_only else self.max_tokens
+
+    @property
+    def _is_prompt_only(self) -> bool:
+        return bool(self.echo) and self.max_tokens == 0
 
     @property
     def num_logprobs(self) -> int | None:

@@ -5,12 +5,13 @@ Names and meaning are OpenAI's; beyond those there are vLLM's sampling extension
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.fields import IdleFields, StreamOptions
+from saqqara.cluster.openai.shown import Shown
 from saqqara.cluster.sampling import FEW_ENTRIES, FailFastList, SamplingParams
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import ServerLimits
@@ -25,7 +26,7 @@ _SAMPLING_FIELDS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos", "min_tokens"),
     *("skip_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens"),
-    *("allowed_token_ids", "bad_words"),
+    *("truncation_side", "allowed_token_ids", "bad_words"),
 )
 
 
@@ -39,6 +40,7 @@ class GenerationRequest(IdleFields):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
     n: int | None = None
+    best_of: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
@@ -58,6 +60,10 @@ class GenerationRequest(IdleFields):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     retention: str | dict[str, Any] | None = None
     budget: int | str | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
@@ -67,6 +73,17 @@ class GenerationRequest(IdleFields):
     def _check_stream(self) -> Self:
         if self.include_usage and not self.stream:
             raise ValueError("stream_options needs stream=true")
+        if self.continuous_usage and not self.include_usage:
+            raise ValueError(
+                "stream_options: continuous_usage_stats needs include_usage=true, and stream=true"
+            )
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs cannot be streamed; leave stream out")
+        if self.best_of is not None:
+            if self.best_of < (self.n or 1):
+                raise ValueError(f"best_of must be at least n={self.n or 1}, not {self.best_of}")
+            if self.stream and self.best_of > (self.n or 1):
+                raise ValueError("best_of cannot be streamed: the best is known at the end")
         return self
 
     @property
@@ -74,9 +91,28 @@ class GenerationRequest(IdleFields):
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every event of a stream has the usage so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    @property
+    def shown(self) -> Shown:
+        """What the answer shows of what is computed."""
+        return Shown(
+            num_choices=self.n or 1,
+            num_logprobs=self.num_logprobs,
+            num_prompt_logprobs=self.prompt_logprobs,
+            token_ids=bool(self.return_token_ids),
+            prompt_token_ids=bool(self.return_token_ids),
+            tokens_as_ids=bool(self.return_tokens_as_token_ids),
+        )
+
     def check_limits(self, limits: ServerLimits) -> None:
         """Raise an `ApiError` if the request asks for more than this server gives."""
         check_limit("n", self.n or 1, limits.max_n)
+        check_limit("best_of", self.best_of or 1, limits.max_n)
+        check_limit("prompt_logprobs", self.prompt_logprobs or 0, limits.max_logprobs)
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         check_limit("stop", len(stops), limits.max_stop, " strings")
         check_limit(self.logprobs_field, self.num_logprobs or 0, limits.max_logprobs)
@@ -108,6 +144,7 @@ class GenerationRequest(IdleFields):
             "prompt": self.prompt_field,
             "max_tokens": self.max_new_tokens[0],
             "logprobs": self.logprobs_field,
+            **({} if self.best_of is None else {"n": "best_of"}),
         }
 
     @property
@@ -119,6 +156,11 @@ class GenerationRequest(IdleFields):
     def num_logprobs(self) -> int | None:
         """Best tokens wanted beside the sampled one; None for no log-probabilities."""
         raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Best tokens wanted beside each of the prompt's; None for no log-probabilities of it."""
+        return self.prompt_logprobs
 
     @property
     def max_new_tokens(self) -> tuple[str, int | None]:
@@ -142,6 +184,9 @@ class GenerationRequest(IdleFields):
         given = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
         given["max_tokens"] = self.max_new_tokens[1]
         given["logprobs"] = self.num_logprobs
+        given["prompt_logprobs"] = self.num_prompt_logprobs
+        if self.best_of is not None and self.best_of > (self.n or 1):  # chosen by their likelihood
+            given |= {"n": self.best_of, "logprobs": self.num_logprobs or 0}
         given["logit_bias"] = _token_ids(self.logit_bias or {}) or None
         given = {name: value for name, value in given.items() if value is not None}
         usual = {"max_tokens": self.default_max_tokens, **(defaults or {})}

@@ -10,14 +10,17 @@ from .chats import ChatFields
 
 
 class TokenizeRequest(ChatFields):
-    """`POST /tokenize`: a text, or a chat as its template writes it."""
+    """`POST /tokenize`: a text, or a chat as its template writes it.
+
+    `add_special_tokens` is true by default for a text, and false for a chat.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     prompt: str | None = None
     messages: FailFastList[dict[str, Any]] | None = None
-    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

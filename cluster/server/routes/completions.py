@@ -3,21 +3,29 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from saqqara.cluster.openai.events import event_stream
-from saqqara.cluster.openai.replies import ReplyHead, check_served, full_reply
-from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest
+from saqqara.cluster.openai.replies import (
+    ReplyHead,
+    check_served,
+    full_reply,
+    in_pieces,
+    num_logprobs,
+)
+from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from saqqara.cluster.request import RequestOutput
 from saqqara.cluster.server.docs import Endpoint
 from saqqara.cluster.server.generation import Job
 from saqqara.cluster.server.io import EventStream, unless_disconnected, until
 
 from .base import Door, json_reply, register
+
+MANY_LOGPROBS = 2_000  # more take milliseconds to spell and write
 
 
 class CompletionRoutes:
@@ -66,13 +74,13 @@ class CompletionRoutes:
             created=int(time.time()),
             model=self._generation.model,
             is_chat=is_chat,
-            num_logprobs=job.sampling.logprobs or 0,
+            shown=job.shown,
             answers=job.answers,
         )
         if not body.stream:
             outputs = await unless_disconnected(request, self._finished(job))
-            return json_reply(full_reply(head, outputs, job.sampling.n))
-        events = self._events(head, job, include_usage=body.include_usage)
+            return await _whole(head, outputs)
+        events = self._events(head, job, body)
         first = await unless_disconnected(request, _next(events))
         return EventStream(first, events)
 
@@ -86,16 +94,32 @@ class CompletionRoutes:
         return [outputs[place] for place in sorted(outputs)]
 
     async def _events(
-        self, head: ReplyHead, job: Job, *, include_usage: bool
+        self, head: ReplyHead, job: Job, body: GenerationRequest
     ) -> AsyncGenerator[bytes, None]:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._generation.admission.enter(job.num_sequences))
             outputs = self._generation.outputs(job, stream=True)
             await stack.enter_async_context(aclosing(outputs))
-            events = event_stream(head, outputs, job.sampling.n, include_usage=include_usage)
+            events = event_stream(
+                head,
+                outputs,
+                include_usage=body.include_usage,
+                continuous_usage=body.continuous_usage,
+            )
             await stack.enter_async_context(aclosing(events))
             async for piece in events:
                 yield piece
+
+
+async def _whole(head: ReplyHead, outputs: Sequence[RequestOutput]) -> Response:
+    """A whole answer; a large one is written in a thread, and others go on meanwhile."""
+    if num_logprobs(outputs) <= MANY_LOGPROBS:
+        return json_reply(full_reply(head, outputs))
+
+    def write() -> bytes:
+        return b"".join(in_pieces(full_reply(head, outputs)))
+
+    return Response(await asyncio.to_thread(write), media_type="application/json")
 
 
 async def _next(events: AsyncGenerator[bytes, None]) -> bytes:

@@ -173,7 +173,7 @@ HELLO = [{"role": "user", "content": "hello"}]
         (WRAPPED, "body", "missing"),
         ({**WRAPPED, "body": {}, "extra": 1}, "extra", "unknown key"),
         ({**WRAPPED, "method": "GET", "body": {}}, "method", "POST"),
-        ({**WRAPPED, "body": {"prompt": "x", "best_of": 2}}, "best_of", "not supported"),
+        ({**WRAPPED, "body": {"prompt": "x", "suffix": "y"}}, "suffix", "not supported"),
         ({**WRAPPED, "body": {"prompt": "x", "stream": True}}, "stream", "false"),
         ({**WRAPPED, "body": {"prompt": "x", "model": "gpt"}}, "model", "models/fake"),
         ({**WRAPPED, "body": {"messages": HELLO}}, "prompt", "required"),

@@ -36,6 +36,8 @@ DEFAULTS = {
     "skip_special_tokens": True,
     "include_stop_str_in_output": False,
     "truncate_prompt_tokens": None,
+    "truncation_side": "left",
+    "prompt_logprobs": None,
 }
 
 
@@ -78,6 +80,8 @@ def test_names_and_defaults_are_those_of_vllm() -> None:
         ("min_tokens", -1, "greater than or equal to 0"),
         ("stop_token_ids", [-1], "greater than or equal to 0"),
         ("logprobs", 21, "less than or equal to 20"),
+        ("prompt_logprobs", -1, "greater than or equal to 0"),
+        ("prompt_logprobs", 21, "less than or equal to 20"),
         ("truncate_prompt_tokens", -2, "greater than or equal to -1"),
         ("stop", 3, "valid tuple"),
         ("best_of", 2, "Extra inputs are not permitted"),
@@ -96,7 +100,6 @@ def test_a_bad_value_names_field_and_limit(field: str, value: object, limit: str
         ({"stop": ["a", ""]}, "stop: every string must have at least one character"),
         ({"bad_words": ["a", ""]}, "bad_words: every string must have at least one character"),
         ({"stop": "a", "detokenize": False}, "stop needs detokenize=True"),
-        ({"prompt_logprobs": 0}, r"prompt_logprobs is not supported: LLM.score\("),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens must be at most max_tokens=4, not 5"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be at least 1, or -1"),
     ],

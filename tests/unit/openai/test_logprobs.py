@@ -19,6 +19,7 @@ from support.byte_llama import save_tiny_llama
 from saqqara.cluster.engine.output import Choice
 from saqqara.cluster.engine.tokenizer import BROKEN, Tokenizer
 from saqqara.cluster.openai.replies import ChoiceProgress, ReplyHead, chunk_choice, full_reply
+from saqqara.cluster.openai.shown import Shown
 from saqqara.cluster.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.events import NewToken
@@ -77,19 +78,20 @@ def steps(
 
 
 def head(*, is_chat: bool, num_logprobs: int = 5) -> ReplyHead:
-    return ReplyHead("id", 0, "model", is_chat, num_logprobs)
+    return ReplyHead("id", 0, "model", is_chat, Shown(num_logprobs=num_logprobs))
 
 
 def whole(outputs: Sequence[CompletionOutput], **kind: Any) -> dict[str, Any]:
     """The choice of an answer that is not streamed."""
     request = RequestOutput("r", None, (1,), (outputs[-1],), True, RequestMetrics(0.0))
-    reply = full_reply(head(**kind), [request], 1)["choices"][0]
+    reply = full_reply(head(**kind), [request])["choices"][0]
     return dict(json.loads(json.dumps(reply, allow_nan=False)))
 
 
 def streamed(outputs: Sequence[CompletionOutput], **kind: Any) -> list[dict[str, Any]]:
     sent = ChoiceProgress()
-    events = (chunk_choice(head(**kind), 0, output, sent) for output in outputs)
+    request = RequestOutput("r", None, (1,), (), False, RequestMetrics(0.0))
+    events = (chunk_choice(head(**kind), 0, request, output, sent) for output in outputs)
     return [event for event in events if event is not None]
 
 

@@ -86,6 +86,10 @@ def wrong(case: Case, param: str, code: str = "invalid_value") -> Case:
     return Case(case.fields, param, code, case.is_chat)
 
 
+def nested(depth: int) -> Json:
+    return {"a": nested(depth - 1)} if depth else {}
+
+
 CASES: dict[str, Case] = {
     # Answered.
     "chat without max_tokens": chat(max_tokens=...),
@@ -143,6 +147,27 @@ CASES: dict[str, Case] = {
     "a bias": completion(logit_bias={"7": 100}),
     "penalties": completion(repetition_penalty=1.3, presence_penalty=1, frequency_penalty=-0.5),
     "filters": completion(top_k=5, top_p=0.9, min_p=0.1, seed=1, temperature=1),
+    "an echo": completion(echo=True),
+    "an echo of token ids": completion(prompt=[70, 71, 72], echo=True, logprobs=1),
+    "an echo with logprobs": completion(echo=True, logprobs=2, max_tokens=1),
+    "an echo alone": completion(echo=True, logprobs=0, max_tokens=0),
+    "an echo of one token": completion(prompt=[70], echo=True, logprobs=3),
+    "an echo of several": completion(prompt=["ab", "cde"], n=2, echo=True, logprobs=1),
+    "logprobs of the prompt": completion(prompt_logprobs=2),
+    "logprobs of messages": chat(prompt_logprobs=1),
+    "ids in the answer": completion(return_token_ids=True),
+    "ids in the answer of a chat": chat(return_token_ids=True, logprobs=True, top_logprobs=1),
+    "tokens as ids": completion(logprobs=2, return_tokens_as_token_ids=True),
+    "tokens of a chat as ids": chat(logprobs=True, top_logprobs=2, return_tokens_as_token_ids=True),
+    "a best of three": completion(best_of=3, seed=5, temperature=1.5),
+    "two of the best of three": completion(n=2, best_of=3, seed=5, temperature=1.5, logprobs=1),
+    "the beginning of a prompt": completion(
+        prompt="abcdef", truncate_prompt_tokens=3, truncation_side="right", echo=True
+    ),
+    "a prompt without special tokens": completion(add_special_tokens=False, echo=True),
+    "a chat with special tokens": chat(add_special_tokens=True, return_token_ids=True),
+    "nested metadata": chat(metadata={"variables": {"{{USER}}": "me"}, "files": [{"a": [1]}]}),
+    "text parts": chat(messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]),
     "a truncated prompt": completion(prompt="x" * 500, truncate_prompt_tokens=-1),
     "a retention": completion(prompt="x" * 100, retention="streaming", budget=40),
     "allowed tokens": completion(allowed_token_ids=[70, 71, 72]),
@@ -219,10 +244,24 @@ CASES: dict[str, Case] = {
     "an effort": wrong(chat(reasoning_effort="high"), "reasoning_effort"),
     "a grammar": wrong(chat(guided_regex="a+"), "guided_regex"),
     "a beam": wrong(completion(use_beam_search=True), "use_beam_search"),
-    "an echo": wrong(completion(echo=True), "echo"),
-    "a best of two": wrong(completion(best_of=2), "best_of"),
-    "logprobs of the prompt": wrong(completion(prompt_logprobs=1), "prompt_logprobs"),
-    "ids in the answer": wrong(completion(return_token_ids=True), "return_token_ids"),
+    "an echo after a propagation": wrong(
+        completion(echo=True, logprobs=1, retention="pyramidinfer"), "echo"
+    ),
+    "logprobs of the prompt after a propagation": wrong(
+        completion(prompt_logprobs=1, retention="pyramidinfer"), "prompt_logprobs"
+    ),
+    "an echo in a chat": wrong(chat(echo=True), "echo"),
+    "no tokens without an echo": wrong(completion(max_tokens=0), "max_tokens"),
+    "a best of fewer": wrong(completion(n=3, best_of=2), "best_of"),
+    "a best of many": wrong(completion(best_of=200), "best_of", "limit_exceeded"),
+    "all logprobs of the prompt": wrong(completion(prompt_logprobs=-1), "prompt_logprobs"),
+    "too many logprobs of the prompt": wrong(
+        chat(prompt_logprobs=21), "prompt_logprobs", "limit_exceeded"
+    ),
+    "another side": wrong(completion(truncation_side="middle"), "truncation_side"),
+    "a suffix": wrong(completion(suffix="the end"), "suffix"),
+    "deep metadata": wrong(chat(metadata=nested(20)), "metadata"),
+    "much metadata": wrong(chat(metadata={str(i): i for i in range(2000)}), "metadata"),
     "another template": wrong(chat(chat_template="{{ 1 }}"), "chat_template"),
     "a setting as a variable": wrong(
         chat(chat_template_kwargs={"tokenize": False}), "chat_template_kwargs"

@@ -37,7 +37,8 @@ def test_no_request_ends_the_engine_or_is_answered_with_a_failure(
     runs.run(door, 3, num_batches, size=SIZE, num_aimed=NUM_AIMED, edges=edges)
     tally = runs.tallies[door]
     assert {*map(str, edges)} <= {*tally.tried}
-    assert tally.num_finished >= tally.counts.total() / 2, tally.counts
+    # Half of what is sent aims at edges, most of which are to be refused.
+    assert tally.num_finished >= 0.45 * tally.counts.total(), tally.counts
     assert all(error.startswith(UNFORESEEN) for error in tally.errors)
 
 

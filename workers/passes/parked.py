@@ -1,0 +1,64 @@
+"""What prefill holds between two layer ranges, and what it leaves after the last.
+
+Shapes: T packed tokens, R rows of them, n tokens of one prompt, E hidden size.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from saqqara.workers.attention.base import CuSeqlens
+from saqqara.workers.models.layer import Places
+from saqqara.workers.transfer import to_device
+
+
+@dataclass
+class ParkedPrefill:
+    """A prefill group between two layer ranges: hidden states [T, E] and where they stand.
+
+    `families` has the slots by their leader. `cu` delimits each leader's tokens that are still on
+    their way, in the order of their positions.
+    """
+
+    families: dict[int, list[int]]
+    hidden_TE: Tensor
+    places: Places
+    cu: CuSeqlens
+
+    @property
+    def num_tokens(self) -> int:
+        """Packed tokens, T."""
+        return self.hidden_TE.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the group holds while it is parked."""
+        return self.hidden_TE.nbytes + self.places.num_bytes
+
+    def narrow(self, rows_T: Tensor, places: Places, cu: CuSeqlens) -> None:
+        """Go on with these rows only."""
+        self.hidden_TE, self.places, self.cu = self.hidden_TE.index_select(0, rows_T), places, cu
+
+
+@dataclass
+class Finals:
+    """What left the model's last layer in one step, by slot.
+
+    `last` has the hidden state [E] of each prompt's last token, `whole` those of all of its tokens
+    [n, E], for slots whose prompts are scored.
+    """
+
+    last: dict[int, Tensor] = field(default_factory=dict)
+    whole: dict[int, Tensor] = field(default_factory=dict)
+
+
+def last_rows(wanted: CuSeqlens, cu: CuSeqlens) -> Tensor:
+    """The rows of the last tokens of each sequence of `cu`, as many as `wanted` has, int64 [R]."""
+    if wanted.max_len == 1:
+        return cu.device[1:].long() - 1
+    rows = [
+        np.arange(stop - length, stop)
+        for stop, length in zip(cu.host[1:], wanted.lengths, strict=True)
+    ]
+    return to_device(np.concatenate(rows), cu.device.device)
