@@ -238,7 +238,7 @@ CASES: dict[str, Case] = {
         "messages[0].content[0]",
     ),
     "tools": wrong(chat(tools=[FUNCTION]), "tools"),
-    "tools to be called": wrong(chat(tools=[FUNCTION], tool_choice="required"), "tool_choice"),
+    "tools to be called": wrong(chat(tools=[FUNCTION], tool_choice="required"), "tools"),
     "a format": wrong(chat(response_format={"type": "json_object"}), "response_format.type"),
     "a stored answer": wrong(chat(store=True), "store"),
     "an effort": wrong(chat(reasoning_effort="high"), "reasoning_effort"),
