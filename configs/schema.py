@@ -1,5 +1,6 @@
 """Every setting of engine and server, with its default, unit and check. Unknown keys are errors."""
 
+import os
 import re
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
@@ -241,6 +242,30 @@ class ServerLimits(BaseModel):
         return self
 
 
+class BatchLimits(BaseModel):
+    """How much the files and batches of a server may be; `key`: an API key, or all without keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_file_bytes: int = Field(200 * 2**20, ge=1, description="A larger file gets status 413.")
+    max_stored_bytes: int = Field(10 * 2**30, ge=1, description="All files of a key.")
+    max_files: int = Field(10_000, ge=1, description="Files of a key.")
+    max_active: int = Field(100, ge=1, description="Batches of a key that are not done.")
+    max_lines: int = Field(50_000, ge=1, description="Lines of a batch's input.")
+    max_line_bytes: int = Field(4 * 2**20, ge=1, description="Bytes of one of them.")
+    max_in_flight: int | None = Field(
+        None,
+        ge=1,
+        description="Sequences of batches that a replica runs at once; default: 3/4 of "
+        "max_num_seqs.",
+    )
+    lease_seconds: float = Field(
+        30.0,
+        ge=1,
+        description="A replica that is silent for so long has lost its batches to others.",
+    )
+
+
 class ServeConfig(BaseModel):
     """Settings of a server; the names are those that users of `ray.serve.llm` know."""
 
@@ -275,6 +300,19 @@ class ServeConfig(BaseModel):
     )
     ui: bool = Field(True, description="Whether there is a page at `/`.")
     limits: ServerLimits = ServerLimits()
+    batch_dir: str | None = Field(
+        None,
+        description="Folder of files and batches, shared by the replicas; default: there are none.",
+    )
+    batches: BatchLimits = BatchLimits()
+
+    @field_validator("batch_dir")
+    @classmethod
+    def _absolute(cls, folder: str | None) -> str | None:
+        """Replicas run elsewhere than where the setting was read."""
+        if folder == "":
+            raise ValueError("is empty")
+        return None if folder is None else os.path.abspath(os.path.expanduser(folder))
 
     @field_validator("allowed_origins")
     @classmethod

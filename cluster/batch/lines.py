@@ -12,7 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from saqqara.cluster.chat import check_messages
-from saqqara.cluster.openai.errors import ApiError, a_type
+from saqqara.cluster.openai.batches import (
+    CHAT_URL,
+    COMPLETIONS_URL,
+    check_not_streamed,
+    read_custom_id,
+    read_url_and_body,
+)
+from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.requests import (
     ChatRequest,
     CompletionRequest,
@@ -25,15 +32,12 @@ from saqqara.cluster.openai.tools.reader import PLAIN, AnswerFormat
 from saqqara.cluster.openai.tools.reading import ChatReading
 from saqqara.cluster.request import Request
 from saqqara.cluster.sampling import MAX_CHOICES
-from saqqara.cluster.settings import check_keys
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import MAX_TIMEOUT_SECONDS, ServerLimits
 
 logger = logging.getLogger(__name__)
 
-CHAT_URL = "/v1/chat/completions"
-COMPLETIONS_URL = "/v1/completions"
-WRAPPER_KEYS = ("custom_id", "method", "url", "body")
+URLS = (CHAT_URL, COMPLETIONS_URL)
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 # A server's limits are for its clients; a job's rows are its owner's.
 LIMITS = ServerLimits(
@@ -101,11 +105,11 @@ class RowParser:
         try:
             data = read_object(text, "the line")
             url = url_of(data)
-            custom_id = _custom_id(data, required=url is not None)
+            custom_id = read_custom_id(data, required=url is not None)
             if url is None:
                 return self._simple_row(line, custom_id, data)
-            is_chat = _body_url(data) == CHAT_URL
-            request = self._request(_given(data["body"]), is_chat=is_chat)
+            body_url, body = read_url_and_body(data, URLS)
+            request = self._request(_given(body), is_chat=body_url == CHAT_URL)
             return self._row(line, custom_id, url, request, {})
         except ApiError as error:
             return BadLine(line, custom_id, url, str(error), error.param, error.code)
@@ -155,8 +159,7 @@ class RowParser:
     ) -> Row:
         if not self.ignore_model:
             check_model(request.model, self._model_names())
-        if request.stream:
-            raise _invalid("stream must be false: a batch job writes whole answers", "stream")
+        check_not_streamed(request.stream, "a batch job")
         request.check_limits(LIMITS)
         request.check_profile()
         sampling = request.sampling_params(self.sampling)
@@ -192,6 +195,7 @@ class RowParser:
                 request.messages,
                 request.chat_options(),
                 request.tool_use,
+                is_held=request.structure is not None,
                 shows_thoughts=request.include_reasoning is not False,
             )
         except ValueError as error:
@@ -208,35 +212,6 @@ def url_of(data: Mapping[str, Any]) -> str | None:
         return None
     url = data.get("url")
     return url if isinstance(url, str) else ""
-
-
-def _custom_id(data: Mapping[str, Any], required: bool) -> str | None:
-    custom_id = data.get("custom_id")
-    if custom_id is None and not required:
-        return None
-    if not isinstance(custom_id, str):
-        wrong = "missing" if custom_id is None else a_type(custom_id)
-        raise _invalid(f"custom_id is {wrong}; it must be a string", "custom_id")
-    return custom_id
-
-
-def _body_url(data: Mapping[str, Any]) -> str:
-    """The endpoint of an OpenAI batch line, whose body is then an object."""
-    try:
-        check_keys(data, WRAPPER_KEYS)
-    except ValueError as error:
-        unknown = next(key for key in data if key not in WRAPPER_KEYS)
-        raise ApiError(400, str(error), unknown, "unknown_parameter") from None
-    if data.get("method") != "POST":
-        raise _invalid(f"method must be 'POST', not {data.get('method')!r:.80}", "method")
-    url = data.get("url")
-    if url not in (CHAT_URL, COMPLETIONS_URL):
-        raise _invalid(f"url must be {CHAT_URL!r} or {COMPLETIONS_URL!r}, not {url!r:.80}", "url")
-    body = data.get("body")
-    if not isinstance(body, dict):
-        wrong = "missing" if body is None else a_type(body)
-        raise _invalid(f"body is {wrong}; it must be an object with the request", "body")
-    return str(url)
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:

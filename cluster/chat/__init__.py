@@ -6,6 +6,7 @@ from .template import (
     Backend,
     ChatOptions,
     num_characters,
+    read_template,
     render_chat,
 )
 from .tools import TOOL_NAME, check_tool_name, check_tools
@@ -19,5 +20,6 @@ __all__ = [
     "check_tool_name",
     "check_tools",
     "num_characters",
+    "read_template",
     "render_chat",
 ]

@@ -75,6 +75,8 @@ def _check_message(message: Mapping[str, Any], field: str) -> dict[str, Any]:
     if message.get("content") is not None or not is_call:
         checked["content"] = _check_content(message["content"], f"{field}.content")
     for key, value in more.items():
+        if key == "type" and value in ("text", "message"):
+            continue  # lm-eval and the Responses API mark messages so
         checked_key, checked_value = _check_field(key, value, role, field)
         checked[checked_key] = checked_value
     if role == "tool" and "tool_call_id" not in checked:

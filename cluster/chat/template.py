@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -143,6 +144,24 @@ def _check_place_of_tools(
             f"messages[{calls[0]}].tool_calls: the model's chat template has no place for them; "
             "start with a --chat-template that has"
         )
+
+
+def read_template(path: str) -> str:
+    """A chat template from a file.
+
+    Raises:
+        ValueError: it cannot be read, or is no template.
+    """
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"chat_template: {path} cannot be read: {error}") from None
+    except TemplateSyntaxError as error:
+        raise ValueError(f"chat_template: {path}:{error.lineno}: {error.message}") from None
+    return text
 
 
 class _EndlessTemplateError(Exception):

@@ -130,7 +130,9 @@ class LocalClient:
             self._engine = Engine(config, executor, tokenizer, spec, sinks=sinks)
             metrics_address = None
             if config.metrics_port is not None:
-                port = self._engine.metrics.start_http_server(config.metrics_port, metrics_host)
+                port = self._engine.metrics.start_http_server(
+                    config.metrics_port, metrics_host, self._engine.live_stats
+                )
                 metrics_address = f"{metrics_host}:{port}"
         except BaseException:
             executor.shutdown()

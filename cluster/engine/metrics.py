@@ -1,13 +1,15 @@
 """Where an engine's numbers go: to every sink, under the names of `live/families.py`."""
 
 import threading
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import prometheus_client
 from prometheus_client import CollectorRegistry
 
+from saqqara.cluster.live.door import StatsDoor
 from saqqara.cluster.live.families import METRICS, MODEL_LABEL, SPECS, Kind, MetricSpec
+from saqqara.cluster.live.snapshot import LiveStats
 
 
 class Sink(Protocol):
@@ -93,8 +95,18 @@ class PrometheusSink:
         """The metrics in the Prometheus text format."""
         return prometheus_client.generate_latest(self.registry).decode()
 
-    def start_http_server(self, port: int = 0, host: str = "127.0.0.1") -> int:
-        """Serve /metrics in a thread and return the port (0 takes any free one).
+    def start_http_server(
+        self,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        read_stats: Callable[[], LiveStats] | None = None,
+    ) -> int:
+        """Serve /metrics, and with `read_stats` /stats, in a thread; returns the port.
+
+        Args:
+            port: 0 takes any free one.
+            host: address to listen on.
+            read_stats: what the engine shows.
 
         Raises:
             OSError: the port is taken.
@@ -103,9 +115,14 @@ class PrometheusSink:
         server, thread = prometheus_client.start_http_server(port, host, self.registry)
         # Prometheus asks for OpenMetrics, in which prometheus_client (0.26) writes `_` for the `:`
         # of a name; the plain text format keeps it.
-        app = server.get_app()
+        app: Any = server.get_app()
         assert app is not None
-        server.set_app(lambda environ, start: app({**environ, "HTTP_ACCEPT": "text/plain"}, start))
+
+        def plain(environ: Mapping[str, Any], start: Any) -> Any:
+            return app({**environ, "HTTP_ACCEPT": "text/plain"}, start)
+
+        served = plain if read_stats is None else StatsDoor(read_stats, plain, [host])
+        server.set_app(cast(Any, served))
         self._server = (server, thread)
         return int(server.server_port)
 

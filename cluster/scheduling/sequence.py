@@ -61,8 +61,9 @@ class TokenRequest:
 
 
 class Status(Enum):
-    """Where a sequence stands: in the queue, in a prefill group, decoding, or done."""
+    """Where a sequence stands: before the queue, in it, in a prefill group, decoding, or done."""
 
+    PREPARING = "preparing"
     WAITING = "waiting"
     PREFILL = "prefill"
     RUNNING = "running"
@@ -130,6 +131,11 @@ class Sequence:
     def is_finished(self) -> bool:
         """Whether nothing more will come of it."""
         return self.status is Status.FINISHED
+
+    def is_ended_by(self, token_id: int) -> bool:
+        """Whether its last token, this one, ends the text and is no part of it."""
+        is_end = token_id in self.eos_token_ids or token_id in self.stop_token_ids
+        return self.finish_reason == "stop" and is_end
 
     @property
     def known_after_prompt(self) -> tuple[int, ...] | list[int]:

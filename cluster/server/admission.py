@@ -54,6 +54,16 @@ class Admission:
         return self._capacity
 
     @property
+    def max_running(self) -> int:
+        """Sequences that the engine runs at once."""
+        return self._max_running
+
+    @property
+    def num_free(self) -> int:
+        """Slots of the engine that no sequence has or waits for; below 0 if more wait."""
+        return self._max_running - self._num_sequences
+
+    @property
     def num_requests(self) -> int:
         """Requests that are being served or wait."""
         return self._num_requests

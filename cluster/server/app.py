@@ -10,12 +10,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from saqqara import __version__
+from saqqara.cluster.batch_store.store import Store
 from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.events import dead_engine
 
 from .admission import DrainingError, OverloadedError
 from .api_keys import ApiKeys
+from .batches.batches import BatchRoutes
+from .batches.files import FileRoutes
+from .batches.service import BatchService
 from .generation import Generation
 from .guard import add_guards
 from .page.routes import add_page
@@ -36,6 +40,7 @@ def make_app(
     generation: Generation,
     keys: ApiKeys,
     allowed_origins: Sequence[str] = (),
+    store: Store | None = None,
     *,
     ui: bool = True,
 ) -> FastAPI:
@@ -45,12 +50,16 @@ def make_app(
         generation: the engine and its queue; ended with the application.
         keys: who may use what is behind `/v1`, `/tokenize` and `/detokenize`.
         allowed_origins: origins whose web pages may use it.
+        store: files and batches; closed with the application. None: there are none.
         ui: whether there is a page at `/`.
     """
+    batches = BatchService(store, generation)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        batches.start(app)
         yield
+        await batches.stop()
         await generation.shutdown()
 
     app = FastAPI(title="Saqqara", version=__version__, openapi_url=None, lifespan=lifespan)
@@ -63,6 +72,8 @@ def make_app(
         TokenRoutes(door),
         ModelRoutes(door),
         OperationRoutes(door),
+        FileRoutes(door, batches),
+        BatchRoutes(door, batches),
         StatsRoutes(door),
     )
     endpoints = [endpoint for group in groups for endpoint in group.endpoints]

@@ -14,6 +14,7 @@ from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.live.snapshot import LiveStats
 from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.openai.replies import check_served
 from saqqara.cluster.openai.requests import (
     ChatRequest,
     CompletionRequest,
@@ -153,7 +154,9 @@ class Generation:
         self.check_model(request.model)
         request.check_limits(self.limits)
         request.check_profile()
-        sampling = request.sampling_params()
+        # A grammar takes up to a second to check.
+        off_loop = 0 if request.structure is None else 1 + LONG_TEXT_CHARS
+        sampling = await self._off_loop_if_long(off_loop, request.sampling_params)
         retention = request.read_retention(self._retention)
         texts: list[str | None] = [None]
         answers = PLAIN
@@ -166,6 +169,7 @@ class Generation:
             answers = self.style.answer_format(
                 request.tool_use,
                 prompt_end=self.tokenizer.end_of_text(encoded),
+                is_held=request.structure is not None,
                 shows_thoughts=request.include_reasoning is not False,
             )
             visible = self.style.markers(request.tool_use)
@@ -235,6 +239,14 @@ class Generation:
             return self.tokenizer.decode(token_ids, skip_special_tokens=False)
 
         return await self._off_loop_if_long(len(token_ids), decode)
+
+    async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary spells them."""
+
+        def spell() -> list[str]:
+            return self.tokenizer.token_strings(token_ids)
+
+        return await self._off_loop_if_long(len(token_ids), spell)
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
@@ -334,7 +346,10 @@ class Generation:
         try:
             async with aclosing(source) as outputs:
                 async for output in outputs:
+                    check_served(output)
                     yield output
+        except ApiError as error:
+            raise error.renamed(job.names) from None
         except ValueError as error:
             raise ApiError.of(error, "prompt").renamed(job.names) from None
 

@@ -31,14 +31,21 @@ def __getattr__(name: str) -> Any:
 
 
 def _app_for(arguments: Sequence[str]) -> Any:
-    """The command with all of its commands; `plan` comes alone, and so within a second."""
-    if not arguments or arguments[0] != "plan":
+    """The command with all of its commands; `plan` and `top` come alone, and so within a second."""
+    name = arguments[0] if arguments else None
+    if name not in ("plan", "top"):
         return _whole_app()
     from saqqara.cluster.cli.help import root_app
-    from saqqara.cluster.cli.plan_flags import plan
 
     app = root_app()
-    app.command()(plan)
+    if name == "plan":
+        from saqqara.cluster.cli.plan_flags import plan
+
+        app.command()(plan)
+    else:
+        from saqqara.cluster.cli.top import top
+
+        app.command()(top)
     return app
 
 

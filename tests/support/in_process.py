@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from saqqara.cluster.batch_store.store import Store
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.executor import LocalExecutor
 from saqqara.cluster.engine.tokenizer import Tokenizer
@@ -22,13 +23,21 @@ class InProcessServer:
 
     Args:
         model: folder of its model, which gets random weights.
+        keys: who may use it; default: everybody.
+        store: its files and batches.
         settings: fields of the engine beside those of the API tests' server.
 
     Attributes:
         app: the application.
     """
 
-    def __init__(self, model: Path, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: Path,
+        keys: ApiKeys | None = None,
+        store: Store | None = None,
+        **settings: Any,
+    ) -> None:
         loading = {"model_id": MODEL, "model_source": str(model)}
         config = serve_config(
             {"model_loading_config": loading, "engine_kwargs": {**ENGINE, **settings}}
@@ -39,7 +48,7 @@ class InProcessServer:
             engine_config, LocalExecutor(engine_config), tokenizers[0], load_spec(str(model))
         )
         self.generation = Generation(config, engine_config, engine, tokenizers[1])
-        self.app = make_app(self.generation, ApiKeys())
+        self.app = make_app(self.generation, keys or ApiKeys(), store=store)
 
     async def post(self, path: str, body: Any, raw: bytes | None = None) -> tuple[int, Any]:
         """Status and JSON of the answer to a POST; events of a stream come as a list."""

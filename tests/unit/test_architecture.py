@@ -45,6 +45,7 @@ _WORKERS = {
     "workers/kv": _below("workers", "workers/kernels"),
     "workers/attention": _below("workers", "workers/kv", "workers/kernels", "workers/native"),
     "workers/models": _below("workers", "workers/mesh", "workers/native", "configs"),
+    "workers/grammar": _below("workers", "workers/models"),
     "workers/state": _below("workers", "compression", "configs"),
 }
 _WORKERS["workers/footprint.py"] = _below("workers/mesh", "workers/models", "compression")
@@ -70,14 +71,17 @@ ROOMS = {
     "compression": _below("configs"),
     **_WORKERS,
     "cluster/chat": _below("configs"),
+    "cluster/structured": _below("workers", "workers/grammar", "configs"),
     # The words that its rooms share.
-    "cluster": _below("workers", "compression", "configs", "cluster/chat"),
+    "cluster": _below("workers", "compression", "configs", "cluster/chat", "cluster/structured"),
     "cluster/scheduling": _BASE | {"workers"},
     "cluster/recovery": _BASE | {"workers"},
     "cluster/live": _BASE | {"workers", "cluster/scheduling"},
+    "cluster/top": _below("cluster/live"),
     "cluster/engine": _BASE
     | _MODEL
-    | {"cluster/scheduling", "cluster/recovery", "cluster/live", "workers/worker.py"},
+    | {"cluster/scheduling", "cluster/recovery", "cluster/live", "cluster/structured"}
+    | {"workers/worker.py"},
     "cluster/planning": _below("cluster/scheduling", "compression", "configs", "workers")
     | {"workers/footprint.py", "workers/mesh", "workers/models"},
     "cluster/simulation": _below("cluster/planning", "cluster/scheduling", "compression")
@@ -90,12 +94,17 @@ ROOMS = {
     "cluster/server": _BASE | _OPENAI | {"cluster/engine", "cluster/live"},
     "cluster/server/routes": _BASE | _OPENAI | {"cluster/server", "cluster/engine"},
     "cluster/server/page": _below("compression"),
+    "cluster/batch_store": _BASE | _OPENAI,
+    "cluster/server/batches": _BASE
+    | _OPENAI
+    | {"cluster/server", "cluster/server/routes", "cluster/batch_store"},
     "cluster/server/app.py": _BASE
     | _OPENAI
-    | {"cluster/server", "cluster/server/routes", "cluster/server/page"},
+    | {"cluster/server", "cluster/server/routes", "cluster/server/page"}
+    | {"cluster/server/batches", "cluster/batch_store"},
     "cluster/on_ray": _BASE
     | _MODEL
-    | {"cluster/server", "cluster/server/app.py"}
+    | {"cluster/server", "cluster/server/app.py", "cluster/batch_store"}
     | {"cluster/engine", "cluster/live", "cluster/recovery"}
     | {"workers/process.py", "workers/worker.py"},
     # The doors: an engine in this process or on Ray, Python's, and an earlier place of Serve's.
@@ -112,7 +121,7 @@ ROOMS = {
     "cluster/cli": _BASE
     | _MODEL
     | {"cluster/batch", "cluster/batch/parts", "cluster/server", "cluster/on_ray"}
-    | {"cluster/launch.py", "cluster/engine"}
+    | {"cluster/launch.py", "cluster/engine", "cluster/top"}
     | {"cluster/planning", "cluster/simulation"},
     "src/saqqara": _BASE | {"cluster/llm.py"},  # the public names
     "evaluation/prompts": _below("cluster/engine"),
@@ -368,7 +377,8 @@ def test_the_command_line_answers_without_loading_the_engine() -> None:
 def test_tables_are_printed_by_the_function_that_keeps_their_columns() -> None:
     """Other consoles are for progress, on stderr: rich itself drops columns that do not fit."""
     benchmarks = (file.relative_to(ROOT).as_posix() for file in ROOT.glob("benchmarks/**/*.py"))
-    for source in sorted({*SOURCES, *benchmarks} - {"cluster/cli/tables.py"}):
+    whole_screen = "cluster/top/screen.py"
+    for source in sorted({*SOURCES, *benchmarks} - {"cluster/cli/tables.py", whole_screen}):
         for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Console"):
                 assert ast.unparse(node) == "Console(stderr=True)", f"{source}: use print_table"

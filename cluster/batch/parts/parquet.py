@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import IO, TYPE_CHECKING, Any
 
-from saqqara.cluster.batch.lines import PROMPT_KEYS, WRAPPER_KEYS, BadLine
+from saqqara.cluster.batch.lines import PROMPT_KEYS, BadLine
+from saqqara.cluster.openai.batches import WRAPPER_KEYS
 from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest
 
 from .arrow_values import doubled_name, line_of

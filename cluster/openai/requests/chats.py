@@ -73,7 +73,23 @@ class ChatRequest(GenerationRequest, ChatFields, IdleChatFields):
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
         self._tool_use = read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        if self.tool_use.is_forced and super().structure is not None:
+            raise ValueError(
+                f"tool_choice: a call that must be made is a form of its own; leave out "
+                f"{super().structure_field}"
+            )
         return self
+
+    @property
+    def structure(self) -> dict[str, Any] | None:
+        """See `StructureFields`; a call that must be made is a form, too."""
+        schema = self.tool_use.answer_schema()
+        return super().structure if schema is None else {"json": schema}
+
+    @property
+    def structure_field(self) -> str:
+        """See `StructureFields`."""
+        return "tools" if self.tool_use.is_forced else super().structure_field
 
     @property
     def tool_use(self) -> ToolUse:

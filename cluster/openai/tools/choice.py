@@ -42,6 +42,11 @@ class ToolUse:
         """Calls of an answer; None for no bound."""
         return None if self.is_parallel else 1
 
+    @property
+    def is_forced(self) -> bool:
+        """Whether a tool is to be called, whatever the model would do."""
+        return self.mode in ("required", "named")
+
     def answer_schema(self) -> dict[str, Any] | None:
         """The JSON schema of the answer, where a tool is to be called."""
         if self.mode == "required":

@@ -73,9 +73,10 @@ class ChatReading:
         options: ChatOptions,
         use: ToolUse,
         *,
+        is_held: bool,
         shows_thoughts: bool,
     ) -> AnswerFormat:
-        """How the answers to a chat are read.
+        """How the answers to a chat are read; see `ChatStyle.answer_format`.
 
         Raises:
             ValueError: tools may be called, and nobody knows how the model does that.
@@ -87,4 +88,6 @@ class ChatReading:
                 end = self._tokenizer.chat_text(messages, options)[-_END_CHARS:]
             except ValueError:  # the engine says the same, in its answer to this row
                 end = ""
-        return self.style.answer_format(use, prompt_end=end, shows_thoughts=shows_thoughts)
+        return self.style.answer_format(
+            use, prompt_end=end, is_held=is_held, shows_thoughts=shows_thoughts
+        )

@@ -62,13 +62,19 @@ class ChatStyle:
         return (*thoughts, *calls)
 
     def answer_format(
-        self, use: ToolUse = NO_TOOLS, *, prompt_end: str = "", shows_thoughts: bool = True
+        self,
+        use: ToolUse = NO_TOOLS,
+        *,
+        prompt_end: str = "",
+        is_held: bool = False,
+        shows_thoughts: bool = True,
     ) -> AnswerFormat:
         """How the answers to a chat are read.
 
         Args:
             use: of tools.
             prompt_end: the text of the prompt's last tokens, special ones by their names.
+            is_held: the answer is held to a form from its first token on, so it has no thoughts.
             shows_thoughts: they are wanted.
         """
         parser = {
@@ -77,8 +83,7 @@ class ChatStyle:
             "required": RequiredParser,
             "named": NamedParser,
         }[use.mode]
-        # Where the answer is held to a form from its first token on, there are no thoughts.
-        thinks = self.reasoning is not None and use.mode in ("none", "auto")
+        thinks = self.reasoning is not None and not is_held and not use.is_forced
         if parser is None and not thinks:
             return PLAIN
         return AnswerFormat(

@@ -229,13 +229,15 @@ def test_flags_override_the_file() -> None:
     flags = ServerFlags(
         max_queue=0,
         num_replicas=3,
-        served_model_name="mine",
+        served_model_names=("mine", "yours"),
         body_timeout_seconds=2.5,
         allowed_origins=("https://example.com",),
         ui=False,
     )
     config = merged_config(args, flags, {"retention": "pyramidkv", "budget": "25%"})
     assert config.model_loading_config.model_dump() == {**MODEL, "model_id": "mine"}
+    assert config.model_aliases == ("yours",)
+    assert not config.trust_request_chat_template
     assert config.engine_kwargs == {"max_num_seqs": 4, "retention": "pyramidkv", "budget": "25%"}
     assert (config.limits.max_n, config.limits.max_queue) == (2, 0)
     assert config.limits.body_timeout_seconds == 2.5

@@ -149,7 +149,7 @@ def test_a_named_call_has_the_schema_of_its_arguments() -> None:
 
 
 def test_a_conversation_has_calls_and_their_results() -> None:
-    messages = [
+    messages: list[Json] = [
         USER,
         {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning": "hm"},
         {"role": "tool", "tool_call_id": "call_1", "content": "sunny", "name": "weather"},
@@ -168,7 +168,7 @@ def test_a_conversation_has_calls_and_their_results() -> None:
 
 def call(**fields: Any) -> list[Json]:
     function = {"name": "weather", "arguments": "{}"}
-    outer = {name: fields.pop(name) for name in ("id", "type") if name in fields}
+    outer: Json = {name: fields.pop(name) for name in ("id", "type") if name in fields}
     return [{**CALL, **outer, "function": {**function, **fields}}]
 
 

@@ -1,0 +1,100 @@
+"""Answers of the application to the lines of batches, in the process and without a connection.
+
+They take the way of requests over HTTP from end to end, so that both are one dialect.
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from starlette.types import ASGIApp, Message
+
+from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.server.routes.base import OWNER
+
+BATCH_PRIORITY = 2**30
+"""Added to a line's own: any request of a client goes first, unless it says a larger one."""
+_MAX_PRIORITY = 2**31 - 1
+_HEADERS = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+
+
+@dataclass(frozen=True, slots=True)
+class LineAnswer:
+    """Status and JSON of an answer."""
+
+    status: int
+    body: Any
+
+
+class Answers(Protocol):
+    """What answers lines."""
+
+    async def __call__(self, owner: str, url: str, body: Mapping[str, Any]) -> LineAnswer:
+        """The answer to a request of an owner; cancelling it ends the request."""
+        ...
+
+
+class AppAnswers:
+    """Answers lines by an application.
+
+    Args:
+        app: the server's.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, owner: str, url: str, body: Mapping[str, Any]) -> LineAnswer:
+        """See `Answers`."""
+        try:
+            content = json.dumps(_behind_others(body), allow_nan=False).encode()
+        except ValueError:
+            error = ApiError(400, "body: NaN and Infinity are no JSON", "body", "invalid_value")
+            return LineAnswer(error.status, error.body)
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": url,
+            "raw_path": url.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": _HEADERS,
+            "client": None,
+            "server": None,
+            OWNER: owner,
+        }
+        left = [{"type": "http.request", "body": content, "more_body": False}]
+        sent: list[Message] = []
+
+        async def receive() -> Message:
+            if left:
+                return left.pop()
+            await asyncio.Event().wait()  # nobody leaves: who asked is cancelled instead
+            raise AssertionError("the event is never set")
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        try:
+            await self._app(scope, receive, send)
+        except Exception:
+            if not sent:  # else it has been logged, and answered with status 500
+                raise
+        status = next(m["status"] for m in sent if m["type"] == "http.response.start")
+        text = b"".join(m.get("body", b"") for m in sent if m["type"] == "http.response.body")
+        return LineAnswer(status, json.loads(text))
+
+
+def _behind_others(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A body with a priority behind those of clients; a wrong one is left to be refused."""
+    given = body.get("priority")
+    if given is None:
+        given = 0
+    if type(given) is not int:
+        return body
+    return {**body, "priority": min(given + BATCH_PRIORITY, _MAX_PRIORITY)}
