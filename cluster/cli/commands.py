@@ -226,6 +226,12 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin whose web pages may use the server, or *; may be repeated."),
     ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name by which a server without keys may be asked, *.NAME or *; may be repeated."
+        ),
+    ] = None,
     batch_dir: Annotated[
         str | None,
         typer.Option(help="Folder of /v1/files and /v1/batches. [default: there are none]"),
@@ -259,6 +265,7 @@ def serve(
         max_timeout_seconds=max_timeout_seconds,
         route_prefix=route_prefix,
         allowed_origins=tuple(allowed_origins or ()),
+        allowed_hosts=tuple(allowed_hosts or ()),
         batch_dir=batch_dir,
         ui=ui,
         drain_seconds=drain_seconds,

@@ -31,6 +31,7 @@ class ServerFlags:
     max_timeout_seconds: float | None = None
     route_prefix: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     chat_template: str | None = None
     trust_request_chat_template: bool = False
     enable_tokenizer_info_endpoint: bool = False
@@ -126,6 +127,8 @@ def merged_config(
         merged["batch_dir"] = flags.batch_dir
     if flags.ui is not None:
         merged["ui"] = flags.ui
+    if flags.allowed_hosts:
+        merged["allowed_hosts"] = flags.allowed_hosts
     if flags.api_key_file is not None:
         merged["api_key_file"] = flags.api_key_file
     return serve_config(merged)

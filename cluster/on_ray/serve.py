@@ -96,7 +96,12 @@ class Replica:
         """The HTTP application, as Serve asks for it."""
         config = self._plan.config
         return make_app(
-            self._generation, self._plan.keys, config.allowed_origins, self._store, ui=config.ui
+            self._generation,
+            self._plan.keys,
+            config.allowed_origins,
+            self._store,
+            ui=config.ui,
+            allowed_hosts=config.allowed_hosts,
         )
 
     async def check_health(self) -> None:

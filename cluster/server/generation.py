@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +18,6 @@ from saqqara.cluster.openai.replies import check_served
 from saqqara.cluster.openai.requests import (
     ChatRequest,
     CompletionRequest,
-    GenerationRequest,
     check_model,
 )
 from saqqara.cluster.openai.shown import ANSWER_ONLY, Shown
@@ -39,6 +38,21 @@ LONG_TEXT_CHARS = 8192  # a longer text is tokenised in a thread: it takes milli
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """Who waits for an answer: whose share of the queue it has, and until when it waits.
+
+    `owner` is empty where nobody shares the queue; see `Admission`. `deadline` is in the time of
+    the event loop; None: for ever.
+    """
+
+    owner: str = ""
+    deadline: float | None = None
+
+
+NOBODY = Caller()
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A request that is checked and tokenised.
 
@@ -53,7 +67,7 @@ class Job:
     sampling: SamplingParams
     retention: Retention
     priority: int = 0
-    deadline: float | None = None  # in the time of the event loop
+    caller: Caller = NOBODY
     shown: Shown = ANSWER_ONLY
     answers: AnswerFormat = PLAIN
     visible_tokens: tuple[str, ...] = ()
@@ -98,7 +112,11 @@ class Generation:
         self.limits = config.limits
         self.tokenizer = tokenizer
         self.max_model_len = engine.scheduler.max_model_len
-        self.admission = Admission(engine_config.max_num_seqs, config.limits.max_queue)
+        self.admission = Admission(
+            engine_config.max_num_seqs,
+            config.limits.max_queue,
+            max_share=config.limits.max_queue_share,
+        )
         self.style = ChatStyle.of(
             tokenizer.chat_template, engine_config.tool_call_parser, engine_config.reasoning_parser
         )
@@ -133,20 +151,20 @@ class Generation:
         await asyncio.to_thread(self._engine.shutdown)
         self._threads.shutdown(wait=False)
 
-    def deadline(self, request: GenerationRequest, arrived: float) -> float | None:
-        """When the answer must be complete, in the time of the event loop, as `arrived` is.
-
-        Raises:
-            ApiError: the request asks for more time than this server gives.
-        """
-        request.check_limits(self.limits)
-        seconds = request.timeout_seconds or self.limits.default_timeout_seconds
-        return None if seconds is None else arrived + seconds
+    def admit(self, job: Job) -> AbstractContextManager[None]:
+        """Hold room for a job; see `Admission.enter`."""
+        return self.admission.enter(job.num_sequences, job.caller.owner)
 
     async def prepare(
-        self, request: CompletionRequest | ChatRequest, deadline: float | None = None
+        self,
+        request: CompletionRequest | ChatRequest,
+        caller: Caller = NOBODY,
     ) -> Job:
         """Check and tokenise a request.
+
+        Args:
+            request: as the client wrote it.
+            caller: who waits for it.
 
         Raises:
             ApiError: what is wrong with it, and in which field.
@@ -185,18 +203,18 @@ class Generation:
             sampling,
             retention,
             request.priority or 0,
-            deadline,
+            caller,
             request.shown,
             answers,
             visible,
         )
         self._check_lengths(job)
         self._check_logprobs(job)
-        if job.num_sequences > self.admission.capacity:
+        if job.num_sequences > self.admission.capacity_of(caller.owner):
             raise ApiError(
                 400,
                 f"n: {len(prompts)} prompts times n={sampling.n} are more sequences than the "
-                f"{self.admission.capacity} that the server takes at once",
+                f"{self.admission.capacity_of(caller.owner)} that the server takes at once",
                 "n",
                 "limit_exceeded",
             )
@@ -335,7 +353,8 @@ class Generation:
             job.sampling.for_prompt(place),
             retention=job.retention,
             priority=job.priority,
-            timeout_seconds=_seconds_until(job.deadline),
+            owner=job.caller.owner,
+            timeout_seconds=_seconds_until(job.caller.deadline),
             stream=stream,
             prompt_text=job.texts[place] if job.shown.echo else None,
             echo=job.shown.echo,
