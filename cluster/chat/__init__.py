@@ -9,9 +9,10 @@ from .template import (
     read_template,
     render_chat,
 )
-from .tools import TOOL_NAME, check_tool_name, check_tools
+from .tools import MAX_TOOLS, TOOL_NAME, check_tool_name, check_tools
 
 __all__ = [
+    "MAX_TOOLS",
     "RESERVED_ARGS",
     "TOOL_NAME",
     "Backend",

@@ -1,17 +1,26 @@
 """`POST /v1/chat/completions`, and how a conversation is written."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, PrivateAttr, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
-from saqqara.cluster.chat import ChatOptions
+from saqqara.cluster.chat import MAX_TOOLS, ChatOptions
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.fields import IdleChatFields, SmallObject
 from saqqara.cluster.openai.tools.choice import NO_TOOLS, ToolUse, read_tool_use
 from saqqara.cluster.sampling import FailFastList
 
 from .generation import GenerationRequest
+
+# What the models do not say of these fields, because `check_tools` and `read_tool_use` check them.
+_TOOLS: dict[str, Any] = {
+    "description": 'Functions: {"type": "function", "function": {"name", "parameters", ...}}.',
+    "maxItems": MAX_TOOLS,
+}
+_TOOL_CHOICE: dict[str, Any] = {
+    "description": 'none, auto, required, or {"type": "function", "function": {"name": ...}}.'
+}
 
 
 class ChatFields(BaseModel):
@@ -22,7 +31,7 @@ class ChatFields(BaseModel):
     chat_template_kwargs: SmallObject | None = None
     chat_template: str | None = None
     add_special_tokens: bool | None = None
-    tools: list[Any] | None = None
+    tools: Annotated[list[Any] | None, Field(json_schema_extra=_TOOLS)] = None
 
     @property
     def offered_tools(self) -> Sequence[Mapping[str, Any]]:
@@ -64,7 +73,7 @@ class ChatRequest(GenerationRequest, ChatFields, IdleChatFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tool_choice: Any = None
+    tool_choice: Annotated[Any, Field(json_schema_extra=_TOOL_CHOICE)] = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
 
