@@ -1,4 +1,4 @@
-"""Completions through the official client: echoes, log-probabilities, ids, choices, usage, errors."""
+"""Completions through the official client: echoes, log-probabilities, ids, usage, errors."""
 
 import math
 from itertools import pairwise
