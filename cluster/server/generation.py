@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from saqqara.cluster.chat import ChatOptions
+from saqqara.cluster.chat import ChatOptions, num_characters
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig, ServeConfig
 
 from .admission import Admission
+from .io import merged
 
 T = TypeVar("T")
 
@@ -238,8 +239,8 @@ class Generation:
                 async for output in source:
                     yield 0, output
             return
-        async with aclosing(_merged(sources)) as merged:
-            async for item in merged:
+        async with aclosing(merged(sources)) as both:
+            async for item in both:
                 yield item
 
     async def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -279,7 +280,7 @@ class Generation:
             return self.tokenizer.apply_chat(messages, options)
 
         try:
-            return await self._off_loop_if_long(_num_chars(messages), encode)
+            return await self._off_loop_if_long(num_characters([*messages, *options.tools]), encode)
         except ValueError as error:
             raise ApiError.of(error, "messages") from None
 
@@ -377,38 +378,3 @@ def _seconds_until(deadline: float | None) -> float | None:
     if deadline is None:
         return None
     return max(deadline - asyncio.get_running_loop().time(), _LEAST_SECONDS)
-
-
-def _num_chars(value: Any) -> int:
-    """About how much there is to read in a JSON value, wherever it stands."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(1 + _num_chars(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return sum(1 + _num_chars(item) for item in value)
-    return 0
-
-
-async def _merged(
-    sources: Sequence[AsyncGenerator[RequestOutput, None]],
-) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """Items of several sources as they come, with the number of their source."""
-    waiting = {asyncio.ensure_future(anext(s)): i for i, s in enumerate(sources)}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                place = waiting.pop(task)
-                try:
-                    output = task.result()
-                except StopAsyncIteration:
-                    continue
-                waiting[asyncio.ensure_future(anext(sources[place]))] = place
-                yield place, output
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        for source in sources:
-            await source.aclose()
