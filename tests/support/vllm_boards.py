@@ -86,6 +86,8 @@ def _query_statistics() -> Iterator[str]:
 # What labels and tools beside those boards ask for: KEDA scalers, the docs' own examples.
 _OTHERS = (
     'sum(vllm:num_requests_waiting{model_name="$model_name"})',
+    'sum(vllm:num_requests_waiting_by_reason{reason="capacity"})',
+    "rate(vllm:request_time_per_output_token_seconds_sum[$__rate_interval])",
     "rate(vllm:request_inference_time_seconds_sum[$__rate_interval])",
     "histogram_quantile(0.9, sum by(le) (rate(vllm:request_params_n_bucket[$__rate_interval])))",
     "histogram_quantile(0.9, sum by(le) "
