@@ -5,31 +5,59 @@ answer is an error, so that nothing is dropped silently.
 """
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core import core_schema
 
 MAX_DEPTH = 16
 MAX_MEMBERS = 1024
 _NO_TOOLS = "there are no tool calls here"
-_NO_GRAMMAR = "answers are free text; there is no constrained decoding here"
 _NO_BEAMS = "there is no beam search here"
 _TEXT_ONLY = "models here read and write text alone"
 _NO_CACHE = "nothing is kept between requests here"
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
-def only(*values: Any, why: str) -> AfterValidator:
-    """Take what is null or empty, and `values`; anything else is an error that says why."""
+@dataclass(frozen=True)
+class Only:
+    """An annotation of a field that has no effect: it may be null or empty, or one of `values`.
 
-    def check(value: Any) -> Any:
-        if value in (None, "", [], {}) or any(_is_same(value, other) for other in values):
+    Anything else is an error that says why.
+    """
+
+    values: tuple[Any, ...]
+    why: str
+
+    def check(self, value: Any) -> Any:
+        """The value; raises a `ValueError` if it asks for something."""
+        if value in EMPTY or any(_is_same(value, other) for other in self.values):
             return value
         shown = json.dumps(value)
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        instead = " or ".join(["leave it out", *(f"send {json.dumps(v)}" for v in values)])
-        raise ValueError(f"{shown} is not supported: {why}; {instead}")
+        instead = ["leave it out", *(f"send {json.dumps(v)}" for v in self.values)]
+        raise ValueError(f"{shown} is not supported: {self.why}; {' or '.join(instead)}")
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        """Check after the field's own type."""
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> Any:
+        """The values, and why there are no others."""
+        return {"enum": [*EMPTY, *self.values], "description": f"Without effect: {self.why}."}
+
+
+def only(*values: Any, why: str) -> Only:
+    """See `Only`."""
+    return Only(values, why)
 
 
 def _is_same(value: Any, other: Any) -> bool:
@@ -66,15 +94,6 @@ class StreamOptions(BaseModel):
     include_obfuscation: Annotated[Any, only(False, why="streams are not padded here")] = None
 
 
-class ResponseFormat(BaseModel):
-    """Only plain text is supported."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Annotated[Any, only("text", why=_NO_GRAMMAR)] = None
-    json_schema: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-
-
 class IdleFields(BaseModel):
     """What completions and chats may say without an effect."""
 
@@ -87,7 +106,6 @@ class IdleFields(BaseModel):
     prompt_cache_retention: str | None = None
 
     # OpenAI's.
-    response_format: ResponseFormat | None = None
     store: Annotated[Any, only(False, why=_NO_CACHE)] = None
 
     # vLLM's.
@@ -97,14 +115,6 @@ class IdleFields(BaseModel):
     spaces_between_special_tokens: bool | None = None  # only tokenizers in Python heed it
     detokenize: Annotated[Any, only(True, why="answers are text")] = None
     logits_processors: Annotated[Any, only(why="clients bring no code")] = None
-    structured_outputs: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    structural_tag: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_json: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_regex: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_choice: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_grammar: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_decoding_backend: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_whitespace_pattern: Annotated[Any, only(why=_NO_GRAMMAR)] = None
     cache_salt: Annotated[Any, only(why=_NO_CACHE)] = None
     kv_transfer_params: Annotated[Any, only(why="keys and values stay in their engine")] = None
     request_id: Annotated[Any, only(why="answers get their id here")] = None
