@@ -41,6 +41,13 @@ class LeaseStore:
         self._now = now
         self.lease_seconds = lease_seconds
 
+    def num_active(self) -> int:
+        """Batches that have not come to their end."""
+        marks = ", ".join("?" * len(ACTIVE))
+        with self._database.read() as db:
+            query = f"SELECT count(*) FROM batches WHERE status IN ({marks})"
+            return int(db.execute(query, ACTIVE).fetchone()[0])
+
     def claim(self, holder: str, most_of_an_owner: int) -> Lease | None:
         """Take a batch that nobody runs, if there is one.
 

@@ -17,7 +17,7 @@ from saqqara.cluster.server.routes.base import OWNER
 BATCH_PRIORITY = 2**30
 """Added to a line's own: any request of a client goes first, unless it says a larger one."""
 _MAX_PRIORITY = 2**31 - 1
-_HEADERS = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+_HEADERS = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
 
 
 @dataclass(frozen=True, slots=True)
