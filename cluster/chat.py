@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -135,6 +136,8 @@ def _check_message(message: Mapping[str, Any], field: str) -> dict[str, str]:
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{field}.{key} must be a non-empty string, not {value!r:.80}")
             checked[key] = value
+        elif key == "type" and value in ("text", "message"):
+            continue  # lm-eval and the Responses API mark messages so
         elif key != "content" and value not in (None, [], {}):  # clients send unset ones along
             raise ValueError(f"{field}.{key} is not supported; use role, content and name")
     return checked
@@ -159,6 +162,24 @@ def _check_content(content: Any, field: str) -> str:
             raise ValueError(f"{name}.text must be a string, not {part.get('text')!r:.80}")
         texts.append(part["text"])
     return "\n".join(texts)
+
+
+def read_template(path: str) -> str:
+    """A chat template from a file.
+
+    Raises:
+        ValueError: it cannot be read, or is no template.
+    """
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"chat_template: {path} cannot be read: {error}") from None
+    except TemplateSyntaxError as error:
+        raise ValueError(f"chat_template: {path}:{error.lineno}: {error.message}") from None
+    return text
 
 
 class _EndlessTemplateError(Exception):

@@ -7,8 +7,10 @@ from .errors import ContextLengthError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 # Why a sequence ended with `error`: more than the replica can hold, what it computes is broken, or
-# its time is over.
-ErrorCode = Literal["request_too_large", "computation_failed", "deadline_exceeded"]
+# what its request asks of the answer leaves no token, or its time is over.
+ErrorCode = Literal[
+    "request_too_large", "computation_failed", "constraint_failed", "deadline_exceeded"
+]
 
 
 @dataclass(frozen=True, slots=True)

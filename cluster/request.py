@@ -29,6 +29,7 @@ class Request:
         retention: overrides the engine's for this request.
         budget: overrides the retention's.
         priority: a lower one goes first.
+        owner: whose it is; owners share the queue fairly where they wait with one priority.
         timeout_seconds: from when the engine takes it, after which it ends with the error code
             `deadline_exceeded` and what it has; None: never.
         score_continuation: text (without special tokens) or token ids. With it nothing is
@@ -51,6 +52,7 @@ class Request:
     retention: RetentionSpec | None = None
     budget: int | str | None = None
     priority: int = 0
+    owner: str = ""
     timeout_seconds: float | None = None
     score_continuation: Prompt | None = None
     token_by_token: bool = False

@@ -15,7 +15,9 @@ from pydantic import (
 )
 
 from saqqara.configs.shown import shown
-from saqqara.workers.plan import SamplingSpec
+from saqqara.workers.plan import Grammar, SamplingSpec
+
+from .structured.outputs import StructuredOutputs
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
@@ -100,6 +102,9 @@ class SamplingParams(BaseModel):
         "the answer ends with the tokens before it.",
     )
     ignore_eos: bool = False
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="What the answer must look like: JSON, a regex, a choice, ..."
+    )
     logprobs: int | None = Field(
         default=None,
         ge=0,
@@ -208,8 +213,14 @@ class SamplingParams(BaseModel):
             bad_words=bad_words,
             logit_bias=tuple((self.logit_bias or {}).items()),
             num_logprobs=self.logprobs,
+            grammar=self._grammar(eos_token_ids),
             num_prompt_logprobs=self.prompt_logprobs,
         )
+
+    def _grammar(self, eos_token_ids: tuple[int, ...]) -> Grammar | None:
+        if self.structured_outputs is None:
+            return None
+        return Grammar(self.structured_outputs.text, eos_token_ids, self.ignore_eos)
 
 
 def derived_seed(seed: int, *, prompt: int = 0, choice: int = 0) -> int:

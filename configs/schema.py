@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .budget import budget_mistake
+from .hosts import check_host_pattern
 from .worker_settings import MAX_NUM_SEQS, WorkerSettings
 
 MAX_TOKENS = 2**24
@@ -201,6 +202,9 @@ class ServerLimits(BaseModel):
     max_queue: int = Field(
         256, ge=0, description="Sequences that may wait beyond max_num_seqs; more get status 429."
     )
+    max_queue_share: float = Field(
+        0.75, gt=0, le=1, description="Of the queue that one of several keys may take; else 429."
+    )
     max_body_bytes: int = Field(4 * 2**20, ge=1, description="A larger body gets status 413.")
     body_timeout_seconds: float = Field(
         30.0, gt=0, description="A body that has not come within this time gets status 408."
@@ -289,6 +293,11 @@ class ServeConfig(BaseModel):
         False, description="Answer GET /tokenizer_info: the tokenizer's settings and template."
     )
     ui: bool = Field(True, description="Whether there is a page at `/`.")
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Names by which a server without keys may be asked, such as *.example.com; "
+        "besides addresses and localhost.",
+    )
     limits: ServerLimits = ServerLimits()
     batch_dir: str | None = Field(
         None,
@@ -303,6 +312,11 @@ class ServeConfig(BaseModel):
         if folder == "":
             raise ValueError("is empty")
         return None if folder is None else os.path.abspath(os.path.expanduser(folder))
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_host_pattern(host) for host in hosts)
 
     @field_validator("allowed_origins")
     @classmethod

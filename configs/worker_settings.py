@@ -15,6 +15,7 @@ class WorkerSettings:
     """
 
     model: str
+    tokenizer: str | None = None
     load_format: str = "safetensors"
     dtype: str = "auto"
     device: str = "auto"

@@ -5,10 +5,28 @@ decode*. A `StepResult` is what one worker reports back.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from saqqara.compression.retention import Retention
+
+FaultCode = Literal["computation_failed", "constraint_failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer has to match, token by token.
+
+    Attributes:
+        text: the grammar as llguidance writes it, a text of JSON.
+        eos_token_ids: the tokens that may follow an answer that is complete.
+        ignore_eos: one of these only where nothing else can follow.
+    """
+
+    text: str
+    eos_token_ids: tuple[int, ...]
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +41,8 @@ class SamplingSpec:
     `logit_bias` are (token id, what is added to its logit).
     `num_logprobs` is None for none, 0 for the sampled token's only, k for the k best as well (and
     of a scored sequence, k for the k best at each scored position). `num_prompt_logprobs` asks the
-    same of the prompt's tokens, where its prefill ends.
+    same of the prompt's tokens, where its prefill ends. With a `grammar`, no token is sampled that
+    it does not allow.
     """
 
     temperature: float = 1.0
@@ -40,6 +59,7 @@ class SamplingSpec:
     bad_words: tuple[tuple[int, ...], ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_logprobs: int | None = None
+    grammar: Grammar | None = None
     num_prompt_logprobs: int | None = None
 
 
@@ -122,12 +142,16 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """The next token of a slot; `position` is the token's own position in the sequence."""
+    """The next token of a slot; `position` is the token's own position in the sequence.
+
+    With `is_last` the sequence's grammar allows nothing after it.
+    """
 
     slot: int
     position: int
     token_id: int
     logprobs: TokenLogprobs | None = None
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +196,15 @@ class KeptCounts:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why the sequence of a slot cannot go on: its own fault, which costs no other sequence."""
+    """Why the sequence of a slot cannot go on: its own fault, which costs no other sequence.
+
+    Its `code` says whether what was computed is broken, or what its request asks of the answer
+    leaves no token.
+    """
 
     slot: int
     message: str
+    code: FaultCode = "computation_failed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.worker_settings import WorkerSettings
 
 from .clock import Span
+from .grammar.compiler import Compiler
+from .grammar.matchers import Matchers
 from .kv.store import KVStore
 from .mesh.layout import MeshLayout
 from .models.spec import ModelSpec
@@ -25,6 +27,7 @@ from .passes.parked import Finals
 from .passes.prefill import Prefill
 from .plan import (
     DecodeItem,
+    Grammar,
     KeptCounts,
     NewSequence,
     PrefillGroup,
@@ -67,8 +70,9 @@ class Worker:
         self._prefill = Prefill(shard)
         self._decode = Decode(shard)
         self._head: Head | None = None
+        self._compiler: Compiler | None = None
         if part.mesh.is_last_stage:
-            self._head = Head(part.decoder, part.mesh, shard.slots, shard.faults)
+            self._head = self._make_head(part)
         if config.warmup:
             self.warm_up()
         self.info = shard.info(os.uname().nodename, os.getpid(), log_file)
@@ -78,6 +82,25 @@ class Worker:
         """The only rank of an engine that runs in this process, whose threads it sets."""
         prepare_process(config)
         return cls(config, MeshLayout(1, 1))
+
+    def _make_head(self, part: Part) -> Head:
+        """The end of the last stage; its tensor rank 0 samples, and knows the grammars."""
+        matchers, config = None, part.config
+        if part.mesh.tensor_rank == 0:
+            self._compiler = Compiler(config.tokenizer or config.model, part.spec.vocab_size)
+            matchers = Matchers(self._compiler, config.num_threads)
+        return Head(part.decoder, part.mesh, self._shard.slots, self._shard.faults, matchers)
+
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """Have a grammar ready before a sequence needs it; nothing to do on ranks without it.
+
+        May be called from another thread while a step runs.
+
+        Raises:
+            ValueError: it cannot be compiled.
+        """
+        if self._compiler is not None:
+            self._compiler.compile(grammar)
 
     @property
     def spec(self) -> ModelSpec:
@@ -102,9 +125,13 @@ class Worker:
         for slot in plan.free:
             self._prefill.drop(slot)
             shard.free(slot)
+            if self._head is not None:
+                self._head.close(slot)
         already_refused = frozenset(shard.faults.refused)
         for new in plan.new:
             shard.add(new)
+            if self._head is not None:
+                self._head.open(new)
         targets = shard.slots.samples(plan, shard.part.spec.num_layers)
         finals = self._prefill.run(plan)
         decoded = self._decode.run(plan.decode)

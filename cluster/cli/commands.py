@@ -177,8 +177,25 @@ def serve(
         int | None, typer.Option(min=0, max=65535, help="0: any free one. [default: 8000]")
     ] = None,
     served_model_name: Annotated[
-        str | None, typer.Option(help="The name that clients send; default: the model's folder.")
+        list[str] | None,
+        typer.Option(
+            help="Name that clients send; default: the model's folder. May be repeated: answers "
+            "have the first."
+        ),
     ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="File with a Jinja chat template instead of the model's.")
+    ] = None,
+    trust_request_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--trust-request-chat-template", help="Take chat templates, programs, from clients."
+        ),
+    ] = False,
+    enable_tokenizer_info_endpoint: Annotated[
+        bool,
+        typer.Option("--enable-tokenizer-info-endpoint", help="Answer GET /tokenizer_info."),
+    ] = False,
     num_replicas: Annotated[int | None, typer.Option(min=1, help="Engines. [default: 1]")] = None,
     api_key_file: Annotated[
         str | None, typer.Option(help="One key per line; also read: SAQQARA_API_KEYS.")
@@ -209,6 +226,12 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin whose web pages may use the server, or *; may be repeated."),
     ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name by which a server without keys may be asked, *.NAME or *; may be repeated."
+        ),
+    ] = None,
     batch_dir: Annotated[
         str | None,
         typer.Option(help="Folder of /v1/files and /v1/batches. [default: there are none]"),
@@ -229,7 +252,10 @@ def serve(
     flags = ServerFlags(
         host=host,
         port=port,
-        served_model_name=served_model_name,
+        served_model_names=tuple(served_model_name or ()),
+        chat_template=chat_template,
+        trust_request_chat_template=trust_request_chat_template,
+        enable_tokenizer_info_endpoint=enable_tokenizer_info_endpoint,
         num_replicas=num_replicas,
         api_key_file=api_key_file,
         max_queue=max_queue,
@@ -239,6 +265,7 @@ def serve(
         max_timeout_seconds=max_timeout_seconds,
         route_prefix=route_prefix,
         allowed_origins=tuple(allowed_origins or ()),
+        allowed_hosts=tuple(allowed_hosts or ()),
         batch_dir=batch_dir,
         ui=ui,
         drain_seconds=drain_seconds,

@@ -21,7 +21,7 @@ class ServerFlags:
 
     host: str | None = None
     port: int | None = None
-    served_model_name: str | None = None
+    served_model_names: tuple[str, ...] = ()
     num_replicas: int | None = None
     api_key_file: str | None = None
     max_queue: int | None = None
@@ -31,6 +31,10 @@ class ServerFlags:
     max_timeout_seconds: float | None = None
     route_prefix: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    chat_template: str | None = None
+    trust_request_chat_template: bool = False
+    enable_tokenizer_info_endpoint: bool = False
     batch_dir: str | None = None
     ui: bool | None = None
     drain_seconds: float = 600.0
@@ -95,8 +99,9 @@ def merged_config(
     loading = dict(args.get("model_loading_config") or {})
     if (model := engine.pop("model", None)) is not None:
         loading = {"model_id": Path(model).name, "model_source": model}
-    if flags.served_model_name is not None:
-        loading["model_id"] = flags.served_model_name
+    if flags.served_model_names:
+        loading["model_id"], *aliases = flags.served_model_names
+        merged["model_aliases"] = aliases
     if not loading:
         raise ValueError("model is required: --model, or model_loading_config in the file")
     merged["model_loading_config"] = loading
@@ -113,10 +118,17 @@ def merged_config(
     )
     if flags.allowed_origins:
         merged["allowed_origins"] = flags.allowed_origins
+    if flags.chat_template is not None:
+        merged["chat_template"] = flags.chat_template
+    for name in ("trust_request_chat_template", "enable_tokenizer_info_endpoint"):
+        if getattr(flags, name):
+            merged[name] = True
     if flags.batch_dir is not None:
         merged["batch_dir"] = flags.batch_dir
     if flags.ui is not None:
         merged["ui"] = flags.ui
+    if flags.allowed_hosts:
+        merged["allowed_hosts"] = flags.allowed_hosts
     if flags.api_key_file is not None:
         merged["api_key_file"] = flags.api_key_file
     return serve_config(merged)

@@ -16,7 +16,7 @@ from saqqara.cluster.recovery.clock import Clock
 from saqqara.cluster.recovery.expiry import Expiry
 from saqqara.cluster.recovery.flights import Flights
 from saqqara.cluster.recovery.outage import Outage
-from saqqara.cluster.recovery.suspects import LOSSES_OF_A_GUILTY, Suspects
+from saqqara.cluster.recovery.suspects import Suspects, verdict_on
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.cluster.scheduling.events import (
     Event,
@@ -27,6 +27,7 @@ from saqqara.cluster.scheduling.events import (
     Prefilled,
 )
 from saqqara.cluster.scheduling.scheduler import Scheduler
+from saqqara.cluster.structured.preparation import Preparation
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec
@@ -112,6 +113,7 @@ class Engine:
         self._choices: dict[int, tuple[RequestState, Choice]] = {}  # by the sequence's arrival
         self._clock = clock or Clock()
         self._epoch = time.time() - self._clock.now()
+        self._preparation = Preparation(self._clock, WorkerDiedError)
         label = self.retention.label
         self._board = Board(model_name or config.model, label, self._now(), replica_id)
         self._stats = EngineStats(
@@ -137,10 +139,11 @@ class Engine:
             raise ValueError(f"request_id {tokens.request_id!r} is in use")
         self.scheduler.check(tokens)
         specs = self._intake.specs(tokens)
+        ready = self._preparation.begin(tokens.request_id, specs[0].grammar)
         state = RequestState(tokens, stream=request.stream and not tokens.is_score)
         for index, spec in enumerate(specs):
             sequence = self.scheduler.add(
-                tokens, spec, index=index, eos_token_ids=self._eos_token_ids
+                tokens, spec, index=index, eos_token_ids=self._eos_token_ids, is_ready=ready
             )
             choice = Choice(sequence, self._tokenizer)
             state.choices.append(choice)
@@ -235,6 +238,7 @@ class Engine:
         try:
             if not self._flights and (failure := self._executor.failure) is not None:
                 raise failure
+            self._admit_prepared()
             while (plan := self.scheduler.schedule()) is not None:
                 self._note_started(self._now())
                 self._flights.send(plan, self._executor)
@@ -244,6 +248,7 @@ class Engine:
 
     def _absorb_oldest(self) -> list[Event]:
         if not self._flights:
+            self._preparation.wait()
             return self.scheduler.take_events()
         plan, results = self._flights.land(self._executor)
         events = self.scheduler.absorb(plan, results)
@@ -252,6 +257,13 @@ class Engine:
             with suppress(WorkerDiedError):  # the next step hears of it; these events are good
                 self._executor.check_integrity()
         return events
+
+    def _admit_prepared(self) -> None:
+        """Queue the requests whose grammar the workers have; end those who cannot have theirs."""
+        for request_id, error in self._preparation.settled(self._executor):
+            if (state := self._states.get(request_id)) is not None:
+                for choice in state.choices:
+                    self.scheduler.enqueue(choice.sequence, error)
 
     # Lost workers ---------------------------------------------------------------------------------
 
@@ -284,14 +296,12 @@ class Engine:
     def _start_over(self) -> None:
         """Nothing is in flight and no worker holds anything: a token that was sent stays."""
         self._flights.drop()
+        self._preparation.restart()
         self.scheduler.restart(self._executor.workers)
         self._stats.set_workers(self._executor.workers)
 
     def _end_guilty(self, request_id: str, failure: WorkerDiedError) -> None:
-        message = (
-            f"request {request_id} has ended the workers {LOSSES_OF_A_GUILTY} times while it ran "
-            f"alone: {failure}"
-        )
+        message = f"{verdict_on(request_id)}: {failure}"
         logger.error("%s", message)
         self._end_with_error(request_id, message, "computation_failed")
 
@@ -343,11 +353,7 @@ class Engine:
     def _note(self, event: Event, state: RequestState, choice: Choice, now: float) -> None:
         match event:
             case NewToken():
-                try:
-                    choice.append(event)
-                except Exception as error:
-                    message = f"token {event.token_id} cannot be told as text: {error}"
-                    logger.exception("%s", message)
+                if (message := choice.try_append(event)) is not None:
                     self.scheduler.finish(event.sequence, "error", error=message)
                 self._note_token(state, choice, now)
                 self._note_progress(state.request.request_id)
@@ -369,11 +375,7 @@ class Engine:
             case Preempted():
                 self._stats.preempted()
             case Finished():
-                try:
-                    choice.end()
-                except Exception as error:
-                    event.sequence.finish_reason = "error"
-                    event.sequence.error = event.sequence.error or f"the text's end: {error}"
+                choice.end()
 
     def _note_token(self, state: RequestState, choice: Choice, now: float) -> None:
         if state.first_token_time is None:

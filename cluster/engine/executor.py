@@ -1,12 +1,12 @@
 """Where plans are carried out: what an engine asks of its executor, and the one in this process."""
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from saqqara.cluster.errors import NotRecoverableError, WorkerDiedError
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
+from saqqara.workers.plan import Grammar, StepPlan, StepResult, WorkerInfo
 
 T = TypeVar("T")
 
@@ -39,6 +39,14 @@ class Executor(Protocol):
         """
         ...
 
+    def compile_grammar(self, grammar: Grammar) -> "Future[None]":
+        """Have a grammar ready where answers are sampled, without a step's waiting for it.
+
+        The future ends with a `ValueError` where the grammar cannot be compiled, with a
+        `WorkerDiedError` where the workers are lost.
+        """
+        ...
+
     def recover(self) -> "Future[None]":
         """End what is left of lost workers and start others, in the same layout, without state.
 
@@ -67,6 +75,7 @@ class LocalExecutor:
         from saqqara.workers.worker import Worker
 
         self.worker = Worker.local(config.for_worker())
+        self._compiling = ThreadPoolExecutor(1, thread_name_prefix="compile-grammar")
 
     @property
     def workers(self) -> list[WorkerInfo]:
@@ -78,6 +87,10 @@ class LocalExecutor:
         future: Future[list[StepResult]] = Future()
         settle(future, lambda: [self.worker.execute(plan)])
         return future
+
+    def compile_grammar(self, grammar: Grammar) -> "Future[None]":
+        """Compile a grammar in another thread."""
+        return self._compiling.submit(self.worker.compile_grammar, grammar)
 
     @property
     def failure(self) -> WorkerDiedError | None:
@@ -102,6 +115,7 @@ class LocalExecutor:
 
     def shutdown(self) -> None:
         """Release what the worker holds outside its memory."""
+        self._compiling.shutdown(wait=True, cancel_futures=True)
         self.worker.close()
 
 

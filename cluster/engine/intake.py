@@ -144,6 +144,7 @@ class Intake:
             sampling=sampling,
             retention=retention,
             priority=request.priority,
+            owner=request.owner,
             score_continuation=scored,
             token_by_token=request.token_by_token,
             prompt=self._text(request, prompt_token_ids),

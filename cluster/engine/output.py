@@ -1,5 +1,6 @@
 """From tokens to what the caller sees: text, stop strings, log-probabilities, times."""
 
+import logging
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from math import nan
@@ -23,6 +24,8 @@ from saqqara.workers.plan import PromptScores, TokenLogprobs
 
 from .intake import sampling_of
 from .tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # A request with several choices counts once, under the first of these that one of them has.
 _REASONS: tuple[FinishReason, ...] = ("error", "abort", "length", "stop")
@@ -63,10 +66,31 @@ class Choice:
         """Why it ended: a stop string counts before the token that completed it."""
         return "stop" if self.matched is not None else self.sequence.finish_reason
 
+    def try_append(self, event: NewToken) -> str | None:
+        """Take in the sequence's next token; returns why it cannot be told, if so."""
+        try:
+            self.append(event)
+        except Exception as error:
+            message = f"token {event.token_id} cannot be told as text: {error}"
+            logger.exception("%s", message)
+            return message
+        return None
+
+    def end(self) -> None:
+        """Let out the text that was held back; no more tokens will come."""
+        if self.matched is not None:
+            return
+        try:
+            self._text += self._stop.append(self._detokenizer.flush())
+            self._text += self._stop.flush()
+        except Exception as error:
+            self.sequence.finish_reason = "error"
+            self.sequence.error = self.sequence.error or f"the text's end: {error}"
+
     def append(self, event: NewToken) -> None:
         """Take in the sequence's next token."""
         sampling = self._sampling
-        is_stop_token = self.sequence.finish_reason == "stop"
+        is_stop_token = self.sequence.is_ended_by(event.token_id)
         is_shown = not is_stop_token or sampling.include_stop_str_in_output
         if is_shown and sampling.detokenize:
             may_stop = len(self.sequence.output_token_ids) > sampling.min_tokens
@@ -74,12 +98,6 @@ class Choice:
             self._text += self._stop.append(piece, may_stop)
         if self._logprobs is not None:
             self._append_logprobs(self._logprobs, event, is_shown=is_shown)
-
-    def end(self) -> None:
-        """Let out the text that was held back; no more tokens will come."""
-        if self.matched is None:
-            self._text += self._stop.append(self._detokenizer.flush())
-            self._text += self._stop.flush()
 
     def output(self) -> CompletionOutput:
         """The completion so far."""

@@ -129,6 +129,22 @@ class Tokenizer:
         )
         return text
 
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary spells them, such as `Ġthe`."""
+        return [str(token) for token in self.backend.convert_ids_to_tokens(list(ids))]
+
+    def info(self) -> dict[str, Any]:
+        """What another program needs to use this tokenizer as it is used here."""
+        backend = self.backend
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        special = {name: getattr(backend, name, None) for name in names}
+        return {
+            "tokenizer_class": type(backend).__name__,
+            **{name: None if token is None else str(token) for name, token in special.items()},
+            "vocab_size": self.vocab_size,
+            "chat_template": backend.chat_template,
+        }
+
     def token_text(self, token_id: int) -> str:
         """One token as text, special tokens by their name (for log-probabilities)."""
         return self.decode([token_id], skip_special_tokens=False)

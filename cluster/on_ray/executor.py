@@ -12,7 +12,7 @@ import logging
 import pickle
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,7 +22,7 @@ from saqqara.cluster.engine.executor import settle
 from saqqara.cluster.errors import NotRecoverableError, WorkerDiedError
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import MeshLayout
-from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
+from saqqara.workers.plan import Grammar, StepPlan, StepResult, WorkerInfo
 
 from .group import RankGroup
 from .placement import DEFAULT_TIMEOUT_SECONDS, Placement, reserve
@@ -30,6 +30,8 @@ from .rank_process import ProcessInfo, WorkerFactory, new_log_dir
 
 logger = logging.getLogger(__name__)
 
+_COMPILE_SECONDS = 60.0
+_MAX_COMPILING = 4  # grammars that are waited for; a rank compiles one after the other
 _DRAIN_SECONDS = 30.0
 _GONE_SECONDS = 30.0  # for the processes of a group that was killed
 
@@ -81,6 +83,7 @@ class RayExecutor:
         self._lock = threading.Lock()
         self._steps: SimpleQueue[_Step | None] = SimpleQueue()
         self._oldest_calls: list[Any] = []
+        self._compiling = ThreadPoolExecutor(_MAX_COMPILING, thread_name_prefix="compile-grammar")
         self._group = self._new_group()
         try:
             self._group.start(start_timeout_seconds)
@@ -123,6 +126,15 @@ class RayExecutor:
             self._steps.put((group, calls, future))
         return future
 
+    def compile_grammar(self, grammar: Grammar) -> "Future[None]":
+        """Have a grammar ready on the rank that samples, beside the steps.
+
+        The future ends with a `ValueError` where it cannot be compiled, with a `WorkerDiedError`
+        where the ranks are lost.
+        """
+        group = self._group
+        return self._compiling.submit(group.compile_grammar, grammar, _COMPILE_SECONDS)
+
     def give_up(self, seconds: float) -> WorkerDiedError:
         """End the ranks, whose oldest step has taken so long; says who was late."""
         return self._group.give_up(self._oldest_calls, seconds)
@@ -162,6 +174,7 @@ class RayExecutor:
         if self._group.failure is None and not self._gatherer.is_alive():
             self._group.close()
         self._group.end()
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         self._release()
         # Killing makes the calls of a step that did not end fail, which ends its future.
         self._gatherer.join(_DRAIN_SECONDS)

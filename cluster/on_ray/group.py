@@ -21,7 +21,7 @@ from saqqara.cluster.errors import WorkerDiedError
 from saqqara.cluster.recovery.pulse import PulseMonitor
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import MeshLayout
-from saqqara.workers.plan import StepResult, WorkerInfo
+from saqqara.workers.plan import Grammar, StepResult, WorkerInfo
 
 from .exits import cause_of, end_on_nodes, exit_reason, one_line
 from .placement import LOOPBACK, Placement, RankPlace, pulse_host
@@ -34,6 +34,9 @@ _SETTLE_SECONDS = 2.0  # peers of a dead rank fail too; this long to find out wh
 _CLOSE_SECONDS = 5.0
 _STACKS_SECONDS = 0.2  # for a rank that hangs to write its stacks to its log
 _STOPPED_SECONDS = 2.5  # without a beat, of a rank whose step is late
+_COMPILING = (
+    "compiling"  # a concurrency group of its own: steps do not wait for it, nor it for them
+)
 _PROCESS_SECONDS = 300.0  # for Ray to start the processes, before anything is loaded
 
 
@@ -110,6 +113,29 @@ class RankGroup:
             return results
         raise failure
 
+    def compile_grammar(self, grammar: Grammar, timeout_seconds: float) -> None:
+        """Have a grammar ready on the rank that samples.
+
+        Raises:
+            ValueError: it cannot be compiled.
+            WorkerDiedError: the rank is gone, or does not answer.
+        """
+        if self.failure is not None:
+            raise self.failure
+        rank = (self.layout.pipeline_size - 1) * self.layout.tensor_size
+        compiling = self._actors[rank].compile_grammar.options(concurrency_group=_COMPILING)
+        call = compiling.remote(grammar)
+        try:
+            ray.get(call, timeout=timeout_seconds)
+        except RayTaskError as error:
+            is_ours = isinstance(error.cause, ValueError)
+            raise ValueError(str(error.cause) if is_ours else one_line(error.cause)) from error
+        except RayError as error:
+            if isinstance(error, GetTimeoutError):
+                raise ValueError(f"it is not compiled after {timeout_seconds:g} s") from error
+            message, log_file = self._describe(rank, error), str(self._log_file(rank))
+            raise self._lose(lambda: WorkerDiedError(message, rank, log_file)) from error
+
     def check_integrity(self) -> None:
         """Prove page ownership on every rank.
 
@@ -176,7 +202,7 @@ class RankGroup:
         self._places = self._placement.places()
         self._monitor = PulseMonitor(pulse_host(self._places), self._note_loss)
         addresses = [place.address for place in self._places]
-        actor_class = ray.remote(RankProcess)
+        actor_class = ray.remote(concurrency_groups={_COMPILING: 1})(RankProcess)
         for rank, address in enumerate(addresses):
             options = self._placement.rank_options(rank)
             self._actors.append(

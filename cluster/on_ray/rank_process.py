@@ -26,7 +26,7 @@ from saqqara.cluster.recovery.pulse import Pulse, PulseAddress
 from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig
 from saqqara.configs.worker_settings import WorkerSettings
-from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
+from saqqara.workers.plan import Grammar, StepPlan, StepResult, WorkerInfo
 
 if TYPE_CHECKING:
     from saqqara.workers.mesh.layout import MeshLayout
@@ -45,6 +45,10 @@ class RankWorker(Protocol):
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run this rank's part of a plan."""
+        ...
+
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """Have a grammar ready; called by another thread than the one of the steps."""
         ...
 
     def check_integrity(self) -> None:
@@ -182,6 +186,15 @@ class RankProcess:
         except BaseException:
             logger.exception("rank %d failed", self.rank)
             raise
+
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """Have a grammar ready; runs beside the steps, in the thread of its concurrency group.
+
+        Raises:
+            ValueError: it cannot be compiled.
+        """
+        assert self._worker is not None, "compile_grammar before start"
+        self._worker.compile_grammar(grammar)
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` if the pages are not all accounted for."""

@@ -20,6 +20,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from saqqara.cluster.batch_store.store import Store
+from saqqara.cluster.chat import read_template
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.executor import Executor, LocalExecutor
 from saqqara.cluster.engine.model_fit import check_fits, check_fits_if_local
@@ -63,7 +64,8 @@ _DRAIN_POLL_SECONDS = 0.2  # of Serve, for the requests of a replica that is to 
 class ReplicaPlan:
     """What Serve starts for one replica: its settings, its actor, and its room for ranks.
 
-    `placement` is None where the worker runs in the replica's process.
+    `placement` is None where the worker runs in the replica's process; `chat_template` is the text
+    of the file that the settings name.
     """
 
     config: ServeConfig
@@ -71,6 +73,7 @@ class ReplicaPlan:
     keys: ApiKeys
     actor_options: dict[str, Any]
     placement: PlacementPlan | None
+    chat_template: str | None = None
 
 
 @serve.ingress()
@@ -93,7 +96,12 @@ class Replica:
         """The HTTP application, as Serve asks for it."""
         config = self._plan.config
         return make_app(
-            self._generation, self._plan.keys, config.allowed_origins, self._store, ui=config.ui
+            self._generation,
+            self._plan.keys,
+            config.allowed_origins,
+            self._store,
+            ui=config.ui,
+            allowed_hosts=config.allowed_hosts,
         )
 
     async def check_health(self) -> None:
@@ -177,6 +185,7 @@ def plan_replica(config: ServeConfig, engine: EngineConfig, keys: ApiKeys) -> Re
         ValueError: `placement_group_config` does not fit the engine, or the engine not the model.
     """
     check_fits_if_local(engine)
+    template = None if config.chat_template is None else read_template(config.chat_template)
     gpu = uses_gpus(engine)
     actor = dict(config.deployment_config.ray_actor_options)
     if engine.executor == "local":
@@ -190,7 +199,7 @@ def plan_replica(config: ServeConfig, engine: EngineConfig, keys: ApiKeys) -> Re
             actor.setdefault("num_gpus", 1)
         if config.accelerator_type is not None:
             actor.setdefault("accelerator_type", config.accelerator_type)
-        return ReplicaPlan(config, engine, keys, actor, None)
+        return ReplicaPlan(config, engine, keys, actor, None, template)
     layout = MeshLayout(engine.tensor_parallel_size, engine.pipeline_parallel_size)
     if config.placement_group_config is not None:
         bundles = config.placement_group_config.bundles
@@ -205,7 +214,7 @@ def plan_replica(config: ServeConfig, engine: EngineConfig, keys: ApiKeys) -> Re
     if config.accelerator_type is not None:
         node = {f"accelerator_type:{config.accelerator_type}": _ACCELERATOR_SHARE}
         placement = replace(placement, bundles=tuple({**b, **node} for b in placement.bundles))
-    return ReplicaPlan(config, engine, keys, actor, placement)
+    return ReplicaPlan(config, engine, keys, actor, placement, template)
 
 
 def _start(plan: ReplicaPlan) -> Generation:
@@ -218,13 +227,13 @@ def _start(plan: ReplicaPlan) -> Generation:
     engine = Engine(
         config,
         _executor(plan),
-        Tokenizer.load(tokenizer),
+        Tokenizer.load(tokenizer, plan.chat_template),
         spec,
         sinks=[RaySink(name)],
         model_name=name,
         replica_id=serve.get_replica_context().replica_id.unique_id,
     )
-    return Generation(plan.config, config, engine, Tokenizer.load(tokenizer))
+    return Generation(plan.config, config, engine, Tokenizer.load(tokenizer, plan.chat_template))
 
 
 def open_store(config: ServeConfig) -> Store | None:

@@ -23,8 +23,9 @@ _FIELDS = {
     "timeout_seconds",
     *("stream_options", "max_completion_tokens", "top_logprobs", "tools", "functions"),
     *("continue_final_message", "chat_template_kwargs", "best_of", "echo", "chat_template"),
+    "response_format",
 }
-_NESTED = {"stream_options", "response_format"}
+_NESTED = {"stream_options", "response_format", "structured_outputs"}
 _MAX_NAME_CHARS = 100  # longer than any field; what a client wrote may have megabytes
 _MAX_MESSAGE_CHARS = 2000
 _TYPES = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}

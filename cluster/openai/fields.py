@@ -12,7 +12,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 MAX_DEPTH = 16
 MAX_MEMBERS = 1024
 _NO_TOOLS = "there are no tool calls here"
-_NO_GRAMMAR = "answers are free text; there is no constrained decoding here"
 _NO_BEAMS = "there is no beam search here"
 _TEXT_ONLY = "models here read and write text alone"
 _NO_CACHE = "nothing is kept between requests here"
@@ -66,15 +65,6 @@ class StreamOptions(BaseModel):
     include_obfuscation: Annotated[Any, only(False, why="streams are not padded here")] = None
 
 
-class ResponseFormat(BaseModel):
-    """Only plain text is supported."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Annotated[Any, only("text", why=_NO_GRAMMAR)] = None
-    json_schema: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-
-
 class IdleFields(BaseModel):
     """What completions and chats may say without an effect."""
 
@@ -87,7 +77,6 @@ class IdleFields(BaseModel):
     prompt_cache_retention: str | None = None
 
     # OpenAI's.
-    response_format: ResponseFormat | None = None
     store: Annotated[Any, only(False, why=_NO_CACHE)] = None
 
     # vLLM's.
@@ -97,14 +86,6 @@ class IdleFields(BaseModel):
     spaces_between_special_tokens: bool | None = None  # only tokenizers in Python heed it
     detokenize: Annotated[Any, only(True, why="answers are text")] = None
     logits_processors: Annotated[Any, only(why="clients bring no code")] = None
-    structured_outputs: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    structural_tag: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_json: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_regex: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_choice: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_grammar: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_decoding_backend: Annotated[Any, only(why=_NO_GRAMMAR)] = None
-    guided_whitespace_pattern: Annotated[Any, only(why=_NO_GRAMMAR)] = None
     cache_salt: Annotated[Any, only(why=_NO_CACHE)] = None
     kv_transfer_params: Annotated[Any, only(why="keys and values stay in their engine")] = None
     request_id: Annotated[Any, only(why="answers get their id here")] = None

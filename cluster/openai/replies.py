@@ -133,6 +133,9 @@ def check_served(output: RequestOutput) -> None:
     """Raise an `ApiError` if the engine gave a request up."""
     if output.error_code == "computation_failed":
         raise ApiError(500, output.error or "", None, output.error_code)
+    if output.error_code == "constraint_failed":
+        message = output.error or ""
+        raise ApiError(400, message, ApiError.rejected(message).param, output.error_code)
     if output.error_code == "deadline_exceeded":
         raise deadline_exceeded()
     if output.error is not None:

@@ -91,3 +91,10 @@ class Suspects:
         self._order.remove(request_id)
         self._order.append(request_id)
         return None
+
+
+def verdict_on(request_id: str) -> str:
+    """What is said of a request that is guilty."""
+    return (
+        f"request {request_id} has ended the workers {LOSSES_OF_A_GUILTY} times while it ran alone"
+    )

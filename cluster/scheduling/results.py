@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Many
 
-from saqqara.workers.plan import ScoredTokens, StepResult
+from saqqara.workers.plan import SampledToken, ScoredTokens, StepResult
 
 from .draft import Draft
 from .events import NewScores, NewToken, Prefilled
@@ -49,9 +49,7 @@ class Landing:
         for fault in (fault for result in self._results for fault in result.faults):
             sequence = self._draft.sequences[fault.slot]
             if not sequence.discarding:  # else it starts anew, and this was of its last try
-                self._roster.finish(
-                    sequence, "error", error=fault.message, error_code="computation_failed"
-                )
+                self._roster.finish(sequence, "error", error=fault.message, error_code=fault.code)
 
     def retry_refused(self) -> None:
         """Let sequences that a worker had no pages for try again."""
@@ -78,7 +76,7 @@ class Landing:
             assert token.position == expected, f"token {token} should be at {expected}"
             sequence.output_token_ids.append(token.token_id)
             events.append(NewToken(sequence, token.token_id, token.logprobs))
-            self._check_stop(sequence, token.token_id)
+            self._check_stop(sequence, token)
 
     def take_scores(self) -> None:
         """Note the scores of continuations, and end those that are through."""
@@ -107,13 +105,15 @@ class Landing:
         if sequence.status is Status.RUNNING:
             self._roster.requeue(sequence)
 
-    def _check_stop(self, sequence: Sequence, token_id: int) -> None:
-        num_tokens = len(sequence.output_token_ids)
+    def _check_stop(self, sequence: Sequence, token: SampledToken) -> None:
+        token_id, num_tokens = token.token_id, len(sequence.output_token_ids)
         may_stop = num_tokens > sequence.request.sampling.min_tokens
         if may_stop and token_id in sequence.eos_token_ids:
             self._roster.finish(sequence, "stop")
         elif may_stop and token_id in sequence.stop_token_ids:
             self._roster.finish(sequence, "stop", stop_reason=token_id)
+        elif token.is_last:  # whatever min_tokens says: there is nothing else to write
+            self._roster.finish(sequence, "stop")
         elif num_tokens >= sequence.max_output_tokens:
             self._roster.finish(sequence, "length")
 

@@ -18,6 +18,7 @@ class Roster:
     """The sequences of a replica.
 
     Attributes:
+        preparing: how many sequences are not in the queue yet, because their grammar is not ready.
         waiting: sequences without a slot, in the order of their turns.
         running: those that decode, by arrival; the least recently planned first.
         seats: who holds which slot.
@@ -27,6 +28,7 @@ class Roster:
 
     def __init__(self, workers: Many[WorkerInfo], num_slots: int) -> None:
         self._num_slots = num_slots
+        self.preparing = 0
         self.waiting = WaitingQueue()
         self.running: dict[int, Sequence] = {}
         self.seats = Seats(workers, num_slots)
@@ -60,6 +62,18 @@ class Roster:
             if not self.may_run(sequence):
                 self.requeue(sequence)
 
+    def prepare(self, sequence: Sequence) -> None:
+        """Keep a new sequence out of the queue until `enqueue`."""
+        sequence.status = Status.PREPARING
+        self.preparing += 1
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Let a sequence wait for a slot; one that has ended stays so."""
+        if sequence.status is Status.PREPARING:
+            self.preparing -= 1
+            sequence.status = Status.WAITING
+            self.waiting.add(sequence)
+
     def seat(self, sequence: Sequence) -> None:
         """Give a waiting sequence a slot, for a prefill that starts in this plan."""
         self.waiting.remove(sequence)
@@ -87,6 +101,7 @@ class Roster:
         """
         if sequence.is_finished:
             return
+        has_run = sequence.status is not Status.WAITING or sequence.num_preemptions > 0
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         elif sequence.status is Status.RUNNING:
@@ -94,7 +109,10 @@ class Roster:
                 fed = max(len(sequence.known_after_prompt) - 1, 0)  # nothing follows the last one
                 sequence.kv_cache = self.ledger.kept(sequence.held_slot, fed)
             self.vacate(sequence)
+        elif sequence.status is Status.PREPARING:
+            self.preparing -= 1
         sequence.status = Status.FINISHED
+        self.waiting.settle(sequence, has_run=has_run)
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
         sequence.error = error

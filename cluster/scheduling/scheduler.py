@@ -97,7 +97,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences without a slot."""
-        return len(self._roster.waiting)
+        return len(self._roster.waiting) + self._roster.preparing
 
     @property
     def num_running(self) -> int:
@@ -107,7 +107,7 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Whether no sequence is left, no plan executing and no slot still to be freed."""
-        return self._roster.seats.is_empty and not (self._roster.waiting or self._flights)
+        return self._roster.seats.is_empty and not (self.num_waiting or self._flights)
 
     def add(
         self,
@@ -116,8 +116,9 @@ class Scheduler:
         *,
         index: int = 0,
         eos_token_ids: Many[int] = (),
+        is_ready: bool = True,
     ) -> Sequence:
-        """Queue one choice of a request.
+        """Queue one choice of a request; where it is not ready, `enqueue` does.
 
         Raises:
             ValueError: the prompt or continuation is too long, or could never fit the KV pool.
@@ -137,8 +138,22 @@ class Scheduler:
             max_output_tokens=most,
         )
         self._num_added += 1
-        self._roster.waiting.add(sequence)
+        if is_ready:
+            self._roster.waiting.add(sequence)
+        else:
+            self._roster.prepare(sequence)
         return sequence
+
+    def enqueue(self, sequence: Sequence, error: str | None = None) -> None:
+        """Queue a sequence that was not ready when it was added, unless it has ended.
+
+        With an error its grammar cannot be had, and it ends.
+        """
+        if error is None:
+            self._roster.enqueue(sequence)
+        else:
+            message = f"structured_outputs: {error}"
+            self.finish(sequence, "error", error=message, error_code="constraint_failed")
 
     def check(self, request: TokenRequest) -> None:
         """Raise a ValueError if the request could never be served."""

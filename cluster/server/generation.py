@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,10 +14,10 @@ from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.live.snapshot import LiveStats
 from saqqara.cluster.openai.errors import ApiError
+from saqqara.cluster.openai.replies import check_served
 from saqqara.cluster.openai.requests import (
     ChatRequest,
     CompletionRequest,
-    GenerationRequest,
     check_model,
 )
 from saqqara.cluster.openai.shown import ANSWER_ONLY, Shown
@@ -36,6 +36,21 @@ LONG_TEXT_CHARS = 8192  # a longer text is tokenised in a thread: it takes milli
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """Who waits for an answer: whose share of the queue it has, and until when it waits.
+
+    `owner` is empty where nobody shares the queue; see `Admission`. `deadline` is in the time of
+    the event loop; None: for ever.
+    """
+
+    owner: str = ""
+    deadline: float | None = None
+
+
+NOBODY = Caller()
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A request that is checked and tokenised.
 
@@ -48,7 +63,7 @@ class Job:
     sampling: SamplingParams
     retention: Retention
     priority: int = 0
-    deadline: float | None = None  # in the time of the event loop
+    caller: Caller = NOBODY
     shown: Shown = ANSWER_ONLY
 
     @property
@@ -90,7 +105,11 @@ class Generation:
         self.limits = config.limits
         self.tokenizer = tokenizer
         self.max_model_len = engine.scheduler.max_model_len
-        self.admission = Admission(engine_config.max_num_seqs, config.limits.max_queue)
+        self.admission = Admission(
+            engine_config.max_num_seqs,
+            config.limits.max_queue,
+            max_share=config.limits.max_queue_share,
+        )
         self._retention = engine.retention
         self._vocab_size = engine.vocab_size
         self._metrics = engine.metrics
@@ -122,20 +141,20 @@ class Generation:
         await asyncio.to_thread(self._engine.shutdown)
         self._threads.shutdown(wait=False)
 
-    def deadline(self, request: GenerationRequest, arrived: float) -> float | None:
-        """When the answer must be complete, in the time of the event loop, as `arrived` is.
-
-        Raises:
-            ApiError: the request asks for more time than this server gives.
-        """
-        request.check_limits(self.limits)
-        seconds = request.timeout_seconds or self.limits.default_timeout_seconds
-        return None if seconds is None else arrived + seconds
+    def admit(self, job: Job) -> AbstractContextManager[None]:
+        """Hold room for a job; see `Admission.enter`."""
+        return self.admission.enter(job.num_sequences, job.caller.owner)
 
     async def prepare(
-        self, request: CompletionRequest | ChatRequest, deadline: float | None = None
+        self,
+        request: CompletionRequest | ChatRequest,
+        caller: Caller = NOBODY,
     ) -> Job:
         """Check and tokenise a request.
+
+        Args:
+            request: as the client wrote it.
+            caller: who waits for it.
 
         Raises:
             ApiError: what is wrong with it, and in which field.
@@ -143,7 +162,9 @@ class Generation:
         self.check_model(request.model)
         request.check_limits(self.limits)
         request.check_profile()
-        sampling = request.sampling_params()
+        # A grammar takes up to a second to check.
+        off_loop = 0 if request.structure is None else 1 + LONG_TEXT_CHARS
+        sampling = await self._off_loop_if_long(off_loop, request.sampling_params)
         retention = request.read_retention(self._retention)
         texts: list[str | None] = [None]
         if isinstance(request, ChatRequest):
@@ -162,16 +183,16 @@ class Generation:
             sampling,
             retention,
             request.priority or 0,
-            deadline,
+            caller,
             request.shown,
         )
         self._check_lengths(job)
         self._check_logprobs(job)
-        if job.num_sequences > self.admission.capacity:
+        if job.num_sequences > self.admission.capacity_of(caller.owner):
             raise ApiError(
                 400,
                 f"n: {len(prompts)} prompts times n={sampling.n} are more sequences than the "
-                f"{self.admission.capacity} that the server takes at once",
+                f"{self.admission.capacity_of(caller.owner)} that the server takes at once",
                 "n",
                 "limit_exceeded",
             )
@@ -214,6 +235,14 @@ class Generation:
             return self.tokenizer.decode(token_ids, skip_special_tokens=False)
 
         return await self._off_loop_if_long(len(token_ids), decode)
+
+    async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary spells them."""
+
+        def spell() -> list[str]:
+            return self.tokenizer.token_strings(token_ids)
+
+        return await self._off_loop_if_long(len(token_ids), spell)
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
@@ -296,7 +325,8 @@ class Generation:
             job.sampling.for_prompt(place),
             retention=job.retention,
             priority=job.priority,
-            timeout_seconds=_seconds_until(job.deadline),
+            owner=job.caller.owner,
+            timeout_seconds=_seconds_until(job.caller.deadline),
             stream=stream,
             prompt_text=job.texts[place] if job.shown.echo else None,
             echo=job.shown.echo,
@@ -306,7 +336,10 @@ class Generation:
         try:
             async with aclosing(source) as outputs:
                 async for output in outputs:
+                    check_served(output)
                     yield output
+        except ApiError as error:
+            raise error.renamed(job.names) from None
         except ValueError as error:
             raise ApiError.of(error, "prompt").renamed(job.names) from None
 

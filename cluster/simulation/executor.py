@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from saqqara.cluster.errors import Cause, WorkerDiedError
-from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
+from saqqara.workers.plan import Grammar, StepPlan, StepResult, WorkerInfo
 
 from .clock import SimulatedClock
 from .step_time import Pipeline
@@ -153,6 +153,15 @@ class SimulatedExecutor:
         """End the ranks: the oldest step has taken so long."""
         assert seconds > 0
         return self.lose("hung")
+
+    def compile_grammar(self, grammar: Grammar) -> "Future[None]":
+        """Nothing: no answer is really sampled."""
+        future: Future[None] = Future()
+        if self._failure is not None:
+            future.set_exception(self._failure)
+        else:
+            future.set_result(None)
+        return future
 
     def recover(self) -> "Future[None]":
         """Start other ranks; done when they have started."""

@@ -21,6 +21,7 @@ from saqqara.compression.retention import Retention
 from saqqara.workers.plan import (
     DecodeItem,
     Fault,
+    Grammar,
     KeptCounts,
     NewSequence,
     PrefillGroup,
@@ -190,6 +191,7 @@ class FakeReplica:
         self.num_integrity_checks = 0
         self.is_shut_down = False
         self.plans: list[StepPlan] = []
+        self.compiled: list[Grammar] = []
         self.prefilled_tokens = 0  # of prompts, computed to the end
         self.num_prompts_scored = 0
 
@@ -203,6 +205,16 @@ class FakeReplica:
 
     def give_up(self, seconds: float) -> WorkerDiedError:
         raise AssertionError("its steps take no time")
+
+    def compile_grammar(self, grammar: Grammar) -> Future[None]:
+        """It is compiled at once, unless it says that it cannot be."""
+        future: Future[None] = Future()
+        self.compiled.append(grammar)
+        if "bad" in grammar.text:
+            future.set_exception(ValueError("it is bad"))
+        else:
+            future.set_result(None)
+        return future
 
     def recover(self) -> Future[None]:
         raise AssertionError("its workers are never lost")

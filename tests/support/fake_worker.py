@@ -11,7 +11,7 @@ import torch
 from saqqara.configs.worker_settings import WorkerSettings
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.mesh.mesh import Mesh
-from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo, WorkerMemory
+from saqqara.workers.plan import Grammar, StepPlan, StepResult, WorkerInfo, WorkerMemory
 
 # What the last rank does when a plan frees this slot; the others wait for it in a collective.
 RAISE, DIE, CRASH, SLEEP, WRITE = 1001, 1002, 1003, 1004, 1005
@@ -82,6 +82,11 @@ class FakeWorker:
             os.write(2, b"from C++\n")
             print("from stderr", file=sys.stderr)
             self.whole = False
+
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """Fails for a grammar that says so."""
+        if grammar.text == "bad":
+            raise ValueError("bad is no grammar")
 
     def check_integrity(self) -> None:
         """Fails once WRITE was ordered."""

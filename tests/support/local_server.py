@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from saqqara.cluster.chat import read_template
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.executor import LocalExecutor
 from saqqara.cluster.engine.tokenizer import Tokenizer
@@ -63,7 +64,8 @@ def engine_app(model: Path, keys: Sequence[str] = (), **fields: Any) -> FastAPI:
     loading = {"model_id": model.name, "model_source": str(model)}
     config = serve_config({"model_loading_config": loading, **fields})
     engine_config = served_engine(config)
-    tokenizers = [Tokenizer.load(model), Tokenizer.load(model)]
+    template = None if config.chat_template is None else read_template(config.chat_template)
+    tokenizers = [Tokenizer.load(model, template), Tokenizer.load(model, template)]
     engine = Engine(
         engine_config,
         LocalExecutor(engine_config),
@@ -73,7 +75,13 @@ def engine_app(model: Path, keys: Sequence[str] = (), **fields: Any) -> FastAPI:
     )
     generation = Generation(config, engine_config, engine, tokenizers[1])
     environ: Mapping[str, str] = {"SAQQARA_API_KEYS": ",".join(keys)} if keys else {}
-    return make_app(generation, ApiKeys.load(None, environ), config.allowed_origins, ui=config.ui)
+    return make_app(
+        generation,
+        ApiKeys.load(None, environ),
+        config.allowed_origins,
+        ui=config.ui,
+        allowed_hosts=config.allowed_hosts,
+    )
 
 
 def _below(app: FastAPI, prefix: str) -> FastAPI:

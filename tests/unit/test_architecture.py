@@ -45,6 +45,7 @@ _WORKERS = {
     "workers/kv": _below("workers", "workers/kernels"),
     "workers/attention": _below("workers", "workers/kv", "workers/kernels", "workers/native"),
     "workers/models": _below("workers", "workers/mesh", "workers/native", "configs"),
+    "workers/grammar": _below("workers", "workers/models"),
     "workers/state": _below("workers", "compression", "configs"),
 }
 _WORKERS["workers/footprint.py"] = _below("workers/mesh", "workers/models", "compression")
@@ -69,14 +70,17 @@ ROOMS = {
     "configs": _below(),
     "compression": _below("configs"),
     **_WORKERS,
-    "cluster": _below("workers", "compression", "configs"),  # the words that its rooms share
+    "cluster/structured": _below("workers", "workers/grammar", "configs"),
+    # The words that its rooms share.
+    "cluster": _below("workers", "compression", "configs", "cluster/structured"),
     "cluster/scheduling": _BASE | {"workers"},
     "cluster/recovery": _BASE | {"workers"},
     "cluster/live": _BASE | {"workers", "cluster/scheduling"},
     "cluster/top": _below("cluster/live"),
     "cluster/engine": _BASE
     | _MODEL
-    | {"cluster/scheduling", "cluster/recovery", "cluster/live", "workers/worker.py"},
+    | {"cluster/scheduling", "cluster/recovery", "cluster/live", "cluster/structured"}
+    | {"workers/worker.py"},
     "cluster/planning": _below("cluster/scheduling", "compression", "configs", "workers")
     | {"workers/footprint.py", "workers/mesh", "workers/models"},
     "cluster/simulation": _below("cluster/planning", "cluster/scheduling", "compression")

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saqqara.workers.grammar.masks import TokenMasks
+from saqqara.workers.grammar.matchers import Matchers
 from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.models.decoder import Decoder, chunks
-from saqqara.workers.plan import PromptScores, SampledToken, ScoredTokens, StepPlan
+from saqqara.workers.plan import NewSequence, PromptScores, SampledToken, ScoredTokens, StepPlan
 from saqqara.workers.state.faults import Faults
 from saqqara.workers.state.slots import SlotTable, Target, ended
 from saqqara.workers.transfer import to_device
@@ -29,13 +31,44 @@ class Head:
 
     Every tensor rank computes its vocabulary shard; rank 0 samples and broadcasts, so that ranks
     cannot diverge.
+
+    Args:
+        decoder: the last stage's.
+        mesh: the ranks.
+        slots: what is known of each slot's sequence.
+        faults: where sequences that cannot go on are told.
+        matchers: of the answers that have a grammar, on rank 0; None on the others.
     """
 
-    def __init__(self, decoder: Decoder, mesh: Mesh, slots: SlotTable, faults: Faults) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        mesh: Mesh,
+        slots: SlotTable,
+        faults: Faults,
+        matchers: Matchers | None,
+    ) -> None:
+        self._matchers = matchers
         self._decoder = decoder
         self._mesh = mesh
         self._slots = slots
         self._faults = faults
+
+    def open(self, new: NewSequence) -> None:
+        """Note a new sequence: its matcher begins where its known tokens end."""
+        grammar = new.sampling.grammar
+        if self._matchers is None or grammar is None or new.score:
+            return
+        known = new.tokens()[new.prompt_tokens :].tolist()
+        try:
+            self._matchers.open(new.slot, grammar, known)
+        except ValueError as error:
+            self._faults.add(new.slot, _of_grammar(str(error)), "constraint_failed")
+
+    def close(self, slot: int) -> None:
+        """Note that a slot is free."""
+        if self._matchers is not None:
+            self._matchers.close(slot)
 
     def sample(
         self,
@@ -51,7 +84,7 @@ class Head:
         if not targets:
             return []
         logits_SV = self._decoder.logits(_sampled_rows(plan, targets, finals, decoded_TE))
-        sampled = self._sample(logits_SV, targets)
+        sampled = self._sample(logits_SV, targets, self._masks(targets))
         agreed = [draw.token_id for draw in sampled]
         if self._mesh.layout.tensor_size > 1:
             token_ids = torch.tensor(agreed, device=logits_SV.device)
@@ -59,13 +92,36 @@ class Head:
         for target, token, draw in zip(targets, agreed, sampled, strict=True):
             self._slots.put_token(target, token)
             if draw.error is not None:
-                self._faults.add(target.slot, draw.error)
+                self._faults.add(target.slot, draw.error, draw.code)
         return [
-            SampledToken(target.slot, target.position, token, draw.logprobs)
+            SampledToken(
+                target.slot, target.position, token, draw.logprobs, self._advance(target, token)
+            )
             for target, token, draw in zip(targets, agreed, sampled, strict=True)
         ]
 
-    def _sample(self, logits_SV: Tensor, targets: list[Target]) -> list[Draw]:
+    def _masks(self, targets: list[Target]) -> TokenMasks | None:
+        """What the grammars allow in the targets' places."""
+        if self._matchers is None:
+            return None
+        masks, errors = self._matchers.masks([target.slot for target in targets])
+        for slot, error in errors.items():
+            self._faults.add(slot, _of_grammar(error), "constraint_failed")
+        return masks
+
+    def _advance(self, target: Target, token_id: int) -> bool:
+        """Take a sampled token into its grammar; returns whether nothing may follow it."""
+        if self._matchers is None or target.slot in self._faults:
+            return False
+        try:
+            return self._matchers.advance(target.slot, token_id)
+        except ValueError as error:
+            self._faults.add(target.slot, _of_grammar(str(error)), "constraint_failed")
+            return False
+
+    def _sample(
+        self, logits_SV: Tensor, targets: list[Target], masks: TokenMasks | None
+    ) -> list[Draw]:
         """Sample all together, or one by one where that fails, to find out whose fault it is.
 
         A sequence at fault gets token 0, so that all ranks go on alike.
@@ -76,13 +132,15 @@ class Head:
                 [self._slots[t.slot].sampling for t in targets],
                 [t.position for t in targets],
                 [TokenHistory(self._slots.prompt(t.slot), self._slots.output(t)) for t in targets],
+                masks,
             )
         except Exception as error:
             if len(targets) == 1:
                 with self._faults.blame([targets[0].slot], "sampling", is_local=True):
                     raise error
                 return [Draw(0)]  # type: ignore[unreachable]
-        return [self._sample(logits_SV[i, None], [t])[0] for i, t in enumerate(targets)]
+        alone = [None if masks is None else masks.of(row) for row in range(len(targets))]
+        return [self._sample(logits_SV[i, None], [t], alone[i])[0] for i, t in enumerate(targets)]
 
     def score(
         self, plan: StepPlan, finals: dict[int, Tensor], decoded_TE: Tensor | None
@@ -177,6 +235,10 @@ class _Scores:
             torch.empty(num_tokens, num_top, dtype=torch.int32),
             torch.empty(num_tokens, num_top),
         )
+
+
+def _of_grammar(error: str) -> str:
+    return f"structured_outputs: the answer cannot go on: {error}"
 
 
 def _sampled_rows(

@@ -1,9 +1,10 @@
 """From logits to tokens: penalties, filters, and counter-based random numbers.
 
-The order is vLLM's: biases, penalties and forbidden tokens (all that are not allowed, the ends of
-bad words, and those blocked before `min_tokens`), temperature, then `min_p`, `top_k`, `top_p`, each
-on what the one before left. A token tied with the last of `top_k` or with the
-threshold of `min_p` stays in; among ties at the edge of `top_p` the lower id comes first.
+The order is vLLM's: biases, penalties and forbidden tokens (all that are not allowed or that the
+grammar excludes, the ends of bad words, and those blocked before `min_tokens`), temperature, then
+`min_p`, `top_k`, `top_p`, each on what the one before left. A token tied with the last of `top_k`
+or with the threshold of `min_p` stays in; among ties at the edge of `top_p` the lower id comes
+first.
 
 A token is drawn by the Gumbel-max trick: the best of log-probability plus noise, the noise being a
 function of (seed, position, token id) alone. So what is sampled does not depend on which other
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saqqara.workers.plan import SamplingSpec, TokenLogprobs
+from saqqara.workers.grammar.masks import TokenMasks
+from saqqara.workers.plan import FaultCode, SamplingSpec, TokenLogprobs
 
 # Below this a temperature is greedy decoding (as in vLLM).
 MIN_TEMPERATURE = 1e-5
@@ -42,11 +44,15 @@ class TokenHistory:
 
 
 class Draw(NamedTuple):
-    """What was sampled for one row; with an `error` there is no token (the id is 0)."""
+    """What was sampled for one row; with an `error` there is no token (the id is 0).
+
+    `code` is the error's kind.
+    """
 
     token_id: int
     logprobs: TokenLogprobs | None = None
     error: str | None = None
+    code: FaultCode = "computation_failed"
 
 
 def sample(
@@ -54,6 +60,7 @@ def sample(
     specs: Sequence[SamplingSpec],
     positions: Sequence[int],
     history: Sequence[TokenHistory],
+    masks: TokenMasks | None = None,
 ) -> list[Draw]:
     """Sample one token per row.
 
@@ -66,9 +73,13 @@ def sample(
         specs: sampling parameters of each row.
         positions: position of the token to be sampled in its sequence, per row.
         history: prompt and output so far, per row.
+        masks: the tokens that their grammars allow, of the rows that have one.
     """
     assert len(logits) == len(specs) == len(positions) == len(history)
-    adjusted = _forbidden(_penalized(_biased(logits, specs), specs, history), specs, history)
+    adjusted = _penalized(_biased(logits, specs), specs, history)
+    if masks is not None:
+        adjusted = masks.apply(adjusted)
+    adjusted = _forbidden(adjusted, specs, history)
     best, tokens = adjusted.max(dim=-1)  # NaN counts as the largest
     finite = best.isfinite().tolist()
     random = [
@@ -83,18 +94,21 @@ def sample(
     draws = list(map(Draw, tokens.tolist(), _logprobs(logits, tokens, specs)))
     for row, draw in enumerate(draws):
         if not finite[row] or (draw.logprobs is not None and math.isnan(draw.logprobs.logprob)):
-            draws[row] = Draw(0, error=_why_no_token(logits[row], positions[row]))
+            draws[row] = _no_token(logits[row], specs[row], positions[row])
     return draws
 
 
-def _why_no_token(logits: torch.Tensor, position: int) -> str:
-    """The error of a row [V] that nothing can be sampled from."""
+def _no_token(logits: torch.Tensor, spec: SamplingSpec, position: int) -> Draw:
+    """What becomes of a row [V] that nothing can be sampled from."""
     if logits.isnan().any() or not logits.max().isfinite():
-        return not_finite(position)
-    return (
+        return Draw(0, error=not_finite(position))
+    message = (
         f"no token is left that may stand at position {position}: allowed_token_ids, bad_words and "
         "the stop tokens that min_tokens blocks exclude all"
     )
+    if spec.grammar is not None:
+        message = f"structured_outputs: {message} that match"
+    return Draw(0, error=message, code="constraint_failed")
 
 
 def not_finite(position: int) -> str:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from saqqara.workers.plan import Fault
+from saqqara.workers.plan import Fault, FaultCode
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +40,13 @@ class Faults:
         self._free_pages(slot)
         self.refused.add(slot)
 
-    def add(self, slot: int, message: str) -> None:
+    def add(self, slot: int, message: str, code: FaultCode = "computation_failed") -> None:
         """End the sequence of a slot; only its first fault counts."""
         if slot in self._slots:
             return
         logger.warning("slot %d: %s", slot, message)
         self._slots.add(slot)
-        self._new.append(Fault(slot, message))
+        self._new.append(Fault(slot, message, code))
         self.refuse(slot)
 
     @contextmanager

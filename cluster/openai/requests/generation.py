@@ -18,6 +18,7 @@ from saqqara.configs.schema import ServerLimits
 from saqqara.configs.yaml_files import CONFIG_DIR
 
 from .reading import check_limit
+from .structure import StructureFields
 
 _MAX_ID_DIGITS = 10
 
@@ -30,7 +31,7 @@ _SAMPLING_FIELDS = (
 )
 
 
-class GenerationRequest(IdleFields):
+class GenerationRequest(StructureFields, IdleFields):
     """What completions and chats have in common; None stands for the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -144,6 +145,7 @@ class GenerationRequest(IdleFields):
             "prompt": self.prompt_field,
             "max_tokens": self.max_new_tokens[0],
             "logprobs": self.logprobs_field,
+            "structured_outputs": self.structure_field,
             **({} if self.best_of is None else {"n": "best_of"}),
         }
 
@@ -184,6 +186,7 @@ class GenerationRequest(IdleFields):
         given = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
         given["max_tokens"] = self.max_new_tokens[1]
         given["logprobs"] = self.num_logprobs
+        given["structured_outputs"] = self.structure
         given["prompt_logprobs"] = self.num_prompt_logprobs
         if self.best_of is not None and self.best_of > (self.n or 1):  # chosen by their likelihood
             given |= {"n": self.best_of, "logprobs": self.num_logprobs or 0}

@@ -12,10 +12,10 @@ from .base import Door, json_reply, register
 
 
 class ModelRoutes:
-    """The model that is here."""
+    """The model that is here, under each of its names."""
 
     endpoints = (
-        Endpoint("GET", "/v1/models", "The one model of this server."),
+        Endpoint("GET", "/v1/models", "The one model of this server, by each of its names."),
         Endpoint("GET", "/v1/models/{model}", "The model, if this is its name."),
     )
 
@@ -31,19 +31,22 @@ class ModelRoutes:
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""
         self._door.authorize(request)
-        return json_reply({"object": "list", "data": [self._card()]})
+        cards = [self._card(name) for name in self._generation.names]
+        return json_reply({"object": "list", "data": cards})
 
     async def model(self, request: Request, model: str) -> Response:
         """`GET /v1/models/{model}`."""
         self._door.authorize(request)
         self._generation.check_model(model)
-        return json_reply(self._card())
+        names = self._generation.names
+        return json_reply(self._card(model if model in names else names[0]))
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self, name: str) -> dict[str, Any]:
         return {
-            "id": self._generation.model,
+            "id": name,
             "object": "model",
             "created": self._started,
             "owned_by": "saqqara",
+            "root": self._generation.model,
             "max_model_len": self._generation.max_model_len,
         }

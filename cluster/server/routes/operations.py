@@ -18,6 +18,7 @@ class OperationRoutes:
     endpoints = (
         Endpoint("GET", "/health", "200 if tokens can be generated now.", needs_key=False),
         Endpoint("GET", "/live", "200 unless the engine is lost for good.", needs_key=False),
+        Endpoint("GET", "/load", "How many requests are in the server.", needs_key=False),
         Endpoint("GET", "/version", "The server's version.", needs_key=False),
         Endpoint(
             "GET", "/metrics", "Metrics for Prometheus.", needs_key=False, media_type="text/plain"
@@ -32,6 +33,7 @@ class OperationRoutes:
         handlers = {
             "/health": self.health,
             "/live": self.live,
+            "/load": self.load,
             "/version": self.version,
             "/metrics": self.metrics,
         }
@@ -51,6 +53,10 @@ class OperationRoutes:
         """`GET /live`: 200 also while workers are started again; 503 is a reason to restart."""
         self._generation.engine.check()
         return json_reply({"status": "ok"})
+
+    async def load(self) -> Response:
+        """`GET /load`: requests that run or wait, as vLLM says it."""
+        return json_reply({"server_load": self._generation.admission.num_requests})
 
     async def version(self) -> Response:
         """`GET /version`."""

@@ -1,5 +1,7 @@
 """`/tokenize` and `/detokenize`."""
 
+from typing import Any
+
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
@@ -9,40 +11,56 @@ from saqqara.cluster.server.docs import Endpoint
 
 from .base import Door, json_reply, register
 
+ENDPOINTS = (
+    Endpoint("POST", "/tokenize", "The token ids of a text or a chat.", TokenizeRequest),
+    Endpoint("POST", "/detokenize", "The text of token ids.", DetokenizeRequest),
+)
+INFO = Endpoint("GET", "/tokenizer_info", "The tokenizer's settings and chat template.")
+
 
 class TokenRoutes:
     """Texts to token ids and back."""
-
-    endpoints = (
-        Endpoint("POST", "/tokenize", "The token ids of a text or a chat.", TokenizeRequest),
-        Endpoint("POST", "/detokenize", "The text of token ids.", DetokenizeRequest),
-    )
 
     def __init__(self, door: Door) -> None:
         self._door = door
         self._generation = door.generation
 
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """What there is."""
+        shown = (INFO,) if self._generation.shows_tokenizer else ()
+        return (*ENDPOINTS, *shown)
+
     def add_to(self, app: FastAPI) -> None:
         """Register the paths."""
         register(app, "POST", {"/tokenize": self.tokenize, "/detokenize": self.detokenize})
+        if self._generation.shows_tokenizer:
+            register(app, "GET", {"/tokenizer_info": self.info})
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`: the token ids of a text or a chat."""
         body = await self._door.read(request, TokenizeRequest)
         self._generation.check_model(body.model)
         if body.messages is not None:
-            tokens = await self._generation.encode_chat(body.messages, body.chat_options())
+            options = body.chat_options(trusts_templates=self._generation.trusts_templates)
+            tokens = await self._generation.encode_chat(body.messages, options)
         else:
             tokens = await self._generation.encode_text(
                 body.prompt or "", add_special_tokens=body.add_special_tokens is not False
             )
-        return json_reply(
-            {
-                "tokens": tokens,
-                "count": len(tokens),
-                "max_model_len": self._generation.max_model_len,
-            }
-        )
+        reply: dict[str, Any] = {
+            "tokens": tokens,
+            "count": len(tokens),
+            "max_model_len": self._generation.max_model_len,
+        }
+        if body.return_token_strs:
+            reply["token_strs"] = await self._generation.token_strings(tokens)
+        return json_reply(reply)
+
+    async def info(self, request: Request) -> Response:
+        """`GET /tokenizer_info`: what a client needs to tokenise as the server does."""
+        self._door.authorize(request)
+        return json_reply(self._generation.tokenizer.info())
 
     async def detokenize(self, request: Request) -> Response:
         """`POST /detokenize`: the text of token ids."""

@@ -58,7 +58,8 @@ def steps(
     """What there is of an answer after each of its tokens, and at its end."""
     params = SamplingParams(**{"logprobs": 5, "max_tokens": None, **sampling})
     request = TokenRequest("r", (1,), params, Retention())
-    answer = Answer(request, 0, 0, params.spec(0), frozenset(), frozenset(), len(ids))
+    ends = frozenset(() if stop_token is None else (stop_token,))
+    answer = Answer(request, 0, 0, params.spec(0), ends, frozenset(), len(ids))
     choice = Choice(answer, tokenizer)
     outputs = []
     for token_id in ids:

@@ -86,6 +86,11 @@ def wrong(case: Case, param: str, code: str = "invalid_value") -> Case:
     return Case(case.fields, param, code, case.is_chat)
 
 
+def of_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """A format of OpenAI's."""
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
+
+
 def nested(depth: int) -> Json:
     return {"a": nested(depth - 1)} if depth else {}
 
@@ -173,6 +178,9 @@ CASES: dict[str, Case] = {
     "allowed tokens": completion(allowed_token_ids=[70, 71, 72]),
     "bad words": completion(bad_words=["a", "b c"]),
     "a priority": completion(priority=-5),
+    "a choice": completion(structured_outputs={"choice": ["a", "bc"]}),
+    "any object": chat(response_format={"type": "json_object"}),
+    "a schema": chat(response_format=of_schema({"enum": [1, 22, "a"]}), max_tokens=20),
     "a variable of the template": chat(chat_template_kwargs={"mood": "calm"}),
     "a message that goes on": chat(
         messages=[*user("hi"), {"role": "assistant", "content": "Well"}],
@@ -239,10 +247,48 @@ CASES: dict[str, Case] = {
     ),
     "tools": wrong(chat(tools=[FUNCTION]), "tools"),
     "tools to be called": wrong(chat(tools=[FUNCTION], tool_choice="required"), "tool_choice"),
-    "a format": wrong(chat(response_format={"type": "json_object"}), "response_format.type"),
+    "a format": wrong(chat(response_format={"type": "json"}), "response_format.type"),
+    "a schema without a name": wrong(
+        chat(response_format={"type": "json_schema", "json_schema": {"schema": {}}}),
+        "response_format.json_schema.name",
+    ),
+    "no schema": wrong(chat(response_format={"type": "json_schema"}), "response_format"),
+    "a schema for text": wrong(
+        chat(response_format={"type": "text", "json_schema": {"name": "a", "schema": {}}}),
+        "response_format",
+    ),
+    "a keyword that is not supported": wrong(
+        chat(response_format=of_schema({"items": {"not": {}}})), "response_format"
+    ),
+    "two forms": wrong(
+        chat(response_format={"type": "json_object"}, structured_outputs={"regex": "a"}),
+        "structured_outputs",
+    ),
+    "two kinds": wrong(
+        completion(structured_outputs={"regex": "a", "choice": ["b"]}), "structured_outputs"
+    ),
+    "a broken expression": wrong(
+        completion(structured_outputs={"regex": "("}), "structured_outputs"
+    ),
+    "a choice that is empty": wrong(
+        completion(structured_outputs={"choice": ["a", ""]}), "structured_outputs.choice[1]"
+    ),
+    "a kind that is none": wrong(
+        completion(structured_outputs={"xml": 1}), "structured_outputs.xml"
+    ),
+    "a form that leaves no token": wrong(
+        completion(structured_outputs={"choice": ["b"]}, allowed_token_ids=[70]),
+        "structured_outputs",
+        "constraint_failed",
+    ),
+    "one that was a format": wrong(
+        chat(response_format=of_schema({"const": "b"}), allowed_token_ids=[70]),
+        "response_format",
+        "constraint_failed",
+    ),
     "a stored answer": wrong(chat(store=True), "store"),
     "an effort": wrong(chat(reasoning_effort="high"), "reasoning_effort"),
-    "a grammar": wrong(chat(guided_regex="a+"), "guided_regex"),
+    "an earlier name": wrong(chat(guided_regex="a+"), "guided_regex"),
     "a beam": wrong(completion(use_beam_search=True), "use_beam_search"),
     "an echo after a propagation": wrong(
         completion(echo=True, logprobs=1, retention="pyramidinfer"), "echo"

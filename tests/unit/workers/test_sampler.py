@@ -287,7 +287,7 @@ def test_logprobs_are_the_models_own() -> None:
     expected = torch.log_softmax(logits, dim=-1)
     assert results[1][1] is None
     for row in (0, 2):
-        token, logprobs, _ = results[row]
+        token, logprobs = results[row][:2]
         assert logprobs is not None
         assert logprobs.logprob == pytest.approx(expected[row, token].item())
         ranked = expected[row].argsort(descending=True).tolist()
@@ -301,7 +301,7 @@ def test_logprobs_are_the_models_own() -> None:
 def test_ties_rank_as_greedy_decoding_takes_them() -> None:
     logits = torch.zeros(1, 8)
     spec = SamplingSpec(temperature=0.0, num_logprobs=0)
-    (token, logprobs, _) = sample(logits, [spec], [0], [NOTHING])[0]
+    token, logprobs = sample(logits, [spec], [0], [NOTHING])[0][:2]
     assert logprobs is not None
     assert (token, logprobs.rank) == (0, 1)
 

@@ -1,0 +1,118 @@
+"""Where the answers of the sequences in slots stand in their grammars."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from saqqara.workers.plan import Grammar
+
+from .compiler import Compiler, first_line
+from .masks import TokenMasks
+
+_MAX_THREADS = 8
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    matcher: Any
+    grammar: Grammar
+
+
+class Matchers:
+    """The matchers of one rank, the one that samples, by slot.
+
+    A matcher goes on by each token that is sampled and is made anew, from the tokens known by then,
+    where a sequence is resumed: so it always stands where the text does.
+
+    Args:
+        compiler: of the model's grammars.
+        num_threads: that masks may be computed by.
+    """
+
+    def __init__(self, compiler: Compiler, num_threads: int | None = None) -> None:
+        self._compiler = compiler
+        self._num_threads = min(num_threads or os.cpu_count() or 1, _MAX_THREADS)
+        self._held: dict[int, _Held] = {}
+        self._executor: Any = None  # of llguidance; made for the first batch of several
+
+    def open(self, slot: int, grammar: Grammar, known: Sequence[int]) -> None:
+        """Begin with an answer's known tokens.
+
+        Raises:
+            ValueError: the grammar cannot be compiled, or does not allow these tokens.
+        """
+        matcher = self._compiler.matcher(grammar)
+        if len(known) and not matcher.consume_tokens(list(known)):
+            raise ValueError(f"the known tokens do not match: {first_line(matcher.get_error())}")
+        self._held[slot] = _Held(matcher, grammar)
+
+    def close(self, slot: int) -> None:
+        """Forget a slot's matcher, if it has one."""
+        self._held.pop(slot, None)
+
+    def masks(self, slots: Sequence[int]) -> tuple[TokenMasks | None, dict[int, str]]:
+        """What may come next in each of these slots.
+
+        Returns:
+            The masks of the rows whose slots have a grammar that has not ended (None where there
+            are none), and the errors of slots whose grammar has become too large, by slot.
+        """
+        rows = [row for row, slot in enumerate(slots) if self._is_open(slot)]
+        if not rows:
+            return None, {}
+        held = [self._held[slots[row]] for row in rows]
+        num_words = self._compiler.num_words(held[0].grammar.eos_token_ids)
+        words = np.zeros((len(rows), num_words), dtype=np.int32)
+        self._fill([h.matcher for h in held], words)
+        errors: dict[int, str] = {}
+        for place, (row, one) in enumerate(zip(rows, held, strict=True)):
+            if one.matcher.is_error():
+                errors[slots[row]] = first_line(one.matcher.get_error())
+                words[place] = -1  # the slot is at fault, and its token of no account
+            elif one.grammar.ignore_eos:
+                words[place] = _without(words[place], one.grammar.eos_token_ids)
+        return TokenMasks(tuple(rows), words), errors
+
+    def advance(self, slot: int, token_id: int) -> bool:
+        """Take in a slot's next token; returns whether its grammar allows nothing after it.
+
+        Raises:
+            ValueError: the grammar does not allow the token.
+        """
+        held = self._held.get(slot)
+        if held is None:
+            return False
+        if held.matcher.is_stopped():
+            return True  # a token that overran the end, and counts for nothing
+        if not held.matcher.consume_token(token_id):
+            raise ValueError(first_line(held.matcher.get_error()))
+        return bool(held.matcher.is_stopped())
+
+    def _is_open(self, slot: int) -> bool:
+        held = self._held.get(slot)
+        return held is not None and not held.matcher.is_stopped()
+
+    def _fill(self, matchers: Sequence[Any], words: np.ndarray) -> None:
+        from llguidance import LLExecutor
+        from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+
+        if len(matchers) == 1 or self._num_threads == 1:
+            for place, matcher in enumerate(matchers):
+                fill_next_token_bitmask(matcher, words, place)
+            return
+        if self._executor is None:
+            self._executor = LLExecutor(self._num_threads)
+        places = [(matcher, place) for place, matcher in enumerate(matchers)]
+        fill_next_token_bitmask_par(self._executor, places, words)
+
+
+def _without(words: np.ndarray, token_ids: Sequence[int]) -> np.ndarray:
+    """A mask [W] without these tokens, unless it has no others."""
+    left = words.copy()
+    bits = left.view(np.uint32)
+    for token_id in token_ids:
+        bits[token_id // 32] &= ~np.uint32(1 << (token_id % 32))
+    return left if left.any() else words
