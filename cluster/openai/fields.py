@@ -5,9 +5,18 @@ answer is an error, so that nothing is dropped silently.
 """
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core import core_schema
 
 MAX_DEPTH = 16
 MAX_MEMBERS = 1024
@@ -15,20 +24,40 @@ _NO_TOOLS = "there are no tool calls here"
 _NO_BEAMS = "there is no beam search here"
 _TEXT_ONLY = "models here read and write text alone"
 _NO_CACHE = "nothing is kept between requests here"
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
-def only(*values: Any, why: str) -> AfterValidator:
-    """Take what is null or empty, and `values`; anything else is an error that says why."""
+@dataclass(frozen=True)
+class Only:
+    """An annotation of a field that has no effect: it may be null or empty, or one of `values`.
 
-    def check(value: Any) -> Any:
-        if value in (None, "", [], {}) or any(_is_same(value, other) for other in values):
+    Anything else is an error that says why.
+    """
+
+    values: tuple[Any, ...]
+    why: str
+
+    def check(self, value: Any) -> Any:
+        """The value; raises a `ValueError` if it asks for something."""
+        if value in EMPTY or any(_is_same(value, other) for other in self.values):
             return value
         shown = json.dumps(value)
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        instead = " or ".join(["leave it out", *(f"send {json.dumps(v)}" for v in values)])
-        raise ValueError(f"{shown} is not supported: {why}; {instead}")
+        instead = ["leave it out", *(f"send {json.dumps(v)}" for v in self.values)]
+        raise ValueError(f"{shown} is not supported: {self.why}; {' or '.join(instead)}")
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        """Check after the field's own type."""
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> Any:
+        """The values, and why there are no others."""
+        return {"enum": [*EMPTY, *self.values], "description": f"Without effect: {self.why}."}
+
+
+def only(*values: Any, why: str) -> Only:
+    """See `Only`."""
+    return Only(values, why)
 
 
 def _is_same(value: Any, other: Any) -> bool:

@@ -89,7 +89,10 @@ ROOMS = {
     "cluster/openai": _BASE | {"cluster/openai/tools"},
     "cluster/openai/requests": _BASE | {"cluster/openai", "cluster/openai/tools"},
     "cluster/openai/responses": _BASE | _OPENAI,
-    "cluster/server": _BASE | _OPENAI | {"cluster/engine", "cluster/live"},
+    "cluster/server/description": _BASE | _OPENAI | {"cluster/live"},
+    "cluster/server": _BASE
+    | _OPENAI
+    | {"cluster/engine", "cluster/live", "cluster/server/description"},
     "cluster/server/routes": _BASE | _OPENAI | {"cluster/server", "cluster/engine"},
     "cluster/server/page": _below("compression"),
     "cluster/batch_store": _BASE | _OPENAI,
