@@ -106,7 +106,8 @@ class BatchRunner:
 
     async def _claim(self) -> Lease | None:
         claim = self._store.leases.claim
-        return await self._in_thread(claim, self._holder, MAX_OF_AN_OWNER)
+        running = [run.lease.batch.id for run in self._runs.values()]
+        return await self._in_thread(claim, self._holder, MAX_OF_AN_OWNER, running)
 
     def _begin(self, lease: Lease) -> None:
         run = BatchRun(
