@@ -84,6 +84,16 @@ class EngineConfig(BaseModel):
         None, description="Mean kept tokens per layer and kv head, or a share such as '25%'."
     )
 
+    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "qwen3_coder"] = (
+        Field(
+            "auto",
+            description="How the model writes tool calls; 'auto': as its chat template tells.",
+        )
+    )
+    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3"] = Field(
+        "auto", description="How the model writes thoughts; 'auto': as its chat template tells."
+    )
+
     attention_backend: str = "auto"
     linear_backend: Literal["auto", "torch", "native"] = Field(
         "auto", description="'native': our own bf16 CPU kernels, compiled once per machine."
