@@ -85,6 +85,16 @@ class EngineConfig(BaseModel):
         None, description="Mean kept tokens per layer and kv head, or a share such as '25%'."
     )
 
+    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "qwen3_coder"] = (
+        Field(
+            "auto",
+            description="How the model writes tool calls; 'auto': as its chat template tells.",
+        )
+    )
+    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3"] = Field(
+        "auto", description="How the model writes thoughts; 'auto': as its chat template tells."
+    )
+
     attention_backend: str = "auto"
     linear_backend: Literal["auto", "torch", "native"] = Field(
         "auto", description="'native': our own bf16 CPU kernels, compiled once per machine."
@@ -267,6 +277,11 @@ class BatchLimits(BaseModel):
     max_stored_bytes: int = Field(10 * 2**30, ge=1, description="All files of a key.")
     max_files: int = Field(10_000, ge=1, description="Files of a key.")
     max_active: int = Field(100, ge=1, description="Batches of a key that are not done.")
+    max_batches: int = Field(
+        10_000,
+        ge=1,
+        description="Batches of a key; beyond, the oldest that are done are forgotten.",
+    )
     max_lines: int = Field(50_000, ge=1, description="Lines of a batch's input.")
     max_line_bytes: int = Field(4 * 2**20, ge=1, description="Bytes of one of them.")
     max_in_flight: int | None = Field(

@@ -1,6 +1,5 @@
 """Where an engine's numbers go: to every sink, under the names of `live/families.py`."""
 
-import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
@@ -8,10 +7,9 @@ from typing import Any, Protocol, cast
 import prometheus_client
 from prometheus_client import CollectorRegistry
 
-from saqqara.cluster.live.door import StatsDoor
+from saqqara.cluster.live.door import EngineDoor
 from saqqara.cluster.live.families import METRICS, MODEL_LABEL, SPECS, Kind, MetricSpec
 from saqqara.cluster.live.snapshot import LiveStats
-from saqqara.configs.hosts import may_ask_as
 
 
 class Sink(Protocol):
@@ -119,16 +117,11 @@ class PrometheusSink:
         # of a name; the plain text format keeps it.
         app: Any = server.get_app()
         assert app is not None
-        own_names = (host.lower(), socket.gethostname().lower())
 
         def plain(environ: Mapping[str, Any], start: Any) -> Any:
-            if not may_ask_as(environ.get("HTTP_HOST"), own_names):
-                start("403 Forbidden", [("Content-Type", "text/plain")])
-                return [b"metrics are served by address, as localhost and by this machine's name\n"]
             return app({**environ, "HTTP_ACCEPT": "text/plain"}, start)
 
-        served = plain if read_stats is None else StatsDoor(read_stats, plain, [host])
-        server.set_app(cast(Any, served))
+        server.set_app(cast(Any, EngineDoor(plain, host, read_stats)))
         self._server = (server, thread)
         return int(server.server_port)
 

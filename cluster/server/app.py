@@ -79,7 +79,7 @@ def make_app(
         StatsRoutes(door),
     )
     endpoints = [endpoint for group in groups for endpoint in group.endpoints]
-    for group in (*groups, DescriptionRoutes(endpoints)):
+    for group in (*groups, DescriptionRoutes(endpoints, generation.model)):
         group.add_to(app)
     if ui:
         add_page(app, generation.retention.label, needs_key=len(keys) > 0)

@@ -73,6 +73,7 @@ class CompletionRoutes:
             model=self._generation.model,
             is_chat=is_chat,
             shown=job.shown,
+            answers=job.answers,
         )
         if not body.stream:
             outputs = await unless_disconnected(request, self._finished(job))

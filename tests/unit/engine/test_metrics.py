@@ -13,6 +13,7 @@ from saqqara.cluster.live.families import METRICS, SPECS, MetricSpec
 VLLM_NAMES = {
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
+    "vllm:num_requests_waiting_by_reason",
     "vllm:kv_cache_usage_perc",
     "vllm:prompt_tokens",
     "vllm:generation_tokens",
@@ -25,6 +26,7 @@ VLLM_NAMES = {
     "vllm:request_inference_time_seconds",
     "vllm:request_prefill_time_seconds",
     "vllm:request_decode_time_seconds",
+    "vllm:request_time_per_output_token_seconds",
     "vllm:request_prompt_tokens",
     "vllm:request_generation_tokens",
     "vllm:request_max_num_generation_tokens",
