@@ -99,6 +99,8 @@ def test_the_load_says_how_many_replicas_there_should_be(
     from saqqara.cluster.on_ray.router import LOAD, LoadPolicy
 
     context = SimpleNamespace(aggregated_metrics={LOAD: loads}, target_num_replicas=7)
-    assert LoadPolicy(target)(context) == (pytest.approx(wanted), {})
+    got, state = LoadPolicy(target)(context)
+    assert got == pytest.approx(wanted)
+    assert state == {}
     silent = SimpleNamespace(aggregated_metrics={}, target_num_replicas=7)
     assert LoadPolicy(target)(silent) == (7, {})
