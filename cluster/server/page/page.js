@@ -134,7 +134,10 @@ class Answer {
     this.meter.hidden = true;
     this.meter.append(element("i"));
     this.facts = element("p", "facts");
-    this.card.append(head, this.body, this.meter, this.facts);
+    this.layers = shape("svg", { class: "pyramid mini empty", role: "img" });
+    const end = element("div", "end");
+    end.append(this.layers, this.facts);
+    this.card.append(head, this.body, this.meter, end);
   }
 
   /** Ask and show what comes; never throws. */
@@ -224,12 +227,12 @@ class Answer {
 
   /** The share that was kept, as a bar and in words. */
   showKept(cache) {
-    const { kept_tokens: kept, full_tokens: full } = cache;
+    const { kept_bytes: kept, full_bytes: full, kept_tokens_by_layer: layers } = cache;
     this.meter.hidden = false;
     this.meter.firstChild.style.width = full > 0 ? `${Math.min(100, (100 * kept) / full)}%` : "0";
-    const words = `kept ${number(kept)} of ${number(full)} (${percent(kept, full)})`;
-    const size = cache.kept_bytes === undefined ? "" : `, ${bytes(cache.kept_bytes)} of KV`;
-    return element("b", "", words + size);
+    this.layers.classList.remove("empty");
+    drawBars(this.layers, layers, cache.full_tokens / layers.length);
+    return element("b", "", `kept ${bytes(kept)} of ${bytes(full)} (${percent(kept, full)})`);
   }
 }
 
@@ -429,10 +432,8 @@ function layerOfBars() {
   return layer;
 }
 
-/** Bars by layer, the lowest at the bottom, kept before full; and the same in words. */
-function drawPyramid({ kept_tokens: kept, full_tokens: full, is_live: isLive, num_sequences: count }) {
-  if (!kept.length || !(full > 0)) return;
-  const svg = $("pyramid");
+/** Bars by layer, the lowest at the bottom, kept before full; returns the same in words. */
+function drawBars(svg, kept, full) {
   const width = 320;
   const height = 272;
   const gap = kept.length > 60 ? 0.5 : 1.5;
@@ -455,6 +456,13 @@ function drawPyramid({ kept_tokens: kept, full_tokens: full, is_live: isLive, nu
   const last = kept.length - 1;
   const words = `${number(mean)} of ${number(full)} tokens a layer (${percent(mean, full)}), between ${number(least)} and ${number(most)}; layer 0 is at the bottom, ${last} on top.`;
   svg.setAttribute("aria-label", words);
+  return words;
+}
+
+/** What is kept now: of those sequences that run, or of what ran last. */
+function drawPyramid({ kept_tokens: kept, full_tokens: full, is_live: isLive, num_sequences: count }) {
+  if (!kept.length || !(full > 0)) return;
+  const words = drawBars($("pyramid"), kept, full);
   const whose = isLive ? (count === 1 ? "One sequence now: " : `Mean of ${number(count)} sequences now: `) : "What ran last: ";
   $("pyramid-note").textContent = whose + words;
 }
