@@ -42,6 +42,8 @@ class Request:
         prompt_text: what the token ids in `prompt` were made of, for the output.
         echo: the output's `prompt` is wanted: it is decoded where there is no text.
         must_fit: refuse a `max_tokens` that the context has no room for, rather than end there.
+        visible_tokens: special tokens, by their names, that stay in the text although
+            `skip_special_tokens` takes the others out; names that are none do not count.
     """
 
     request_id: str
@@ -61,6 +63,7 @@ class Request:
     prompt_text: str | None = None
     echo: bool = False
     must_fit: bool = False
+    visible_tokens: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ answer is an error, so that nothing is dropped silently.
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -14,13 +14,12 @@ from pydantic import (
     ConfigDict,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    model_validator,
 )
 from pydantic_core import core_schema
 
+_FORMER_TOOLS = "write tools and tool_choice, OpenAI's later form"
 MAX_DEPTH = 16
 MAX_MEMBERS = 1024
-_NO_TOOLS = "there are no tool calls here"
 _NO_BEAMS = "there is no beam search here"
 _TEXT_ONLY = "models here read and write text alone"
 _NO_CACHE = "nothing is kept between requests here"
@@ -124,35 +123,20 @@ class IdleFields(BaseModel):
 class IdleChatFields(BaseModel):
     """What chats may say without an effect."""
 
-    # OpenAI's. Without tools, how they are called is of no account.
-    tools: list[Any] | None = None
-    tool_choice: Annotated[Any, only("none", "auto", why=_NO_TOOLS)] = None
-    parallel_tool_calls: bool | None = None
-    functions: list[Any] | None = None
-    function_call: Annotated[Any, only("none", "auto", why=_NO_TOOLS)] = None
+    # OpenAI's.
+    functions: Annotated[Any, only(why=_FORMER_TOOLS)] = None
+    function_call: Annotated[Any, only("none", "auto", why=_FORMER_TOOLS)] = None
     reasoning_effort: Annotated[Any, only("none", why="see chat_template_kwargs")] = None
     verbosity: Annotated[Any, only("medium", why="say it in a message")] = None
     modalities: Annotated[Any, only(["text"], why=_TEXT_ONLY)] = None
     audio: Annotated[Any, only(why=_TEXT_ONLY)] = None
     prediction: Annotated[Any, only(why="there is no speculative decoding here")] = None
-    web_search_options: Annotated[Any, only(why=_NO_TOOLS)] = None
+    web_search_options: Annotated[Any, only(why="nothing is looked up here")] = None
 
     # vLLM's.
     echo: Annotated[Any, only(False, why="answers do not repeat their prompt")] = None
     documents: Annotated[Any, only(why="put them into a message")] = None
     mm_processor_kwargs: Annotated[Any, only(why=_TEXT_ONLY)] = None
-    include_reasoning: bool | None = None
-
-    @model_validator(mode="after")
-    def _check_tools(self) -> Self:
-        """Tools that must not be called ask for nothing."""
-        if self.tools and self.tool_choice != "none":
-            raise ValueError(f'tools: {_NO_TOOLS}; leave them out, or send tool_choice="none"')
-        if self.functions and self.function_call != "none":
-            raise ValueError(
-                f'functions: {_NO_TOOLS}; leave them out, or send function_call="none"'
-            )
-        return self
 
 
 class IdleCompletionFields(BaseModel):

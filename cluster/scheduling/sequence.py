@@ -42,7 +42,8 @@ class TokenRequest:
     `token_by_token` feeds them in the decode steps that generating them would take. Of `sampling`
     only what ends the output matters here. `prompt` is the text, if there was one.
     A lower `priority` goes first; among equal ones owners have their turns, and those of one owner
-    go in order of arrival.
+    go in order of arrival. `visible_token_ids` are the special tokens that stay in the answer's
+    text.
     """
 
     request_id: str
@@ -55,6 +56,7 @@ class TokenRequest:
     arrival_time: float = 0.0
     prompt: str | None = None
     owner: str = ""
+    visible_token_ids: frozenset[int] = frozenset()
 
     @property
     def is_score(self) -> bool:

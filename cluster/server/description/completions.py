@@ -42,12 +42,30 @@ class ChatLogprobs(Reply):
     refusal: None
 
 
+class CalledFunction(Reply):
+    """What is called, with arguments in JSON as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Reply):
+    """A tool that the model calls."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(Reply):
-    """The answer."""
+    """The answer; thoughts are there under both of their names."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: Annotated[list[ToolCall] | None, Field(min_length=1)] = None
 
 
 class ChatChoice(Reply):
@@ -74,11 +92,30 @@ class ChatCompletion(Reply):
     prompt_logprobs: PromptLogprobs | None = None
 
 
+class CalledFunctionDelta(Reply):
+    """What is new of a call's arguments; its first piece has the name."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(Reply):
+    """What is new of a call; its first piece has the id."""
+
+    index: Count
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunctionDelta
+
+
 class ChatDelta(Reply):
     """What is new of a message; its first one has the role."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(Reply):

@@ -24,13 +24,38 @@ _PART = {
     "required": ["type", "text"],
     "properties": {"type": {"const": "text"}, "text": _TEXT},
 }
+_NULL = {"type": "null"}
+_CALL = {
+    "type": "object",
+    "required": ["id", "type", "function"],
+    "properties": {
+        "id": {"type": "string", "minLength": 1},
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "required": ["name", "arguments"],
+            "properties": {
+                "name": {"type": "string", "minLength": 1},
+                "arguments": {"type": "string", "description": "A JSON object as text."},
+            },
+        },
+    },
+}
 _MESSAGE = {
     "type": "object",
-    "required": ["role", "content"],
+    "required": ["role"],
     "properties": {
         "role": {"type": "string", "minLength": 1},
-        "content": {"anyOf": [_TEXT, {"type": "array", "items": _PART}]},
-        "name": {"anyOf": [{"type": "string", "minLength": 1}, {"type": "null"}]},
+        "content": {"anyOf": [_TEXT, {"type": "array", "items": _PART}, _NULL]},
+        "name": {"anyOf": [{"type": "string", "minLength": 1}, _NULL]},
+        "tool_calls": {
+            "anyOf": [{"type": "array", "items": _CALL}, _NULL],
+            "description": "Of the assistant; then the content may be null.",
+        },
+        "tool_call_id": {
+            "anyOf": [_TEXT, _NULL],
+            "description": "Of the role `tool`: the call that it answers.",
+        },
     },
 }
 _USER = [{"role": "user", "content": "Where is the oldest pyramid?"}]

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 
 from saqqara.cluster.openai.events import event_stream
 from saqqara.cluster.openai.replies import (
+    MANY_LOGPROBS,
     ReplyHead,
     check_served,
     full_reply,
@@ -24,8 +25,6 @@ from saqqara.cluster.server.generation import Caller, Job
 from saqqara.cluster.server.io import EventStream, unless_disconnected
 
 from .base import Door, json_reply, register
-
-MANY_LOGPROBS = 2_000  # more take milliseconds to spell and write
 
 
 class CompletionRoutes:
@@ -73,6 +72,7 @@ class CompletionRoutes:
             model=self._generation.model,
             is_chat=is_chat,
             shown=job.shown,
+            answers=job.answers,
         )
         if not body.stream:
             outputs = await unless_disconnected(request, self._finished(job))

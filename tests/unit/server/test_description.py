@@ -175,7 +175,7 @@ def test_the_document_tells_bounds_and_what_has_no_effect() -> None:
     fields = schemas["ChatRequest"]["properties"]
     bounded = next(kind for kind in fields["temperature"]["anyOf"] if kind["type"] == "number")
     assert (bounded["minimum"], bounded["maximum"]) == (0, MAX_TEMPERATURE)
-    assert fields["messages"]["items"]["required"] == ["role", "content"]
+    assert fields["messages"]["items"]["required"] == ["role"]
     assert fields["use_beam_search"]["enum"] == [None, "", [], {}, False]
     (example,) = schemas["ChatRequest"]["examples"]
     ChatRequest.model_validate(example)
