@@ -9,7 +9,7 @@ const LONG_TEXT = 600; // characters of a message that are shown without folding
 const SPARK_POINTS = 60;
 const SVG = "http://www.w3.org/2000/svg";
 
-const chat = { settings: null, model: null, history: [], running: null, numTurns: 0 };
+const chat = { settings: null, model: null, history: [], running: null, numTurns: 0, kept: null };
 
 function element(tag, className, text) {
   const made = document.createElement(tag);
@@ -116,7 +116,9 @@ async function* events(answer) {
 /** A card with one answer as it comes. */
 class Answer {
   constructor(title, kind) {
+    this.title = title;
     this.text = "";
+    this.kept = null;
     this.calls = new Map();
     this.thoughts = null;
     this.finish = null;
@@ -231,7 +233,11 @@ class Answer {
     this.meter.hidden = false;
     this.meter.firstChild.style.width = full > 0 ? `${Math.min(100, (100 * kept) / full)}%` : "0";
     this.layers.classList.remove("empty");
-    drawBars(this.layers, layers, cache.full_tokens / layers.length);
+    // Of all kv heads together; a text's last token is never fed, so this is their number.
+    const tokens = this.usage.total_tokens - 1;
+    const numHeads = cache.full_tokens / layers.length / tokens;
+    this.kept = { title: this.title, layers: layers.map((sum) => sum / numHeads), tokens };
+    drawBars(this.layers, this.kept.layers, tokens);
     return element("b", "", `kept ${bytes(kept)} of ${bytes(full)} (${percent(kept, full)})`);
   }
 }
@@ -327,6 +333,7 @@ function conclude(text, turn, answers) {
     say("The answer has failed.", true);
     return;
   }
+  chat.kept = ours.kept;
   chat.history.push({ role: "user", content: text }, { role: "assistant", content: ours.text });
   if (other && !other.failure && ours.text && other.text) {
     const note = element("p", "help", comparison(ours.text, other.text));
@@ -461,10 +468,14 @@ function drawBars(svg, kept, full) {
 
 /** What is kept now: of those sequences that run, or of what ran last. */
 function drawPyramid({ kept_tokens: kept, full_tokens: full, is_live: isLive, num_sequences: count }) {
-  if (!kept.length || !(full > 0)) return;
-  const words = drawBars($("pyramid"), kept, full);
-  const whose = isLive ? (count === 1 ? "One sequence now: " : `Mean of ${number(count)} sequences now: `) : "What ran last: ";
-  $("pyramid-note").textContent = whose + words;
+  if (!isLive && chat.kept) {
+    const words = drawBars($("pyramid"), chat.kept.layers, chat.kept.tokens);
+    $("pyramid-note").textContent = `Your last answer, ${chat.kept.title}: ${words}`;
+  } else if (kept.length && full > 0) {
+    const words = drawBars($("pyramid"), kept, full);
+    const whose = count === 1 ? "One sequence" : `Mean of ${number(count)} sequences`;
+    $("pyramid-note").textContent = isLive ? `${whose} now: ${words}` : `What ran last: ${words}`;
+  }
 }
 
 // ---------------------------------------------------------------- settings
