@@ -255,6 +255,11 @@ class BatchLimits(BaseModel):
     max_stored_bytes: int = Field(10 * 2**30, ge=1, description="All files of a key.")
     max_files: int = Field(10_000, ge=1, description="Files of a key.")
     max_active: int = Field(100, ge=1, description="Batches of a key that are not done.")
+    max_batches: int = Field(
+        10_000,
+        ge=1,
+        description="Batches of a key; beyond, the oldest that are done are forgotten.",
+    )
     max_lines: int = Field(50_000, ge=1, description="Lines of a batch's input.")
     max_line_bytes: int = Field(4 * 2**20, ge=1, description="Bytes of one of them.")
     max_in_flight: int | None = Field(
