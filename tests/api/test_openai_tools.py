@@ -216,8 +216,8 @@ def test_the_client_parses_arguments(client: OpenAI) -> None:
     tool = pydantic_function_tool(Forecast)
     choice = {"type": "function", "function": {"name": "Forecast"}}
     fields = settings(tools=[tool], tool_choice=choice, temperature=1, seed=5)
-    answer = client.chat.completions.parse(**fields)
-    (call,) = answer.choices[0].message.tool_calls or ()
+    answer: Any = client.chat.completions.parse(**fields)
+    (call,) = answer.choices[0].message.tool_calls
     assert isinstance(call.function.parsed_arguments, Forecast)
 
 
@@ -226,8 +226,9 @@ def test_the_client_parses_arguments(client: OpenAI) -> None:
 
 def test_a_conversation_goes_on_with_the_clients_own_message(client: OpenAI) -> None:
     message: Any = ask(client, tools=[WEATHER], **answering(CALL)).message
-    assert type(message) is ChatCompletionMessage
-    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "sunny"}
+    call_id = message.tool_calls[0].id
+    assert isinstance(message, ChatCompletionMessage)
+    result = {"role": "tool", "tool_call_id": call_id, "content": "sunny"}
     choice = ask(
         client, tools=[WEATHER], messages=[USER, message, result], **answering("It is sunny.")
     )
