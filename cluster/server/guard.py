@@ -19,7 +19,7 @@ from saqqara.configs.hosts import is_no_name, may_ask_as
 
 ANY_ORIGIN = "*"
 _JSON = "application/json"
-_METHODS = ("GET", "HEAD", "POST")
+_METHODS = ("GET", "HEAD", "POST", "DELETE")
 _EXPOSED_HEADERS = ("Retry-After", "X-Request-Id")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
