@@ -25,7 +25,7 @@ LINE = {
     "body": {"model": MODEL, "prompt": "x", "max_tokens": 2},
 }
 # Of each operation with a body; the others have few requests that differ.
-COUNTS = {"positive": 260, "negative": 220, "example": 380}
+COUNTS = {"positive": 200, "negative": 140, "example": 200}
 
 
 @pytest.fixture(scope="module")
