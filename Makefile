@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check prove soak chaos batch-scale gpu-check format dashboards
-.PHONY: validate-manifests clean
+.PHONY: audit validate-manifests clean clients
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 20
@@ -51,6 +51,9 @@ batch-scale: $(INSTALLED) ## Answer 2 GB of Parquet with kills, and with two rep
 chaos: $(INSTALLED) ## A batch job whose processes are killed and stopped (ARGS: see tests/chaos/chaos.py)
 	PYTHONPATH=tests $(BIN)/python tests/chaos/chaos.py $(ARGS)
 
+clients: $(INSTALLED) ## Run existing clients against a server (ARGS="--only openai litellm": these)
+	PYTHONPATH=tests $(BIN)/python tests/clients/run.py $(ARGS)
+
 format: $(INSTALLED) ## Format the code and fix what lint can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -58,7 +61,10 @@ format: $(INSTALLED) ## Format the code and fix what lint can fix
 dashboards: $(INSTALLED) ## Write the Grafana dashboards, deploy/grafana/*.json
 	$(BIN)/python deploy/grafana/dashboards.py
 
-validate-manifests: $(INSTALLED) ## Check deploy/kuberay against schemas (KUBERAY_CRD_DIR: Ray's)
+audit: ## Ask about known vulnerabilities of what constraints.txt pins (ARGS="--service osv")
+	$(PYTHON) deploy/audit.py $(ARGS)
+
+validate-manifests: $(INSTALLED) ## Check deploy/ku* against schemas (KUBERAY_CRD_DIR: Ray's)
 	$(BIN)/python deploy/validate.py
 
 clean: ## Remove caches and build outputs (the environment stays: rm -r .venv)

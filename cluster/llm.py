@@ -158,6 +158,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         retention: RetentionSpec | Sequence[RetentionSpec | None] | None = None,
         budget: Budget | Sequence[Budget | None] | None = None,
         priority: int | Sequence[int] = 0,
@@ -174,6 +175,8 @@ class LLM:
             continue_final_message: leave the final message open, so that the answer goes on with
                 it; needs `add_generation_prompt=False`.
             chat_template_kwargs: variables for the template, e.g. `{"enable_thinking": False}`.
+            tools: what the model may call, in OpenAI's form, for the template; the answer's text
+                has the calls as the model writes them.
             retention: as for `generate`.
             budget: as for `generate`.
             priority: as for `generate`.
@@ -196,6 +199,7 @@ class LLM:
             continue_final_message=continue_final_message,
             template_args=dict(chat_template_kwargs or {}),
             chat_template=chat_template,
+            tools=tools or (),
         )
         requests = [
             Request(_NO_ID, messages=one_conversation(given, i), chat_options=options)

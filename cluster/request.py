@@ -29,6 +29,7 @@ class Request:
         retention: overrides the engine's for this request.
         budget: overrides the retention's.
         priority: a lower one goes first.
+        owner: whose it is; owners share the queue fairly where they wait with one priority.
         timeout_seconds: from when the engine takes it, after which it ends with the error code
             `deadline_exceeded` and what it has; None: never.
         score_continuation: text (without special tokens) or token ids. With it nothing is
@@ -41,6 +42,8 @@ class Request:
         prompt_text: what the token ids in `prompt` were made of, for the output.
         echo: the output's `prompt` is wanted: it is decoded where there is no text.
         must_fit: refuse a `max_tokens` that the context has no room for, rather than end there.
+        visible_tokens: special tokens, by their names, that stay in the text although
+            `skip_special_tokens` takes the others out; names that are none do not count.
     """
 
     request_id: str
@@ -51,6 +54,7 @@ class Request:
     retention: RetentionSpec | None = None
     budget: int | str | None = None
     priority: int = 0
+    owner: str = ""
     timeout_seconds: float | None = None
     score_continuation: Prompt | None = None
     token_by_token: bool = False
@@ -59,6 +63,7 @@ class Request:
     prompt_text: str | None = None
     echo: bool = False
     must_fit: bool = False
+    visible_tokens: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .autoscaling import AutoscalingConfig
 from .budget import budget_mistake
+from .hosts import check_host_pattern
 from .worker_settings import MAX_NUM_SEQS, WorkerSettings
 
 MAX_TOKENS = 2**24
@@ -81,6 +83,16 @@ class EngineConfig(BaseModel):
     )
     budget: int | str | None = Field(
         None, description="Mean kept tokens per layer and kv head, or a share such as '25%'."
+    )
+
+    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "qwen3_coder"] = (
+        Field(
+            "auto",
+            description="How the model writes tool calls; 'auto': as its chat template tells.",
+        )
+    )
+    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3"] = Field(
+        "auto", description="How the model writes thoughts; 'auto': as its chat template tells."
     )
 
     attention_backend: str = "auto"
@@ -168,8 +180,11 @@ class DeploymentConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_replicas: int = Field(1, ge=1, description="Engines, each with a model of its own.")
-    autoscaling_config: dict[str, Any] | None = Field(
-        None, description="Instead of num_replicas: Serve's settings for a changing number."
+    autoscaling_config: AutoscalingConfig | None = Field(
+        None, description="Instead of num_replicas: a number that follows the load."
+    )
+    max_surge_percent: int = Field(
+        0, ge=0, le=100, description="Replicas beside num_replicas while settings are changed."
     )
     max_ongoing_requests: int | None = Field(
         None, ge=1, description="Open requests per replica; default: no bound but `limits`."
@@ -182,6 +197,24 @@ class DeploymentConfig(BaseModel):
     ray_actor_options: dict[str, Any] = Field(
         default_factory=dict, description="Resources of a replica itself, such as num_cpus."
     )
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.autoscaling_config is not None and "num_replicas" in self.model_fields_set:
+            raise ValueError("give num_replicas or autoscaling_config, not both")
+        return self
+
+    @property
+    def first_replicas(self) -> int:
+        """Replicas at the start."""
+        scaling = self.autoscaling_config
+        return self.num_replicas if scaling is None else scaling.first_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas that there may ever be."""
+        scaling = self.autoscaling_config
+        return self.num_replicas if scaling is None else scaling.max_replicas
 
 
 class PlacementGroupConfig(BaseModel):
@@ -200,6 +233,9 @@ class ServerLimits(BaseModel):
 
     max_queue: int = Field(
         256, ge=0, description="Sequences that may wait beyond max_num_seqs; more get status 429."
+    )
+    max_queue_share: float = Field(
+        0.75, gt=0, le=1, description="Of the queue that one of several keys may take; else 429."
     )
     max_body_bytes: int = Field(4 * 2**20, ge=1, description="A larger body gets status 413.")
     body_timeout_seconds: float = Field(
@@ -241,6 +277,11 @@ class BatchLimits(BaseModel):
     max_stored_bytes: int = Field(10 * 2**30, ge=1, description="All files of a key.")
     max_files: int = Field(10_000, ge=1, description="Files of a key.")
     max_active: int = Field(100, ge=1, description="Batches of a key that are not done.")
+    max_batches: int = Field(
+        10_000,
+        ge=1,
+        description="Batches of a key; beyond, the oldest that are done are forgotten.",
+    )
     max_lines: int = Field(50_000, ge=1, description="Lines of a batch's input.")
     max_line_bytes: int = Field(4 * 2**20, ge=1, description="Bytes of one of them.")
     max_in_flight: int | None = Field(
@@ -289,6 +330,11 @@ class ServeConfig(BaseModel):
         False, description="Answer GET /tokenizer_info: the tokenizer's settings and template."
     )
     ui: bool = Field(True, description="Whether there is a page at `/`.")
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Names by which a server without keys may be asked, such as *.example.com; "
+        "besides addresses and localhost.",
+    )
     limits: ServerLimits = ServerLimits()
     batch_dir: str | None = Field(
         None,
@@ -303,6 +349,11 @@ class ServeConfig(BaseModel):
         if folder == "":
             raise ValueError("is empty")
         return None if folder is None else os.path.abspath(os.path.expanduser(folder))
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_host_pattern(host) for host in hosts)
 
     @field_validator("allowed_origins")
     @classmethod

@@ -1,6 +1,7 @@
 """Checks every Kubernetes manifest here against its schema; unknown fields are errors.
 
-    .venv/bin/python deploy/validate.py [FILE...]       # default: deploy/kuberay/*.yaml
+    .venv/bin/python deploy/validate.py [FILE...]       # default: deploy/kuberay/*.yaml, and
+                                                        # every overlay of deploy/kustomize
 
 Kinds of Kubernetes itself are checked with the schemas that come with `kubernetes-validate`, and so
 are the pod templates inside other kinds. Custom kinds (RayJob, RayService, RayCluster, PodMonitor)
@@ -18,6 +19,7 @@ from typing import Any
 import kubernetes_validate
 import yaml
 from jsonschema import Draft202012Validator
+from overlays import FILE, build, overlays
 
 CRD_VARIABLE = "KUBERAY_CRD_DIR"
 FOLDER = Path(__file__).parent / "kuberay"
@@ -141,7 +143,7 @@ def _documents(file: Path) -> list[dict[str, Any]]:
 
 
 def main(files: Sequence[Path]) -> int:
-    """Check files and say what was found; returns the exit status."""
+    """Check files, and folders of overlays, and say what was found; returns the exit status."""
     folder = os.environ.get(CRD_VARIABLE)
     try:
         definitions = load_definitions(Path(folder)) if folder else {}
@@ -151,7 +153,7 @@ def main(files: Sequence[Path]) -> int:
     num_problems = num_checked = 0
     skipped: list[str] = []
     for file in files:
-        for document in _documents(file):
+        for document in build(file) if file.is_dir() else _documents(file):
             name = f"{document.get('kind')} {document.get('metadata', {}).get('name')}"
             problems = check(document, definitions)
             if problems is None:
@@ -169,4 +171,5 @@ def main(files: Sequence[Path]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main([Path(f) for f in sys.argv[1:]] or sorted(FOLDER.glob("*.yaml"))))
+    ours = [*sorted(f for f in FOLDER.glob("*.yaml") if f.name != FILE), *overlays()]
+    sys.exit(main([Path(f) for f in sys.argv[1:]] or ours))

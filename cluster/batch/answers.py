@@ -10,6 +10,8 @@ from typing import Any
 
 from saqqara.cluster.engine.client import EngineClient
 from saqqara.cluster.engine.report import EngineReport
+from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.cluster.openai.tools.reading import ChatReading
 from saqqara.cluster.request import RequestOutput
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.compression.retention import Retention
@@ -69,6 +71,11 @@ class AnswerSettings:
             self.served_model_name,
             self.ignore_model,
             file,
+            ChatReading(
+                lambda: Tokenizer.load(self.config.tokenizer or self.config.model),
+                self.config.tool_call_parser,
+                self.config.reasoning_parser,
+            ),
         )
 
     def written(self) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from saqqara.cluster.openai.requests import (
     read_request,
 )
 from saqqara.cluster.openai.shown import ANSWER_ONLY, Shown
+from saqqara.cluster.openai.tools.reader import PLAIN, AnswerFormat
+from saqqara.cluster.openai.tools.reading import ChatReading
 from saqqara.cluster.request import Request
 from saqqara.cluster.sampling import MAX_CHOICES
 from saqqara.compression.retention import Retention
@@ -59,7 +61,8 @@ class BadLine:
 class Row:
     """The requests of one input line, one for each prompt. `url` is None for a simple line.
 
-    `names` are what the line calls the fields that the engine's messages name.
+    `names` are what the line calls the fields that the engine's messages name; `answers` is how the
+    answers to a chat are read.
     """
 
     line: int
@@ -68,6 +71,7 @@ class Row:
     requests: tuple[Request, ...]
     is_chat: bool = False
     shown: Shown = ANSWER_ONLY
+    answers: AnswerFormat = PLAIN
     names: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -83,6 +87,7 @@ class RowParser:
         ignore_model: let OpenAI bodies give any name.
         file: the input's name where a job has several: part of the requests' ids, which noise
             follows where no seed is given.
+        chats: how the answers to chats are read.
     """
 
     model: str
@@ -91,6 +96,7 @@ class RowParser:
     served_model_name: str | None = None
     ignore_model: bool = False
     file: str | None = None
+    chats: ChatReading = field(default_factory=ChatReading)
 
     def parse(self, line: int, text: str) -> Row | BadLine:
         """One line of input; whatever is wrong with it comes back as a `BadLine`."""
@@ -167,11 +173,33 @@ class RowParser:
             echo=request.shown.echo,
             must_fit=True,
         )
+        is_chat, answers = isinstance(request, ChatRequest), PLAIN
+        if isinstance(request, ChatRequest):
+            answers = self._answers(request)
+            whole = replace(whole, visible_tokens=self.chats.style.markers(request.tool_use))
         requests = _one_each(whole, request)
-        is_chat = isinstance(request, ChatRequest)
         return Row(
-            line, custom_id, url, requests, is_chat, request.shown, {**request.names, **names}
+            line,
+            custom_id,
+            url,
+            requests,
+            is_chat,
+            request.shown,
+            answers,
+            {**request.names, **names},
         )
+
+    def _answers(self, request: ChatRequest) -> AnswerFormat:
+        try:
+            return self.chats.answers(
+                request.messages,
+                request.chat_options(),
+                request.tool_use,
+                is_held=request.structure is not None,
+                shows_thoughts=request.include_reasoning is not False,
+            )
+        except ValueError as error:
+            raise ApiError.of(error) from None
 
     def _model_names(self) -> list[str]:
         own = [self.model, self.model.rstrip("/").rsplit("/", 1)[-1]]

@@ -17,6 +17,7 @@ from .lines import BadLine, Row
 
 Record = dict[str, Any]
 
+_BESIDE_TEXT = ("tool_calls", "reasoning_content")
 _OF_PROMPT = ("prompt_token_ids", "prompt_logprobs")
 
 
@@ -45,6 +46,7 @@ def result_record(
         model=model,
         is_chat=row.is_chat or row.url is None,  # simple records list log-probabilities as chats do
         shown=shown,
+        answers=row.answers,
     )
     reply = full_reply(head, outputs)
     if row.url is None:
@@ -101,10 +103,12 @@ def _simple_record(row: Row, reply: Record) -> Record:
 
 
 def _simple_answer(choice: Record) -> Record:
+    message = choice["message"]
     answer: Record = {
-        "text": choice["message"]["content"],
+        "text": message["content"],
         "finish_reason": choice["finish_reason"],
     }
+    answer |= {name: message[name] for name in _BESIDE_TEXT if name in message}
     if "token_ids" in choice:
         answer["token_ids"] = choice["token_ids"]
     if choice["logprobs"] is not None:

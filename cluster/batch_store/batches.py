@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import sqlite3
 from collections.abc import Callable
 
 from saqqara.configs.schema import BatchLimits
@@ -77,6 +78,7 @@ class BatchStore:
                     *(metadata, new.output_seconds, now, now + new.window_seconds),
                 ),
             )
+            self._forget_oldest(db, owner)
         return self.get(owner, batch_id)
 
     def get(self, owner: str, batch_id: str) -> StoredBatch:
@@ -120,3 +122,12 @@ class BatchStore:
         if batch.cancelling_at is None:
             raise NotPossibleError(f"a batch that is {batch.status} cannot be cancelled")
         return batch
+
+    def _forget_oldest(self, db: sqlite3.Connection, owner: str) -> None:
+        """Drop what has ended of an owner and is older than so many others; its files stay."""
+        marks = ", ".join("?" * len(ACTIVE))
+        db.execute(
+            f"DELETE FROM batches WHERE owner = ? AND status NOT IN ({marks}) AND seq <= "
+            "(SELECT seq FROM batches WHERE owner = ? ORDER BY seq DESC LIMIT 1 OFFSET ?)",
+            (owner, *ACTIVE, owner, self._limits.max_batches),
+        )

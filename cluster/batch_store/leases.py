@@ -6,7 +6,7 @@ has taken over, changes nothing.
 """
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,7 +41,16 @@ class LeaseStore:
         self._now = now
         self.lease_seconds = lease_seconds
 
-    def claim(self, holder: str, most_of_an_owner: int) -> Lease | None:
+    def num_active(self) -> int:
+        """Batches that have not come to their end."""
+        marks = ", ".join("?" * len(ACTIVE))
+        with self._database.read() as db:
+            query = f"SELECT count(*) FROM batches WHERE status IN ({marks})"
+            return int(db.execute(query, ACTIVE).fetchone()[0])
+
+    def claim(
+        self, holder: str, most_of_an_owner: int, running: Collection[str] = ()
+    ) -> Lease | None:
         """Take a batch that nobody runs, if there is one.
 
         The oldest of the owner of whom the fewest batches are being run comes first. Lines that
@@ -50,6 +59,8 @@ class LeaseStore:
         Args:
             holder: a name that no other runner has.
             most_of_an_owner: so many batches of one owner a holder has at once.
+            running: batches that this process still runs: if their leases have run out while it was
+                stopped, it keeps them, unless others were faster.
         """
         now = self._now()
         marks = ", ".join("?" * len(ACTIVE))
@@ -57,11 +68,12 @@ class LeaseStore:
             "SELECT id, owner, holder FROM batches AS b WHERE "
             f"status IN ({marks}) AND (holder IS NULL OR lease_until < ?) AND "
             "(SELECT count(*) FROM batches AS c WHERE c.owner = b.owner AND c.holder = ?) < ? "
+            f"AND id NOT IN ({', '.join('?' * len(running))}) "
             "ORDER BY (SELECT count(*) FROM batches AS d WHERE d.owner = b.owner "
             "AND d.lease_until >= ?), seq LIMIT 1"
         )
         with self._database.read() as db:  # most of the time there is none, and nobody is held up
-            values = (*ACTIVE, now, holder, most_of_an_owner, now)
+            values = (*ACTIVE, now, holder, most_of_an_owner, *running, now)
             if db.execute(query, values).fetchone() is None:
                 return None
         with self._database.write("claim") as db:

@@ -38,8 +38,7 @@ class Store:
         contents = folder / "files"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            folder.chmod(0o700)
-            contents.mkdir(exist_ok=True)
+            contents.mkdir(mode=0o700, exist_ok=True)  # what clients send is no other user's
         except OSError as error:
             raise ValueError(f"batch_dir: cannot use {folder}: {error.strerror}") from None
         path = folder / "batches.sqlite"

@@ -197,6 +197,12 @@ def serve(
         typer.Option("--enable-tokenizer-info-endpoint", help="Answer GET /tokenizer_info."),
     ] = False,
     num_replicas: Annotated[int | None, typer.Option(min=1, help="Engines. [default: 1]")] = None,
+    min_replicas: Annotated[
+        int | None, typer.Option(min=0, help="Engines at least, where the load says how many.")
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Engines at most, where the load says how many.")
+    ] = None,
     api_key_file: Annotated[
         str | None, typer.Option(help="One key per line; also read: SAQQARA_API_KEYS.")
     ] = None,
@@ -226,6 +232,12 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin whose web pages may use the server, or *; may be repeated."),
     ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name by which a server without keys may be asked, *.NAME or *; may be repeated."
+        ),
+    ] = None,
     batch_dir: Annotated[
         str | None,
         typer.Option(help="Folder of /v1/files and /v1/batches. [default: there are none]"),
@@ -251,6 +263,8 @@ def serve(
         trust_request_chat_template=trust_request_chat_template,
         enable_tokenizer_info_endpoint=enable_tokenizer_info_endpoint,
         num_replicas=num_replicas,
+        min_replicas=min_replicas,
+        max_replicas=max_replicas,
         api_key_file=api_key_file,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
@@ -259,6 +273,7 @@ def serve(
         max_timeout_seconds=max_timeout_seconds,
         route_prefix=route_prefix,
         allowed_origins=tuple(allowed_origins or ()),
+        allowed_hosts=tuple(allowed_hosts or ()),
         batch_dir=batch_dir,
         ui=ui,
         drain_seconds=drain_seconds,

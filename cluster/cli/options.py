@@ -44,6 +44,7 @@ PANELS = {
         "linear_backend",
         "cuda_graphs",
     ),
+    "Chats": ("tool_call_parser", "reasoning_parser"),
     "Retention": ("retention", "budget"),
     "Memory and scheduling": (
         *("kv_memory_gib", "memory_utilization", "page_tokens", "max_num_seqs"),

@@ -144,9 +144,11 @@ class Intake:
             sampling=sampling,
             retention=retention,
             priority=request.priority,
+            owner=request.owner,
             score_continuation=scored,
             token_by_token=request.token_by_token,
             prompt=self._text(request, prompt_token_ids),
+            visible_token_ids=self._tokenizer.special_ids(request.visible_tokens),
         )
         if request.must_fit and scored is None:
             check_room(len(prompt_token_ids), sampling.max_tokens, self._max_model_len)

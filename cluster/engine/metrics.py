@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 import prometheus_client
 from prometheus_client import CollectorRegistry
 
-from saqqara.cluster.live.door import StatsDoor
+from saqqara.cluster.live.door import EngineDoor
 from saqqara.cluster.live.families import METRICS, MODEL_LABEL, SPECS, Kind, MetricSpec
 from saqqara.cluster.live.snapshot import LiveStats
 
@@ -121,8 +121,7 @@ class PrometheusSink:
         def plain(environ: Mapping[str, Any], start: Any) -> Any:
             return app({**environ, "HTTP_ACCEPT": "text/plain"}, start)
 
-        served = plain if read_stats is None else StatsDoor(read_stats, plain, [host])
-        server.set_app(cast(Any, served))
+        server.set_app(cast(Any, EngineDoor(plain, host, read_stats)))
         self._server = (server, thread)
         return int(server.server_port)
 

@@ -48,11 +48,14 @@ class Choice:
         self.last_token_time: float | None = None
         self.has_started = False
         self._sampling = sampling
-        self._detokenizer = IncrementalDetokenizer(tokenizer, sampling.skip_special_tokens)
+        skipped = tokenizer.special_token_ids - sequence.request.visible_token_ids
+        skipped = skipped if sampling.skip_special_tokens else frozenset()
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, sampling.skip_special_tokens, sequence.request.visible_token_ids
+        )
         self._stop = StopChecker(sampling.stop, sampling.include_stop_str_in_output)
         self._text = ""
         self._logprobs: list[dict[int, Logprob]] | None = None if sampling.logprobs is None else []
-        skipped = tokenizer.special_token_ids if sampling.skip_special_tokens else frozenset()
         self._spelling = _Spelling(tokenizer, skipped)
         self._cumulative_logprob = 0.0
 

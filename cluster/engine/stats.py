@@ -205,6 +205,10 @@ class EngineStats:
             gauges["saqqara:pages_leaked"] = self._ranks.pages_in_use
         for name, value in gauges.items():
             self._metrics.set(name, value)
+        num_held_back = scheduler.num_held_back
+        self._metrics.set("vllm:num_requests_waiting_by_reason", num_held_back, "deferred")
+        num_wanting = scheduler.num_waiting - num_held_back
+        self._metrics.set("vllm:num_requests_waiting_by_reason", num_wanting, "capacity")
         self._publish_workers()
         for method, (kept_L, dropped_L) in self._unpublished.items():
             for layer in range(self._num_layers):

@@ -17,6 +17,7 @@ BROKEN = "\ufffd"  # what a decoder puts for bytes that are not (yet) a characte
 UNFINISHED = 3  # a character has at most 4 bytes, so 3 may be there without the last
 MAX_PENDING_TOKENS = 8  # more tokens in a row without an end are no character, but garbage
 MAX_WINDOW_TOKENS = 16
+_END_TOKENS = 16
 
 
 TOKENIZER_FILES = (
@@ -112,15 +113,19 @@ class Tokenizer:
             ValueError: a message is malformed, the model has no chat template, or its template
                 refuses the conversation or fails on it.
         """
-        checked = check_messages(messages)
         options = options or ChatOptions()
+        text = self.chat_text(messages, options)
+        # As a rule the template has written them.
+        return self.encode(text, add_special_tokens=options.add_special_tokens)
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
+        """The text of a conversation; arguments and errors are those of `apply_chat`."""
+        checked = check_messages(messages)
         if not self.has_chat_template and options.chat_template is None:
             raise ValueError(
                 "messages: this model's tokenizer has no chat template; send a plain prompt"
             )
-        text = render_chat(self.backend, checked, options)
-        # As a rule the template has written them.
-        return self.encode(text, add_special_tokens=options.add_special_tokens)
+        return render_chat(self.backend, checked, options)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
@@ -163,6 +168,21 @@ class Tokenizer:
         ids = [tuple(self.encode(text, add_special_tokens=False)) for text in texts]
         return tuple(dict.fromkeys(filter(None, ids)))
 
+    def special_ids(self, names: Sequence[str]) -> frozenset[int]:
+        """Ids of those of some texts that are special tokens."""
+        ids = self.backend.convert_tokens_to_ids(list(names)) if names else []
+        return frozenset(ids) & self.special_token_ids
+
+    def end_of_text(self, ids: Sequence[int]) -> str:
+        """The text of the last few token ids, special ones by their names."""
+        return self.decode(ids[-_END_TOKENS:], skip_special_tokens=False)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template; several that a model has for several uses, one after the other."""
+        template = self.backend.chat_template
+        return "\n".join(template.values()) if isinstance(template, dict) else template or None
+
     def check_fit(self, field: str, ids: list[int], vocab_size: int) -> list[int]:
         """Token ids that this tokenizer made, if a model with so many tokens can read them.
 
@@ -185,11 +205,23 @@ class IncrementalDetokenizer:
     no piece ends inside a character. (One exception: tokenizers with byte-fallback tokens void a
     whole run of byte tokens when one of them is wrong; here characters that were already complete
     stay.) A token costs one decode of a window of some ten tokens, however long the sequence is.
+
+    Args:
+        tokenizer: the model's.
+        skip_special_tokens: leave special tokens out of the text.
+        visible: special tokens that stay in it all the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        visible: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._skipped = (
+            tokenizer.special_token_ids - visible if skip_special_tokens else frozenset()
+        )
         self._window: list[int] = []
         self._num_emitted = 0  # characters of the window's text that are out
         self._num_settled = 0  # tokens of the window at the last time when all text was out

@@ -53,6 +53,13 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("vllm:num_requests_running", "gauge", "Sequences in prefill or decode."),
     MetricSpec("vllm:num_requests_waiting", "gauge", "Sequences waiting for a slot."),
     MetricSpec(
+        "vllm:num_requests_waiting_by_reason",
+        "gauge",
+        "Waiting for room, or held back while another runs alone.",
+        labels=("reason",),
+        first_values=("capacity", "deferred"),
+    ),
+    MetricSpec(
         "vllm:kv_cache_usage_perc",
         "gauge",
         "Share of the KV pages in use, 1 = all, of the worker with the least free.",
@@ -107,6 +114,12 @@ METRICS: tuple[MetricSpec, ...] = (
         "histogram",
         "From the first token to the last.",
         buckets=_REQUEST,
+    ),
+    MetricSpec(
+        "vllm:request_time_per_output_token_seconds",
+        "histogram",
+        "Decode time of a request by its tokens after the first.",
+        buckets=_NEXT_TOKEN,
     ),
     MetricSpec(
         "vllm:request_prompt_tokens",

@@ -41,6 +41,9 @@ class FinishedRequest:
         found["vllm:request_prefill_time_seconds"] = self.first_token - self.scheduled
         found["vllm:request_decode_time_seconds"] = self.last_token - self.first_token
         found["vllm:request_inference_time_seconds"] = self.last_token - self.scheduled
+        if (later := max(self.generation_tokens, default=0) - 1) > 0:
+            each = (self.last_token - self.first_token) / later
+            found["vllm:request_time_per_output_token_seconds"] = each
         return found
 
     def sizes(self) -> dict[str, int]:

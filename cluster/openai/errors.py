@@ -21,7 +21,8 @@ _FIELDS = {
     *SamplingParams.model_fields,
     *("prompt", "prompt_token_ids", "messages", "retention", "budget", "priority"),
     "timeout_seconds",
-    *("stream_options", "max_completion_tokens", "top_logprobs", "tools", "functions"),
+    *("stream_options", "max_completion_tokens", "top_logprobs"),
+    *("tools", "tool_choice", "functions"),
     *("continue_final_message", "chat_template_kwargs", "best_of", "echo", "chat_template"),
     "response_format",
 }

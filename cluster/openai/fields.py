@@ -5,30 +5,58 @@ answer is an error, so that nothing is dropped silently.
 """
 
 import json
-from typing import Annotated, Any, Self
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
+from pydantic_core import core_schema
 
+_FORMER_TOOLS = "write tools and tool_choice, OpenAI's later form"
 MAX_DEPTH = 16
 MAX_MEMBERS = 1024
-_NO_TOOLS = "there are no tool calls here"
 _NO_BEAMS = "there is no beam search here"
 _TEXT_ONLY = "models here read and write text alone"
 _NO_CACHE = "nothing is kept between requests here"
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
-def only(*values: Any, why: str) -> AfterValidator:
-    """Take what is null or empty, and `values`; anything else is an error that says why."""
+@dataclass(frozen=True)
+class Only:
+    """An annotation of a field that has no effect: it may be null or empty, or one of `values`.
 
-    def check(value: Any) -> Any:
-        if value in (None, "", [], {}) or any(_is_same(value, other) for other in values):
+    Anything else is an error that says why.
+    """
+
+    values: tuple[Any, ...]
+    why: str
+
+    def check(self, value: Any) -> Any:
+        """The value; raises a `ValueError` if it asks for something."""
+        if value in EMPTY or any(_is_same(value, other) for other in self.values):
             return value
         shown = json.dumps(value)
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        instead = " or ".join(["leave it out", *(f"send {json.dumps(v)}" for v in values)])
-        raise ValueError(f"{shown} is not supported: {why}; {instead}")
+        instead = ["leave it out", *(f"send {json.dumps(v)}" for v in self.values)]
+        raise ValueError(f"{shown} is not supported: {self.why}; {' or '.join(instead)}")
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        """Check after the field's own type."""
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> Any:
+        """The values, and why there are no others."""
+        return {"enum": [*EMPTY, *self.values], "description": f"Without effect: {self.why}."}
+
+
+def only(*values: Any, why: str) -> Only:
+    """See `Only`."""
+    return Only(values, why)
 
 
 def _is_same(value: Any, other: Any) -> bool:
@@ -95,35 +123,20 @@ class IdleFields(BaseModel):
 class IdleChatFields(BaseModel):
     """What chats may say without an effect."""
 
-    # OpenAI's. Without tools, how they are called is of no account.
-    tools: list[Any] | None = None
-    tool_choice: Annotated[Any, only("none", "auto", why=_NO_TOOLS)] = None
-    parallel_tool_calls: bool | None = None
-    functions: list[Any] | None = None
-    function_call: Annotated[Any, only("none", "auto", why=_NO_TOOLS)] = None
+    # OpenAI's.
+    functions: Annotated[Any, only(why=_FORMER_TOOLS)] = None
+    function_call: Annotated[Any, only("none", "auto", why=_FORMER_TOOLS)] = None
     reasoning_effort: Annotated[Any, only("none", why="see chat_template_kwargs")] = None
     verbosity: Annotated[Any, only("medium", why="say it in a message")] = None
     modalities: Annotated[Any, only(["text"], why=_TEXT_ONLY)] = None
     audio: Annotated[Any, only(why=_TEXT_ONLY)] = None
     prediction: Annotated[Any, only(why="there is no speculative decoding here")] = None
-    web_search_options: Annotated[Any, only(why=_NO_TOOLS)] = None
+    web_search_options: Annotated[Any, only(why="nothing is looked up here")] = None
 
     # vLLM's.
     echo: Annotated[Any, only(False, why="answers do not repeat their prompt")] = None
     documents: Annotated[Any, only(why="put them into a message")] = None
     mm_processor_kwargs: Annotated[Any, only(why=_TEXT_ONLY)] = None
-    include_reasoning: bool | None = None
-
-    @model_validator(mode="after")
-    def _check_tools(self) -> Self:
-        """Tools that must not be called ask for nothing."""
-        if self.tools and self.tool_choice != "none":
-            raise ValueError(f'tools: {_NO_TOOLS}; leave them out, or send tool_choice="none"')
-        if self.functions and self.function_call != "none":
-            raise ValueError(
-                f'functions: {_NO_TOOLS}; leave them out, or send function_call="none"'
-            )
-        return self
 
 
 class IdleCompletionFields(BaseModel):

@@ -17,21 +17,28 @@ from .logprobs import (
     prompt_logprobs,
 )
 from .shown import ANSWER_ONLY, Shown
+from .tools.reader import PLAIN, AnswerFormat, AnswerReader
+from .tools.shapes import delta, message
 
 Json = dict[str, Any]
 
+MANY_LOGPROBS = 2_000  # more take milliseconds to spell and write
 _PIECE_ITEMS = 256  # of a list that is encoded at once
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyHead:
-    """What every piece of one answer begins with, and what it shows of the tokens."""
+    """What every piece of one answer begins with, and what it shows of the tokens.
+
+    `answers` is how the answers to a chat are read.
+    """
 
     id: str
     created: int
     model: str
     is_chat: bool
     shown: Shown = ANSWER_ONLY
+    answers: AnswerFormat = PLAIN
 
     def json(self, *, is_chunk: bool) -> Json:
         """The fields that come before `choices`."""
@@ -50,6 +57,7 @@ class ChoiceProgress:
     offsets: TextOffsets = field(default_factory=TextOffsets)
     has_started: bool = False
     has_finished: bool = False
+    reader: AnswerReader | None = None  # of a chat
 
 
 def full_reply(head: ReplyHead, outputs: Sequence[RequestOutput]) -> Json:
@@ -62,14 +70,16 @@ def full_reply(head: ReplyHead, outputs: Sequence[RequestOutput]) -> Json:
             logprobs = _logprobs(head, output, choice, progress)
             text = (output.prompt or "") + choice.text if shown.echo else choice.text
             content: Json = {"text": text}
+            reason: str | None = choice.finish_reason
             if head.is_chat:
-                message = {"role": "assistant", "content": text, "refusal": None}
-                content = {"message": message}
+                answer = head.answers.read(text)
+                content = {"message": message(answer)}
+                reason = head.answers.finish_reason(reason, has_calls=bool(answer.calls))
             if shown.token_ids:
                 content["token_ids"] = list(choice.token_ids)
             if not head.is_chat:
                 content |= _of_prompt(head, output)
-            choices.append(_choice(index, content, logprobs, choice))
+            choices.append(_choice(index, content, logprobs, reason, choice.stop_reason))
     reply = {**head.json(is_chunk=False), "choices": choices, "usage": usage(outputs, shown)}
     return {**reply, **_of_prompt(head, outputs[0])} if head.is_chat else reply
 
@@ -93,12 +103,18 @@ def chunk_choice(
     if new_ids or (shown.echo and not sent.has_started):
         logprobs = _logprobs(head, output, choice, sent)
     has_ids = shown.token_ids and bool(new_ids)
-    if not text and logprobs is None and not choice.finished and not has_ids:
-        return None
     content: Json = {"text": text}
+    reason: str | None = choice.finish_reason
+    has_news = bool(text)
     if head.is_chat:
+        sent.reader = sent.reader or AnswerReader(head.answers)
+        new = sent.reader.read(choice.text, is_finished=choice.finished)
+        has_news = bool(new)
         role = {} if sent.has_started else {"role": "assistant"}
-        content = {"delta": {**role, "content": text}}
+        content = {"delta": {**role, **delta(new)}}
+        reason = head.answers.finish_reason(reason, has_calls=sent.reader.has_calls)
+    if not has_news and logprobs is None and not choice.finished and not has_ids:
+        return None
     if shown.token_ids:
         content["token_ids"] = list(new_ids)
     if shown.prompt_token_ids and not head.is_chat and not sent.has_started:
@@ -107,7 +123,7 @@ def chunk_choice(
     sent.num_tokens = len(choice.token_ids)
     sent.has_started = True
     sent.has_finished = choice.finished
-    return _choice(index, content, logprobs, choice)
+    return _choice(index, content, logprobs, reason, choice.stop_reason)
 
 
 def usage(outputs: Iterable[RequestOutput], shown: Shown = ANSWER_ONLY) -> Json:
@@ -196,13 +212,19 @@ def to_json(data: Any) -> str:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def _choice(index: int, content: Json, logprobs: Json | None, choice: CompletionOutput) -> Json:
+def _choice(
+    index: int,
+    content: Json,
+    logprobs: Json | None,
+    finish_reason: str | None,
+    stop_reason: int | str | None,
+) -> Json:
     return {
         "index": index,
         **content,
         "logprobs": logprobs,
-        "finish_reason": choice.finish_reason,
-        "stop_reason": choice.stop_reason,
+        "finish_reason": finish_reason,
+        "stop_reason": stop_reason,
     }
 
 

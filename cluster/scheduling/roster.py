@@ -101,6 +101,7 @@ class Roster:
         """
         if sequence.is_finished:
             return
+        has_run = sequence.status is not Status.WAITING or sequence.num_preemptions > 0
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         elif sequence.status is Status.RUNNING:
@@ -111,6 +112,7 @@ class Roster:
         elif sequence.status is Status.PREPARING:
             self.preparing -= 1
         sequence.status = Status.FINISHED
+        self.waiting.settle(sequence, has_run=has_run)
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
         sequence.error = error

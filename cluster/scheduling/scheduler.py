@@ -100,6 +100,11 @@ class Scheduler:
         return len(self._roster.waiting) + self._roster.preparing
 
     @property
+    def num_held_back(self) -> int:
+        """Sequences of those that wait for another request, which runs alone."""
+        return sum(not self._roster.may_run(sequence) for sequence in self._roster.waiting)
+
+    @property
     def num_running(self) -> int:
         """Sequences in prefill or decode."""
         return self._roster.seats.num_seated

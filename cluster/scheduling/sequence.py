@@ -11,6 +11,8 @@ from saqqara.cluster.outcome import ErrorCode, FinishReason, KVUsage
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import NewSequence, PromptScores, SamplingSpec
 
+Key = tuple[int, int, int]
+
 
 class OutputEnd(Protocol):
     """What ends an output; `SamplingParams` says it, and much that is no matter of scheduling."""
@@ -39,7 +41,9 @@ class TokenRequest:
     With `score_continuation` its tokens are scored after the prompt and nothing is generated;
     `token_by_token` feeds them in the decode steps that generating them would take. Of `sampling`
     only what ends the output matters here. `prompt` is the text, if there was one.
-    A lower `priority` goes first; equal ones go in order of arrival.
+    A lower `priority` goes first; among equal ones owners have their turns, and those of one owner
+    go in order of arrival. `visible_token_ids` are the special tokens that stay in the answer's
+    text.
     """
 
     request_id: str
@@ -51,6 +55,8 @@ class TokenRequest:
     token_by_token: bool = False
     arrival_time: float = 0.0
     prompt: str | None = None
+    owner: str = ""
+    visible_token_ids: frozenset[int] = frozenset()
 
     @property
     def is_score(self) -> bool:
@@ -87,6 +93,7 @@ class Sequence:
     eos_token_ids: frozenset[int]
     max_output_tokens: int
 
+    turn: int | None = None  # among the owners of its priority, in tokens; from when it first waits
     status: Status = Status.WAITING
     slot: int | None = None
     position: int = 0
@@ -121,9 +128,9 @@ class Sequence:
         return self.slot
 
     @property
-    def key(self) -> tuple[int, int]:
+    def key(self) -> Key:
         """Order of service: lower goes first and is preempted last."""
-        return (self.request.priority, self.arrival)
+        return (self.request.priority, self.turn or 0, self.arrival)
 
     @property
     def is_finished(self) -> bool:

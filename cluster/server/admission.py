@@ -3,21 +3,24 @@
 import asyncio
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _MAX_RETRY_SECONDS = 60
 _UNKNOWN_RETRY_SECONDS = 5  # nothing has finished yet under load
+_ROUNDING = 1e-9
 _NUM_FINISHED = 32  # sequences that the rate is measured over
 
 
 class OverloadedError(RuntimeError):
-    """The queue is full. `retry_seconds` is when it is likely to have room."""
+    """The queue is full, or an owner's share of it. `retry_seconds`: when it may have room."""
 
-    def __init__(self, retry_seconds: int) -> None:
-        super().__init__(f"the server's queue is full; try again in {retry_seconds} s")
+    def __init__(self, retry_seconds: int, *, is_share: bool = False) -> None:
+        what = "this key's share of the server's queue" if is_share else "the server's queue"
+        super().__init__(f"{what} is full; try again in {retry_seconds} s")
         self.retry_seconds = retry_seconds
+        self.is_share = is_share
 
 
 class DrainingError(RuntimeError):
@@ -30,17 +33,30 @@ class DrainingError(RuntimeError):
 class Admission:
     """Counts the sequences of a server; used in one event loop.
 
+    An owner may wait with as many sequences as `max_share` says when it is alone, and with fewer
+    the fuller the queue is: with no more than so and so many times what is free. So others find
+    room however much it asks for (the dynamic thresholds of Choudhury and Hahne, IEEE/ACM
+    Transactions on Networking 6(2), 1998).
+
     Args:
         max_running: sequences that the engine runs at once.
         max_waiting: sequences that may wait beyond those.
         clock: seconds that only grow.
+        max_share: of the queue that one owner may have; 1: all of it.
     """
 
     def __init__(
-        self, max_running: int, max_waiting: int, clock: Callable[[], float] = time.monotonic
+        self,
+        max_running: int,
+        max_waiting: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        max_share: float = 1.0,
     ) -> None:
         self._max_running = max_running
         self._capacity = max_running + max_waiting
+        self._max_share = max_share
+        self._held: Counter[str] = Counter()
         self._num_sequences = 0
         self._num_requests = 0
         self._pace = _Pace(max_running, clock)
@@ -52,6 +68,14 @@ class Admission:
     def capacity(self) -> int:
         """Sequences that are taken at most."""
         return self._capacity
+
+    def capacity_of(self, owner: str) -> int:
+        """Sequences of one owner that are taken at most; without one, of all together."""
+        if not owner:
+            return self._capacity
+        return self._max_running + int(
+            self._max_share * (self._capacity - self._max_running) + _ROUNDING
+        )
 
     @property
     def max_running(self) -> int:
@@ -69,22 +93,36 @@ class Admission:
         return self._num_requests
 
     @contextmanager
-    def enter(self, num_sequences: int) -> Iterator[None]:
-        """Hold room for the sequences of a request.
+    def enter(self, num_sequences: int, owner: str = "") -> Iterator[None]:
+        """Hold room for the sequences of a request; without an owner all of the queue is its.
 
         Raises:
             DrainingError: the server is ending.
             OverloadedError: there is no room now.
         """
         self.check_open()
-        assert num_sequences <= self._capacity, "there never will be room for so many"
+        assert num_sequences <= self.capacity_of(owner), "there never will be room for so many"
         if self._num_sequences + num_sequences > self._capacity:
-            raise OverloadedError(self._retry_seconds())
-        self._change(num_sequences, 1)
+            waiting = self._num_sequences - self._max_running
+            raise OverloadedError(self._retry_seconds(waiting))
+        if owner and not self._has_share(num_sequences, owner):
+            num_owners = len(self._held)
+            waiting = num_owners * self._held[owner] - self._max_running
+            raise OverloadedError(self._retry_seconds(waiting), is_share=True)
+        self._change(num_sequences, 1, owner)
         try:
             yield
         finally:
-            self._change(-num_sequences, -1)
+            self._change(-num_sequences, -1, owner)
+
+    def _has_share(self, num_sequences: int, owner: str) -> bool:
+        if self._max_share >= 1 or self._num_sequences + num_sequences <= self._max_running:
+            return True
+        num_owners = len(self._held.keys() | {owner})
+        own = self._held[owner] + num_sequences
+        free = self._capacity - self._num_sequences - num_sequences
+        most = self._max_share / (1 - self._max_share) * free
+        return own - self._max_running / num_owners <= most + _ROUNDING
 
     def check_open(self) -> None:
         """Raise `DrainingError` if nothing new is taken."""
@@ -109,7 +147,11 @@ class Admission:
             return False
         return True
 
-    def _change(self, num_sequences: int, num_requests: int) -> None:
+    def _change(self, num_sequences: int, num_requests: int, owner: str) -> None:
+        if owner:
+            self._held[owner] += num_sequences
+            if self._held[owner] == 0:
+                del self._held[owner]
         self._pace.note(self._num_sequences, num_finished=max(-num_sequences, 0))
         self._num_sequences += num_sequences
         self._num_requests += num_requests
@@ -118,13 +160,12 @@ class Admission:
         else:
             self._idle.clear()
 
-    def _retry_seconds(self) -> int:
-        """Until as many sequences as wait now have finished, at the rate of late."""
+    def _retry_seconds(self, num_waiting: int) -> int:
+        """Until so many sequences have finished, at the rate of late."""
         rate = self._pace.per_second(self._num_sequences)
         if rate is None:
             return _UNKNOWN_RETRY_SECONDS
-        waiting = max(self._num_sequences - self._max_running, 1)
-        return min(max(math.ceil(waiting / rate), 1), _MAX_RETRY_SECONDS)
+        return min(max(math.ceil(max(num_waiting, 1) / rate), 1), _MAX_RETRY_SECONDS)
 
 
 class _Pace:

@@ -43,6 +43,7 @@ def make_app(
     store: Store | None = None,
     *,
     ui: bool = True,
+    allowed_hosts: Sequence[str] = (),
 ) -> FastAPI:
     """The application.
 
@@ -52,6 +53,7 @@ def make_app(
         allowed_origins: origins whose web pages may use it.
         store: files and batches; closed with the application. None: there are none.
         ui: whether there is a page at `/`.
+        allowed_hosts: names by which it may be asked where there are no keys.
     """
     batches = BatchService(store, generation)
 
@@ -63,7 +65,7 @@ def make_app(
         await generation.shutdown()
 
     app = FastAPI(title="Saqqara", version=__version__, openapi_url=None, lifespan=lifespan)
-    add_guards(app, allowed_origins)
+    add_guards(app, allowed_origins, None if keys else allowed_hosts)
     _add_error_handlers(app)
     door = Door(generation, keys)
     groups: tuple[Routes, ...] = (
@@ -77,7 +79,7 @@ def make_app(
         StatsRoutes(door),
     )
     endpoints = [endpoint for group in groups for endpoint in group.endpoints]
-    for group in (*groups, DescriptionRoutes(endpoints)):
+    for group in (*groups, DescriptionRoutes(endpoints, generation.model)):
         group.add_to(app)
     if ui:
         add_page(app, generation.retention.label, needs_key=len(keys) > 0)
@@ -96,7 +98,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     def overloaded(request: Request, error: OverloadedError) -> Response:
         wait = {"Retry-After": str(error.retry_seconds)}
-        return _reply(ApiError(429, str(error), None, "queue_full", wait))
+        code = "queue_share_full" if error.is_share else "queue_full"
+        return _reply(ApiError(429, str(error), None, code, wait))
 
     def draining(request: Request, error: DrainingError) -> Response:
         wait = {"Retry-After": str(DRAIN_RETRY_SECONDS)}

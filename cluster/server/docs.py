@@ -12,33 +12,30 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from .description.base import Error
+from .description.requests import complete
+from .description.table import REPLIES, UNTOLD, Replies, reply_schemas
+
 _REF = "#/components/schemas/"
 _ERRORS = {
-    "400": "A field is wrong; `param` names it.",
-    "401": "The API key is missing or wrong.",
-    "403": "The page's origin is not allowed.",
-    "404": "There is no such model.",
-    "408": "The body did not come in time.",
-    "413": "The body is too large.",
-    "415": "The body is not `application/json`.",
-    "429": "The queue is full; see `Retry-After`.",
-    "503": "The server ends, or its engine is being replaced; see `Retry-After`.",
+    400: "A field is wrong; `param` names it.",
+    401: "The API key is missing or wrong.",
+    403: "The page's origin is not allowed.",
+    404: "There is no such thing.",
+    408: "The body did not come in time, or the answer is not complete in the time that it has.",
+    409: "It is not in a state for this.",
+    413: "The body is too large.",
+    416: "The file has no such bytes.",
+    415: "The body is not of a type that is taken here.",
+    429: "The queue is full; see `Retry-After`.",
+    500: "The model's output for this request is not finite.",
+    503: "The server ends, or its engine is being replaced; see `Retry-After`.",
 }
-_ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
+_RETRY = {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}
+_HEADERS: Mapping[int, Mapping[str, Any]] = {
+    401: {"WWW-Authenticate": {"required": True, "schema": {"const": "Bearer"}}},
+    429: {"Retry-After": {"required": True, **_RETRY}},
+    503: {"Retry-After": _RETRY},
 }
 _STYLE = (
     "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
@@ -67,31 +64,47 @@ class Endpoint:
     media_type: str = "application/json"
 
 
-def openapi(endpoints: Sequence[Endpoint], version: str, root: str = "") -> dict[str, Any]:
+def openapi(
+    endpoints: Sequence[Endpoint], version: str, root: str = "", model: str = "MODEL"
+) -> dict[str, Any]:
     """The description of the API in OpenAPI 3.1.
+
+    What an event of a stream is stands beside the schema of its media type as `x-item-schema`.
 
     Args:
         endpoints: what there is.
         version: of the server.
         root: what stands before the paths.
+        model: the name of the model that is served, for examples.
     """
     kinds = dict.fromkeys(e.body for e in endpoints if e.body is not None)
-    _, definitions = models_json_schema(
-        [(kind, "validation") for kind in kinds], ref_template=_REF + "{model}"
+    template = _REF + "{model}"
+    _, requests = models_json_schema(
+        [(kind, "validation") for kind in kinds], ref_template=template
     )
+    known = {(e.method, e.path): REPLIES.get((e.method, e.path), UNTOLD) for e in endpoints}
+    replies, definitions = reply_schemas(known, template)
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint)
+        operation = _operation(endpoint, known[endpoint.method, endpoint.path], replies)
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {"title": "Saqqara", "version": version},
         "servers": [{"url": root or "/"}],
         "paths": paths,
         "components": {
-            "schemas": {**definitions.get("$defs", {}), "Error": _ERROR_SCHEMA},
+            "schemas": _together(complete(requests.get("$defs", {}), model), definitions),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def _together(requests: Mapping[str, Any], replies: Mapping[str, Any]) -> dict[str, Any]:
+    """Definitions by name; a name means one thing in requests and in replies."""
+    for name in requests.keys() & replies.keys():
+        assert requests[name] == replies[name], f"two models have the name {name}"
+    return {**requests, **replies}
 
 
 def docs_page(spec: Mapping[str, Any]) -> str:
@@ -110,40 +123,64 @@ def docs_page(spec: Mapping[str, Any]) -> str:
             parts.append(f"<h2><code>{method.upper()} {escape(root + path)}</code></h2>")
             parts.append(f"<p>{escape(operation['summary'])}</p>")
             if "requestBody" in operation:
-                schema = operation["requestBody"]["content"]["application/json"]["schema"]
-                parts.extend(_fields(schemas[schema["$ref"].removeprefix(_REF)]))
+                (content,) = operation["requestBody"]["content"].values()
+                name = content["schema"].get("$ref", "").removeprefix(_REF)
+                parts.extend(_fields(schemas.get(name, content["schema"])))
     parts.append("<h2>Errors</h2><table>")
     parts.extend(f"<tr><td>{s}<td>{escape(text)}" for s, text in _ERRORS.items())
     parts.append("</table></html>")
     return "\n".join(parts)
 
 
-def _operation(endpoint: Endpoint) -> dict[str, Any]:
-    content: dict[str, Any] = {endpoint.media_type: {}}
+def _operation(
+    endpoint: Endpoint, known: Replies, schemas: Mapping[tuple[str, str, str], Any]
+) -> dict[str, Any]:
+    key = endpoint.method, endpoint.path
+    schema = schemas.get((*key, "reply"), {"type": "string"})
+    content: dict[str, Any] = {endpoint.media_type: {"schema": schema}}
     if endpoint.streams:
-        content["text/event-stream"] = {}
+        stream = {"schema": {"type": "string"}, "x-item-schema": schemas.get((*key, "event"), {})}
+        content["text/event-stream"] = stream
+    responses = {"200": {"description": "The answer.", "content": content}}
+    if known.has_parts:
+        responses["206"] = {"description": "A part of it.", "content": content}
     operation: dict[str, Any] = {
         "summary": endpoint.summary,
         "operationId": f"{endpoint.method.lower()}{endpoint.path.translate(_TO_NAME)}",
-        "responses": {"200": {"description": "The answer.", "content": content}},
+        "responses": responses,
     }
-    if "{" in endpoint.path:
-        name = endpoint.path.partition("{")[2].partition("}")[0]
-        operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        ]
+    if parameters := _parameters(endpoint.path, known):
+        operation["parameters"] = parameters
     if endpoint.needs_key:
         operation["security"] = [{"key": []}, {}]
     if endpoint.body is not None:
-        schema = {"$ref": _REF + endpoint.body.__name__}
-        operation["requestBody"] = {
-            "required": True,
-            "content": {"application/json": {"schema": schema}},
-        }
-        error = {"application/json": {"schema": {"$ref": _REF + "Error"}}}
-        for status, text in _ERRORS.items():
-            operation["responses"][status] = {"description": text, "content": error}
+        body: Any = {"application/json": {"schema": {"$ref": _REF + endpoint.body.__name__}}}
+        operation["requestBody"] = {"required": True, "content": body}
+    elif known.form is not None:
+        body = {"multipart/form-data": {"schema": known.form}}
+        operation["requestBody"] = {"required": True, "content": body}
+    for status in known.errors:
+        operation["responses"][str(status)] = _error(status)
     return operation
+
+
+def _parameters(path: str, known: Replies) -> list[dict[str, Any]]:
+    """Those of the path and those of the query."""
+    parameters: list[dict[str, Any]] = []
+    if "{" in path:
+        name = path.partition("{")[2].partition("}")[0]
+        schema = {"type": "string", "minLength": 1}
+        parameters.append({"name": name, "in": "path", "required": True, "schema": schema})
+    for name, schema in known.query.items():
+        parameters.append({"name": name, "in": "query", "required": False, "schema": schema})
+    return parameters
+
+
+def _error(status: int) -> dict[str, Any]:
+    """How an error of this status is answered."""
+    content = {"application/json": {"schema": {"$ref": f"{_REF}{Error.__name__}"}}}
+    headers = {"headers": _HEADERS[status]} if status in _HEADERS else {}
+    return {"description": _ERRORS[status], **headers, "content": content}
 
 
 _TO_NAME = str.maketrans({"/": "_", "{": None, "}": None})

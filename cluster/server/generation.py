@@ -4,11 +4,11 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from saqqara.cluster.chat import ChatOptions
+from saqqara.cluster.chat import ChatOptions, num_characters
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.streams import AsyncEngine
 from saqqara.cluster.engine.tokenizer import Tokenizer
@@ -18,10 +18,11 @@ from saqqara.cluster.openai.replies import check_served
 from saqqara.cluster.openai.requests import (
     ChatRequest,
     CompletionRequest,
-    GenerationRequest,
     check_model,
 )
 from saqqara.cluster.openai.shown import ANSWER_ONLY, Shown
+from saqqara.cluster.openai.tools.reader import PLAIN, AnswerFormat
+from saqqara.cluster.openai.tools.style import ChatStyle
 from saqqara.cluster.outcome import check_room
 from saqqara.cluster.request import Request, RequestOutput
 from saqqara.cluster.sampling import SamplingParams
@@ -29,6 +30,7 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig, ServeConfig
 
 from .admission import Admission
+from .io import merged
 
 T = TypeVar("T")
 
@@ -37,10 +39,27 @@ LONG_TEXT_CHARS = 8192  # a longer text is tokenised in a thread: it takes milli
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """Who waits for an answer: whose share of the queue it has, and until when it waits.
+
+    `owner` is empty where nobody shares the queue; see `Admission`. `deadline` is in the time of
+    the event loop; None: for ever.
+    """
+
+    owner: str = ""
+    deadline: float | None = None
+
+
+NOBODY = Caller()
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A request that is checked and tokenised.
 
     `names` are what the client calls the engine's fields; `texts` what prompts were made of.
+    `answers` says how the answers to a chat are read, and `visible_tokens` which special tokens
+    that needs.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -49,8 +68,10 @@ class Job:
     sampling: SamplingParams
     retention: Retention
     priority: int = 0
-    deadline: float | None = None  # in the time of the event loop
+    caller: Caller = NOBODY
     shown: Shown = ANSWER_ONLY
+    answers: AnswerFormat = PLAIN
+    visible_tokens: tuple[str, ...] = ()
 
     @property
     def num_sequences(self) -> int:
@@ -74,6 +95,7 @@ class Generation:
         names: all names that requests may give.
         trusts_templates: whether clients may bring chat templates.
         shows_tokenizer: whether clients may read the tokenizer's settings.
+        style: how the model writes thoughts and calls.
     """
 
     def __init__(
@@ -91,7 +113,14 @@ class Generation:
         self.limits = config.limits
         self.tokenizer = tokenizer
         self.max_model_len = engine.scheduler.max_model_len
-        self.admission = Admission(engine_config.max_num_seqs, config.limits.max_queue)
+        self.admission = Admission(
+            engine_config.max_num_seqs,
+            config.limits.max_queue,
+            max_share=config.limits.max_queue_share,
+        )
+        self.style = ChatStyle.of(
+            tokenizer.chat_template, engine_config.tool_call_parser, engine_config.reasoning_parser
+        )
         self._retention = engine.retention
         self._vocab_size = engine.vocab_size
         self._metrics = engine.metrics
@@ -123,20 +152,20 @@ class Generation:
         await asyncio.to_thread(self._engine.shutdown)
         self._threads.shutdown(wait=False)
 
-    def deadline(self, request: GenerationRequest, arrived: float) -> float | None:
-        """When the answer must be complete, in the time of the event loop, as `arrived` is.
-
-        Raises:
-            ApiError: the request asks for more time than this server gives.
-        """
-        request.check_limits(self.limits)
-        seconds = request.timeout_seconds or self.limits.default_timeout_seconds
-        return None if seconds is None else arrived + seconds
+    def admit(self, job: Job) -> AbstractContextManager[None]:
+        """Hold room for a job; see `Admission.enter`."""
+        return self.admission.enter(job.num_sequences, job.caller.owner)
 
     async def prepare(
-        self, request: CompletionRequest | ChatRequest, deadline: float | None = None
+        self,
+        request: CompletionRequest | ChatRequest,
+        caller: Caller = NOBODY,
     ) -> Job:
         """Check and tokenise a request.
+
+        Args:
+            request: as the client wrote it.
+            caller: who waits for it.
 
         Raises:
             ApiError: what is wrong with it, and in which field.
@@ -149,10 +178,20 @@ class Generation:
         sampling = await self._off_loop_if_long(off_loop, request.sampling_params)
         retention = request.read_retention(self._retention)
         texts: list[str | None] = [None]
+        answers = PLAIN
+        visible: tuple[str, ...] = ()
         if isinstance(request, ChatRequest):
+            self._check_tools(request)
             options = request.chat_options(trusts_templates=self.trusts_templates)
             encoded = await self.encode_chat(request.messages, options)
             prompts = [self._fitting("messages", encoded)]
+            answers = self.style.answer_format(
+                request.tool_use,
+                prompt_end=self.tokenizer.end_of_text(encoded),
+                is_held=request.structure is not None,
+                shows_thoughts=request.include_reasoning is not False,
+            )
+            visible = self.style.markers(request.tool_use)
         else:
             given = request.prompts(self.limits.max_prompts)
             adds = request.add_special_tokens is not False
@@ -165,16 +204,18 @@ class Generation:
             sampling,
             retention,
             request.priority or 0,
-            deadline,
+            caller,
             request.shown,
+            answers,
+            visible,
         )
         self._check_lengths(job)
         self._check_logprobs(job)
-        if job.num_sequences > self.admission.capacity:
+        if job.num_sequences > self.admission.capacity_of(caller.owner):
             raise ApiError(
                 400,
                 f"n: {len(prompts)} prompts times n={sampling.n} are more sequences than the "
-                f"{self.admission.capacity} that the server takes at once",
+                f"{self.admission.capacity_of(caller.owner)} that the server takes at once",
                 "n",
                 "limit_exceeded",
             )
@@ -198,8 +239,8 @@ class Generation:
                 async for output in source:
                     yield 0, output
             return
-        async with aclosing(_merged(sources)) as merged:
-            async for item in merged:
+        async with aclosing(merged(sources)) as both:
+            async for item in both:
                 yield item
 
     async def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -239,7 +280,7 @@ class Generation:
             return self.tokenizer.apply_chat(messages, options)
 
         try:
-            return await self._off_loop_if_long(_num_chars(messages), encode)
+            return await self._off_loop_if_long(num_characters([*messages, *options.tools]), encode)
         except ValueError as error:
             raise ApiError.of(error, "messages") from None
 
@@ -250,6 +291,12 @@ class Generation:
         """
         if model != self._source:
             check_model(model, self.names)
+
+    def _check_tools(self, request: ChatRequest) -> None:
+        try:
+            self.style.check(request.tool_use)
+        except ValueError as error:
+            raise ApiError.of(error) from None
 
     async def _encode(self, prompt: str | list[int], *, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
@@ -280,11 +327,13 @@ class Generation:
                 most += len(prompt) * (1 + sampling.prompt_logprobs)
         limit = self.limits.max_answer_logprobs
         if most > limit:
+            of_prompt = sampling.logprobs is None
+            field = "prompt_logprobs" if of_prompt else job.names["logprobs"]
             raise ApiError(
                 400,
-                f"logprobs: the answer could have {most} log-probabilities, and this server gives "
+                f"{field}: the answer could have {most} log-probabilities, and this server gives "
                 f"{limit} at most; ask for fewer of them, or fewer tokens or choices",
-                job.names["logprobs"],
+                field,
                 "limit_exceeded",
             )
 
@@ -307,11 +356,13 @@ class Generation:
             job.sampling.for_prompt(place),
             retention=job.retention,
             priority=job.priority,
-            timeout_seconds=_seconds_until(job.deadline),
+            owner=job.caller.owner,
+            timeout_seconds=_seconds_until(job.caller.deadline),
             stream=stream,
             prompt_text=job.texts[place] if job.shown.echo else None,
             echo=job.shown.echo,
             must_fit=True,
+            visible_tokens=job.visible_tokens,
         )
         source = self._engine.generate(request)
         try:
@@ -329,38 +380,3 @@ def _seconds_until(deadline: float | None) -> float | None:
     if deadline is None:
         return None
     return max(deadline - asyncio.get_running_loop().time(), _LEAST_SECONDS)
-
-
-def _num_chars(value: Any) -> int:
-    """About how much there is to read in a JSON value, wherever it stands."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(1 + _num_chars(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return sum(1 + _num_chars(item) for item in value)
-    return 0
-
-
-async def _merged(
-    sources: Sequence[AsyncGenerator[RequestOutput, None]],
-) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """Items of several sources as they come, with the number of their source."""
-    waiting = {asyncio.ensure_future(anext(s)): i for i, s in enumerate(sources)}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                place = waiting.pop(task)
-                try:
-                    output = task.result()
-                except StopAsyncIteration:
-                    continue
-                waiting[asyncio.ensure_future(anext(sources[place]))] = place
-                yield place, output
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        for source in sources:
-            await source.aclose()

@@ -5,7 +5,6 @@ included. It asks first (CORS) only where a page reads the answer or sends JSON,
 as `application/json` alone, and a page that is not allowed by `allowed_origins` gets 403.
 """
 
-import ipaddress
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -16,16 +15,25 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from saqqara.cluster.openai.errors import ApiError
+from saqqara.configs.hosts import is_no_name, may_ask_as
 
 ANY_ORIGIN = "*"
 _JSON = "application/json"
-_METHODS = ("GET", "HEAD", "POST")
+_METHODS = ("GET", "HEAD", "POST", "DELETE")
 _EXPOSED_HEADERS = ("Retry-After", "X-Request-Id")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-def add_guards(app: FastAPI, allowed_origins: Sequence[str]) -> None:
-    """Have the application refuse foreign pages, and answer those that are allowed as CORS asks."""
+def add_guards(
+    app: FastAPI, allowed_origins: Sequence[str], allowed_hosts: Sequence[str] | None = None
+) -> None:
+    """Have the application refuse foreign pages, and answer those that are allowed as CORS asks.
+
+    Args:
+        app: the application.
+        allowed_origins: whose pages may use it.
+        allowed_hosts: names by which it may be asked; None: by any.
+    """
     if allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -35,6 +43,8 @@ def add_guards(app: FastAPI, allowed_origins: Sequence[str]) -> None:
             expose_headers=_EXPOSED_HEADERS,
         )
     app.add_middleware(OriginGuard, allowed=allowed_origins)  # before CORS: the last is the first
+    if allowed_hosts is not None:
+        app.add_middleware(HostGuard, allowed=allowed_hosts)
 
 
 def check_is_json(request: Request) -> None:
@@ -48,6 +58,33 @@ def check_is_json(request: Request) -> None:
         said = f"not {given!r:.100}" if given else "which is missing"
         message = f"a body must have the header `Content-Type: {_JSON}`, {said}"
         raise ApiError(415, message, None, "unsupported_media_type")
+
+
+class HostGuard:
+    """Refuses requests that ask for the server by a foreign name with 403.
+
+    Args:
+        app: what answers the others.
+        allowed: see `may_ask_as`.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self._app = app
+        self._allowed = tuple(allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; see ASGI."""
+        if scope["type"] == "http":
+            asked = Headers(scope=scope).get("host")
+            if not may_ask_as(asked, self._allowed):
+                message = (
+                    f"this server has no keys and answers by address, not as {asked!r:.200}; "
+                    "--allowed-hosts (allowed_hosts in a file) lets it, and so do API keys"
+                )
+                error = ApiError(403, message, None, "host_not_allowed")
+                await JSONResponse(error.body, error.status)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class OriginGuard:
@@ -94,14 +131,4 @@ def is_own_origin(origin: str, host: str) -> bool:
         same = (page.hostname, page.port or default) == (asked.hostname, asked.port or default)
     except ValueError:  # no port, or no address in the brackets
         return False
-    return same and page.hostname is not None and _is_no_name(page.hostname)
-
-
-def _is_no_name(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+    return same and page.hostname is not None and is_no_name(page.hostname)

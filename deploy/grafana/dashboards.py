@@ -1,4 +1,4 @@
-"""The Grafana dashboards as code; writes `overview.json`, `memory.json` and `batch.json` here.
+"""The Grafana dashboards as code; writes `overview.json` and the others here.
 
     .venv/bin/python deploy/grafana/dashboards.py [FOLDER]
 
@@ -25,6 +25,7 @@ from panels import (
     series,
     total,
 )
+from ranks_board import cluster
 
 
 def overview() -> Any:
@@ -355,6 +356,7 @@ DASHBOARDS: dict[str, Callable[[], Any]] = {
     "overview.json": overview,
     "memory.json": memory,
     "batch.json": batch,
+    "cluster.json": cluster,
 }
 
 

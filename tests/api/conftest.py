@@ -5,9 +5,17 @@ from pathlib import Path
 
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from support.api_server import KEY, MAX_BODY_BYTES, MAX_MODEL_LEN, MAX_QUEUE, engine_flags
+from support.api_server import (
+    KEY,
+    MAX_BODY_BYTES,
+    MAX_MODEL_LEN,
+    MAX_QUEUE,
+    OTHER_KEY,
+    engine_flags,
+)
 from support.byte_llama import save_tiny_llama
 from support.server import Server, running_server
+from support.tool_models import TOOL_TEMPLATE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,9 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="package")
 def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model of bytes with a long context, so that a request can be kept running."""
+    """A tiny model of bytes with a long context, so that a request can be kept running.
+
+    Its template knows tools.
+    """
     folder = tmp_path_factory.mktemp("api-llama")
-    save_tiny_llama(folder, max_position=MAX_MODEL_LEN)
+    save_tiny_llama(folder, max_position=MAX_MODEL_LEN, chat_template=TOOL_TEMPLATE)
     return folder
 
 
@@ -34,10 +45,12 @@ def rank_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def server(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with one replica, small limits, and a key."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    limits = ["--max-queue", str(MAX_QUEUE), "--max-body-bytes", str(MAX_BODY_BYTES)]
-    with running_server(log, *engine_flags(byte_model), *limits, keys=f"other,{KEY}") as server:
+    """A server with one replica, small limits, a folder of batches, and two keys."""
+    folder = tmp_path_factory.mktemp("server")
+    more = ["--max-queue", str(MAX_QUEUE), "--max-body-bytes", str(MAX_BODY_BYTES)]
+    more += ["--batch-dir", str(folder / "batches")]
+    keys = f"{OTHER_KEY},{KEY}"
+    with running_server(folder / "log", *engine_flags(byte_model), *more, keys=keys) as server:
         yield server
 
 

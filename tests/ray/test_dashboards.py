@@ -160,6 +160,9 @@ def test_the_panels_tell_what_the_job_did(job: BatchSummary, prometheus: str) ->
         report.kv_kept_bytes_peak / report.kv_full_bytes_peak, rel=1e-9
     )
     assert shown["overview", "Tokens/s out"] > 0
+    assert shown["cluster", "Ranks"] == shown["cluster", "Alive"] == 2
+    assert shown["cluster", "Engines ready"] == shown["cluster", "Nodes"] == 1
+    assert shown["cluster", "Recoveries"] == shown["cluster", "Time down"] == 0
 
 
 def test_rays_agent_gives_the_same_names(

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 KEY = "sk-test-7c1f"
+OTHER_KEY = "other"
 MODEL = "tiny"
 MAX_MODEL_LEN = 8192
 NUM_SLOTS = 4

@@ -1,7 +1,6 @@
 """A small server with files and batches in this process, and official clients for it."""
 
 import asyncio
-import io
 import json
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -17,11 +16,10 @@ from saqqara.cluster.batch_store.store import Store
 from saqqara.cluster.server.api_keys import ApiKeys
 from saqqara.configs.schema import BatchLimits
 
-from .api_server import MODEL
+from .batch_lines import ENDED, jsonl, named
 from .in_process import InProcessServer
 
 KEYS = ("key-a", "key-b")
-ENDED = ("completed", "failed", "expired", "cancelled")
 _WAIT_SECONDS = 120.0
 
 
@@ -58,42 +56,6 @@ async def batch_server(
     server = BatchServer(model, folder, limits or BatchLimits(), **store)
     async with server.app.router.lifespan_context(server.app):
         yield server
-
-
-def chat_line(custom_id: str, text: str = "hello", url: str | None = None, **body: Any) -> Any:
-    """A line of an input."""
-    return {
-        "custom_id": custom_id,
-        "method": "POST",
-        "url": url or "/v1/chat/completions",
-        "body": {
-            "model": MODEL,
-            "messages": [{"role": "user", "content": text}],
-            "max_tokens": 4,
-            "temperature": 0,
-            **body,
-        },
-    }
-
-
-def completion_line(custom_id: str, prompt: Any = "hello", **body: Any) -> Any:
-    """A line of an input."""
-    return {
-        "custom_id": custom_id,
-        "method": "POST",
-        "url": "/v1/completions",
-        "body": {"model": MODEL, "prompt": prompt, "max_tokens": 4, "temperature": 0, **body},
-    }
-
-
-def jsonl(lines: Iterable[Any]) -> bytes:
-    """Lines as a file."""
-    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-
-
-def named(content: bytes, name: str = "in.jsonl") -> tuple[str, io.BytesIO]:
-    """What the official client takes as a file."""
-    return name, io.BytesIO(content)
 
 
 async def submit(

@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from saqqara.cluster.batch_store.store import Store
 from saqqara.cluster.chat import read_template
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.executor import LocalExecutor
@@ -35,7 +36,10 @@ def listening(app: FastAPI, prefix: str = "") -> Iterator[str]:
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(
-            _below(app, prefix), log_level="warning", lifespan="on", timeout_graceful_shutdown=5
+            _below(app, prefix),
+            log_level="warning",
+            timeout_keep_alive=90,  # as Serve's proxy: clients keep connections for later
+            timeout_graceful_shutdown=5,
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -75,7 +79,15 @@ def engine_app(model: Path, keys: Sequence[str] = (), **fields: Any) -> FastAPI:
     )
     generation = Generation(config, engine_config, engine, tokenizers[1])
     environ: Mapping[str, str] = {"SAQQARA_API_KEYS": ",".join(keys)} if keys else {}
-    return make_app(generation, ApiKeys.load(None, environ), config.allowed_origins, ui=config.ui)
+    store = None if config.batch_dir is None else Store(Path(config.batch_dir), config.batches)
+    return make_app(
+        generation,
+        ApiKeys.load(None, environ),
+        config.allowed_origins,
+        store,
+        ui=config.ui,
+        allowed_hosts=config.allowed_hosts,
+    )
 
 
 def _below(app: FastAPI, prefix: str) -> FastAPI:

@@ -8,7 +8,7 @@ from saqqara.cluster.batch_store.records import NewBatch, StoredBatch, StoredFil
 from saqqara.cluster.batch_store.store import Store
 from saqqara.configs.schema import BatchLimits
 
-from .batch_server import completion_line, jsonl
+from .batch_lines import completion_line, jsonl
 
 ME, YOU = "owner-me", "owner-you"
 DAY = 24 * 3600.0

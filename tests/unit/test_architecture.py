@@ -60,7 +60,7 @@ _WORKERS["workers/shard.py"] = _below(
 _WORKERS["workers/retain"] = frozenset({*_WORKERS, "compression"}) - {"workers/process.py"}
 _WORKERS["workers/passes"] = frozenset({*_WORKERS, "compression"}) - {"workers/process.py"}
 _WORKERS["workers/worker.py"] = frozenset({*_WORKERS, "compression", "configs"})
-_BASE = _below("configs", "compression", "cluster")
+_BASE = _below("configs", "compression", "cluster", "cluster/chat")
 # The dialect of OpenAI's API, room by room, for those who speak it: server and batch lines.
 _OPENAI = _below("cluster/openai", "cluster/openai/requests", "cluster/openai/tools")
 _OPENAI |= {"cluster/openai/responses"}
@@ -70,9 +70,10 @@ ROOMS = {
     "configs": _below(),
     "compression": _below("configs"),
     **_WORKERS,
+    "cluster/chat": _below("configs"),
     "cluster/structured": _below("workers", "workers/grammar", "configs"),
     # The words that its rooms share.
-    "cluster": _below("workers", "compression", "configs", "cluster/structured"),
+    "cluster": _below("workers", "compression", "configs", "cluster/chat", "cluster/structured"),
     "cluster/scheduling": _BASE | {"workers"},
     "cluster/recovery": _BASE | {"workers"},
     "cluster/live": _BASE | {"workers", "cluster/scheduling"},
@@ -85,11 +86,15 @@ ROOMS = {
     | {"workers/footprint.py", "workers/mesh", "workers/models"},
     "cluster/simulation": _below("cluster/planning", "cluster/scheduling", "compression")
     | {"configs", "cluster", "cluster/recovery", "workers", "workers/footprint.py", "workers/mesh"},
-    "cluster/openai/tools": _BASE,
+    "cluster/openai/formats": _BASE,
+    "cluster/openai/tools": _BASE | {"cluster/openai/formats"},
     "cluster/openai": _BASE | {"cluster/openai/tools"},
     "cluster/openai/requests": _BASE | {"cluster/openai", "cluster/openai/tools"},
     "cluster/openai/responses": _BASE | _OPENAI,
-    "cluster/server": _BASE | _OPENAI | {"cluster/engine", "cluster/live"},
+    "cluster/server/description": _BASE | _OPENAI | {"cluster/live"},
+    "cluster/server": _BASE
+    | _OPENAI
+    | {"cluster/engine", "cluster/live", "cluster/server/description"},
     "cluster/server/routes": _BASE | _OPENAI | {"cluster/server", "cluster/engine"},
     "cluster/server/page": _below("compression"),
     "cluster/batch_store": _BASE | _OPENAI,

@@ -72,8 +72,10 @@ def of_type(*names: str, default: str | None = None) -> Discriminator:
     """Says which member of a union an object is, by its `type`; members are tagged `<TYPE>`."""
 
     def tag(given: Any) -> str | None:
-        kind = given.get("type", default) if isinstance(given, Mapping) else None
-        kind = default if kind is None else kind
+        is_object = isinstance(given, Mapping)
+        kind = given.get("type") if is_object else getattr(given, "type", None)
+        if kind is None and (is_object or isinstance(given, Part)):
+            kind = default
         return f"<{kind}>" if isinstance(kind, str) and kind in names else None
 
     known = " or ".join(repr(name) for name in names)

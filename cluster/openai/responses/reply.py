@@ -85,14 +85,16 @@ class ResponseHead:
 
 
 def usage(output: RequestOutput) -> Json:
-    """Tokens of the input and of the answer."""
+    """Tokens of the input and of the answer, and how much of their KV was kept."""
     counted = chat_usage([output])
+    kept = {"kv_cache": counted["kv_cache"]} if "kv_cache" in counted else {}
     return {
         "input_tokens": counted["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": counted["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": counted["total_tokens"],
+        **kept,
     }
 
 

@@ -40,8 +40,14 @@ _Metadata = Annotated[
 _SAME = (
     *("model", "stream", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "min_tokens"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos"),
-    *("chat_template_kwargs", "retention", "budget", "priority", "user", "safety_identifier"),
-    *("service_tier", "prompt_cache_key", "prompt_cache_retention", "metadata"),
+    *("chat_template_kwargs", "retention", "budget", "priority", "timeout_seconds", "user"),
+    *(
+        "safety_identifier",
+        "service_tier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "metadata",
+    ),
     *("parallel_tool_calls", "include_reasoning"),
 )
 
@@ -103,6 +109,7 @@ class ResponseRequest(BaseModel):
     retention: str | dict[str, Any] | None = None
     budget: int | str | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    timeout_seconds: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:

@@ -1,1 +1,1 @@
-"""What is in the text of a chat's answer: thoughts, content, tool calls. Imports words alone."""
+"""Tools and thoughts of a chat: what requests say, and what answers have. Imports the formats."""

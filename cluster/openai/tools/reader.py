@@ -7,8 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .call_parser import CallParser
-from .deltas import Answer, AnswerDelta, CallDelta, Schemas, Sink, ToolCall
+from saqqara.cluster.openai.formats.call_parser import CallParser
+from saqqara.cluster.openai.formats.deltas import (
+    Answer,
+    AnswerDelta,
+    CallDelta,
+    Schemas,
+    Sink,
+    ToolCall,
+)
+
 from .thoughts import ThoughtSplitter
 
 __all__ = ["PLAIN", "Answer", "AnswerDelta", "AnswerFormat", "AnswerReader", "CallDelta"]
@@ -16,6 +24,11 @@ __all__ = ["PLAIN", "Answer", "AnswerDelta", "AnswerFormat", "AnswerReader", "Ca
 
 class ParserType(Protocol):
     """The class of a parser."""
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """The texts that its format is made of."""
+        ...
 
     @property
     def new_id(self) -> Callable[[], str]:

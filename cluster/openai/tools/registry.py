@@ -1,7 +1,7 @@
 """Names of the parsers of tool calls and of thoughts, and which of them fits a model.
 
-A parser is a class in a file of its own here and a line in `_TOOL_PARSERS`; it is imported when it
-is first used.
+A parser is a class in a file of its own in `formats` and a line in `TOOL_PARSERS`; it is imported
+when it is first used.
 """
 
 import importlib
@@ -11,10 +11,12 @@ from typing import cast
 
 from .reader import ParserType
 
+_FORMATS = "saqqara.cluster.openai.formats"
+
 AUTO = "auto"
 NONE = "none"
 
-_TOOL_PARSERS: Mapping[str, tuple[str, str]] = {
+TOOL_PARSERS: Mapping[str, tuple[str, str]] = {
     "hermes": ("hermes", "HermesParser"),
     "llama3_json": ("llama3_json", "Llama3JsonParser"),
     "mistral": ("mistral", "MistralParser"),
@@ -42,7 +44,7 @@ class ReasoningParser:
     always_open: bool
 
 
-_REASONING_PARSERS: Mapping[str, ReasoningParser] = {
+REASONING_PARSERS: Mapping[str, ReasoningParser] = {
     "deepseek_r1": ReasoningParser("deepseek_r1", always_open=True),
     "qwen3": ReasoningParser("qwen3", always_open=False),
 }
@@ -60,7 +62,7 @@ def tool_parser(name: str, template: str | None) -> tuple[str | None, str]:
     Raises:
         ValueError: there is no parser of that name.
     """
-    _check("tool_call_parser", name, _TOOL_PARSERS)
+    _check("tool_call_parser", name, TOOL_PARSERS)
     if name != AUTO:
         return (None if name == NONE else name), "as set"
     for sign, parser in _TOOL_SIGNS:
@@ -71,8 +73,8 @@ def tool_parser(name: str, template: str | None) -> tuple[str | None, str]:
 
 def tool_parser_type(name: str) -> ParserType:
     """The class of a parser, by its name."""
-    module, kind = _TOOL_PARSERS[name]
-    return cast(ParserType, getattr(importlib.import_module(f".{module}", __package__), kind))
+    module, kind = TOOL_PARSERS[name]
+    return cast(ParserType, getattr(importlib.import_module(f"{_FORMATS}.{module}"), kind))
 
 
 def reasoning_parser(name: str, template: str | None) -> tuple[ReasoningParser | None, str]:
@@ -81,13 +83,13 @@ def reasoning_parser(name: str, template: str | None) -> tuple[ReasoningParser |
     Raises:
         ValueError: there is no parser of that name.
     """
-    _check("reasoning_parser", name, _REASONING_PARSERS)
+    _check("reasoning_parser", name, REASONING_PARSERS)
     if name != AUTO:
-        return _REASONING_PARSERS.get(name), "as set"
+        return REASONING_PARSERS.get(name), "as set"
     if _THOUGHTS_END not in (template or ""):
         return None, f"the chat template has no {_THOUGHTS_END!r}"
     chosen = next(parser for sign, parser in _REASONING_SIGNS if sign in (template or ""))
-    return _REASONING_PARSERS[chosen], f"the chat template has {_THOUGHTS_END!r}"
+    return REASONING_PARSERS[chosen], f"the chat template has {_THOUGHTS_END!r}"
 
 
 def _check(field: str, name: str, known: Mapping[str, object]) -> None:

@@ -1,7 +1,7 @@
 """Thoughts and what follows them: `<think>...</think>`."""
 
-from .call_parser import Markers
-from .deltas import SPACE
+from saqqara.cluster.openai.formats.call_parser import Markers
+from saqqara.cluster.openai.formats.deltas import SPACE
 
 BEGIN = "<think>"
 END = "</think>"

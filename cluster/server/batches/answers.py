@@ -17,7 +17,7 @@ from saqqara.cluster.server.routes.base import OWNER
 BATCH_PRIORITY = 2**30
 """Added to a line's own: any request of a client goes first, unless it says a larger one."""
 _MAX_PRIORITY = 2**31 - 1
-_HEADERS = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+_HEADERS = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +41,17 @@ class AppAnswers:
 
     Args:
         app: the server's.
+        timeout_seconds: of lines that say none, where the server would end them earlier.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, timeout_seconds: float | None = None) -> None:
         self._app = app
+        self._timeout_seconds = timeout_seconds
 
     async def __call__(self, owner: str, url: str, body: Mapping[str, Any]) -> LineAnswer:
         """See `Answers`."""
         try:
-            content = json.dumps(_behind_others(body), allow_nan=False).encode()
+            content = json.dumps(self._as_sent(body), allow_nan=False).encode()
         except ValueError:
             error = ApiError(400, "body: NaN and Infinity are no JSON", "body", "invalid_value")
             return LineAnswer(error.status, error.body)
@@ -89,12 +91,16 @@ class AppAnswers:
         text = b"".join(m.get("body", b"") for m in sent if m["type"] == "http.response.body")
         return LineAnswer(status, json.loads(text))
 
+    def _as_sent(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A line's body with what its client would say who knew that it is in a batch."""
+        sent = {**body, "priority": _behind_others(body.get("priority"))}
+        if self._timeout_seconds is not None and body.get("timeout_seconds") is None:
+            sent["timeout_seconds"] = self._timeout_seconds
+        return sent
 
-def _behind_others(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A body with a priority behind those of clients; a wrong one is left to be refused."""
-    given = body.get("priority")
+
+def _behind_others(given: Any) -> Any:
+    """A priority behind those of clients; a wrong one is left to be refused."""
     if given is None:
-        given = 0
-    if type(given) is not int:
-        return body
-    return {**body, "priority": min(given + BATCH_PRIORITY, _MAX_PRIORITY)}
+        return BATCH_PRIORITY
+    return min(given + BATCH_PRIORITY, _MAX_PRIORITY) if type(given) is int else given

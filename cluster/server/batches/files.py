@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from saqqara.cluster.batch_store.files import Upload
-from saqqara.cluster.batch_store.records import StoredFile
+from saqqara.cluster.batch_store.records import NotFoundError, StoredFile
 from saqqara.cluster.openai.batches import ExpiresAfter
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.requests import read_request
@@ -129,7 +129,10 @@ class FileRoutes:
         """`GET /v1/files/{file_id}/content`."""
         owner, files = self._door.owner(request), self._service.store.files
         file = await self._service.call(files.get, owner, file_id)
-        opened = await self._service.call(files.open, file)
+        try:
+            opened = files.open(file)
+        except NotFoundError as error:  # deleted a moment ago
+            raise ApiError(404, str(error), "file_id", "not_found") from None
         try:
             return FileContent(opened, request.headers.get("range"))
         except BaseException:

@@ -7,14 +7,14 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from saqqara.cluster.batch_store.inputs import InputLine, check_input, read_input
 from saqqara.cluster.batch_store.leases import Lease
 from saqqara.cluster.batch_store.outputs import finish_batch, record
 from saqqara.cluster.batch_store.progress import LineResult
-from saqqara.cluster.batch_store.records import LineError, NotFoundError, Usage
+from saqqara.cluster.batch_store.records import LineError, NotFoundError, StoredFile, Usage
 from saqqara.cluster.batch_store.store import Store
 from saqqara.cluster.openai.batches import check_not_streamed
 from saqqara.cluster.openai.errors import ApiError
@@ -125,19 +125,20 @@ class BatchRun:
         return True
 
     def _check_input(self) -> tuple[int, tuple[LineError, ...]]:
-        with self._open_input() as file:
+        with self.store.files.open(self._input()) as file:
             return check_input(file, self.lease.batch.endpoint, self.store.limits)
 
-    def _open_input(self) -> BinaryIO:
-        batch, files = self.lease.batch, self.store.files
-        return files.open(files.get(batch.owner, batch.input_file_id))
+    def _input(self) -> StoredFile:
+        batch = self.lease.batch
+        return self.store.files.get(batch.owner, batch.input_file_id)
 
     async def _run_lines(self) -> None:
         """Run every line that has no result."""
         batch, progress = self.lease.batch, self.store.progress
         done = await self._in_thread(progress.done_lines, batch.id)
         losses = await self._in_thread(progress.losses, batch.id)
-        with await self._in_thread(self._open_input) as file:
+        # Opened here and not in a thread, which nobody would close it for after a cancel.
+        with self.store.files.open(await self._in_thread(self._input)) as file:
             if losses:
                 await self._run_suspects(read_input(file, self.store.limits), losses)
                 await self._in_thread(file.seek, 0)

@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 MAX_BATCHES = 8  # that a replica runs at once
 MAX_OF_AN_OWNER = 4
 _SWEEP_SECONDS = 600.0
-_AGAIN_SECONDS = 5.0
 
 
 class BatchRunner:
@@ -37,6 +36,7 @@ class BatchRunner:
         room: for lines that are under way.
         wait_closed: returns when the server takes nothing more: then batches are handed back.
         poll_seconds: between two looks for batches that nobody runs.
+        again_seconds: how long a batch rests that could not be run for a fault of ours.
     """
 
     def __init__(
@@ -46,12 +46,14 @@ class BatchRunner:
         room: Room,
         wait_closed: Callable[[], Coroutine[Any, Any, None]],
         poll_seconds: float = 1.0,
+        again_seconds: float = 5.0,
     ) -> None:
         self._store = store
         self._answers = answers
         self._room = room
         self._wait_closed = wait_closed
         self._poll_seconds = poll_seconds
+        self._again_seconds = again_seconds
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         # Not those of requests for files, which may be slow: leases must be renewed in time.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="batches")
@@ -104,7 +106,8 @@ class BatchRunner:
 
     async def _claim(self) -> Lease | None:
         claim = self._store.leases.claim
-        return await self._in_thread(claim, self._holder, MAX_OF_AN_OWNER)
+        running = [run.lease.batch.id for run in self._runs.values()]
+        return await self._in_thread(claim, self._holder, MAX_OF_AN_OWNER, running)
 
     def _begin(self, lease: Lease) -> None:
         run = BatchRun(
@@ -128,7 +131,9 @@ class BatchRunner:
             logger.warning("%s: another runner has taken it over", batch_id)
         except* Exception:
             logger.exception("%s is handed back, and run again", batch_id)
-            await asyncio.sleep(_AGAIN_SECONDS)  # with the lease, so that no other fails at once
+            await asyncio.sleep(
+                self._again_seconds
+            )  # with the lease, so that no other fails at once
         finally:
             # A transaction of a thread that nobody waits for any more comes before this one, or
             # finds that the lease is gone.

@@ -64,8 +64,11 @@ class BatchService:
         slots = admission.max_running
         most = self._store.limits.max_in_flight or max(1, slots - max(1, slots // _SHARE))
         room = Room(min(most, admission.capacity), lambda: admission.num_free)
+        limits = self._generation.limits
+        ends_early = limits.default_timeout_seconds is not None
+        answers = AppAnswers(app, limits.max_timeout_seconds if ends_early else None)
         self._runner = BatchRunner(
-            self._store, AppAnswers(app), room, admission.wait_closed, self._poll_seconds
+            self._store, answers, room, admission.wait_closed, self._poll_seconds
         )
         self._runner.start()
 

@@ -1,6 +1,8 @@
 """What the groups of paths have in common: how they are added, and who and what comes in."""
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
@@ -9,13 +11,13 @@ from pydantic import BaseModel
 
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.replies import to_bytes
-from saqqara.cluster.openai.requests import read_object, read_request
+from saqqara.cluster.openai.requests import check_limit, read_object, read_request
 from saqqara.cluster.server.admission import DrainingError
 from saqqara.cluster.server.api_keys import ApiKeys
 from saqqara.cluster.server.docs import Endpoint
-from saqqara.cluster.server.generation import Generation
+from saqqara.cluster.server.generation import Caller, Generation
 from saqqara.cluster.server.guard import check_is_json
-from saqqara.cluster.server.io import race, read_body
+from saqqara.cluster.server.io import race, read_body, until
 
 OWNER = "saqqara.owner"
 """In the scope of a request that the server makes itself, on behalf of an owner: who that is."""
@@ -87,6 +89,26 @@ class Door:
             return str(owner)
         return self.keys.owner(request.headers.get("authorization"))
 
+    @asynccontextmanager
+    async def answering(
+        self, request: Request, timeout_seconds: float | None
+    ) -> AsyncIterator[Caller]:
+        """Who waits for the answer that is made within, in the time that there is for it.
+
+        Args:
+            request: whose body was read.
+            timeout_seconds: what it says of its time, which counts from its arrival.
+
+        Raises:
+            ApiError: it asks for more than there is (400), or its time is over (408).
+        """
+        limits = self.generation.limits
+        check_limit("timeout_seconds", timeout_seconds or 0, limits.max_timeout_seconds)
+        seconds = timeout_seconds or limits.default_timeout_seconds
+        deadline = None if seconds is None else request.state.arrived + seconds
+        async with until(deadline):
+            yield Caller(self._sharer(request), deadline)
+
     async def read(
         self,
         request: Request,
@@ -104,6 +126,7 @@ class Door:
             ApiError: the key, the body or a field of it is wrong.
             DrainingError: the server ends.
         """
+        request.state.arrived = asyncio.get_running_loop().time()
         self.authorize(request)
         check_is_json(request)
         fields = read_object(await self.read_body(request), "the body")
@@ -115,3 +138,7 @@ class Door:
         admission.check_open()
         reading = read_body(request, limits.max_body_bytes, limits.body_timeout_seconds)
         return await race(reading, admission.wait_closed(), DrainingError())
+
+    def _sharer(self, request: Request) -> str:
+        """Who shares the queue with others, if there are several keys."""
+        return "" if len(self.keys) < 2 else self.owner(request)

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 
 from saqqara.cluster.openai.events import event_stream
 from saqqara.cluster.openai.replies import (
+    MANY_LOGPROBS,
     ReplyHead,
     check_served,
     full_reply,
@@ -20,12 +21,10 @@ from saqqara.cluster.openai.replies import (
 from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from saqqara.cluster.request import RequestOutput
 from saqqara.cluster.server.docs import Endpoint
-from saqqara.cluster.server.generation import Job
-from saqqara.cluster.server.io import EventStream, unless_disconnected, until
+from saqqara.cluster.server.generation import Caller, Job
+from saqqara.cluster.server.io import EventStream, unless_disconnected
 
 from .base import Door, json_reply, register
-
-MANY_LOGPROBS = 2_000  # more take milliseconds to spell and write
 
 
 class CompletionRoutes:
@@ -56,18 +55,16 @@ class CompletionRoutes:
     async def _generate(
         self, request: Request, kind: type[CompletionRequest] | type[ChatRequest]
     ) -> Response:
-        arrived = asyncio.get_running_loop().time()
         body = await self._door.read(request, kind)
         assert isinstance(body, CompletionRequest | ChatRequest)
-        deadline = self._generation.deadline(body, arrived)
-        async with until(deadline):
-            return await self._answer(request, body, deadline)
+        async with self._door.answering(request, body.timeout_seconds) as caller:
+            return await self._answer(request, body, caller)
 
     async def _answer(
-        self, request: Request, body: CompletionRequest | ChatRequest, deadline: float | None
+        self, request: Request, body: CompletionRequest | ChatRequest, caller: Caller
     ) -> Response:
         """The answer, or its first event; a stream's end is the engine's to see to."""
-        job = await self._generation.prepare(body, deadline)
+        job = await self._generation.prepare(body, caller)
         is_chat = isinstance(body, ChatRequest)
         head = ReplyHead(
             id=f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -75,6 +72,7 @@ class CompletionRoutes:
             model=self._generation.model,
             is_chat=is_chat,
             shown=job.shown,
+            answers=job.answers,
         )
         if not body.stream:
             outputs = await unless_disconnected(request, self._finished(job))
@@ -85,7 +83,7 @@ class CompletionRoutes:
 
     async def _finished(self, job: Job) -> list[RequestOutput]:
         outputs: dict[int, RequestOutput] = {}
-        with self._generation.admission.enter(job.num_sequences):
+        with self._generation.admit(job):
             async with aclosing(self._generation.outputs(job, stream=False)) as source:
                 async for place, output in source:
                     check_served(output)
@@ -96,7 +94,7 @@ class CompletionRoutes:
         self, head: ReplyHead, job: Job, body: GenerationRequest
     ) -> AsyncGenerator[bytes, None]:
         async with AsyncExitStack() as stack:
-            stack.enter_context(self._generation.admission.enter(job.num_sequences))
+            stack.enter_context(self._generation.admit(job))
             outputs = self._generation.outputs(job, stream=True)
             await stack.enter_async_context(aclosing(outputs))
             events = event_stream(

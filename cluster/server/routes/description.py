@@ -17,11 +17,13 @@ class DescriptionRoutes:
 
     Args:
         described: what there is.
+        model: the name of the model, for examples.
     """
 
     endpoints: tuple[Endpoint, ...] = ()
 
-    def __init__(self, described: Sequence[Endpoint]) -> None:
+    def __init__(self, described: Sequence[Endpoint], model: str) -> None:
+        self._model = model
         self._described = tuple(described)
 
     def add_to(self, app: FastAPI) -> None:
@@ -37,4 +39,5 @@ class DescriptionRoutes:
         return HTMLResponse(docs_page(self._description(request)))
 
     def _description(self, request: Request) -> dict[str, Any]:
-        return openapi(self._described, __version__, request.scope.get("root_path", ""))
+        root = request.scope.get("root_path", "")
+        return openapi(self._described, __version__, root, self._model)

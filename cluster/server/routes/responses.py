@@ -15,7 +15,7 @@ from saqqara.cluster.openai.responses.reply import ResponseHead
 from saqqara.cluster.openai.responses.request import RENAMED, ResponseRequest, read_response
 from saqqara.cluster.request import RequestOutput
 from saqqara.cluster.server.docs import Endpoint
-from saqqara.cluster.server.generation import Job
+from saqqara.cluster.server.generation import Caller, Job
 from saqqara.cluster.server.io import EventStream, unless_disconnected
 
 from .base import Door, json_reply, register
@@ -42,7 +42,11 @@ class ResponseRoutes:
     async def create(self, request: Request) -> Response:
         """`POST /v1/responses`."""
         body = await self._door.read(request, ResponseRequest, read_response)
-        job = await self._prepare(body)
+        async with self._door.answering(request, body.timeout_seconds) as caller:
+            return await self._answer(request, body, caller)
+
+    async def _answer(self, request: Request, body: ResponseRequest, caller: Caller) -> Response:
+        job = await self._prepare(body, caller)
         head = ResponseHead(
             id=f"resp_{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -63,27 +67,27 @@ class ResponseRoutes:
         message = f"response {response_id!r:.200} is not here: no responses are stored"
         raise ApiError(404, message, "response_id", "not_found")
 
-    async def _prepare(self, body: ResponseRequest) -> Job:
+    async def _prepare(self, body: ResponseRequest, caller: Caller) -> Job:
         """Check and tokenise a request; where it may, without the oldest items that do not fit.
 
         Raises:
             ApiError: what is wrong with it, and in which field.
         """
         try:
-            return await self._prepare_without(body, 0)
+            return await self._prepare_without(body, caller, 0)
         except ApiError as error:
             if body.truncation != "auto" or error.code != "context_length_exceeded":
                 raise
-            return await self._fitting(body, error)
+            return await self._fitting(body, caller, error)
 
-    async def _fitting(self, body: ResponseRequest, too_long: ApiError) -> Job:
+    async def _fitting(self, body: ResponseRequest, caller: Caller, too_long: ApiError) -> Job:
         """The request without as few of its oldest items as make it fit; the last one stays."""
         job = None
         low, high = 1, len(body.items) - 1
         while low <= high:
             middle = (low + high) // 2
             try:
-                job = await self._prepare_without(body, middle)
+                job = await self._prepare_without(body, caller, middle)
                 high = middle - 1
             except ApiError as error:
                 if error.code != "context_length_exceeded":
@@ -93,14 +97,16 @@ class ResponseRoutes:
             raise too_long
         return job
 
-    async def _prepare_without(self, body: ResponseRequest, num_dropped: int) -> Job:
+    async def _prepare_without(
+        self, body: ResponseRequest, caller: Caller, num_dropped: int
+    ) -> Job:
         try:
-            return await self._generation.prepare(body.chat(num_dropped))
+            return await self._generation.prepare(body.chat(num_dropped), caller)
         except ApiError as error:
             raise error.renamed(RENAMED) from None
 
     async def _finished(self, job: Job) -> RequestOutput:
-        with self._generation.admission.enter(job.num_sequences):
+        with self._generation.admit(job):
             async with aclosing(self._generation.outputs(job, stream=False)) as source:
                 async for _, output in source:
                     check_served(output)
@@ -110,7 +116,7 @@ class ResponseRoutes:
 
     async def _events(self, head: ResponseHead, job: Job) -> AsyncGenerator[bytes, None]:
         async with AsyncExitStack() as stack:
-            stack.enter_context(self._generation.admission.enter(job.num_sequences))
+            stack.enter_context(self._generation.admit(job))
             outputs = self._generation.outputs(job, stream=True)
             await stack.enter_async_context(aclosing(outputs))
             events = response_stream(head, outputs)

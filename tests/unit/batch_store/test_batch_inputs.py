@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 import pytest
-from support.batch_server import completion_line, jsonl
+from support.batch_lines import completion_line, jsonl
 
 from saqqara.cluster.batch_store.inputs import MAX_ERRORS, check_input, read_input
 from saqqara.cluster.batch_store.records import LineError

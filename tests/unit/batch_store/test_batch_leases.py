@@ -13,7 +13,7 @@ from support.stores import ME, YOU, Stores, claimed, new_batch
 from saqqara.cluster.batch_store.leases import Lease, LeaseLostError
 from saqqara.cluster.batch_store.outputs import finish_batch
 from saqqara.cluster.batch_store.progress import LineResult
-from saqqara.cluster.batch_store.records import Page
+from saqqara.cluster.batch_store.records import Page, StoreLimitError
 from saqqara.cluster.batch_store.store import Store
 
 LEASE_SECONDS = 30.0
@@ -167,3 +167,31 @@ def test_ended_batches_are_not_claimed(stores: Stores) -> None:
     finish(one, lease)
     stores.time += 10 * LEASE_SECONDS
     assert one.leases.claim("two", 4) is None
+
+
+def test_the_oldest_batches_that_are_done_are_forgotten(stores: Stores) -> None:
+    one = stores.open(max_batches=3)
+    runs = new_batch(one)
+    lease = claimed(one)
+    done = []
+    for _ in range(3):
+        done.append(new_batch(one).id)
+        fail(one, claimed(one, "two"))
+    yours = new_batch(one, owner=YOU)
+    last = new_batch(one)
+    listed, has_more = one.batches.list(ME, Page(10, ascending=True))
+    assert [batch.id for batch in listed] == [runs.id, done[1], done[2], last.id]
+    assert not has_more
+    assert one.leases.look(lease).id == runs.id
+    assert one.batches.get(YOU, yours.id) == yours
+
+
+def test_an_owner_has_so_many_batches_that_are_not_done(stores: Stores) -> None:
+    one = stores.open(max_active=2)
+    for _ in range(2):
+        new_batch(one)
+    with pytest.raises(StoreLimitError, match="2 batches are not done"):
+        new_batch(one)
+    new_batch(one, owner=YOU)
+    fail(one, claimed(one))
+    new_batch(one)

@@ -1,5 +1,6 @@
 """Manifests hold only fields that exist, and ask for what our rules of security allow."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -20,10 +21,17 @@ from saqqara.compression.retention import Retention
 ROOT = Path(__file__).resolve().parents[3]
 DEPLOY = ROOT / "deploy"
 SCRIPT = DEPLOY / "validate.py"
+kustomize: Any = importlib.import_module("overlays")
 MANIFESTS = {
     f"{file.stem}/{document['kind']}": document
     for file in sorted((DEPLOY / "kuberay").glob("*.yaml"))
+    if file.name != kustomize.FILE
     for document in yaml.safe_load_all(file.read_text())
+}
+MANIFESTS |= {
+    f"{folder.name}/{document['kind']}": document
+    for folder in kustomize.overlays()
+    for document in kustomize.build(folder)
 }
 LABEL = "app.kubernetes.io/part-of"
 
@@ -178,7 +186,7 @@ def test_pods_run_without_rights_and_with_limits(name: str) -> None:
         spec = template["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["automountServiceAccountToken"] is False
-        for container in spec["containers"]:
+        for container in [*spec.get("initContainers", ()), *spec["containers"]]:
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
                 "capabilities": {"drop": ["ALL"]},
@@ -210,7 +218,10 @@ def serve_args(name: str) -> dict[str, Any]:
     return args
 
 
-@pytest.mark.parametrize("name", [n for n in MANIFESTS if n.endswith("/RayService")])
+@pytest.mark.parametrize(
+    "name",
+    [n for n in MANIFESTS if n.endswith("/RayService") and "placement_group" in str(MANIFESTS[n])],
+)
 def test_services_ask_for_engines_that_their_groups_have_room_for(name: str) -> None:
     args = serve_args(name)
     assert serve_config(args).engine_kwargs == args["engine_kwargs"]

@@ -1,6 +1,7 @@
 """One table of metrics feeds any number of sinks; Prometheus is the one that is always there."""
 
 import re
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from saqqara.cluster.live.families import METRICS, SPECS, MetricSpec
 VLLM_NAMES = {
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
+    "vllm:num_requests_waiting_by_reason",
     "vllm:kv_cache_usage_perc",
     "vllm:prompt_tokens",
     "vllm:generation_tokens",
@@ -24,6 +26,7 @@ VLLM_NAMES = {
     "vllm:request_inference_time_seconds",
     "vllm:request_prefill_time_seconds",
     "vllm:request_decode_time_seconds",
+    "vllm:request_time_per_output_token_seconds",
     "vllm:request_prompt_tokens",
     "vllm:request_generation_tokens",
     "vllm:request_max_num_generation_tokens",
@@ -117,6 +120,11 @@ def test_metrics_are_served_on_a_free_port(sink: PrometheusSink) -> None:
     assert port > 0
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
         assert b"vllm:num_requests_running" in response.read()
+    foreign = urllib.request.Request(
+        f"http://127.0.0.1:{port}/metrics", headers={"Host": f"evil.com:{port}"}
+    )
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(foreign, timeout=10)
     sink.close()
     sink.close()
     with pytest.raises(OSError, match="refused"):

@@ -78,7 +78,7 @@ def test_settings_of_transformers_are_no_variables() -> None:
 def test_a_template_that_fails_costs_its_conversation(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
 ) -> None:
-    monkeypatch.setattr("saqqara.cluster.chat.MAX_CALLS", 50_000)
+    monkeypatch.setattr("saqqara.cluster.chat.template.MAX_CALLS", 50_000)
     before = sys.gettrace()
     with pytest.raises(ValueError, match=f"messages: the model's chat template {reason}"):
         tokenizer.apply_chat(HELLO, ChatOptions(chat_template=template))
@@ -90,7 +90,7 @@ def test_the_bounds_grow_with_what_there_is_to_write(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for bound in ("MAX_LINES", "MAX_CALLS", "MAX_CHARS"):
-        monkeypatch.setattr(f"saqqara.cluster.chat.{bound}", 1000)
+        monkeypatch.setattr(f"saqqara.cluster.chat.template.{bound}", 1000)
     many = [{"role": "user", "content": "x"}] * 300
     assert written(tokenizer, many).count("\n") == 300
     long = [{"role": "user", "content": "x" * 5000}]

@@ -246,7 +246,7 @@ CASES: dict[str, Case] = {
         "messages[0].content[0]",
     ),
     "tools": wrong(chat(tools=[FUNCTION]), "tools"),
-    "tools to be called": wrong(chat(tools=[FUNCTION], tool_choice="required"), "tool_choice"),
+    "tools to be called": wrong(chat(tools=[FUNCTION], tool_choice="required"), "tools"),
     "a format": wrong(chat(response_format={"type": "json"}), "response_format.type"),
     "a schema without a name": wrong(
         chat(response_format={"type": "json_schema", "json_schema": {"schema": {}}}),

@@ -8,17 +8,8 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
-from support.batch_server import (
-    KEYS,
-    batch_server,
-    chat_line,
-    completion_line,
-    ended,
-    jsonl,
-    named,
-    records,
-    submit,
-)
+from support.batch_lines import chat_line, completion_line, jsonl, named
+from support.batch_server import KEYS, batch_server, ended, records, submit
 from support.byte_llama import CHAT_TEMPLATE, save_tiny_llama
 from support.in_process import InProcessServer
 

@@ -87,6 +87,19 @@ def test_a_body_is_json_as_it_is(headers: dict[str, str], said: str | None) -> N
     assert caught.value.status == 415
 
 
+def test_a_server_without_keys_is_asked_by_address_or_by_a_name_that_it_was_given() -> None:
+    app = FastAPI()
+    app.add_api_route("/x", nothing, methods=["GET", "POST"])
+    add_guards(app, (), ("models.example.com",))
+    browser = TestClient(app, base_url="http://127.0.0.1:8000")
+    answer = browser.post("/x", headers={"Host": "rebound.evil.com:8000"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
+    assert "--allowed-hosts" in answer.json()["error"]["message"]
+    for host in ("127.0.0.1:8000", "localhost", "models.example.com:80"):
+        assert browser.post("/x", headers={"Host": host}).status_code == 200
+    assert client().post("/x", headers={"Host": "any.name"}).status_code == 200, "with keys"
+
+
 def test_one_allowed_page_lets_no_other_in() -> None:
     for request in (client(PAGE).post, client(PAGE).options):
         assert request("/x", headers={"Origin": "https://evil.com"}).status_code == 403

@@ -23,7 +23,7 @@ PARTS = {"/": "text/html", "/ui/page.css": "text/css", "/ui/page.js": "text/java
 def client() -> TestClient:
     app = FastAPI()
     add_page(app, "snapkv@25%", needs_key=True)
-    return TestClient(app)
+    return TestClient(app, base_url="http://127.0.0.1")
 
 
 @pytest.mark.parametrize("path", [*PARTS, "/ui/settings.json"])
@@ -72,7 +72,7 @@ def test_the_files_are_shipped_with_the_package() -> None:
 def test_a_server_has_the_page_unless_told(tmp_path: Path, ui: bool) -> None:
     save_tiny_llama(tmp_path)
     app = engine_app(tmp_path, keys=["sk-1"], engine_kwargs=ENGINE, ui=ui)
-    with TestClient(app) as client:
+    with TestClient(app, base_url="http://127.0.0.1") as client:
         for path in (*PARTS, "/ui/settings.json"):
             assert client.get(path).status_code == (200 if ui else 404)
         assert client.get("/v1/models").status_code == 401

@@ -40,7 +40,7 @@ def speak(model: Path, talk: Callable[[AsyncOpenAI], Awaitable[T]]) -> T:
         transport = httpx2.ASGITransport(server.app)
         try:
             async with AsyncOpenAI(
-                base_url="http://server/v1",
+                base_url="http://127.0.0.1/v1",
                 api_key="-",
                 max_retries=0,
                 http_client=httpx2.AsyncClient(transport=transport),

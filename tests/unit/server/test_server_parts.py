@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import re
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +268,53 @@ def test_each_key_has_an_owner_that_is_the_same_everywhere_and_tells_nothing() -
 
 def test_without_keys_all_are_one_owner() -> None:
     assert {ApiKeys().owner(header) for header in (None, "Bearer one", "")} == {"anonymous"}
+
+
+def fill(admission: Admission, stack: ExitStack, owner: str, most: int = 10**6) -> int:
+    """How many sequences of an owner are taken, one by one, until one is refused."""
+    for count in range(most):
+        try:
+            stack.enter_context(admission.enter(1, owner))
+        except OverloadedError as error:
+            return count if error.is_share and 1 <= error.retry_seconds <= 60 else -1
+    return most
+
+
+def test_no_owner_fills_the_queue_and_a_newcomer_finds_room() -> None:
+    admission = Admission(max_running=16, max_waiting=256, max_share=0.75)
+    with ExitStack() as stack:
+        assert fill(admission, stack, "a") == 16 + 192 == admission.capacity_of("a")
+        taken = [fill(admission, stack, owner) for owner in "bc"]
+        assert all(count > 0 for count in taken)
+        assert taken == sorted(taken, reverse=True)
+    with ExitStack() as stack:
+        assert fill(admission, stack, "a") == 208  # all was let go
+
+
+def test_owners_that_come_at_once_share_alike_and_leave_room() -> None:
+    admission = Admission(max_running=16, max_waiting=256, max_share=0.75)
+    with ExitStack() as stack:
+        counts = Counter("")
+        for _ in range(300):
+            for owner in "abc":
+                counts[owner] += fill(admission, stack, owner, most=1)
+        assert max(counts.values()) - min(counts.values()) <= 1
+        assert 16 + 256 - counts.total() > 20
+
+
+def test_a_slot_that_is_free_is_anybodys() -> None:
+    admission = Admission(max_running=4, max_waiting=0, max_share=0.25)
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(admission.enter(1, "a"))
+        with pytest.raises(OverloadedError) as caught:
+            stack.enter_context(admission.enter(1, "b"))
+        assert not caught.value.is_share
+
+
+def test_without_owners_the_whole_queue_is_everybodys() -> None:
+    admission = Admission(max_running=2, max_waiting=3, max_share=0.1)
+    with ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(admission.enter(1))
+        assert admission.capacity == 5

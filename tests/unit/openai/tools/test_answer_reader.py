@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saqqara.cluster.openai.tools.call_parser import CallParser
-from saqqara.cluster.openai.tools.deltas import AnswerDelta
-from saqqara.cluster.openai.tools.forced import NamedParser, RequiredParser
-from saqqara.cluster.openai.tools.json_text import JsonText
+from saqqara.cluster.openai.formats.call_parser import CallParser
+from saqqara.cluster.openai.formats.deltas import AnswerDelta
+from saqqara.cluster.openai.formats.forced import NamedParser, RequiredParser
+from saqqara.cluster.openai.formats.json_text import JsonText
 from saqqara.cluster.openai.tools.reader import AnswerFormat, AnswerReader, ParserType
 from saqqara.cluster.openai.tools.registry import tool_parser_type
 

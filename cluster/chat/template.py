@@ -5,6 +5,7 @@ in any way, or find no end. Either costs the conversation alone. What it holds i
 bounded (`'a' * 10**10` in the template itself): a model's template is trusted so far.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
+
+from .tools import check_tools
 
 _TEMPLATE_FILE = "<template>"  # the file of the code that jinja makes of a template
 # Lines of the template, calls of anything, and characters written, for a conversation of nothing.
@@ -37,8 +40,14 @@ RESERVED_ARGS = frozenset(
 class Backend(Protocol):
     """The part of a Hugging Face tokenizer that renders conversations."""
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **settings: Any) -> Any:
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **settings: Any) -> Any:
         """The text, with `tokenize=False`."""
+        ...
+
+    def get_chat_template(
+        self, chat_template: str | None = None, tools: list[dict[str, Any]] | None = None
+    ) -> str:
+        """The template that would be used."""
         ...
 
 
@@ -53,9 +62,11 @@ class ChatOptions:
         template_args: variables for the template, e.g. `{"enable_thinking": False}`.
         chat_template: a template instead of the model's own.
         add_special_tokens: put the tokenizer's special tokens around what the template has written.
+        tools: what the model may call, in OpenAI's form; see `check_tools`.
 
     Raises:
-        ValueError: both a new message and a continued one are wanted, or a variable is reserved.
+        ValueError: both a new message and a continued one are wanted, a variable is reserved, or a
+            tool is none.
     """
 
     add_generation_prompt: bool | None = None
@@ -63,8 +74,10 @@ class ChatOptions:
     template_args: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     add_special_tokens: bool = False
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tools", tuple(check_tools(self.tools)))
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError(
                 "continue_final_message: the answer either goes on with the final message or "
@@ -76,7 +89,7 @@ class ChatOptions:
 
 
 def render_chat(
-    backend: Backend, messages: Sequence[Mapping[str, str]], options: ChatOptions
+    backend: Backend, messages: Sequence[Mapping[str, Any]], options: ChatOptions
 ) -> str:
     """The text of a conversation.
 
@@ -86,16 +99,20 @@ def render_chat(
         options: see `ChatOptions`.
 
     Raises:
-        ValueError: the template refuses the conversation, fails on it or finds no end.
+        ValueError: the template refuses the conversation, fails on it or finds no end, or it has no
+            place for tools or calls of them.
     """
+    _check_place_of_tools(backend, messages, options)
     begins_answer = options.add_generation_prompt
     if begins_answer is None:
         begins_answer = not options.continue_final_message
     settings: dict[str, Any] = dict(options.template_args)
     if options.chat_template is not None:
         settings["chat_template"] = options.chat_template
+    if options.tools:
+        settings["tools"] = [dict(tool) for tool in options.tools]
     try:
-        with _bounded(messages):
+        with _bounded([*messages, *options.tools]):
             text: str = backend.apply_chat_template(
                 [dict(message) for message in messages],
                 add_generation_prompt=begins_answer,
@@ -108,60 +125,25 @@ def render_chat(
     return text
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Check a conversation and return it with plain-text contents.
-
-    Each message is a mapping with `role` and `content`, and maybe `name`. Content is a string, or
-    a list of `{"type": "text", "text": ...}` parts, which are joined by line breaks.
-
-    Raises:
-        ValueError: naming the field, e.g. `messages[2].content`.
-    """
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages must be a list of messages, not {type(messages).__name__}")
-    if not messages:
-        raise ValueError("messages is empty; it needs at least one message")
-    return [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _check_message(message: Mapping[str, Any], field: str) -> dict[str, str]:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"{field} must be a mapping with role and content, not {message!r:.80}")
-    for key in ("role", "content"):
-        if key not in message:
-            raise ValueError(f"{field}.{key} is missing")
-    checked = {"content": _check_content(message["content"], f"{field}.content")}
-    for key, value in message.items():
-        if key == "role" or (key == "name" and value is not None):
-            if not isinstance(value, str) or not value:
-                raise ValueError(f"{field}.{key} must be a non-empty string, not {value!r:.80}")
-            checked[key] = value
-        elif key == "type" and value in ("text", "message"):
-            continue  # lm-eval and the Responses API mark messages so
-        elif key != "content" and value not in (None, [], {}):  # clients send unset ones along
-            raise ValueError(f"{field}.{key} is not supported; use role, content and name")
-    return checked
-
-
-def _check_content(content: Any, field: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
+def _check_place_of_tools(
+    backend: Backend, messages: Sequence[Mapping[str, Any]], options: ChatOptions
+) -> None:
+    """Raise a ValueError for tools and calls that a template would leave out without a word."""
+    calls = [i for i, message in enumerate(messages) if "tool_calls" in message]
+    if not options.tools and not calls:
+        return
+    tools = [dict(tool) for tool in options.tools] or None
+    template = backend.get_chat_template(options.chat_template, tools=tools)
+    if tools and not re.search(r"\btools\b", template):
         raise ValueError(
-            f"{field} must be a string or a list of text parts, not {type(content).__name__}"
+            "tools: the model's chat template has no place for them; start with a --chat-template "
+            "that has, or leave them out"
         )
-    texts = []
-    for index, part in enumerate(content):
-        name = f"{field}[{index}]"
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, Mapping) else part
-            raise ValueError(
-                f'{name} must be {{"type": "text", "text": ...}}, not of type {kind!r:.80}'
-            )
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"{name}.text must be a string, not {part.get('text')!r:.80}")
-        texts.append(part["text"])
-    return "\n".join(texts)
+    if calls and "tool_calls" not in template:
+        raise ValueError(
+            f"messages[{calls[0]}].tool_calls: the model's chat template has no place for them; "
+            "start with a --chat-template that has"
+        )
 
 
 def read_template(path: str) -> str:
@@ -200,12 +182,12 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _bounded(messages: Sequence[Mapping[str, str]]) -> Iterator[None]:
+def _bounded(messages: Sequence[Mapping[str, Any]]) -> Iterator[None]:
     """Have the template raise `_EndlessTemplateError` beyond its bounds.
 
     Counting events is the same on a slow machine, and a trace ends loops that write nothing.
     """
-    num_chars = sum(len(value) for message in messages for value in message.values())
+    num_chars = num_characters(messages)
     more = _PER_MESSAGE * len(messages) + _PER_CHAR * num_chars
     meter = _Meter(MAX_LINES + more, MAX_CALLS + more, MAX_CHARS + more)
     before = sys.gettrace()
@@ -214,6 +196,17 @@ def _bounded(messages: Sequence[Mapping[str, str]]) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+def num_characters(value: Any) -> int:
+    """About how much there is to read in a JSON value, wherever it stands."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(key) + num_characters(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return sum(1 + num_characters(item) for item in value)
+    return 1
 
 
 class _Meter:

@@ -1,15 +1,15 @@
 """What is new in an answer, and the sink into which the parsers of tool calls write."""
 
-import re
 import secrets
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from saqqara.cluster.chat import TOOL_NAME
+
 Json = dict[str, Any]
 SPACE = " \t\r\n"
-_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
 
@@ -66,8 +66,8 @@ class Answer:
 
 
 def is_tool_name(name: str) -> bool:
-    """Whether a tool may be called so: OpenAI's letters, and the dots of some servers of tools."""
-    return _NAME.fullmatch(name) is not None
+    """Whether a tool may be called so."""
+    return TOOL_NAME.fullmatch(name) is not None
 
 
 def openai_call_id() -> str:

@@ -1,0 +1,1 @@
+"""How models write calls of tools into their text, a file for each format. Imports words alone."""
