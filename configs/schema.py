@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .autoscaling import AutoscalingConfig
 from .budget import budget_mistake
 from .hosts import check_host_pattern
 from .worker_settings import MAX_NUM_SEQS, WorkerSettings
@@ -179,8 +180,11 @@ class DeploymentConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_replicas: int = Field(1, ge=1, description="Engines, each with a model of its own.")
-    autoscaling_config: dict[str, Any] | None = Field(
-        None, description="Instead of num_replicas: Serve's settings for a changing number."
+    autoscaling_config: AutoscalingConfig | None = Field(
+        None, description="Instead of num_replicas: a number that follows the load."
+    )
+    max_surge_percent: int = Field(
+        0, ge=0, le=100, description="Replicas beside num_replicas while settings are changed."
     )
     max_ongoing_requests: int | None = Field(
         None, ge=1, description="Open requests per replica; default: no bound but `limits`."
@@ -193,6 +197,24 @@ class DeploymentConfig(BaseModel):
     ray_actor_options: dict[str, Any] = Field(
         default_factory=dict, description="Resources of a replica itself, such as num_cpus."
     )
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.autoscaling_config is not None and "num_replicas" in self.model_fields_set:
+            raise ValueError("give num_replicas or autoscaling_config, not both")
+        return self
+
+    @property
+    def first_replicas(self) -> int:
+        """Replicas at the start."""
+        scaling = self.autoscaling_config
+        return self.num_replicas if scaling is None else scaling.first_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas that there may ever be."""
+        scaling = self.autoscaling_config
+        return self.num_replicas if scaling is None else scaling.max_replicas
 
 
 class PlacementGroupConfig(BaseModel):

@@ -197,6 +197,12 @@ def serve(
         typer.Option("--enable-tokenizer-info-endpoint", help="Answer GET /tokenizer_info."),
     ] = False,
     num_replicas: Annotated[int | None, typer.Option(min=1, help="Engines. [default: 1]")] = None,
+    min_replicas: Annotated[
+        int | None, typer.Option(min=0, help="Engines at least, where the load says how many.")
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Engines at most, where the load says how many.")
+    ] = None,
     api_key_file: Annotated[
         str | None, typer.Option(help="One key per line; also read: SAQQARA_API_KEYS.")
     ] = None,
@@ -257,6 +263,8 @@ def serve(
         trust_request_chat_template=trust_request_chat_template,
         enable_tokenizer_info_endpoint=enable_tokenizer_info_endpoint,
         num_replicas=num_replicas,
+        min_replicas=min_replicas,
+        max_replicas=max_replicas,
         api_key_file=api_key_file,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,

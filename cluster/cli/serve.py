@@ -23,6 +23,8 @@ class ServerFlags:
     port: int | None = None
     served_model_names: tuple[str, ...] = ()
     num_replicas: int | None = None
+    min_replicas: int | None = None
+    max_replicas: int | None = None
     api_key_file: str | None = None
     max_queue: int | None = None
     max_body_bytes: int | None = None
@@ -106,7 +108,7 @@ def merged_config(
         raise ValueError("model is required: --model, or model_loading_config in the file")
     merged["model_loading_config"] = loading
     merged["engine_kwargs"] = {**(args.get("engine_kwargs") or {}), **engine}
-    _set(merged, "deployment_config", num_replicas=flags.num_replicas)
+    _set_replicas(merged, flags)
     _set(
         merged,
         "limits",
@@ -132,6 +134,24 @@ def merged_config(
     if flags.api_key_file is not None:
         merged["api_key_file"] = flags.api_key_file
     return serve_config(merged)
+
+
+def _set_replicas(merged: dict[str, Any], flags: ServerFlags) -> None:
+    """A fixed number of replicas, or bounds of one; flags for one end the other of the file."""
+    bounds = {"min_replicas": flags.min_replicas, "max_replicas": flags.max_replicas}
+    bounds = {name: value for name, value in bounds.items() if value is not None}
+    if not bounds:
+        if flags.num_replicas is not None:
+            given = {**(merged.get("deployment_config") or {}), "num_replicas": flags.num_replicas}
+            given.pop("autoscaling_config", None)
+            merged["deployment_config"] = given
+        return
+    if flags.num_replicas is not None:
+        raise ValueError("give --num-replicas, or --min-replicas and --max-replicas, not both")
+    given = dict(merged.get("deployment_config") or {})
+    given.pop("num_replicas", None)
+    given["autoscaling_config"] = {**(given.get("autoscaling_config") or {}), **bounds}
+    merged["deployment_config"] = given
 
 
 def _set(settings: dict[str, Any], name: str, **values: Any) -> None:

@@ -1,11 +1,12 @@
-"""Chooses a replica for each request, and says so when there is none.
+"""Which replica takes a request, how many replicas there should be, and what is said without one.
 
-Serve copies this module into its proxies, where the package need not be installed: only Ray is
-imported here. What it overrides is private to Serve, so `pyproject.toml` bounds Ray's version from
-above, and `tests/ray/test_router.py` says what a new one must still have.
+Serve copies this module into its proxies and its controller, where the package need not be
+installed: only Ray is imported here. What it overrides is private to Serve, so `pyproject.toml`
+bounds Ray's version from above, and `tests/ray/test_router.py` says what a new one must still have.
 """
 
 import asyncio
+import random
 from typing import Any
 
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
@@ -13,6 +14,9 @@ from ray.serve.exceptions import BackPressureError
 
 PATIENCE_SECONDS = 2.0  # news of a replica's start and end come to a proxy one after the other
 RETRY_SECONDS = 5
+LOAD = "load"  # what a replica says of itself: see `Replica.load`
+FULL_LOAD = 0.95  # from here on others are asked first
+MOST_ASKED = 8  # replicas whose open requests are compared for one request
 
 
 class NoReplicaError(BackPressureError):  # type: ignore[misc]
@@ -30,12 +34,31 @@ class NoReplicaError(BackPressureError):  # type: ignore[misc]
         return str(self.message["error"]["message"])
 
 
-class RefusingRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
-    """Serve's own choice of a replica, but requests do not wait while there is no replica.
+class LeastLoadedRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
+    """The replica with the fewest open requests, of those with free slots and pages if there are.
 
-    Serve's router holds them until one has started, which may take minutes, in which a client, or
-    the load balancer that asks for `/health`, cannot tell a server that starts from one that hangs.
+    Open requests are counted when a request comes. That a replica has sequences waiting, or its
+    pages in use, it says itself once a second: a short question and a long text are one request
+    each, but not one load.
+
+    Serve's router holds requests while there is no replica, which may take minutes, in which a
+    client, or the load balancer that asks for `/health`, cannot tell a server that starts from one
+    that hangs. This one refuses them, unless `waits` says that they are what starts a replica.
     """
+
+    def initialize_state(self, waits: bool = False) -> None:
+        """Take `request_router_kwargs`."""
+        self._waits = waits
+
+    async def choose_replicas(
+        self, candidate_replicas: list[Any], pending_request: Any = None
+    ) -> list[list[Any]]:
+        """Replicas in the order in which they are asked; of a list, the one with the fewest."""
+        ranks: tuple[list[Any], list[Any]] = ([], [])
+        for replica in candidate_replicas:
+            load = (replica.routing_stats or {}).get(LOAD, 0.0)
+            ranks[load >= FULL_LOAD].append(replica)
+        return [random.sample(rank, min(len(rank), MOST_ASKED)) for rank in ranks if rank]
 
     async def _choose_replica_for_request(
         self, pending_request: Any, *, is_retry: bool = False
@@ -51,8 +74,28 @@ class RefusingRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
         try:
             while not choice.done():
                 await asyncio.wait((choice,), timeout=PATIENCE_SECONDS)
-                if not choice.done() and not self.curr_replicas:
+                if not choice.done() and not self.curr_replicas and not self._waits:
                     raise NoReplicaError(0, 0, 503, RETRY_SECONDS)
             return choice.result()
         finally:
             choice.cancel()
+
+
+class LoadPolicy:
+    """So many replicas that the load, divided among them, is what is aimed at.
+
+    Serve rounds up, keeps to the bounds and waits out the delays of its `AutoscalingConfig`.
+
+    Args:
+        target_load: of one replica.
+    """
+
+    def __init__(self, target_load: float = 0.8) -> None:
+        self._target_load = target_load
+
+    def __call__(self, context: Any) -> tuple[float, dict[str, Any]]:
+        """The number of replicas, and nothing to remember; see Serve's `AutoscalingContext`."""
+        loads = (context.aggregated_metrics or {}).get(LOAD) or {}
+        if not loads:  # nobody has said anything yet
+            return context.target_num_replicas, {}
+        return sum(loads.values()) / self._target_load, {}

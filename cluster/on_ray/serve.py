@@ -7,6 +7,7 @@ the placement group that Serve reserves with it, so a replica starts, moves and 
 """
 
 import faulthandler
+import gc
 import logging
 import signal
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingPolicy, RequestRouterConfig
 
 from saqqara.cluster.batch_store.store import Store
 from saqqara.cluster.chat import read_template
@@ -31,6 +32,7 @@ from saqqara.cluster.server.app import make_app
 from saqqara.cluster.server.generation import Generation
 from saqqara.cluster.settings import serve_config, served_engine
 from saqqara.compression.retention import Retention
+from saqqara.configs.autoscaling import AutoscalingConfig
 from saqqara.configs.schema import EngineConfig, ServeConfig
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.models.spec import load_spec
@@ -46,7 +48,7 @@ from .placement import (
     uses_gpus,
 )
 from .rank_process import usable_cores
-from .router import RefusingRouter
+from .router import LOAD, LeastLoadedRouter, LoadPolicy
 from .serve_start import ReplicaStartError, one_line_reason
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ _SWITCH_SECONDS = 0.0005  # what the event loop may have to wait for the thread 
 # Serve counts requests whose bodies are still on their way, and holds back those beyond this: then
 # slow clients would block `/health`. What the engine takes on is bounded by the admission queue.
 _MAX_ONGOING_REQUESTS = 100_000
+_LOAD_SECONDS = 1.0  # between two times that routers hear of a replica's load
 _DRAIN_POLL_SECONDS = 0.2  # of Serve, for the requests of a replica that is to end
 
 
@@ -88,6 +91,9 @@ class Replica:
         try:
             self._store = open_store(plan.config)
             self._generation = _start(plan)
+            # What is there now stays: without it, each full collection would halt all for a second.
+            gc.collect()
+            gc.freeze()
         except Exception as error:
             logger.exception("the replica cannot start")
             raise ReplicaStartError(one_line_reason(error)) from None
@@ -113,6 +119,21 @@ class Replica:
         self._generation.admission.close()
         await self._generation.admission.wait_idle(timeout_seconds)
         return self._generation.admission.num_requests
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """What Serve tells its routers of this replica."""
+        return {LOAD: self.load}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve tells the rule for the number of replicas."""
+        return {LOAD: self.load}
+
+    @property
+    def load(self) -> float:
+        """Sequences, also waiting ones, by slots, or the share of pages in use if that is more."""
+        stats = self._generation.live_stats()
+        num_sequences = stats.queue.running + stats.queue.waiting
+        return max(num_sequences / self._plan.engine.max_num_seqs, stats.kv_cache.usage)
 
     async def report(self) -> EngineReport:
         """The engine's measurements."""
@@ -163,19 +184,35 @@ def planned_application(plan: ReplicaPlan) -> serve.Application:
         "graceful_shutdown_wait_loop_s": _DRAIN_POLL_SECONDS,
         "health_check_period_s": given.health_check_period_s,
         "health_check_timeout_s": given.health_check_timeout_s,
+        "max_surge_percent": given.max_surge_percent,
     }
-    if given.autoscaling_config is None:
+    scaling = given.autoscaling_config
+    if scaling is None:
         options["num_replicas"] = given.num_replicas
     else:
-        options["autoscaling_config"] = given.autoscaling_config
-    if (given.autoscaling_config or {}).get("min_replicas") != 0:  # there, a request must wait
-        options["request_router_config"] = RequestRouterConfig(request_router_class=RefusingRouter)
+        options["autoscaling_config"] = _autoscaling(scaling)
+    options["request_router_config"] = RequestRouterConfig(
+        request_router_class=LeastLoadedRouter,
+        # Without a replica a request must wait for the one that it starts.
+        request_router_kwargs={"waits": scaling is not None and scaling.min_replicas == 0},
+        request_routing_stats_period_s=_LOAD_SECONDS,
+    )
     if plan.placement is not None:
         options["placement_group_bundles"] = [dict(b) for b in plan.placement.bundles]
         strategy = config.placement_group_config
         options["placement_group_strategy"] = "PACK" if strategy is None else strategy.strategy
     deployment = serve.deployment(Replica, name="engine")
     return deployment.options(**options).bind(plan)
+
+
+def _autoscaling(scaling: AutoscalingConfig) -> dict[str, Any]:
+    """What Serve is told: its own fields, and our rule unless another one was given."""
+    told = scaling.for_serve()
+    if scaling.follows_load:
+        told["policy"] = AutoscalingPolicy(
+            policy_function=LoadPolicy, policy_kwargs={"target_load": scaling.target_load}
+        )
+    return told
 
 
 def plan_replica(config: ServeConfig, engine: EngineConfig, keys: ApiKeys) -> ReplicaPlan:

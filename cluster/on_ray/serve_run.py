@@ -118,7 +118,7 @@ class _Server:
         self._signals.check()
         plan = plan_replica(self._config, self._engine, self._keys)
         if self._owns_ray:
-            check_room(plan, self._config.deployment_config.num_replicas)
+            check_room(plan, self._config.deployment_config.most_replicas)
         place = enter_serve(self._asked, owns_ray=self._owns_ray)
         if place.host != LOOPBACK and not self._keys:
             logger.warning(
@@ -126,7 +126,7 @@ class _Server:
             )
         self._app_name = place.app_name
         handle = self._deploy(place, plan)
-        num_replicas = self._config.deployment_config.num_replicas
+        num_replicas = self._config.deployment_config.first_replicas
         wait_until_running(place, total_of(plan), num_replicas)
         model = self._config.model_loading_config.model_id
         logger.info("serving %s at %s/v1", model, place.url)

@@ -4,6 +4,7 @@ What is the same in every event of an answer is rendered once, and the events of
 write.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
@@ -13,10 +14,13 @@ from saqqara.cluster.request import RequestOutput
 
 from .errors import ApiError
 from .replies import (
+    MANY_LOGPROBS,
     ChoiceProgress,
     ReplyHead,
     check_served,
     chunk_choice,
+    in_pieces,
+    num_logprobs,
     to_bytes,
     to_json,
     usage,
@@ -52,7 +56,11 @@ async def event_stream(
         async for place, output in outputs:
             check_served(output)
             latest[place] = output
-            if events := writer.events(place, latest):
+            if writer.has_much(place, output):  # of a prompt that is echoed: others go on meanwhile
+                events = await asyncio.to_thread(writer.events, place, latest)
+            else:
+                events = writer.events(place, latest)
+            if events:
                 has_begun = True
                 yield events
     except (ApiError, EngineDeadError) as error:
@@ -96,6 +104,14 @@ class _EventWriter:
         self._after = '],"usage":null}\n\n' if include_usage else "]}\n\n"
         self._sent: dict[int, ChoiceProgress] = {}
 
+    def has_much(self, place: int, output: RequestOutput) -> bool:
+        """Whether the next events of a prompt take long to write."""
+        shown = self._head.shown
+        if not shown.echo or shown.num_logprobs is None or output.prompt_logprobs is None:
+            return False
+        starts = place * shown.num_choices not in self._sent
+        return starts and num_logprobs([output]) > MANY_LOGPROBS
+
     def events(self, place: int, latest: Mapping[int, RequestOutput]) -> bytes:
         """One event per choice of a prompt that has something new.
 
@@ -113,7 +129,8 @@ class _EventWriter:
             data = chunk_choice(self._head, index, output, choice, sent)
             if data is not None:
                 end = self._end(output, latest, is_first=is_first)
-                events.append(f"{self._before}{to_json(data)}{end}")
+                text = b"".join(in_pieces(data)).decode() if is_first else to_json(data)
+                events.append(f"{self._before}{text}{end}")
         return "".join(events).encode()
 
     def _end(

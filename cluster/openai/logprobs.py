@@ -4,7 +4,7 @@ Tokens that are parts of a character are spelled `bytes:\\xe6\\x97`, as OpenAI s
 """
 
 import codecs
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from saqqara.cluster.request import Logprob, PromptLogprobs
@@ -46,7 +46,7 @@ def _is_cut_short(pending: bytes, data: bytes) -> bool:
 
 
 def completion_logprobs(
-    entries: Sequence[Entry], count: int, offsets: TextOffsets, as_ids: bool = False
+    entries: Iterable[Entry], count: int, offsets: TextOffsets, as_ids: bool = False
 ) -> Json:
     """Parallel lists, one item per token; the `count` best always with the sampled one.
 
@@ -89,7 +89,7 @@ def echoed_logprobs(
         "text_offset": [offsets.next(first.token_bytes)],
     }
     entries = (entry for entry in prompt if entry is not None)
-    rest = completion_logprobs(list(entries), count, offsets, as_ids)
+    rest = completion_logprobs(entries, count, offsets, as_ids)
     return {name: items + rest[name] for name, items in head.items()}
 
 

@@ -22,6 +22,7 @@ from .tools.shapes import delta, message
 
 Json = dict[str, Any]
 
+MANY_LOGPROBS = 2_000  # more take milliseconds to spell and write
 _PIECE_ITEMS = 256  # of a list that is encoded at once
 
 

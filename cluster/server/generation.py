@@ -327,11 +327,13 @@ class Generation:
                 most += len(prompt) * (1 + sampling.prompt_logprobs)
         limit = self.limits.max_answer_logprobs
         if most > limit:
+            of_prompt = sampling.logprobs is None
+            field = "prompt_logprobs" if of_prompt else job.names["logprobs"]
             raise ApiError(
                 400,
-                f"logprobs: the answer could have {most} log-probabilities, and this server gives "
+                f"{field}: the answer could have {most} log-probabilities, and this server gives "
                 f"{limit} at most; ask for fewer of them, or fewer tokens or choices",
-                job.names["logprobs"],
+                field,
                 "limit_exceeded",
             )
 

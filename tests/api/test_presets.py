@@ -81,24 +81,22 @@ def test_build_app_makes_an_application_or_names_the_field() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scaling", "router"),
+    ("scaling", "waits"),
     [
-        ({"num_replicas": 1}, "RefusingRouter"),
-        ({"autoscaling_config": {"min_replicas": 1, "max_replicas": 2}}, "RefusingRouter"),
-        (
-            {"autoscaling_config": {"min_replicas": 0, "max_replicas": 2}},
-            "PowerOfTwoChoicesRequestRouter",  # a request waits, and so has a replica started
-        ),
+        ({"num_replicas": 1}, False),
+        ({"autoscaling_config": {"min_replicas": 1, "max_replicas": 2}}, False),
+        ({"autoscaling_config": {"min_replicas": 0, "max_replicas": 2}}, True),
     ],
 )
 def test_requests_wait_for_a_replica_only_where_they_start_it(
-    scaling: dict[str, Any], router: str
+    scaling: dict[str, Any], waits: bool
 ) -> None:
     from saqqara.cluster.on_ray.serve import build_app
 
     app = build_app(server({}, deployment_config=scaling))
     chosen = app._bound_deployment._deployment_config.request_router_config
-    assert chosen.get_request_router_class().__name__ == router
+    assert chosen.get_request_router_class().__name__ == "LeastLoadedRouter"
+    assert chosen.request_router_kwargs == {"waits": waits}
 
 
 def test_the_router_is_shipped_to_proxies_that_have_no_package() -> None:
@@ -113,7 +111,40 @@ def test_the_router_is_shipped_to_proxies_that_have_no_package() -> None:
         f"print(cloudpickle.loads({shipped!r}).__name__)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "RefusingRouter\n", done.stderr
+    assert done.stdout == "LeastLoadedRouter\n", done.stderr
+
+
+def test_the_rule_for_replicas_is_shipped_to_a_controller_that_has_no_package() -> None:
+    from saqqara.cluster.on_ray.serve import build_app
+
+    scaling = {"autoscaling_config": {"max_replicas": 3, "target_load": 0.5}}
+    app = build_app(server({}, deployment_config=scaling))
+    config = app._bound_deployment._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas) == (1, 3)
+    assert (config.upscale_delay_s, config.downscale_delay_s) == (30.0, 600.0)
+    policy = config.policy
+    code = (
+        "import sys\n"
+        "sys.modules['saqqara'] = None  # an import of it is an error\n"
+        "from types import SimpleNamespace\n"
+        "from ray import cloudpickle\n"
+        f"rule = cloudpickle.loads({policy.get_serialized_policy_def()!r})\n"
+        "loads = {'load': {'a': 1.5}}\n"
+        "context = SimpleNamespace(aggregated_metrics=loads, target_num_replicas=1)\n"
+        f"print(rule(**{policy.policy_kwargs!r})(context))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "(3.0, {})\n", done.stderr
+
+
+def test_another_rule_may_be_given() -> None:
+    from saqqara.cluster.on_ray.serve import build_app
+
+    scaling = {"autoscaling_config": {"max_replicas": 3, "target_ongoing_requests": 7}}
+    app = build_app(server({}, deployment_config=scaling))
+    config = app._bound_deployment._deployment_config.autoscaling_config
+    assert config.target_ongoing_requests == 7
+    assert config.policy.is_default_policy_function()
 
 
 def test_the_old_path_of_build_app_leads_to_the_new_one() -> None:

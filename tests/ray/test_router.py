@@ -1,9 +1,11 @@
 """What the router builds on is private to Serve: a new Ray must still have it, in this form."""
 
+import asyncio
 import inspect
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -15,25 +17,25 @@ READ_ANEW = f"Ray {ray.__version__} has changed what on_ray/router.py builds on;
 
 
 def test_the_method_that_is_overridden_has_its_signature() -> None:
-    from saqqara.cluster.on_ray.router import RefusingRouter
+    from saqqara.cluster.on_ray.router import LeastLoadedRouter
 
     name = "_choose_replica_for_request"
-    theirs = getattr(RefusingRouter.__base__, name, None)
+    theirs = getattr(LeastLoadedRouter.__base__, name, None)
     assert inspect.iscoroutinefunction(theirs), READ_ANEW
     parameters = inspect.signature(theirs).parameters
     assert list(parameters) == ["self", "pending_request", "is_retry"], READ_ANEW
     assert parameters["is_retry"].kind is inspect.Parameter.KEYWORD_ONLY, READ_ANEW
     assert parameters["is_retry"].default is False, READ_ANEW
-    ours = inspect.signature(getattr(RefusingRouter, name)).parameters
+    ours = inspect.signature(getattr(LeastLoadedRouter, name)).parameters
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [
         (p.name, p.kind, p.default) for p in parameters.values()
     ]
 
 
 def test_it_can_see_whether_there_are_replicas() -> None:
-    from saqqara.cluster.on_ray.router import RefusingRouter
+    from saqqara.cluster.on_ray.router import LeastLoadedRouter
 
-    seen = inspect.getattr_static(RefusingRouter.__base__, "curr_replicas", None)
+    seen = inspect.getattr_static(LeastLoadedRouter.__base__, "curr_replicas", None)
     assert isinstance(seen, property), READ_ANEW
 
 
@@ -61,3 +63,44 @@ def test_ray_is_bounded_to_the_minor_version_that_was_read(extra: str | None) ->
     [exact] = re.findall(r"^ray==(\d+)\.(\d+)\.", constraints, re.MULTILINE)
     major, minor = map(int, exact)
     assert line.endswith(f">={major}.{minor},<{major}.{minor + 1}")
+
+
+def test_replicas_with_room_are_asked_first_and_all_of_them() -> None:
+    from saqqara.cluster.on_ray.router import LOAD, LeastLoadedRouter
+
+    parameters = inspect.signature(LeastLoadedRouter.__base__.choose_replicas).parameters
+    assert list(parameters) == ["self", "candidate_replicas", "pending_request"], READ_ANEW
+    assert hasattr(LeastLoadedRouter.__base__, "initialize_state"), READ_ANEW
+    replicas = [
+        SimpleNamespace(name=name, routing_stats=stats)
+        for name, stats in (("idle", {LOAD: 0.1}), ("full", {LOAD: 1.0}), ("new", {}))
+    ]
+    router = object.__new__(LeastLoadedRouter)
+    first, second = asyncio.run(router.choose_replicas(replicas))
+    assert {replica.name for replica in first} == {"idle", "new"}
+    assert [replica.name for replica in second] == ["full"]
+    full = [SimpleNamespace(routing_stats={LOAD: 3.0})] * 20
+    [some] = asyncio.run(router.choose_replicas(full))
+    assert len(some) == 8
+
+
+@pytest.mark.parametrize(
+    ("loads", "target", "wanted"),
+    [
+        ({"a": 0.2}, 0.8, 0.25),  # Serve rounds up, to one
+        ({"a": 0.8, "b": 0.8}, 0.8, 2.0),
+        ({"a": 3.0, "b": 0.2}, 0.8, 4.0),  # a long queue, wherever it is
+        ({"a": 1.0, "b": 1.0}, 0.5, 4.0),
+    ],
+)
+def test_the_load_says_how_many_replicas_there_should_be(
+    loads: dict[str, float], target: float, wanted: float
+) -> None:
+    from saqqara.cluster.on_ray.router import LOAD, LoadPolicy
+
+    context = SimpleNamespace(aggregated_metrics={LOAD: loads}, target_num_replicas=7)
+    got, state = LoadPolicy(target)(context)
+    assert got == pytest.approx(wanted)
+    assert state == {}
+    silent = SimpleNamespace(aggregated_metrics={}, target_num_replicas=7)
+    assert LoadPolicy(target)(silent) == (7, {})

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 
 from saqqara.cluster.openai.events import event_stream
 from saqqara.cluster.openai.replies import (
+    MANY_LOGPROBS,
     ReplyHead,
     check_served,
     full_reply,
@@ -24,8 +25,6 @@ from saqqara.cluster.server.generation import Caller, Job
 from saqqara.cluster.server.io import EventStream, unless_disconnected
 
 from .base import Door, json_reply, register
-
-MANY_LOGPROBS = 2_000  # more take milliseconds to spell and write
 
 
 class CompletionRoutes:

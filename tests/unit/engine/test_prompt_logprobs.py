@@ -168,6 +168,17 @@ def test_a_decode_stage_cuts_what_is_counted(max_tokens: int, lookahead: int) ->
     assert kept.kept_tokens == ROWS * (12 + (max_tokens - 1) % slack)
 
 
+def test_preemptions_change_nothing_of_what_was_kept() -> None:
+    found = []
+    for num_pages in (1000, 8 * 11):
+        engine = make_engine(num_pages)
+        for i in range(8):
+            engine.add(Request(f"r{i}", f"prompt {i}", greedy(max_tokens=20, ignore_eos=True)))
+        found.append({name: output.kv_cache for name, output in finished(engine).items()})
+    assert engine.report().num_preemptions > 0
+    assert found[0] == found[1]
+
+
 def test_a_request_that_never_ran_kept_nothing() -> None:
     engine = make_engine()
     engine.add(Request("r", "hello", greedy(max_tokens=3)))
