@@ -543,3 +543,27 @@ def test_no_line_raises(fields: Json, is_chat: bool) -> None:
     if isinstance(row, BadLine):
         assert row.code != "server_error", row
         assert row.field, row
+
+
+def test_simple_lines_show_what_they_ask_of_the_prompt(llm: LLM, tmp_path: Path) -> None:
+    lines: list[Json] = [
+        {"custom_id": "scored", "prompt": "ab", "prompt_logprobs": 0, "return_token_ids": True},
+        {"custom_id": "echoed", "prompt_token_ids": [70, 71, 72], "echo": True, "logprobs": 1},
+        {"custom_id": "plain", "prompt": "ab"},
+    ]
+    records = run_lines(llm, lines, tmp_path)
+    ids = records["scored"]["prompt_token_ids"]
+    [nothing, entry] = records["scored"]["prompt_logprobs"]
+    assert nothing is None
+    assert [*entry] == [str(ids[1])]
+    assert entry[str(ids[1])]["decoded_token"] == "b"
+    echoed = records["echoed"]
+    assert [entry and next(iter(entry)) for entry in echoed["prompt_logprobs"]] == [
+        None,
+        "71",
+        "72",
+    ]
+    assert echoed["text"].startswith("fgh")
+    assert "prompt_logprobs" not in records["plain"]
+    kept = records["plain"]["usage"]["kv_cache"]
+    assert 0 < kept["kept_tokens"] == kept["full_tokens"]
