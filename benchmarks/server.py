@@ -2,10 +2,10 @@
 
 Throughput: a batch of prompts is given to the offline engine at once, and to the server as one
 request each (streamed, and not), in turns that begin with another of them each round; the ratio is
-taken within a round. Time to first token: one request at a time; what the engine itself measured for
-it (from its /metrics) is subtracted from what the client saw, and between two of them the server is
-asked for its models, which tells what HTTP and Serve take alone. Gaps: with many streams at once,
-the seconds between two pieces at the client, and between two tokens in the engine.
+taken within a round. Time to first token: one request at a time; what the engine itself measured
+for it (from its /metrics) is subtracted from what the client saw, and between two of them the
+server is asked for its models, which tells what HTTP and Serve take alone. Gaps: with many streams
+at once, the seconds between two pieces at the client, and between two tokens in the engine.
 
     python benchmarks/server.py --json results/server.json
 """

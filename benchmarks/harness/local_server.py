@@ -69,6 +69,11 @@ class LocalServer:
         ours = psutil.Process(self.process.pid).children(recursive=True)
         return [p for p in ours if "ServeReplica" in _title(p)]
 
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of engines that have ranks of their own."""
+        ours = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in ours if "RankProcess" in _title(p)]
+
     async def post(
         self,
         path: str,
