@@ -5,6 +5,7 @@ The first test is the whole way of a batch: upload, create, poll, fetch.
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
@@ -190,7 +191,7 @@ async def test_a_line_may_ask_for_all_that_a_request_may(model: Path, tmp_path: 
     """Bodies take the way of requests over HTTP, so what those can, lines can."""
     async with batch_server(model, tmp_path) as server:
         client = server.client()
-        choice = {"structured_outputs": {"choice": ["yes", "no"]}, "max_tokens": 8}
+        choice: Any = {"structured_outputs": {"choice": ["yes", "no"]}, "max_tokens": 8}
         lines = [
             chat_line("choice", temperature=1, **choice),
             chat_line("ids", return_token_ids=True, logprobs=True, top_logprobs=2),
