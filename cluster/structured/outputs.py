@@ -34,6 +34,19 @@ _OF_ONE = (
 )
 
 
+# How llguidance begins to say that it does not take a keyword, which one (in the text, if none is
+# here), and what we add.
+_REFUSALS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("Unimplemented keys: ", (), "; leave it out"),
+    ("oneOf constraints", ("oneOf",), " where its schemas do not exclude each other; say anyOf"),
+    (
+        "min/maxProperties only",
+        ("minProperties", "maxProperties"),
+        " unless all names in properties are required; leave it out",
+    ),
+)
+
+
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class StructuredOutputs:
     """The form of an answer; names and meaning are those of vLLM's. Exactly one kind is given.
@@ -132,13 +145,17 @@ class StructuredOutputs:
         return text
 
     def _explained(self, kind: str, error: str) -> str:
-        """An error of llguidance, with the place of a keyword that it does not know."""
-        if kind != "json" or not error.startswith("Unimplemented keys: "):
+        """An error of llguidance, with the place of the keyword that it does not take."""
+        if kind != "json":
             return f"{kind}: {error}"
-        names = json_format.loads(error.removeprefix("Unimplemented keys: "))
-        places = [(name, place) for place, name in _keywords(self.schema) if name in names]
-        name, place = places[0] if places else (names[0], "/")
-        return f"json: the keyword {name!r} at {place} is not supported; leave it out"
+        for start, names, advice in _REFUSALS:
+            if not error.startswith(start):
+                continue
+            names = names or tuple(json_format.loads(error.removeprefix(start)))
+            places = [(name, place) for place, name in _keywords(self.schema) if name in names]
+            name, place = places[0] if places else (names[0], "/")
+            return f"json: the keyword {name!r} at {place} is not supported{advice}"
+        return f"json: {error}"
 
 
 @lru_cache(maxsize=64)  # the same few schemas come again and again

@@ -15,6 +15,7 @@ from support.api_server import (
 )
 from support.byte_llama import save_tiny_llama
 from support.server import Server, running_server
+from support.tool_models import TOOL_TEMPLATE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,9 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="package")
 def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model of bytes with a long context, so that a request can be kept running."""
+    """A tiny model of bytes with a long context, so that a request can be kept running.
+
+    Its template knows tools.
+    """
     folder = tmp_path_factory.mktemp("api-llama")
-    save_tiny_llama(folder, max_position=MAX_MODEL_LEN)
+    save_tiny_llama(folder, max_position=MAX_MODEL_LEN, chat_template=TOOL_TEMPLATE)
     return folder
 
 

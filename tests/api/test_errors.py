@@ -106,7 +106,7 @@ CHAT_ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
         "messages[0].content[0]",
         "invalid_value",
     ),
-    "tools": ({"tools": [{"type": "function"}]}, "tools", "invalid_value"),
+    "tools": ({"tools": [{"type": "function"}]}, "tools[0].function", "invalid_value"),
     "a format": ({"response_format": {"type": "json"}}, "response_format.type", "invalid_value"),
     "top without logprobs": ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
     "too many top logprobs": (

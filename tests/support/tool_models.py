@@ -4,15 +4,16 @@ from typing import Any
 
 Json = dict[str, Any]
 
-# Hermes' way, cut down; the two markers make the parsers be chosen.
+# Hermes' way, cut down; its markers make the parsers be chosen. What has nothing to do with tools
+# or thoughts is written as by `byte_llama.CHAT_TEMPLATE`.
 TOOL_TEMPLATE = (
-    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
+    "{% if tools %}tools: {{ tools | tojson }}{{ '\n' }}{% endif %}"
     "{% for m in messages %}{{ m.role }}: "
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
     "{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} "
-    "{{ c.function.arguments.city }}</tool_call>{% endfor %}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% if enable_thinking %}<think>\n{% endif %}"
+    "{{ c.function.arguments.city }}</tool_call>{% endfor %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% if enable_thinking %}<think>{{ '\n' }}{% endif %}"
     "{% endif %}"
 )
 

@@ -212,7 +212,7 @@ def test_a_conversation_may_have_calls(answers: dict[str, tuple[int, Any]], mode
     messages = BODIES["a conversation with calls"]["messages"]
     tokenizer = Tokenizer.load(model)
     text = tokenizer.decode(tokenizer.apply_chat(messages))
-    assert "<tool_call>weather Paris</tool_call>tool: sunny" in text  # arguments as an object
+    assert "<tool_call>weather Paris</tool_call>\ntool: sunny" in text  # arguments as an object
 
 
 @pytest.mark.parametrize(
