@@ -289,6 +289,7 @@ class EngineStats:
     def _set_ready(self, is_ready: bool) -> None:
         """Show whether there are workers, and which."""
         self._is_ready = is_ready
+        self._published_time = -_PUBLISH_SECONDS  # the next step shows it, however soon
         workers = self._ranks.workers
         self._metrics.set("saqqara:ready", int(is_ready))
         self._metrics.set("saqqara:workers", len(workers))
