@@ -84,7 +84,13 @@ OTHERS = {  # fields of SamplingParams
     "structured_outputs": Other(
         _form,
         ({"json_object": True}, {"regex": ".*"}, {"grammar": 'start: "a" | "b" start'}),
-        ({"choice": []}, {"regex": "("}, {"regex": "a", "choice": ["a"]}, {"json": {"uniqueItems": True}}, 7),
+        (
+            {"choice": []},
+            {"regex": "("},
+            {"regex": "a", "choice": ["a"]},
+            {"json": {"uniqueItems": True}},
+            7,
+        ),
     ),
     "ignore_eos": FLAG,
     "detokenize": Other(lambda _: True, FLAG.edges, FLAG.wrong),  # HTTP takes no other
