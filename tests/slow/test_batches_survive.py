@@ -161,3 +161,21 @@ def test_a_server_that_is_asked_to_end_hands_its_batches_back(config: Path, tmp_
         client = client_of(server, KEY)
         batch = wait(client, batch, lambda b: b.status in ENDED)
         assert list(records(client, batch)) == [f"again-{i}" for i in range(NUM_LINES)]
+
+
+def test_a_batch_whose_replica_is_killed_is_run_by_the_other(config: Path, tmp_path: Path) -> None:
+    with running_server(tmp_path / "log", str(config), keys=KEY) as server:
+        client = client_of(server, KEY)
+        batch = submit(client, "taken", NUM_LINES)
+        wait(client, batch, lambda b: num_completed(b) >= NUM_LINES // 4)
+        store = Store(config.parent / "store", BatchLimits())
+        with store.database.read() as db:
+            query = "SELECT holder FROM batches WHERE id = ?"
+            holder = str(db.execute(query, (batch.id,)).fetchone()["holder"])
+        pid = holder.split(":")[1]
+        assert int(pid) in {process.pid for process in server.left_behind()}
+        os.kill(int(pid), signal.SIGKILL)
+        batch = wait(client, batch, lambda b: b.status in ENDED)
+        store.close()
+        assert list(records(client, batch)) == [f"taken-{i}" for i in range(NUM_LINES)]
+        assert num_completed(batch) == NUM_LINES
