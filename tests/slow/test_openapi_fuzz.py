@@ -33,7 +33,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with all paths."""
     folder = tmp_path_factory.mktemp("fuzzed") / MODEL
     folder.mkdir()
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small: Json = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     save_tiny_llama(folder, max_position=CONTEXT, num_key_value_heads=1, **small)
     app = engine_app(
         folder,
