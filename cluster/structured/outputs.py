@@ -81,6 +81,16 @@ class StructuredOutputs:
     whitespace_pattern: Annotated[str, Field(max_length=MAX_PATTERN_CHARS)] | None = None
     disable_any_whitespace: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, given: Any) -> Any:
+        """Say of the first unknown field alone that there is no such field."""
+        for name in given if isinstance(given, Mapping) else ():
+            if name not in cls.__dataclass_fields__:
+                known = ", ".join((*KINDS, "whitespace_pattern", "disable_any_whitespace"))
+                raise ValueError(f"{str(name)!r:.100} is no field of it; there are {known}")
+        return given
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         given = [name for name in KINDS if getattr(self, name) not in (None, False)]
