@@ -18,13 +18,15 @@ class KVUsage:
     """Keys and values at the end of a sequence: what was kept, and what full retention would keep.
 
     `kept_tokens` are summed over the rows, so over all layers and kv heads of the model; bytes are
-    those of these tokens, without what is left empty in their pages.
+    those of these tokens, without what is left empty in their pages. `kept_tokens_by_layer` has the
+    same tokens, the lowest layer first; it is empty where nothing was prefilled.
     """
 
     kept_tokens: int = 0
     full_tokens: int = 0
     kept_bytes: int = 0
     full_bytes: int = 0
+    kept_tokens_by_layer: tuple[int, ...] = ()
 
     def __add__(self, other: "KVUsage") -> "KVUsage":
         """Of several sequences together."""
@@ -33,7 +35,13 @@ class KVUsage:
             self.full_tokens + other.full_tokens,
             self.kept_bytes + other.kept_bytes,
             self.full_bytes + other.full_bytes,
+            _added(self.kept_tokens_by_layer, other.kept_tokens_by_layer),
         )
+
+
+def _added(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    """Layer by layer, of one model; empty is nothing."""
+    return tuple(x + y for x, y in zip(a, b, strict=True)) if a and b else a or b
 
 
 def check_room(num_tokens: int, max_tokens: int | None, max_model_len: int) -> None:

@@ -199,10 +199,13 @@ class Ledger:
         """
         num_rows = self.num_layers * self.num_heads
         grown_L = np.broadcast_to(self._pages.grown(slot, fed_tokens), self.num_layers)
-        kept = int(self._kept_SLH[slot].sum()) + int(grown_L.sum()) * self.num_heads
+        kept_L = self._kept_SLH[slot].sum(axis=1) + grown_L * self.num_heads
+        kept = int(kept_L.sum())
         full = (self._prompt_S[slot] + fed_tokens) * num_rows
         token_bytes = self.workers[0].page_bytes // self.page_tokens
-        return KVUsage(kept, int(full), kept * token_bytes, int(full) * token_bytes)
+        return KVUsage(
+            kept, int(full), kept * token_bytes, int(full) * token_bytes, tuple(kept_L.tolist())
+        )
 
     def usage(self) -> Usage:
         """Bytes held by sequences where their prefill has ended, against full retention's.

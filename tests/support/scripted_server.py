@@ -62,8 +62,9 @@ class Scripted:
             yield event({"choices": [{"index": 0, "delta": delta}]})
         yield event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
         usage = {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105}
-        kept = 104 if body.get("retention") == "full" else 26
-        cache = {"kept_tokens": kept, "full_tokens": 104, "kept_bytes": 1024 * kept}
+        layers = [208, 208] if body.get("retention") == "full" else [88, 16]  # of two kv heads
+        tokens = {"kept_tokens": sum(layers), "full_tokens": 416, "kept_tokens_by_layer": layers}
+        cache = {**tokens, "kept_bytes": 256 * sum(layers), "full_bytes": 256 * 416}
         yield event({"choices": [], "usage": {**usage, "kv_cache": cache}})
         yield "data: [DONE]\n\n"
 

@@ -22,6 +22,7 @@ class KvCache(Reply):
     full_tokens: Count
     kept_bytes: Count
     full_bytes: Count
+    kept_tokens_by_layer: list[Count]
 
 
 class TopLogprob(Reply):

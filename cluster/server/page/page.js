@@ -9,7 +9,7 @@ const LONG_TEXT = 600; // characters of a message that are shown without folding
 const SPARK_POINTS = 60;
 const SVG = "http://www.w3.org/2000/svg";
 
-const chat = { settings: null, model: null, history: [], running: null, numTurns: 0 };
+const chat = { settings: null, model: null, history: [], running: null, numTurns: 0, kept: null };
 
 function element(tag, className, text) {
   const made = document.createElement(tag);
@@ -116,7 +116,9 @@ async function* events(answer) {
 /** A card with one answer as it comes. */
 class Answer {
   constructor(title, kind) {
+    this.title = title;
     this.text = "";
+    this.kept = null;
     this.calls = new Map();
     this.thoughts = null;
     this.finish = null;
@@ -134,7 +136,10 @@ class Answer {
     this.meter.hidden = true;
     this.meter.append(element("i"));
     this.facts = element("p", "facts");
-    this.card.append(head, this.body, this.meter, this.facts);
+    this.layers = shape("svg", { class: "pyramid mini empty", role: "img" });
+    const end = element("div", "end");
+    end.append(this.layers, this.facts);
+    this.card.append(head, this.body, this.meter, end);
   }
 
   /** Ask and show what comes; never throws. */
@@ -224,12 +229,16 @@ class Answer {
 
   /** The share that was kept, as a bar and in words. */
   showKept(cache) {
-    const { kept_tokens: kept, full_tokens: full } = cache;
+    const { kept_bytes: kept, full_bytes: full, kept_tokens_by_layer: layers } = cache;
     this.meter.hidden = false;
     this.meter.firstChild.style.width = full > 0 ? `${Math.min(100, (100 * kept) / full)}%` : "0";
-    const words = `kept ${number(kept)} of ${number(full)} (${percent(kept, full)})`;
-    const size = cache.kept_bytes === undefined ? "" : `, ${bytes(cache.kept_bytes)} of KV`;
-    return element("b", "", words + size);
+    this.layers.classList.remove("empty");
+    // Of all kv heads together; a text's last token is never fed, so this is their number.
+    const tokens = this.usage.total_tokens - 1;
+    const numHeads = cache.full_tokens / layers.length / tokens;
+    this.kept = { title: this.title, layers: layers.map((sum) => sum / numHeads), tokens };
+    drawBars(this.layers, this.kept.layers, tokens);
+    return element("b", "", `kept ${bytes(kept)} of ${bytes(full)} (${percent(kept, full)})`);
   }
 }
 
@@ -324,6 +333,7 @@ function conclude(text, turn, answers) {
     say("The answer has failed.", true);
     return;
   }
+  chat.kept = ours.kept;
   chat.history.push({ role: "user", content: text }, { role: "assistant", content: ours.text });
   if (other && !other.failure && ours.text && other.text) {
     const note = element("p", "help", comparison(ours.text, other.text));
@@ -429,10 +439,8 @@ function layerOfBars() {
   return layer;
 }
 
-/** Bars by layer, the lowest at the bottom, kept before full; and the same in words. */
-function drawPyramid({ kept_tokens: kept, full_tokens: full, is_live: isLive, num_sequences: count }) {
-  if (!kept.length || !(full > 0)) return;
-  const svg = $("pyramid");
+/** Bars by layer, the lowest at the bottom, kept before full; returns the same in words. */
+function drawBars(svg, kept, full) {
   const width = 320;
   const height = 272;
   const gap = kept.length > 60 ? 0.5 : 1.5;
@@ -455,8 +463,19 @@ function drawPyramid({ kept_tokens: kept, full_tokens: full, is_live: isLive, nu
   const last = kept.length - 1;
   const words = `${number(mean)} of ${number(full)} tokens a layer (${percent(mean, full)}), between ${number(least)} and ${number(most)}; layer 0 is at the bottom, ${last} on top.`;
   svg.setAttribute("aria-label", words);
-  const whose = isLive ? (count === 1 ? "One sequence now: " : `Mean of ${number(count)} sequences now: `) : "What ran last: ";
-  $("pyramid-note").textContent = whose + words;
+  return words;
+}
+
+/** What is kept now: of those sequences that run, or of what ran last. */
+function drawPyramid({ kept_tokens: kept, full_tokens: full, is_live: isLive, num_sequences: count }) {
+  if (!isLive && chat.kept) {
+    const words = drawBars($("pyramid"), chat.kept.layers, chat.kept.tokens);
+    $("pyramid-note").textContent = `Your last answer, ${chat.kept.title}: ${words}`;
+  } else if (kept.length && full > 0) {
+    const words = drawBars($("pyramid"), kept, full);
+    const whose = count === 1 ? "One sequence" : `Mean of ${number(count)} sequences`;
+    $("pyramid-note").textContent = isLive ? `${whose} now: ${words}` : `What ran last: ${words}`;
+  }
 }
 
 // ---------------------------------------------------------------- settings

@@ -14,7 +14,8 @@ from saqqara.cluster.outcome import KVUsage
 from saqqara.cluster.request import Request, RequestOutput
 from saqqara.configs.schema import EngineConfig
 
-ROWS = 4 * 2  # layers and kv heads of the fake model
+LAYERS = 4
+ROWS = LAYERS * 2  # layers and kv heads of the fake model
 
 
 def make_engine(num_pages: int = 1000, lookahead: int = 1, **settings: Any) -> Engine:
@@ -140,7 +141,8 @@ def test_full_retention_keeps_all_that_was_fed(max_tokens: int, lookahead: int) 
     kept = finished(engine)["r"].kv_cache
     tokens = 2 * ROWS * (6 + max_tokens - 1)
     token_bytes = make_workers(10, stages=(4,))[0].page_bytes // 4
-    assert kept == KVUsage(tokens, tokens, tokens * token_bytes, tokens * token_bytes)
+    by_layer = (tokens // LAYERS,) * LAYERS
+    assert kept == KVUsage(tokens, tokens, tokens * token_bytes, tokens * token_bytes, by_layer)
 
 
 @pytest.mark.parametrize("lookahead", [1, 2])
@@ -152,6 +154,7 @@ def test_a_budget_keeps_its_rows_and_what_was_generated(lookahead: int) -> None:
     kept = finished(engine)["r"].kv_cache
     assert kept is not None
     assert (kept.kept_tokens, kept.full_tokens) == (ROWS * (12 + 8), ROWS * (41 + 8))
+    assert kept.kept_tokens_by_layer == (ROWS * (12 + 8) // LAYERS,) * LAYERS
 
 
 @pytest.mark.parametrize("lookahead", [1, 2])

@@ -58,8 +58,9 @@ def test_a_message_is_answered_twice_from_one_prompt_and_seed(
         assert ours[field] == other[field]
     assert ours["messages"] == [{"role": "user", "content": "Where?"}]
     assert page.text(".ours .text") == page.text(".other .text") == "The end."
-    assert "kept 26 of 104 (25%), 26.0 KiB of KV" in page.text(".ours .facts")
-    assert "kept 104 of 104 (100%)" in page.text(".other .facts")
+    assert "kept 26.0 KiB of 104 KiB (25%)" in page.text(".ours .facts")
+    assert "kept 104 KiB of 104 KiB (100%)" in page.text(".other .facts")
+    assert "Layer 1: 8 of 104 tokens" in page.text(".ours .pyramid")  # a mean over heads
     assert "Both answers are the same" in page.text("#status")
     assert page.problems() == []
 
@@ -228,6 +229,10 @@ def test_with_a_real_engine_text_streams_and_the_answers_stand_side_by_side(
             assert page.text(f"{answer} .text")
             assert page.text(f"{answer} h3 span") == "cut at its length"
             assert "8 out" in page.text(f"{answer} .facts")
+            kept = page.text(f"{answer} .facts b")
+            assert "(100%)" in kept if answer.endswith("other") else "(100%)" not in kept
+        page.wait_text("#pyramid-note", "Your last answer, pyramidkv, 25%")
+        assert len(page.all("#pyramid .kept")) == 4
         page.choose("tova", "0%")  # what the engine refuses
         page.send("Hello")
         page.wait_done(6)
