@@ -136,7 +136,6 @@ class IdleChatFields(BaseModel):
     # OpenAI's.
     functions: Annotated[Any, only(why=_FORMER_TOOLS)] = None
     function_call: Annotated[Any, only("none", "auto", why=_FORMER_TOOLS)] = None
-    reasoning_effort: Annotated[Any, only("none", why="see chat_template_kwargs")] = None
     verbosity: Annotated[Any, only("medium", why="say it in a message")] = None
     modalities: Annotated[Any, only(["text"], why=_TEXT_ONLY)] = None
     audio: Annotated[Any, only(why=_TEXT_ONLY)] = None

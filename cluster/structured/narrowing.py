@@ -41,13 +41,24 @@ def _narrowed(schema: Any, definitions: bool) -> Any:
             found[name] = _narrowed(value, definitions)
         elif name in ("prefixItems", "anyOf") and isinstance(value, list):
             found[name] = [_narrowed(child, definitions) for child in value]
+        elif name in ("allOf", "oneOf") and _is_alone(value):
+            found[name] = (
+                [_narrowed(value[0], definitions)] if _only_notes_beside(schema, name) else value
+            )
         else:
             found[name] = value
     if any(name in schema for name in _COMBINED):
         return found
-    return {"integer": _integer, "number": _number, "object": _object}.get(
-        str(schema.get("type")), dict
-    )(found)
+    for kind in _kinds(schema.get("type")):
+        found = {"integer": _integer, "number": _number, "object": _object}.get(kind, dict)(found)
+    return found
+
+
+def _kinds(given: Any) -> list[str]:
+    """The types that a schema names; of the two kinds of numbers the wider one."""
+    kinds = [given] if isinstance(given, str) else given if isinstance(given, list) else []
+    is_wide = "number" in kinds
+    return [kind for kind in kinds if isinstance(kind, str) and not (is_wide and kind == "integer")]
 
 
 def _each(schemas: Any, definitions: bool) -> Any:
@@ -94,6 +105,14 @@ def _object(schema: Json) -> Json:
     if any(name not in names for name in required):
         return schema
     return {**schema, "additionalProperties": False}
+
+
+def _only_notes_beside(schema: Mapping[str, Any], name: str) -> bool:
+    return not {*schema} - {name, "title", "description"}
+
+
+def _is_alone(parts: Any) -> bool:
+    return isinstance(parts, list) and len(parts) == 1
 
 
 def _combines(value: Any) -> bool:

@@ -35,6 +35,14 @@ NARROWED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"anyOf": [{"type": "integer"}, {"type": "null"}]},
         {"anyOf": [{"type": "integer", **OPEN_INTEGER}, {"type": "null"}]},
     ),
+    "one of two types": (
+        {"type": ["null", "integer"]},
+        {"type": ["null", "integer"], **OPEN_INTEGER},
+    ),
+    "all of one": (
+        {"allOf": [{"type": "integer"}], "title": "a"},
+        {"allOf": [{"type": "integer", **OPEN_INTEGER}], "title": "a"},
+    ),
     "a definition": (
         {"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer"}}},
         {"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer", **OPEN_INTEGER}}},
@@ -46,8 +54,9 @@ KEPT: dict[str, dict[str, Any]] = {
     "anything else": {"type": "object", "properties": {"a": {}}, "additionalProperties": {}},
     "a required name": {"type": "object", "properties": {"a": {}}, "required": ["b"]},
     "values": {"enum": [{"type": "integer"}], "default": {"type": "number"}},
-    "all of several": {"allOf": [{"type": "object", "properties": {"a": {}}}]},
-    "one alone": {"oneOf": [{"type": "integer"}, {"type": "string"}]},
+    "all of several": {"allOf": [{"type": "object", "properties": {"a": {}}}, {}]},
+    "one of two": {"oneOf": [{"type": "integer"}, {"type": "string"}]},
+    "all of one and more": {"allOf": [{"type": "integer"}], "maximum": 3},
     "parts of all": {
         "allOf": [{"$ref": "#/$defs/a"}],
         "$defs": {"a": {"type": "object", "properties": {"a": {"type": "integer"}}}},
