@@ -140,6 +140,8 @@ class Fuzzer:
                 k: v for k, v in case.body.items() if k not in example and random.random() < 0.3
             }
             case.body = {**some, **example}
+            if "stream" in self._fields(case.operation.label) and random.random() < 0.3:
+                case.body["stream"] = True
         if "model" in case.body and random.random() < 0.9:
             case.body["model"] = self._model
         if "input_file_id" in case.body and random.random() < 0.5:
