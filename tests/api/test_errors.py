@@ -58,7 +58,7 @@ COMPLETION_ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "a bias for a word": ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
     "an unknown field": ({"top_q": 1}, "top_q", "unknown_parameter"),
-    "an unsupported field": ({"echo": True}, "echo", "invalid_value"),
+    "an unsupported field": ({"use_beam_search": True}, "use_beam_search", "invalid_value"),
     "options without a stream": (
         {"stream_options": {"include_usage": True}},
         "stream_options",

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,19 +88,25 @@ async def test_a_request_that_is_cancelled_frees_its_sequence(
 
 
 def test_a_full_queue_is_told_when_to_come_again(client: OpenAI, server: Server) -> None:
-    # One request of as many sequences as may run and wait.
-    full = client.completions.create(
-        model=MODEL, prompt="hello", n=NUM_SLOTS + MAX_QUEUE, stream=True, **LONG
+    """Two keys fill it, as none may have all of it alone."""
+    # As many sequences as may run and as one key may have waiting, then one of the other key.
+    first = client.completions.create(
+        model=MODEL, prompt="hello", n=NUM_SLOTS + MAX_QUEUE - 1, stream=True, **LONG
     )
-    next(iter(full))
-    wait_for(lambda: server.metric("vllm:num_requests_waiting") == MAX_QUEUE, 2.0)
-    with pytest.raises(openai.RateLimitError) as caught:
-        client.completions.create(model=MODEL, prompt="hello", max_tokens=1)
-    assert caught.value.code == "queue_full"
-    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
-    assert server.get("/health")[0] == 200
-    full.close()
-    wait_for(lambda: server.metric("vllm:num_requests_running") == 0, 2.0)
+    next(iter(first))
+    other = client.with_options(api_key="other")
+    with ThreadPoolExecutor(1) as threads:
+        last = threads.submit(other.completions.create, model=MODEL, prompt="hello", max_tokens=1)
+        wait_for(lambda: server.metric("vllm:num_requests_waiting") == MAX_QUEUE, 5.0)
+        for asking in (client, other):
+            with pytest.raises(openai.RateLimitError) as caught:
+                asking.completions.create(model=MODEL, prompt="hello", max_tokens=1)
+            assert caught.value.code == "queue_full"
+            assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+        assert server.get("/health")[0] == 200
+        first.close()
+        assert last.result(30).usage is not None
+    wait_for(lambda: server.metric("vllm:num_requests_running") == 0, 5.0)
     answer = client.completions.create(model=MODEL, prompt="hello", max_tokens=1)
     assert answer.usage is not None
 

@@ -74,7 +74,7 @@ class FakeWorker:
         if DIE in orders:
             os.kill(os.getpid(), signal.SIGKILL)
         if CRASH in orders:
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.raise_signal(signal.SIGSEGV)  # in this thread, so that nothing is answered
         if SLEEP in orders:
             time.sleep(SLEEP_SECONDS)
         if WRITE in orders:
