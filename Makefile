@@ -42,8 +42,8 @@ fault-schedules: $(INSTALLED) ## Run 100,000 random schedules of faults (ARGS="-
 gpu-check: ## Prove and measure the GPU path on this machine's GPU, with the python of PYTHON
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu/gpu_check.py $(ARGS)
 
-soak: $(INSTALLED) ## Load a server for 10 minutes (MINUTES=1: shorter), and look for leaks
-	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),10)
+soak: $(INSTALLED) ## Load a server for 30 minutes (MINUTES=1: shorter), killing ranks; look for leaks
+	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),30) $(ARGS)
 
 batch-scale: $(INSTALLED) ## Answer 2 GB of Parquet with kills, and with two replicas beside one
 	$(BIN)/python benchmarks/batch_scale.py $(ARGS)

@@ -1,21 +1,24 @@
-"""A server at twice its capacity, with clients that vanish and bodies that are nonsense.
+"""A server at twice its capacity, whose clients vanish, read slowly and write nonsense.
 
-What must hold in the end: no answer of 5xx but 503; memory flat; every page free again, as many as
-at the start; page ownership proved after every step (`check_integrity`, which would have ended the
-engine). Prints a table, writes JSON and a plot of memory over time.
+Its engine has a process of its own, which is killed again and again. What must hold in the end: no
+answer of 5xx but 503; every answer that was begun and waited for is whole, streamed or not, through
+all kills; memory flat; every page free again, as many as at the start; page ownership proved after
+every step (`check_integrity`, which would have ended the engine). Prints a table, writes JSON and a
+plot of memory over time.
 
-    make soak                                            (10 minutes)
-    python benchmarks/soak.py --minutes 1 --out results/soak
+    make soak                                            (30 minutes, a kill every 5)
+    python benchmarks/soak.py --minutes 2 --kill-minutes 0.5 --out results/soak
 """
 
 import argparse
 import asyncio
+import json
 import random
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,8 @@ MAX_BODY_BYTES = 200_000
 MAX_GROWTH = 0.05  # of resident memory, from the second quarter of the time to the last
 MAX_GROWTH_BYTES = 32 * MIB  # what an allocator may do without a leak
 SETTLE_SECONDS = 30.0
+QUIET_SECONDS = 30.0  # at the end, in which no rank is killed
+SLOW_SECONDS = 0.3  # that a slow reader waits after each piece
 SAMPLE_SECONDS = 1.0
 ERROR_EVENT = b'data: {"error":'
 RETENTIONS: Sequence[Any] = (
@@ -68,6 +73,7 @@ def main() -> int:
     flags = ["--model", model, "--served-model-name", NAME, "--check-integrity"]
     flags += ["--max-num-seqs", str(arguments.slots), "--max-queue", str(arguments.queue)]
     flags += ["--max-body-bytes", str(MAX_BODY_BYTES), "--kv-memory-gib", "0.5"]
+    flags += ["--executor", "ray", "--dtype", arguments.dtype]  # a rank that can be killed
     with local_server(*flags) as server:
         result = asyncio.run(soak(server, arguments))
     result["checks"] = checks(result)
@@ -78,7 +84,9 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--kill-minutes", type=float, default=5.0, help="between kills of a rank")
+    parser.add_argument("--dtype", default="auto", help="of the engine")
     parser.add_argument("--model", help="folder; default: the demo model")
     parser.add_argument("--slots", type=int, default=8, help="sequences that run at once")
     parser.add_argument("--queue", type=int, default=8, help="sequences that may wait")
@@ -95,12 +103,16 @@ async def soak(server: LocalServer, arguments: argparse.Namespace) -> dict[str, 
     pages_free = server.metric("saqqara:pages_free")
     num_clients = 2 * (arguments.slots + arguments.queue)
     clients = [client(server, random.Random(i), end, statuses) for i in range(num_clients)]
-    await asyncio.gather(*clients, sample(server, started, end, samples))
+    kills: list[float] = []
+    killer = kill_ranks(server, started, end, 60 * arguments.kill_minutes, kills)
+    await asyncio.gather(*clients, killer, sample(server, started, end, samples))
     left = await settle(server, pages_free)
     return {
         "minutes": arguments.minutes,
         "num_clients": num_clients,
         "statuses": dict(sorted(statuses.items())),
+        "kill_seconds": kills,
+        "recoveries": server.metric("saqqara:recoveries_total"),
         "samples": samples,
         "pages_free_before": pages_free,
         "pages_free_after": server.metric("saqqara:pages_free"),
@@ -115,16 +127,42 @@ async def client(
 ) -> None:
     """Send one request after the other: most are fine, some are left, some are nonsense."""
     while time.monotonic() < end:
-        kind = chance.choices(("answer", "vanish", "nonsense"), (6, 3, 2))[0]
+        kind = chance.choices(("answer", "slow", "vanish", "nonsense"), (5, 1, 3, 2))[0]
         leave_after = chance.expovariate(2.0) if kind == "vanish" else None
         body = chance.choice(NONSENSE) if kind == "nonsense" else request(chance)
+        pause = SLOW_SECONDS if kind == "slow" else 0.0
         path = "/v1/completions"
-        answer = await server.post(path, body, leave_after=leave_after)
+        answer = await server.post(path, body, leave_after=leave_after, pause_seconds=pause)
         statuses[f"{kind} {answer.status or 'left'}"] += 1
         if answer.status == 200 and ERROR_EVENT in answer.body:
             statuses[f"{kind} error in stream"] += 1
+        elif answer.status == 200 and not isinstance(body, bytes):
+            statuses[f"{kind} {'whole' if is_whole(body, answer.body) else 'not whole'}"] += 1
         if answer.status == 429:
             await asyncio.sleep(chance.uniform(0.05, 0.3))
+
+
+def is_whole(body: Mapping[str, Any], answer: bytes) -> bool:
+    """Whether an answer has all the tokens that were asked for, and a stream its end."""
+    if not body["stream"]:
+        whole = json.loads(answer[answer.index(b"{") : answer.rindex(b"}") + 1])
+    else:
+        *_, last, done = [e for e in answer.split(b"\n\n") if b"data: " in e]
+        if not done.endswith(b"data: [DONE]"):
+            return False
+        whole = json.loads(last[last.index(b"data: ") + 6 :])
+    return bool(whole["usage"]["completion_tokens"] == body["max_tokens"] * body["n"])
+
+
+async def kill_ranks(
+    server: LocalServer, started: float, end: float, pause: float, kills: list[float]
+) -> None:
+    """Kill the engine's process every so many seconds, and note when."""
+    while time.monotonic() + pause < end - QUIET_SECONDS:
+        await asyncio.sleep(pause)
+        for rank in server.ranks():
+            rank.kill()
+            kills.append(time.monotonic() - started)
 
 
 def request(chance: random.Random) -> dict[str, Any]:
@@ -140,6 +178,8 @@ def request(chance: random.Random) -> dict[str, Any]:
         "logprobs": chance.choice((None, None, 3)),
         "retention": chance.choice(RETENTIONS),
     }
+    if body["stream"]:
+        body["stream_options"] = {"include_usage": True}
     return {name: value for name, value in body.items() if value is not None}
 
 
@@ -177,9 +217,15 @@ def checks(result: dict[str, Any]) -> dict[str, bool]:
     return {
         "no 5xx but 503": not any(c.startswith("5") and c != "503" for c in codes),
         "no error within a stream": not any(n.endswith("in stream") for n in result["statuses"]),
+        "every answer waited for is whole": not any(
+            name in result["statuses"]
+            for name in ("answer not whole", "slow not whole", "answer left", "slow left")
+        ),
+        "a rank was lost for each kill": result["recoveries"] == len(result["kill_seconds"]),
         "nonsense got 4xx": all(name.startswith("nonsense 4") for name in nonsense),
         "the queue was full": "answer 429" in result["statuses"],
-        "answers came": result["statuses"].get("answer 200", 0) > 0,
+        "answers came": result["statuses"].get("answer whole", 0) > 0,
+        "slow readers were served": result["statuses"].get("slow whole", 0) > 0,
         "memory is flat": after - before <= growth,
         "no page leaked": result["pages_free_before"] == result["pages_free_after"],
         "no sequence is left": result["sequences_left"] == 0,
@@ -202,6 +248,8 @@ def report(result: dict[str, Any], folder: Path) -> None:
     table.add_column("", justify="right")
     for name, count in result["statuses"].items():
         table.add_row(name, str(count))
+    kills = ", ".join(f"{seconds:.0f}" for seconds in result["kill_seconds"])
+    table.add_row("rank killed after, s", kills or "never")
     before, after = memory(result)
     table.add_row("resident memory, MiB", f"{before / MIB:.0f} -> {after / MIB:.0f}")
     pages = f"{result['pages_free_before']:.0f} -> {result['pages_free_after']:.0f}"
@@ -215,6 +263,8 @@ def report(result: dict[str, Any], folder: Path) -> None:
         [s["seconds"] / 60 for s in result["samples"]],
         [s["rss_bytes"] / MIB for s in result["samples"]],
     )
+    for seconds in result["kill_seconds"]:
+        axes.axvline(seconds / 60, linestyle=":", color="tab:red")
     axes.set(xlabel="minutes", ylabel="resident memory of the replica, MiB", ylim=(0, None))
     figure.tight_layout()
     figure.savefig(folder / "soak.png", dpi=120)

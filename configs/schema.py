@@ -284,6 +284,9 @@ class BatchLimits(BaseModel):
     )
     max_lines: int = Field(50_000, ge=1, description="Lines of a batch's input.")
     max_line_bytes: int = Field(4 * 2**20, ge=1, description="Bytes of one of them.")
+    max_output_bytes: int = Field(
+        2**30, ge=1, description="Answers of a batch; lines beyond are errors."
+    )
     max_in_flight: int | None = Field(
         None,
         ge=1,

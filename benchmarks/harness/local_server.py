@@ -35,13 +35,15 @@ READ_BYTES = 65536
 class Exchange:
     """One request and its answer: status (0: the connection broke), times in seconds.
 
-    `first_seconds` is when the first event of a stream came, or the first byte of a body.
+    `first_seconds` is when the first event of a stream came, or the first byte of a body, and
+    `piece_seconds` when each piece of it did. Events that came together are one piece.
     """
 
     status: int
     first_seconds: float
     seconds: float
     body: bytes
+    piece_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class LocalServer:
         ours = psutil.Process(self.process.pid).children(recursive=True)
         return [p for p in ours if "ServeReplica" in _title(p)]
 
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of engines that have ranks of their own."""
+        ours = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in ours if "RankProcess" in _title(p)]
+
     async def post(
         self,
         path: str,
@@ -74,18 +81,42 @@ class LocalServer:
         *,
         leave_after: float | None = None,
         headers: Mapping[str, str] | None = None,
+        pause_seconds: float = 0.0,
     ) -> Exchange:
-        """POST and read the answer; with `leave_after` close the connection so many seconds on."""
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        """POST and read the answer.
+
+        Args:
+            path: of the request.
+            body: as it is, or sent as JSON.
+            leave_after: close the connection so many seconds on.
+            headers: beside the usual ones.
+            pause_seconds: wait so long after each piece: a slow reader.
+        """
+        content = body if isinstance(body, bytes) else json.dumps(body, allow_nan=False).encode()
         given = {"Host": "127.0.0.1", "Content-Type": "application/json", "Connection": "close"}
         given |= {"Content-Length": str(len(content)), **(headers or {})}
-        lines = [f"POST {path} HTTP/1.1", *(f"{k}: {v}" for k, v in given.items())]
+        return await self._exchange("POST", path, given, content, leave_after, pause_seconds)
+
+    async def ask(self, path: str) -> Exchange:
+        """GET and read the answer."""
+        return await self._exchange("GET", path, {"Host": "127.0.0.1", "Connection": "close"})
+
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        given: Mapping[str, str],
+        content: bytes = b"",
+        leave_after: float | None = None,
+        pause_seconds: float = 0.0,
+    ) -> Exchange:
+        lines = [f"{method} {path} HTTP/1.1", *(f"{k}: {v}" for k, v in given.items())]
         started = time.perf_counter()
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + content)
             async with asyncio.timeout(leave_after):
-                return await _read_answer(reader, started)
+                return await _read_answer(reader, started, pause_seconds)
         except (TimeoutError, OSError):
             return Exchange(0, 0.0, time.perf_counter() - started, b"")
         finally:
@@ -94,15 +125,21 @@ class LocalServer:
                 await writer.wait_closed()
 
 
-async def _read_answer(reader: asyncio.StreamReader, started: float) -> Exchange:
+async def _read_answer(
+    reader: asyncio.StreamReader, started: float, pause_seconds: float = 0.0
+) -> Exchange:
     head = await reader.readuntil(b"\r\n\r\n")
     status = int(head.split(b" ", 2)[1])
-    first = 0.0
+    times = []
     pieces = []
     while piece := await reader.read(READ_BYTES):
-        first = first or time.perf_counter() - started
+        if pause_seconds:
+            await asyncio.sleep(pause_seconds)
+        times.append(time.perf_counter() - started)
         pieces.append(piece)
-    return Exchange(status, first, time.perf_counter() - started, b"".join(pieces))
+    seconds = time.perf_counter() - started
+    first = times[0] if times else 0.0
+    return Exchange(status, first, seconds, b"".join(pieces), tuple(times))
 
 
 def _title(process: psutil.Process) -> str:

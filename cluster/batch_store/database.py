@@ -75,7 +75,7 @@ CREATE TABLE started (
 
 
 class StoreBusyError(RuntimeError):
-    """Another process has held the database for too long, or the disk does not take more."""
+    """The folder does not serve now: it is full, damaged, or held by another for too long."""
 
 
 def _no_fault(point: str) -> None:
@@ -144,7 +144,9 @@ class Database:
                     with suppress(sqlite3.Error):  # a full disk has ended it already
                         self._connection.execute("ROLLBACK")
                     raise
-            except sqlite3.OperationalError as error:
+            except sqlite3.IntegrityError:  # a mistake of ours
+                raise
+            except sqlite3.DatabaseError as error:
                 raise StoreBusyError(f"the batch folder cannot be written now: {error}") from error
         self._at_commit(f"after {name}")
 
@@ -154,7 +156,7 @@ class Database:
         with self._lock:
             try:
                 yield self._connection
-            except sqlite3.OperationalError as error:
+            except sqlite3.DatabaseError as error:
                 raise StoreBusyError(f"the batch folder cannot be read now: {error}") from error
 
     def close(self) -> None:

@@ -42,6 +42,7 @@ class FileStore:
 
         Raises:
             StoreLimitError: the owner has as many files, or bytes, as may be.
+            StoreBusyError: the disk does not take it.
         """
         num_files, num_bytes = self._used(owner)
         if num_files >= self.limits.max_files:
@@ -87,11 +88,14 @@ class FileStore:
 
         Raises:
             NotFoundError: it was deleted.
+            StoreBusyError: the disk does not give it.
         """
         try:
             return (self._folder / file.blob).open("rb")
         except FileNotFoundError:
             raise NotFoundError(f"there is no file {file.id!r:.100}") from None
+        except OSError as error:
+            raise StoreBusyError(f"the file cannot be read: {error.strerror}") from error
 
     def delete(self, owner: str, file_id: str) -> None:
         """Delete a file.
@@ -191,7 +195,10 @@ class Upload:
         self._room = room
         self._id = new_file_id()
         self._part = store.path(f".{self._id}.part")
-        self._file = self._part.open("xb")
+        try:
+            self._file = self._part.open("xb")
+        except OSError as error:
+            raise StoreBusyError(f"the file cannot be written: {error.strerror}") from error
         self.num_bytes = 0
 
     @property

@@ -72,6 +72,12 @@ class Progress:
             rows = db.execute("SELECT line FROM results WHERE batch_id = ?", (batch_id,))
             return {row["line"] for row in rows}
 
+    def num_bytes(self, batch_id: str) -> int:
+        """Bytes of all results so far."""
+        query = "SELECT ifnull(sum(length(record)), 0) FROM results WHERE batch_id = ?"
+        with self._database.read() as db:
+            return int(db.execute(query, (batch_id,)).fetchone()[0])
+
     def losses(self, batch_id: str) -> Mapping[int, int]:
         """Lines without a result whose process was lost with them, and how often."""
         query = "SELECT line, num_losses FROM started WHERE batch_id = ? AND num_losses > 0"

@@ -63,6 +63,7 @@ class ChatOptions:
         chat_template: a template instead of the model's own.
         add_special_tokens: put the tokenizer's special tokens around what the template has written.
         tools: what the model may call, in OpenAI's form; see `check_tools`.
+        reasoning_effort: a variable of some templates; `none` is also `enable_thinking=False`.
 
     Raises:
         ValueError: both a new message and a continued one are wanted, a variable is reserved, or a
@@ -75,6 +76,7 @@ class ChatOptions:
     chat_template: str | None = None
     add_special_tokens: bool = False
     tools: Sequence[Mapping[str, Any]] = ()
+    reasoning_effort: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tools", tuple(check_tools(self.tools)))
@@ -103,10 +105,11 @@ def render_chat(
             place for tools or calls of them.
     """
     _check_place_of_tools(backend, messages, options)
+    effort = _effort_args(backend, options)
     begins_answer = options.add_generation_prompt
     if begins_answer is None:
         begins_answer = not options.continue_final_message
-    settings: dict[str, Any] = dict(options.template_args)
+    settings: dict[str, Any] = {**effort, **options.template_args}
     if options.chat_template is not None:
         settings["chat_template"] = options.chat_template
     if options.tools:
@@ -144,6 +147,26 @@ def _check_place_of_tools(
             f"messages[{calls[0]}].tool_calls: the model's chat template has no place for them; "
             "start with a --chat-template that has"
         )
+
+
+def _effort_args(backend: Backend, options: ChatOptions) -> dict[str, Any]:
+    """The variables that say how much the model is to think.
+
+    Raises:
+        ValueError: the template has no such variable.
+    """
+    effort = options.reasoning_effort
+    if effort is None:
+        return {}
+    template = backend.get_chat_template(options.chat_template)
+    if effort == "none" and "enable_thinking" in template:
+        return {"enable_thinking": False}
+    if effort == "none" or "reasoning_effort" in template:
+        return {"reasoning_effort": effort}
+    raise ValueError(
+        "reasoning_effort: the model's chat template has no such variable; leave it out, or see "
+        "chat_template_kwargs"
+    )
 
 
 def read_template(path: str) -> str:

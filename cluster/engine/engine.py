@@ -240,7 +240,7 @@ class Engine:
                 raise failure
             self._admit_prepared()
             while (plan := self.scheduler.schedule()) is not None:
-                self._note_started(self._now())
+                self._stats.started(self.scheduler.started(), self._choices, self._now())
                 self._flights.send(plan, self._executor)
             return self._absorb_oldest()
         except WorkerDiedError as error:
@@ -340,15 +340,6 @@ class Engine:
                 outputs.append(state.output())
         self._stats.publish(self.scheduler, now)
         return outputs
-
-    def _note_started(self, now: float) -> None:
-        """Some of the newest plan's sequences have their first slot."""
-        for sequence, is_shared in self.scheduler.started():
-            state, choice = self._choices[sequence.arrival]
-            if not choice.has_started:
-                choice.has_started = True
-                state.scheduled_time = state.scheduled_time or now
-                self._stats.started(sequence.prompt_tokens, is_shared=is_shared)
 
     def _note(self, event: Event, state: RequestState, choice: Choice, now: float) -> None:
         match event:

@@ -1,7 +1,8 @@
 """Measures an engine: for the sinks of `metrics.py` while it runs, for an `EngineReport` after."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Many
 from dataclasses import asdict
 
 import numpy as np
@@ -13,10 +14,12 @@ from saqqara.cluster.live.finished import FinishedRequest
 from saqqara.cluster.live.ranks import Ranks
 from saqqara.cluster.scheduling.ledger import Pyramid, Usage
 from saqqara.cluster.scheduling.scheduler import Scheduler
+from saqqara.cluster.scheduling.sequence import Sequence
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import StepResult, WorkerInfo
 
 from .metrics import Metrics, Sink
+from .output import Choice, RequestState
 from .report import BatchRows, EngineReport, LatencyRecorder, WorkerReport
 
 _PUBLISH_SECONDS = 0.5  # gauges and per-layer counters need not follow every step
@@ -37,8 +40,8 @@ class EngineStats:
         self,
         config: EngineConfig,
         retention: str,
-        workers: Sequence[WorkerInfo],
-        sinks: Sequence[Sink],
+        workers: Many[WorkerInfo],
+        sinks: Many[Sink],
         board: Board,
     ) -> None:
         self._metrics = Metrics(sinks)
@@ -61,7 +64,7 @@ class EngineStats:
         self._set_ready(True)
         self._show_cache_config()
 
-    def set_workers(self, workers: Sequence[WorkerInfo]) -> None:
+    def set_workers(self, workers: Many[WorkerInfo]) -> None:
         """The engine runs on these workers from now on; their pools are empty."""
         self._num_layers = max(w.stop_layer for w in workers)
         self._ranks.replace(workers)
@@ -89,10 +92,27 @@ class EngineStats:
         """A request has come in."""
         self._first_time = now if self._first_time is None else self._first_time
 
-    def started(self, prompt_tokens: int, *, is_shared: bool) -> None:
-        """A sequence has its first slot; `is_shared`: another's prefill serves it, too."""
-        self._metrics.inc("vllm:prefix_cache_queries", prompt_tokens)
-        self._metrics.inc("vllm:prefix_cache_hits", prompt_tokens if is_shared else 0)
+    def started(
+        self,
+        newest: Iterable[tuple[Sequence, bool]],
+        choices: Mapping[int, tuple[RequestState, Choice]],
+        now: float,
+    ) -> None:
+        """Sequences have a slot, some of them their first.
+
+        Args:
+            newest: the sequences, and whether another's prefill serves them, too.
+            choices: of all sequences, by their arrival.
+            now: when.
+        """
+        for sequence, is_shared in newest:
+            state, choice = choices[sequence.arrival]
+            if not choice.has_started:
+                choice.has_started = True
+                state.scheduled_time = state.scheduled_time or now
+                tokens = sequence.prompt_tokens
+                self._metrics.inc("vllm:prefix_cache_queries", tokens)
+                self._metrics.inc("vllm:prefix_cache_hits", tokens if is_shared else 0)
 
     def prompt(self, num_tokens: int) -> None:
         """A request's prompt is prefilled for the first time."""
@@ -162,7 +182,7 @@ class EngineStats:
         self._metrics.inc("saqqara:batch_rows_done", rows.num_answered, "answered")
         self._metrics.inc("saqqara:batch_rows_done", rows.num_errors, "error")
 
-    def step(self, results: Sequence[StepResult], usage: Usage, now: float) -> None:
+    def step(self, results: Many[StepResult], usage: Usage, now: float) -> None:
         """A step is absorbed."""
         self._counts["num_steps"] += 1
         self._last_time = now
@@ -269,6 +289,7 @@ class EngineStats:
     def _set_ready(self, is_ready: bool) -> None:
         """Show whether there are workers, and which."""
         self._is_ready = is_ready
+        self._published_time = -_PUBLISH_SECONDS  # the next step shows it, however soon
         workers = self._ranks.workers
         self._metrics.set("saqqara:ready", int(is_ready))
         self._metrics.set("saqqara:workers", len(workers))

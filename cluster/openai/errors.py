@@ -24,6 +24,7 @@ _FIELDS = {
     *("stream_options", "max_completion_tokens", "top_logprobs"),
     *("tools", "tool_choice", "functions"),
     *("continue_final_message", "chat_template_kwargs", "best_of", "echo", "chat_template"),
+    "reasoning_effort",
     "response_format",
 }
 _NESTED = {"stream_options", "response_format", "structured_outputs"}

@@ -103,9 +103,12 @@ class IdleFields(BaseModel):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: SmallObject | None = None
+    session_id: str | None = None
 
     # OpenAI's.
     store: Annotated[Any, only(False, why=_NO_CACHE)] = None
+    moderation: Annotated[Any, only(why="nothing is moderated here")] = None
 
     # vLLM's.
     use_beam_search: Annotated[Any, only(False, why=_NO_BEAMS)] = None
@@ -117,6 +120,13 @@ class IdleFields(BaseModel):
     cache_salt: Annotated[Any, only(why=_NO_CACHE)] = None
     kv_transfer_params: Annotated[Any, only(why="keys and values stay in their engine")] = None
     request_id: Annotated[Any, only(why="answers get their id here")] = None
+    ec_transfer_params: Annotated[Any, only(why=_TEXT_ONLY)] = None
+    logprob_token_ids: Annotated[Any, only(why="the best tokens are shown; set logprobs")] = None
+    repetition_detection: Annotated[Any, only(why="set repetition_penalty")] = None
+    return_token_offsets: Annotated[Any, only(False, why="set logprobs, for text_offset")] = None
+    stream_interval: Annotated[Any, only(1, why="tokens are sent as they come")] = None
+    thinking_token_budget: Annotated[Any, only(-1, why="thoughts are not bounded apart")] = None
+    watermarking: Annotated[Any, only(False, why="answers carry no mark")] = None
     vllm_xargs: Annotated[Any, only(why="there are no further arguments")] = None
 
 
@@ -126,7 +136,6 @@ class IdleChatFields(BaseModel):
     # OpenAI's.
     functions: Annotated[Any, only(why=_FORMER_TOOLS)] = None
     function_call: Annotated[Any, only("none", "auto", why=_FORMER_TOOLS)] = None
-    reasoning_effort: Annotated[Any, only("none", why="see chat_template_kwargs")] = None
     verbosity: Annotated[Any, only("medium", why="say it in a message")] = None
     modalities: Annotated[Any, only(["text"], why=_TEXT_ONLY)] = None
     audio: Annotated[Any, only(why=_TEXT_ONLY)] = None
@@ -137,6 +146,8 @@ class IdleChatFields(BaseModel):
     echo: Annotated[Any, only(False, why="answers do not repeat their prompt")] = None
     documents: Annotated[Any, only(why="put them into a message")] = None
     mm_processor_kwargs: Annotated[Any, only(why=_TEXT_ONLY)] = None
+    media_io_kwargs: Annotated[Any, only(why=_TEXT_ONLY)] = None
+    return_prompt_text: Annotated[Any, only(False, why="set return_token_ids")] = None
 
 
 class IdleCompletionFields(BaseModel):

@@ -71,8 +71,8 @@ class Shares:
         """A sequence has ended: charge what it has taken instead of what was expected."""
         request = sequence.request
         level = self._levels.get(request.priority)
-        if level is None or request.owner not in level.next_:
-            return
+        if sequence.turn is None or level is None or request.owner not in level.next_:
+            return  # it was never charged, or nobody is owed anything
         taken = _expected_tokens(sequence, len(sequence.output_token_ids)) if has_run else 0
         level.next_[request.owner] += taken - _expected_tokens(sequence)
 

@@ -69,7 +69,7 @@ def openapi(
 ) -> dict[str, Any]:
     """The description of the API in OpenAPI 3.1.
 
-    What an event of a stream is stands beside the schema of its media type as `x-item-schema`.
+    The schema of a stream is that of each of its events.
 
     Args:
         endpoints: what there is.
@@ -139,8 +139,7 @@ def _operation(
     schema = schemas.get((*key, "reply"), {"type": "string"})
     content: dict[str, Any] = {endpoint.media_type: {"schema": schema}}
     if endpoint.streams:
-        stream = {"schema": {"type": "string"}, "x-item-schema": schemas.get((*key, "event"), {})}
-        content["text/event-stream"] = stream
+        content["text/event-stream"] = {"schema": _event(known, schemas.get((*key, "event"), {}))}
     responses = {"200": {"description": "The answer.", "content": content}}
     if known.has_parts:
         responses["206"] = {"description": "A part of it.", "content": content}
@@ -162,6 +161,19 @@ def _operation(
     for status in known.errors:
         operation["responses"][str(status)] = _error(status)
     return operation
+
+
+def _event(known: Replies, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """One event of a stream, as OpenAPI 3.2 describes them: `data` is JSON in a text."""
+    kinds = [schema]
+    if known.last_event is not None:
+        kinds.append({"$ref": f"{_REF}{Error.__name__}"})
+    data: dict[str, Any] = {"type": "string", "contentMediaType": "application/json"}
+    data["contentSchema"] = schema if len(kinds) == 1 else {"anyOf": kinds}
+    if known.last_event is not None:
+        data = {"anyOf": [{"const": known.last_event}, data]}
+    properties = {"event": {"type": "string"}, "data": data}
+    return {"type": "object", "required": ["data"], "properties": properties}
 
 
 def _parameters(path: str, known: Replies) -> list[dict[str, Any]]:

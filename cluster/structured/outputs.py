@@ -15,6 +15,8 @@ from pydantic.dataclasses import dataclass
 from saqqara.configs.json_text import parse_json
 from saqqara.workers.grammar.compiler import first_line, parser_limits
 
+from .narrowing import narrowed
+
 MAX_SCHEMA_BYTES = 128 << 10
 MAX_SCHEMA_DEPTH = 64
 MAX_REGEX_CHARS = 16 << 10
@@ -31,6 +33,19 @@ _OF_LISTS = ("prefixItems", "anyOf", "allOf", "oneOf", "items")
 _OF_ONE = (
     *("items", "additionalProperties", "additionalItems", "not", "if", "then", "else"),
     *("contains", "propertyNames", "unevaluatedItems", "unevaluatedProperties"),
+)
+
+
+# How llguidance begins to say that it does not take a keyword, which one (in the text, if none is
+# here), and what we add.
+_REFUSALS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("Unimplemented keys: ", (), "; leave it out"),
+    ("oneOf constraints", ("oneOf",), " where its schemas do not exclude each other; say anyOf"),
+    (
+        "min/maxProperties only",
+        ("minProperties", "maxProperties"),
+        " unless all names in properties are required; leave it out",
+    ),
 )
 
 
@@ -65,6 +80,16 @@ class StructuredOutputs:
     json_object: bool | None = None
     whitespace_pattern: Annotated[str, Field(max_length=MAX_PATTERN_CHARS)] | None = None
     disable_any_whitespace: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, given: Any) -> Any:
+        """Say of the first unknown field alone that there is no such field."""
+        for name in given if isinstance(given, Mapping) else ():
+            if name not in cls.__dataclass_fields__:
+                known = ", ".join((*KINDS, "whitespace_pattern", "disable_any_whitespace"))
+                raise ValueError(f"{str(name)!r:.100} is no field of it; there are {known}")
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -105,7 +130,12 @@ class StructuredOutputs:
         }
         if self.disable_any_whitespace:
             del options["whitespace_pattern"]
-        return LLMatcher.grammar_from_json_schema(self._schema_text, overrides=options)  # type: ignore[arg-type]
+        schema = self._checked_schema
+        texts = [
+            LLMatcher.grammar_from_json_schema(written, overrides=options)  # type: ignore[arg-type]
+            for written in (_written(narrowed(schema)), _written(schema))
+        ]
+        return texts[0] if _error_of(texts[0]) is None else texts[1]
 
     @cached_property
     def schema(self) -> dict[str, Any]:
@@ -115,12 +145,11 @@ class StructuredOutputs:
         return self.json if isinstance(self.json, dict) else _read_schema(self.json)
 
     @property
-    def _schema_text(self) -> str:
+    def _checked_schema(self) -> dict[str, Any]:
         schema = self.schema
         _check_depth(schema)
         try:
-            text = json_format.dumps(schema, allow_nan=False, separators=(",", ":"))
-            num_bytes = len(text.encode())
+            num_bytes = len(_written(schema).encode())
         except (ValueError, TypeError) as error:
             raise ValueError(f"json: the schema cannot be written as JSON: {error}") from None
         if num_bytes > MAX_SCHEMA_BYTES:
@@ -129,16 +158,24 @@ class StructuredOutputs:
             )
         if "x-guidance" in schema:
             raise ValueError("json: the keyword 'x-guidance' at / is not supported")
-        return text
+        return schema
 
     def _explained(self, kind: str, error: str) -> str:
-        """An error of llguidance, with the place of a keyword that it does not know."""
-        if kind != "json" or not error.startswith("Unimplemented keys: "):
+        """An error of llguidance, with the place of the keyword that it does not take."""
+        if kind != "json":
             return f"{kind}: {error}"
-        names = json_format.loads(error.removeprefix("Unimplemented keys: "))
-        places = [(name, place) for place, name in _keywords(self.schema) if name in names]
-        name, place = places[0] if places else (names[0], "/")
-        return f"json: the keyword {name!r} at {place} is not supported; leave it out"
+        for start, names, advice in _REFUSALS:
+            if not error.startswith(start):
+                continue
+            names = names or tuple(json_format.loads(error.removeprefix(start)))
+            places = [(name, place) for place, name in _keywords(self.schema) if name in names]
+            name, place = places[0] if places else (names[0], "/")
+            return f"json: the keyword {name!r} at {place} is not supported{advice}"
+        return f"json: {error}"
+
+
+def _written(schema: dict[str, Any]) -> str:
+    return json_format.dumps(schema, allow_nan=False, separators=(",", ":"))
 
 
 @lru_cache(maxsize=64)  # the same few schemas come again and again

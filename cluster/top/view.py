@@ -219,30 +219,34 @@ def _ranks(stats: LiveStats, look: Look, before: LiveStats | None) -> list[Text]
 def _rank(
     rank: RankState, look: Look, hosts: int, earlier: RankState | None, seconds: float
 ) -> Text:
-    first, stop = rank.layers
+    layers = "-".join(str(layer) for layer in (rank.layers[0], rank.layers[1] - 1))
     state = ("alive", "green") if rank.is_alive else ("gone", "bold red")
     parts = [
         Text(f"{rank.rank:>{_LABEL - 2}}", style="dim"),
         Text(f"{state[0]:<5}", style=state[1]),
         Text(f"{rank.hostname:<{hosts}}"),
-        Text(f"layers {first}-{stop - 1}"),
+        Text(f"layers {layers:<5}"),
         Text(f"pages {share(rank.num_pages - rank.pages_free, rank.num_pages):>6}"),
-        Text(_phases(rank, earlier, seconds)),
         Text(f"lost {rank.times_lost} times" if rank.times_lost else "", style="red"),
+        *_phases(rank, earlier, seconds),
         Text(f"{rank.device}, {size(rank.resident_bytes)}", style="dim"),
     ]
     return _fitting(parts, look.width)
 
 
-def _phases(rank: RankState, earlier: RankState | None, seconds: float) -> str:
-    """What a rank spent its time on: shares of the time since the earlier snapshot, or seconds."""
+def _phases(rank: RankState, earlier: RankState | None, seconds: float) -> list[Text]:
+    """What a rank spent its time on: shares of the time since the earlier snapshot, or seconds.
+
+    The whole step stands first, then its phases, the longest of all time first.
+    """
     if earlier is None or seconds <= 0:
-        told = {name: f"{span(spent):>4}" for name, spent in rank.seconds.items()}
+        told = {name: span(spent) for name, spent in rank.seconds.items()}
     else:
         spent = {n: max(s - earlier.seconds.get(n, 0.0), 0.0) for n, s in rank.seconds.items()}
-        told = {name: f"{min(s / seconds, 1):>4.0%}" for name, s in spent.items()}
-    whole = f"busy {told.pop(_WHOLE_STEP)}  " if _WHOLE_STEP in told else ""
-    return whole + " ".join(f"{name} {text}" for name, text in sorted(told.items()))
+        told = {name: f"{min(s / seconds, 1):.0%}" for name, s in spent.items()}
+    names = sorted(told, key=lambda name: (name != _WHOLE_STEP, -rank.seconds[name], name))
+    words = {_WHOLE_STEP: "busy"}
+    return [Text(f"{words.get(name, name)} {told[name]:>4}") for name in names]
 
 
 def _first(lines: Sequence[Text], number: int) -> list[Text]:
@@ -260,7 +264,7 @@ def _label(text: str) -> Text:
 def _fitting(parts: Sequence[Text], width: int) -> Text:
     """As many parts, two columns apart, as there is room for; the first in any case."""
     parts = [part for part in parts if part.plain]
-    line = parts[0].copy()
+    line = Text().append_text(parts[0])  # its style is not that of the others
     for part in parts[1:]:
         if line.cell_len + 2 + part.cell_len > width:
             break

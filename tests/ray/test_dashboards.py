@@ -175,6 +175,11 @@ def test_rays_agent_gives_the_same_names(
         (f"max by (job) (saqqara:batch_rows{ours})", NUM_ROWS),
         (f"sum by (job) (vllm:num_preemptions_total{ours})", job.report.num_preemptions),
         (f"count by (job) (count by (job, worker) (saqqara:num_pages{ours}))", 2),
+        (f"sum by (job) (vllm:request_prompt_tokens_count{ours})", NUM_ROWS - 1),
+        (f"sum by (job) (vllm:request_queue_time_seconds_count{ours})", NUM_ROWS - 1),
+        (f"count by (job) (vllm:iteration_tokens_total_count{ours} > 0)", 1),
+        (f"max by (job) (vllm:cache_config_info{ours})", 1),
+        (f"sum by (job) (saqqara:worker_info{ours})", 2),
     ):
         # Actors report to Ray's agent every few seconds.
         wait_for(

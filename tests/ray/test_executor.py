@@ -20,7 +20,7 @@ from support.plans import new_sequence
 from saqqara.cluster.errors import NotRecoverableError, WorkerDiedError
 from saqqara.cluster.on_ray.executor import RayExecutor
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.plan import DecodeItem, PrefillGroup, StepPlan, WorkerInfo
+from saqqara.workers.plan import DecodeItem, Grammar, PrefillGroup, StepPlan, WorkerInfo
 from saqqara.workers.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -72,6 +72,20 @@ def test_ranks_start_run_plans_in_order_and_log_each_to_its_own_file(
     last = executor.execute(StepPlan(101, free=(SLEEP,)))
     executor.shutdown()
     assert last.result(timeout=0)[1].step == 101, "shutdown finishes what was started"
+
+
+def test_grammars_are_compiled_beside_the_steps(executor: RayExecutor) -> None:
+    """What is wrong with one is its own fault; where the ranks are lost, that is said."""
+    step = executor.execute(StepPlan(0, free=(SLEEP,)))
+    executor.compile_grammar(Grammar("good", ())).result(timeout=30)
+    refused = executor.compile_grammar(Grammar("bad", ()))
+    with pytest.raises(ValueError, match=r"^bad is no grammar$"):
+        refused.result(timeout=30)
+    step.result(timeout=30)
+    with pytest.raises(WorkerDiedError):
+        executor.execute(StepPlan(1, free=(DIE,))).result(timeout=30)
+    with pytest.raises(WorkerDiedError):
+        executor.compile_grammar(Grammar("good", ())).result(timeout=30)
 
 
 def test_a_killed_rank_ends_the_group_with_a_clear_error(

@@ -26,6 +26,9 @@ from support.batch_lines import ENDED, completion_line, jsonl, named
 from support.byte_llama import save_tiny_llama
 from support.server import Server, running_server
 
+from saqqara.cluster.batch_store.store import Store
+from saqqara.configs.schema import BatchLimits
+
 pytestmark = pytest.mark.slow
 
 NUM_LINES = 200
@@ -136,3 +139,43 @@ def test_a_killed_server_goes_on_with_its_batches(config: Path, tmp_path: Path) 
             yours.files.content(batch.input_file_id)
         assert [b.id for b in yours.batches.list()] == [theirs.id]
         assert server.stop() == 0
+
+
+def test_a_server_that_is_asked_to_end_hands_its_batches_back(config: Path, tmp_path: Path) -> None:
+    """At once, however long their lines are; the next server goes on without waiting."""
+    with running_server(tmp_path / "first", str(config), keys=KEY) as server:
+        client = client_of(server, KEY)
+        batch = submit(client, "again", NUM_LINES)
+        wait(client, batch, lambda b: num_completed(b) >= NUM_LINES // 4)
+        assert server.stop() == 0
+    store = Store(config.parent / "store", BatchLimits())
+    done = store.progress.done_lines(batch.id)
+    assert NUM_LINES // 4 <= len(done) < NUM_LINES
+    lease = store.leases.claim("the test", 4)
+    assert lease is not None
+    assert lease.batch.id == batch.id
+    assert store.progress.losses(batch.id) == {}
+    store.leases.release(lease)
+    store.close()
+    with running_server(tmp_path / "second", str(config), keys=KEY) as server:
+        client = client_of(server, KEY)
+        batch = wait(client, batch, lambda b: b.status in ENDED)
+        assert list(records(client, batch)) == [f"again-{i}" for i in range(NUM_LINES)]
+
+
+def test_a_batch_whose_replica_is_killed_is_run_by_the_other(config: Path, tmp_path: Path) -> None:
+    with running_server(tmp_path / "log", str(config), keys=KEY) as server:
+        client = client_of(server, KEY)
+        batch = submit(client, "taken", NUM_LINES)
+        wait(client, batch, lambda b: num_completed(b) >= NUM_LINES // 4)
+        store = Store(config.parent / "store", BatchLimits())
+        with store.database.read() as db:
+            query = "SELECT holder FROM batches WHERE id = ?"
+            holder = str(db.execute(query, (batch.id,)).fetchone()["holder"])
+        pid = holder.split(":")[1]
+        assert int(pid) in {process.pid for process in server.left_behind()}
+        os.kill(int(pid), signal.SIGKILL)
+        batch = wait(client, batch, lambda b: b.status in ENDED)
+        store.close()
+        assert list(records(client, batch)) == [f"taken-{i}" for i in range(NUM_LINES)]
+        assert num_completed(batch) == NUM_LINES

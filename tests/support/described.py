@@ -47,27 +47,29 @@ class Description:
         kind = media_type.partition(";")[0].strip()
         if kind not in content:
             return f"{kind!r} is not described for status {status}"
+        schema = content[kind]["schema"]
         if kind == "text/event-stream":
-            return self._wrong_events(json.dumps(content[kind]["x-item-schema"]), text)
+            return self._wrong_events(schema["properties"]["data"], text)
         value = json.loads(text) if kind == "application/json" else text
-        return self._invalid(json.dumps(content[kind]["schema"]), value)
+        return self._invalid(schema, value)
 
-    def _wrong_events(self, schema: str, text: str) -> str | None:
-        error = json.dumps({"$ref": "#/components/schemas/Error"})
-        for event in text.split("\n\n"):
+    def _wrong_events(self, data: Json, text: str) -> str | None:
+        """An event has one line of data: the last event's words, or JSON."""
+        kinds = data.get("anyOf", [data])
+        words = [kind["const"] for kind in kinds if "const" in kind]
+        (schema,) = (kind["contentSchema"] for kind in kinds if "contentSchema" in kind)
+        for event in text.removesuffix("\n\n").split("\n\n"):
             lines = [line for line in event.split("\n") if line.startswith("data: ")]
-            if len(lines) != (1 if event else 0):
+            if len(lines) != 1:
                 return f"an event has no one line of data: {event!r:.200}"
-            if not lines or lines == ["data: [DONE]"]:
-                continue
-            data = json.loads(lines[0].removeprefix("data: "))
-            found = self._invalid(error if "error" in data else schema, data)
+            value = lines[0].removeprefix("data: ")
+            found = None if value in words else self._invalid(schema, json.loads(value))
             if found is not None:
                 return found
         return None
 
-    def _invalid(self, schema: str, value: Any) -> str | None:
-        error = next(iter(self._validator(schema).iter_errors(value)), None)
+    def _invalid(self, schema: Json, value: Any) -> str | None:
+        error = next(iter(self._validator(json.dumps(schema)).iter_errors(value)), None)
         return None if error is None else f"{error.json_path}: {error.message:.500}"
 
     def _make(self, schema: str) -> Draft202012Validator:

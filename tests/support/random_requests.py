@@ -47,6 +47,12 @@ def _biases(random: Random) -> dict[int, float]:
     return {token: random.uniform(-100, 100) for token in _tokens(random)}
 
 
+def _form(random: Random) -> dict[str, Any]:
+    return random.choice(
+        [{"choice": ["ab", "abc", "b"]}, {"regex": "[a-z ]{1,9}"}, {"json": {"type": "integer"}}]
+    )
+
+
 def _flag(random: Random) -> bool:
     return random.random() < 0.5
 
@@ -74,6 +80,17 @@ OTHERS = {  # fields of SamplingParams
     ),
     "truncation_side": Other(
         lambda random: random.choice(["left", "right"]), ("left", "right"), ("middle", 7, ["left"])
+    ),
+    "structured_outputs": Other(
+        _form,
+        ({"json_object": True}, {"regex": ".*"}, {"grammar": 'start: "a" | "b" start'}),
+        (
+            {"choice": []},
+            {"regex": "("},
+            {"regex": "a", "choice": ["a"]},
+            {"json": {"uniqueItems": True}},
+            7,
+        ),
     ),
     "ignore_eos": FLAG,
     "detokenize": Other(lambda _: True, FLAG.edges, FLAG.wrong),  # HTTP takes no other

@@ -44,7 +44,7 @@ ENGINE: dict[str, Any] = {
 }
 MAX_STEPS = 20_000  # of one batch; more would be requests that do not end
 UNFORESEEN = "no token is left that may stand at position"
-"""How errors of requests may begin that were taken: bad words follow from what is written."""
+"""What errors of requests may say that were taken: bad words and forms follow what is written."""
 ABOUT_BOUNDS = "nput should be", "must be an integer of", "must be a number"
 RISES = "propagate.min_context"  # its lower bound is the number of sinks
 

@@ -1,7 +1,7 @@
 """`POST /v1/chat/completions`, and how a conversation is written."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
@@ -31,6 +31,7 @@ class ChatFields(BaseModel):
     chat_template_kwargs: SmallObject | None = None
     chat_template: str | None = None
     add_special_tokens: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     tools: Annotated[list[Any] | None, Field(json_schema_extra=_TOOLS)] = None
 
     @property
@@ -61,6 +62,7 @@ class ChatFields(BaseModel):
                 chat_template=self.chat_template or None,
                 add_special_tokens=bool(self.add_special_tokens),
                 tools=self.offered_tools,
+                reasoning_effort=self.reasoning_effort,
             )
         except ValueError as error:
             raise ApiError.of(error) from None

@@ -1,22 +1,26 @@
 """Streams of responses: the engine's outputs as OpenAI's typed events."""
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.events import error_body
-from saqqara.cluster.openai.logprobs import chat_logprobs
 from saqqara.cluster.openai.replies import check_served, to_json
+from saqqara.cluster.openai.tools.reader import AnswerReader
 from saqqara.cluster.request import RequestOutput
 
+from .content_tokens import ContentTokens
 from .output import Output
 from .reply import ResponseHead
 
 logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
+
+
+CountTokens = Callable[[str], Awaitable[int]]
 
 
 class ResponseProgress:
@@ -29,34 +33,73 @@ class ResponseProgress:
     def __init__(self, head: ResponseHead) -> None:
         self.output = Output()
         self._head = head
+        self._reader = AnswerReader(head.answers)
+        self._tokens = ContentTokens(head.sampling.logprobs or 0)
         self._num_chars = 0
         self._num_tokens = 0
 
     def take(self, output: RequestOutput) -> list[Json]:
         """The events of what is new."""
         choice = output.outputs[0]
-        text = choice.text[self._num_chars :]
-        logprobs: list[Json] = []
-        if choice.logprobs is not None:
-            new = choice.logprobs[self._num_tokens :]
-            count = self._head.sampling.logprobs or 0
-            logprobs = chat_logprobs(new, count, show_token_ids=False)["content"]
-        self._num_chars, self._num_tokens = len(choice.text), len(choice.token_ids)
-        events = self.output.add_text(text, logprobs) if text or logprobs else []
+        new = (choice.logprobs or ())[self._num_tokens :]
+        self._num_tokens = len(choice.token_ids)
+        events: list[Json] = []
+        if new and self._head.answers.is_plain:
+            self._tokens.take_all(new)
+        elif new:  # token by token, so that each is with the text that it is of
+            for entry in new:
+                self._tokens.take(entry)
+                num_chars = min(self._tokens.num_chars, len(choice.text))
+                if num_chars > self._num_chars:
+                    self._num_chars = num_chars
+                    events += self._read(choice.text[:num_chars], is_finished=False)
+        self._num_chars = max(self._num_chars, len(choice.text))
+        events += self._read(choice.text, is_finished=choice.finished)
         if choice.finished:
             events += self.output.end(is_cut=choice.finish_reason == "length")
         return events
 
+    def _read(self, text: str, *, is_finished: bool) -> list[Json]:
+        """The events of what a longer text says more."""
+        delta = self._reader.read(text, is_finished=is_finished)
+        logprobs: list[Json] = []
+        if self._head.answers.is_plain:
+            logprobs = self._tokens.give_all()
+        elif delta:
+            logprobs = self._tokens.give(len(delta.content))
+        events: list[Json] = []
+        for call in delta.calls:  # what goes on comes before what is new
+            if call.name is None:
+                events += self.output.add_arguments(call.arguments)
+        if delta.reasoning:
+            events += self.output.add_reasoning(delta.reasoning)
+        if delta.content or logprobs:
+            events += self.output.add_text(delta.content, logprobs)
+        for call in delta.calls:
+            if call.name is not None:
+                events += self.output.begin_call(call.id or "", call.name)
+                events += self.output.add_arguments(call.arguments)
+        return events
 
-def full_response(head: ResponseHead, output: RequestOutput) -> Json:
-    """The answer to a request that is not streamed."""
+
+async def ended_response(
+    head: ResponseHead, progress: ResponseProgress, output: RequestOutput, count: CountTokens
+) -> Json:
+    """The whole response; `output` is the engine's last."""
+    thoughts = progress.output.reasoning
+    num_thoughts = await count(thoughts) if thoughts else 0
+    return head.ended(progress.output.items, output, num_thoughts)
+
+
+async def full_response(head: ResponseHead, output: RequestOutput, count: CountTokens) -> Json:
+    """The answer to a request that is not streamed; `count` counts the tokens of a text."""
     progress = ResponseProgress(head)
     progress.take(output)
-    return head.ended(progress.output.items, output)
+    return await ended_response(head, progress, output, count)
 
 
 async def response_stream(
-    head: ResponseHead, outputs: AsyncIterator[tuple[int, RequestOutput]]
+    head: ResponseHead, outputs: AsyncIterator[tuple[int, RequestOutput]], count: CountTokens
 ) -> AsyncGenerator[bytes, None]:
     """The events of a response, as bytes.
 
@@ -66,6 +109,7 @@ async def response_stream(
     Args:
         head: of the response.
         outputs: (0, what there is of the answer).
+        count: counts the tokens of a text.
     """
     writer = _Writer()
     progress = ResponseProgress(head)
@@ -87,7 +131,7 @@ async def response_stream(
         yield writer.write(_failure(head, progress, error))
     else:
         assert latest is not None, "an answer has at least its end"
-        response = head.ended(progress.output.items, latest)
+        response = await ended_response(head, progress, latest, count)
         yield writer.write([_state(response["status"], response)])
 
 

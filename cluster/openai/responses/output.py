@@ -24,6 +24,11 @@ class Output:
         """What there is so far."""
         return [item.json for item in self._items]
 
+    @property
+    def reasoning(self) -> str:
+        """All thoughts."""
+        return "".join(item.text for item in self._items if item.kind == "reasoning")
+
     def add_text(self, text: str, logprobs: Sequence[Json] = ()) -> list[Json]:
         """More of the message, with the log-probabilities of its tokens."""
         return self._add("message", text, logprobs)
@@ -38,7 +43,8 @@ class Output:
 
     def add_arguments(self, text: str) -> list[Json]:
         """More of the arguments of the latest call."""
-        return self._items[-1].add(text, ())
+        assert self._items[-1].kind == "function_call", "arguments are of a call"
+        return self._items[-1].add(text, ()) if text else []
 
     def end(self, *, is_cut: bool) -> list[Json]:
         """Nothing more comes; an answer without anything is an empty message.

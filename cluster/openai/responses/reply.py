@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saqqara.cluster.openai.replies import usage as chat_usage
+from saqqara.cluster.openai.tools.reader import PLAIN, AnswerFormat
 from saqqara.cluster.request import RequestOutput
 from saqqara.cluster.sampling import SamplingParams
 
@@ -23,6 +24,7 @@ class ResponseHead:
         model: that answers.
         request: what is asked for.
         sampling: how it is sampled, in effect.
+        answers: how answers are read.
     """
 
     id: str
@@ -30,6 +32,7 @@ class ResponseHead:
     model: str
     request: ResponseRequest
     sampling: SamplingParams
+    answers: AnswerFormat = PLAIN
 
     def json(self, output: Sequence[Json], status: str = "in_progress", **more: Any) -> Json:
         """A response with what came out so far; `more` are fields that it ends with."""
@@ -72,27 +75,35 @@ class ResponseHead:
             **more,
         }
 
-    def ended(self, output: Sequence[Json], engine_output: RequestOutput) -> Json:
-        """The whole response; `engine_output` is the engine's last."""
+    def ended(
+        self, output: Sequence[Json], engine_output: RequestOutput, num_thoughts: int
+    ) -> Json:
+        """The whole response; `engine_output` is the engine's last.
+
+        `num_thoughts` are the tokens of its thoughts.
+        """
         is_cut = engine_output.outputs[0].finish_reason == "length"
         details = {"reason": "max_output_tokens"} if is_cut else None
         return self.json(
             output,
             "incomplete" if is_cut else "completed",
             incomplete_details=details,
-            usage=usage(engine_output),
+            usage=usage(engine_output, num_thoughts),
         )
 
 
-def usage(output: RequestOutput) -> Json:
+def usage(output: RequestOutput, num_thoughts: int) -> Json:
     """Tokens of the input and of the answer, and how much of their KV was kept."""
     counted = chat_usage([output])
     kept = {"kv_cache": counted["kv_cache"]} if "kv_cache" in counted else {}
     return {
         "input_tokens": counted["prompt_tokens"],
+        # Nothing is kept from one request to the next.
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": counted["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {
+            "reasoning_tokens": min(num_thoughts, counted["completion_tokens"])
+        },
         "total_tokens": counted["total_tokens"],
         **kept,
     }

@@ -48,7 +48,7 @@ _SAME = (
         "prompt_cache_retention",
         "metadata",
     ),
-    *("parallel_tool_calls", "include_reasoning"),
+    *("parallel_tool_calls", "include_reasoning", "structured_outputs"),
 )
 
 
@@ -105,6 +105,7 @@ class ResponseRequest(BaseModel):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     include_reasoning: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     retention: str | dict[str, Any] | None = None
     budget: int | str | None = None
@@ -152,7 +153,7 @@ class ResponseRequest(BaseModel):
         try:
             return read_request(ResponseChat, given)
         except ApiError as error:
-            raise error.renamed(RENAMED) from None
+            raise _in_our_words(error) from None
 
     def tool_fields(self) -> Mapping[str, Any]:
         """Tools and their choice; of allowed ones, the others are not offered."""
@@ -195,6 +196,14 @@ class ResponseChat(ChatRequest):
     def max_new_tokens(self) -> tuple[str, int | None]:
         """See `GenerationRequest`."""
         return "max_output_tokens", self.max_completion_tokens
+
+
+def _in_our_words(error: ApiError) -> ApiError:
+    """An error of a chat, of the fields that the client has used."""
+    error = error.renamed(RENAMED)
+    message = str(error).replace("text.format.json_schema", "text.format")
+    param = (error.param or "").replace("text.format.json_schema", "text.format") or None
+    return ApiError(error.status, message, param, error.code, error.headers)
 
 
 def read_response(fields: Mapping[str, Any]) -> ResponseRequest:

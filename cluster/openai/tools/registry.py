@@ -28,6 +28,7 @@ _TOOL_SIGNS = (
     ("<tool_call>", "hermes"),
     ("[TOOL_CALLS]", "mistral"),
     ("<|python_tag|>", "llama3_json"),
+    ("<|start_header_id|>ipython", "llama3_json"),
 )
 
 

@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from saqqara.cluster.batch_store.files import Upload
-from saqqara.cluster.batch_store.records import NotFoundError, StoredFile
+from saqqara.cluster.batch_store.records import StoredFile
 from saqqara.cluster.openai.batches import ExpiresAfter
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.requests import read_request
@@ -18,7 +18,7 @@ from saqqara.cluster.server.routes.base import Door, json_reply, register
 
 from .content import FileContent
 from .queries import read_page, read_query
-from .service import BatchService
+from .service import BatchService, told_to_clients
 from .shapes import file_json, page_json
 from .upload import FormReader, boundary_of, check_length
 
@@ -129,10 +129,8 @@ class FileRoutes:
         """`GET /v1/files/{file_id}/content`."""
         owner, files = self._door.owner(request), self._service.store.files
         file = await self._service.call(files.get, owner, file_id)
-        try:
+        with told_to_clients():
             opened = files.open(file)
-        except NotFoundError as error:  # deleted a moment ago
-            raise ApiError(404, str(error), "file_id", "not_found") from None
         try:
             return FileContent(opened, request.headers.get("range"))
         except BaseException:

@@ -54,6 +54,7 @@ class BatchRun:
     poll_seconds: float = 1.0
     _over: asyncio.Event = field(default_factory=asyncio.Event)
     _look: asyncio.Event = field(default_factory=asyncio.Event)
+    _num_bytes: int = 0  # of all results
     _finished: list[LineResult] = field(default_factory=list)
     _committing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -137,6 +138,7 @@ class BatchRun:
         batch, progress = self.lease.batch, self.store.progress
         done = await self._in_thread(progress.done_lines, batch.id)
         losses = await self._in_thread(progress.losses, batch.id)
+        self._num_bytes = await self._in_thread(progress.num_bytes, batch.id)
         # Opened here and not in a thread, which nobody would close it for after a cancel.
         with self.store.files.open(await self._in_thread(self._input)) as file:
             if losses:
@@ -169,6 +171,9 @@ class BatchRun:
 
     async def _run_line(self, line: InputLine) -> None:
         """Answer a line and keep the result."""
+        if self._num_bytes > self.store.limits.max_output_bytes:
+            await self._commit(self._without_room(line))
+            return
         await self._in_thread(self.store.progress.start, self.lease, [line.number])
         try:
             result = self._result(line, await self._answer(line))
@@ -199,6 +204,7 @@ class BatchRun:
     async def _commit(self, result: LineResult) -> None:
         """Keep a result, together with those that come while others are being kept."""
         self._finished.append(result)
+        self._num_bytes += len(result.record)
         async with self._committing:
             results, self._finished = self._finished, []
             if results:
@@ -217,11 +223,19 @@ class BatchRun:
 
     def _lost(self, line: InputLine, num_losses: int) -> LineResult:
         logger.error("%s: line %d is given up", self.lease.batch.id, line.number)
-        error = (
-            "request_lost",
+        why = (
             f"the server's process has ended {num_losses} times while it ran this request, so it "
-            "is not run again",
+            "is not run again"
         )
+        return self._not_run(line, "request_lost", why)
+
+    def _without_room(self, line: InputLine) -> LineResult:
+        most = self.store.limits.max_output_bytes
+        why = f"the answers of the batch have {most} bytes already (batches.max_output_bytes)"
+        return self._not_run(line, "output_too_large", why)
+
+    def _not_run(self, line: InputLine, code: str, why: str) -> LineResult:
+        error = (code, why)
         data = record(self.lease.batch.id, line.number, line.custom_id, None, error)
         return LineResult(line.number, data, is_error=True)
 

@@ -1,8 +1,9 @@
 """A server's files and batches, or none, for its paths and for its life."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from starlette.types import ASGIApp
@@ -91,18 +92,29 @@ class BatchService:
         Raises:
             ApiError: what it raises, for the client.
         """
-        try:
+        with told_to_clients():
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, function, *arguments)
-        except NotFoundError as error:
-            raise ApiError(404, str(error), _field(error), "not_found") from None
-        except StoreLimitError as error:
-            raise ApiError(400, str(error), _field(error), "limit_exceeded") from None
-        except NotPossibleError as error:
-            raise ApiError(400, str(error), _field(error), "invalid_value") from None
-        except StoreBusyError as error:
-            wait = {"Retry-After": str(_RETRY_SECONDS)}
-            raise ApiError(503, str(error), None, "batch_store_busy", wait) from None
+
+
+@contextmanager
+def told_to_clients() -> Iterator[None]:
+    """Turn what the store raises into what a client is told.
+
+    Raises:
+        ApiError: instead.
+    """
+    try:
+        yield
+    except NotFoundError as error:
+        raise ApiError(404, str(error), _field(error), "not_found") from None
+    except StoreLimitError as error:
+        raise ApiError(400, str(error), _field(error), "limit_exceeded") from None
+    except NotPossibleError as error:
+        raise ApiError(400, str(error), _field(error), "invalid_value") from None
+    except StoreBusyError as error:
+        wait = {"Retry-After": str(_RETRY_SECONDS)}
+        raise ApiError(503, str(error), None, "batch_store_busy", wait) from None
 
 
 def _field(error: Exception) -> str | None:

@@ -4,6 +4,7 @@ Neither its file nor its fields are ever in memory as a whole: the file goes to 
 comes, and fields have bounds.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 
 from python_multipart.exceptions import MultipartParseError
@@ -13,6 +14,9 @@ from starlette.requests import Request
 from saqqara.cluster.batch_store.files import Upload
 from saqqara.cluster.batch_store.records import StoreLimitError
 from saqqara.cluster.openai.errors import ApiError
+
+# It warns of each form that is none, of which anybody can send as many as they like.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 FILE = "file"

@@ -30,6 +30,7 @@ class Replies:
         reply: the type of what comes with status 200; None: a text.
         errors: the other statuses, each with an `Error`.
         event: the type of an event, where it may be a stream.
+        last_event: what a stream ends with that is no JSON; its errors are `Error`s then.
         query: schemas of the parameters of the address.
         form: the schema of a body that is `multipart/form-data`.
         has_parts: a part of the answer may be asked for by `Range`, and comes with status 206.
@@ -38,6 +39,7 @@ class Replies:
     reply: Any
     errors: tuple[int, ...] = _KEY
     event: Any = None
+    last_event: str | None = "[DONE]"
     query: Mapping[str, Any] = field(default_factory=dict)
     form: Mapping[str, Any] | None = None
     has_parts: bool = False
@@ -46,7 +48,7 @@ class Replies:
 REPLIES: Mapping[tuple[str, str], Replies] = {
     ("POST", "/v1/chat/completions"): Replies(ChatCompletion, _ANSWERS, ChatCompletionChunk),
     ("POST", "/v1/completions"): Replies(Completion, _ANSWERS, CompletionChunk),
-    ("POST", "/v1/responses"): Replies(ResponseObject, _ANSWERS, ResponseEvent),
+    ("POST", "/v1/responses"): Replies(ResponseObject, _ANSWERS, ResponseEvent, None),
     ("POST", "/tokenize"): Replies(Tokens, _BODY),
     ("POST", "/detokenize"): Replies(Text, _BODY),
     ("GET", "/v1/models"): Replies(Models),

@@ -53,10 +53,11 @@ class ResponseRoutes:
             model=self._generation.model,
             request=body,
             sampling=job.sampling,
+            answers=job.answers,
         )
         if not body.stream:
             output = await unless_disconnected(request, self._finished(job))
-            return json_reply(full_response(head, output))
+            return json_reply(await full_response(head, output, self._count))
         events = self._events(head, job)
         first = await unless_disconnected(request, _next(events))
         return EventStream(first, events)
@@ -105,6 +106,9 @@ class ResponseRoutes:
         except ApiError as error:
             raise error.renamed(RENAMED) from None
 
+    async def _count(self, text: str) -> int:
+        return len(await self._generation.encode_text(text, add_special_tokens=False))
+
     async def _finished(self, job: Job) -> RequestOutput:
         with self._generation.admit(job):
             async with aclosing(self._generation.outputs(job, stream=False)) as source:
@@ -119,7 +123,7 @@ class ResponseRoutes:
             stack.enter_context(self._generation.admit(job))
             outputs = self._generation.outputs(job, stream=True)
             await stack.enter_async_context(aclosing(outputs))
-            events = response_stream(head, outputs)
+            events = response_stream(head, outputs, self._count)
             await stack.enter_async_context(aclosing(events))
             async for piece in events:
                 yield piece

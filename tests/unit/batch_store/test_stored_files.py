@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.stores import ME, YOU, CrashError, Stores, content_of, new_batch, upload
 
+from saqqara.cluster.batch_store.database import StoreBusyError
 from saqqara.cluster.batch_store.files import STALE_SECONDS
 from saqqara.cluster.batch_store.records import (
     NotFoundError,
@@ -196,6 +197,25 @@ def test_expired_files_go_and_so_does_what_dead_writers_left(stores: Stores) -> 
     assert store.files.sweep() == 2
     assert contents(stores) == sorted([kept.id, fresh.name])
     assert store.files.sweep() == 0
+
+
+def test_a_folder_that_does_not_serve_any_more_is_an_error_for_now(stores: Stores) -> None:
+    store = stores.open()
+    file = upload(store, b"x")
+    content = stores.folder / "files" / file.id
+    content.unlink()
+    content.symlink_to(content.name)
+    with pytest.raises(StoreBusyError, match="cannot be read"):
+        store.files.open(file)
+    content.unlink()
+    (stores.folder / "files").rmdir()
+    with pytest.raises(StoreBusyError, match="cannot be written"):
+        upload(store, b"x")
+    with pytest.raises(StoreBusyError), store.database.read() as db:
+        db.execute("SELECT * FROM nothing")
+    with pytest.raises(StoreBusyError), store.database.write("nothing") as db:
+        db.execute("DELETE FROM nothing")
+    assert store.files.list(ME, Page(10)) == ([file], False)
 
 
 def test_a_folder_of_another_version_is_refused(stores: Stores) -> None:

@@ -38,6 +38,7 @@ DEFAULTS = {
     "truncate_prompt_tokens": None,
     "truncation_side": "left",
     "prompt_logprobs": None,
+    "structured_outputs": None,
 }
 
 

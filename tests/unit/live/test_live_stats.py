@@ -1,5 +1,6 @@
 """What an engine shows while it runs is what it does, and reading it disturbs nobody."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from support.fake_clock import FakeClock
 from support.fake_model import SPEC, Ascii, greedy
 from support.fake_replica import PAGE_BYTES, FakeReplica, make_workers
+from support.fragile_replica import FragileReplica
 
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.tokenizer import Tokenizer
@@ -170,3 +172,73 @@ def test_throughput_of_an_engine() -> None:
     assert found.prompt_tokens == len("hello") + 1
     clock.time += 100
     assert engine.live_stats().throughput.generation_tokens_per_second == 0
+
+
+def test_a_lost_rank_is_seen_at_once_and_so_is_the_recovery() -> None:
+    clock = FakeClock()
+    replica = FragileReplica(make_workers(NUM_PAGES, stages=(2, 2)), {2: "died"}, failing_starts=2)
+    clock.on_wait = replica.tick
+    config = EngineConfig(model="fake", executor="ray")
+    engine = Engine(config, replica, Tokenizer(Ascii()), SPEC, clock=clock)
+    engine.add(Request("a", "hello", greedy(max_tokens=9, ignore_eos=True)))
+    while engine.is_ready:
+        engine.step()
+    stats = engine.live_stats()
+    assert not stats.is_ready
+    assert [rank.is_alive for rank in stats.ranks] == [False, False]
+    assert [rank.times_lost for rank in stats.ranks] == [0, 1], "the fake says which"
+    assert stats.queue.waiting == 1
+    text = engine.metrics.render()
+    part = 'device="cpu",hostname="localhost",kv_heads="0-1"'
+    gone = f'saqqara:worker_info{{{part},layers="2-3",model_name="fake",worker="1"}}'
+    for line in [
+        'saqqara:workers{model_name="fake"} 2.0',
+        'saqqara:workers_alive{model_name="fake"} 0.0',
+        'saqqara:workers_lost_total{cause="died",model_name="fake",worker="1"} 1.0',
+        f"{gone} 0.0",
+    ]:
+        assert line in text
+    while replica.num_starts == 0 or replica.failure is not None:
+        engine.step()
+    engine.step()
+    stats = engine.live_stats()
+    assert stats.is_ready
+    assert all(rank.is_alive for rank in stats.ranks)
+    assert stats.recoveries.by_cause == {"died": 1}
+    assert stats.recoveries.down_seconds > 0
+    text = engine.metrics.render()
+    assert 'saqqara:workers_alive{model_name="fake"} 2.0' in text
+    assert f"{gone} 1.0" in text
+    while engine.has_unfinished():
+        engine.step()
+    assert engine.live_stats().queue.finished == {"length": 1}
+    found = dict(re.findall(r"(vllm:request_\w+_time_seconds_sum){[^}]*} (\S+)", text))
+    assert set(found) == {
+        f"vllm:request_{name}_time_seconds_sum"
+        for name in ("queue", "prefill", "decode", "inference")
+    }
+
+
+def test_what_was_never_begun_has_no_times() -> None:
+    engine, _, clock = make(max_num_seqs=1)
+    for name in "ab":
+        engine.add(Request(name, "hello", greedy(max_tokens=30, ignore_eos=True)))
+    step(engine, clock)
+    engine.abort("b")
+    while engine.has_unfinished():
+        step(engine, clock)
+    text = engine.metrics.render()
+
+    def value(name: str) -> float:
+        [found] = re.findall(rf"^vllm:{name}{{[^}}]*}} (\S+)", text, re.M)
+        return float(found)
+
+    assert value("e2e_request_latency_seconds_count") == 2
+    for name in ("queue", "prefill", "decode", "inference"):
+        assert value(f"request_{name}_time_seconds_count") == 1, name
+    assert value("request_queue_time_seconds_sum") <= 1
+    assert value("request_decode_time_seconds_sum") == 29  # a step takes a second
+    assert value("request_time_per_output_token_seconds_sum") == 1
+    assert value("request_generation_tokens_sum") == 30
+    assert value("iteration_tokens_total_sum") == 30 + len("hello") + 1
+    assert value("prefix_cache_queries_total") == len("hello") + 1

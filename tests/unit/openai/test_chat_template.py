@@ -43,6 +43,31 @@ def test_a_template_has_the_variables_it_is_given(tokenizer: Tokenizer) -> None:
     assert text == "calm Hello"
 
 
+def test_an_effort_is_a_variable_of_templates_that_have_it(tokenizer: Tokenizer) -> None:
+    template = "{{ reasoning_effort }} {{ enable_thinking }} {{ messages[0].content }}"
+    assert written(tokenizer, HELLO, chat_template=template, reasoning_effort="high").startswith(
+        "high "
+    )
+    text = written(tokenizer, HELLO, chat_template=template, reasoning_effort="none")
+    assert text == " False Hello"
+    assert written(tokenizer, HELLO, reasoning_effort="none") == written(tokenizer, HELLO)
+    with pytest.raises(ValueError, match=r"reasoning_effort: .* has no such variable"):
+        written(tokenizer, HELLO, reasoning_effort="low")
+
+
+def test_tools_need_a_template_that_has_a_place_for_them(tokenizer: Tokenizer) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert '"name": "f"' in written(
+        tokenizer, HELLO, chat_template="{{ tools | tojson }} {{ messages }}", tools=[tool]
+    )
+    with pytest.raises(ValueError, match=r"tools: .* no place for them; .* --chat-template"):
+        written(tokenizer, HELLO, tools=[tool])
+    call = {"id": "a", "function": {"name": "f", "arguments": "{}"}}
+    messages: Any = [*HELLO, {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(ValueError, match=r"messages\[1\]\.tool_calls: .* --chat-template"):
+        written(tokenizer, messages)
+
+
 def test_settings_of_transformers_are_no_variables() -> None:
     parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     assert set(parameters) - {"kwargs"} <= RESERVED_ARGS

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
+from pydantic import BaseModel
 from support.api_server import ENGINE, MODEL
 from support.byte_llama import CHAT_TEMPLATE, save_tiny_llama
 from support.in_process import InProcessServer
@@ -171,6 +174,18 @@ CASES: dict[str, Case] = {
     ),
     "a prompt without special tokens": completion(add_special_tokens=False, echo=True),
     "a chat with special tokens": chat(add_special_tokens=True, return_token_ids=True),
+    "what vLLM's own client may say": completion(
+        logprob_token_ids=None,
+        repetition_detection=None,
+        return_token_offsets=False,
+        stream_interval=1,
+        thinking_token_budget=-1,
+        watermarking=False,
+        ec_transfer_params=None,
+        session_id="s",
+    ),
+    "a moderated answer": wrong(chat(moderation={"model": "m"}), "moderation"),
+    "a bound on thoughts": wrong(chat(thinking_token_budget=5), "thinking_token_budget"),
     "nested metadata": chat(metadata={"variables": {"{{USER}}": "me"}, "files": [{"a": [1]}]}),
     "text parts": chat(messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]),
     "a truncated prompt": completion(prompt="x" * 500, truncate_prompt_tokens=-1),
@@ -543,3 +558,36 @@ def test_no_line_raises(fields: Json, is_chat: bool) -> None:
     if isinstance(row, BadLine):
         assert row.code != "server_error", row
         assert row.field, row
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [(ChatRequest, chat_params), (CompletionRequest, completion_params)],
+)
+def test_every_field_of_the_official_client_is_known(kind: type[BaseModel], params: Any) -> None:
+    """It is taken, or refused with a reason: none is an unknown field."""
+    assert {*params.CompletionCreateParamsBase.__annotations__} - {*kind.model_fields} == set()
+
+
+def test_simple_lines_show_what_they_ask_of_the_prompt(llm: LLM, tmp_path: Path) -> None:
+    lines: list[Json] = [
+        {"custom_id": "scored", "prompt": "ab", "prompt_logprobs": 0, "return_token_ids": True},
+        {"custom_id": "echoed", "prompt_token_ids": [70, 71, 72], "echo": True, "logprobs": 1},
+        {"custom_id": "plain", "prompt": "ab"},
+    ]
+    records = run_lines(llm, lines, tmp_path)
+    ids = records["scored"]["prompt_token_ids"]
+    [nothing, entry] = records["scored"]["prompt_logprobs"]
+    assert nothing is None
+    assert [*entry] == [str(ids[1])]
+    assert entry[str(ids[1])]["decoded_token"] == "b"
+    echoed = records["echoed"]
+    assert [entry and next(iter(entry)) for entry in echoed["prompt_logprobs"]] == [
+        None,
+        "71",
+        "72",
+    ]
+    assert echoed["text"].startswith("fgh")
+    assert "prompt_logprobs" not in records["plain"]
+    kept = records["plain"]["usage"]["kv_cache"]
+    assert 0 < kept["kept_tokens"] == kept["full_tokens"]

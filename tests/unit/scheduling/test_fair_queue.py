@@ -120,6 +120,18 @@ def test_what_was_taken_beyond_what_was_expected_is_charged_later() -> None:
     assert 3.5 < counts["b"] / counts["a"] < 6.5  # 2,050 tokens against 410
 
 
+def test_what_ends_before_it_waits_earns_its_owner_nothing() -> None:
+    """As a request does that is left while its grammar is compiled."""
+    queue = WaitingQueue()
+    for arrival in range(4):
+        queue.add(make(arrival, "ab"[arrival % 2]))
+    queue.settle(make(4, "a"), has_run=True)
+    queue.settle(make(5, "a"), has_run=False)
+    for arrival in range(6, 8):
+        queue.add(make(arrival, "ba"[arrival % 2]))
+    assert owners(take(queue)) == "ababba"
+
+
 def test_who_has_been_preempted_is_the_first_again() -> None:
     queue = WaitingQueue()
     for arrival in range(10):

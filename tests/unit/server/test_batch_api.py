@@ -3,11 +3,14 @@
 The first test is the whole way of a batch: upload, create, poll, fetch.
 """
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
 import pytest
+from support.api_server import MODEL
 from support.batch_lines import chat_line, completion_line, jsonl, named
 from support.batch_server import KEYS, batch_server, ended, records, submit
 from support.byte_llama import CHAT_TEMPLATE, save_tiny_llama
@@ -146,7 +149,7 @@ async def test_a_server_without_a_folder_says_which_option_gives_one(model: Path
 async def test_a_cancelled_batch_ends_soon_with_what_is_done(model: Path, tmp_path: Path) -> None:
     async with batch_server(model, tmp_path) as server:
         client = server.client()
-        endless = [completion_line(str(i), max_tokens=400, ignore_eos=True) for i in range(200)]
+        endless = [completion_line(str(i), max_tokens=60, ignore_eos=True) for i in range(200)]
         batch = await submit(client, endless, "/v1/completions")
         while batch.request_counts is None or batch.request_counts.completed == 0:
             batch = await client.batches.retrieve(batch.id)
@@ -182,3 +185,45 @@ async def test_a_server_that_ends_hands_its_batches_on(model: Path, tmp_path: Pa
         assert batch.status == "completed"
         answers = await records(client, batch.output_file_id)
         assert list(answers) == [str(i) for i in range(30)]
+
+
+async def test_a_line_may_ask_for_all_that_a_request_may(model: Path, tmp_path: Path) -> None:
+    """Bodies take the way of requests over HTTP, so what those can, lines can."""
+    async with batch_server(model, tmp_path) as server:
+        client = server.client()
+        choice: Any = {"structured_outputs": {"choice": ["yes", "no"]}, "max_tokens": 8}
+        lines = [
+            chat_line("choice", temperature=1, **choice),
+            chat_line("ids", return_token_ids=True, logprobs=True, top_logprobs=2),
+            chat_line("kept", retention={"method": "snapkv", "budget": 64}),
+            chat_line("two", n=2, seed=7, temperature=1),
+            chat_line("wrong", structured_outputs={"regex": "("}),
+        ]
+        batch = await ended(client, await submit(client, lines))
+        answers = await records(client, batch.output_file_id)
+        assert list(answers) == ["choice", "ids", "kept", "two"]
+        choices = {name: r["response"]["body"]["choices"] for name, r in answers.items()}
+        assert choices["choice"][0]["message"]["content"] in ("yes", "no")
+        assert len(choices["ids"][0]["token_ids"]) == len(choices["ids"][0]["logprobs"]["content"])
+        assert len(choices["two"]) == 2
+        [error] = (await records(client, batch.error_file_id)).values()
+        assert error["response"]["status_code"] == 400
+        assert error["response"]["body"]["error"]["param"].startswith("structured_outputs")
+
+
+async def test_a_batch_leaves_a_slot_to_others(model: Path, tmp_path: Path) -> None:
+    async with batch_server(model, tmp_path) as server:
+        client, other = server.client(KEYS[0]), server.client(KEYS[1])
+        endless = [completion_line(str(i), max_tokens=400, ignore_eos=True) for i in range(40)]
+        batch = await submit(client, endless, "/v1/completions")
+        admission = server.server.generation.admission
+        while admission.num_requests < 3:
+            await asyncio.sleep(0.01)
+        most = 0
+        for _ in range(10):
+            answer = await other.completions.create(model=MODEL, prompt="hello", max_tokens=2)
+            assert answer.usage is not None
+            most = max(most, admission.num_requests)
+        assert most <= 3
+        assert (await client.batches.cancel(batch.id)).status == "cancelling"
+        await ended(client, batch)

@@ -280,6 +280,18 @@ async def test_a_batch_rests_while_the_disk_is_full(stores: Stores, point: str) 
     assert (batch.status, batch.num_completed) == ("completed", 6)
 
 
+async def test_a_batch_writes_no_more_than_it_may(stores: Stores) -> None:
+    store, answers = stores.open(max_output_bytes=500), Answers()
+    batch = new_batch(store, 40)
+    async with running(store, answers):
+        batch = await ended(store, batch)
+    assert batch.num_completed == answers.asked.total()
+    assert 0 < batch.num_completed < 12
+    assert batch.num_completed + batch.num_failed == 40
+    errors = records(store, batch.error_file_id)
+    assert {e["error"]["code"] for e in errors.values()} == {"output_too_large"}
+
+
 async def test_owners_are_served_side_by_side(stores: Stores) -> None:
     store, answers = stores.open(), Answers()
     mine, yours = new_batch(store, 2), new_batch(store, 3, owner=YOU)

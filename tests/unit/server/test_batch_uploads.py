@@ -26,7 +26,6 @@ from saqqara.cluster.server.generation import Generation
 from saqqara.cluster.settings import serve_config
 from saqqara.configs.schema import BatchLimits, EngineConfig
 
-BODY_SECONDS = 0.2
 FORM = "multipart/form-data; boundary=x"
 FILE_PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
 PURPOSE = b'\r\n--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch'
@@ -36,14 +35,14 @@ END = b"\r\n--x--\r\n"
 class Server:
     """The application over an engine that has nothing to do."""
 
-    def __init__(self, folder: Path, limits: BatchLimits) -> None:
+    def __init__(self, folder: Path, limits: BatchLimits, body_seconds: float = 300.0) -> None:
         config = EngineConfig(model="fake", max_num_seqs=4)
         tokenizer = Tokenizer(Ascii())
         engine = Engine(config, FakeReplica(make_workers(1000)), tokenizer, SPEC)
         serve = serve_config(
             {
                 "model_loading_config": {"model_id": "m", "model_source": "fake"},
-                "limits": {"body_timeout_seconds": BODY_SECONDS},
+                "limits": {"body_timeout_seconds": body_seconds},
             }
         )
         self.folder = folder / "files"
@@ -200,14 +199,16 @@ async def test_a_full_store_says_so(server: Server) -> None:
     assert server.num_left == 3
 
 
-async def test_an_upload_that_stands_still_gets_408_and_leaves_nothing(server: Server) -> None:
+async def test_an_upload_that_stands_still_gets_408_and_leaves_nothing(tmp_path: Path) -> None:
     async def still() -> AsyncIterator[bytes]:
         yield FILE_PART + b"x"
         await asyncio.Event().wait()
 
-    status, answer = await server.upload(still())
-    assert (status, answer["error"]["code"]) == (408, "request_timeout")
-    assert server.num_left == 0
+    server = Server(tmp_path, BatchLimits(), body_seconds=0.2)
+    async with server.app.router.lifespan_context(server.app):
+        status, answer = await server.upload(still())
+        assert (status, answer["error"]["code"]) == (408, "request_timeout")
+        assert server.num_left == 0
 
 
 async def test_an_upload_of_a_server_that_ends_is_given_up(server: Server) -> None:

@@ -14,6 +14,7 @@ from support.api_server import ENGINE, MODEL
 from support.byte_llama import save_tiny_llama
 from support.described import Description
 from support.local_server import engine_app
+from support.tool_models import CALL, TOOL_TEMPLATE, WEATHER, answering
 
 from saqqara.cluster.openai.requests import ChatRequest
 from saqqara.cluster.openai.responses.request import LOGPROBS
@@ -22,7 +23,7 @@ from saqqara.cluster.server.description.table import REPLIES
 from saqqara.cluster.server.docs import Endpoint, openapi
 
 Json = dict[str, Any]
-CONTEXT = 128
+CONTEXT = 1024
 USER = [{"role": "user", "content": "hi"}]
 
 
@@ -30,7 +31,7 @@ USER = [{"role": "user", "content": "hi"}]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("described") / MODEL
     folder.mkdir()
-    save_tiny_llama(folder, max_position=CONTEXT)
+    save_tiny_llama(folder, max_position=CONTEXT, chat_template=TOOL_TEMPLATE)
     return folder
 
 
@@ -60,6 +61,12 @@ def requests() -> Iterator[tuple[str, str, Json | None]]:
     yield chat()
     yield chat(n=2, logprobs=True, top_logprobs=2, stop=["a"])
     yield chat(logprobs=True, **usage)
+    calling: Json = {"tools": [WEATHER], **answering(f"I look. {CALL}")}
+    yield chat(**calling)
+    yield chat(**calling, **usage)
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    yield chat(**thinking)
+    yield chat(**thinking, **usage)
     yield completion()
     yield completion(prompt=["a", "b"], n=2, logprobs=2, stop_token_ids=[5])
     yield completion(logprobs=0, **usage)
@@ -81,6 +88,12 @@ def requests() -> Iterator[tuple[str, str, Json | None]]:
         truncation="auto",
         store=True,
     )
+    calling["tools"] = [{"type": "function", **WEATHER["function"]}]
+    calling["max_output_tokens"] = calling.pop("max_tokens")
+    yield response(**calling)
+    yield response(**calling, stream=True, include=[LOGPROBS])
+    yield response(**thinking)
+    yield response(**thinking, stream=True)
     yield response(previous_response_id="x")
     yield "POST", "/tokenize", {"messages": USER}
     yield "POST", "/tokenize", {"prompt": "hi", "return_token_strs": True}
@@ -184,9 +197,10 @@ def test_the_document_tells_bounds_and_what_has_no_effect() -> None:
 def test_what_is_not_as_described_is_found() -> None:
     reply = {"type": "object", "required": ["a"], "additionalProperties": False}
     reply |= {"properties": {"a": {"$ref": "#/components/schemas/Number"}}}
+    kinds = [{"const": "[DONE]"}, {"type": "string", "contentSchema": reply}]
     content = {
         "application/json": {"schema": reply},
-        "text/event-stream": {"schema": {"type": "string"}, "x-item-schema": reply},
+        "text/event-stream": {"schema": {"properties": {"data": {"anyOf": kinds}}}},
     }
     description = Description(
         {

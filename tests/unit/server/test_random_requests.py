@@ -39,7 +39,7 @@ def test_no_request_ends_the_engine_or_is_answered_with_a_failure(
     assert {*map(str, edges)} <= {*tally.tried}
     # Half of what is sent aims at edges, most of which are to be refused.
     assert tally.num_finished >= 0.45 * tally.counts.total(), tally.counts
-    assert all(error.startswith(UNFORESEEN) for error in tally.errors)
+    assert all(UNFORESEEN in error for error in tally.errors)
 
 
 def test_requests_are_those_of_the_seed() -> None:

@@ -263,6 +263,40 @@ def test_thoughts_begin_where_the_prompt_begins_them(model: Path, tmp_path: Path
     assert "reasoning_content" not in found[1]
 
 
+@pytest.mark.parametrize(("choice", "content"), [("auto", "[TOOL_CALLS]"), ("none", "")])
+def test_markers_that_are_special_tokens_are_seen(
+    tmp_path: Path, choice: str, content: str
+) -> None:
+    """Without an end it is no call, and content; text without tools has no special tokens."""
+    folder = tmp_path / MODEL
+    template = "{{ tools }}[TOOL_CALLS]{{ messages[0].content }}"
+    save_tiny_llama(folder, chat_template=template)
+    backend = Tokenizer.load(folder).backend
+    backend.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
+    backend.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": len(backend)}))
+    marker = backend.convert_tokens_to_ids("[TOOL_CALLS]")
+
+    async def ask() -> Json:
+        server = InProcessServer(folder)
+        body = chat(
+            tools=[WEATHER],
+            tool_choice=choice,
+            allowed_token_ids=[marker],
+            max_tokens=1,
+            logprobs=True,
+        )
+        status, answer = await server.post(CHATS, body)
+        assert status == 200, answer
+        await server.generation.shutdown()
+        return dict(answer["choices"][0])
+
+    found = asyncio.run(ask())
+    assert found["message"]["content"] == content
+    assert bytes(found["logprobs"]["content"][0]["bytes"]).decode() == content
+
+
 def test_chats_in_python_tell_the_model_of_tools(model: Path) -> None:
     with LLM(str(model), **ENGINE) as llm:
         params = SamplingParams(max_tokens=1)

@@ -24,7 +24,7 @@ def test_it_says_what_the_snapshot_says() -> None:
         "250 of 1,000 used  25.0% on the fullest rank  context 150 of 600 tokens kept",
         "tokens kept of 200  mean of 3 running",
         "1 of 1 alive",
-        "alive  host-0  layers 0-0  pages  25.0%  busy 1 min",
+        "alive  host-0  layers 0-0    pages  25.0%  busy 1 min  decode 40 s  prefill 20 s",
     ):
         assert part in shown, part
 
@@ -91,6 +91,13 @@ def test_time_by_phase_is_that_since_the_last_look() -> None:
     rank = before.ranks[0].model_dump() | {"seconds": {"total": 62.0, "decode": 41.0}}
     after = live_stats(time=1104.0, ranks=[rank])
     assert "busy  50%  decode  25%" in text(after, before=before)
+
+
+def test_a_label_alone_is_dim() -> None:
+    for line in draw(live_stats(), WIDE):
+        assert line.style == ""
+        dim = [span for span in line.spans if span.style == "dim"]
+        assert all(span.end - span.start < len(line.plain) for span in dim)
 
 
 def test_an_engine_that_never_ran() -> None:

@@ -226,6 +226,11 @@ def test_a_parser_is_chosen_by_the_template(name: str | None) -> None:
     assert registry.tool_parser("hermes", SIGNS[name])[0] == "hermes"
 
 
+def test_llamas_other_template_is_known() -> None:
+    template = "{{- '<|start_header_id|>ipython<|end_header_id|>' }}"
+    assert registry.tool_parser("auto", template)[0] == "llama3_json"
+
+
 def test_a_reasoning_parser_is_chosen_by_the_template() -> None:
     templates = ("{{ x.split('</think>') }}", "<\uff5cAssistant\uff5c> </think>", "{{ x }}", None)
     chosen = [registry.reasoning_parser("auto", template)[0] for template in templates]
