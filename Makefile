@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check prove soak chaos batch-scale gpu-check format dashboards
-.PHONY: audit validate-manifests clean clients
+.PHONY: audit validate-manifests clean clients screenshots
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 20
@@ -50,6 +50,9 @@ batch-scale: $(INSTALLED) ## Answer 2 GB of Parquet with kills, and with two rep
 
 chaos: $(INSTALLED) ## A batch job whose processes are killed and stopped (ARGS: see tests/chaos/chaos.py)
 	PYTHONPATH=tests $(BIN)/python tests/chaos/chaos.py $(ARGS)
+
+screenshots: $(INSTALLED) ## Take the pictures of the server's page, docs/images/page*.png
+	PYTHONPATH=tests $(BIN)/python -m support.page_screenshots
 
 clients: $(INSTALLED) ## Run existing clients against a server (ARGS="--only openai litellm": these)
 	PYTHONPATH=tests $(BIN)/python tests/clients/run.py $(ARGS)

@@ -29,6 +29,7 @@ from saqqara.workers.models.demo import fetch_demo_model
 
 HERE = Path(__file__).resolve().parent
 TASKS = HERE.parent / "support" / "lm_eval_tasks"
+TEMPLATE = HERE / "hermes.jinja"  # the demo model's own has no place for tools
 KEY = "sk-clients"
 ENGINE = {"dtype": "float32", "device": "cpu", "max_num_seqs": 8, "kv_memory_gib": 1.0}
 END_SECONDS = 10.0
@@ -99,7 +100,7 @@ def main() -> int:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clients-")))
         folder = (arguments.environments or scratch).resolve()
         model = (arguments.model or fetch_demo_model()).resolve()
-        url = stack.enter_context(serving(model, scratch / "server.log", on_ray=arguments.serve))
+        url = stack.enter_context(serving(model, scratch, on_ray=arguments.serve))
         env = {
             **os.environ,
             "SAQQARA_CLIENT_URL": url,
@@ -130,17 +131,18 @@ def end_on_signals() -> None:
 
 
 @contextmanager
-def serving(model: Path, log: Path, *, on_ray: bool) -> Iterator[str]:
-    """A server with one engine, and its URL."""
+def serving(model: Path, folder: Path, *, on_ray: bool) -> Iterator[str]:
+    """A server with one engine, its log and batches in a folder; yields its URL."""
+    given = {"chat_template": str(TEMPLATE), "batch_dir": str(folder / "batches")}
     if not on_ray:
-        app = engine_app(model, keys=[KEY], engine_kwargs=ENGINE)
+        app = engine_app(model, keys=[KEY], engine_kwargs=ENGINE, **given)
         with listening(app) as url:
             yield url
         return
     flags = ["--model", str(model)]
-    for name, value in ENGINE.items():
+    for name, value in {**ENGINE, **given}.items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
-    with running_server(log, *flags, keys=KEY) as server:
+    with running_server(folder / "server.log", *flags, keys=KEY) as server:
         yield server.url
 
 

@@ -81,6 +81,10 @@ class Page:
 
         until(self.driver, done, f"{num_answers} answers are done")
 
+    def settled(self) -> bool:
+        """Whether no transition is on its way."""
+        return bool(self.driver.execute_script("return document.getAnimations().length === 0"))
+
     def problems(self) -> list[Any]:
         """What the browser's console has to complain of since the last time."""
         entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
