@@ -62,7 +62,7 @@ class ResponseHead:
             "service_tier": "default",
             "store": False,
             "temperature": self.sampling.temperature,
-            "text": {"format": {"type": "text"}, "verbosity": "medium", **text},
+            "text": {"format": {"type": "text"}, **text, "verbosity": "medium"},
             "tool_choice": (choice or "auto")
             if choice is None or isinstance(choice, str)
             else choice.model_dump(exclude_none=True),
