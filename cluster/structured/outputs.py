@@ -83,13 +83,13 @@ class StructuredOutputs:
 
     @model_validator(mode="before")
     @classmethod
-    def _check_names(cls, given: Any) -> Any:
-        """Say of the first unknown field alone that there is no such field."""
-        for name in given if isinstance(given, Mapping) else ():
-            if name not in cls.__dataclass_fields__:
-                known = ", ".join((*KINDS, "whitespace_pattern", "disable_any_whitespace"))
-                raise ValueError(f"{str(name)!r:.100} is no field of it; there are {known}")
-        return given
+    def _one_unknown(cls, given: Any) -> Any:
+        """Leave one unknown field to be refused: a body may have a million."""
+        if not isinstance(given, Mapping):
+            return given
+        unknown = [name for name in given if name not in cls.__dataclass_fields__]
+        more = set(unknown[1:])
+        return {name: value for name, value in given.items() if name not in more}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -101,6 +101,7 @@ def on_terminal(
     env |= {"TERM": "xterm-256color", "LANG": "C.UTF-8", "PYTHONUTF8": "1", **(variables or {})}
 
     def own_terminal() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in a shell's background ignores it
         os.setsid()
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
