@@ -2,10 +2,10 @@
 
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TextIO
 
@@ -76,8 +76,8 @@ def follow(source: Source, interval: float, console: Console | None = None) -> N
             plain = not console.encoding.startswith("utf")
             look = Look(console.width, console.height, plain)
             live.update(Group(*seen.lines(look)), refresh=True)
-            wakeup.wait(max(due - time.monotonic(), 0))
-            wakeup.clear()
+            with suppress(Empty):
+                wakeup.get(timeout=max(due - time.monotonic(), 0))
 
 
 class _Seen:
@@ -130,12 +130,12 @@ class _Seen:
 
 
 @contextmanager
-def _wakened() -> Iterator[threading.Event]:
-    """An event that a change of the terminal's size sets; SIGTERM ends as Ctrl-C does."""
-    wakeup = threading.Event()
+def _wakened() -> Iterator[SimpleQueue[int]]:
+    """A queue that a change of the terminal's size puts into; SIGTERM ends as Ctrl-C does."""
+    wakeup: SimpleQueue[int] = SimpleQueue()  # the lock of an Event could be held by who waits
 
     def resized(signum: int, frame: FrameType | None) -> None:
-        wakeup.set()
+        wakeup.put(signum)
 
     def ended(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
