@@ -96,7 +96,10 @@ class FailoverClient:
         self._call(lambda client: client.abort(ids))
 
     def report(self) -> EngineReport:
-        """Measurements of the engine that runs now; `recoveries`, `down_seconds` are of all."""
+        """Measurements of the engine that runs now; `recoveries`, `down_seconds` are of all.
+
+        What a lost controller had recovered from is that of the last report before its loss.
+        """
         report = self._latest = self._call(lambda client: client.report())
         if not self._recoveries:
             return report

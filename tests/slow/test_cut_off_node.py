@@ -89,6 +89,7 @@ def test_a_job_goes_on_where_a_node_with_ranks_is_cut_off(
         job.await_rows()
         assert len([*left.actors("RankProcess"), *spare.actors("RankProcess")]) == 4
         cut_off.mend()
+        job.await_report()
 
         await_started([spare])
         assert left.actors("Controller")

@@ -82,6 +82,19 @@ class NodeJob:
             time.sleep(0.05)
         logger.info("%d rows more after %.1f s", ROWS_BETWEEN, time.monotonic() - started)
 
+    def await_report(self) -> None:
+        """Wait until the job has asked its engine again how it fares, which it does as it logs.
+
+        What a controller has recovered from is known after its loss only if somebody asked before.
+        """
+        assert self._process is not None
+        started = time.monotonic()
+        before = self._num_logged()
+        while self._num_logged() == before:
+            assert self._process.poll() is None, self._last_words()
+            assert time.monotonic() < started + STUCK_SECONDS, self._last_words()
+            time.sleep(0.05)
+
     def check_answers(self) -> None:
         """Assert that each row has the one answer that it has in a process of its own."""
         alone = self._output.with_name("alone.jsonl")
@@ -96,6 +109,9 @@ class NodeJob:
         assert summary.integrity == "ok, owners proved"
         assert summary.report is not None
         return dict(summary.report.recoveries)
+
+    def _num_logged(self) -> int:
+        return self.log.read_text().count(f" of {self._num_rows} rows, ")
 
     def _num_written(self) -> int:
         return self._output.read_bytes().count(b"\n") if self._output.exists() else 0
