@@ -3,7 +3,6 @@
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -30,12 +29,14 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig, ServeConfig
 
 from .admission import Admission
+from .desk import Desk
 from .io import merged
 
 T = TypeVar("T")
 
 _LEAST_SECONDS = 1e-6  # of a request whose time is over: the engine ends it at once
 LONG_TEXT_CHARS = 8192  # a longer text is tokenised in a thread: it takes milliseconds
+FORM_CHARS = 1_000_000  # what takes as long to tokenise as a grammar may take to check
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class Generation:
         trusts_templates: whether clients may bring chat templates.
         shows_tokenizer: whether clients may read the tokenizer's settings.
         style: how the model writes thoughts and calls.
+        parsing: where long bodies are read.
     """
 
     def __init__(
@@ -125,7 +127,8 @@ class Generation:
         self._vocab_size = engine.vocab_size
         self._metrics = engine.metrics
         self._live_stats = engine.live_stats
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self.parsing = Desk("parse", self.admission.capacity_of)
+        self._desk = Desk("tokenize", self.admission.capacity_of)
         self._engine = AsyncEngine(engine)
 
     @property
@@ -150,7 +153,8 @@ class Generation:
         """End the engine; whoever still waits for it gets an error."""
         self.admission.close()
         await asyncio.to_thread(self._engine.shutdown)
-        self._threads.shutdown(wait=False)
+        self._desk.close()
+        self.parsing.close()
 
     def admit(self, job: Job) -> AbstractContextManager[None]:
         """Hold room for a job; see `Admission.enter`."""
@@ -173,9 +177,8 @@ class Generation:
         self.check_model(request.model)
         request.check_limits(self.limits)
         request.check_profile()
-        # A grammar takes up to a second to check.
-        off_loop = 0 if request.structure is None else 1 + LONG_TEXT_CHARS
-        sampling = await self._off_loop_if_long(off_loop, request.sampling_params)
+        cost = 0 if request.structure is None else FORM_CHARS
+        sampling = await self._off_loop_if_long(caller.owner, cost, request.sampling_params)
         retention = request.read_retention(self._retention)
         texts: list[str | None] = [None]
         answers = PLAIN
@@ -183,7 +186,7 @@ class Generation:
         if isinstance(request, ChatRequest):
             self._check_tools(request)
             options = request.chat_options(trusts_templates=self.trusts_templates)
-            encoded = await self.encode_chat(request.messages, options)
+            encoded = await self.encode_chat(request.messages, options, caller.owner)
             prompts = [self._fitting("messages", encoded)]
             answers = self.style.answer_format(
                 request.tool_use,
@@ -195,7 +198,7 @@ class Generation:
         else:
             given = request.prompts(self.limits.max_prompts)
             adds = request.add_special_tokens is not False
-            prompts = [await self._encode(p, add_special_tokens=adds) for p in given]
+            prompts = [await self._encode(p, caller.owner, add_special_tokens=adds) for p in given]
             texts = [prompt if isinstance(prompt, str) else None for prompt in given]
         job = Job(
             tuple(map(tuple, prompts)),
@@ -243,32 +246,34 @@ class Generation:
             async for item in both:
                 yield item
 
-    async def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
+    async def encode_text(
+        self, text: str, owner: str = "", *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Token ids of a text; `owner` is who asks, as in `Caller`."""
 
         def encode() -> list[int]:
             return self.tokenizer.encode(text, add_special_tokens)
 
-        return await self._off_loop_if_long(len(text), encode)
+        return await self._off_loop_if_long(owner, len(text), encode)
 
-    async def decode(self, token_ids: Sequence[int]) -> str:
+    async def decode(self, token_ids: Sequence[int], owner: str = "") -> str:
         """The text of token ids, special ones by their names."""
 
         def decode() -> str:
             return self.tokenizer.decode(token_ids, skip_special_tokens=False)
 
-        return await self._off_loop_if_long(len(token_ids), decode)
+        return await self._off_loop_if_long(owner, len(token_ids), decode)
 
-    async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+    async def token_strings(self, token_ids: Sequence[int], owner: str = "") -> list[str]:
         """Tokens as the vocabulary spells them."""
 
         def spell() -> list[str]:
             return self.tokenizer.token_strings(token_ids)
 
-        return await self._off_loop_if_long(len(token_ids), spell)
+        return await self._off_loop_if_long(owner, len(token_ids), spell)
 
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions, owner: str = ""
     ) -> list[int]:
         """Token ids of a conversation.
 
@@ -280,7 +285,8 @@ class Generation:
             return self.tokenizer.apply_chat(messages, options)
 
         try:
-            return await self._off_loop_if_long(num_characters([*messages, *options.tools]), encode)
+            num_chars = num_characters([*messages, *options.tools])
+            return await self._off_loop_if_long(owner, num_chars, encode)
         except ValueError as error:
             raise ApiError.of(error, "messages") from None
 
@@ -298,9 +304,11 @@ class Generation:
         except ValueError as error:
             raise ApiError.of(error) from None
 
-    async def _encode(self, prompt: str | list[int], *, add_special_tokens: bool) -> list[int]:
+    async def _encode(
+        self, prompt: str | list[int], owner: str, *, add_special_tokens: bool
+    ) -> list[int]:
         if isinstance(prompt, str):
-            ids = await self.encode_text(prompt, add_special_tokens=add_special_tokens)
+            ids = await self.encode_text(prompt, owner, add_special_tokens=add_special_tokens)
             return self._fitting("prompt", ids)
         return prompt  # the engine checks what did not come from the tokenizer
 
@@ -310,10 +318,10 @@ class Generation:
         except ValueError as error:
             raise ApiError.of(error, field) from None
 
-    async def _off_loop_if_long(self, num_chars: int, function: Callable[[], T]) -> T:
+    async def _off_loop_if_long(self, owner: str, num_chars: int, function: Callable[[], T]) -> T:
         if num_chars <= LONG_TEXT_CHARS:
             return function()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+        return await self._desk.run(owner, num_chars, function)
 
     def _check_logprobs(self, job: Job) -> None:
         """Raise an `ApiError` where the answer could have more than this server gives."""

@@ -13,7 +13,8 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from saqqara.configs.json_text import parse_json
-from saqqara.workers.grammar.compiler import first_line, parser_limits
+from saqqara.workers.grammar.compiler import first_line
+from saqqara.workers.grammar.trial import shared_trial
 
 from .narrowing import narrowed
 
@@ -181,10 +182,8 @@ def _written(schema: dict[str, Any]) -> str:
 @lru_cache(maxsize=64)  # the same few schemas come again and again
 def _error_of(text: str) -> str | None:
     """What is wrong with a grammar, or None."""
-    from llguidance import LLMatcher
-
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(text, limits=parser_limits())
-    return first_line(messages[0]) if is_error else None
+    error = shared_trial().error_of(text)
+    return None if error is None else first_line(error)
 
 
 def _as_lark(grammar: str) -> str:

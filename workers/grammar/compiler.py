@@ -14,6 +14,16 @@ from saqqara.workers.plan import Grammar
 
 MAX_GRAMMARS = 64
 MAX_GRAMMAR_BYTES = 8 << 20  # of the texts of those that are kept
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_items_in_row": 2_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 250_000,
+    "verbose_errors": False,
+}
+"""Of `llguidance.LLParserLimits`."""
 
 Key = tuple[str, tuple[int, ...]]
 
@@ -75,6 +85,8 @@ class Compiler:
 
         text, eos_token_ids = key
         made = LLMatcher(self._table(eos_token_ids), text, log_level=0, limits=parser_limits())
+        if not made.is_error():
+            made.compute_bitmask()  # the first mask may cost most, which no step should wait for
         if made.is_error():
             raise ValueError(first_line(made.get_error()))
         with self._changing:
@@ -124,15 +136,7 @@ def parser_limits() -> Any:
     """
     from llguidance import LLParserLimits
 
-    return LLParserLimits(
-        initial_lexer_fuel=1_000_000,
-        step_lexer_fuel=200_000,
-        step_max_items=50_000,
-        max_items_in_row=2_000,
-        max_lexer_states=50_000,
-        max_grammar_size=250_000,
-        verbose_errors=False,
-    )
+    return LLParserLimits(**LIMITS)
 
 
 def first_line(message: str) -> str:

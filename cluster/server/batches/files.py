@@ -1,7 +1,9 @@
 """`/v1/files`: upload, list, look at, read and delete."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -20,10 +22,11 @@ from .content import FileContent
 from .queries import read_page, read_query
 from .service import BatchService, told_to_clients
 from .shapes import file_json, page_json
-from .upload import FormReader, boundary_of, check_length
+from .upload import FormReader, boundary_of, check_length, declared_length
 
 PURPOSES = ("batch", "batch_output")
 MAX_UPLOADS = 32  # at once
+MAX_UPLOADS_OF_KEY = 8  # where others have keys, too
 _LEAST_BYTES_PER_SECOND = 100_000  # of an upload beyond the time that any body has
 _RETRY_SECONDS = 5
 _MAX_FILES = 10_000  # of a page
@@ -48,7 +51,7 @@ class FileRoutes:
     def __init__(self, door: Door, service: BatchService) -> None:
         self._door = door
         self._service = service
-        self._num_uploads = 0
+        self._uploads: Counter[str] = Counter()  # by who sends them
 
     def add_to(self, app: FastAPI) -> None:
         """Register the paths."""
@@ -72,22 +75,34 @@ class FileRoutes:
         check_length(request, limits.max_file_bytes)
         admission = self._door.generation.admission
         admission.check_open()
-        if self._num_uploads >= MAX_UPLOADS:
-            wait = {"Retry-After": str(_RETRY_SECONDS)}
-            raise ApiError(429, f"{MAX_UPLOADS} uploads are under way", None, "queue_full", wait)
-        self._num_uploads += 1
-        try:
+        with self._place(self._door.sharer(request)):
             reading = self._receive(request, owner, boundary)
             file = await race(reading, admission.wait_closed(), DrainingError())
-        finally:
-            self._num_uploads -= 1
         return json_reply(file_json(file))
+
+    @contextmanager
+    def _place(self, sharer: str) -> Iterator[None]:
+        """Hold one of the places for uploads; a key has some of them, so that others find one."""
+        most = MAX_UPLOADS_OF_KEY if sharer else MAX_UPLOADS
+        if self._uploads[sharer] >= most or self._uploads.total() >= MAX_UPLOADS:
+            wait = {"Retry-After": str(_RETRY_SECONDS)}
+            is_share = self._uploads[sharer] >= most and bool(sharer)
+            code = "queue_share_full" if is_share else "queue_full"
+            whose = "of this key " if is_share else ""
+            count = self._uploads[sharer] if is_share else MAX_UPLOADS
+            raise ApiError(429, f"{count} uploads {whose}are under way", None, code, wait)
+        self._uploads[sharer] += 1
+        try:
+            yield
+        finally:
+            self._uploads[sharer] -= 1
 
     async def _receive(self, request: Request, owner: str, boundary: bytes) -> StoredFile:
         service = self._service
         limits = self._door.generation.limits
         most = service.store.limits.max_file_bytes
-        seconds = limits.body_timeout_seconds + most / _LEAST_BYTES_PER_SECOND
+        length = min(declared_length(request) or most, most)
+        seconds = limits.body_timeout_seconds + length / _LEAST_BYTES_PER_SECOND
         upload = await service.call(service.store.files.begin, owner)
         with upload:
             form = FormReader(boundary, upload)

@@ -5,6 +5,7 @@ comes, and fields have bounds.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 
 from python_multipart.exceptions import MultipartParseError
@@ -43,12 +44,17 @@ def boundary_of(request: Request) -> bytes:
     return boundary
 
 
-def check_length(request: Request, max_file_bytes: int) -> None:
-    """Raise an `ApiError` (413) if the body says that its file is larger than it may be."""
+def declared_length(request: Request) -> int | None:
+    """The bytes that a body says it has; None where it does not say."""
     length = request.headers.get("content-length", "")
     if not (length.isascii() and length.isdigit()):
-        return
-    if len(length) > MAX_LENGTH_DIGITS or int(length) > max_file_bytes + FORM_BYTES:
+        return None
+    return int(length) if len(length) <= MAX_LENGTH_DIGITS else sys.maxsize
+
+
+def check_length(request: Request, max_file_bytes: int) -> None:
+    """Raise an `ApiError` (413) if the body says that its file is larger than it may be."""
+    if (declared_length(request) or 0) > max_file_bytes + FORM_BYTES:
         message = f"file: it may have at most {max_file_bytes} bytes (batches.max_file_bytes)"
         raise ApiError(413, message, FILE, "request_too_large")
 

@@ -41,12 +41,13 @@ class TokenRoutes:
         """`POST /tokenize`: the token ids of a text or a chat."""
         body = await self._door.read(request, TokenizeRequest)
         self._generation.check_model(body.model)
+        owner = self._door.sharer(request)
         if body.messages is not None:
             options = body.chat_options(trusts_templates=self._generation.trusts_templates)
-            tokens = await self._generation.encode_chat(body.messages, options)
+            tokens = await self._generation.encode_chat(body.messages, options, owner)
         else:
             tokens = await self._generation.encode_text(
-                body.prompt or "", add_special_tokens=body.add_special_tokens is not False
+                body.prompt or "", owner, add_special_tokens=body.add_special_tokens is not False
             )
         reply: dict[str, Any] = {
             "tokens": tokens,
@@ -54,7 +55,7 @@ class TokenRoutes:
             "max_model_len": self._generation.max_model_len,
         }
         if body.return_token_strs:
-            reply["token_strs"] = await self._generation.token_strings(tokens)
+            reply["token_strs"] = await self._generation.token_strings(tokens, owner)
         return json_reply(reply)
 
     async def info(self, request: Request) -> Response:
@@ -71,4 +72,5 @@ class TokenRoutes:
             if not 0 <= token < tokenizer.vocab_size:
                 field = f"tokens[{place}]"
                 raise ApiError(400, f"{field}={token} is no token", field, "invalid_value")
-        return json_reply({"prompt": await self._generation.decode(body.tokens)})
+        owner = self._door.sharer(request)
+        return json_reply({"prompt": await self._generation.decode(body.tokens, owner)})

@@ -19,7 +19,7 @@ from saqqara.cluster.batch_store.records import Page
 from saqqara.cluster.batch_store.store import Store
 from saqqara.cluster.engine.engine import Engine
 from saqqara.cluster.engine.tokenizer import Tokenizer
-from saqqara.cluster.server.api_keys import ANYBODY, ApiKeys
+from saqqara.cluster.server.api_keys import ANYBODY, KEYS_VARIABLE, ApiKeys
 from saqqara.cluster.server.app import make_app
 from saqqara.cluster.server.batches import files
 from saqqara.cluster.server.generation import Generation
@@ -35,7 +35,9 @@ END = b"\r\n--x--\r\n"
 class Server:
     """The application over an engine that has nothing to do."""
 
-    def __init__(self, folder: Path, limits: BatchLimits, body_seconds: float = 300.0) -> None:
+    def __init__(
+        self, folder: Path, limits: BatchLimits, body_seconds: float = 300.0, keys: str = ""
+    ) -> None:
         config = EngineConfig(model="fake", max_num_seqs=4)
         tokenizer = Tokenizer(Ascii())
         engine = Engine(config, FakeReplica(make_workers(1000)), tokenizer, SPEC)
@@ -48,7 +50,8 @@ class Server:
         self.folder = folder / "files"
         self.store = Store(folder, limits)
         self.generation = Generation(serve, config, engine, tokenizer)
-        self.app = make_app(self.generation, ApiKeys(), store=self.store)
+        given_keys = {KEYS_VARIABLE: keys} if keys else {}
+        self.app = make_app(self.generation, ApiKeys.load(None, given_keys), store=self.store)
         self.http = httpx2.AsyncClient(
             transport=httpx2.ASGITransport(app=self.app), base_url="http://127.0.0.1"
         )
@@ -227,11 +230,17 @@ async def test_an_upload_of_a_server_that_ends_is_given_up(server: Server) -> No
     assert server.num_left == 0
 
 
+@pytest.mark.parametrize(
+    ("keys", "bound", "code"),
+    [("", "MAX_UPLOADS", "queue_full"), ("a,b", "MAX_UPLOADS_OF_KEY", "queue_share_full")],
+)
 async def test_more_uploads_at_once_than_may_be_are_told_to_wait(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: str, bound: str, code: str
 ) -> None:
-    monkeypatch.setattr(files, "MAX_UPLOADS", 1)
+    monkeypatch.setattr(files, bound, 1)
     come, go = asyncio.Event(), asyncio.Event()
+    small = FILE_PART + b"x" + PURPOSE + END
+    own, others = {"Authorization": "Bearer a"}, {"Authorization": "Bearer b"}
 
     async def slow() -> AsyncIterator[bytes]:
         yield FILE_PART + b"x"
@@ -239,12 +248,15 @@ async def test_more_uploads_at_once_than_may_be_are_told_to_wait(
         await go.wait()
         yield PURPOSE + END
 
-    first = asyncio.ensure_future(server.upload(slow()))
-    await come.wait()
-    status, answer = await server.upload(FILE_PART + b"x" + PURPOSE + END)
-    assert (status, answer["error"]["code"]) == (429, "queue_full")
-    go.set()
-    assert (await first)[0] == 200
+    server = Server(tmp_path, BatchLimits(), keys=keys)
+    async with server.app.router.lifespan_context(server.app):
+        first = asyncio.ensure_future(server.upload(slow(), **own))
+        await come.wait()
+        status, answer = await server.upload(small, **own)
+        assert (status, answer["error"]["code"]) == (429, code)
+        assert (await server.upload(small, **others))[0] == (200 if keys else 429)
+        go.set()
+        assert (await first)[0] == 200
 
 
 async def test_a_large_upload_is_never_in_memory(tmp_path: Path) -> None:
