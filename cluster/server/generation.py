@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 _LEAST_SECONDS = 1e-6  # of a request whose time is over: the engine ends it at once
 LONG_TEXT_CHARS = 8192  # a longer text is tokenised in a thread: it takes milliseconds
-FORM_CHARS = 1_000_000  # what takes as long to tokenise as a grammar may take to check
+FORM_CHARS = 1_000_000  # what takes as long to tokenise as a grammar may take, or a template
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +285,9 @@ class Generation:
             return self.tokenizer.apply_chat(messages, options)
 
         try:
-            num_chars = num_characters([*messages, *options.tools])
+            num_chars = num_characters([*messages, *options.tools, options.template_args])
+            if options.chat_template is not None:  # a client's may run as long as it can
+                num_chars += FORM_CHARS
             return await self._off_loop_if_long(owner, num_chars, encode)
         except ValueError as error:
             raise ApiError.of(error, "messages") from None

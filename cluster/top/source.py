@@ -6,16 +6,16 @@ import socket
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
-
-from pydantic import ValidationError
 
 from saqqara.cluster.live.snapshot import LiveStats
 
 KEY_VARIABLE = "SAQQARA_API_KEY"
 SERVER_KEYS_VARIABLE = "SAQQARA_API_KEYS"  # the server's own, for whoever is in its shell
 _MAX_BYTES = 8 * 2**20  # of an answer: some thousand ranks
+_MOST = 2.0**63
+_MAX_REASON_CHARS = 200
 _PATHS = ("/stats", "/v1", "/metrics")  # what people have at hand; `/stats` stands beside them
 
 
@@ -118,11 +118,13 @@ class Source:
         if status != 200:
             raise WrongAnswerError(f"{self.address}/stats answers {status}; is it a Saqqara?")
         try:
-            return LiveStats.model_validate_json(body)
-        except ValidationError:
+            stats = LiveStats.model_validate_json(body)
+            _check_numbers(stats.model_dump())
+        except ValueError:
             raise WrongAnswerError(
                 f"{self.address}/stats is not what this version reads; is it a Saqqara?"
             ) from None
+        return stats
 
     def _get(self) -> tuple[int, bytes]:
         """Status and body; redirects are not followed, so the key goes nowhere else."""
@@ -150,6 +152,15 @@ class Source:
             connection.close()
 
 
+def _check_numbers(value: Any) -> None:
+    """Raise a ValueError for what no engine counts: it would be drawn as bars without end."""
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_numbers(item)
+    elif isinstance(value, int | float) and not 0 <= value < _MOST:
+        raise ValueError(f"{value} is out of range")
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "it takes too long"
@@ -157,4 +168,5 @@ def _reason(error: Exception) -> str:
         return "there is no such host"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    return f"{type(error).__name__}: {error}"
+    said = f"{type(error).__name__}: {error}"  # whatever a server has sent instead of an answer
+    return "".join(c if c.isprintable() else "?" for c in said[:_MAX_REASON_CHARS])

@@ -209,7 +209,7 @@ def _ranks(stats: LiveStats, look: Look, before: LiveStats | None) -> list[Text]
     title = [_label("ranks"), Text(f"{alive} of {len(stats.ranks)} alive", style=style), Text(told)]
     earlier = {} if before is None else {rank.rank: rank for rank in before.ranks}
     seconds = 0.0 if before is None else stats.time - before.time
-    hosts = max(len(rank.hostname) for rank in stats.ranks)
+    hosts = max((len(rank.hostname) for rank in stats.ranks), default=0)
     return [
         _fitting(title, look.width),
         *(_rank(r, look, hosts, earlier.get(r.rank), seconds) for r in stats.ranks),

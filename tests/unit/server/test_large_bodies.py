@@ -26,12 +26,15 @@ from saqqara.cluster.openai.requests import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
+    read_object,
     read_request,
 )
 from saqqara.cluster.openai.responses.request import ResponseRequest
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.server.generation import LONG_TEXT_CHARS
 from saqqara.cluster.server.io import read_body
+from saqqara.cluster.server.routes import base
+from saqqara.cluster.server.routes.base import LONG_BODY_BYTES
 
 MANY = 2000
 WRONG: list[Any] = [
@@ -109,13 +112,39 @@ def test_a_long_text_is_read_beside_the_event_loop(
             {"role": long, "content": "a"},
         ):
             assert (await server.post("/tokenize", {"messages": [message]}))[0] == 200
+        short: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}]}
+        kwargs = {"chat_template_kwargs": {"a": long}}
+        assert (await server.post("/tokenize", short | kwargs))[0] == 200
         assert (await server.post("/detokenize", {"tokens": [65] * len(long)}))[0] == 200
         await server.generation.shutdown()
 
     save_tiny_llama(tmp_path, chat_template=CHAT_TEMPLATE)
     asyncio.run(ask())
-    assert len(threads) == 4
+    assert len(threads) == 5
     assert all(name.startswith("tokenize") for name in threads), threads
+
+
+def test_a_long_body_is_parsed_beside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many small values it takes a second; its errors come as others do."""
+    threads: list[str] = []
+
+    def note(text: str | bytes, what: str) -> dict[str, Any]:
+        threads.append(threading.current_thread().name)
+        return read_object(text, what)
+
+    async def ask() -> None:
+        server = InProcessServer(tmp_path)
+        monkeypatch.setattr(base, "read_object", note)
+        body = {"model": MODEL, "prompt": [[1]] * LONG_BODY_BYTES}
+        status, answer = await server.post("/v1/completions", body)
+        assert (status, answer["error"]["param"]) == (400, "prompt")
+        await server.generation.shutdown()
+
+    save_tiny_llama(tmp_path, chat_template=CHAT_TEMPLATE)
+    asyncio.run(ask())
+    assert threads == ["parse_0"]
 
 
 @pytest.mark.parametrize(

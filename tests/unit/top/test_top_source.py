@@ -1,5 +1,7 @@
 """`saqqara top` asks where it was told, shows its key to nobody else, and says what is wrong."""
 
+import socket
+import threading
 from collections.abc import Mapping
 
 import pytest
@@ -17,6 +19,7 @@ from saqqara.cluster.top.source import (
 )
 
 GOOD = live_stats().model_dump_json().encode()
+ODD = (b"NaN", b"1e999", b"-1.0", b"1" + b"0" * 400)  # any of these ended the screen
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,7 @@ def test_a_snapshot_is_read_with_the_key() -> None:
         (503, b"", NoAnswerError, "answers 503"),
         (200, b"<html>", WrongAnswerError, "not what this version reads"),
         (200, b"{}", WrongAnswerError, "not what this version reads"),
+        *((200, GOOD.replace(b"200.0", wrong), WrongAnswerError, "not what this") for wrong in ODD),
     ],
 )
 def test_other_answers(status: int, body: bytes, error: type[Exception], message: str) -> None:
@@ -97,6 +101,23 @@ def test_a_newer_server_may_say_more() -> None:
     more = GOOD.replace(b'{"model"', b'{"news":[1],"model"', 1)
     with answering(lambda path, headers: (200, {}, more)) as port:
         assert Source(Address.parse(f"127.0.0.1:{port}"), None).read() == live_stats()
+
+
+def test_what_is_no_http_is_told_without_codes_for_the_terminal() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=_say_nonsense, args=(listener,))
+        thread.start()
+        with pytest.raises(NoAnswerError, match="does not answer: BadStatusLine") as caught:
+            Source(Address.parse(f"127.0.0.1:{listener.getsockname()[1]}"), None).read()
+        thread.join()
+    assert str(caught.value).isprintable()
+
+
+def _say_nonsense(listener: socket.socket) -> None:
+    connection = listener.accept()[0]
+    with connection:
+        connection.recv(1000)
+        connection.sendall(b"\x1b]0;mine\x07\x1b[2J\r\n\r\n")
 
 
 def test_nobody_answers() -> None:

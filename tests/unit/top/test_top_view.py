@@ -29,6 +29,10 @@ def test_it_says_what_the_snapshot_says() -> None:
         assert part in shown, part
 
 
+def test_an_engine_without_ranks_is_drawn() -> None:
+    assert "0 of 0 alive" in text(live_stats(num_ranks=0))
+
+
 def test_the_pyramid_stands_on_layer_0() -> None:
     lines = text(live_stats(num_layers=4)).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("layers"))
