@@ -258,6 +258,10 @@ class ServerLimits(BaseModel):
         None, gt=0, description="timeout_seconds of requests that say none; default: no end."
     )
 
+    min_priority: int | None = Field(
+        None, le=0, description="Lowest priority number that a request may give; default: any."
+    )
+
     @model_validator(mode="after")
     def _check_timeouts(self) -> Self:
         if (self.default_timeout_seconds or 0) > self.max_timeout_seconds:

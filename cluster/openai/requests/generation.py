@@ -118,6 +118,9 @@ class GenerationRequest(StructureFields, IdleFields):
         check_limit("stop", len(stops), limits.max_stop, " strings")
         check_limit(self.logprobs_field, self.num_logprobs or 0, limits.max_logprobs)
         check_limit("timeout_seconds", self.timeout_seconds or 0, limits.max_timeout_seconds)
+        if limits.min_priority is not None and (self.priority or 0) < limits.min_priority:
+            message = f"priority must be at least {limits.min_priority} here, not {self.priority}"
+            raise ApiError(400, message, "priority", "limit_exceeded")
 
     def check_profile(self) -> None:
         """Raise an `ApiError` if `retention` names a file: clients read none of the server's."""

@@ -30,6 +30,7 @@ from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest, read
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.scheduling.sequence import TokenRequest
+from saqqara.configs.schema import ServerLimits
 
 Json = dict[str, Any]
 
@@ -591,3 +592,15 @@ def test_simple_lines_show_what_they_ask_of_the_prompt(llm: LLM, tmp_path: Path)
     assert "prompt_logprobs" not in records["plain"]
     kept = records["plain"]["usage"]["kv_cache"]
     assert 0 < kept["kept_tokens"] == kept["full_tokens"]
+
+
+def test_a_server_may_bound_how_far_ahead_requests_go() -> None:
+    def ask(priority: int | None) -> None:
+        fields = {"model": "m", "prompt": "a", "priority": priority}
+        CompletionRequest.model_validate(fields).check_limits(ServerLimits(min_priority=0))
+
+    for allowed in (None, 0, 7):
+        ask(allowed)
+    with pytest.raises(ApiError, match="at least 0 here, not -1") as caught:
+        ask(-1)
+    assert (caught.value.param, caught.value.code) == ("priority", "limit_exceeded")
