@@ -126,3 +126,20 @@ def _rewrite(
     for stored, tokens in ((pool.k_pages, k), (pool.v_pages, v)):
         stored.index_copy_(0, target, tokens.view(-1, *stored.shape[1:]))
     return True
+
+
+def shorten(kv: KVStore, slots: NDArray[np.int64], keep: NDArray[np.int32]) -> None:
+    """Cut the ends off all rows of slots, whose pages nobody shares; surplus pages are free.
+
+    Args:
+        kv: the store.
+        slots: different ones, [N].
+        keep: how many tokens stay at the front of each row, [N, L, H].
+    """
+    table, kept = kv.table, kv.table.kept[slots]
+    assert (keep <= kept).all(), "rows do not store that many"
+    stay = table.num_pages(keep)
+    surplus = table.num_pages(kept) - stay
+    first = table.first_entry[slots] + stay
+    kv.pool.release(table.flat_pages[spans(first.reshape(-1), surplus.reshape(-1))])
+    table.set_kept(slots, keep)

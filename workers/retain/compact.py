@@ -1,8 +1,8 @@
 """Compacts rows while their sequences decode.
 
 All rows of a sequence with targets reach their limits in the same step (`growth.Cycle`).
-After the layers of that step, layer by layer, the rows of all such sequences that are scored alike
-are selected and compacted together.
+After the layers of that step the rows of all such sequences that are scored alike are selected and
+compacted together: on a CPU in one native call (`compact_natively.py`), else layer by layer.
 
 Shapes: N sequences, R rows of one layer, n stored tokens of each, w queries, Hq local query heads,
 H local kv heads, G = Hq / H, D head dim.
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from saqqara.compression.growth import num_ring_queries, sums_mass
 from saqqara.compression.retention import Retention
+from saqqara.compression.scores import Random
 from saqqara.compression.selecting import select_stored
 from saqqara.workers.kv.rows import Rows, compact_rows, read_rows
 from saqqara.workers.plan import DecodeItem
 from saqqara.workers.shard import Shard
 
+from .compact_natively import compact_slots, compacts_natively
 from .observe import no_rows, observe_rows
 
 
@@ -44,16 +46,34 @@ def compact_firing(shard: Shard, items: tuple[DecodeItem, ...]) -> None:
     with shard.clock.phase("compact"):
         for group in _alike(shard, firing):
             with shard.faults.blame([f.slot for f in group], "compaction"):
-                for index in range(len(shard.part.layers)):
-                    _compact_layer(shard, index, group)
+                _compact(shard, group)
+
+
+def _compact(shard: Shard, group: list[_Firing]) -> None:
+    """Compact sequences of one retention: in one native call, or layer by layer."""
+    retention = group[0].retention
+    if _asks_ranks(shard, retention) or not compacts_natively(shard, retention):
+        for index in range(len(shard.part.layers)):
+            _compact_layer(shard, index, group)
+        return
+    present = [f for f in group if f.slot not in shard.faults.refused]
+    if present:
+        slots = np.array([f.slot for f in present], dtype=np.int64)
+        stops = np.array([f.next_position for f in present], dtype=np.int64)
+        slack = shard.retained.cycles[present[0].slot].slack
+        compact_slots(shard, retention, slots, stops, slack)
 
 
 def _alike(shard: Shard, firing: list[_Firing]) -> list[list[_Firing]]:
-    """The sequences by what selects their tokens; each by itself where ranks are asked."""
+    """The sequences by what selects their tokens; each by itself where ranks are asked.
+
+    `random` alone draws anew at each compaction.
+    """
     together: dict[tuple[object, ...], list[_Firing]] = defaultdict(list)
     for number, f in enumerate(firing):
         alone = number if _asks_ranks(shard, f.retention) else -1
-        together[f.retention, f.compaction, alone].append(f)
+        draw = f.compaction if isinstance(f.retention.score, Random) else 0
+        together[f.retention, draw, alone].append(f)
     return list(together.values())
 
 

@@ -41,6 +41,16 @@ class MassSums:
         self._device = device
 
     @property
+    def buffer(self) -> Tensor:
+        """All sums, float32 [L, C, H, W]; those of a slot lie at its place."""
+        return self._sums
+
+    def places(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The places of slots with sums, [N]."""
+        places: NDArray[np.int64] = self._place_S[slots]
+        return places
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the buffer."""
         return self._sums.nbytes
