@@ -24,6 +24,7 @@ from saqqara.workers.kv.store import KVStore
 from saqqara.workers.native.compact import CutRows, ScoreKind, Scoring, compact
 from saqqara.workers.plan import DecodeItem, StepPlan
 from saqqara.workers.retain import compact as compaction
+from saqqara.workers.retain.compact_natively import compacts_natively
 from saqqara.workers.retain.masses import rows_mass
 from saqqara.workers.worker import Worker
 
@@ -73,11 +74,11 @@ def test_what_is_kept_is_what_the_other_way_keeps(
     def run(*, natively: bool) -> list[torch.Tensor]:
         called = []
 
-        def compacts_natively(*arguments: Any) -> bool:
+        def is_native(*arguments: Any) -> bool:
             called.append(arguments)
             return natively
 
-        monkeypatch.setattr(compaction, "compacts_natively", compacts_natively)
+        monkeypatch.setattr(compaction, "compacts_natively", is_native)
         worker.execute(prefill_plan(worker, batch))
         for step in range(3 * SLACK):
             items = tuple(DecodeItem(n.slot, n.prompt_tokens + step, sample=False) for n in batch)
@@ -105,7 +106,7 @@ def test_only_what_it_knows_is_cut_natively(worker: Worker) -> None:
 
     def takes(method: str, **settings: Any) -> bool:
         budget = {"method": method, "budget": 100, "decode": True}
-        return compaction.compacts_natively(shard, Retention.parse(budget | settings))
+        return compacts_natively(shard, Retention.parse(budget | settings))
 
     assert takes("snapkv")
     assert takes("knorm")
