@@ -22,13 +22,6 @@ from saqqara.workers.shard import Shard
 
 Ints = NDArray[np.int64]
 
-_KINDS = {
-    Streaming: ScoreKind.RECENCY,
-    KNorm: ScoreKind.NORMS,
-    SnapKV: ScoreKind.WINDOW,
-    H2O: ScoreKind.SUMS,
-}
-
 
 def compacts_natively(shard: Shard, retention: Retention) -> bool:
     """Whether `compact_slots` can do it: with native attention, and a score that it knows."""
@@ -37,7 +30,7 @@ def compacts_natively(shard: Shard, retention: Retention) -> bool:
         return False
     if kv.pool.any_shared or (isinstance(score, SnapKV) and score.kernel_size > MAX_KERNEL_SIZE):
         return False
-    return type(score) in _KINDS
+    return isinstance(score, Streaming | KNorm | SnapKV | H2O)
 
 
 def compact_slots(shard: Shard, retention: Retention, slots: Ints, stops: Ints, slack: int) -> None:
@@ -108,9 +101,11 @@ def _scoring(
         )
         return scoring, first_query, nothing
     if isinstance(score, H2O):
-        sums, places = shard.sums.buffer, shard.sums.places(slots)
+        sums = shard.sums.buffer
         _, num_places, num_heads, width = sums.shape
-        row = (layers * num_places + places[:, None, None]) * num_heads + heads
+        place = shard.sums.places(slots)[:, None, None]
+        row = (layers * num_places + place) * num_heads + heads
         scoring = Scoring(ScoreKind.SUMS, divisor=part.spec.group_size, sums=sums)
         return scoring, nothing, row * width
-    return Scoring(_KINDS[type(score)]), nothing, nothing
+    kind = ScoreKind.NORMS if isinstance(score, KNorm) else ScoreKind.RECENCY
+    return Scoring(kind), nothing, nothing
