@@ -141,7 +141,7 @@ class OutputLengths:
         means = (counts_NM * lengths).sum(axis=1) / np.maximum(num_N, 1)
         expected = np.where(num_N > 0, np.ceil(means).astype(np.int64), unknown)
         expected = np.maximum(expected, num_tokens + 1)
-        return np.minimum(expected, most_tokens)  # type: ignore[no-any-return]
+        return np.minimum(expected, most_tokens)
 
 
 def demand_of(retention: Retention, prompt_tokens: int, workers: Sequence[WorkerInfo]) -> Demand:

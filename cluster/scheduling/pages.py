@@ -124,7 +124,7 @@ class SlotPages:
     def later(self, slots: Ints, num_tokens: Ints) -> Ints:
         """See `PageCounts`."""
         pages = self._tabulated.later(slots, num_tokens)
-        return pages + self._trimmed.charged(slots) if self._trimmed else pages
+        return pages + self._trimmed.later(slots, num_tokens) if self._trimmed else pages
 
     def room(self, slot: int) -> int | None:
         """See `PageCounts`."""
@@ -320,6 +320,10 @@ class TrimmedPages:
         for place, trimmed in self._among(slots):
             pages_NW[place] = trimmed.peak(int(num_tokens[place]))
         return pages_NW
+
+    def later(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """See `PageCounts`; such rows hardly grow beyond what they are."""
+        return self.charged(slots)
 
     def room(self, slot: int) -> int | None:
         """See `PageCounts`."""

@@ -56,7 +56,7 @@ def read_places(kv: KVStore, rows: Rows, start: int, stop: int) -> Tensor:
     return k[:, skipped : skipped + stop - start].contiguous()
 
 
-def compact_rows(kv: KVStore, rows: Rows, indices: Tensor) -> bool:
+def compact_rows(kv: KVStore, rows: Rows, indices: Tensor, num_fixed: int = 0) -> bool:
     """Keep only some tokens of rows of one length, in place; surplus pages are free at once.
 
     Args:
@@ -64,14 +64,19 @@ def compact_rows(kv: KVStore, rows: Rows, indices: Tensor) -> bool:
         rows: which rows.
         indices: storage positions that each keeps, ascending, int64 [R, keep]; with neither a
             window nor sinks a row's share of the budget may be nothing.
+        num_fixed: so many tokens of each row stay where they are, the first ones; whole pages of
+            them are neither read nor written.
 
     Returns:
         False, with nothing changed, if pages that are shared with other slots would have to be
         copied and the free ones do not suffice.
     """
     table, pool, page_tokens = kv.table, kv.pool, kv.page_tokens
-    first = table.first_entry[rows.slots, rows.layer, rows.heads]
-    kept = table.kept[rows.slots, rows.layer, rows.heads]
+    fixed_pages = num_fixed // page_tokens
+    fixed = fixed_pages * page_tokens
+    first = table.first_entry[rows.slots, rows.layer, rows.heads] + fixed_pages
+    kept = table.kept[rows.slots, rows.layer, rows.heads] - fixed
+    indices = indices[:, fixed:] - fixed
     num_rows, keep = indices.shape
     assert (kept == kept[0]).all(), f"rows of different lengths: {kept}"
     assert keep <= kept[0], f"{keep} of {kept[0]} tokens"
@@ -83,23 +88,23 @@ def compact_rows(kv: KVStore, rows: Rows, indices: Tensor) -> bool:
     elif kv.moves is not None and not pool.any_shared:
         kv.moves.compact(first, indices.reshape(-1), np.full(num_rows, keep, dtype=np.int32))
         pool.release(surplus)
-    elif not _rewrite(kv, entries, surplus, _places(kv, rows, indices, num_used)):
-        return False
-    table.set_rows_kept(rows.slots, rows.layer, rows.heads, keep)
+    else:
+        pages = rows.pages(kv, fixed_pages + num_used)[:, fixed_pages:]
+        if not _rewrite(kv, entries, surplus, _places(indices, pages, page_tokens)):
+            return False
+    table.set_rows_kept(rows.slots, rows.layer, rows.heads, fixed + keep)
     return True
 
 
-def _places(kv: KVStore, rows: Rows, indices: Tensor, num_used: int) -> Tensor:
-    """Where the tokens `indices` [R, keep] of rows of so many pages lie, in the flat pool.
+def _places(indices: Tensor, pages: Tensor, page_tokens: int) -> Tensor:
+    """Where the tokens `indices` [R, keep] of rows with these pages lie, in the flat pool.
 
     Each row is filled up to whole pages with its last token, so that no stale NaN stays in them.
     """
-    keep, page_tokens = indices.shape[1], kv.page_tokens
-    last = indices[:, -1:].expand(-1, -keep % page_tokens)
+    last = indices[:, -1:].expand(-1, -indices.shape[1] % page_tokens)
     places = torch.cat([indices, last], dim=1)
     column = places // page_tokens
-    pages = rows.pages(kv, num_used).gather(1, column)
-    return ((pages - column) * page_tokens + places).view(-1)
+    return ((pages.gather(1, column) - column) * page_tokens + places).view(-1)
 
 
 def _rewrite(
