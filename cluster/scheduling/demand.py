@@ -116,7 +116,7 @@ class OutputLengths:
 
     Expected of an answer is the mean of the last ones that got longer than it is now. One that
     was cut off by a limit of its own says nothing of answers that may be longer. Where none is
-    left to go by it is `unknown_tokens`, or twice of what there is, whichever is more.
+    left to go by it is `unknown_tokens`, and of one that has as many, so many more.
 
     Args:
         unknown_tokens: expected of an answer while nothing is known.
@@ -134,7 +134,8 @@ class OutputLengths:
 
     def expected(self, num_tokens: Ints, most_tokens: Ints) -> Ints:
         """Tokens of whole answers, int64 [N], that now have so many [N] of at most so many [N]."""
-        unknown = np.maximum(2 * num_tokens, self._unknown_tokens)
+        passed = num_tokens >= self._unknown_tokens
+        unknown = np.where(passed, num_tokens, 0) + self._unknown_tokens
         lengths, limits = np.array(self._num_tokens), np.array(self._limits)
         counts_NM = (lengths > num_tokens[:, None]) & (limits >= most_tokens[:, None])
         num_N = counts_NM.sum(axis=1)

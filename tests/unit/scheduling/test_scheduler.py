@@ -757,13 +757,14 @@ def test_answers_are_expected_to_be_as_long_as_the_last_ones_were() -> None:
 
     assert expected(0, 1000) == 50
     assert expected(0, 30) == 30
-    assert expected(40, 1000) == 80  # twice as many as there are
+    assert expected(49, 1000) == 50
+    assert expected(70, 1000) == 120  # it has got further: as many more
     for num_tokens in (10, 20, 60):
         lengths.add(num_tokens, is_cut_off=False)
     assert expected(0, 1000) == 30
     assert expected(15, 1000) == 40
     assert expected(15, 25) == 25
-    assert expected(60, 1000) == 120
+    assert expected(60, 1000) == 110
     lengths.add(25, is_cut_off=True)  # says nothing of those that may be longer
     assert expected(15, 1000) == 40
     assert expected(15, 25) == 25
