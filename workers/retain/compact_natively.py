@@ -48,7 +48,7 @@ def compact_slots(shard: Shard, retention: Retention, slots: Ints, stops: Ints, 
     keep_NLH = length_NLH - slack
     assert keep_NLH.min() >= 0, f"{slack} of {length_NLH.min()} tokens"
     scoring, first_query_LH, first_sum_NLH = _scoring(shard, retention, slots, stops)
-    sinks, recent = _certain(retention, keep_NLH)
+    sinks, recent = certain_tokens(retention, keep_NLH)
     every = keep_NLH.shape
     rows = CutRows(
         first_entry=kv.table.first_entry[slots].reshape(-1),
@@ -66,14 +66,17 @@ def compact_slots(shard: Shard, retention: Retention, slots: Ints, stops: Ints, 
     shorten(kv, slots, keep_NLH.astype(np.int32))
 
 
-def _certain(retention: Retention, keep_NLH: Ints) -> tuple[Ints, Ints]:
-    """The sinks and the recent tokens of rows that keep so many, as `select_stored` has them."""
-    counts, where = np.unique(keep_NLH, return_inverse=True)
+def certain_tokens(retention: Retention, keep: Ints) -> tuple[Ints, Ints]:
+    """The sinks and the recent tokens of rows that keep so many, as `select_stored` has them.
+
+    All of any shape, the same.
+    """
+    counts, where = np.unique(keep, return_inverse=True)
     recent = np.array([retention.recent_tokens(count) for count in counts.tolist()])
     sinks = np.where(counts <= recent + retention.sinks, counts, retention.sinks)
     sinks = np.minimum(sinks, retention.sinks)
     recent = np.minimum(recent, counts - sinks)
-    where = where.reshape(keep_NLH.shape)
+    where = where.reshape(keep.shape)
     return sinks[where], recent[where]
 
 

@@ -1,4 +1,4 @@
-"""The native call that cuts all rows of a step keeps what the layer-by-layer way keeps.
+"""The ways that cut all rows of a step, or of a layer, at once keep what is kept length by length.
 
 Keys and values are only moved, and a run goes on from what was kept, so equal stores after several
 compactions, bit for bit, mean equal selections in each of them. Scores differ in their last bits,
@@ -71,14 +71,19 @@ def test_what_is_kept_is_what_the_other_way_keeps(
         for slot, (text, n) in enumerate(zip(texts, counts, strict=True))
     ]
 
-    def run(*, natively: bool) -> list[torch.Tensor]:
+    def run(way: str) -> list[torch.Tensor]:
         called = []
 
         def is_native(*arguments: Any) -> bool:
             called.append(arguments)
-            return natively
+            return way == "natively"
+
+        def by_length(shard: Any, index: int, present: Any) -> None:
+            compaction._compact_layer(shard, index, present)
 
         monkeypatch.setattr(compaction, "compacts_natively", is_native)
+        compact_rows = by_length if way == "by length" else together
+        monkeypatch.setattr(compaction, "_compact_rows", compact_rows)
         worker.execute(prefill_plan(worker, batch))
         for step in range(3 * SLACK):
             items = tuple(DecodeItem(n.slot, n.prompt_tokens + step, sample=False) for n in batch)
@@ -95,9 +100,11 @@ def test_what_is_kept_is_what_the_other_way_keeps(
         assert worker.kv.pages_free == worker.kv.num_pages
         return rows
 
-    expected = run(natively=False)
-    for row, (got, want) in enumerate(zip(run(natively=True), expected, strict=True)):
-        assert torch.equal(got, want), f"row {row}"
+    together = compaction._compact_rows
+    expected = run("by length")
+    for way in ("together", "natively"):
+        for row, (got, want) in enumerate(zip(run(way), expected, strict=True)):
+            assert torch.equal(got, want), f"{way}: row {row}"
 
 
 def test_only_what_it_knows_is_cut_natively(worker: Worker) -> None:
