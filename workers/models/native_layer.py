@@ -49,6 +49,11 @@ class NativeLayer:
         linears = (self._projection.qkv, self._output, self._mlp.gate_up, self._mlp.down)
         return sum(linear.num_bytes for linear in linears)
 
+    @property
+    def ends(self) -> tuple[Projection, Finish]:
+        """What stands before attention and after it, for a call of several layers."""
+        return self._projection, self._finish
+
     def project(self, hidden_TE: Tensor, places: Places, out: QKV | None = None) -> QKV:
         """See `Layer.project`."""
         if out is None:

@@ -12,6 +12,7 @@ from support.plans import run_greedy
 from support.ranks import Store, run_ranks
 from support.tiny import CONFIGS, VOCAB, save_tiny
 
+from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh import shared_memory
 from saqqara.workers.mesh.layout import MeshLayout
@@ -25,20 +26,19 @@ ALL_LOGPROBS = SamplingSpec(temperature=0.0, num_logprobs=VOCAB)
 
 
 def make_config(
-    folder: Path, backend: str, dtype: str = "bfloat16", chunk: int = 16
+    folder: Path, backend: str, dtype: str = "bfloat16", **settings: object
 ) -> EngineConfig:
     return EngineConfig(
         model=str(folder),
         dtype=dtype,
         device="cpu",
-        max_num_seqs=4,
         linear_backend=backend,
-        linear_chunk_tokens=chunk,
+        **{"max_num_seqs": 4, "linear_chunk_tokens": 16} | settings,  # type: ignore[arg-type]
     )
 
 
-def make_worker(folder: Path, backend: str, dtype: str = "bfloat16") -> Worker:
-    return Worker.local(make_config(folder, backend, dtype).for_worker())
+def make_worker(folder: Path, backend: str, dtype: str = "bfloat16", **settings: object) -> Worker:
+    return Worker.local(make_config(folder, backend, dtype, **settings).for_worker())
 
 
 def prompts() -> list[list[int]]:
@@ -79,8 +79,38 @@ def test_batched_says_what_alone_says(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "num_prompts", "page_tokens"),
+    [("llama-bias", 6, 16), ("llama-mqa", 6, 8), ("qwen3", 1, 16)],
+)
+def test_one_call_says_what_call_after_call_says(
+    name: str, num_prompts: int, page_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decode step of all layers in one call, over ragged rows of several parts, bit for bit."""
+    save_tiny(name, tmp_path)
+    worker = make_worker(tmp_path, "native", max_num_seqs=8, page_tokens=page_tokens)
+    rng = np.random.default_rng(0)
+    lengths = (490, 33, 64, 1, 30, 17)[:num_prompts]
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in lengths]
+    adakv = Retention.parse({"method": "adakv", "budget": 24, "window": 4})
+    one_call = worker._decode._native
+    assert one_call is not None
+    sizes: list[int] = []
+    run = one_call.run
+    monkeypatch.setattr(one_call, "run", lambda b, x: (sizes.append(len(x)), run(b, x))[1])
+    for retention in (None, adakv):
+        answer = partial(
+            run_greedy, worker, prompts, 18, sampling=ALL_LOGPROBS, retention=retention
+        )
+        found = answer()
+        with monkeypatch.context() as patch:
+            patch.setattr(worker._decode, "_native", None)
+            assert found == answer()
+    assert sizes == 2 * 17 * [num_prompts]
+
+
 def _logprobs_of_rank(folder: Path, rank: int, stores: Sequence[Store]) -> Any:
-    config = make_config(folder, "native", chunk=64)
+    config = make_config(folder, "native", linear_chunk_tokens=64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_memory, "_SLOT_BYTES_PER_THREAD", 4096)  # 98 tokens: several pieces
         worker = Worker(config.for_worker(), MeshLayout(tensor_size=2), rank, stores[0])
