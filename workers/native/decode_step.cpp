@@ -41,6 +41,8 @@ struct Step {
   const int32_t* page_table;  // [slots, L, H, max_pages]
   bf16* k_pages;
   bf16* v_pages;
+  bf16* queries;    // [L, T, Hq, D], receives the rotated queries; or null
+  float* lse;       // [L, T, Hq], receives the normalisers of the softmax; or null
   double* seconds;  // [3] of project, attention, finish: added to; or null
   int64_t num_layers;
   int64_t rows;
@@ -85,10 +87,18 @@ class Stopwatch {
   double last_ = 0.0;
 };
 
+// Where the queries of a layer go: to the caller if it wants them.
+bf16* queries_of(const Step& s, int64_t layer, const Activations& x) {
+  const Projection& p = *s.layers[layer].projection;
+  if (s.queries == nullptr) return x.q;
+  return s.queries + layer * s.rows * p.query_heads * p.head_dim;
+}
+
 DecodeArguments arguments_of(const Step& s, int64_t layer, const Activations& x) {
   const Projection& p = *s.layers[layer].projection;
   DecodeArguments a{};
-  a.q = x.q;
+  a.q = queries_of(s, layer, x);
+  if (s.lse != nullptr) a.lse = s.lse + layer * s.rows * p.query_heads;
   a.out = x.attended;
   a.lengths = s.lengths + layer * s.rows * p.kv_heads;
   a.q_stride = p.query_heads * p.head_dim;
@@ -130,7 +140,8 @@ void normalize_rows(Team team, const bf16* hidden, const bf16* norm, float eps, 
 // Queries, keys and values of one layer; the new keys and values go to their pages.
 void project(Team team, const Step& s, int64_t layer, const Activations& x) {
   const Projection& p = *s.layers[layer].projection;
-  const Targets to{s.positions, s.refs + layer * s.rows * p.kv_heads, x.q, s.k_pages, s.v_pages};
+  const Targets to{s.positions, s.refs + layer * s.rows * p.kv_heads, queries_of(s, layer, x),
+                   s.k_pages, s.v_pages};
   normalize_rows(team, s.hidden, p.norm, p.eps, s.rows, p.qkv.inputs, x.normed);
   multiply(team, p.qkv, x.normed, s.rows, first_weights(team, *s.layers[layer].output),
            to_bf16(p.qkv, nullptr, x.qkv));

@@ -3,7 +3,8 @@
 Python sees hidden states go in and come out; the layers in between are one parallel region. Each
 layer computes what `decoder_layer.py` and the cpu attention backend compute, to the last bit.
 
-Shapes: T tokens, one of each sequence; L layers, E hidden size, H kv heads, P pages, D head dim.
+Shapes: T tokens, one of each sequence; L layers, E hidden size, Hq query heads, H kv heads,
+P pages, D head dim.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .build import function, pointer
 from .decoder_layer import Finish, Projection
-from .linear import bf16
+from .linear import bf16, optional_bf16
 
 MAX_HEAD_DIM = 256  # `kMaxDim` in attention_tiles.h
 PARTS = ("project", "attention", "finish")  # of a layer, whose seconds can be had
@@ -33,7 +34,8 @@ class _Step(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("layers", "hidden", "positions", "slots", "refs")),
-        *((name, c_void_p) for name in ("lengths", "page_table", "k_pages", "v_pages", "seconds")),
+        *((name, c_void_p) for name in ("lengths", "page_table", "k_pages", "v_pages")),
+        *((name, c_void_p) for name in ("queries", "lse", "seconds")),
         *((name, c_int64) for name in ("num_layers", "rows", "page_tokens", "max_pages")),
         ("threads", c_int64),
         ("scale", c_float),
@@ -70,6 +72,22 @@ class Rows:
     slots: Tensor
     refs: Tensor
     lengths: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """What is wanted of a step besides the hidden states, each of it None if it is not.
+
+    Attributes:
+        queries: receives the rotated queries, bf16 [L, T, Hq, D].
+        lse: receives the normalisers of their softmax, float32 [L, T, Hq].
+    """
+
+    queries: Tensor | None = None
+    lse: Tensor | None = None
+
+
+_NO_NOTES = Notes()
 
 
 class DecodeStep:
@@ -112,6 +130,7 @@ class DecodeStep:
             scale=scale,
         )
         self._shape = (len(layers), table.shape[2])
+        self._num_query_heads, self._head_dim = layers[0][0].num_query_heads, dim
         self._address = ctypes.addressof(self._step)
         self._run = function("saqqara_decode_step", (c_void_p,))
         self._rows = function("saqqara_step_rows", (c_int64,), c_int64)
@@ -121,12 +140,15 @@ class DecodeStep:
         rows: int = self._rows(torch.get_num_threads())
         return rows
 
-    def __call__(self, hidden: Tensor, rows: Rows, *, timed: bool = False) -> tuple[float, ...]:
+    def __call__(
+        self, hidden: Tensor, rows: Rows, notes: Notes = _NO_NOTES, *, timed: bool = False
+    ) -> tuple[float, ...]:
         """Feed one token of each sequence through all layers.
 
         Args:
             hidden: before the first layer, bf16 [T, E]; receives those after the last.
             rows: the sequences.
+            notes: what else is wanted.
             timed: whether the parts are timed.
 
         Returns:
@@ -143,8 +165,17 @@ class DecodeStep:
         step.slots = pointer(rows.slots, torch.int64)
         step.refs = pointer(rows.refs, torch.int64)
         step.lengths = pointer(rows.lengths, torch.int32)
+        step.queries, step.lse = self._places(notes, num_rows)
         step.seconds = ctypes.addressof(seconds) if timed else None
         step.rows = num_rows
         step.threads = torch.get_num_threads()
         self._run(self._address)
         return tuple(seconds) if timed else ()
+
+    def _places(self, notes: Notes, num_rows: int) -> tuple[int | None, int | None]:
+        """Addresses of the notes."""
+        queries, lse = notes.queries, notes.lse
+        shape = (self._shape[0], num_rows, self._num_query_heads)
+        assert queries is None or queries.shape == (*shape, self._head_dim), queries.shape
+        assert lse is None or lse.shape == shape, (lse.shape, shape)
+        return optional_bf16(queries), None if lse is None else pointer(lse, torch.float32)

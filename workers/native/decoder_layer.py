@@ -107,6 +107,7 @@ class Projection:
             2 * cos.shape[-1],
             qkv.norm.eps,
         )
+        self.num_query_heads = num_query_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = 2 * cos.shape[-1]
         self.address = ctypes.addressof(self._projection)

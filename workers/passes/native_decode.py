@@ -1,11 +1,11 @@
 """Decode steps that go through all layers of a rank in one native call.
 
-A step of one token per sequence, of whose attention nothing but the output is wanted, leaves Python
-once. What else a step may need (several tokens of a sequence, refused slots, attention sums,
-queries that are remembered for cuts) is done layer by layer in `decode_batch.py`, with the same
-results to the last bit.
+A step of one token per sequence leaves Python once; queries and normalisers that are remembered for
+cuts come out of the same call. What else a step may need (several tokens of a sequence, refused
+slots, sums of attention) is done layer by layer in `decode_batch.py`, with the same results to the
+last bit.
 
-Shapes: T fed tokens, E hidden size.
+Shapes: L layers, T fed tokens, E hidden size, Hq query heads, D head dim.
 """
 
 import logging
@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from saqqara.workers.models.native_layer import NativeLayer
-from saqqara.workers.native.decode_step import MAX_HEAD_DIM, PARTS, DecodeStep, Pages, Rows
+from saqqara.workers.native.decode_step import (
+    MAX_HEAD_DIM,
+    PARTS,
+    DecodeStep,
+    Notes,
+    Pages,
+    Rows,
+)
 from saqqara.workers.part import Part
 from saqqara.workers.shard import Shard
 
@@ -35,12 +42,12 @@ class NativeDecode:
         layers = [layer for layer in shard.part.decoder.layers if isinstance(layer, NativeLayer)]
         pool, table = shard.kv.pool, shard.kv.table
         pages = Pages(pool.k_pages, pool.v_pages, table.device_pages)
-        self._clock = shard.clock
+        self._shard = shard
         self._step = DecodeStep([layer.ends for layer in layers], pages, shard.part.scale)
 
     def takes(self, batch: DecodeBatch) -> bool:
         """Whether a batch is plain, and small enough to be faster this way."""
-        is_plain = batch.rows is None and batch.rings is None and not batch.companies
+        is_plain = batch.rows is None and not any(company.sums for company in batch.companies)
         return is_plain and batch.num_tokens <= self._step.max_rows()
 
     def run(self, batch: DecodeBatch, hidden_TE: Tensor) -> Tensor:
@@ -50,13 +57,40 @@ class NativeDecode:
         rows = Rows(
             torch.from_numpy(batch.positions), append.device_slots, append.refs, append.lengths
         )
-        is_traced = self._clock.spans is not None
+        notes = self._notes(batch)
+        clock = self._shard.clock
+        is_traced = clock.spans is not None
         start = time.perf_counter()
-        seconds = self._step(hidden_TE, rows, timed=is_traced)
+        seconds = self._step(hidden_TE, rows, notes, timed=is_traced)
         for name, spent in zip(PARTS, seconds, strict=is_traced):
-            self._clock.note(name, start, spent)
+            clock.note(name, start, spent)
             start += spent
+        self._remember(batch, notes)
         return hidden_TE
+
+    def _notes(self, batch: DecodeBatch) -> Notes:
+        """Room for what the sequences' cuts will look at."""
+        part = self._shard.part
+        shape_LTH = (len(part.layers), batch.num_tokens, len(part.heads.query))
+        queries = lse = None
+        if batch.rings is not None:
+            queries = torch.empty(*shape_LTH, part.spec.head_dim, dtype=part.dtype)
+        if any(company.places is not None for company in batch.companies):
+            lse = torch.empty(shape_LTH)
+        return Notes(queries, lse)
+
+    def _remember(self, batch: DecodeBatch, notes: Notes) -> None:
+        """Put queries and normalisers where cuts find them."""
+        rings = self._shard.rings
+        if batch.rings is not None:
+            assert notes.queries is not None
+            rings.append_layers(batch.rings, notes.queries)
+        for company in batch.companies:
+            if company.places is not None:
+                assert notes.lse is not None
+                rows = company.rows
+                lse = notes.lse if rows is None else notes.lse.index_select(1, rows)
+                rings.normalise_layers(company.places, lse)
 
 
 def make(shard: Shard) -> NativeDecode | None:

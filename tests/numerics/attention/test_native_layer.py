@@ -22,6 +22,7 @@ from saqqara.workers.worker import Worker
 
 REASON = unavailable_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
+PUBLISHED = {"method": "pyramidinfer", "decode": {"trigger": "published", "exceed": 4}}
 ALL_LOGPROBS = SamplingSpec(temperature=0.0, num_logprobs=VOCAB)
 
 
@@ -86,19 +87,23 @@ def test_batched_says_what_alone_says(tmp_path: Path) -> None:
 def test_one_call_says_what_call_after_call_says(
     name: str, num_prompts: int, page_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A decode step of all layers in one call, over ragged rows of several parts, bit for bit."""
+    """A decode step of all layers in one call, over ragged rows of several parts, bit for bit.
+
+    Queries and normalisers are remembered on the way: cuts that look at them choose the same.
+    """
     save_tiny(name, tmp_path)
     worker = make_worker(tmp_path, "native", max_num_seqs=8, page_tokens=page_tokens)
     rng = np.random.default_rng(0)
     lengths = (490, 33, 64, 1, 30, 17)[:num_prompts]
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in lengths]
-    adakv = Retention.parse({"method": "adakv", "budget": 24, "window": 4})
+    cut = {"method": "snapkv", "budget": 24, "window": 4, "decode": {"slack_pages": 1}}
+    methods = ({"method": "adakv", "budget": 24, "window": 4}, cut, PUBLISHED)
     one_call = worker._decode._native
     assert one_call is not None
     sizes: list[int] = []
     run = one_call.run
     monkeypatch.setattr(one_call, "run", lambda b, x: (sizes.append(len(x)), run(b, x))[1])
-    for retention in (None, adakv):
+    for retention in map(Retention.parse, methods):
         answer = partial(
             run_greedy, worker, prompts, 18, sampling=ALL_LOGPROBS, retention=retention
         )
@@ -106,7 +111,7 @@ def test_one_call_says_what_call_after_call_says(
         with monkeypatch.context() as patch:
             patch.setattr(worker._decode, "_native", None)
             assert found == answer()
-    assert sizes == 2 * 17 * [num_prompts]
+    assert sizes == 3 * 17 * [num_prompts]
 
 
 def _logprobs_of_rank(folder: Path, rank: int, stores: Sequence[Store]) -> Any:
