@@ -11,6 +11,7 @@
 // GCC takes the undefined operands inside its own intrinsics for a mistake (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
+#include <atomic>
 #include <chrono>
 #include <deque>
 
@@ -22,6 +23,9 @@ namespace {
 
 // Few rows are normalised by every thread for itself: that costs less than to meet once more.
 constexpr int64_t kOwnRows = 4;
+
+// Weights that a thread may fetch while it waits; they must not drive each other out of its L2.
+constexpr int64_t kWaitBytes = 256 << 10;
 
 // As `_Layer` in decode_step.py.
 struct StepLayer {
@@ -168,9 +172,21 @@ void finish(Team team, const Step& s, int64_t layer, const Activations& x) {
   team.barrier();
 }
 
+// Says that this thread has attended, and reads weights ahead until the others have: parts of rows
+// are few where sequences are, so somebody waits.
+void wait_ahead(Team team, std::atomic<int64_t>& arrived, int64_t all, const Matrix& next) {
+  arrived.fetch_add(1, std::memory_order_relaxed);
+  const auto [first, end] = team.share(num_panels(next));
+  const int64_t bytes = (end - first) * panel_elements(next) * sizeof(bf16);
+  const char* at = reinterpret_cast<const char*>(first_weights(team, next));
+  const char* const stop = at + std::min(bytes, kWaitBytes);
+  while (at < stop && arrived.load(std::memory_order_relaxed) < all)
+    for (int i = 0; i < 8; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
+}
+
 // All layers; every thread of the team calls it.
 void run_layers(Team team, const Step& s, Activations x, std::deque<Attention>& attentions,
-                Attention::Memory& memory) {
+                Attention::Memory& memory, std::atomic<int64_t>& arrived) {
   thread_local Scratch own;
   if (s.rows <= kOwnRows) x.normed = own.reserve(s.rows * s.layers[0].projection->qkv.inputs);
   Part<Bf16::Number> storage[2];
@@ -180,6 +196,7 @@ void run_layers(Team team, const Step& s, Activations x, std::deque<Attention>& 
     watch.lap(0);
     Attention& attention = attentions[layer];
     attention.attend(team, memory, storage);
+    wait_ahead(team, arrived, (layer + 1) * team.size, *s.layers[layer].output);
     team.barrier();
     attention.merge(team, memory);
     team.barrier();
@@ -221,8 +238,12 @@ void saqqara_decode_step(const Step* step) {
   std::deque<Attention> attentions;
   for (int64_t layer = 0; layer < step->num_layers; ++layer)
     attentions.emplace_back(arguments_of(*step, layer, x), rows_of(*step, layer)).reserve(memory);
+  std::atomic<int64_t> arrived{0};
 #pragma omp parallel num_threads(step->threads)
-  run_layers(Team{omp_get_thread_num(), omp_get_num_threads()}, *step, x, attentions, memory);
+  {
+    const Team team{omp_get_thread_num(), omp_get_num_threads()};
+    run_layers(team, *step, x, attentions, memory, arrived);
+  }
 }
 
 }  // extern "C"
