@@ -192,10 +192,8 @@ class _Search:
     def _any(self, allowed: NDArray[np.uint8]) -> int:
         """A character of any kind, so that one which has to come does; else any token."""
         kinds = [[t for t in kind if allowed[t]] for kind in self._endings.characters]
-        choices = self._rng.choice([kind for kind in kinds if kind] or [np.flatnonzero(allowed)])
-        if not len(choices):
-            return self._endings.end_of_text
-        return int(choices[self._rng.randrange(len(choices))])
+        kinds = [kind for kind in kinds if kind] or [np.flatnonzero(allowed).tolist()]
+        return self._rng.choice(self._rng.choice(kinds) or [self._endings.end_of_text])
 
 
 def _ids(table: Any, texts: Sequence[str]) -> tuple[int, ...]:
