@@ -65,12 +65,14 @@ def main() -> None:
             schemas = random_schemas(args.schemas, args.seed)
             if args.save is not None:
                 args.save.write_text(json.dumps(schemas, allow_nan=False), encoding="utf-8")
-            print_table(_answers(llm, schemas, progress))
+            print_table(_answers(llm, schemas, progress, args.answers))
         if args.rounds:
             print_table(_cost(llm, args.rounds, args.tokens, progress))
 
 
-def _answers(llm: LLM, schemas: Sequence[Json], progress: Progress) -> Table:
+def _answers(
+    llm: LLM, schemas: Sequence[Json], progress: Progress, written_to: Path | None
+) -> Table:
     counts: Counter[str] = Counter()
     params: list[SamplingParams] = []
     asked: list[Json] = []
@@ -91,10 +93,13 @@ def _answers(llm: LLM, schemas: Sequence[Json], progress: Progress) -> Table:
         messages = [[_user(ASK + json.dumps(s, allow_nan=False))] for s in asked[part]]
         outputs += llm.chat(messages, params[part], use_tqdm=False)
         progress.update(task, completed=len(outputs))
+    if written_to is not None:
+        written_to.write_text("".join(map(_line, asked, outputs)), encoding="utf-8")
     wrong: list[str] = []
     for schema, output in zip(asked, outputs, strict=True):
         reason = str(output.outputs[0].finish_reason)
         counts[reason] += 1
+        counts["cut"] += output.outputs[0].stop_reason == "max_tokens"
         if reason == "stop" and (why := _mistake(schema, output.outputs[0].text)) is not None:
             wrong.append(f"{json.dumps(schema, allow_nan=False)}: {why}")
     tokens = sorted(len(output.outputs[0].token_ids) for output in outputs)
@@ -103,6 +108,7 @@ def _answers(llm: LLM, schemas: Sequence[Json], progress: Progress) -> Table:
         "refused for a keyword": _share(counts["refused"], len(schemas)),
         "no value satisfies it": _share(counts["unsatisfiable"], len(schemas)),
         f"finished within {MAX_TOKENS} tokens": _share(counts["stop"], len(asked)),
+        "of these by an ending that fits": _share(counts["cut"], counts["stop"]),
         "ended with an error": _share(counts["error"], len(asked)),
         "finished and valid": _share(counts["stop"] - len(wrong), counts["stop"]),
         "median tokens of an answer": f"{median(tokens):.0f}",
@@ -110,6 +116,19 @@ def _answers(llm: LLM, schemas: Sequence[Json], progress: Progress) -> Table:
     for line in wrong[:5]:
         progress.console.print(line)
     return _table("JSON of random schemas, temperature 1", rows)
+
+
+def _line(schema: Json, output: RequestOutput) -> str:
+    """One answer and why it ended, for whoever asks why some do not."""
+    answer = output.outputs[0]
+    record = {
+        "schema": schema,
+        "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
+        "num_tokens": len(answer.token_ids),
+        "text": answer.text,
+    }
+    return json.dumps(record, allow_nan=False) + "\n"
 
 
 def _mistake(schema: Json, text: str) -> str | None:
@@ -178,6 +197,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--schemas", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="write the schemas to this file")
+    parser.add_argument(
+        "--answers", type=Path, help="write each schema and its answer to this file"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=128, help="of each answer of part two")
     return parser.parse_args()

@@ -42,7 +42,8 @@ class SamplingSpec:
     `num_logprobs` is None for none, 0 for the sampled token's only, k for the k best as well (and
     of a scored sequence, k for the k best at each scored position). `num_prompt_logprobs` asks the
     same of the prompt's tokens, where its prefill ends. With a `grammar`, no token is sampled that
-    it does not allow.
+    it does not allow, and with `complete_within` the answer is complete after so many tokens, if
+    an ending is found that fits.
     """
 
     temperature: float = 1.0
@@ -61,6 +62,7 @@ class SamplingSpec:
     num_logprobs: int | None = None
     grammar: Grammar | None = None
     num_prompt_logprobs: int | None = None
+    complete_within: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,8 @@ class TokenLogprobs:
 class SampledToken:
     """The next token of a slot; `position` is the token's own position in the sequence.
 
-    With `is_last` the sequence's grammar allows nothing after it.
+    With `is_last` the sequence's grammar allows nothing after it. With `is_cut` it was not sampled,
+    but chosen so that the answer is complete within its tokens.
     """
 
     slot: int
@@ -152,6 +155,7 @@ class SampledToken:
     token_id: int
     logprobs: TokenLogprobs | None = None
     is_last: bool = False
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)

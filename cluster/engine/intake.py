@@ -165,12 +165,22 @@ class Intake:
         sampling = sampling_of(request)
         seed = self._request_seed(request)
         bad_words = self._tokenizer.spellings(sampling.bad_words)
+        within = self._complete_within(sampling, len(request.prompt_token_ids))
         specs = [
             sampling.spec(derived_seed(seed, choice=index), self._eos_token_ids, bad_words)
             for index in range(sampling.n)
         ]
+        specs = [replace(spec, complete_within=within) for spec in specs]
         # The choices have one prompt; its log-probabilities come with the first of them.
         return [specs[0], *(replace(spec, num_prompt_logprobs=None) for spec in specs[1:])]
+
+    def _complete_within(self, sampling: SamplingParams, num_prompt_tokens: int) -> int | None:
+        """Tokens within which the answer is to be complete; None: it need not be."""
+        form = sampling.structured_outputs
+        if form is None or sampling.ignore_eos or not form.complete_within_max_tokens:
+            return None
+        room = self._max_model_len - num_prompt_tokens
+        return room if sampling.max_tokens is None else min(room, sampling.max_tokens)
 
     def _request_seed(self, request: TokenRequest) -> int:
         """The request's own seed, or one that the engine's seed and the request's id determine."""

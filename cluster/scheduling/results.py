@@ -9,6 +9,8 @@ from .events import NewScores, NewToken, Prefilled
 from .roster import Roster
 from .sequence import Sequence, Status
 
+CUT = "max_tokens"  # the stop reason of an answer that was completed because its tokens ran out
+
 
 class Landing:
     """Takes in the results of one plan; the methods are called in the order they stand in.
@@ -75,6 +77,7 @@ class Landing:
             expected = sequence.prompt_tokens + len(sequence.output_token_ids)
             assert token.position == expected, f"token {token} should be at {expected}"
             sequence.output_token_ids.append(token.token_id)
+            sequence.is_cut |= token.is_cut
             events.append(NewToken(sequence, token.token_id, token.logprobs))
             self._check_stop(sequence, token)
 
@@ -108,12 +111,13 @@ class Landing:
     def _check_stop(self, sequence: Sequence, token: SampledToken) -> None:
         token_id, num_tokens = token.token_id, len(sequence.output_token_ids)
         may_stop = num_tokens > sequence.request.sampling.min_tokens
+        cut = CUT if sequence.is_cut else None
         if may_stop and token_id in sequence.eos_token_ids:
-            self._roster.finish(sequence, "stop")
+            self._roster.finish(sequence, "stop", stop_reason=cut)
         elif may_stop and token_id in sequence.stop_token_ids:
             self._roster.finish(sequence, "stop", stop_reason=token_id)
         elif token.is_last:  # whatever min_tokens says: there is nothing else to write
-            self._roster.finish(sequence, "stop")
+            self._roster.finish(sequence, "stop", stop_reason=cut)
         elif num_tokens >= sequence.max_output_tokens:
             self._roster.finish(sequence, "length")
 

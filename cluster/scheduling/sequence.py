@@ -105,6 +105,7 @@ class Sequence:
     num_sampling: int = 0
     num_preemptions: int = 0
     num_refusals: int = 0
+    is_cut: bool = False  # tokens were chosen so that the answer is complete within max_tokens
     discarding: bool = False  # a worker refused it: what is still in flight of it is void
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None

@@ -23,8 +23,9 @@ def narrowed(schema: Json) -> Json:
     """The schema with bounds for what it leaves open.
 
     Integers lie within 2**53 - 1, numbers within 10**15 with six decimals and no exponent, and an
-    object that names its properties has no others. What `allOf` or `oneOf` combine stays as it is,
-    since a narrower part could leave nothing, or make two parts exclude each other that do not.
+    object that names properties has no others than these and the required ones. What `allOf` or
+    `oneOf` combine stays as it is, since a narrower part could leave nothing, or make two parts
+    exclude each other that do not.
     """
     narrower: Json = _narrowed(schema, definitions=not _combines(schema))
     return narrower
@@ -102,9 +103,15 @@ def _object(schema: Json) -> Json:
     says_more = any(name in schema for name in ("additionalProperties", "unevaluatedProperties"))
     if says_more or not isinstance(names, Mapping) or not names or not isinstance(required, list):
         return schema
-    if any(name not in names for name in required):
+    if not all(isinstance(name, str) for name in required):
         return schema
-    return {**schema, "additionalProperties": False}
+    missing = [name for name in required if name not in names]
+    if not missing:
+        return {**schema, "additionalProperties": False}
+    if "patternProperties" in schema:  # which may say what these are
+        return schema
+    named = {**names, **{name: {} for name in missing}}
+    return {**schema, "properties": named, "additionalProperties": False}
 
 
 def _only_notes_beside(schema: Mapping[str, Any], name: str) -> bool:

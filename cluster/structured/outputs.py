@@ -5,7 +5,7 @@ anything is queued. This module imports it only where such a request is made.
 """
 
 import json as json_format
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from typing import Annotated, Any, Self
 
@@ -16,6 +16,7 @@ from saqqara.configs.json_text import parse_json
 from saqqara.workers.grammar.compiler import first_line
 from saqqara.workers.grammar.trial import shared_trial
 
+from .keywords import keywords, schemas_within, without_idle
 from .narrowing import narrowed
 
 MAX_SCHEMA_BYTES = 128 << 10
@@ -25,17 +26,11 @@ MAX_GRAMMAR_CHARS = 128 << 10
 MAX_CHOICES = 1024
 MAX_CHOICE_CHARS = 4096
 MAX_PATTERN_CHARS = 128
+_MAX_SEARCHED_CHARS = 256 << 10  # in all schemas within one that are looked at for an error
+_LOOK_CHARS = 64  # what a look costs beside
+_STRICT = {"lenient": False}  # what cannot be enforced is an error
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 DEFAULT_WHITESPACE = "[ ]?"  # at most one space: a small model may else write blanks without end
-
-# Keywords of a schema below which further schemas lie.
-_OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_OF_LISTS = ("prefixItems", "anyOf", "allOf", "oneOf", "items")
-_OF_ONE = (
-    *("items", "additionalProperties", "additionalItems", "not", "if", "then", "else"),
-    *("contains", "propertyNames", "unevaluatedItems", "unevaluatedProperties"),
-)
-
 
 # How llguidance begins to say that it does not take a keyword, which one (in the text, if none is
 # here), and what we add.
@@ -66,6 +61,8 @@ class StructuredOutputs:
         whitespace_pattern: what may stand between the tokens of JSON, a regular expression;
             default: one space or none.
         disable_any_whitespace: nothing may.
+        complete_within_max_tokens: where tokens run out, the answer takes the shortest ending that
+            is found to complete it. Without, it is cut wherever it is.
     """
 
     json: dict[str, Any] | str | None = None
@@ -81,6 +78,7 @@ class StructuredOutputs:
     json_object: bool | None = None
     whitespace_pattern: Annotated[str, Field(max_length=MAX_PATTERN_CHARS)] | None = None
     disable_any_whitespace: bool = False
+    complete_within_max_tokens: bool = True
 
     @model_validator(mode="before")
     @classmethod
@@ -127,11 +125,11 @@ class StructuredOutputs:
         options = {
             "whitespace_flexible": not self.disable_any_whitespace,
             "whitespace_pattern": self.whitespace_pattern or DEFAULT_WHITESPACE,
-            "lenient": False,
+            **_STRICT,
         }
         if self.disable_any_whitespace:
             del options["whitespace_pattern"]
-        schema = self._checked_schema
+        schema = without_idle(self._checked_schema)
         texts = [
             LLMatcher.grammar_from_json_schema(written, overrides=options)  # type: ignore[arg-type]
             for written in (_written(narrowed(schema)), _written(schema))
@@ -169,19 +167,44 @@ class StructuredOutputs:
             if not error.startswith(start):
                 continue
             names = names or tuple(json_format.loads(error.removeprefix(start)))
-            places = [(name, place) for place, name in _keywords(self.schema) if name in names]
+            said = keywords(without_idle(self.schema))
+            places = [(name, place) for place, name in said if name in names]
             name, place = places[0] if places else (names[0], "/")
             return f"json: the keyword {name!r} at {place} is not supported{advice}"
-        return f"json: {error}"
+        return f"json: {error}{_place_of(error, self.schema)}"
 
 
-def _written(schema: dict[str, Any]) -> str:
+def _place_of(error: str, schema: dict[str, Any]) -> str:
+    """Where in a schema an error lies: in the innermost part that has it by itself."""
+    from llguidance import LLMatcher
+
+    num_left = _MAX_SEARCHED_CHARS
+    for place, part in schemas_within(schema):
+        if not isinstance(part, Mapping):
+            if error.startswith("schema must be") and not isinstance(part, bool):
+                return f", at {place}"
+            continue
+        written = _written(part)
+        num_left -= len(written) + _LOOK_CHARS
+        if num_left < 0:
+            break
+        grammar = LLMatcher.grammar_from_json_schema(written, overrides=_STRICT)  # type: ignore[arg-type]
+        if _checked(grammar) == error:
+            return f", at {place}"
+    return ""
+
+
+def _written(schema: Any) -> str:
     return json_format.dumps(schema, allow_nan=False, separators=(",", ":"))
 
 
 @lru_cache(maxsize=64)  # the same few schemas come again and again
 def _error_of(text: str) -> str | None:
     """What is wrong with a grammar, or None."""
+    return _checked(text)
+
+
+def _checked(text: str) -> str | None:
     error = shared_trial().error_of(text)
     return None if error is None else first_line(error)
 
@@ -223,23 +246,3 @@ def _children(value: Any) -> list[Any]:
     if isinstance(value, Mapping):
         return list(value.values())
     return list(value) if isinstance(value, list | tuple) else []
-
-
-def _keywords(schema: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """(Where, keyword) of a schema and of those within; where is the schema's JSON pointer."""
-    if not isinstance(schema, Mapping):
-        return
-    for name, value in schema.items():
-        yield place or "/", name
-        if name in _OF_NAMES and isinstance(value, Mapping):
-            for key, child in value.items():
-                yield from _keywords(child, f"{place}/{name}/{_escaped(key)}")
-        elif name in _OF_LISTS and isinstance(value, list | tuple):
-            for number, child in enumerate(value):
-                yield from _keywords(child, f"{place}/{name}/{number}")
-        elif name in _OF_ONE:
-            yield from _keywords(value, f"{place}/{name}")
-
-
-def _escaped(key: str) -> str:
-    return key.replace("~", "~0").replace("/", "~1")

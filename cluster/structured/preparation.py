@@ -5,13 +5,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from saqqara.workers.grammar.compiler import MAX_GRAMMARS
+from saqqara.workers.grammar.compiler import MAX_GRAMMAR_BYTES, MAX_GRAMMARS
 from saqqara.workers.plan import Grammar
 
 MAX_SECONDS = 60.0  # the first grammar of a model waits for the table of its tokens, too
 MAX_LOSSES = 2  # of workers, while they compiled a grammar: it is to blame
 _SLICE_SECONDS = 0.01
-_MAX_READY = MAX_GRAMMARS // 2  # fewer than workers keep, so what is in here is with them
+# Fewer than workers keep, so what is in here is with them.
+_MAX_READY, _MAX_READY_BYTES = MAX_GRAMMARS // 2, MAX_GRAMMAR_BYTES // 2
 
 
 class Compiles(Protocol):
@@ -54,6 +55,7 @@ class Preparation:
         self._clock = clock
         self._lost = lost
         self._ready: OrderedDict[Grammar, None] = OrderedDict()
+        self._num_ready_bytes = 0
         self._pending: dict[Grammar, _Pending] = {}
 
     def begin(self, request_id: str, grammar: Grammar | None) -> bool:
@@ -91,6 +93,7 @@ class Preparation:
     def restart(self) -> None:
         """The workers are lost, or new: they have compiled nothing."""
         self._ready.clear()
+        self._num_ready_bytes = 0
         for pending in self._pending.values():
             if pending.future is not None:
                 pending.future = None
@@ -110,5 +113,7 @@ class Preparation:
 
     def _note_ready(self, grammar: Grammar) -> None:
         self._ready[grammar] = None
-        if len(self._ready) > _MAX_READY:
-            self._ready.popitem(last=False)
+        self._num_ready_bytes += len(grammar.text)
+        while len(self._ready) > _MAX_READY or self._num_ready_bytes > _MAX_READY_BYTES:
+            dropped, _ = self._ready.popitem(last=False)
+            self._num_ready_bytes -= len(dropped.text)

@@ -12,8 +12,10 @@ from typing import Any
 from saqqara.workers.models.source import described_folder
 from saqqara.workers.plan import Grammar
 
-MAX_GRAMMARS = 64
-MAX_GRAMMAR_BYTES = 8 << 20  # of the texts of those that are kept
+from .endings import Endings
+
+MAX_GRAMMARS = 1024  # as many as the requests of a full queue may have
+MAX_GRAMMAR_BYTES = 2 << 20  # of the texts of those that are kept; compiled, some 200 times that
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
@@ -43,6 +45,7 @@ class Compiler:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._tables: dict[tuple[int, ...], Any] = {}
+        self._endings: dict[tuple[int, ...], Endings] = {}
         self._compiled: OrderedDict[Key, Any] = OrderedDict()
         self._num_bytes = 0
         self._making = threading.Lock()  # one table, one grammar at a time
@@ -68,6 +71,13 @@ class Compiler:
             with self._making:
                 found = self._find(key) or self._make(key)
         return found.deep_copy()
+
+    def endings(self, eos_token_ids: tuple[int, ...]) -> Endings:
+        """What finds endings of answers in this model's tokens."""
+        table = self._table(eos_token_ids)
+        if eos_token_ids not in self._endings:
+            self._endings[eos_token_ids] = Endings(table)
+        return self._endings[eos_token_ids]
 
     def num_words(self, eos_token_ids: tuple[int, ...]) -> int:
         """32-bit words of a mask."""

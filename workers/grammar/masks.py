@@ -25,6 +25,13 @@ class TokenMasks:
     rows: tuple[int, ...]
     words: NDArray[np.int32]
 
+    @classmethod
+    def only(cls, token_id: int, vocab_size: int) -> "TokenMasks":
+        """The mask of a batch of one row that leaves one token."""
+        words = np.zeros((1, -(-vocab_size // 32)), dtype=np.uint32)
+        words[0, token_id // 32] = 1 << (token_id % 32)
+        return cls((0,), words.view(np.int32))
+
     def of(self, row: int) -> "TokenMasks | None":
         """The mask of one row as that of a batch of its own; None where the row has none."""
         if row not in self.rows:

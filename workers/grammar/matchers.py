@@ -10,6 +10,7 @@ import numpy as np
 from saqqara.workers.plan import Grammar
 
 from .compiler import Compiler, first_line
+from .endings import MAX_TOKENS, Countdown
 from .masks import TokenMasks
 
 _MAX_THREADS = 8
@@ -19,6 +20,7 @@ _MAX_THREADS = 8
 class _Held:
     matcher: Any
     grammar: Grammar
+    countdown: Countdown | None = None
 
 
 class Matchers:
@@ -38,16 +40,39 @@ class Matchers:
         self._held: dict[int, _Held] = {}
         self._executor: Any = None  # of llguidance; made for the first batch of several
 
-    def open(self, slot: int, grammar: Grammar, known: Sequence[int]) -> None:
+    def open(
+        self,
+        slot: int,
+        grammar: Grammar,
+        known: Sequence[int],
+        complete_within: int | None = None,
+    ) -> None:
         """Begin with an answer's known tokens.
+
+        Args:
+            slot: the sequence's.
+            grammar: what the answer has to match.
+            known: token ids that the answer begins with.
+            complete_within: tokens after which it should be complete; None: whenever it is.
 
         Raises:
             ValueError: the grammar cannot be compiled, or does not allow these tokens.
         """
         matcher = self._compiler.matcher(grammar)
-        if len(known) and not matcher.consume_tokens(list(known)):
-            raise ValueError(f"the known tokens do not match: {first_line(matcher.get_error())}")
-        self._held[slot] = _Held(matcher, grammar)
+        held, num_before = _Held(matcher, grammar), len(known)
+        if complete_within is not None:
+            endings = self._compiler.endings(grammar.eos_token_ids)
+            num_before = min(max(complete_within - MAX_TOKENS, 0), num_before)
+            held.countdown = Countdown(endings, complete_within - num_before)
+        if num_before and not matcher.consume_tokens(list(known[:num_before])):
+            raise ValueError(_no_match(matcher))
+        for token_id in known[num_before:]:  # so that it ends as it would have
+            assert held.countdown is not None
+            held.countdown.choose(matcher, token_id)
+            if not matcher.consume_token(token_id):
+                raise ValueError(_no_match(matcher))
+            held.countdown.pass_by(token_id)
+        self._held[slot] = held
 
     def close(self, slot: int) -> None:
         """Forget a slot's matcher, if it has one."""
@@ -76,6 +101,13 @@ class Matchers:
                 words[place] = _without(words[place], one.grammar.eos_token_ids)
         return TokenMasks(tuple(rows), words), errors
 
+    def choose(self, slot: int, sampled: int) -> int:
+        """A slot's next token: the sampled one, unless its answer could then not be completed."""
+        held = self._held.get(slot)
+        if held is None or held.countdown is None or held.matcher.is_stopped():
+            return sampled
+        return held.countdown.choose(held.matcher, sampled)
+
     def advance(self, slot: int, token_id: int) -> bool:
         """Take in a slot's next token; returns whether its grammar allows nothing after it.
 
@@ -89,6 +121,8 @@ class Matchers:
             return True  # a token that overran the end, and counts for nothing
         if not held.matcher.consume_token(token_id):
             raise ValueError(first_line(held.matcher.get_error()))
+        if held.countdown is not None:
+            held.countdown.pass_by(token_id)
         return bool(held.matcher.is_stopped())
 
     def _is_open(self, slot: int) -> bool:
@@ -107,6 +141,10 @@ class Matchers:
             self._executor = LLExecutor(self._num_threads)
         places = [(matcher, place) for place, matcher in enumerate(matchers)]
         fill_next_token_bitmask_par(self._executor, places, words)
+
+
+def _no_match(matcher: Any) -> str:
+    return f"the known tokens do not match: {first_line(matcher.get_error())}"
 
 
 def _without(words: np.ndarray, token_ids: Sequence[int]) -> np.ndarray:

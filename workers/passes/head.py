@@ -61,7 +61,7 @@ class Head:
             return
         known = new.tokens()[new.prompt_tokens :].tolist()
         try:
-            self._matchers.open(new.slot, grammar, known)
+            self._matchers.open(new.slot, grammar, known, new.sampling.complete_within)
         except ValueError as error:
             self._faults.add(new.slot, _of_grammar(str(error)), "constraint_failed")
 
@@ -85,6 +85,7 @@ class Head:
             return []
         logits_SV = self._decoder.logits(_sampled_rows(plan, targets, finals, decoded_TE))
         sampled = self._sample(logits_SV, targets, self._masks(targets))
+        cut = self._complete(logits_SV, targets, sampled)
         agreed = [draw.token_id for draw in sampled]
         if self._mesh.layout.tensor_size > 1:
             token_ids = torch.tensor(agreed, device=logits_SV.device)
@@ -95,10 +96,37 @@ class Head:
                 self._faults.add(target.slot, draw.error, draw.code)
         return [
             SampledToken(
-                target.slot, target.position, token, draw.logprobs, self._advance(target, token)
+                target.slot,
+                target.position,
+                token,
+                draw.logprobs,
+                is_last=self._advance(target, token),
+                is_cut=target.slot in cut,
             )
             for target, token, draw in zip(targets, agreed, sampled, strict=True)
         ]
+
+    def _complete(self, logits_SV: Tensor, targets: list[Target], draws: list[Draw]) -> set[int]:
+        """Take another token where an answer could not be completed in time after the sampled one.
+
+        Returns:
+            The slots of which `draws` was changed. What forbids the other token leaves the sampled.
+        """
+        cut: set[int] = set()
+        if self._matchers is None:
+            return cut
+        for row, (target, draw) in enumerate(zip(targets, draws, strict=True)):
+            if draw.error is not None:
+                continue
+            token_id = self._matchers.choose(target.slot, draw.token_id)
+            if token_id == draw.token_id:
+                continue
+            mask = TokenMasks.only(token_id, logits_SV.shape[1])
+            [other] = self._sample(logits_SV[row, None], [target], mask)
+            if other.error is None:
+                draws[row] = other
+                cut.add(target.slot)
+        return cut
 
     def _masks(self, targets: list[Target]) -> TokenMasks | None:
         """What the grammars allow in the targets' places."""

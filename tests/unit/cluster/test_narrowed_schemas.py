@@ -31,6 +31,15 @@ NARROWED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "additionalProperties": False,
         },
     ),
+    "an object that requires another name": (
+        {"type": "object", "properties": {"a": {}}, "required": ["b", "a"]},
+        {
+            "type": "object",
+            "properties": {"a": {}, "b": {}},
+            "required": ["b", "a"],
+            "additionalProperties": False,
+        },
+    ),
     "one of several": (
         {"anyOf": [{"type": "integer"}, {"type": "null"}]},
         {"anyOf": [{"type": "integer", **OPEN_INTEGER}, {"type": "null"}]},
@@ -52,7 +61,12 @@ KEPT: dict[str, dict[str, Any]] = {
     "large bounds": {"type": "integer", "minimum": 2**60},
     "a narrow range": {"type": "number", "minimum": 1e-9, "maximum": 2e-9},
     "anything else": {"type": "object", "properties": {"a": {}}, "additionalProperties": {}},
-    "a required name": {"type": "object", "properties": {"a": {}}, "required": ["b"]},
+    "a required name that a pattern may have": {
+        "type": "object",
+        "properties": {"a": {}},
+        "required": ["b"],
+        "patternProperties": {"^b": {"type": "null"}},
+    },
     "values": {"enum": [{"type": "integer"}], "default": {"type": "number"}},
     "all of several": {"allOf": [{"type": "object", "properties": {"a": {}}}, {}]},
     "one of two": {"oneOf": [{"type": "integer"}, {"type": "string"}]},

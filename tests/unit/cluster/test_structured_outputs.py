@@ -74,6 +74,24 @@ def test_any_object(llm: LLM) -> None:
             assert isinstance(json.loads(output.outputs[0].text), dict)
 
 
+def test_answers_are_complete_where_their_tokens_run_out(llm: LLM) -> None:
+    """They are what they would have been, but for their last tokens; what ends in time is not."""
+    form = {"json": {"type": "array", "items": {"type": "string"}}}
+    whole = [o.outputs[0] for o in ask(llm, form, 6, max_tokens=40)]
+    cut = [
+        o.outputs[0]
+        for o in ask(llm, form | {"complete_within_max_tokens": False}, 6, max_tokens=40)
+    ]
+    assert {(c.finish_reason, c.stop_reason) for c in cut} >= {("length", None)}
+    for one, other in zip(whole, cut, strict=True):
+        jsonschema.validate(json.loads(one.text), form["json"])
+        if other.finish_reason == "stop":
+            assert one == other
+        else:
+            assert (one.finish_reason, one.stop_reason) == ("stop", "max_tokens")
+            assert one.token_ids[:30] == other.token_ids[:30]
+
+
 def test_requests_with_and_without_share_their_steps(llm: LLM) -> None:
     """What the others are asked changes no answer."""
     free = SamplingParams(max_tokens=30, seed=5, ignore_eos=True)
@@ -149,6 +167,7 @@ def test_log_probabilities_are_the_models_own(llm: LLM) -> None:
         assert entry[token_id].logprob < -0.01  # not 0, as of the only token that was allowed
 
 
+TEXT = {"type": "string"}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "needs exactly one of json, regex, choice, grammar, json_object, not none"),
     "two kinds": ({"regex": "a", "json_object": True}, "not regex and json_object"),
@@ -175,9 +194,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True},
         "exclude each other",
     ),
+    "an unknown format": (
+        {"json": {"properties": {"a": {"items": {"type": "string", "format": "phone"}}}}},
+        "json: Unknown format: phone, at /properties/a/items",
+    ),
+    "a wrong value in a definition": (
+        {"json": {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"pattern": "(", **TEXT}]}}}},
+        r"json: regex parse error: unclosed group, at /\$defs/a/anyOf/0",
+    ),
+    "no schema": ({"json": {"properties": {"a": 3}}}, "json: schema must be .*, at /properties/a"),
     "an unknown keyword below": (
         {"json": {"properties": {"a/b": {"items": [{}, {"anyOf": [{"not": {}}]}]}}}},
         "json: the keyword 'not' at /properties/a~1b/items/1/anyOf/0 is not supported",
+    ),
+    "a keyword that says something elsewhere": (
+        {"json": {"uniqueItems": False, "items": {"uniqueItems": True}}},
+        "json: the keyword 'uniqueItems' at /items is not supported",
     ),
     "a keyword that is a name, too": (
         {"json": {"properties": {"contains": {"uniqueItems": True}}, "enum": [{"contains": 1}]}},
@@ -200,6 +232,26 @@ def test_a_schema_that_is_nested_too_deep_is_refused() -> None:
         schema = {"items": schema}
     with pytest.raises(ValidationError, match="nested deeper than 64 levels"):
         SamplingParams(structured_outputs={"json": schema})
+
+
+IDLE: list[dict[str, Any]] = [
+    {"uniqueItems": False},
+    {"propertyNames": {}, "unevaluatedProperties": True, "unevaluatedItems": {}},
+    {"dependentRequired": {}, "dependentSchemas": {}, "dependencies": {}},
+    {"not": False},
+    {"if": {"type": "string"}},
+    {"then": {"type": "string"}, "else": {"type": "null"}},
+    {"minContains": 2, "maxContains": 3},
+]
+
+
+@pytest.mark.parametrize("idle", IDLE, ids=lambda idle: next(iter(idle)))
+def test_keywords_that_say_nothing_are_taken(idle: dict[str, Any]) -> None:
+    schema = {"allOf": [{**PERSON, **idle}], "$defs": {"a": idle}}
+    plain = StructuredOutputs(json={"allOf": [PERSON], "$defs": {"a": {}}})
+    assert StructuredOutputs(json=schema).text == plain.text
+    for value in (*idle, 1, "a", [1, 1], [], {"a": 1}, None):  # none is refused for these words
+        jsonschema.Draft202012Validator(idle).validate(value)
 
 
 def test_it_travels_and_compares() -> None:
