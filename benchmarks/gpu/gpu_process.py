@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +29,7 @@ def run(name: str, rows: Rows, seconds: float, file: Path) -> list[Row]:
     return run_together({name: rows}, seconds, file)
 
 
-def run_together(sections: dict[str, Rows], seconds: float, file: Path) -> list[Row]:
+def run_together(sections: Mapping[str, Rows], seconds: float, file: Path) -> list[Row]:
     """The rows of several sections at once, in their order; each is a process."""
     started = time.monotonic()
     parts = {name: file.with_name(f"{name}.part") for name in sections}

@@ -1,7 +1,7 @@
 """Where a few decode steps go on the device: busy against wall, by kernel, for `gpu_check.py`."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from gpu_report import Row
-from torch.autograd import DeviceType
 
 STEPS = 5
 MAX_FILE_BYTES = 16 << 20
@@ -52,12 +51,13 @@ class StepTrace:
             return Row(what, f"fewer than {self.first + STEPS} steps", state="failed")
         spans = self._spans()
         busy = _union([(start, stop) for _, start, stop in spans]) / 1e6
-        by_name: Counter[str] = Counter()
+        by_name: defaultdict[str, float] = defaultdict(float)
         for name, start, stop in spans:
             by_name[name[:_NAME_LENGTH]] += stop - start
         total = sum(by_name.values()) or 1.0
         nodes = len(spans) / STEPS
-        top = ", ".join(f"{n} {t / total:.0%}" for n, t in by_name.most_common(_NUM_NAMED))
+        named = sorted(by_name.items(), key=lambda item: -item[1])[:_NUM_NAMED]
+        top = ", ".join(f"{n} {t / total:.0%}" for n, t in named)
         wall = self.wall_seconds / STEPS
         return Row(
             what,
@@ -91,12 +91,11 @@ class StepTrace:
 
     def _spans(self) -> list[tuple[str, float, float]]:
         """Name, start and end in microseconds of each kernel."""
-        wanted = DeviceType.CUDA if self.device.type == "cuda" else DeviceType.CPU
+        wanted = "CUDA" if self.device.type == "cuda" else "CPU"
         return [
             (event.name, event.time_range.start, event.time_range.end)
             for event in self._profile.events()
-            if event.device_type == wanted
-            and (wanted == DeviceType.CUDA or event.cpu_parent is None)
+            if event.device_type.name == wanted and (wanted == "CUDA" or event.cpu_parent is None)
         ]
 
 
