@@ -124,7 +124,7 @@ def served(app: FastAPI) -> Iterator[tuple[str, str]]:
     for route in app.routes:
         if isinstance(route, APIRoute):
             path = route.path.replace(":path}", "}")
-            yield from ((method, path) for method in route.methods - {"HEAD"})
+            yield from ((method, path) for method in {*(route.methods or ())} - {"HEAD"})
 
 
 class Caller:
