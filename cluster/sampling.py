@@ -58,7 +58,9 @@ class SamplingParams(BaseModel):
     temperature: float = Field(
         default=1.0, ge=0, le=MAX_TEMPERATURE, description="0: the most likely token, always."
     )
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Sample from this much mass.")
+    top_p: float = Field(
+        default=1.0, ge=0, le=1, description="Sample from this much mass; 0: the best token."
+    )
     top_k: int = Field(
         default=0, ge=-1, lt=_INT32, description="Sample from the k best tokens; 0 or -1: all."
     )

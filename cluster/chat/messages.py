@@ -1,7 +1,7 @@
 """The messages of a conversation, as clients write them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from saqqara.configs.json_text import parse_json
@@ -23,7 +23,8 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     Each message is a mapping with `role` and `content`, and maybe `name`. Content is a string, or
     a list of `{"type": "text", "text": ...}` parts, which are joined by line breaks. One of the
     assistant may have `tool_calls`, whose arguments come back as objects (templates want these),
-    and `reasoning_content`; its content may then be null. One with the role `tool` has the
+    and `reasoning_content`; its content may then be null. What it refused with, in a part or as
+    `refusal` instead of content, is its content. One with the role `tool` has the
     `tool_call_id` that it answers. What comes back may be checked again.
 
     Raises:
@@ -36,7 +37,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def _check_content(content: Any, field: str) -> str:
+def _check_content(content: Any, field: str, kinds: Collection[str] = ("text",)) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -46,14 +47,15 @@ def _check_content(content: Any, field: str) -> str:
     texts = []
     for index, part in enumerate(content):
         name = f"{field}[{index}]"
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, Mapping) else part
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        if not isinstance(part, Mapping) or kind not in kinds:
             raise ValueError(
                 f'{name} must be {{"type": "text", "text": ...}}, not of type {kind!r:.80}'
             )
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"{name}.text must be a string, not {part.get('text')!r:.80}")
-        texts.append(part["text"])
+        text = part.get(kind)  # the text of a part has the name of its type
+        if not isinstance(text, str):
+            raise ValueError(f"{name}.{kind} must be a string, not {text!r:.80}")
+        texts.append(text)
     return "\n".join(texts)
 
 
@@ -68,12 +70,15 @@ def _check_message(message: Mapping[str, Any], field: str) -> dict[str, Any]:
         for key, value in message.items()
         if key != "content" and (key == "role" or value not in (None, [], {}))
     }
+    if role == "assistant" and "refusal" in more:
+        message = _with_refusal(message, more.pop("refusal"), field)
     checked: dict[str, Any] = {"content": ""}
     is_call = role == "assistant" and bool({"tool_calls", *_REASONING} & more.keys())
     if "content" not in message and not is_call:
         raise ValueError(f"{field}.content is missing")
     if message.get("content") is not None or not is_call:
-        checked["content"] = _check_content(message["content"], f"{field}.content")
+        kinds = ("text", "refusal") if role == "assistant" else ("text",)
+        checked["content"] = _check_content(message["content"], f"{field}.content", kinds)
     for key, value in more.items():
         if key == "type" and value in ("text", "message"):
             continue  # lm-eval and the Responses API mark messages so
@@ -82,6 +87,15 @@ def _check_message(message: Mapping[str, Any], field: str) -> dict[str, Any]:
     if role == "tool" and "tool_call_id" not in checked:
         raise ValueError(f"{field}.tool_call_id is missing; it is the id of the call it answers")
     return checked
+
+
+def _with_refusal(message: Mapping[str, Any], refusal: Any, field: str) -> Mapping[str, Any]:
+    """A message of the assistant whose refusal, if there is one, is its content."""
+    if not isinstance(refusal, str):
+        raise ValueError(f"{field}.refusal must be a string, not {refusal!r:.80}")
+    if refusal and message.get("content"):
+        raise ValueError(f"{field}.refusal stands in the place of content; give one of them")
+    return {**message, "content": refusal} if refusal else message
 
 
 def _check_field(key: str, value: Any, role: Any, field: str) -> tuple[str, Any]:

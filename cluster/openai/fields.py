@@ -154,3 +154,4 @@ class IdleCompletionFields(BaseModel):
     """What completions may say without an effect."""
 
     suffix: Annotated[Any, only(why="models here do not fill in the middle")] = None
+    prompt_embeds: Annotated[Any, only(why="prompts are texts or token ids")] = None

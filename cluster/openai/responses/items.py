@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from saqqara.cluster.openai.fields import only
 from saqqara.cluster.sampling import FailFastList
 
 MAX_ITEMS = 4096
 MAX_PARTS = 1024
 MAX_NAME_CHARS = 128
+NO_ASYNC = "a call is answered before the model goes on"
 
 T = TypeVar("T")
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
@@ -54,6 +56,18 @@ class OutputText(Part):
     logprobs: FailFastList[dict[str, Any]] | None = None
 
 
+class Refusal(Part):
+    """What another model said instead of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """What it said."""
+        return self.refusal
+
+
 class SummaryText(Part):
     """A summary of thoughts."""
 
@@ -91,8 +105,10 @@ def _is_text(given: Any) -> str:
 
 
 TextPart = Annotated[
-    Annotated[InputText, Tag("<input_text>")] | Annotated[OutputText, Tag("<output_text>")],
-    of_type("input_text", "output_text"),
+    Annotated[InputText, Tag("<input_text>")]
+    | Annotated[OutputText, Tag("<output_text>")]
+    | Annotated[Refusal, Tag("<refusal>")],
+    of_type("input_text", "output_text", "refusal"),
 ]
 TextOrParts = Annotated[
     Annotated[str, Tag("<text>")]
@@ -112,7 +128,14 @@ class Message(Part):
     phase: Literal["commentary", "final_answer"] | None = None
 
 
-class FunctionCall(Part):
+class _OfFunction(Part):
+    """What a call and its output may say at OpenAI's defaults alone."""
+
+    caller: Annotated[Any, only({"type": "direct"}, why="the model alone calls")] = None
+    namespace: Annotated[Any, only(why="functions have no namespaces here")] = None
+
+
+class FunctionCall(_OfFunction):
     """A call that the model made; `arguments` are JSON."""
 
     type: Literal["function_call"]
@@ -121,14 +144,16 @@ class FunctionCall(Part):
     arguments: str
     id: Id | None = None
     status: Status | None = None
+    is_async: Annotated[Any, only(False, why=NO_ASYNC)] = Field(None, alias="async")
 
 
-class FunctionCallOutput(Part):
+class FunctionCallOutput(_OfFunction):
     """What a call gave."""
 
     type: Literal["function_call_output"]
     call_id: Annotated[Id, Field(min_length=1)]
     output: TextOrParts
+    name: Name | None = None
     id: Id | None = None
     status: Status | None = None
 
@@ -140,6 +165,7 @@ class Reasoning(Part):
     id: Id | None = None
     summary: Annotated[FailFastList[SummaryText], Field(max_length=MAX_PARTS)] = []
     content: Annotated[FailFastList[ReasoningText], Field(max_length=MAX_PARTS)] | None = None
+    encrypted_content: Annotated[Any, only(why="thoughts are read in the clear")] = None
     status: Status | None = None
 
     @property
@@ -161,6 +187,6 @@ TextOrItems = Annotated[
 ]
 
 
-def plain(content: str | list[InputText | OutputText]) -> str:
+def plain(content: str | list[InputText | OutputText | Refusal]) -> str:
     """The text of a content; parts are joined by line breaks, as those of chats are."""
     return content if isinstance(content, str) else "\n".join(part.text for part in content)

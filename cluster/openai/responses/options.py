@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 from saqqara.cluster.openai.fields import only
 from saqqara.cluster.sampling import FailFastList
 
-from .items import MAX_NAME_CHARS, Name, Part, of_type
+from .items import MAX_NAME_CHARS, NO_ASYNC, Name, Part, of_type
 
 Json = dict[str, Any]
 Include = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
@@ -23,10 +23,19 @@ class FunctionTool(Part):
     description: str | None = None
     parameters: Json | None = None
     strict: bool | None = None
+    allowed_callers: Annotated[Any, only(["direct"], why="the model alone calls")] = None
+    defer_loading: Annotated[Any, only(False, why="the prompt has all tools")] = None
+    output_schema: Annotated[Any, only(why="say it in the description")] = None
+    is_async: Annotated[Any, only(False, why=NO_ASYNC)] = Field(None, alias="async")
+
+    @property
+    def shown(self) -> Json:
+        """What the model is told of it."""
+        return self.model_dump(include={"name", "description", "parameters", "strict"})
 
     def chat_tool(self) -> Json:
         """The same in the words of chats."""
-        fields = self.model_dump(exclude={"type"}, exclude_none=True)
+        fields = {name: value for name, value in self.shown.items() if value is not None}
         return {"type": "function", "function": fields}
 
 

@@ -66,7 +66,7 @@ class ResponseHead:
             "tool_choice": (choice or "auto")
             if choice is None or isinstance(choice, str)
             else choice.model_dump(exclude_none=True),
-            "tools": [_echoed(tool.model_dump()) for tool in asked.tools or ()],
+            "tools": [_echoed(tool.shown) for tool in asked.tools or ()],
             "top_logprobs": self.sampling.logprobs or 0,
             "top_p": self.sampling.top_p,
             "truncation": asked.truncation or "disabled",
@@ -111,4 +111,9 @@ def usage(output: RequestOutput, num_thoughts: int) -> Json:
 
 def _echoed(tool: Mapping[str, Any]) -> Json:
     """A tool as OpenAI shows it: all of its fields."""
-    return {**tool, "parameters": tool["parameters"] or {}, "strict": tool["strict"] is True}
+    return {
+        "type": "function",
+        **tool,
+        "parameters": tool["parameters"] or {},
+        "strict": tool["strict"] is True,
+    }

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from saqqara.cluster.openai.errors import ApiError
-from saqqara.cluster.openai.fields import only
+from saqqara.cluster.openai.fields import SmallObject, only
 from saqqara.cluster.openai.requests import ChatRequest, read_request
 from saqqara.cluster.sampling import FailFastList
 
@@ -82,11 +82,15 @@ class ResponseRequest(BaseModel):
     service_tier: _Text | None = None
     prompt_cache_key: _Text | None = None
     prompt_cache_retention: _Text | None = None
+    prompt_cache_options: SmallObject | None = None
 
     # What would need a memory, or parts that are not here.
     previous_response_id: Annotated[Any, only(why=_NO_STATE)] = None
     conversation: Annotated[Any, only(why=_NO_STATE)] = None
     background: Annotated[Any, only(False, why=_NO_STATE)] = None
+    background_options: Annotated[Any, only(why=_NO_STATE)] = None
+    access_programs: Annotated[Any, only(why="there are none here")] = None
+    image: Annotated[Any, only(why="models here read and write text alone")] = None
     prompt: Annotated[Any, only(why="no templates of prompts are kept here")] = None
     context_management: Annotated[Any, only(why="see truncation")] = None
     max_tool_calls: Annotated[

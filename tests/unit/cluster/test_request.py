@@ -54,7 +54,7 @@ def test_names_and_defaults_are_those_of_vllm() -> None:
         ("temperature", -0.1, "greater than or equal to 0"),
         ("temperature", float("nan"), "finite"),
         ("temperature", float("inf"), "finite"),
-        ("top_p", 0.0, "greater than 0"),
+        ("top_p", -0.1, "greater than or equal to 0"),
         ("top_p", 1.1, "less than or equal to 1"),
         ("top_k", -2, "greater than or equal to -1"),
         ("min_p", 1.5, "less than or equal to 1"),

@@ -19,6 +19,7 @@ from saqqara.cluster.openai.responses.request import LOGPROBS, MAX_METADATA, rea
 
 Json = dict[str, Any]
 FUNCTION = {"type": "function", "name": "f", "parameters": {}}
+CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
 
 
 def user(content: Any) -> Json:
@@ -84,6 +85,22 @@ def test_parts_are_joined_and_the_developer_speaks_for_the_system() -> None:
     assert messages(given) == [{"role": "system", "content": "a\nb"}]
 
 
+def test_a_refusal_is_what_the_assistant_said() -> None:
+    part = {"type": "refusal", "refusal": "no"}
+    said = {"type": "message", "role": "assistant", "status": "completed", "content": [part]}
+    assert messages(user("a"), said)[1] == {"role": "assistant", "content": "no"}
+
+
+def test_what_openai_says_by_default_is_taken() -> None:
+    direct: Json = {"caller": {"type": "direct"}, "namespace": None}
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "c1", "output": "4"}
+    given = [{**call, **direct, "async": False}, {**result, **direct, "name": "f"}]
+    assert messages(*given) == messages(call, result)
+    more = {"defer_loading": False, "allowed_callers": ["direct"], "async": False}
+    assert chat(tools=[{**FUNCTION, **more}]) == chat(tools=[FUNCTION])
+
+
 def test_log_probabilities_and_the_format_are_those_of_chats() -> None:
     asked = chat(include=[LOGPROBS], top_logprobs=3, text={"format": {"type": "text"}})
     assert (asked["logprobs"], asked["top_logprobs"]) == (True, 3)
@@ -138,7 +155,15 @@ def test_a_call_is_dropped_with_its_output() -> None:
         ({"input": [user([{"type": "input_image", "image_url": "x"}])]}, "input[0].content[0]"),
         ({"input": [user([{"type": "input_text", "text": 5}])]}, "input[0].content[0].text"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": ""}]}, "input[0].call_id"),
+        ({"input": [{**CALL, "namespace": "n"}]}, "input[0].namespace"),
+        ({"input": [{**CALL, "async": True}]}, "input[0].async"),
+        (
+            {"input": [{"type": "reasoning", "encrypted_content": "x"}]},
+            "input[0].encrypted_content",
+        ),
         ({"inputs": "x"}, "inputs"),
+        ({"background_options": {"completion_window": "2h"}}, "background_options"),
+        ({"tools": [{**FUNCTION, "defer_loading": True}]}, "tools[0].defer_loading"),
         ({"instructions": 5}, "instructions"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),

@@ -3,12 +3,26 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
+from openai.types import (
+    batch_create_params,
+    completion_create_params,
+    responses,
+    shared_params,
+)
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params, response_input_param
+from pydantic import BaseModel
 from support.byte_llama import save_tiny_llama
 from support.local_server import engine_app, listening
 from support.server import fetch
+
+from saqqara.cluster.openai.batches import BatchRequest
+from saqqara.cluster.openai.requests import ChatRequest, CompletionRequest
+from saqqara.cluster.openai.responses import items, options
+from saqqara.cluster.openai.responses.request import ResponseRequest
 
 Json = dict[str, Any]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -16,6 +30,30 @@ USER = [{"role": "user", "content": "hi"}]
 SYSTEM = [{"role": "system", "content": "Be brief."}, *USER]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
 ENGINE: Json = {"load_format": "dummy", "dtype": "float32", "device": "cpu", "max_num_seqs": 4}
+
+
+# What the official client can write, and what reads it.
+PARAMS = (
+    (completion_create_params.CompletionCreateParamsBase, CompletionRequest),
+    (chat_params.CompletionCreateParamsBase, ChatRequest),
+    (response_create_params.ResponseCreateParamsBase, ResponseRequest),
+    (batch_create_params.BatchCreateParams, BatchRequest),
+    (responses.EasyInputMessageParam, items.Message),
+    (responses.ResponseOutputMessageParam, items.Message),
+    (responses.ResponseFunctionToolCallParam, items.FunctionCall),
+    (response_input_param.FunctionCallOutput, items.FunctionCallOutput),
+    (responses.ResponseReasoningItemParam, items.Reasoning),
+    (responses.FunctionToolParam, options.FunctionTool),
+    (responses.ResponseTextConfigParam, options.TextSettings),
+    (shared_params.Reasoning, options.Reasoning),
+)
+
+
+@pytest.mark.parametrize(("param", "kind"), PARAMS, ids=lambda kind: kind.__name__)
+def test_every_field_of_the_official_client_is_known(param: Any, kind: type[BaseModel]) -> None:
+    """It has an effect, or is refused with the reason where it asks for one."""
+    known = {field.alias or name for name, field in kind.model_fields.items()}
+    assert {*get_type_hints(param)} - known == set()
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ FILTERS = {
     "top_k-1": SamplingSpec(top_k=1),
     "top_k-wide": SamplingSpec(top_k=900),
     "top_p": SamplingSpec(top_p=0.8),
-    "top_p-tiny": SamplingSpec(top_p=1e-6),
+    "top_p-none": SamplingSpec(top_p=0.0),
     "top_p-flat": SamplingSpec(top_p=0.95, temperature=30.0),
     "min_p": SamplingSpec(min_p=0.05),
     "min_p-flat": SamplingSpec(min_p=0.8, temperature=30.0),
@@ -383,7 +383,7 @@ params = st.fixed_dictionaries(
     {},
     optional={
         "temperature": st.floats(0, MAX_TEMPERATURE) | st.sampled_from([0, 1e-40, 1e-5, 1.0]),
-        "top_p": st.floats(0, 1, exclude_min=True),
+        "top_p": st.floats(0, 1),
         "top_k": st.integers(-1, 2**31 - 1) | st.integers(-1, SMALL_VOCAB + 1),
         "min_p": st.floats(0, 1),
         "repetition_penalty": st.floats(*PENALTY_RANGE),

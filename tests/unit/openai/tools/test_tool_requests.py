@@ -166,6 +166,19 @@ def test_a_conversation_has_calls_and_their_results() -> None:
     assert check_messages(checked) == checked
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"content": None, "refusal": "no"},
+        {"content": [{"type": "refusal", "refusal": "no"}], "refusal": None},
+        {"content": "no", "refusal": ""},
+    ],
+)
+def test_a_refusal_is_what_the_assistant_said(refused: Json) -> None:
+    said = {"role": "assistant", "content": "no"}
+    assert check_messages([USER, {"role": "assistant", **refused}]) == [USER, said]
+
+
 def call(**fields: Any) -> list[Json]:
     function = {"name": "weather", "arguments": "{}"}
     outer: Json = {name: fields.pop(name) for name in ("id", "type") if name in fields}
@@ -197,6 +210,11 @@ ARGUMENTS = "tool_calls[0].function.arguments"
         (assistant(function_call={"name": "weather"}), "function_call"),
         (assistant(reasoning_content=5), "reasoning_content"),
         (assistant(content=None), "content"),
+        (assistant(content=[{"type": "refusal", "refusal": 5}]), "content[0].refusal"),
+        (assistant(refusal="no"), "refusal"),
+        (assistant(refusal=5), "refusal"),
+        ({**USER, "content": [{"type": "refusal", "refusal": "no"}]}, "content[0]"),
+        ({**USER, "refusal": "no"}, "refusal"),
         ({**USER, "tool_calls": call()}, "tool_calls"),
         ({**USER, "tool_call_id": "call_1"}, "tool_call_id"),
         ({"role": "tool", "content": "x"}, "tool_call_id"),
