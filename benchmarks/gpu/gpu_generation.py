@@ -3,10 +3,12 @@
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from gpu_models import Load
 from gpu_report import Bench, Row
+from gpu_trace import StepTrace
 
 from saqqara.cluster.scheduling.events import Finished, Preempted
 from saqqara.cluster.scheduling.ledger import Ledger
@@ -90,6 +92,7 @@ def generate(
     new_tokens: int,
     retention: Retention,
     check_pages: bool = False,
+    trace: StepTrace | None = None,
 ) -> Generated:
     """Greedy tokens after each prompt.
 
@@ -101,6 +104,7 @@ def generate(
         new_tokens: after each prompt.
         retention: of all.
         check_pages: prove after each step that every page has one owner.
+        trace: records some of the steps in which all sequences decode.
 
     Raises:
         OutOfTimeError: the deadline is over.
@@ -129,9 +133,11 @@ def generate(
             plan = scheduler.schedule()
             assert plan is not None, "sequences wait, and nothing is planned"
             held = (held - set(plan.free)) | {new.slot for new in plan.new}
+            is_plain = len(plan.decode) == len(prompts) and not plan.prefill
             step_started = time.perf_counter()
-            results = [worker.execute(plan)]
-            if len(plan.decode) == len(prompts) and not plan.prefill:
+            with trace.step() if trace is not None and is_plain else nullcontext():
+                results = [worker.execute(plan)]
+            if is_plain:
                 step_seconds.append(time.perf_counter() - step_started)
             if plan.decode:
                 usage = scheduler.ledger.usage()

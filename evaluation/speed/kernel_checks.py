@@ -71,10 +71,10 @@ def check_prefill(device: torch.device, dtype: torch.dtype, seed: int) -> float:
     """Whole prompts, by the kernel that is chosen here, and only their last queries, by ours."""
     case = Case(device, dtype, seed)
     cu = case.cu([1, 33, int(case.numbers.integers(2, 70)), 16])
-    last = case.cu([1, 1, 2, 9])
+    last, ends = case.cu([1, 1, 2, 9]), case.cu([1] * 4)  # the ends are cut by their keys
     q, k, v = case.queries(cu.host[-1]), case.keys(cu.host[-1]), case.keys(cu.host[-1])
     worst, backend, scale = 0.0, TritonAttention(), case.sizes.scale
-    for cu_q in (cu, last):
+    for cu_q in (cu, last, ends):
         bounds = zip(cu.host[1:], cu_q.lengths, strict=True)
         queries = torch.cat([q[end - count : end] for end, count in bounds])
         out = backend.prefill(queries, k, v, cu_q, cu, scale)[0]
