@@ -219,7 +219,7 @@ def weights_share(seconds: Mapping[str, float]) -> float:
 def mlp_weights(model: str, dtype: str) -> torch.Tensor | None:
     """Of the model's shape and of 128 MiB at least, where torch multiplies with them."""
     torch_dtype = getattr(torch, dtype)
-    if choose_linear_backend("auto", torch.device("cpu"), torch_dtype)[0] != "torch":
+    if choose_linear_backend("auto", torch.device("cpu"), torch_dtype, "cpu")[0] != "torch":
         return None
     spec = load_spec(model)
     one = spec.intermediate_size * spec.hidden_size * torch_dtype.itemsize

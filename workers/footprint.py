@@ -38,7 +38,7 @@ _BALANCED_SEQS, _BALANCED_TOKENS = 128, 4096
 _LARGEST_GRAPH = 512
 _WORKSPACE_BYTES = 64 << 20  # cuBLAS's and cuBLASLt's of the recording stream, 32 MiB each at most
 _KERNEL_BYTES = 8 << 10  # of a recorded kernel in the driver, and this many kernels in a layer
-_LAYER_KERNELS = 20
+_LAYER_KERNELS = 13
 
 
 def stage_layers(

@@ -77,7 +77,9 @@ class Part:
         device = choose_device(config, rank)
         dtype, dtype_reason = choose_dtype(config, device)
         backend, attention_reason = get_backend(config.attention_backend, device, dtype)
-        linear_backend, linear_reason = choose_linear_backend(config.linear_backend, device, dtype)
+        linear_backend, linear_reason = choose_linear_backend(
+            config.linear_backend, device, dtype, backend.name
+        )
         max_model_len = config.max_model_len or spec.max_position
         size = layout.tensor_size
         all_heads = [

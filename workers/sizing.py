@@ -119,6 +119,8 @@ def why_no_graphs(part: Part) -> str | None:
     """Why decode steps are launched by the host, or None if they are recorded."""
     if part.mesh.layout.world_size > 1:
         return "ranks exchange data in every layer"
+    if part.choices.linear_backend != "triton":
+        return f"linear layers are {part.choices.linear_backend}'s"
     if part.device.type != "cuda":
         return f"the device is {part.device.type}"
     return "cuda_graphs='off'" if part.config.cuda_graphs == "off" else None
@@ -138,17 +140,15 @@ def graph_bytes(part: Part) -> int:
 
 def scratch_bytes(part: Part) -> int:
     """Bytes of the temporaries of one decoded token; layers use the same memory in turn."""
-    from saqqara.workers.kernels.decode import MAX_SPLITS, SPLIT_TOKENS
+    from saqqara.workers.kernels.work import MAX_SPLITS, SPLIT_TOKENS, most_splits
 
     spec, itemsize = part.spec, part.dtype.itemsize
-    num_queries, dim = len(part.heads.query), spec.head_dim
-    num_all = num_queries + 2 * len(part.heads.kv)
-    per_layer = part.decoder.layers[0].activation_bytes_per_token(itemsize)
-    # Queries and keys are rotated in float32: the product, the rotated halves, the sum.
-    rotation = num_all * dim * (2 * itemsize + 2 * 4)
-    splits = num_queries * (dim + 1) * 4 * MAX_SPLITS
-    if part.max_model_len <= SPLIT_TOKENS:
-        splits = 0
-    attention = (2 * num_queries * dim + spec.hidden_size) * itemsize + splits
-    angles = 4 * dim * 4
-    return max(per_layer, rotation + num_all * dim * itemsize, attention + rotation) + angles
+    num_queries, num_kv, dim = len(part.heads.query), len(part.heads.kv), spec.head_dim
+    attended = num_queries * dim * itemsize
+    # Also of the layer before, until this one's are there: the fused projection, the output.
+    held = (spec.hidden_size + (num_queries + 2 * num_kv) * dim) * itemsize + attended
+    splits = most_splits(part.max_model_len, SPLIT_TOKENS)
+    if splits > 1:
+        attended += num_queries * (dim + 1) * 4 * MAX_SPLITS  # float32
+        held += part.num_rows * splits * 4  # the list of all parts, int32
+    return held + max(part.decoder.layers[0].activation_bytes_per_token(itemsize), attended)

@@ -21,7 +21,8 @@ from gpu_models import (
 from gpu_report import Bench, Row
 
 from saqqara.compression.retention import Retention
-from saqqara.evaluation.speed.kernel_checks import CHECKS, SERVED
+from saqqara.evaluation.speed.kernel_cases import SERVED
+from saqqara.evaluation.speed.kernel_checks import CHECKS
 
 Rows = Callable[[Bench], Iterator[Row]]
 BUDGETS = {

@@ -1,9 +1,12 @@
-"""Compiles every Triton kernel, in bfloat16, for a GPU of compute capability 9.0 that is not there.
+"""Compiles every Triton kernel for a GPU of compute capability 9.0 that is not there.
 
 Prints the kernels' names. Launching is replaced by compiling: nothing runs.
 """
 
-from typing import Any
+import dataclasses
+import functools
+import sys
+from typing import Any, NamedTuple
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -24,6 +27,18 @@ class AbsentGpu:
         return 0
 
 
+class Case(NamedTuple):
+    """What chooses the code of kernels."""
+
+    dim: int
+    group: int
+    dtype: torch.dtype = torch.bfloat16
+    has_norms: bool = False
+
+
+CASES = [Case(128, 8, has_norms=True)]
+ALL_CASES = [Case(dim, group) for dim in (64, 128, 256) for group in (1, 4, 8)]
+ALL_CASES += [Case(dim, 4, torch.float32, has_norms=True) for dim in (64, 128)]
 MAX_SHARED_BYTES = 227 << 10  # of one program, at compute capability 9.0
 
 
@@ -41,16 +56,15 @@ def main() -> None:
         return compiled
 
     JITFunction.run = compile_only
-    from saqqara.workers.kernels import attend, decode, mass, pages
+    from saqqara.workers.kernels import activation, attend, decode, mass, norm, pages, rotary, work
 
-    tokens, heads, group, dim = 3, 1, 8, 128
-    k_pages, v_pages = (torch.zeros(40, 16, dim, dtype=torch.bfloat16) for _ in range(2))
-    q = torch.zeros(tokens, heads * group, dim, dtype=torch.bfloat16)
-    k = torch.zeros(tokens, heads, dim, dtype=torch.bfloat16)
-    cu, numbers = torch.tensor([0, tokens], dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
-
-    def launch_all(max_length: int, first: int) -> None:
+    def launch_all(case: Case, max_length: int, first: int) -> None:
         """Every kernel, for rows of a length, with tables that begin `first` entries in."""
+        tokens, heads, dim = 3, 1, case.dim
+        zeros = functools.partial(torch.zeros, dtype=case.dtype)
+        k_pages, v_pages = zeros(40, 16, dim), zeros(40, 16, dim)
+        q, k = zeros(tokens, heads * case.group, dim), zeros(tokens, heads, dim)
+        cu, numbers = torch.tensor([0, tokens], dtype=torch.int32), torch.zeros(4).long()
         entries = -(-max_length // 16)
         table = torch.zeros(1 + tokens * heads * entries, dtype=torch.int32)[first:]
         table = table[: tokens * heads * entries].view(tokens, heads, entries)
@@ -58,24 +72,40 @@ def main() -> None:
         lengths = torch.ones(1 + tokens, heads + 15 * first, dtype=torch.int32)
         lengths = lengths[first : first + tokens, :heads]
         slots = torch.arange(1 + tokens)[first : first + tokens]
-        rows = decode.PagedRows(k_pages, v_pages, table, lengths, max_length, slots)
-        decode.decode(q, rows, 0.1, new=(k, k), return_mass=True)
-        rows = decode.PagedRows(k_pages, v_pages, table, lengths, max_length)
-        decode.decode(q, rows, 0.1, lse=torch.zeros(tokens, heads * group))
+        in_slots = decode.PagedRows(k_pages, v_pages, table, lengths, max_length, slots)
+        rows = dataclasses.replace(in_slots, slots=None)
+        every_slot = torch.ones(5, 1 + first, heads, dtype=torch.int32)
+        decode.decode(q, in_slots, 0.1, work=work.list_work(every_slot, slots, max_length)[0])
+        decode.decode(q, rows, 0.1, return_mass=True)
+        decode.decode(q, rows, 0.1, lse=torch.zeros(tokens, heads * case.group))
         attend.attend(q, k, k, cu, cu, 64, 0.1, rows)
         mass.mass(q, k, cu, cu, 64, max_length, 0.1, torch.ones(tokens))
         jobs, some = torch.zeros(3, 5, dtype=torch.int64), numbers[first:]
         pages.fill_pages(k, k, k_pages, v_pages, jobs, some)
-        refs = torch.zeros(1 + tokens * heads, dtype=torch.int64)[first : first + tokens]
         stored = k_pages.view(-1, dim), v_pages.view(-1, dim)
-        pages.append_tokens(k, k, *stored, refs.view(tokens, heads))
+        refs = torch.zeros(1 + tokens * heads, dtype=torch.int64)[first : first + tokens]
+        refs = refs.view(tokens, heads)
+        pages.append_tokens(k, k, *stored, refs)
         pages.compact_tokens(
             k_pages, v_pages, torch.zeros_like(table).view(-1), some, some, some, some
         )
+        qkv, angles = zeros(tokens, (case.group + 2) * heads, dim), torch.zeros(9, dim // 2)
+        positions = torch.zeros(1 + tokens, dtype=torch.int64)[first : first + tokens]
+        of_heads = zeros(dim) if case.has_norms else None
+        rotation = rotary.Rotation(positions, angles, angles, of_heads, of_heads, 0.1)
+        rotary.rotate_to(qkv, heads, rotation, q, k, k)
+        rotary.rotate_in_place(qkv, heads, rotation)
+        rotary.rotate_append(qkv, heads, rotation, *stored, refs)
+        rotary.rotate_append_rows(qkv, heads, rotation, in_slots)
+        hidden, weight = zeros(tokens, 64 * dim), zeros(64 * dim)
+        norm.rms_norm(hidden, weight, 0.1)
+        norm.add_rms_norm(hidden, hidden, weight, 0.1, hidden)
+        activation.silu_mul(hidden)
 
-    launch_all(1024, first=0)
+    for case in CASES if "--all" not in sys.argv else CASES + ALL_CASES:
+        launch_all(case, 1024, first=0)
     before = set(variants)
-    launch_all(2136, first=1)
+    launch_all(CASES[0], 2136, first=1)
     assert variants == before, f"other lengths wait for the compiler: {variants - before}"
 
 

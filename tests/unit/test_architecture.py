@@ -44,7 +44,9 @@ _WORKERS = {
     "workers/mesh": _below("workers", "workers/native"),
     "workers/kv": _below("workers", "workers/kernels"),
     "workers/attention": _below("workers", "workers/kv", "workers/kernels", "workers/native"),
-    "workers/models": _below("workers", "workers/mesh", "workers/native", "configs"),
+    "workers/models": _below(
+        "workers", "workers/kernels", "workers/mesh", "workers/native", "configs"
+    ),
     "workers/grammar": _below("workers", "workers/models"),
     "workers/state": _below("workers", "compression", "configs"),
 }

@@ -33,7 +33,7 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPES:
         return f"it computes bfloat16, float16 and float32, not {dtype}"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return "the interpreter has no bfloat16" if dtype == torch.bfloat16 else None
+        return None
     if device.type != "cuda":
         return f"the device is {device.type}"
     capability = torch.cuda.get_device_capability(device)
@@ -45,8 +45,8 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 class TritonAttention:
     """Triton kernels. Arguments and results are those of `AttentionBackend`.
 
-    Head dims go up to 256. With TRITON_INTERPRET=1 the kernels run on any device, slowly and in
-    float32 or float16: that is how they are tested without a GPU.
+    Head dims go up to 256. With TRITON_INTERPRET=1 the kernels run on any device, slowly: that is
+    how they are tested without a GPU.
     """
 
     name = "triton"

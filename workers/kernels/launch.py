@@ -46,6 +46,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 if is_interpreted():
-    from .interpreter import accept_new_numpy
+    from .interpreter import accept_new_numpy, compute_bfloat16
 
     accept_new_numpy()
+    compute_bfloat16()

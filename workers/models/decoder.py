@@ -15,7 +15,7 @@ from saqqara.workers.mesh.layout import HeadShard, VocabShard, intermediate_shar
 from saqqara.workers.mesh.mesh import Mesh
 
 from .embedding import LMHead, VocabEmbedding, read_vocab_rows
-from .layer import Layer, LayerWeights, Places, TorchLayer
+from .layer import Layer, LayerWeights, Places, TorchLayer, TritonLayer
 from .linear import Linear, column_parallel, row_parallel
 from .norm import rms_norm
 from .rotary import RotaryTable
@@ -39,14 +39,21 @@ class End(Protocol):
         ...
 
 
-def choose_linear_backend(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """What computes the linear layers, `native` or `torch`, and why.
+def choose_linear_backend(
+    name: str, device: torch.device, dtype: torch.dtype, attention_backend: str
+) -> tuple[str, str]:
+    """What computes the linear layers, `native`, `triton` or `torch`, and why.
+
+    With the attention backend `triton`, which has made sure that its kernels run here, other
+    kernels of the same kind take what lies between the products.
 
     Raises:
         ValueError: `native` is asked for and cannot be had.
     """
     if name == "torch":
         return "torch", "as set"
+    if name == "auto" and attention_backend == "triton":
+        return "triton", "auto: torch's products, fused kernels between them"
     if device.type != "cpu" or dtype != torch.bfloat16:
         reason: str | None = f"it is for bfloat16 on a CPU, not {str(dtype)[6:]} on {device.type}"
     else:
@@ -85,6 +92,12 @@ class Decoder:
         self.stop_layer = layer_range.stop
         self.rotary = RotaryTable(spec.rope, spec.head_dim, max_position, source.device)
         self._native = linear_backend == "native"
+        self._triton = linear_backend == "triton"
+        self._rms_norm = rms_norm
+        if self._triton:
+            from saqqara.workers.kernels import norm
+
+            self._rms_norm = norm.rms_norm
         self.layers = tuple(
             self._compute(_load_layer(spec, mesh, heads, source, layer)) for layer in layer_range
         )
@@ -100,6 +113,8 @@ class Decoder:
             from .native_layer import NativeLayer
 
             return NativeLayer(weights, self.rotary, self.mesh)
+        if self._triton:
+            return TritonLayer(weights, self.rotary, self.mesh)
         return TorchLayer(weights, self.mesh)
 
     def _load_ends(self, source: WeightSource) -> None:
@@ -134,7 +149,8 @@ class Decoder:
 
     def places(self, positions_T: Tensor) -> Places:
         """Positions int64 [T], with what the layers need to rotate queries and keys there."""
-        return Places(positions_T, None if self._native else self.rotary.lookup(positions_T))
+        looks_up = self._native or self._triton
+        return Places(positions_T, None if looks_up else self.rotary.lookup(positions_T))
 
     def logits(self, hidden_SE: Tensor) -> Tensor:
         """Logits, fp32 [S, V], of the last layer's hidden states (last stage only)."""
@@ -142,7 +158,7 @@ class Decoder:
         assert self.final_norm is not None
         if self._native:
             return self.head(hidden_SE)  # which normalises in the same call
-        return self.head(rms_norm(hidden_SE, self.final_norm, self.spec.rms_norm_eps))
+        return self.head(self._rms_norm(hidden_SE, self.final_norm, self.spec.rms_norm_eps))
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on this rank."""

@@ -1,12 +1,13 @@
-"""One decoder layer's shard: its weights, and how torch computes it.
+"""One decoder layer's shard: its weights, and how torch, or torch and Triton, computes it.
 
 Shapes: T packed tokens, E hidden size, Hq local query heads, H local kv heads, D head dim,
 F local intermediate size.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -14,7 +15,11 @@ from saqqara.workers.mesh.mesh import Mesh
 
 from .linear import Linear
 from .norm import rms_norm
-from .rotary import rotate
+from .rotary import RotaryTable, rotate
+
+if TYPE_CHECKING:
+    from saqqara.workers.kernels.decode import PagedRows
+    from saqqara.workers.kernels.rotary import Rotation
 
 
 class Places(NamedTuple):
@@ -170,3 +175,97 @@ class TorchLayer:
         project = hidden + 2 * w.qkv.weight.shape[0]  # normed + fused + rotated
         finish = 3 * hidden + 2 * w.gate_up.weight.shape[0]  # hidden, sum, normed + gate-up, act
         return max(project, finish) * itemsize
+
+
+class TritonLayer:
+    """Computes a layer with torch's products, and all between them in Triton kernels.
+
+    Two sums, norms and rotations are one launch each where torch takes several. The last sum of a
+    layer on one rank is part of its product, and rounded once.
+
+    Args:
+        weights: of the layer.
+        rotary: cosines and sines of all positions.
+        mesh: this rank's place.
+    """
+
+    def __init__(self, weights: LayerWeights, rotary: RotaryTable, mesh: Mesh) -> None:
+        from saqqara.workers.kernels import activation, norm
+        from saqqara.workers.kernels import rotary as rotations
+
+        self._norm, self._activation, self._rotations = norm, activation, rotations
+        self._weights = weights
+        self._rotary = rotary
+        self._mesh = mesh
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights."""
+        return self._weights.num_bytes
+
+    def project(self, hidden_TE: Tensor, places: Places, out: QKV | None = None) -> QKV:
+        """See `Layer.project`; without `out`, views of one tensor."""
+        w, qkv, rotation = self._weights, self._fused(hidden_TE), self._rotation(places)
+        if out is not None:
+            self._rotations.rotate_to(qkv, w.num_kv_heads, rotation, *out)
+            return out
+        self._rotations.rotate_in_place(qkv, w.num_kv_heads, rotation)
+        values = w.num_query_heads + w.num_kv_heads
+        return QKV(qkv[:, : w.num_query_heads], qkv[:, w.num_query_heads : values], qkv[:, values:])
+
+    def project_append(
+        self, hidden_TE: Tensor, places: Places, k_tokens: Tensor, v_tokens: Tensor, refs_TH: Tensor
+    ) -> Tensor:
+        """See `Layer.project_append`; what has a negative ref is not stored."""
+        return self._rotations.rotate_append(
+            self._fused(hidden_TE),
+            self._weights.num_kv_heads,
+            self._rotation(places),
+            k_tokens,
+            v_tokens,
+            refs_TH,
+        )
+
+    def project_append_rows(self, hidden_TE: Tensor, places: Places, rows: "PagedRows") -> Tensor:
+        """Queries [T, Hq, D]; keys and values become the last tokens of their rows.
+
+        Args:
+            hidden_TE: [T, E].
+            places: of the T tokens.
+            rows: those of the T tokens, with slots, a negative one for a token that is not stored;
+                their lengths count the tokens already.
+        """
+        return self._rotations.rotate_append_rows(
+            self._fused(hidden_TE), self._weights.num_kv_heads, self._rotation(places), rows
+        )
+
+    def finish(self, hidden_TE: Tensor, attended_THD: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Layer.finish`."""
+        w, mesh = self._weights, self._mesh
+        partial = mesh.all_reduce(w.output(attended_THD.flatten(1)))
+        total = partial if out is None else out
+        normed = self._norm.add_rms_norm(partial, hidden_TE, w.mlp_norm, w.eps, total)
+        activated = self._activation.silu_mul(w.gate_up(normed))
+        if mesh.layout.tensor_size == 1 and w.down.bias is None:
+            return torch.addmm(total, activated, w.down.weight.t(), out=total)
+        return total.add_(mesh.all_reduce(w.down(activated)))
+
+    def activation_bytes_per_token(self, itemsize: int) -> int:
+        """See `Layer.activation_bytes_per_token`."""
+        w = self._weights
+        hidden = w.attention_norm.shape[0]
+        project = hidden + w.qkv.weight.shape[0]  # normed, fused
+        finish = 2 * hidden + 3 * w.gate_up.weight.shape[0] // 2  # sum, normed, gate-up, activated
+        return max(project, finish) * itemsize
+
+    def _fused(self, hidden_TE: Tensor) -> Tensor:
+        """Queries, keys and values [T, Hq + 2 H, D], not yet rotated."""
+        w = self._weights
+        qkv = w.qkv(self._norm.rms_norm(hidden_TE, w.attention_norm, w.eps))
+        return qkv.view(-1, w.num_query_heads + 2 * w.num_kv_heads, w.head_dim)
+
+    def _rotation(self, places: Places) -> "Rotation":
+        w, rotary = self._weights, self._rotary
+        return self._rotations.Rotation(
+            places.positions_T, rotary.cos, rotary.sin, w.query_norm, w.key_norm, w.eps
+        )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saqqara.workers.footprint import graph_sizes
+from saqqara.workers.models.layer import TritonLayer
 from saqqara.workers.plan import DecodeItem
 from saqqara.workers.shard import Shard
 from saqqara.workers.sizing import why_no_graphs
@@ -31,16 +32,19 @@ class DeviceDecode:
     """Decodes one token per sequence, with as little as possible done by the host.
 
     Args:
-        shard: of a single rank, with the Triton attention backend.
+        shard: of a single rank, whose attention and layers are Triton's.
         use_graphs: replay recorded graphs; else every kernel is launched by the host.
     """
 
     def __init__(self, shard: Shard, use_graphs: bool) -> None:
-        from saqqara.workers.kernels import decode
+        from saqqara.workers.kernels import decode, work
 
         self._shard = shard
         self._part = shard.part
-        self._kernel = decode
+        self._kernel, self._work = decode, work
+        layers = shard.part.decoder.layers
+        self._layers = [layer for layer in layers if isinstance(layer, TritonLayer)]
+        assert len(self._layers) == len(layers), "the step is one of Triton's kernels throughout"
         self._use_graphs = use_graphs
         self._sizes = graph_sizes(shard.part.config.max_num_seqs)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
@@ -130,8 +134,8 @@ class DeviceDecode:
         assert decoder.embedding is not None, "the only rank has the embedding"
         hidden = decoder.embedding(tokens)
         places = decoder.places(positions)
-        for index, layer in enumerate(decoder.layers):
-            q, k, v = layer.project(hidden, places)
+        work = self._work.list_work(table.device_kept, slots, longest)
+        for index, layer in enumerate(self._layers):
             rows = self._kernel.PagedRows(
                 pool.k_pages,
                 pool.v_pages,
@@ -140,7 +144,8 @@ class DeviceDecode:
                 longest,
                 slots,
             )
-            attended, _ = self._kernel.decode(q, rows, scale, new=(k, v))
+            q = layer.project_append_rows(hidden, places, rows)
+            attended, _ = self._kernel.decode(q, rows, scale, work=work[index])
             hidden = layer.finish(hidden, attended, out=hidden)
         return hidden
 
@@ -165,7 +170,7 @@ def _padding(size: int) -> NDArray[np.int64]:
 def make(shard: Shard) -> DeviceDecode | None:
     """The device's own decode step, or None where this rank decodes in the general way."""
     part = shard.part
-    if part.backend.name != "triton":
+    if part.choices.linear_backend != "triton":
         return None
     reason = why_no_graphs(part)
     if reason is None:

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is for Linux only", allow_module_level=True)
 
+from support.launches import Launches
 from support.peak_bytes import PeakBytes
 from support.tiny import save_tiny
 
@@ -26,7 +28,10 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers import sizing
 from saqqara.workers.footprint import graph_sizes
 from saqqara.workers.kernels.decode import PagedRows
+from saqqara.workers.kernels.work import SPLIT_TOKENS
+from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.passes import device_decode
+from saqqara.workers.passes.device_decode import DeviceDecode
 from saqqara.workers.plan import (
     DecodeItem,
     NewSequence,
@@ -108,6 +113,20 @@ def test_tokens_are_those_of_the_torch_backend(method: Retention, tmp_path: Path
     assert [len(tokens) for tokens in expected] == [5, 4, 4]
 
 
+def _step_of(folder: Path, max_num_seqs: int) -> DeviceDecode:
+    config = EngineConfig(
+        model=str(folder),
+        attention_backend="triton",
+        dtype="float32",
+        device="cpu",
+        max_num_seqs=max_num_seqs,
+        kv_memory_gib=0.01,
+    )
+    step = Worker.local(config.for_worker())._decode._on_device
+    assert step is not None
+    return step
+
+
 def test_the_ladder_ends_at_the_largest_batch() -> None:
     assert graph_sizes(1) == (1,)
     assert graph_sizes(5) == (1, 2, 4, 5)
@@ -125,30 +144,65 @@ def test_memory_for_graphs_is_what_a_step_takes(
 ) -> None:
     """A decode kernel that only allocates stands in: the interpreter adds copies of its own."""
     save_tiny("llama-gqa", tmp_path, num_layers=2)
-    config = EngineConfig(
-        model=str(tmp_path),
-        attention_backend="triton",
-        dtype="float32",
-        device="cpu",
-        max_num_seqs=8,
-        kv_memory_gib=0.01,
-    )
-    worker = Worker.local(config.for_worker())
-    part, step = worker._shard.part, worker._decode._on_device
-    assert step is not None
+    step = _step_of(tmp_path, max_num_seqs=8)
+    part = step._part
 
     def decode(q: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
-        return torch.empty(q.shape), None
+        return torch.zeros(q.shape), None
 
     step._kernel = SimpleNamespace(PagedRows=PagedRows, decode=decode)  # type: ignore[assignment]
     inputs = torch.from_numpy(device_decode._padding(8)).clone()
-    with torch.inference_mode(), PeakBytes() as memory:
+    with torch.inference_mode(), Launches(), PeakBytes() as memory:
         step._step(inputs, part.max_model_len)
     assert memory.peak <= 8 * sizing.scratch_bytes(part) <= 1.5 * memory.peak
     assert sizing.graph_bytes(part) == 0  # there is no GPU
     monkeypatch.setattr(sizing, "why_no_graphs", lambda _: None)
     outputs = sum(graph_sizes(8)) * part.spec.hidden_size * 4
     assert sizing.graph_bytes(part) > memory.peak + outputs
+
+
+LAUNCHES = {
+    "_rms_norm_kernel": 2,  # the second adds the attention's output first
+    "_rotate_kernel": 1,  # and stores keys and values
+    "_decode_kernel": 1,
+    "_merge_kernel": 1,
+    "_silu_mul_kernel": 1,
+}
+
+
+@interpreted
+def test_a_layer_of_a_decode_step_is_few_launches(tmp_path: Path) -> None:
+    """What a step of two layers launches more than one of the first alone, with norms of heads.
+
+    Then as a rank of two, whose sums over the other are one launch each.
+    """
+    save_tiny("qwen3", tmp_path)
+    step = _step_of(tmp_path, max_num_seqs=2)
+    assert _of_layer(step) == LAUNCHES | {"linear": 3, "addmm": 1}  # the last adds what went in
+    step._part.mesh.layout = MeshLayout(tensor_size=2)
+    assert _of_layer(step) == LAUNCHES | {"linear": 4, "all_reduce": 2, "add_": 1}
+    assert sum(LAUNCHES.values()) + 4 <= 11
+    assert sum(LAUNCHES.values()) + 7 <= 13
+
+
+def _of_layer(step: DeviceDecode) -> dict[str, int]:
+    """Launches of the second layer, whose rows may be long enough to be cut into parts."""
+    inputs = torch.from_numpy(device_decode._padding(2)).clone()
+    all_layers, launched = step._layers, []
+    for layers in (all_layers[:1], all_layers[:2]):
+        step._layers, launches = layers, Launches()
+
+        def all_reduce(x: torch.Tensor, names: Counter[str] = launches.names) -> torch.Tensor:
+            names["all_reduce"] += 1
+            return x
+
+        if step._part.mesh.layout.tensor_size > 1:
+            step._part.mesh.all_reduce = all_reduce  # type: ignore[method-assign, assignment]
+        with torch.inference_mode(), launches:
+            step._step(inputs, 2 * SPLIT_TOKENS)
+        assert launches.names["_list_kernel"] == 1, "the parts of all layers are listed at once"
+        launched.append(launches.names)
+    return dict(launched[1] - launched[0])
 
 
 def test_the_core_engine_loads_without_the_cluster_packages() -> None:
