@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from saqqara.compression.selecting import kept_positions
-from saqqara.evaluation.speed.kernel_checks import CHECKS, Case
+from saqqara.evaluation.speed.kernel_cases import Case
+from saqqara.evaluation.speed.kernel_checks import CHECKS
 from saqqara.workers.attention.base import CuSeqlens, get_backend
 from saqqara.workers.kernels.decode import PagedRows, decode
 from saqqara.workers.kv.store import KVStore
