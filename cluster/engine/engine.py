@@ -93,7 +93,6 @@ class Engine:
             prefill_quantum=config.prefill_quantum,
             max_extend_tokens=config.max_extend_tokens,
             lookahead=lookahead,
-            expected_output_tokens=config.expected_output_tokens,
         )
         self._executor = executor
         self._tokenizer = tokenizer
