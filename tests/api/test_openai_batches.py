@@ -201,7 +201,9 @@ def test_a_batch_is_cancelled_while_others_are_answered(client: OpenAI) -> None:
     batch = submit(client, endless)
     while batch.status != "in_progress":
         batch = client.batches.retrieve(batch.id)
-    answer = client.completions.create(model=MODEL, prompt="hello", max_tokens=4)
+    answer = client.completions.create(
+        model=MODEL, prompt="hello", max_tokens=4, extra_body={"ignore_eos": True}
+    )
     assert answer.choices[0].finish_reason == "length"
     with pytest.raises(openai.BadRequestError, match=f"the input of {batch.id}"):
         client.files.delete(batch.input_file_id)
