@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saqqara.compression.growth import num_ring_queries, sums_mass
 from saqqara.compression.retention import Retention
-from saqqara.compression.scores import Random
+from saqqara.compression.scores import H2O, KNorm, SnapKV, Streaming, Tova
 from saqqara.compression.selecting import select_ends, select_stored
 from saqqara.workers.kv.rows import Rows, compact_each, compact_rows, read_ends, read_rows
 from saqqara.workers.plan import DecodeItem
@@ -27,6 +27,8 @@ from saqqara.workers.transfer import to_device
 
 from .compact_natively import certain_tokens, compact_slots, compacts_natively
 from .observe import no_rows, observe_rows
+
+_SAME_EACH_TIME = {Streaming, SnapKV, KNorm, H2O, Tova}  # whichever compaction of a sequence it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def _compact(shard: Shard, group: list[_Firing]) -> None:
     places: then those of one length are.
     """
     retention, layers = group[0].retention, range(len(shard.part.layers))
-    if _asks_ranks(shard, retention) or isinstance(retention.score, Random):
+    if _asks_ranks(shard, retention) or _counts_compactions(retention):
         for index in layers:
             _compact_layer(shard, index, group)
         return
@@ -73,16 +75,21 @@ def _compact(shard: Shard, group: list[_Firing]) -> None:
 
 
 def _alike(shard: Shard, firing: list[_Firing]) -> list[list[_Firing]]:
-    """The sequences by what selects their tokens; each by itself where ranks are asked.
-
-    `random` alone draws anew at each compaction.
-    """
+    """The sequences by what selects their tokens; each by itself where ranks are asked."""
     together: dict[tuple[object, ...], list[_Firing]] = defaultdict(list)
     for number, f in enumerate(firing):
         alone = number if _asks_ranks(shard, f.retention) else -1
-        draw = f.compaction if isinstance(f.retention.score, Random) else 0
+        draw = f.compaction if _counts_compactions(f.retention) else 0
         together[f.retention, draw, alone].append(f)
     return list(together.values())
+
+
+def _counts_compactions(retention: Retention) -> bool:
+    """Whether scores may depend on how often a sequence was compacted.
+
+    Of ours `random` draws anew each time; what a score from elsewhere does is not known.
+    """
+    return type(retention.score) not in _SAME_EACH_TIME
 
 
 def _asks_ranks(shard: Shard, retention: Retention) -> bool:

@@ -30,7 +30,8 @@ def compacts_natively(shard: Shard, retention: Retention) -> bool:
         return False
     if kv.pool.any_shared or (isinstance(score, SnapKV) and score.kernel_size > MAX_KERNEL_SIZE):
         return False
-    return isinstance(score, Streaming | KNorm | SnapKV | H2O)
+    # A subclass may score otherwise.
+    return type(score) in (Streaming, KNorm, SnapKV, H2O)
 
 
 def compact_slots(shard: Shard, retention: Retention, slots: Ints, stops: Ints, slack: int) -> None:

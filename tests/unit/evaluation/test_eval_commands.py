@@ -90,7 +90,8 @@ def test_a_mistake_is_one_line(
     result = runner.invoke(app, ["eval", *arguments, "--model", str(demo_model)])
     assert result.exit_code == 2, result.output
     assert said in result.stderr
-    assert result.stderr.count("\n") == 1
+    # A slow machine says meanwhile that it is still at work.
+    assert sum("so far" not in line for line in result.stderr.splitlines()) == 1
     assert engines == []
 
 
