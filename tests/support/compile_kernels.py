@@ -58,7 +58,9 @@ def main() -> None:
         lengths = torch.ones(1 + tokens, heads + 15 * first, dtype=torch.int32)
         lengths = lengths[first : first + tokens, :heads]
         slots = torch.arange(1 + tokens)[first : first + tokens]
-        rows = decode.PagedRows(k_pages, v_pages, table, lengths, max_length, slots)
+        begins = torch.zeros(tokens + 1, heads, dtype=torch.int64)[first : first + tokens]
+        flat = table.view(-1)
+        rows = decode.PagedRows(k_pages, v_pages, flat, lengths, max_length, slots, begins)
         decode.decode(q, rows, 0.1, new=(k, k), return_mass=True)
         rows = decode.PagedRows(k_pages, v_pages, table, lengths, max_length)
         decode.decode(q, rows, 0.1, lse=torch.zeros(tokens, heads * group))

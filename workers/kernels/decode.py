@@ -18,16 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saqqara.workers.fixed_sizes import MAX_SPLITS, SPLIT_TOKENS
+
 from .launch import LOG2_E, check, dense, padded
 
 BLOCK_TOKENS = 64
-SPLIT_TOKENS = 512
-MAX_SPLITS = 32
 _MASS_TOKENS = 256
 
 # What changes from step to step must not choose the machine code: each variant compiles for
 # seconds. These differ in divisibility by 16, and gain nothing from it.
-_ANY_ALIGNMENT = ["lengths", "slots", "page_table"]
+_ANY_ALIGNMENT = ["lengths", "slots", "page_table", "first"]
 _ANY_VALUE = [
     *("table_stride_n", "table_stride_h", "length_stride_n", "length_stride_h"),
     *("scores_stride", "width"),
@@ -40,11 +40,13 @@ class PagedRows:
 
     Attributes:
         k_pages, v_pages: [P, page_tokens, D], contiguous.
-        page_table: int32 [N or S, H, W].
+        page_table: int32 [N or S, H, W]; with `first` those of all rows, int32 [E].
         lengths: int32 [N or S, H], tokens of each row, a new one included.
         max_length: no row is longer; it fixes the grid.
         slots: int32 [N], which entry of table and lengths is whose; a negative one stands for no
             sequence (zeros come out). None: entry n is sequence n.
+        first: int64 [N or S, H], where the entries of each row begin in `page_table`; None where
+            that has a place for every row.
     """
 
     k_pages: Tensor
@@ -53,6 +55,7 @@ class PagedRows:
     lengths: Tensor
     max_length: int
     slots: Tensor | None = None
+    first: Tensor | None = None
 
     @property
     def page_tokens(self) -> int:
@@ -133,14 +136,14 @@ def _attend_stored(
 @triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _decode_kernel(
     q, out, parts, parts_lse, lse, scores, new_k, new_v,
-    k_pages, v_pages, page_table, lengths, slots,
+    k_pages, v_pages, page_table, first, lengths, slots,
     q_stride_n, q_stride_h, new_k_stride_n, new_k_stride_h, new_v_stride_n, new_v_stride_h,
     table_stride_n, table_stride_h, length_stride_n, length_stride_h,
     scores_stride, H, scale,
     G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, HAS_NEW: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_NEW: tl.constexpr,
     HAS_SCORES: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """One part of one row; scores in units of log 2.
@@ -175,7 +178,10 @@ def _decode_kernel(
         q + n.to(tl.int64) * q_stride_n + q_heads[:, None] * q_stride_h + d[None, :],
         mask=tile, other=0.0,
     )  # fmt: skip
-    table_row = page_table + entry * table_stride_n + head * table_stride_h
+    place = entry * table_stride_n + head * table_stride_h
+    if HAS_FIRST:
+        place = tl.load(first + place, mask=entry >= 0, other=0)
+    table_row = page_table + place
     scores_row = scores + (row * G + g).to(tl.int64) * scores_stride
 
     best = tl.full([BLOCK_G], float("-inf"), tl.float32)
@@ -314,14 +320,16 @@ def decode(
     splits = {"SPLIT_TOKENS": split_tokens, "MAX_SPLITS": MAX_SPLITS}
     splits["HAS_LSE"] = return_mass or wants_lse
     assert rows.page_table.stride(-1) == 1, "the page table of a row must lie together"
+    first = rows.page_table if rows.first is None else rows.first
     if num_rows == 0:
         return out, new_floats(num_sequences, num_heads, width).zero_() if return_mass else None
     _decode_kernel[num_rows, num_splits](
         q, out, parts, parts_lse, lse, scores, k, v,
-        rows.k_pages, rows.v_pages, rows.page_table, rows.lengths, slots,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *rows.page_table.stride()[:2],
+        rows.k_pages, rows.v_pages, rows.page_table, first, rows.lengths, slots,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *first.stride()[:2],
         *rows.lengths.stride(), width, num_heads, scale * LOG2_E,
-        PAGE=rows.page_tokens, BLOCK_T=BLOCK_TOKENS, HAS_NEW=new is not None,
+        PAGE=rows.page_tokens, BLOCK_T=BLOCK_TOKENS,
+        HAS_FIRST=rows.first is not None, HAS_NEW=new is not None,
         HAS_SCORES=return_mass, num_warps=4, num_stages=3, **sizes, **dims, **splits,
     )  # fmt: skip
     if num_splits > 1:

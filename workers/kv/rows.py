@@ -12,8 +12,8 @@ from torch import Tensor
 
 from saqqara.workers.transfer import to_device
 
+from .spans import spans
 from .store import KVStore
-from .table import spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,7 @@ class Rows:
 
     def pages(self, kv: KVStore, num_pages: int) -> Tensor:
         """The first pages of each row, int64 [R, num_pages] on the device."""
-        table = kv.table
-        slots, heads = to_device(self.slots, table.device), to_device(self.heads, table.device)
-        return table.device_pages[slots, self.layer, heads, :num_pages].long()
+        return kv.table.row_pages(self.slots, self.layer, self.heads, num_pages).long()
 
 
 def read_rows(kv: KVStore, rows: Rows) -> tuple[Tensor, Tensor]:
