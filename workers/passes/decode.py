@@ -17,7 +17,7 @@ from saqqara.workers.shard import Shard
 from saqqara.workers.state.slots import Target
 from saqqara.workers.transfer import to_device
 
-from . import device_decode
+from . import device_decode, native_decode
 from .decode_batch import DecodeBatch
 
 _SPARE_RECEIPTS = 8  # steps whose tokens may be on their way, beyond one per pipeline stage
@@ -30,6 +30,7 @@ class Decode:
         self._shard = shard
         self._part = shard.part
         self._on_device = device_decode.make(shard)
+        self._native = native_decode.make(shard)
         self._awaited: deque[tuple[list[Target], TokenReceipt]] = deque()
 
     def run(self, items: tuple[DecodeItem, ...]) -> Tensor | None:
@@ -54,11 +55,7 @@ class Decode:
         else:
             hidden = shard.receive_hidden(batch.num_tokens)
         with shard.clock.phase("decode"):
-            places = part.decoder.places(to_device(batch.positions, part.device))
-            for index, layer in enumerate(part.decoder.layers):
-                attended = batch.attend(shard, index, layer, hidden, places)
-                with shard.clock.span("finish"):
-                    hidden = layer.finish(hidden, attended, out=hidden)
+            hidden = self._through_layers(batch, hidden)
         if not part.mesh.is_last_stage:
             part.mesh.send_hidden(hidden)
         if shard.retained.cycles:
@@ -66,6 +63,18 @@ class Decode:
         if shard.retained.trimmed:
             trim_rows(shard, items)
         return hidden if part.mesh.is_last_stage else None
+
+    def _through_layers(self, batch: DecodeBatch, hidden: Tensor) -> Tensor:
+        """Hidden states [T, E] after this rank's layers; those before them are overwritten."""
+        if self._native is not None and self._native.takes(batch):
+            return self._native.run(batch, hidden)
+        shard, part = self._shard, self._part
+        places = part.decoder.places(to_device(batch.positions, part.device))
+        for index, layer in enumerate(part.decoder.layers):
+            attended = batch.attend(shard, index, layer, hidden, places)
+            with shard.clock.span("finish"):
+                hidden = layer.finish(hidden, attended, out=hidden)
+        return hidden
 
     def warm_up(self) -> None:
         """Record what can be recorded before the first request."""
