@@ -37,6 +37,7 @@ class RowTable:
     Attributes:
         pages: int32 [slots, L, H, pages_per_row].
         kept: int32 [slots, L, H].
+        device_pages: `pages` as a tensor that shares its memory, for a device that is the host.
         mirror: the entries on the device; None where the host's serve.
         device_kept: `kept` as a tensor on the device.
         first_entry: int64 [slots, L, H], where each row's entries start in the flat `pages`.
@@ -69,7 +70,7 @@ class RowTable:
         self.device = device
         self.device_kept = torch.from_numpy(self.kept)
         self.mirror: TableMirror | None = None
-        self._host_pages = torch.from_numpy(self.pages)
+        self.device_pages = torch.from_numpy(self.pages)
         if device.type != "cpu" if mirrored is None else mirrored:
             size = self.pages.size if mirror_entries is None else mirror_entries
             self.device_kept = self.device_kept.to(device, copy=True)
@@ -84,7 +85,7 @@ class RowTable:
     def layer_pages(self, slots: Tensor, layer: int, num_pages: int) -> Tensor:
         """First entries of one layer's rows of slots, int32 [N, H, num_pages] on the device."""
         if self.mirror is None:
-            return self._host_pages[:, layer, :, :num_pages].index_select(0, slots)
+            return self.device_pages[:, layer, :, :num_pages].index_select(0, slots)
         return self.mirror.read(self.mirror.first[:, layer].index_select(0, slots), num_pages)
 
     def row_pages(
@@ -93,7 +94,7 @@ class RowTable:
         """First entries of the rows `(slots[i], layer, heads[i])`, int32 [R, num_pages]."""
         of_slots, of_heads = to_device(slots, self.device), to_device(heads, self.device)
         if self.mirror is None:
-            return self._host_pages[of_slots, layer, of_heads, :num_pages]
+            return self.device_pages[of_slots, layer, of_heads, :num_pages]
         return self.mirror.read(self.mirror.first[of_slots, layer, of_heads], num_pages)
 
     def flat_rows(self, first_entry: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
@@ -103,7 +104,7 @@ class RowTable:
             first_entry: where the rows begin in `flat_pages`, [R].
         """
         if self.mirror is None:
-            return self._host_pages.view(-1), first_entry
+            return self.device_pages.view(-1), first_entry
         return self.mirror.entries, self.mirror.begins(first_entry)
 
     def num_pages(self, kept: NDArray[np.int32]) -> NDArray[np.int32]:
