@@ -39,7 +39,7 @@ prove: $(INSTALLED) ## The longer proofs: parity on the real model, 20,000 rando
 fault-schedules: $(INSTALLED) ## Run 100,000 random schedules of faults (ARGS="--again SEED": one)
 	$(BIN)/python tests/support/run_fault_schedules.py $(ARGS)
 
-gpu-check: ## Prove and measure the GPU path on this machine's GPU, with the python of PYTHON
+gpu-check: ## Prove and measure the GPU path on this machine's GPU (ARGS=--first, --rest)
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu/gpu_check.py $(ARGS)
 
 soak: $(INSTALLED) ## Load a server for 30 minutes (MINUTES=1: shorter), killing ranks; look for leaks

@@ -7,30 +7,41 @@ made on the device. Accelerate places the model as `device_map="auto"` does: on 
 import gc
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from gpu_models import Load, Shape
-from gpu_report import GIB, Bench, OutOfTimeError, Row
+from gpu_report import GIB, Bench, OutOfTimeError, Row, failure
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+SAME, LARGEST = "same batch", "largest batch"
 _SLACK_BYTES = 3 * GIB
 _SMALLER = 0.85  # of a batch that did not fit
 _WARM_UP_TOKENS = 4
 _RUN_SECONDS = 40.0
 
 
-class _Timer(StoppingCriteria):  # type: ignore[misc]
-    """Ends a generation whose time is over."""
+# How `generate` keeps keys and values: its default, and room for the whole length from the start.
+CACHES: dict[str, dict[str, Any]] = {
+    "dynamic cache": {},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+    "static cache, compiled": {"cache_implementation": "static"},
+}
 
-    def __init__(self, bench: Bench) -> None:
+
+class _Timer(StoppingCriteria):  # type: ignore[misc]
+    """Ends a generation whose time is over, or that has so many tokens."""
+
+    def __init__(self, bench: Bench, most_tokens: int) -> None:
         self._deadline = bench.deadline.part(_RUN_SECONDS)
+        self._most_tokens = most_tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self._deadline.check()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        is_over = input_ids.shape[1] >= self._most_tokens
+        return torch.full((len(input_ids),), is_over, device=input_ids.device)
 
 
 def release() -> None:
@@ -54,17 +65,22 @@ def random_model(bench: Bench, shape: Shape, load: Load) -> Iterator[Any]:
     yield model
 
 
-def timed(bench: Bench, model: Any, shape: Shape, load: Load, batch: int) -> float:
-    """Generated tokens per second of one batch, prefill included."""
+def timed(
+    bench: Bench, model: Any, shape: Shape, load: Load, batch: int, cache: dict[str, Any]
+) -> float:
+    """Generated tokens per second of one batch, prefill included.
+
+    The warm-up has the run's own lengths, for which a static cache is made and code is compiled.
+    """
     ids = torch.tensor(load.prompts(shape.vocab, batch), device=bench.device)
     settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     seconds = 0.0
-    for new_tokens in (_WARM_UP_TOKENS, load.new_tokens):
-        timer = StoppingCriteriaList([_Timer(bench)])
+    for new_tokens in (min(_WARM_UP_TOKENS, load.new_tokens), load.new_tokens):
+        timer = StoppingCriteriaList([_Timer(bench, load.prompt_tokens + new_tokens)])
         started = time.perf_counter()
         with torch.inference_mode():
             out = model.generate(
-                ids, max_new_tokens=new_tokens, stopping_criteria=timer, **settings
+                ids, max_new_tokens=load.new_tokens, stopping_criteria=timer, **settings, **cache
             )
         made = out.shape[1] - ids.shape[1]
         assert made == new_tokens, f"{made} tokens came, not {new_tokens}"
@@ -84,45 +100,47 @@ def fitting_batch(bench: Bench, shape: Shape, load: Load, weight_bytes: int) -> 
     return max(1, free // (kv_bytes + activation_bytes))
 
 
-def measure(bench: Bench, name: str, model: Any, shape: Shape, load: Load) -> Iterator[Row]:
-    """One row at the load's batch and one at the largest that fits the cap."""
-    weight_bytes = sum(weight.nbytes for weight in model.parameters())
-    for what, batch in (
-        ("same batch", load.batch),
-        ("largest batch", fitting_batch(bench, shape, load, weight_bytes)),
-    ):
-        yield _measure_batch(bench, f"{name}, {what}", model, shape, load, batch)
-
-
-def _measure_batch(
-    bench: Bench, what: str, model: Any, shape: Shape, load: Load, batch: int
+def _measured(
+    bench: Bench, what: str, model: Any, shape: Shape, load: Load, batch: int, cache: dict[str, Any]
 ) -> Row:
     """Tokens per second of a batch, or of the first smaller one that fits."""
     while True:
         bench.deadline.check()
         try:
-            speed = timed(bench, model, shape, load, batch)
+            speed = timed(bench, model, shape, load, batch, cache)
         except torch.cuda.OutOfMemoryError:
             if batch == 1:
                 return Row(what, "one sequence does not fit the cap", state="failed")
             batch = max(1, int(batch * _SMALLER))
         except OutOfTimeError:
             return Row(what, f"batch {batch} takes longer than it may", state="skipped")
+        except Exception as error:
+            return failure(what, error)
         else:
             numbers = {"tokens_per_second": speed, "batch": batch}
             return Row(f"{what}, batch {batch}", f"{speed:.0f} tokens/s", numbers)
         release()
 
 
-def transformers_rows(bench: Bench, shape: Shape, load: Load) -> Iterator[Row]:
-    """`generate` of transformers."""
+def transformers_rows(
+    bench: Bench, shape: Shape, load: Load, size: str, caches: Sequence[str] = tuple(CACHES)
+) -> Iterator[Row]:
+    """`generate` of transformers with each kind of cache, at the load's batch or the largest."""
     has_accelerate = importlib.util.find_spec("accelerate") is not None
     name = f"{shape.name}, transformers" + (" + Accelerate" if has_accelerate else "")
     with random_model(bench, shape, load) as model:
-        yield from measure(bench, name, model, shape, load)
+        batch = _batch(bench, shape, load, model, size)
+        for cache in caches:
+            what = f"{name}, {cache}, {size}"
+            yield _measured(bench, what, model, shape, load, batch, CACHES[cache])
 
 
-def deepspeed_rows(bench: Bench, shape: Shape, load: Load) -> Iterator[Row]:
+def _batch(bench: Bench, shape: Shape, load: Load, model: Any, size: str) -> int:
+    weight_bytes = sum(weight.nbytes for weight in model.parameters())
+    return load.batch if size == SAME else fitting_batch(bench, shape, load, weight_bytes)
+
+
+def deepspeed_rows(bench: Bench, shape: Shape, load: Load, size: str) -> Iterator[Row]:
     """DeepSpeed's inference engine with its own kernels, where it is installed."""
     name = f"{shape.name}, DeepSpeed inference"
     if importlib.util.find_spec("deepspeed") is None:
@@ -134,4 +152,5 @@ def deepspeed_rows(bench: Bench, shape: Shape, load: Load) -> Iterator[Row]:
         engine = deepspeed.init_inference(
             model, dtype=bench.dtype, replace_with_kernel_inject=True, max_out_tokens=load.tokens
         )
-        yield from measure(bench, name, engine, shape, load)
+        batch = _batch(bench, shape, load, engine, size)
+        yield _measured(bench, f"{name}, {size}", engine, shape, load, batch, {})

@@ -2,15 +2,18 @@
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
-from gpu_baselines import deepspeed_rows, release, transformers_rows
+from gpu_baselines import LARGEST, SAME, deepspeed_rows, release, transformers_rows
 from gpu_generation import Generated, generate, largest_batch
 from gpu_models import Load, Shape, memory_cap, random_worker
 from gpu_report import Bench, OutOfTimeError, Row, failure, judged
+from gpu_trace import STEPS, StepTrace
 from transformers import AutoModelForCausalLM
 
 from saqqara.compression.retention import Retention
@@ -22,6 +25,7 @@ TINY = Shape(
 )
 STEP_TARGET = 1.4
 _RUN_SECONDS = 40.0
+_TRACED_FROM = 3  # steps of a full batch, after which the clocks of a GPU are up
 _WARM_UP_TOKENS = 2
 
 FULL = Retention.parse("full")
@@ -29,6 +33,8 @@ PYRAMID_INFER = Retention.parse("pyramidinfer-13b")
 PYRAMID_INFER_DECODE = Retention.parse(
     {**PYRAMID_INFER.to_dict(), "decode": {"trigger": "published"}}
 )
+
+_PAPERS = {"full": FULL, "pyramidinfer-13b": PYRAMID_INFER}
 
 # Few layers and tokens show nothing of the published setting: this one drops and cuts all the time.
 _OFTEN_TRIMMED = {
@@ -130,19 +136,37 @@ def _compared(
     yield Row(what, result, numbers, "wrong")
 
 
+def warm_up(bench: Bench, shape: Shape) -> Row:
+    """Run everything that the sections run on a model, so that its kernels are compiled."""
+    load, started = Load(300, 6, 2), time.perf_counter()
+    retentions = (FULL, Retention.parse("pyramidkv", "25%"), PYRAMID_INFER, PYRAMID_INFER_DECODE)
+    with random_worker(bench, shape, load, 2, cuda_graphs="off", kv_memory_gib=1.0) as (
+        worker,
+        settings,
+    ):
+        for retention in retentions:
+            prompts = load.prompts(shape.vocab)
+            generate(bench, worker, settings, prompts, load.new_tokens, retention)
+    seconds = time.perf_counter() - started
+    return Row(f"warm-up, {shape.name}", f"{seconds:.0f} s", {"seconds": seconds})
+
+
 def measure_step(
-    bench: Bench, shape: Shape, load: Load, copy_bytes: int = 1 << 30
+    bench: Bench, shape: Shape, load: Load, out: Path, copy_bytes: int = 1 << 30
 ) -> Iterator[Row]:
-    """Decode steps of a full batch, against the time that reading their bytes once takes."""
+    """Decode steps of a full batch, against the time that reading their bytes once takes.
+
+    Recorded, then launched by the host; of each a trace of a few steps, in the folder `out`.
+    """
     bandwidth = bench.copy_bandwidth(copy_bytes)
-    for graphs in ("off", "auto"):
+    for graphs in ("auto", "off"):
         what = f"decode step, {shape.name}, batch {load.batch}, graphs {graphs}"
-        yield from guarded(what, _measured_step(bench, shape, load, graphs, bandwidth, what))
+        yield from guarded(what, _measured_step(bench, shape, load, graphs, bandwidth, what, out))
         release()
 
 
 def _measured_step(
-    bench: Bench, shape: Shape, load: Load, graphs: str, bandwidth: float, what: str
+    bench: Bench, shape: Shape, load: Load, graphs: str, bandwidth: float, what: str, out: Path
 ) -> Iterator[Row]:
     with (
         memory_cap(bench),
@@ -154,10 +178,27 @@ def _measured_step(
         # Of the embedding a step reads a row per sequence only.
         embedding_bytes = shape.vocab * shape.hidden * bench.dtype.itemsize
         weight_bytes = worker.info.memory.weight_bytes - embedding_bytes
+        yield _step_row(bench, shape, load, graphs, bandwidth, what, seconds, weight_bytes)
+        trace = StepTrace(bench.device, out / f"step-graphs-{graphs}.json.gz", _TRACED_FROM)
+        new_tokens = _TRACED_FROM + STEPS + 2
+        generate(bench, worker, settings, prompts, new_tokens, FULL, trace=trace)
+        yield trace.row(f"{what}, traced")
+
+
+def _step_row(
+    bench: Bench,
+    shape: Shape,
+    load: Load,
+    graphs: str,
+    bandwidth: float,
+    what: str,
+    seconds: float,
+    weight_bytes: int,
+) -> Row:
     kv_bytes = load.batch * load.prompt_tokens * shape.kv_token_bytes(bench.dtype)
     floor = (weight_bytes + kv_bytes) / bandwidth
     ratio = seconds / floor
-    yield Row(
+    return Row(
         what,
         f"{ratio:.2f}x the time to read weights and KV ({seconds * 1e3:.2f} ms of "
         f"{floor * 1e3:.2f} ms)" + (f"; target {STEP_TARGET}x" if graphs == "auto" else ""),
@@ -171,23 +212,35 @@ def measure_retentions(
     shape: Shape,
     load: Load,
     retentions: Mapping[str, Retention],
-    at_largest: bool = False,
+    size: str = SAME,
     max_num_seqs: int | None = None,
+    shorter: Sequence[int] = (),
 ) -> Iterator[Row]:
-    """Tokens per second under each retention, and with `at_largest` at each one's largest batch."""
+    """Tokens per second under each retention.
+
+    Args:
+        bench: where, and until when.
+        shape: of the model.
+        load: prompts, and the most new tokens after each.
+        retentions: by name.
+        size: whether the batch is the load's, or the largest that fits under each.
+        max_num_seqs: slots; default: the load's batch.
+        shorter: also measured, and first: so many new tokens.
+    """
     most = max_num_seqs or load.batch
     with memory_cap(bench), random_worker(bench, shape, load, most) as (worker, settings):
         warm_up = load.prompts(shape.vocab, 1)
         for retention in retentions.values():  # each has kernels of its own to compile
             generate(bench, worker, settings, warm_up, _WARM_UP_TOKENS, retention)
-        sizes = ("same batch", "largest batch") if at_largest else ("same batch",)
-        for size in sizes:
+        for new_tokens in (*shorter, load.new_tokens):
+            this = replace(load, new_tokens=new_tokens)
             for name, retention in retentions.items():
                 batch = load.batch
-                if size == "largest batch":
-                    batch = largest_batch(worker, settings, load, retention)
-                what = f"{shape.name}, {name}" + (f", {size}" if at_largest else "")
-                row = _measured(bench, worker, settings, shape, load, retention, batch, what)
+                if size == LARGEST:
+                    batch = largest_batch(worker, settings, this, retention)
+                tokens = f", {new_tokens} out" if shorter else ""
+                what = f"{shape.name}, {name}{tokens}, {size}"
+                row = _measured(bench, worker, settings, shape, this, retention, batch, what)
                 yield from guarded(what, row)
 
 
@@ -213,25 +266,43 @@ def _measured(
         yield run.row(what)
 
 
-def compare_13b(bench: Bench, shape: Shape, load: Load, max_num_seqs: int) -> Iterator[Row]:
-    """The comparison of the papers: ours in full and as PyramidInfer, transformers, DeepSpeed."""
-    retentions = {
-        "full": FULL,
-        "pyramidinfer-13b": PYRAMID_INFER,
-        "pyramidinfer-13b with its decode stage": PYRAMID_INFER_DECODE,
-    }
+def compare_13b(bench: Bench, shape: Shape, load: Load) -> Iterator[Row]:
+    """The comparison of the papers at one batch: ours, then transformers with each cache."""
+    yield from _compared_engines(
+        shape,
+        {
+            "ours": measure_retentions(bench, shape, load, _PAPERS),
+            "transformers": _with_cap(bench, transformers_rows(bench, shape, load, SAME)),
+        },
+    )
+
+
+def compare_largest(bench: Bench, shape: Shape, load: Load, max_num_seqs: int) -> Iterator[Row]:
+    """The slow rows of the comparison: the decode stage, and each at its largest batch."""
+    decode_stage = {"pyramidinfer-13b with its decode stage": PYRAMID_INFER_DECODE}
+    dynamic = ("dynamic cache",)
+    yield from _compared_engines(
+        shape,
+        {
+            "ours": measure_retentions(bench, shape, load, _PAPERS, LARGEST, max_num_seqs),
+            "transformers": _with_cap(
+                bench, transformers_rows(bench, shape, load, LARGEST, dynamic)
+            ),
+            "ours, decode stage": measure_retentions(bench, shape, load, decode_stage),
+            "DeepSpeed": _with_cap(bench, deepspeed_rows(bench, shape, load, LARGEST)),
+        },
+    )
+
+
+def _compared_engines(shape: Shape, parts: Mapping[str, Iterator[Row]]) -> Iterator[Row]:
+    """The rows of each engine, and how they compare as soon as there are both."""
     rows: list[Row] = []
-    parts = {
-        "ours": measure_retentions(bench, shape, load, retentions, True, max_num_seqs),
-        "transformers": _with_cap(bench, transformers_rows(bench, shape, load)),
-        "DeepSpeed": _with_cap(bench, deepspeed_rows(bench, shape, load)),
-    }
     for name, part in parts.items():
         for row in guarded(f"{shape.name}, {name}", part):
-            rows.append(row)
             yield row
+            yield from ratios(row, rows)
+            rows.append(row)
         release()
-    yield from ratios(rows)
 
 
 def _with_cap(bench: Bench, rows: Iterator[Row]) -> Iterator[Row]:
@@ -252,16 +323,15 @@ def guarded(what: str, rows: Iterator[Row]) -> Iterator[Row]:
     yield row
 
 
-def ratios(rows: list[Row]) -> Iterator[Row]:
-    """Every measured row of ours over transformers', at the same batch and at the largest."""
-    for size in ("same batch", "largest batch"):
-        measured = {
-            row.what: row.numbers["tokens_per_second"]
-            for row in rows
-            if size in row.what and "tokens_per_second" in row.numbers
-        }
-        base = [speed for what, speed in measured.items() if ", transformers" in what]
-        for what, speed in measured.items():
-            if base and ", transformers" not in what:
-                ratio = speed / base[0]
-                yield Row(f"{what}, over transformers", f"{ratio:.2f}x", {"ratio": ratio})
+def ratios(row: Row, earlier: Sequence[Row]) -> Iterator[Row]:
+    """Ours over transformers', of one more row with the rows before it; at one size of batch."""
+    speed = "tokens_per_second"
+    for other in earlier:
+        is_base = ", transformers" in row.what
+        if is_base == (", transformers" in other.what) or not {speed} <= row.numbers.keys():
+            continue
+        if speed not in other.numbers or (SAME in row.what) != (SAME in other.what):
+            continue
+        ours, base = (other, row) if is_base else (row, other)
+        ratio = ours.numbers[speed] / base.numbers[speed]
+        yield Row(f"{ours.what}, over {base.what}", f"{ratio:.2f}x", {"ratio": ratio})

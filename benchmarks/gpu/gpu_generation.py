@@ -3,21 +3,23 @@
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from gpu_models import Load
 from gpu_report import Bench, Row
+from gpu_trace import StepTrace
 
 from saqqara.cluster.scheduling.events import Finished, Preempted
 from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.scheduling.sequence import TokenRequest
 from saqqara.compression.retention import Retention
+from saqqara.configs.quantum import prefill_quantum
 from saqqara.configs.worker_settings import WorkerSettings
 from saqqara.workers.plan import SamplingSpec, StepPlan
 from saqqara.workers.worker import Worker
 
-PREFILL_QUANTUM = 32768  # layers x tokens of prefill per step: the engine's default
 _SPARE_SHARE = 0.02  # of the pool, which admission leaves free
 _GREEDY = SamplingSpec(temperature=0.0)
 
@@ -90,6 +92,7 @@ def generate(
     new_tokens: int,
     retention: Retention,
     check_pages: bool = False,
+    trace: StepTrace | None = None,
 ) -> Generated:
     """Greedy tokens after each prompt.
 
@@ -101,6 +104,7 @@ def generate(
         new_tokens: after each prompt.
         retention: of all.
         check_pages: prove after each step that every page has one owner.
+        trace: records some of the steps in which all sequences decode.
 
     Raises:
         OutOfTimeError: the deadline is over.
@@ -111,7 +115,9 @@ def generate(
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len or worker.spec.max_position,
         max_prefill_tokens=settings.max_prefill_tokens,
-        prefill_quantum=PREFILL_QUANTUM,
+        prefill_quantum=prefill_quantum(
+            "auto", worker.info.device, 1, worker.spec.layer_parameters
+        ),
     )
     ends = _After(new_tokens)
     sequences = [
@@ -129,9 +135,11 @@ def generate(
             plan = scheduler.schedule()
             assert plan is not None, "sequences wait, and nothing is planned"
             held = (held - set(plan.free)) | {new.slot for new in plan.new}
+            is_plain = len(plan.decode) == len(prompts) and not plan.prefill
             step_started = time.perf_counter()
-            results = [worker.execute(plan)]
-            if len(plan.decode) == len(prompts) and not plan.prefill:
+            with trace.step() if trace is not None and is_plain else nullcontext():
+                results = [worker.execute(plan)]
+            if is_plain:
                 step_seconds.append(time.perf_counter() - step_started)
             if plan.decode:
                 usage = scheduler.ledger.usage()

@@ -1,10 +1,11 @@
 """Correctness and bandwidth of the kernels, for `gpu_check.py`."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from gpu_report import Bench, Row, failure, is_usable, judged
+from gpu_report import Bench, Row, failure, judged
+from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from saqqara.compression.selecting import kept_positions
@@ -22,14 +23,31 @@ _SINKS = 4
 
 @dataclass(frozen=True)
 class DecodeSizes:
-    """What the decode kernel reads: rows of `kept` tokens of 8B's heads."""
+    """What the decode kernel reads: rows of `kept` tokens, or of any length up to that."""
 
-    num_sequences: int = 64
-    kept: int = 4096
+    num_sequences: int
+    kept: int
     num_heads: int = 8
     group: int = 4
     dim: int = 128
-    copy_bytes: int = 1 << 30
+    is_ragged: bool = False
+
+    def lengths(self) -> Tensor:
+        """Int32 [sequences, heads]; ragged ones are many short and few long."""
+        shape = (self.num_sequences, self.num_heads)
+        if not self.is_ragged:
+            return torch.full(shape, self.kept, dtype=torch.int32)
+        share = torch.rand(shape, generator=torch.Generator().manual_seed(0)) ** 3
+        return (share * (self.kept - 1)).int() + 1
+
+
+ROWS_OF_8B = (
+    DecodeSizes(512, 128),
+    DecodeSizes(256, 512),
+    DecodeSizes(64, 4096),
+    DecodeSizes(64, 16384, is_ragged=True),
+    DecodeSizes(16, 4096, num_heads=40, group=1),
+)
 
 
 @dataclass(frozen=True)
@@ -46,78 +64,63 @@ class LayerSizes:
     dim: int = 128
 
 
-@dataclass
-class _Tally:
-    """What came of one kernel in one dtype."""
-
-    deviations: list[float] = field(default_factory=list)
-    error: str | None = None
-
-    def row(self, what: str) -> Row:
-        if self.error is not None:
-            return Row(what, self.error, state="wrong")
-        if not self.deviations:
-            return Row(what, "it did not get its turn", state="skipped")
-        worst = max(self.deviations)
-        result = f"within {worst:.1e} of the oracle, {len(self.deviations)} random cases"
-        return Row(what, result, {"deviation": worst, "cases": len(self.deviations)})
-
-
-def check_kernels(bench: Bench, dtypes: tuple[torch.dtype, ...], num_seeds: int) -> Iterator[Row]:
-    """Every kernel against the float32 oracle.
-
-    Each case compiles its kernels anew: every kernel has its first case before any has its second,
-    and no round begins after half of the time.
-    """
-    tallies = {(name, dtype): _Tally() for dtype in dtypes for name in CHECKS}
-    _check_in_rounds(bench, tallies, num_seeds)
-    for (name, dtype), tally in tallies.items():
-        yield tally.row(f"kernel: {name}, {str(dtype).removeprefix('torch.')}")
-
-
-def _check_in_rounds(
-    bench: Bench, tallies: dict[tuple[str, torch.dtype], _Tally], num_seeds: int
-) -> None:
-    half = bench.deadline.seconds_left / 2
-    for seed in range(num_seeds):
-        if seed > 0 and bench.deadline.seconds_left < half:
+def check_kernel(
+    bench: Bench, name: str, dtype: torch.dtype, seeds: Sequence[int]
+) -> Iterator[Row]:
+    """One kernel against the float32 oracle, each case in code of its own, while there is time."""
+    what = f"kernel: {name}, {str(dtype).removeprefix('torch.')}"
+    deviations: list[float] = []
+    for seed in seeds:
+        if bench.deadline.seconds_left == 0:
+            break
+        try:
+            deviations.append(CHECKS[name](bench.device, dtype, seed))
+        except Exception as error:
+            sizes = Case(torch.device("cpu"), dtype, seed).sizes
+            yield Row(what, f"{sizes}: {failure(name, error).result}", state="wrong")
             return
-        for (name, dtype), tally in tallies.items():
-            if tally.error is not None or bench.deadline.seconds_left == 0:
-                continue
-            try:
-                tally.deviations.append(CHECKS[name](bench.device, dtype, seed))
-            except Exception as error:
-                sizes = Case(torch.device("cpu"), dtype, seed).sizes
-                tally.error = f"seed {seed}, {sizes}: {failure(name, error).result}"
-                if not is_usable(bench.device):
-                    return  # what came after would be blamed for it
-        bench.say(f"round {seed + 1} of {num_seeds}")
+    if not deviations:
+        yield Row(what, "it did not get its turn", state="skipped")
+        return
+    numbers = {"deviation": max(deviations), "cases": len(deviations)}
+    result = f"within {max(deviations):.1e} of the oracle, {len(deviations)} of {len(seeds)} cases"
+    yield Row(what, result, numbers)
 
 
-def measure_decode(bench: Bench, sizes: DecodeSizes) -> Iterator[Row]:
+def measure_decode(
+    bench: Bench, all_sizes: Sequence[DecodeSizes], copy_bytes: int
+) -> Iterator[Row]:
     """The decode kernel over scattered pages, as a share of the bandwidth of a copy."""
-    bandwidth = bench.copy_bandwidth(sizes.copy_bytes)
+    bandwidth = bench.copy_bandwidth(copy_bytes)
     yield Row("copy on the device", f"{bandwidth / 1e9:.0f} GB/s", {"bytes_per_second": bandwidth})
+    for sizes in all_sizes:
+        yield _measured_decode(bench, sizes, bandwidth)
+
+
+def _measured_decode(bench: Bench, sizes: DecodeSizes, bandwidth: float) -> Row:
     device, dtype = bench.device, bench.dtype
-    pages_per_row = -(-sizes.kept // PAGE_TOKENS)
-    rows_shape = (sizes.num_sequences, sizes.num_heads)
-    num_pages = sizes.num_sequences * sizes.num_heads * pages_per_row
+    lengths_NH = sizes.lengths().to(device)
+    width, num_rows = -(-int(lengths_NH.max()) // PAGE_TOKENS), lengths_NH.numel()
+    num_pages = num_rows * width
     shape = (num_pages, PAGE_TOKENS, sizes.dim)
     k_pages, v_pages = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
-    table = torch.randperm(num_pages, device=device).int().view(*rows_shape, pages_per_row)
-    lengths = torch.full(rows_shape, sizes.kept, dtype=torch.int32, device=device)
+    table = torch.randperm(num_pages, device=device).int().view(*lengths_NH.shape, width)
     q_shape = (sizes.num_sequences, sizes.num_heads * sizes.group, sizes.dim)
     q = torch.randn(q_shape, dtype=dtype, device=device)
-    rows = PagedRows(k_pages, v_pages, table, lengths, sizes.kept)
+    rows = PagedRows(k_pages, v_pages, table, lengths_NH, int(lengths_NH.max()))
     seconds = bench.seconds_of(lambda: decode(q, rows, sizes.dim**-0.5))
-    achieved = (k_pages.nbytes + v_pages.nbytes) / seconds
-    share = achieved / bandwidth
-    yield Row(
-        f"decode kernel, {sizes.num_sequences} sequences x {sizes.kept} kept",
-        f"{share:.0%} of a copy's bandwidth ({achieved / 1e9:.0f} GB/s); "
-        f"target {BANDWIDTH_TARGET:.0%}, stretch {BANDWIDTH_STRETCH:.0%}",
-        {"seconds": seconds, "bytes_per_second": achieved, "share_of_copy": share},
+    num_bytes = 2 * int(lengths_NH.sum()) * sizes.dim * dtype.itemsize
+    share = num_bytes / seconds / bandwidth
+    return Row(
+        f"decode kernel, {sizes.num_sequences} sequences x {sizes.num_heads} heads, group "
+        f"{sizes.group}, {'up to ' if sizes.is_ragged else ''}{sizes.kept} kept",
+        f"{share:.0%} of a copy's bandwidth ({num_bytes / seconds / 1e9:.0f} GB/s, "
+        f"{seconds * 1e6:.0f} us); target {BANDWIDTH_TARGET:.0%}, stretch {BANDWIDTH_STRETCH:.0%}",
+        {
+            "seconds": seconds,
+            "bytes_per_second": num_bytes / seconds,
+            "share_of_copy": share,
+        },
         judged(share >= BANDWIDTH_TARGET),
     )
 

@@ -58,6 +58,14 @@ LLAMA_3_8B_QUARTER = replace(LLAMA_3_8B, name="a quarter of Llama-3-8B's layers"
 LLAMA_3_70B_RANK = Shape("one rank of Llama-3-70B, TP=8", 8192, 3584, 80, 8, 1, 16032)
 
 
+def small(shape: Shape, num_layers: int) -> Shape:
+    """A model of the same heads, that is made at once: kernels are those of its attention."""
+    least = min(512, shape.hidden)
+    return replace(
+        shape, hidden=least, inner=least, num_layers=num_layers, vocab=min(512, shape.vocab)
+    )
+
+
 @dataclass(frozen=True)
 class Load:
     """A batch of prompts of one length, and how many tokens follow each."""

@@ -134,17 +134,6 @@ def failure(what: str, error: Exception) -> Row:
     return Row(what, text, state="failed")
 
 
-def is_usable(device: torch.device) -> bool:
-    """Whether anything can still run there: after an illegal access nothing can in this process."""
-    if device.type != "cuda":
-        return True
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return False
-    return True
-
-
 def judged(is_met: bool) -> str:
     """The state of a row that has a target."""
     return "ok" if is_met else "missed"

@@ -48,20 +48,24 @@ class Sizes:
         return float(self.dim**-0.5)
 
 
+# Seeds that stand for heads as they are served: each number of query heads of a kv head.
+SERVED = {1000 + group: Sizes(2, group, dim=128, page_tokens=16) for group in (1, 4, 8)}
+
+
 class Case:
     """Random shapes and tensors of one seed.
 
     Args:
         device: where the kernels run.
         dtype: of queries, keys and values.
-        seed: decides everything.
+        seed: decides everything; sizes are random but for those of `SERVED`.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, seed: int) -> None:
         self.device, self.dtype = device, dtype
         self.numbers = np.random.default_rng(seed)
         self._tensors = torch.Generator().manual_seed(seed)
-        self.sizes = Sizes(
+        self.sizes = SERVED.get(seed) or Sizes(
             num_heads=int(self.numbers.choice([1, 2, 3])),
             group=int(self.numbers.choice([1, 2, 3, 4, 7])),
             dim=int(self.numbers.choice([16, 40, 64, 80, 128])),
@@ -181,10 +185,10 @@ def check_prefill(device: torch.device, dtype: torch.dtype, seed: int) -> float:
     """Whole prompts, by the kernel that is chosen here, and only their last queries, by ours."""
     case = Case(device, dtype, seed)
     cu = case.cu([1, 33, int(case.numbers.integers(2, 70)), 16])
-    last = case.cu([1, 1, 2, 9])
+    last, ends = case.cu([1, 1, 2, 9]), case.cu([1] * 4)  # the ends are cut by their keys
     q, k, v = case.queries(cu.host[-1]), case.keys(cu.host[-1]), case.keys(cu.host[-1])
     worst, backend, scale = 0.0, TritonAttention(), case.sizes.scale
-    for cu_q in (cu, last):
+    for cu_q in (cu, last, ends):
         bounds = zip(cu.host[1:], cu_q.lengths, strict=True)
         queries = torch.cat([q[end - count : end] for end, count in bounds])
         out = backend.prefill(queries, k, v, cu_q, cu, scale)[0]

@@ -28,7 +28,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("there is a GPU: run make gpu-check", allow_module_level=True)
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu"
-NAMES = ("gpu_report", "gpu_models", "gpu_generation", "gpu_kernels", "gpu_baselines", "gpu_engine")
+NAMES = (
+    *("gpu_report", "gpu_models", "gpu_generation", "gpu_kernels", "gpu_baselines", "gpu_engine"),
+    *("gpu_process", "gpu_sections", "gpu_trace"),
+)
 STATES = {"ok", "wrong", "missed", "failed", "skipped"}
 
 
@@ -59,24 +62,75 @@ def checked(rows: Iterator[Any]) -> list[Any]:
     return found
 
 
-def test_kernels_are_checked_and_timed(
-    gpu: dict[str, ModuleType], bench: Any, monkeypatch: pytest.MonkeyPatch
+def test_the_whole_check_runs_at_toy_sizes(
+    gpu: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kernels = gpu["gpu_kernels"]
-    some = {name: kernels.CHECKS[name] for name in ("decode", "fill pages")}  # all: another test
-    monkeypatch.setattr(kernels, "CHECKS", some)
-    rows = checked(kernels.check_kernels(bench, (torch.float32,), 2))
-    assert [(row.state, row.numbers["cases"]) for row in rows] == [("ok", 2)] * 2
-    sizes = kernels.DecodeSizes(2, 40, 2, 2, 16, copy_bytes=1 << 16)
-    copy, decode = checked(kernels.measure_decode(bench, sizes))
-    share = decode.numbers["bytes_per_second"] / copy.numbers["bytes_per_second"]
-    assert decode.numbers["share_of_copy"] == pytest.approx(share)
-    assert decode.state == ("ok" if share >= 0.75 else "missed")
-    [row] = checked(
-        kernels.measure_retention(bench, kernels.LayerSizes(48, 4, 16, 32, 48, 2, 2, 16))
+    """Every section in its process, with the files that come of it; speeds mean nothing here."""
+    code = "import sys, gpu_check; sys.exit(gpu_check.main(sys.argv[1:]))"
+    found = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--toy", "--out", str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": found},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    expected = row.numbers["seconds"] / row.numbers["layer_seconds"]
-    assert row.numbers["share_of_layer"] == pytest.approx(expected)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = gpu["gpu_report"]
+    facts = json.loads((tmp_path / "results.json").read_text())
+    rows = [report.Row(**row) for row in facts["rows"]]
+    assert checked(iter(rows)) == gpu["gpu_process"].read(tmp_path / "rows.jsonl")
+    assert (tmp_path / "table.txt").read_text() == report.table(rows) + "\n"
+    by_name = {row.what: row for row in rows}
+    assert {row.state for row in rows} <= {"ok", "missed", "skipped"}
+    assert [row.what for row in rows if row.state == "skipped"] == ["tiny, DeepSpeed inference"]
+    assert by_name["greedy tokens, full, graphs off, as transformers"].numbers["tokens"] == 3
+    copy = by_name["copy on the device"].numbers["bytes_per_second"]
+    ragged = by_name["decode kernel, 2 sequences x 2 heads, group 1, up to 40 kept"]
+    share = ragged.numbers["bytes_per_second"] / copy
+    assert ragged.numbers["share_of_copy"] == pytest.approx(share)
+    layer = next(row for row in rows if row.what.startswith("score, select and write"))
+    expected = layer.numbers["seconds"] / layer.numbers["layer_seconds"]
+    assert layer.numbers["share_of_layer"] == pytest.approx(expected)
+    step = by_name["decode step, tiny, batch 1, graphs auto"].numbers
+    assert step["ratio"] == pytest.approx(step["seconds"] / step["floor_seconds"])
+    traced = by_name["decode step, tiny, batch 1, graphs auto, traced"].numbers
+    assert 0 < traced["busy_seconds"] <= traced["wall_seconds"]
+    assert traced["seconds_of_a_node"] == pytest.approx(traced["wall_seconds"] / traced["kernels"])
+    for name in ("auto", "off"):
+        trace = tmp_path / f"step-graphs-{name}.json.gz"
+        assert 0 < trace.stat().st_size < 16 << 20
+    full = by_name["tiny, full, 4 out, same batch, batch 2"].numbers
+    quarter = by_name["tiny, pyramidkv 25%, 4 out, same batch, batch 2"].numbers
+    assert full["kept_share"] == 1 > quarter["kept_share"]
+    speeds = [row for row in rows if ", over " in row.what]
+    assert len(speeds) == 2 * 3 + 2  # ours over each cache, and at the largest batch
+
+
+def test_order_and_time_of_the_sections(gpu: dict[str, ModuleType]) -> None:
+    """Both halves fit a lease, and what is slow or extrapolated comes last."""
+    check, found = gpu["gpu_check"], gpu["gpu_sections"]
+    sections = found.sections(found.REAL, Path())
+    assert [section.name for section in sections] == [
+        *("kernels", "parity", "bandwidth", "step"),
+        *("8b", "13b", "retention", "other-kernels", "13b-largest", "70b"),
+    ]
+    for is_first, limit in ((True, check.FIRST_SECONDS), (False, check.REST_SECONDS)):
+        chosen = [section for section in sections if section.is_first == is_first]
+        assert sum(section.seconds for section in chosen) <= limit + 10
+    assert (check.FIRST_SECONDS, check.REST_SECONDS) <= (300, 350)
+    assert set(sections[0].parts) >= {f"kernel {name}" for name in gpu["gpu_kernels"].CHECKS}
+    sizes = gpu["gpu_kernels"].Case
+    served = [sizes(torch.device("cpu"), torch.float32, s).sizes for s in found.REAL.kernel_seeds]
+    assert [(size.group, size.dim, size.page_tokens) for size in served] == [
+        *((1, 128, 16), (4, 128, 16), (8, 128, 16)),
+    ]
+    only = check.arguments(["--only", "kernels,parity", "--only", "8b"])
+    assert [x.name for x in sections if check._is_chosen(x, only)] == ["kernels", "parity", "8b"]
+    rest = [x.name for x in sections if check._is_chosen(x, check.arguments(["--rest"]))]
+    assert rest == [section.name for section in sections if not section.is_first]
+    with pytest.raises(SystemExit):
+        check.arguments(["--only", "kernels,9b"])
 
 
 def test_a_wrong_kernel_is_found(
@@ -86,50 +140,15 @@ def test_a_wrong_kernel_is_found(
         raise AssertionError("0.5 off")
 
     monkeypatch.setattr(gpu["gpu_kernels"], "CHECKS", {"decode": wrong})
-    [row] = checked(gpu["gpu_kernels"].check_kernels(bench, (torch.float32,), 2))
+    [row] = checked(gpu["gpu_kernels"].check_kernel(bench, "decode", torch.float32, [0, 1]))
     assert row.state == "wrong"
     assert "0.5 off" in row.result
-
-
-def test_greedy_tokens_are_those_of_the_oracles(gpu: dict[str, ModuleType], bench: Any) -> None:
-    rows = checked(gpu["gpu_engine"].check_parity(bench, new_tokens=4))
-    assert [row.state for row in rows] == ["ok"] * 3, rows
-    assert [row.numbers["tokens"] for row in rows] == [12.0] * 3
-
-
-def test_steps_are_measured_against_their_bytes(
-    gpu: dict[str, ModuleType], bench: Any, tiny: Any
-) -> None:
-    load = gpu["gpu_models"].Load(12, 4, 2)
-    rows = checked(gpu["gpu_engine"].measure_step(bench, tiny, load, 1 << 16))
-    assert len(rows) == 2
-    for row in rows:
-        numbers = row.numbers
-        assert numbers["ratio"] == pytest.approx(numbers["seconds"] / numbers["floor_seconds"])
-
-
-def test_the_comparison_has_a_row_for_each_engine_and_batch(
-    gpu: dict[str, ModuleType], bench: Any, tiny: Any
-) -> None:
-    load, shape = gpu["gpu_models"].Load(100, 3, 2), replace(tiny, num_layers=4)
-    quick = replace(bench, attention_backend="torch")
-    rows = checked(gpu["gpu_engine"].compare_13b(quick, shape, load, max_num_seqs=4))
-    by_name = {row.what: row for row in rows}
-    assert len(by_name) == len(rows)
-    speeds = [row for row in rows if "tokens_per_second" in row.numbers]
-    assert len(speeds) == 2 * (3 + 1)
-    kept = by_name["tiny, pyramidinfer-13b, same batch, batch 2"].numbers["kept_share"]
-    trimmed = "tiny, pyramidinfer-13b with its decode stage, same batch, batch 2"
-    assert by_name[trimmed].numbers["kept_share"] <= kept < 1
-    assert by_name["tiny, full, same batch, batch 2"].numbers["kept_share"] == 1
-    assert by_name["tiny, full, largest batch, batch 3"].numbers["batch"] == 3
-    assert by_name["tiny, DeepSpeed inference"].state == "skipped"
-    assert sum("over transformers" in what for what in by_name) == 6
+    assert "Sizes(num_heads=" in row.result
 
 
 def test_budgets_are_kept(gpu: dict[str, ModuleType], bench: Any, tiny: Any) -> None:
     load = gpu["gpu_models"].Load(256, 3, 2)
-    budgets = gpu["gpu_check"]._BUDGETS
+    budgets = gpu["gpu_sections"].BUDGETS
     quick = replace(bench, attention_backend="torch")
     full, quarter, tenth = checked(gpu["gpu_engine"].measure_retentions(quick, tiny, load, budgets))
     shares = [row.numbers["kept_share"] for row in (full, quarter, tenth)]
@@ -183,93 +202,70 @@ def test_a_run_out_of_time_leaves_the_worker_empty(
         assert len(run.step_seconds) == 6  # they come one after the other
 
 
-def _broken() -> Iterator[Any]:
-    yield from (1 // x for x in [0])
+def test_rows_outlive_what_ends_their_process(gpu: dict[str, ModuleType], tmp_path: Path) -> None:
+    report, process = gpu["gpu_report"], gpu["gpu_process"]
+    first = report.Row("first", "done", {"seconds": 1.0})
 
-
-def test_sections_report_their_own_failures(
-    gpu: dict[str, ModuleType], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    check, report = gpu["gpu_check"], gpu["gpu_report"]
-
-    def late(_: object) -> Iterator[Any]:
-        yield report.Row("first", "done", {"seconds": 1.0})
+    def late() -> Iterator[Any]:
+        yield first
         raise report.OutOfTimeError
 
-    def broken(_: object) -> Iterator[Any]:
-        raise RuntimeError("no\nluck")
+    def broken() -> Iterator[Any]:
+        yield from (1 // x for x in [0])
 
-    cpu, total = torch.device("cpu"), report.Deadline.after(60)
-    rows = check.run_section(check.Section("a", 1, True, late), cpu, total)
-    rows += check.run_section(check.Section("b", 1, False, broken), cpu, total)
-    rows += check.run_section(check.Section("c", 1, False, late), cpu, report.Deadline.after(0))
-    assert [row.state for row in rows] == ["ok", "skipped", "failed", "skipped"]
-    assert rows[2].result == "RuntimeError: no luck"
-    late_rows, broken_rows = late(None), gpu["gpu_engine"].guarded("an engine", _broken())
-    assert [row.state for row in broken_rows] == ["failed"]
-    with pytest.raises(report.OutOfTimeError):
-        list(gpu["gpu_engine"].guarded("an engine", late_rows))
-    results = check.Results(tmp_path / "out.json", "a device")
-    results.add(check.Section("a", 1, False, late), rows[:2])
-    assert results.has_passed  # what is only measured may be skipped
-    results.add(check.Section("b", 1, True, broken), rows[3:])
-    assert not results.has_passed
-    results.has_passed = True
-    results.add(check.Section("c", 1, False, broken), rows[2:3])
-    facts = json.loads((tmp_path / "out.json").read_text())
-    assert facts["rows"][0]["numbers"] == {"seconds": 1.0}
-    resumed = check.Results(tmp_path / "out.json", "a device")
-    resumed.resume()
-    assert (resumed.rows, resumed.has_passed) == ([*rows[:2], rows[3], rows[2]], False)
-    resumed.show()
-    assert capsys.readouterr().out.endswith(report.table(resumed.rows) + "\n")
+    def lost() -> Iterator[Any]:
+        yield first
+        os._exit(3)  # as libraries of CUDA end a process
+
+    def hanging() -> Iterator[Any]:
+        yield first
+        subprocess.run(["sleep", "60"], check=True)
+
+    file = tmp_path / "rows.jsonl"
+    parts = {"late": late, "broken": broken, "lost": lost}
+    rows = process.run_together(parts, 30, file)
+    assert [row.state for row in rows] == ["ok", "skipped", "failed", "ok", "failed"]
+    assert "ZeroDivisionError" in rows[2].result
+    assert "ended with 3" in rows[4].result
+    rows += process.run("hanging", hanging, 0.5, file)
+    assert [(row.what, row.state) for row in rows[5:]] == [("first", "ok"), ("hanging", "skipped")]
+    assert process.read(file) == rows
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def test_a_lost_context_ends_the_process_and_not_the_run(
-    gpu: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_only_measures_may_be_skipped(gpu: dict[str, ModuleType], tmp_path: Path) -> None:
     check, report = gpu["gpu_check"], gpu["gpu_report"]
-    options = check.arguments(["--only", "kernels,parity", "--only", "8b", "--trace", "traces"])
-    assert options.only == ["kernels", "parity", "8b"]
-    with pytest.raises(SystemExit):
-        check.arguments(["--only", "kernels,9b"])
-    became: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda _, command: became.append(command))
-    check.start_anew(check.SECTIONS[2:4], report.Deadline.after(60), options)
-    again = check.arguments(became[0][2:])
-    assert again.resume
-    assert again.only == ["bandwidth", "retention"]
-    assert 50 < again.seconds <= 60
-    assert (again.trace, again.out) == ("traces", options.out)
+    rows = {state: report.Row("x", "y", state=state) for state in STATES}
+    results = check.Results(tmp_path)
+    results.add([rows["ok"], rows["skipped"], rows["missed"]], proves=False)
+    results.add([rows["ok"]], proves=True)
+    assert results.has_passed
+    for state, proves in (("skipped", True), ("failed", False), ("wrong", False)):
+        results.has_passed = True
+        results.add([rows[state]], proves=proves)
+        assert not results.has_passed
 
 
-def test_nothing_is_blamed_for_a_context_that_an_earlier_kernel_lost(
-    gpu: dict[str, ModuleType], bench: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lost(*_: object) -> float:
-        raise RuntimeError("an illegal memory access was encountered")
-
-    kernels = gpu["gpu_kernels"]
-    monkeypatch.setattr(kernels, "CHECKS", {"decode": lost, "append": lost})
-    monkeypatch.setattr(kernels, "is_usable", lambda _: False)
-    rows = checked(kernels.check_kernels(bench, (torch.float32,), 2))
-    assert [row.state for row in rows] == ["wrong", "skipped"]
-    assert "Sizes(num_heads=" in rows[0].result
-
-
-def test_it_needs_torch_triton_and_transformers_only() -> None:
+def test_it_needs_torch_triton_and_transformers_only(tmp_path: Path) -> None:
     absent = "ray typer rich matplotlib gguf fastapi uvicorn pydantic pydantic_core psutil"
     absent += " prometheus_client accelerate deepspeed"
     code = f"""
 import sys
 for name in {absent!r}.split():
     sys.modules[name] = None
-import torch, gpu_check, gpu_engine, gpu_models
+from pathlib import Path
+import torch
+asked = []
+for name in "is_available device_count _lazy_init init current_device".split():
+    kept = getattr(torch.cuda, name)
+    setattr(torch.cuda, name, lambda *a, name=name, kept=kept: (asked.append(name), kept(*a))[1])
+import gpu_check, gpu_engine, gpu_models
+assert not asked, f"CUDA was asked {{asked}} before sections are forked"
 from gpu_report import Bench, Deadline
-bench = Bench(torch.device("cpu"), torch.float32, Deadline.after(60))
-tiny, load = gpu_models.Shape("tiny", 32, 48, 2, 4, 2, 61, dim=16), gpu_models.Load(12, 3, 1)
-rows = list(gpu_engine.measure_step(bench, tiny, load, 1 << 16))
-assert len(rows) == 2, rows
+bench = Bench(torch.device("cpu"), torch.float32, Deadline.after(60), attention_backend="torch")
+tiny, load = gpu_models.Shape("tiny", 32, 48, 2, 4, 2, 61, dim=16), gpu_models.Load(4, 12, 1)
+rows = list(gpu_engine.measure_step(bench, tiny, load, Path({str(tmp_path)!r}), 1 << 16))
+assert len(rows) == 4, rows
 """
     found = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
