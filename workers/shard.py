@@ -6,6 +6,7 @@ its layers.
 
 import logging
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from saqqara.compression.growth import (
 )
 from saqqara.compression.retention import Retention
 
-from .clock import StepClock
+from .clock import Event, StepClock
 from .kv.store import KVStore
 from .part import Part
 from .plan import NewSequence, WorkerInfo, WorkerMemory
@@ -33,6 +34,10 @@ from .state.slots import SlotTable
 from .state.sums import MassSums
 
 logger = logging.getLogger(__name__)
+
+
+def _timing_event() -> Event:
+    return cast("Event", torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
 
 
 class Shard:
@@ -89,7 +94,7 @@ class Shard:
             remembered_bytes=holdings.remembered_bytes,
         )
         self.meter = MemoryMeter(held)
-        self.clock = StepClock()
+        self.clock = StepClock(_timing_event if device.type == "cuda" else None)
 
     def info(self, hostname: str, pid: int, log_file: str | None) -> WorkerInfo:
         """What the scheduler and the start-up log want to know."""

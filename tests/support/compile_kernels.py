@@ -41,6 +41,8 @@ def main() -> None:
         return compiled
 
     JITFunction.run = compile_only
+    from saqqara.workers.attention.base import CuSeqlens
+    from saqqara.workers.attention.triton import rows_of_prompts
     from saqqara.workers.kernels import attend, decode, mass, pages
 
     tokens, heads, group, dim = 3, 1, 8, 128
@@ -64,6 +66,9 @@ def main() -> None:
         decode.decode(q, rows, 0.1, new=(k, k), return_mass=True)
         rows = decode.PagedRows(k_pages, v_pages, table, lengths, max_length)
         decode.decode(q, rows, 0.1, lse=torch.zeros(tokens, heads * group))
+        ends = CuSeqlens.of([max_length // tokens] * tokens, k.device)
+        fresh = torch.zeros(ends.host[-1], heads, dim, dtype=torch.bfloat16)
+        decode.decode(q, rows_of_prompts(fresh, fresh, ends), 0.1)
         attend.attend(q, k, k, cu, cu, 64, 0.1, rows)
         mass.mass(q, k, cu, cu, 64, max_length, 0.1, torch.ones(tokens))
         jobs, some = torch.zeros(3, 5, dtype=torch.int64), numbers[first:]
