@@ -88,8 +88,9 @@ class TableMirror:
         return self.entries[places.clamp_(max=len(self.entries) - 1)]
 
     def begins(self, first_entry: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where rows begin here that begin in the host's flat table at `first_entry`."""
-        begins: NDArray[np.int64] = self._first_R[first_entry // self._width]
+        """Where entries of rows lie here that lie in the host's flat table at `first_entry`."""
+        rows, columns = np.divmod(first_entry, self._width)
+        begins: NDArray[np.int64] = self._first_R[rows] + columns
         return begins
 
     def _used(self) -> NDArray[np.int64]:

@@ -139,8 +139,9 @@ def _places(
     start = np.cumsum(counts, dtype=np.int64) - counts
     places = indices.index_select(0, to_device(start[row] + nth, device))
     column = places // page_tokens
-    entries = to_device(first[row], device) + column
-    pages = kv.table.device_pages.view(-1).index_select(0, entries).long()
+    table, begins = kv.table.flat_rows(first)
+    entries = to_device(begins[row], device) + column
+    pages = table.index_select(0, entries).long()
     return (pages - column) * page_tokens + places
 
 

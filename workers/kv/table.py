@@ -98,10 +98,10 @@ class RowTable:
         return self.mirror.read(self.mirror.first[of_slots, layer, of_heads], num_pages)
 
     def flat_rows(self, first_entry: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
-        """All entries on the device as one dimension, and where rows begin among them.
+        """All entries on the device as one dimension, and where rows lie among them.
 
         Args:
-            first_entry: where the rows begin in `flat_pages`, [R].
+            first_entry: where the rows, or later entries of theirs, lie in `flat_pages`, [R].
         """
         if self.mirror is None:
             return self.device_pages.view(-1), first_entry
