@@ -70,16 +70,8 @@ class KVStore:
         self.num_heads = num_heads
         self.page_tokens = page_tokens
         self.pool = PagePool(num_pages, page_tokens, head_dim, dtype, device)
-        self.table = RowTable(
-            num_slots,
-            num_layers,
-            num_heads,
-            max_row_tokens,
-            page_tokens,
-            device,
-            mirrored,
-            mirror_entries,
-        )
+        sizes = (num_slots, num_layers, num_heads, max_row_tokens, page_tokens)
+        self.table = RowTable(*sizes, device, mirrored, mirror_entries)
         if kernels is None:
             kernels = device.type == "cuda" and kernels_can_move(device)
         self.moves = KernelMoves(self.pool, self.table) if kernels else None
