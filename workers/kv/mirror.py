@@ -89,8 +89,8 @@ class TableMirror:
 
     def begins(self, first_entry: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where entries of rows lie here that lie in the host's flat table at `first_entry`."""
-        rows, columns = np.divmod(first_entry, self._width)
-        begins: NDArray[np.int64] = self._first_R[rows] + columns
+        rows = np.minimum(first_entry // self._width, len(self._first_R) - 1)  # the end is no row
+        begins: NDArray[np.int64] = self._first_R[rows] + first_entry - rows * self._width
         return begins
 
     def _used(self) -> NDArray[np.int64]:
