@@ -11,6 +11,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 ErrorCode = Literal[
     "request_too_large", "computation_failed", "constraint_failed", "deadline_exceeded"
 ]
+# What who samples may do about a prompt that is too long; in other words elsewhere.
+TRUNCATION_HINT = " (truncate_prompt_tokens=-1 keeps the last that fit)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,7 @@ def check_room(num_tokens: int, max_tokens: int | None, max_model_len: int) -> N
     if room < 1:
         raise ContextLengthError(
             f"prompt has {num_tokens} tokens; max_model_len={max_model_len} leaves room "
-            f"for at most {max_model_len - 1} and one new token "
-            "(truncate_prompt_tokens=-1 keeps the last that fit)"
+            f"for at most {max_model_len - 1} and one new token{TRUNCATION_HINT}"
         )
     if max_tokens is not None and max_tokens > room:
         raise ContextLengthError(

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
-from saqqara.configs.json_text import DoubledKeyError, parse_json
+from saqqara.configs.json_text import StrictJsonError, parse_json
 from saqqara.configs.shown import shown
 from saqqara.configs.yaml_files import CONFIG_DIR
 
@@ -85,7 +85,7 @@ class HeadProfile:
             raise ValueError(f"{name}: cannot be read ({error})") from error
         try:
             content = parse_json(text)
-        except DoubledKeyError as error:
+        except StrictJsonError as error:
             raise ValueError(f"{name}: {error}") from None
         except ValueError as error:
             raise ValueError(f"{name}: is not JSON ({error})") from error

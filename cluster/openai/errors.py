@@ -111,6 +111,11 @@ class ApiError(Exception):
         code = "context_length_exceeded" if is_too_long else "invalid_value"
         return cls(400, message, _field_in_front(message) or default_param, code)
 
+    def reworded(self, old: str, new: str) -> "ApiError":
+        """The same, with other words in its message."""
+        message = str(self).replace(old, new)
+        return ApiError(self.status, message, self.param, self.code, self.headers)
+
     def renamed(self, names: Mapping[str, str]) -> "ApiError":
         """The same, speaking of the fields that the client has used instead of the engine's."""
         field = re.match(r"[a-z_]*", self.param or "")

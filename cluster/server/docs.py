@@ -20,7 +20,7 @@ _REF = "#/components/schemas/"
 _ERRORS = {
     400: "A field is wrong; `param` names it.",
     401: "The API key is missing or wrong.",
-    403: "The page's origin is not allowed.",
+    403: "The origin of a page, or the name that the server is asked by, is not allowed.",
     404: "There is no such thing.",
     408: "The body did not come in time, or the answer is not complete in the time that it has.",
     409: "It is not in a state for this.",
@@ -140,7 +140,9 @@ def _operation(
     content: dict[str, Any] = {endpoint.media_type: {"schema": schema}}
     if endpoint.streams:
         content["text/event-stream"] = {"schema": _event(known, schemas.get((*key, "event"), {}))}
-    responses = {"200": {"description": "The answer.", "content": content}}
+    responses: dict[str, Any] = {}
+    if known.is_found:
+        responses["200"] = {"description": "The answer.", "content": content}
     if known.has_parts:
         responses["206"] = {"description": "A part of it.", "content": content}
     operation: dict[str, Any] = {

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from saqqara.configs.json_text import DoubledKeyError, parse_json
+from saqqara.configs.json_text import StrictJsonError, parse_json
 from saqqara.configs.shown import shown
 
 MAX_SECONDS = 1e12  # some 30,000 years
@@ -47,7 +47,7 @@ def check_seconds(where: str, name: str, value: object) -> float:
 def _object(where: str, line: str, needed: tuple[str, ...], allowed: list[str]) -> dict[str, Any]:
     try:
         row = parse_json(line)
-    except DoubledKeyError as error:
+    except StrictJsonError as error:
         raise ValueError(f"{where}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{where} is no JSON: {error}") from None

@@ -120,14 +120,22 @@ def test_other_endpoints_are_run_as_over_http(client: OpenAI, endpoint: Any) -> 
     body: dict[str, Any] = {"model": MODEL, "temperature": 0}
     if endpoint == "/v1/responses":
         body |= {"input": "hello", "max_output_tokens": 16}
+        bound, used = "max_output_tokens", ("input_tokens", "output_tokens")
     else:
         body |= {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        bound, used = "max_tokens", ("prompt_tokens", "completion_tokens")
     line = {"custom_id": "a", "method": "POST", "url": endpoint, "body": body}
-    batch = ended(client, submit(client, [line], endpoint))
+    wrong = {**line, "custom_id": "b", "body": {**body, bound: 0}}
+    batch = ended(client, submit(client, [line, wrong], endpoint))
     over_http = client.post(endpoint.removeprefix("/v1"), body=body, cast_to=object)
     assert isinstance(over_http, dict)
-    assert counts(batch) == (1, 1, 0)
+    assert counts(batch) == (2, 1, 1)
+    error = records(client, batch.error_file_id)["b"]["response"]["body"]["error"]
+    assert error["param"] == bound
     answer = records(client, batch.output_file_id)["a"]["response"]["body"]
+    assert batch.usage is not None
+    told = (batch.usage.input_tokens, batch.usage.output_tokens)
+    assert told == tuple(answer["usage"][name] for name in used)
     assert answer["object"] == over_http["object"]
     key = "output" if endpoint == "/v1/responses" else "choices"
     assert without_ids(answer[key]) == without_ids(over_http[key])

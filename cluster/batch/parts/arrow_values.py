@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 from saqqara.cluster.batch.lines import BadLine, url_of
-from saqqara.configs.json_text import DoubledKeyError, parse_json
+from saqqara.configs.json_text import StrictJsonError, parse_json
 
 _KINDS: tuple[tuple[type, str], ...] = (  # a datetime is a date, too
     (datetime.datetime, "timestamp"),
@@ -85,7 +85,7 @@ def _value(value: Any, field: str) -> Any:
 def _body(text: str) -> Any:
     try:
         return parse_json(text)
-    except DoubledKeyError as error:
+    except StrictJsonError as error:
         raise _WrongValueError("body", f"body: {error}") from None
     except ValueError as error:
         raise _WrongValueError("body", f"body is not JSON: {error}") from None

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from saqqara.cluster.openai.errors import ApiError, a_type
-from saqqara.configs.json_text import DoubledKeyError, parse_json
+from saqqara.configs.json_text import StrictJsonError, parse_json
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -15,12 +15,13 @@ def read_object(text: str | bytes, what: str) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        ApiError: it is none, or has a key twice; `what` says what was read.
+        ApiError: it is none, has a key twice, or a number that is not finite; `what` says what
+            was read.
     """
     try:
         data = parse_json(text)
-    except DoubledKeyError as error:
-        raise ApiError(400, str(error), error.key, "invalid_value") from None
+    except StrictJsonError as error:
+        raise ApiError(400, str(error), error.field or None, "invalid_value") from None
     except ValueError as error:
         half = (
             "; half of a surrogate pair (\\udXXX) is no text" if "hex escape" in str(error) else ""

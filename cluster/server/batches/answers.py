@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message
 
-from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.server.routes.base import OWNER
 
 BATCH_PRIORITY = 2**30
@@ -50,11 +49,7 @@ class AppAnswers:
 
     async def __call__(self, owner: str, url: str, body: Mapping[str, Any]) -> LineAnswer:
         """See `Answers`."""
-        try:
-            content = json.dumps(self._as_sent(body), allow_nan=False).encode()
-        except ValueError:
-            error = ApiError(400, "body: NaN and Infinity are no JSON", "body", "invalid_value")
-            return LineAnswer(error.status, error.body)
+        content = json.dumps(self._as_sent(body), allow_nan=False).encode()
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},

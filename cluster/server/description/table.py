@@ -33,6 +33,7 @@ class Replies:
         last_event: what a stream ends with that is no JSON; its errors are `Error`s then.
         query: schemas of the parameters of the address.
         form: the schema of a body that is `multipart/form-data`.
+        is_found: there may be such a thing; False: the answer is always one of `errors`.
         has_parts: a part of the answer may be asked for by `Range`, and comes with status 206.
     """
 
@@ -42,6 +43,7 @@ class Replies:
     last_event: str | None = "[DONE]"
     query: Mapping[str, Any] = field(default_factory=dict)
     form: Mapping[str, Any] | None = None
+    is_found: bool = True
     has_parts: bool = False
 
 
@@ -49,6 +51,8 @@ REPLIES: Mapping[tuple[str, str], Replies] = {
     ("POST", "/v1/chat/completions"): Replies(ChatCompletion, _ANSWERS, ChatCompletionChunk),
     ("POST", "/v1/completions"): Replies(Completion, _ANSWERS, CompletionChunk),
     ("POST", "/v1/responses"): Replies(ResponseObject, _ANSWERS, ResponseEvent, None),
+    ("GET", "/v1/responses/{response_id}"): Replies(None, (*_KEY, 404), is_found=False),
+    ("DELETE", "/v1/responses/{response_id}"): Replies(None, (*_KEY, 404), is_found=False),
     ("POST", "/tokenize"): Replies(Tokens, _BODY),
     ("POST", "/detokenize"): Replies(Text, _BODY),
     ("GET", "/v1/models"): Replies(Models),

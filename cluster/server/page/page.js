@@ -61,7 +61,7 @@ class Failure extends Error {
       case 0: return "Is the server still running, and can this machine reach it?";
       case 400: return this.param ? `Change “${this.param}” and try again.` : "Change it and try again.";
       case 401: return "Put a key of this server into the field “API key”.";
-      case 403: return "Open the page under an address that the server knows, or start it with --allowed-origins.";
+      case 403: return "Open the page by an address or as localhost, or start the server with this page’s name in --allowed-hosts and its origin in --allowed-origins.";
       case 413: return "The message is too long for this server; shorten it or start a new chat.";
       case 429: return `Too many requests wait already; try again ${wait}.`;
       case 503: return `The engine cannot take requests now; try again ${wait}.`;

@@ -13,6 +13,7 @@ from saqqara.cluster.openai.replies import check_served
 from saqqara.cluster.openai.responses.events import full_response, response_stream
 from saqqara.cluster.openai.responses.reply import ResponseHead
 from saqqara.cluster.openai.responses.request import RENAMED, ResponseRequest, read_response
+from saqqara.cluster.outcome import TRUNCATION_HINT
 from saqqara.cluster.request import RequestOutput
 from saqqara.cluster.server.docs import Endpoint
 from saqqara.cluster.server.generation import Caller, Job
@@ -20,12 +21,16 @@ from saqqara.cluster.server.io import EventStream, unless_disconnected
 
 from .base import Door, json_reply, register
 
+_TRUNCATION_HINT = ' (truncation="auto" leaves out the oldest items)'
+
 
 class ResponseRoutes:
     """Responses, of which none is stored."""
 
     endpoints = (
         Endpoint("POST", "/v1/responses", "Answer an input.", ResponseRequest, streams=True),
+        Endpoint("GET", "/v1/responses/{response_id}", "None is stored, so there is none."),
+        Endpoint("DELETE", "/v1/responses/{response_id}", "None is stored, so there is none."),
     )
 
     def __init__(self, door: Door) -> None:
@@ -104,7 +109,8 @@ class ResponseRoutes:
         try:
             return await self._generation.prepare(body.chat(num_dropped), caller)
         except ApiError as error:
-            raise error.renamed(RENAMED) from None
+            hint = "" if body.truncation == "auto" else _TRUNCATION_HINT
+            raise error.renamed(RENAMED).reworded(TRUNCATION_HINT, hint) from None
 
     async def _count(self, text: str) -> int:
         return len(await self._generation.encode_text(text, add_special_tokens=False))

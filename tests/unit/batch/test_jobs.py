@@ -131,8 +131,8 @@ HELLO = [{"role": "user", "content": "hello"}]
     [
         ("{", None, "not JSON"),
         ("[1]", None, "JSON object"),
-        ('{"prompt": NaN}', "prompt", "string or a list of token ids, not a number"),
-        ('{"prompt": "x", "top_p": NaN}', "top_p", "finite"),
+        ('{"prompt": NaN}', "prompt", "finite numbers alone, not NaN"),
+        ('{"prompt": "x", "logit_bias": {"7": -1e999}}', "logit_bias.7", "not -Infinity"),
         ('{"prompt": "\\ud800"}', None, "surrogate"),
         ("[" * 100_000, None, "not JSON"),
         ('{"prompt": "x", "prompt": "y"}', "prompt", "'prompt' is there twice"),

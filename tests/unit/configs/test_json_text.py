@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from saqqara.cluster.batch.files import write_json
-from saqqara.configs.json_text import DoubledKeyError, json_text, parse_json
+from saqqara.configs.json_text import DoubledKeyError, NotFiniteError, json_text, parse_json
 from saqqara.evaluation.result import Outcome, Result
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -81,8 +81,30 @@ def test_a_key_that_is_there_twice_is_an_error(text: str | bytes, key: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("text", "path", "said"),
+    [
+        ('{"a": 1, "b": NaN}', "b", "NaN"),
+        (b'{"a": {"b": [1, {"c": -Infinity}]}}', "a.b[1].c", "-Infinity"),
+        ('{"a": [0.5, 1e999, NaN]}', "a[1]", "Infinity"),
+        ("-1" + "0" * 400 + ".0", "", "-Infinity"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_an_error(text: str | bytes, path: str, said: str) -> None:
+    message = f"JSON has finite numbers alone, not {said}"
+    with pytest.raises(NotFiniteError) as caught:
+        parse_json(text)
+    assert (caught.value.field, str(caught.value)) == (path, f"{path}: {message}".lstrip(": "))
+
+
+@pytest.mark.parametrize(
     "text",
-    ['{"a": {"b": [1, 2.5, -1e300]}, "b": {"a": null}}', '[{"a": 1}, {"a": "a"}]', " 1 ", '"\\t"'],
+    [
+        '{"NaN": "Infinity", "a": 1e-999}',
+        '{"a": {"b": [1, 2.5, -1e300]}, "b": {"a": null}}',
+        '[{"a": 1}, {"a": "a"}]',
+        " 1 ",
+        '"\\t"',
+    ],
 )
 def test_other_json_is_read_as_it_is(text: str) -> None:
     assert parse_json(text) == parse_json(text.encode()) == json.loads(text)

@@ -119,6 +119,7 @@ def test_thoughts_are_folded_and_calls_are_put_together(page: Page, scripted: Sc
     [
         (400, "retention", "Change “retention”"),
         (429, None, "Too many requests wait"),
+        (403, None, "--allowed-hosts"),
         (503, None, "cannot take requests now"),
     ],
 )

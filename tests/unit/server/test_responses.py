@@ -155,6 +155,8 @@ def test_the_oldest_items_are_dropped_only_where_they_may_be(model: Path) -> Non
         with pytest.raises(BadRequestError, match="input has") as caught:
             await ask(model=MODEL, input=items, max_output_tokens=4)
         assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
+        assert 'truncation="auto"' in caught.value.message
+        assert "truncate_prompt_tokens" not in caught.value.message, "no field of responses"
         answer = await ask(
             model=MODEL, input=items, max_output_tokens=4, truncation="auto", instructions="Go."
         )
@@ -163,8 +165,9 @@ def test_the_oldest_items_are_dropped_only_where_they_may_be(model: Path) -> Non
         assert answer.usage is not None
         assert answer.usage.input_tokens == around + (CONTEXT - 4 - around) // line * line
         too_long = [*items, {"role": "user", "content": CONTEXT * "x"}]
-        with pytest.raises(BadRequestError, match="input has"):
+        with pytest.raises(BadRequestError, match="input has") as caught:
             await ask(model=MODEL, input=too_long, truncation="auto")
+        assert "truncat" not in caught.value.message, "it is set already"
 
     speak(model, talk)
 

@@ -80,7 +80,7 @@ def test_a_file_is_read_in_the_order_of_its_times(tmp_path: Path) -> None:
         ),
         ('{"seconds": 1, "prompt_tokens": 4}', "needs seconds, prompt_tokens, new_tokens"),
         ('{"seconds": -1, "prompt_tokens": 4, "new_tokens": 1}', "seconds must be a number"),
-        ('{"seconds": NaN, "prompt_tokens": 4, "new_tokens": 1}', "seconds must be a number"),
+        ('{"seconds": NaN, "prompt_tokens": 4, "new_tokens": 1}', "seconds: JSON has finite"),
         ('{"seconds": 1, "prompt_tokens": 0, "new_tokens": 1}', "prompt_tokens must be a whole"),
         ('{"seconds": 1, "prompt_tokens": 4, "new_tokens": 1.5}', "new_tokens must be a whole"),
     ],
