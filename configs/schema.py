@@ -57,6 +57,13 @@ class EngineConfig(BaseModel):
     max_extend_tokens: int = Field(
         1024, ge=1, le=MAX_TOKENS, description="Tokens replayed or scored per step in one `extend`."
     )
+    expected_output_tokens: int = Field(
+        512,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Tokens that an answer is expected to have, at most, before others have ended "
+        "and shown it; what is admitted is expected to fit the KV pool to its end.",
+    )
     linear_chunk_tokens: int = Field(
         2048,
         ge=1,

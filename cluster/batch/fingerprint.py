@@ -23,7 +23,13 @@ from saqqara.workers.plan import WorkerInfo
 NEUTRAL_SETTINGS = frozenset(
     {
         *("max_num_seqs", "max_prefill_tokens", "prefill_quantum", "max_extend_tokens"),
-        *("linear_chunk_tokens", "page_tokens", "kv_memory_gib", "memory_utilization"),
+        *(
+            "expected_output_tokens",
+            "linear_chunk_tokens",
+            "page_tokens",
+            "kv_memory_gib",
+            "memory_utilization",
+        ),
         *("cuda_graphs", "tensor_parallel_size", "pipeline_parallel_size", "layer_split"),
         *("executor", "num_threads", "warmup", "check_integrity", "metrics_port", "log_dir"),
     }

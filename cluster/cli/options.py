@@ -49,6 +49,7 @@ PANELS = {
     "Memory and scheduling": (
         *("kv_memory_gib", "memory_utilization", "page_tokens", "max_num_seqs"),
         *("max_prefill_tokens", "prefill_quantum", "max_extend_tokens", "linear_chunk_tokens"),
+        "expected_output_tokens",
     ),
     "Processes": (
         *("executor", "tensor_parallel_size", "pipeline_parallel_size", "layer_split"),

@@ -99,6 +99,7 @@ class Engine:
             ),
             max_extend_tokens=config.max_extend_tokens,
             lookahead=lookahead,
+            expected_output_tokens=config.expected_output_tokens,
         )
         self._executor = executor
         self._tokenizer = tokenizer

@@ -3,6 +3,7 @@
 Shapes: L layers, H kv heads of the model, W workers, P page_tokens.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ from saqqara.compression.retention import Retention
 from saqqara.workers.plan import WorkerInfo
 
 Ints = NDArray[np.int64]
+
+_LAST_ANSWERS = 128  # that are remembered
+_ENDLESS = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,40 @@ class Demand:
     def most(self, num_tokens: int = 0) -> Ints:
         """Pages, int64 [W], that are needed at most while so many tokens are fed after it."""
         return self.growth.most(num_tokens)
+
+
+class OutputLengths:
+    """How long answers turn out to be, to say how long those under way are expected to get.
+
+    Expected of an answer is the mean of the last ones that got longer than it is now. One that
+    was cut off by a limit of its own says nothing of answers that may be longer. Where none is
+    left to go by it is `unknown_tokens`, and of one that has as many, so many more.
+
+    Args:
+        unknown_tokens: expected of an answer while nothing is known.
+    """
+
+    def __init__(self, unknown_tokens: int) -> None:
+        self._unknown_tokens = unknown_tokens
+        self._num_tokens: deque[int] = deque(maxlen=_LAST_ANSWERS)
+        self._limits: deque[int] = deque(maxlen=_LAST_ANSWERS)
+
+    def add(self, num_tokens: int, *, is_cut_off: bool) -> None:
+        """Note an answer that has ended; cut off it is by the most tokens that it may have."""
+        self._num_tokens.append(num_tokens)
+        self._limits.append(num_tokens if is_cut_off else _ENDLESS)
+
+    def expected(self, num_tokens: Ints, most_tokens: Ints) -> Ints:
+        """Tokens of whole answers, int64 [N], that now have so many [N] of at most so many [N]."""
+        passed = num_tokens >= self._unknown_tokens
+        unknown = np.where(passed, num_tokens, 0) + self._unknown_tokens
+        lengths, limits = np.array(self._num_tokens), np.array(self._limits)
+        counts_NM = (lengths > num_tokens[:, None]) & (limits >= most_tokens[:, None])
+        num_N = counts_NM.sum(axis=1)
+        means = (counts_NM * lengths).sum(axis=1) / np.maximum(num_N, 1)
+        expected = np.where(num_N > 0, np.ceil(means).astype(np.int64), unknown)
+        expected = np.maximum(expected, num_tokens + 1)
+        return np.minimum(expected, most_tokens)
 
 
 def demand_of(retention: Retention, prompt_tokens: int, workers: Sequence[WorkerInfo]) -> Demand:

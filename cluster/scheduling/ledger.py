@@ -23,6 +23,7 @@ from .demand import Demand, Ints, demand_of, rows_per_worker
 from .pages import SlotPages
 
 _MAX_DEMANDS = 4096
+_MOST_TIMES = 16  # that are looked at ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,43 @@ class Ledger:
         With a decode stage no more may be fed at once than there is `room` for.
         """
         return self._pages.peak(slots, num_tokens) - self._pages.charged(slots)
+
+    def peak_ahead(
+        self, slots: Ints, left_tokens: Ints, newcomer: Demand, newcomer_tokens: int
+    ) -> Ints:
+        """About the most pages, int64 [W], that some slots and a newcomer will need together.
+
+        Each is fed a token a step, and gives its pages back after its last. So the peak lies where
+        one of them is at its end. Of many ends some are looked at, up to which others stay.
+
+        Args:
+            slots: that are charged, [N].
+            left_tokens: that each will still be fed, [N].
+            newcomer: who is to join them.
+            newcomer_tokens: that it will be fed.
+        """
+        now_NW = self._pages.charged(slots)
+        end_NW = np.maximum(self._pages.later(slots, left_tokens), now_NW)
+        now_NW = np.concatenate([now_NW, newcomer.most()[None]])
+        end_NW = np.concatenate([end_NW, newcomer.most(newcomer_tokens)[None]])
+        left = np.append(left_tokens, newcomer_tokens)
+        at_once: Ints = end_NW.sum(axis=0)
+        if (at_once <= self.num_pages).all():
+            return at_once
+        times = np.unique(left)
+        some = np.unique(np.linspace(0, len(times) - 1, _MOST_TIMES).round().astype(np.int64))
+        times = times[some]
+        ends = times[np.searchsorted(times, left)]  # no sooner than they are
+        grown_TW = -(-times // self.page_tokens)[:, None] * self._rows_W
+        pages_TNW = np.minimum(now_NW + grown_TW[:, None], end_NW)
+        pages_TNW *= (ends >= times[:, None])[..., None]
+        peak: Ints = pages_TNW.sum(axis=1).max(axis=0)
+        return peak
+
+    def fed_tokens(self, slots: Ints) -> Ints:
+        """Tokens that slots [N] were fed after their prompts."""
+        fed: Ints = self._tokens_S[slots] - self._prompt_S[slots]
+        return fed
 
     def append(self, slots: Ints, num_tokens: Ints, cost_NW: Ints | None = None) -> None:
         """Charge the tokens that a step feeds; the caller has checked that they fit.

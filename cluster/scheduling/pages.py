@@ -58,6 +58,10 @@ class PageCounts(Protocol):
         """Pages, int64 [N, W], that must be charged while a step feeds so many tokens [N]."""
         ...
 
+    def later(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """About the most pages, int64 [N, W], that slots need by when so many more [N] are fed."""
+        ...
+
     def room(self, slot: int) -> int | None:
         """Tokens that one step may feed: those up to the next compaction; None: any number."""
         ...
@@ -116,6 +120,11 @@ class SlotPages:
         """See `PageCounts`."""
         pages = self._tabulated.peak(slots, num_tokens)
         return pages + self._trimmed.peak(slots, num_tokens) if self._trimmed else pages
+
+    def later(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """See `PageCounts`."""
+        pages = self._tabulated.later(slots, num_tokens)
+        return pages + self._trimmed.later(slots, num_tokens) if self._trimmed else pages
 
     def room(self, slot: int) -> int | None:
         """See `PageCounts`."""
@@ -202,6 +211,15 @@ class TabulatedPages:
         fed = self._fed_S[slots]
         growth = self._grown(slots, fed) + num_tokens
         return self._pages(slots, np.maximum(growth, self._charged_tokens(slots, fed)))
+
+    def later(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """See `PageCounts`."""
+        growth = self._grown(slots, self._fed_S[slots]) + num_tokens
+        if self._num_cyclic:
+            slack = self._slack_S[slots]
+            bounded = np.minimum(growth, self._grace_S[slots] + slack)
+            growth = np.where(slack > 0, bounded, growth)
+        return self._pages(slots, growth)
 
     def room(self, slot: int) -> int | None:
         """See `PageCounts`."""
@@ -302,6 +320,10 @@ class TrimmedPages:
         for place, trimmed in self._among(slots):
             pages_NW[place] = trimmed.peak(int(num_tokens[place]))
         return pages_NW
+
+    def later(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """See `PageCounts`; such rows hardly grow beyond what they are."""
+        return self.charged(slots)
 
     def room(self, slot: int) -> int | None:
         """See `PageCounts`."""

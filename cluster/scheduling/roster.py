@@ -7,6 +7,7 @@ from itertools import islice
 from saqqara.cluster.outcome import ErrorCode, FinishReason
 from saqqara.workers.plan import WorkerInfo
 
+from .demand import OutputLengths
 from .events import Event, Finished, Preempted
 from .ledger import Ledger
 from .queue import WaitingQueue
@@ -26,12 +27,13 @@ class Roster:
         alone: id of the one request that may run; None: all may.
     """
 
-    def __init__(self, workers: Many[WorkerInfo], num_slots: int) -> None:
+    def __init__(self, workers: Many[WorkerInfo], num_slots: int, lengths: OutputLengths) -> None:
         self._num_slots = num_slots
+        self._lengths = lengths
         self.preparing = 0
         self.waiting = WaitingQueue()
         self.running: dict[int, Sequence] = {}
-        self.seats = Seats(workers, num_slots)
+        self.seats = Seats(workers, num_slots, lengths)
         self.events: list[Event] = []
         self.alone: str | None = None
 
@@ -111,6 +113,9 @@ class Roster:
             self.vacate(sequence)
         elif sequence.status is Status.PREPARING:
             self.preparing -= 1
+        if reason in ("stop", "length") and not sequence.is_score:
+            num_tokens = len(sequence.output_token_ids)
+            self._lengths.add(num_tokens, is_cut_off=reason == "length")
         sequence.status = Status.FINISHED
         self.waiting.settle(sequence, has_run=has_run)
         sequence.finish_reason = reason
@@ -145,4 +150,4 @@ class Roster:
                 sequence.status = Status.WAITING
                 self.waiting.add(sequence)
         self.running = {}
-        self.seats = Seats(workers, self._num_slots)
+        self.seats = Seats(workers, self._num_slots, self._lengths)

@@ -11,6 +11,7 @@ from saqqara.cluster.outcome import ErrorCode, FinishReason, check_room
 from saqqara.workers.plan import SamplingSpec, StepPlan, StepResult, WorkerInfo
 
 from .decode import DecodePlanner
+from .demand import OutputLengths
 from .draft import Draft
 from .events import Event
 from .ledger import Ledger
@@ -34,6 +35,8 @@ class Scheduler:
         lookahead: steps of a sequence that may be in flight. With 2 the results of a step are
             absorbed while the next one runs, and tokens that overran a stop are dropped: what
             engines need whose steps overlap with their controller's work.
+        expected_output_tokens: tokens that an answer is expected to have, at most, before others
+            have ended and shown it; a sequence is admitted where it is expected to fit to its end.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Scheduler:
         prefill_quantum: int | None = None,
         max_extend_tokens: int = 1024,
         lookahead: int = 1,
+        expected_output_tokens: int = 512,
     ) -> None:
         if lookahead < 1:
             raise ValueError(f"lookahead must be at least 1, not {lookahead}")
@@ -57,7 +61,7 @@ class Scheduler:
         self.lookahead = lookahead
         self._num_added = 0
         self._next_step = 0
-        self._roster = Roster(workers, max_num_seqs)
+        self._roster = Roster(workers, max_num_seqs, OutputLengths(expected_output_tokens))
         self._start_with(workers)
 
     def _start_with(self, workers: Many[WorkerInfo]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from saqqara.workers.plan import StepResult, WorkerInfo
 
-from .demand import Demand, Ints
+from .demand import Demand, Ints, OutputLengths
 from .ledger import Ledger
 from .sequence import Sequence
 
@@ -22,7 +22,8 @@ class Seats:
     the start of a step, so from then on slot and pages can be given away.
     """
 
-    def __init__(self, workers: Many[WorkerInfo], num_slots: int) -> None:
+    def __init__(self, workers: Many[WorkerInfo], num_slots: int, lengths: OutputLengths) -> None:
+        self._lengths = lengths
         self.ledger = Ledger(workers, num_slots)
         self._holders: dict[int, Sequence] = {}
         self._vacated: list[int] = []
@@ -44,7 +45,11 @@ class Seats:
         return self._holders.values()
 
     def has_room(self, sequence: Sequence) -> bool:
-        """Whether there is a slot, and on every worker the pages expected, and some to spare."""
+        """Whether there is a slot, and on every worker the pages expected, and some to spare.
+
+        They are those of the prompt, and for those who are seated with it, what all of them are
+        expected to grow by until one after the other has ended.
+        """
         if not self._free:
             return False
         ledger = self.ledger
@@ -56,7 +61,26 @@ class Seats:
         else:
             # Once more for nothing would cost a prefill: let all grow by a page per row first.
             spare = (ledger.num_held + 1) * ledger.rows_per_worker + sequence.num_refusals * need
-        return bool((need + spare <= ledger.free).all())
+        fits = bool((need + spare <= ledger.free).all())
+        return fits and (ledger.num_held == 0 or self._fits_later(sequence))
+
+    def _fits_later(self, sequence: Sequence) -> bool:
+        """Whether a newcomer and those who are seated are expected to fit until they have ended."""
+        seated = [holder for holder in self._holders.values() if holder.slot is not None]
+        slots = np.array([holder.slot for holder in seated], dtype=np.int64)
+        expected = self._expected_tokens([*seated, sequence])
+        left = np.maximum(expected[:-1] - self.ledger.fed_tokens(slots), 0)
+        demand = self._demand(sequence)
+        peak = self.ledger.peak_ahead(slots, left, demand, int(expected[-1]))
+        return bool((peak <= self.ledger.num_pages).all())
+
+    def _expected_tokens(self, sequences: Many[Sequence]) -> Ints:
+        """Tokens that will have been fed to each after its prompt when it ends, int64 [N]."""
+        known = np.array([sequence.num_replay for sequence in sequences], dtype=np.int64)
+        most = np.array([sequence.max_output_tokens for sequence in sequences], dtype=np.int64)
+        scores = np.array([sequence.is_score for sequence in sequences], dtype=np.bool_)
+        # Nothing follows the last token, so it is not fed.
+        return np.where(scores, known, self._lengths.expected(known, most) - 1)
 
     def take(self, sequence: Sequence) -> None:
         """Give a sequence a slot and charge what it is expected to need."""

@@ -66,7 +66,8 @@ def quarter_of_all_pages(prompts: list[list[int]], sampling: list[SamplingParams
 def test_quarter_of_the_pages_finishes_everything_unchanged(model: Path) -> None:
     prompts, sampling = requests()
     pool_gib = quarter_of_all_pages(prompts, sampling)
-    with make_llm(model, kv_memory_gib=pool_gib, max_num_seqs=NUM_REQUESTS) as llm:
+    settings = {"kv_memory_gib": pool_gib, "max_num_seqs": NUM_REQUESTS}
+    with make_llm(model, expected_output_tokens=1, **settings) as llm:
         outputs = llm.generate(prompt_token_ids=prompts, sampling_params=sampling)
         report = llm.report()
     assert report.num_preemptions > 0

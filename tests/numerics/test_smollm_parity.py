@@ -79,6 +79,7 @@ def test_resume_after_preemption(demo_model: Path, reference: Reference) -> None
         max_model_len=2048,
         kv_memory_gib=pages * page_bytes / 1024**3,
         check_integrity=True,
+        expected_output_tokens=1,
     ) as llm:
         outputs = llm.generate(prompt_token_ids=reference.prompts, sampling_params=GREEDY)
         assert llm.report().num_preemptions > 0

@@ -77,7 +77,9 @@ def test_resumed(demo_model: Path, reference: Reference) -> None:
     """Room for every prompt and one more page a row: all but a few must be resumed."""
     pages = FULL_MODEL_ROWS * sum(-(-length // 16) + 1 for length in LENGTHS)
     gib = pages * 16 * 2 * 64 * 4 / 1024**3
-    with make_llm(demo_model, kv_memory_gib=gib, check_integrity=True) as llm:
+    with make_llm(
+        demo_model, kv_memory_gib=gib, check_integrity=True, expected_output_tokens=1
+    ) as llm:
         outputs = llm.generate(prompt_token_ids=reference.prompts, sampling_params=GREEDY)
         assert llm.report().num_preemptions > 0
     assert_greedy_parity(reference, token_ids(outputs))

@@ -151,6 +151,7 @@ class Schedule:
             max_num_seqs=rng.choice((2, 4, 8)),
             prefill_quantum=rng.choice((None, 8)),
             max_extend_tokens=rng.choice((4, 1024)),
+            expected_output_tokens=1,  # so that sequences have to make way
         )
         self.engine = Engine(
             config,

@@ -332,7 +332,7 @@ def test_long_outputs_through_a_small_pool_are_unchanged(
     # Where rows have targets they have 5 pages on average when compacted, and 7 before.
     row_pages = 7 if isinstance(retention.decode, DecodeStage) else 15
     pool_gib = 4 * LAYERS * HEADS * row_pages * page_gib
-    with LLM(str(tmp_path), kv_memory_gib=pool_gib, **settings) as llm:
+    with LLM(str(tmp_path), kv_memory_gib=pool_gib, expected_output_tokens=1, **settings) as llm:
         got = llm.generate(prompt_token_ids=texts, sampling_params=sampling)
         report = llm.report()
     assert report.num_preemptions > 0

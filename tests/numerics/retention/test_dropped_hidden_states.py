@@ -278,7 +278,8 @@ def test_preempted_sequences_resume_as_if_never_interrupted(
         alone = llm.generate(prompt_token_ids=many, sampling_params=sampling)
     page_bytes = 4 * 2 * 16 * 4
     tight = 3 * LAYERS * HEADS * 21 * page_bytes / 1024**3  # three sequences at their longest
-    with LLM(str(tmp_path), max_num_seqs=12, kv_memory_gib=tight, **settings) as llm:
+    settings |= {"kv_memory_gib": tight, "expected_output_tokens": 1}
+    with LLM(str(tmp_path), max_num_seqs=12, **settings) as llm:
         preempted = llm.generate(prompt_token_ids=many, sampling_params=sampling)
         report = llm.report()
     assert report.num_preemptions > 0

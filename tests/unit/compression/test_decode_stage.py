@@ -547,7 +547,8 @@ def test_long_outputs_fit_a_pool_that_never_has_to_refuse(score: tuple[int, ...]
     """Pages are counted at their peak: workers, which append before they compact, never refuse."""
     # 8 rows of at most 12 + 8 tokens on average (26 in the lowest layer), in pages of 4.
     workers = make_workers(8 * 6 * 3)
-    scheduler = Scheduler(workers, max_num_seqs=8, max_model_len=256, max_extend_tokens=7)
+    settings = {"max_num_seqs": 8, "max_model_len": 256, "max_extend_tokens": 7}
+    scheduler = Scheduler(workers, **settings, expected_output_tokens=1)
     replica = FakeReplica(workers)
     sequences = []
     for number in range(12):
@@ -581,9 +582,11 @@ def test_what_a_compaction_returns_is_given_away_in_the_next_plan_not_in_its_own
     workers = make_workers(8 * (4 + 3))
     scheduler = Scheduler(workers, max_num_seqs=2, max_model_len=256)
     replica = FakeReplica(workers)
+    # The second asks for one token, which takes no room: it needs the 3 pages that it starts with.
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     first, second = (
-        TokenRequest(name, tuple(range(16)), params, retention("streaming"), 0) for name in "ab"
+        TokenRequest(name, tuple(range(16)), sampling, retention("streaming"), 0)
+        for name, sampling in (("a", params), ("b", SamplingParams(max_tokens=1)))
     )
     scheduler.add(first, params.spec(0))
     fed, started = 0, None

@@ -217,7 +217,7 @@ def test_a_small_pool_changes_nothing_but_the_time() -> None:
     prompts = [f"prompt {i}" for i in range(8)]
     texts = []
     for num_pages in (1000, 8 * 11):
-        engine = make_engine(num_pages)
+        engine = make_engine(num_pages, expected_output_tokens=1)
         for prompt in prompts:
             engine.add(Request(prompt, prompt, greedy(max_tokens=20), stream=True))
         outputs = finished(engine)

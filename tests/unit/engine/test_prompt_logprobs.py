@@ -90,7 +90,7 @@ def test_a_resumed_sequence_keeps_them_and_does_not_ask_again() -> None:
     prompts = [f"prompt {i}" for i in range(8)]
     found: list[Mapping[str, Any]] = []
     for num_pages in (1000, 8 * 11):
-        engine = make_engine(num_pages)
+        engine = make_engine(num_pages, expected_output_tokens=1)
         for prompt in prompts:
             sampling = greedy(max_tokens=20, prompt_logprobs=0)
             engine.add(Request(prompt, prompt, sampling))
@@ -174,7 +174,7 @@ def test_a_decode_stage_cuts_what_is_counted(max_tokens: int, lookahead: int) ->
 def test_preemptions_change_nothing_of_what_was_kept() -> None:
     found = []
     for num_pages in (1000, 8 * 11):
-        engine = make_engine(num_pages)
+        engine = make_engine(num_pages, expected_output_tokens=1)
         for i in range(8):
             engine.add(Request(f"r{i}", f"prompt {i}", greedy(max_tokens=20, ignore_eos=True)))
         found.append({name: output.kv_cache for name, output in finished(engine).items()})

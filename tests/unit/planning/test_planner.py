@@ -129,7 +129,7 @@ def test_what_cannot_be_asked() -> None:
 def test_the_scheduler_runs_as_many_at_once_as_planned_and_preempts_none(
     method: str | None, budget: str | None, layout: MeshLayout
 ) -> None:
-    """The real scheduler over ranks as planned; with more sequences than that it has to preempt."""
+    """The real scheduler over ranks as planned; admitted at once, more are preempted."""
     model, gpu = model_of("llama-3-8b"), device_of("h100-80gb")
     ranks = Footprint.of_ranks(model.spec, DTYPES["bfloat16"], layout)
     sizes = EngineSizes(max_model_len=512, kv_memory_gib=0.25)
@@ -144,6 +144,7 @@ def test_the_scheduler_runs_as_many_at_once_as_planned_and_preempts_none(
             max_num_seqs=num_seqs,
             max_model_len=512,
             max_prefill_tokens=2048,
+            expected_output_tokens=1 if preempts else 512,
         )
         fakes = FakeReplica(list(scheduler.ledger.workers))
         params = SamplingParams(max_tokens=80, ignore_eos=True)

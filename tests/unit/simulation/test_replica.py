@@ -1,6 +1,7 @@
 """One replica on a simulated clock: its times are the cost model's, and nothing is ever lost."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ from support.planned import question
 
 from saqqara.cluster.planning.planner import Question
 from saqqara.cluster.planning.workload import Workload
+from saqqara.cluster.scheduling.scheduler import Scheduler
+from saqqara.cluster.simulation import replica
 from saqqara.cluster.simulation.arrivals import Lengths, Trace, drawn_trace
 from saqqara.cluster.simulation.deployment import Deployment
 from saqqara.cluster.simulation.faults import Outage
@@ -93,12 +96,14 @@ RETENTIONS = [
 @pytest.mark.parametrize("quantum", [None, 4096])
 @pytest.mark.parametrize(("method", "budget"), RETENTIONS)
 def test_the_ledger_is_right_at_every_step_of_any_retention(
-    method: Any, budget: Any, quantum: int | None
+    method: Any, budget: Any, quantum: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ranks count their pages on their own, and the scheduler compares them each time.
 
-    So few pages that sequences are preempted, and two outages.
+    So few pages that sequences, of which short answers are expected, are preempted, and two
+    outages.
     """
+    monkeypatch.setattr(replica, "Scheduler", partial(Scheduler, expected_output_tokens=1))
     asking = asked(method, budget)
     memory = Deployment.best(asking, None, 1024).settings().memory
     need = int(memory.demand.most(120).max()) * 4 * memory.worker_infos(1)[0].page_bytes
