@@ -122,6 +122,11 @@ class Part:
         return Footprint(self.spec, self.dtype, mesh.layout, mesh.rank, self.layers, self.heads)
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Slots, tokens of the longest row, tokens of a page: what tables are as large as."""
+        return self.config.max_num_seqs, self.max_model_len, self.config.page_tokens
+
+    @property
     def num_rows(self) -> int:
         """Rows of one sequence on this rank: layers x kv heads."""
         return self.footprint.num_rows

@@ -118,7 +118,9 @@ class Worker:
         shard = self._shard
         shard.clock.begin_step()
         with shard.clock.phase("total"):
-            return self._execute(plan)
+            result = self._execute(plan)
+        shard.clock.close_step()
+        return result
 
     def _execute(self, plan: StepPlan) -> StepResult:
         shard = self._shard

@@ -132,6 +132,7 @@ class DeviceDecode:
         decoder, scale = self._part.decoder, self._part.scale
         tokens, positions, slots = inputs_3T.unbind()
         assert decoder.embedding is not None, "the only rank has the embedding"
+        assert table.mirror is not None, "the device has its own tables"
         hidden = decoder.embedding(tokens)
         places = decoder.places(positions)
         work = self._work.list_work(table.device_kept, slots, longest)
@@ -139,10 +140,11 @@ class DeviceDecode:
             rows = self._kernel.PagedRows(
                 pool.k_pages,
                 pool.v_pages,
-                table.device_pages[:, index],
+                table.mirror.entries,
                 table.device_kept[:, index],
                 longest,
                 slots,
+                table.mirror.first[:, index],
             )
             q = layer.project_append_rows(hidden, places, rows)
             attended, _ = self._kernel.decode(q, rows, scale, work=work[index])
