@@ -17,8 +17,9 @@ from saqqara.workers.shard import Shard
 from saqqara.workers.state.slots import Target
 from saqqara.workers.transfer import to_device
 
-from . import device_decode
 from .decode_batch import DecodeBatch
+from .device_decode import DeviceDecode
+from .graphs import Graphs
 
 _SPARE_RECEIPTS = 8  # steps whose tokens may be on their way, beyond one per pipeline stage
 
@@ -26,10 +27,12 @@ _SPARE_RECEIPTS = 8  # steps whose tokens may be on their way, beyond one per pi
 class Decode:
     """Feeds the decode items of plans through the layers of a shard."""
 
-    def __init__(self, shard: Shard) -> None:
+    def __init__(self, shard: Shard, graphs: Graphs | None = None) -> None:
         self._shard = shard
         self._part = shard.part
-        self._on_device = device_decode.make(shard)
+        self._on_device: DeviceDecode | None = None
+        if shard.device_slots is not None:
+            self._on_device = DeviceDecode(shard, shard.device_slots, graphs)
         self._awaited: deque[tuple[list[Target], TokenReceipt]] = deque()
 
     def run(self, items: tuple[DecodeItem, ...]) -> Tensor | None:
@@ -42,17 +45,15 @@ class Decode:
             return None
         shard, part = self._shard, self._part
         if self._on_device is not None and self._on_device.takes(items):
-            hidden = self._on_device.run(items)
-            if hidden is not None:
+            hidden = self._on_device.run(items, self._receive(items))
+            if part.mesh.is_last_stage:
                 return hidden
+            part.mesh.send_hidden(hidden.clone())  # the next step may come before it is sent
+            return None
         with shard.clock.phase("reserve"):
             batch = self._reserve(items)
-        if part.decoder.embedding is not None:
-            self._receive_tokens({item.slot for item in items})
-            tokens = shard.slots.feed(items)
-            hidden = part.decoder.embedding(to_device(tokens.astype(np.int64), part.device))
-        else:
-            hidden = shard.receive_hidden(batch.num_tokens)
+        received = self._receive(items)
+        hidden = self._embed(items) if received is None else received
         with shard.clock.phase("decode"):
             places = part.decoder.places(to_device(batch.positions, part.device))
             for index, layer in enumerate(part.decoder.layers):
@@ -66,6 +67,26 @@ class Decode:
         if shard.retained.trimmed:
             trim_rows(shard, items)
         return hidden if part.mesh.is_last_stage else None
+
+    def _receive(self, items: tuple[DecodeItem, ...]) -> Tensor | None:
+        """Hidden states [T, E] from the stage before; the first one takes in tokens instead."""
+        if self._part.decoder.embedding is None:
+            return self._shard.receive_hidden(sum(item.num_tokens for item in items))
+        self._receive_tokens({item.slot for item in items})
+        return None
+
+    def _embed(self, items: tuple[DecodeItem, ...]) -> Tensor:
+        """Hidden states [T, E] of the tokens that are fed, from where these are."""
+        shard, part = self._shard, self._part
+        assert part.decoder.embedding is not None
+        if shard.device_slots is None:
+            tokens = to_device(shard.slots.feed(items).astype(np.int64), part.device)
+            return part.decoder.embedding(tokens)
+        counts = [item.num_tokens for item in items]
+        slots = np.repeat(np.array([item.slot for item in items], dtype=np.int64), counts)
+        places = [np.arange(i.position, i.position + i.num_tokens) for i in items]
+        slots_T, positions_T = to_device(np.stack((slots, np.concatenate(places))), part.device)
+        return part.decoder.embedding(shard.device_slots.feed(slots_T, positions_T))
 
     def warm_up(self) -> None:
         """Record what can be recorded before the first request."""
@@ -107,6 +128,11 @@ class Decode:
         shard = self._shard
         targets, receipt = self._awaited.popleft()
         with shard.clock.phase("receive"):
-            tokens = receipt.wait().tolist()
-        for target, token in zip(targets, tokens, strict=True):
-            shard.slots.put_token(target, token)
+            tokens = receipt.wait()  # on a GPU it is the device that waits
+        if shard.device_slots is None:
+            for target, token in zip(targets, tokens.tolist(), strict=True):
+                shard.slots.put_token(target, token)
+            return
+        places = [(t.slot if shard.slots.holds(t) else -1, t.position) for t in targets]
+        slots, positions = to_device(np.array(places, dtype=np.int64).T.copy(), tokens.device)
+        shard.device_slots.put(slots, positions, tokens)

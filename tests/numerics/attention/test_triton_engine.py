@@ -143,7 +143,7 @@ def test_memory_for_graphs_is_what_a_step_takes(
     step._kernel = SimpleNamespace(PagedRows=PagedRows, decode=decode)  # type: ignore[assignment]
     inputs = torch.from_numpy(device_decode._padding(8)).clone()
     with torch.inference_mode(), PeakBytes() as memory:
-        step._step(inputs, part.max_model_len)
+        step._step(inputs, None, part.max_model_len)
     assert memory.peak <= 8 * sizing.scratch_bytes(part) <= 1.5 * memory.peak
     assert sizing.graph_bytes(part) == 0  # there is no GPU
     monkeypatch.setattr(sizing, "why_no_graphs", lambda _: None)

@@ -203,7 +203,8 @@ def answers(folder: Path, *, restart_at: int = -1, lookahead: int = 1, **setting
         given | {"check_integrity": True, "max_num_seqs": 4, "kv_memory_gib": 0.01} | settings
     )
     tokenizer, spec = Tokenizer.load(folder), load_spec(str(folder))
-    engine = Engine(config, LocalExecutor(config), tokenizer, spec, lookahead=lookahead)
+    executor = LocalExecutor(config, in_thread=lookahead > 1)
+    engine = Engine(config, executor, tokenizer, spec, lookahead=lookahead)
     for name, form in FORMS.items():
         params = SamplingParams(
             max_tokens=60, seed=3, ignore_eos=True, structured_outputs=form or None
