@@ -23,11 +23,17 @@ from .tiny import VOCAB
 PAGE = 8
 NUM_LAYERS = 2
 NUM_STEPS = 2
-REFUSED_SLOT, REFUSED_STEP = 3, 0  # the last of the plan, where a rank is made short of pages
+REFUSED_SLOT, REFUSED_STEP = 3, 0  # the last of the device's own, where pages are short
 LAYOUTS = {
     "tp2": MeshLayout(tensor_size=2),  # 2 + 1 kv heads
     "pp2": MeshLayout(pipeline_size=2),
     "tp2pp2": MeshLayout(tensor_size=2, pipeline_size=2),
+}
+PUBLISHED = {
+    "rho": 0.5,
+    "min_context": 4,
+    "recent_ratio": 0.05,
+    "decode": {"trigger": "published", "exceed": 1},
 }
 CASES: tuple[tuple[str, dict[str, Any] | None, SamplingSpec], ...] = (
     ("full", None, SamplingSpec(temperature=0.0)),
@@ -38,6 +44,7 @@ CASES: tuple[tuple[str, dict[str, Any] | None, SamplingSpec], ...] = (
         {"budget": 8, "window": 4},
         SamplingSpec(temperature=0.0, repetition_penalty=1.3, logit_bias=((9, 1.0),)),
     ),
+    ("pyramidinfer", PUBLISHED, SamplingSpec(temperature=0.0)),  # cuts in every step
 )
 
 
@@ -61,7 +68,7 @@ def make_config(folder: Path, layout: MeshLayout, attention: str) -> EngineConfi
         model=str(folder),
         dtype="float32",
         device="cpu",
-        max_num_seqs=len(CASES) + 1,
+        max_num_seqs=len(CASES),
         max_model_len=128,
         page_tokens=PAGE,
         num_threads=1,

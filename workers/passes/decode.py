@@ -4,9 +4,11 @@ Shapes: T fed tokens, E hidden size.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from saqqara.workers.mesh.mesh import TokenReceipt
@@ -17,7 +19,7 @@ from saqqara.workers.shard import Shard
 from saqqara.workers.state.slots import Target
 from saqqara.workers.transfer import to_device
 
-from .decode_batch import DecodeBatch
+from .decode_batch import DecodeBatch, rows_of
 from .device_decode import DeviceDecode
 from .graphs import Graphs
 
@@ -43,16 +45,48 @@ class Decode:
         """
         if not items:
             return None
+        mesh, retained = self._part.mesh, self._shard.retained
+        hidden = self._feed(items)
+        if not mesh.is_last_stage:
+            mesh.send_hidden(hidden)
+        if retained.cycles:
+            compact_firing(self._shard, items)
+        if retained.trimmed:
+            trim_rows(self._shard, items)
+        return hidden if mesh.is_last_stage else None
+
+    def _feed(self, items: tuple[DecodeItem, ...]) -> Tensor:
+        """Hidden states [T, E] after this rank's layers.
+
+        Where some of the items are the device's own step and others are not, there are two steps:
+        nobody loses the first for the company it is in.
+        """
+        if self._on_device is None:
+            return self._feed_generally(items, lambda: self._receive(items))
+        plain = tuple(item for item in items if self._on_device.takes(item))
+        if not plain:
+            return self._feed_generally(items, lambda: self._receive(items))
+        received = self._receive(items)
+        if len(plain) == len(items):
+            hidden = self._on_device.run(items, received)
+            # The next step may come before it is sent.
+            return hidden if self._part.mesh.is_last_stage else hidden.clone()
+        others = tuple(item for item in items if not self._on_device.takes(item))
+        places = [to_device(rows_of(items, some), self._part.device) for some in (plain, others)]
+        of_plain, of_others = ((None if received is None else received[rows]) for rows in places)
+        parts = [self._on_device.run(plain, of_plain)]
+        parts.append(self._feed_generally(others, lambda: of_others))
+        together = torch.cat(parts)
+        return together.new_empty(together.shape).index_copy_(0, torch.cat(places), together)
+
+    def _feed_generally(
+        self, items: tuple[DecodeItem, ...], receive: Callable[[], Tensor | None]
+    ) -> Tensor:
+        """Hidden states [T, E] after this rank's layers, by launches of the host."""
         shard, part = self._shard, self._part
-        if self._on_device is not None and self._on_device.takes(items):
-            hidden = self._on_device.run(items, self._receive(items))
-            if part.mesh.is_last_stage:
-                return hidden
-            part.mesh.send_hidden(hidden.clone())  # the next step may come before it is sent
-            return None
         with shard.clock.phase("reserve"):
             batch = self._reserve(items)
-        received = self._receive(items)
+        received = receive()
         hidden = self._embed(items) if received is None else received
         with shard.clock.phase("decode"):
             places = part.decoder.places(to_device(batch.positions, part.device))
@@ -60,13 +94,7 @@ class Decode:
                 attended = batch.attend(shard, index, layer, hidden, places)
                 with shard.clock.span("finish"):
                     hidden = layer.finish(hidden, attended, out=hidden)
-        if not part.mesh.is_last_stage:
-            part.mesh.send_hidden(hidden)
-        if shard.retained.cycles:
-            compact_firing(shard, items)
-        if shard.retained.trimmed:
-            trim_rows(shard, items)
-        return hidden if part.mesh.is_last_stage else None
+        return hidden
 
     def _receive(self, items: tuple[DecodeItem, ...]) -> Tensor | None:
         """Hidden states [T, E] from the stage before; the first one takes in tokens instead."""

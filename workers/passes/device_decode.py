@@ -50,13 +50,12 @@ class DeviceDecode:
         self._graphs = graphs
         self._sizes = graph_sizes(shard.part.config.max_num_seqs)
 
-    def takes(self, items: tuple[DecodeItem, ...]) -> bool:
-        """Whether these items are a plain step: one token each, and no rows that are cut.
+    def takes(self, item: DecodeItem) -> bool:
+        """Whether an item is part of a plain step: one token, and no rows that are cut.
 
         It depends on the plan alone, because all ranks must say the same.
         """
-        retained = self._shard.retained
-        return all(item.num_tokens == 1 and item.slot not in retained for item in items)
+        return item.num_tokens == 1 and item.slot not in self._shard.retained
 
     def run(self, items: tuple[DecodeItem, ...], received: Tensor | None) -> Tensor:
         """Feed the items' tokens; hidden states after this rank's layers, [T, E].
