@@ -37,11 +37,11 @@ PUBLISHED = {
 }
 CASES: tuple[tuple[str, dict[str, Any] | None, SamplingSpec], ...] = (
     ("full", None, SamplingSpec(temperature=0.0)),
-    ("snapkv", {"budget": 8, "window": 4}, SamplingSpec(temperature=0.9, seed=7)),
-    ("pyramidkv", {"budget": 8, "window": 4}, SamplingSpec(seed=5, top_p=0.8, num_logprobs=2)),
+    ("snapkv", {"budget": 10, "window": 4}, SamplingSpec(temperature=0.9, seed=7)),
+    ("pyramidkv", {"budget": 10, "window": 4}, SamplingSpec(seed=5, top_p=0.8, num_logprobs=2)),
     (
         "adakv",
-        {"budget": 8, "window": 4},
+        {"budget": 10, "window": 4},
         SamplingSpec(temperature=0.0, repetition_penalty=1.3, logit_bias=((9, 1.0),)),
     ),
     ("pyramidinfer", PUBLISHED, SamplingSpec(temperature=0.0)),  # cuts in every step
@@ -54,7 +54,7 @@ def sequences() -> list[NewSequence]:
     return [
         new_sequence(
             slot,
-            rng.integers(3, VOCAB, 12 + 2 * slot).tolist(),
+            rng.integers(3, VOCAB, 13 + 2 * slot).tolist(),
             sampling=spec,
             retention=Retention.parse(None if given is None else {"method": method, **given}),
         )
