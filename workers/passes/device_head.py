@@ -25,8 +25,7 @@ from saqqara.workers.state.device_slots import DeviceSlots
 from saqqara.workers.transfer import HostCopy, to_device
 
 from . import device_sampler
-from .adjust import SampledRow, adjusted
-from .device_sampler import Kind
+from .device_sampler import Kind, SampledRow, adjusted
 from .graphs import Graphs, Recorded
 from .sampler import Draw, logprob_counts, logprobs_of, no_token, not_finite, read_logprobs
 

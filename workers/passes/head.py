@@ -27,8 +27,8 @@ from saqqara.workers.state.faults import Faults
 from saqqara.workers.state.slots import SlotTable, Target, ended
 from saqqara.workers.transfer import to_device
 
-from .adjust import SampledRow, check_ids
 from .device_head import DeviceHead
+from .device_sampler import SampledRow, check_ids
 from .sampler import Draw, TokenHistory, not_finite, sample
 
 SCORE_CHUNK_TOKENS = 256  # bounds the logits of scoring: 256 x V fp32

@@ -10,8 +10,7 @@ import torch
 from saqqara.compression.retention import Retention
 from saqqara.workers.grammar.masks import TokenMasks
 from saqqara.workers.passes import device_sampler
-from saqqara.workers.passes.adjust import SampledRow, adjusted, check_ids
-from saqqara.workers.passes.device_sampler import Kind
+from saqqara.workers.passes.device_sampler import Kind, SampledRow, adjusted, check_ids
 from saqqara.workers.passes.sampler import TokenHistory, sample
 from saqqara.workers.plan import NewSequence, SamplingSpec
 from saqqara.workers.state.device_slots import DeviceSlots
