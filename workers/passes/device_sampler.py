@@ -6,8 +6,8 @@ recorded. What a whole batch does without is left out (`Kind`). Biases, penaltie
 tokens depend on the tokens before, which the device has (`DeviceSlots`) and the host may not have
 yet (`adjusted`).
 
-Shapes: S sampled rows, R of them, V vocabulary, C rows at a time, N tokens looked back on, M ends of
-bad words.
+Shapes: S sampled rows, R of them, V vocabulary, C rows at a time, N tokens looked back on, M ends
+of bad words.
 """
 
 from collections.abc import Iterable, Sequence
