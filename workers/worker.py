@@ -140,6 +140,7 @@ class Worker:
                 "decode: %s", f"launched by the host ({reason})" if reason else "CUDA graphs"
             )
             graphs = None if reason else Graphs(part.device)
+        self._graphs = graphs
         self._decode = Decode(shard, graphs)
         self._head: Head | None = None
         self._device_head: DeviceHead | None = None
@@ -292,9 +293,11 @@ class Worker:
         self.execute(StepPlan(-2, new=(new,), prefill=(group,)))
         self.execute(StepPlan(-1, decode=(DecodeItem(0, length),)))
         self.execute(StepPlan(0, free=(0,)))
-        self._decode.warm_up()
-        if self._device_head is not None:
-            self._device_head.record_all()
+        if self._graphs is not None:
+            with self._graphs.logged():
+                self._decode.record_all()
+                if self._device_head is not None:
+                    self._device_head.record_all()
         shard.meter.reset_peaks()
 
     def _kept(self, plan: StepPlan) -> tuple[KeptCounts, ...]:

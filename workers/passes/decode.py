@@ -116,7 +116,7 @@ class Decode:
         slots_T, positions_T = to_device(np.stack((slots, np.concatenate(places))), part.device)
         return part.decoder.embedding(shard.device_slots.feed(slots_T, positions_T))
 
-    def warm_up(self) -> None:
+    def record_all(self) -> None:
         """Record what can be recorded before the first request."""
         if self._on_device is not None:
             self._on_device.record_all()

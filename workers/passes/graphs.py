@@ -1,11 +1,15 @@
 """CUDA graphs of one rank: recorded once, replayed with other numbers in the same inputs."""
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,16 @@ class Graphs:
     def get(self, key: Hashable) -> Recorded | None:
         """What was recorded under a key."""
         return self._recorded.get(key)
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """Say how much memory takes what is recorded meanwhile."""
+        torch.cuda.empty_cache()
+        before, _ = torch.cuda.mem_get_info(self._device)
+        yield
+        torch.cuda.empty_cache()
+        after, _ = torch.cuda.mem_get_info(self._device)
+        logger.info("recorded %d graphs: %.0f MiB", len(self._recorded), (before - after) / 2**20)
 
     def record(
         self, key: Hashable, inputs: Sequence[Tensor], step: Callable[[], Tensor]
