@@ -53,6 +53,11 @@ class StepClock:
         """Time a span of the current phase; costs next to nothing when not tracing."""
         return _NOTHING if self.spans is None else self._span(self.spans, name)
 
+    def note(self, name: str, start_seconds: float, seconds: float) -> None:
+        """Add a span of the current phase that was timed elsewhere; only while tracing."""
+        assert self.spans is not None, "nothing is traced"
+        self.spans.append(Span(name, self._phase, start_seconds, seconds))
+
     @contextmanager
     def _span(self, spans: list[Span], name: str) -> Iterator[None]:
         started = time.perf_counter()

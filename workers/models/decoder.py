@@ -24,7 +24,10 @@ from .weights import WeightSource
 
 
 class End(Protocol):
-    """The embedding (token ids to hidden states) or the head (hidden states to logits)."""
+    """The embedding (token ids to hidden states) or the head (hidden states to logits).
+
+    The head takes normalised hidden states, a native one those of the last layer.
+    """
 
     @property
     def num_bytes(self) -> int:
@@ -116,11 +119,12 @@ class Decoder:
     def _make_head(self, weight: Tensor, vocab: VocabShard) -> tuple[End, End]:
         """The head, and an embedding that shares its weight."""
         if self._native:
-            from saqqara.workers.native.linear import PackedLinear
+            from saqqara.workers.native.linear import PackedLinear, RMSNorm
 
             from .native_layer import NativeEmbedding, NativeHead
 
-            packed = PackedLinear(weight)
+            assert self.final_norm is not None
+            packed = PackedLinear(weight, norm=RMSNorm(self.final_norm, self.spec.rms_norm_eps))
             return (
                 NativeHead(packed, vocab, self.mesh),
                 NativeEmbedding(packed, vocab, self.mesh),
@@ -136,6 +140,8 @@ class Decoder:
         """Logits, fp32 [S, V], of the last layer's hidden states (last stage only)."""
         assert self.head is not None
         assert self.final_norm is not None
+        if self._native:
+            return self.head(hidden_SE)  # which normalises in the same call
         return self.head(rms_norm(hidden_SE, self.final_norm, self.spec.rms_norm_eps))
 
     def weight_bytes(self) -> int:

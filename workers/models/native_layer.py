@@ -49,6 +49,11 @@ class NativeLayer:
         linears = (self._projection.qkv, self._output, self._mlp.gate_up, self._mlp.down)
         return sum(linear.num_bytes for linear in linears)
 
+    @property
+    def ends(self) -> tuple[Projection, Finish]:
+        """What stands before attention and after it, for a call of several layers."""
+        return self._projection, self._finish
+
     def project(self, hidden_TE: Tensor, places: Places, out: QKV | None = None) -> QKV:
         """See `Layer.project`."""
         if out is None:
@@ -94,7 +99,7 @@ class NativeLayer:
 
 @dataclass(frozen=True)
 class NativeHead:
-    """Logits of the whole vocabulary; see `layers.embedding.LMHead`."""
+    """Logits of the whole vocabulary; `packed` has the model's last norm in front of it."""
 
     packed: PackedLinear
     shard: VocabShard
@@ -106,7 +111,7 @@ class NativeHead:
         return self.packed.num_bytes
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [S, E] -> logits fp32 [S, V] on every tensor rank."""
+        """Hidden [S, E] of the last layer -> logits fp32 [S, V] on every tensor rank."""
         logits = self.mesh.all_gather_last(self.packed.logits(hidden))
         return logits[..., : self.shard.vocab_size]
 

@@ -17,21 +17,27 @@ constexpr int kChunkTokens = kLanes;  // read from one address
 constexpr int kMaxChunks = kPartTokens / kChunkTokens;
 constexpr int kPrefetchChunks = 4;  // how long before its use a chunk is requested from memory
 
-// Rows (sequence, kv head) and their pages.
+// Rows (sequence, kv head), numbered sequence * heads + head, and their pages.
 template <class Number>
 struct PagedRows {
   const Number* k_pages;
   const Number* v_pages;
-  const int32_t* page_table;  // [num_rows, max_pages]
+  const int32_t* page_table;  // [slots, heads, max_pages], slots `slot_entries` apart
+  const int64_t* slots;       // of each sequence; null where sequence n has slot n
   const int32_t* lengths;     // [num_rows]
   int64_t num_rows;
+  int64_t num_heads;
+  int64_t slot_entries;
   int64_t max_pages;
   int64_t page_tokens;
   int64_t dim;
 
   // Where a token of a row lies in the pages.
   int64_t find(int64_t row, int64_t token) const {
-    const int64_t page = page_table[row * max_pages + token / page_tokens];
+    const int64_t sequence = row / num_heads;
+    const int64_t slot = slots == nullptr ? sequence : slots[sequence];
+    const int32_t* pages = page_table + slot * slot_entries + row % num_heads * max_pages;
+    const int64_t page = pages[token / page_tokens];
     return (page * page_tokens + token % page_tokens) * dim;
   }
 };

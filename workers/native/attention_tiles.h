@@ -25,8 +25,6 @@ constexpr int kMaxDim = 256;
 template <int V>
 constexpr int kBlockRows = V == 1 ? 16 : 8;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Query rows of one sequence and kv head; or, as a group of 1, its keys.
 template <class Number>
 struct Rows {

@@ -6,8 +6,8 @@ Here for decoding:
     attended = ...
     finish(hidden, attended, out=hidden)
 
-With tensor parallelism, sums over the ranks stand between the parts of `Finish`; then these parts,
-a `PackedLinear` and an `Mlp`, are called.
+`decode_step.py` takes all layers in one call. With tensor parallelism, sums over the ranks stand
+between the parts of `Finish`; then these parts, a `PackedLinear` and an `Mlp`, are called.
 
 Shapes: T tokens, E hidden size, F intermediate size, Hq query heads, H kv heads, D head dim.
 """
@@ -107,7 +107,10 @@ class Projection:
             2 * cos.shape[-1],
             qkv.norm.eps,
         )
-        self._address = ctypes.addressof(self._projection)
+        self.num_query_heads = num_query_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = 2 * cos.shape[-1]
+        self.address = ctypes.addressof(self._projection)
         self._project = _kernel("project")
         self._rotate = _kernel("rotate")
 
@@ -160,7 +163,7 @@ class Projection:
         assert q.shape[0] == rows, (q.shape, rows)
         assert refs is not None or k.shape[0] == v.shape[0] == rows, (k.shape, v.shape, rows)
         kernel(
-            self._address,
+            self.address,
             bf16(x),
             rows,
             pointer(positions, torch.int64),
@@ -220,7 +223,7 @@ class Finish:
         assert output.num_outputs == mlp.gate_up.num_inputs, output.num_outputs
         self.output = output
         self.mlp = mlp
-        self._output = ctypes.addressof(output.matrix)
+        self.output_address = ctypes.addressof(output.matrix)
         self._run = _kernel("finish")
 
     def __call__(self, hidden: Tensor, attended: Tensor, out: Tensor | None = None) -> Tensor:
@@ -235,7 +238,7 @@ class Finish:
             out = torch.empty_like(hidden)
         assert attended.numel() == hidden.shape[0] * self.output.num_inputs, attended.shape
         self._run(
-            self._output,
+            self.output_address,
             self.mlp.address,
             bf16(attended),
             bf16(hidden),

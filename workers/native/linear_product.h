@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "simd.h"
+#include "team.h"
 
 namespace saqqara {
 namespace {
@@ -35,34 +36,15 @@ struct Matrix {
 // what two `vdpbf16ps` take. Panels lie one after the other, so that a thread reads one stream.
 constexpr int64_t kPanel = 32;
 // 14 rows x 2 vectors of sums, 2 vectors of weights and 1 of inputs fit the 32 registers.
-constexpr int64_t kTileRows = 14;
+constexpr int64_t kTileTokens = 14;
 // Tiles that share a panel before the next one is read; their sums stay in L1.
 constexpr int64_t kGroupTiles = 8;
 // Inputs of a panel (128 KiB) that stay in L2 while the tiles of a group pass over them.
 constexpr int64_t kBlockInputs = 2048;
 // Rows that one thread takes through all phases alone; their activations stay in its L2.
-constexpr int64_t kSoloRows = kTileRows * kGroupTiles;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kSoloRows = kTileTokens * kGroupTiles;
 
 // ---- threads ------------------------------------------------------------------------------------
-
-// The threads that work on the same rows: all of them, or one alone.
-struct Team {
-  int64_t rank;
-  int64_t size;
-
-  void barrier() const {
-    if (size > 1) {
-#pragma omp barrier
-    }
-  }
-
-  // This thread's part of `count` items.
-  std::pair<int64_t, int64_t> share(int64_t count) const {
-    return {count * rank / size, count * (rank + 1) / size};
-  }
-};
 
 // Memory between phases; belongs to the calling thread, grows, and is kept for the next call.
 class Scratch {
@@ -239,8 +221,8 @@ const bf16* first_weights(Team team, const Matrix& w) {
 template <class Finish>
 void multiply(Team team, const Matrix& w, const bf16* x, int64_t rows, const bf16* next,
               const Finish& finish) {
-  alignas(64) float sums[kGroupTiles * kTileRows * kPanel];
-  const int64_t tiles = ceil_div(rows, kTileRows);
+  alignas(64) float sums[kGroupTiles * kTileTokens * kPanel];
+  const int64_t tiles = ceil_div(rows, kTileTokens);
   const auto row_of = [&](int64_t tile) { return rows * tile / tiles; };
   auto [item, end] = team.share(num_panels(w) * tiles);
   while (item < end) {
@@ -261,9 +243,9 @@ void multiply(Team team, const Matrix& w, const bf16* x, int64_t rows, const bf1
       for (int64_t tile = first; tile < first + group; ++tile) {
         const int64_t row = row_of(tile);
         const int64_t count = row_of(tile + 1) - row;
-        float* own = sums + (tile - first) * kTileRows * kPanel;
+        float* own = sums + (tile - first) * kTileTokens * kPanel;
         const Ahead ahead{later + (tile - first) * lines * (inputs / 8) * 32, lines};
-        tile_of(count, std::make_integer_sequence<int, kTileRows>())(
+        tile_of(count, std::make_integer_sequence<int, kTileTokens>())(
             x + row * w.inputs + k, w.inputs, weights, inputs, k > 0, ahead, own);
         if (is_last) finish(row, count, panel, own);
       }

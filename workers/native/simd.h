@@ -19,6 +19,8 @@ constexpr float kLowest = -1e30f;
 
 constexpr float kLog2E = 1.44269504088896340736f;
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // The first `count` of 16 (or of 32) lanes; all for a count beyond that.
 inline __mmask16 first_lanes(int count) {
   return count >= 16 ? __mmask16(0xffff) : __mmask16((1u << (count > 0 ? count : 0)) - 1u);

@@ -19,6 +19,7 @@ from saqqara.workers.shard import Shard
 from saqqara.workers.state.slots import Target
 from saqqara.workers.transfer import to_device
 
+from . import native_decode
 from .decode_batch import DecodeBatch, rows_of
 from .device_decode import DeviceDecode
 from .graphs import Graphs
@@ -35,6 +36,7 @@ class Decode:
         self._on_device: DeviceDecode | None = None
         if shard.device_slots is not None:
             self._on_device = DeviceDecode(shard, shard.device_slots, graphs)
+        self._native = native_decode.make(shard)
         self._awaited: deque[tuple[list[Target], TokenReceipt]] = deque()
 
     def run(self, items: tuple[DecodeItem, ...]) -> Tensor | None:
@@ -83,17 +85,24 @@ class Decode:
         self, items: tuple[DecodeItem, ...], receive: Callable[[], Tensor | None]
     ) -> Tensor:
         """Hidden states [T, E] after this rank's layers, by launches of the host."""
-        shard, part = self._shard, self._part
+        shard = self._shard
         with shard.clock.phase("reserve"):
             batch = self._reserve(items)
         received = receive()
         hidden = self._embed(items) if received is None else received
         with shard.clock.phase("decode"):
-            places = part.decoder.places(to_device(batch.positions, part.device))
-            for index, layer in enumerate(part.decoder.layers):
-                attended = batch.attend(shard, index, layer, hidden, places)
-                with shard.clock.span("finish"):
-                    hidden = layer.finish(hidden, attended, out=hidden)
+            return self._through_layers(batch, hidden)
+
+    def _through_layers(self, batch: DecodeBatch, hidden: Tensor) -> Tensor:
+        """Hidden states [T, E] after this rank's layers; those before them are overwritten."""
+        if self._native is not None and self._native.takes(batch):
+            return self._native.run(batch, hidden)
+        shard, part = self._shard, self._part
+        places = part.decoder.places(to_device(batch.positions, part.device))
+        for index, layer in enumerate(part.decoder.layers):
+            attended = batch.attend(shard, index, layer, hidden, places)
+            with shard.clock.span("finish"):
+                hidden = layer.finish(hidden, attended, out=hidden)
         return hidden
 
     def _receive(self, items: tuple[DecodeItem, ...]) -> Tensor | None:

@@ -166,6 +166,12 @@ class QueryRings:
         chosen = queries if writes.rows is None else queries.index_select(0, writes.rows)
         self._buffer[layer].index_copy_(0, writes.refs, chosen)
 
+    def append_layers(self, writes: RingWrites, queries_LTHD: Tensor) -> None:
+        """Remember the queries [L, T, Hq, D] of a step in all layers."""
+        rows = writes.rows
+        chosen = queries_LTHD if rows is None else queries_LTHD.index_select(1, rows)
+        self._buffer.index_copy_(1, writes.refs, chosen)
+
     def places(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
         """Where the queries at these positions [N] of these slots [N] lie, for `normalise`."""
         return to_device(self._start_S[slots] + positions % self._size_S[slots], self._device)
@@ -173,6 +179,10 @@ class QueryRings:
     def normalise(self, places: Tensor, layer: int, normalisers: Tensor) -> None:
         """Remember the normalisers [N, Hq] of the queries at these `places`."""
         self._lse[layer].index_copy_(0, places, normalisers)
+
+    def normalise_layers(self, places: Tensor, normalisers_LNH: Tensor) -> None:
+        """Remember the normalisers [L, N, Hq] of the queries at these `places` in all layers."""
+        self._lse.index_copy_(1, places, normalisers_LNH)
 
     def read(
         self,

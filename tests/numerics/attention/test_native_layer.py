@@ -2,21 +2,24 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.plans import run_greedy
+from support.plans import new_sequence, prefill_plan, run_greedy
 from support.ranks import Store, run_ranks
 from support.tiny import CONFIGS, VOCAB, save_tiny
 
+from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh import shared_memory
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.native.build import unavailable_reason
-from saqqara.workers.plan import SampledToken, SamplingSpec
+from saqqara.workers.passes.decode_batch import DecodeBatch
+from saqqara.workers.plan import DecodeItem, SampledToken, SamplingSpec, StepPlan, StepResult
 from saqqara.workers.worker import Worker
 
 REASON = unavailable_reason()
@@ -25,20 +28,19 @@ ALL_LOGPROBS = SamplingSpec(temperature=0.0, num_logprobs=VOCAB)
 
 
 def make_config(
-    folder: Path, backend: str, dtype: str = "bfloat16", chunk: int = 16
+    folder: Path, backend: str, dtype: str = "bfloat16", **settings: object
 ) -> EngineConfig:
     return EngineConfig(
         model=str(folder),
         dtype=dtype,
         device="cpu",
-        max_num_seqs=4,
         linear_backend=backend,
-        linear_chunk_tokens=chunk,
+        **{"max_num_seqs": 4, "linear_chunk_tokens": 16} | settings,
     )
 
 
-def make_worker(folder: Path, backend: str, dtype: str = "bfloat16") -> Worker:
-    return Worker.local(make_config(folder, backend, dtype).for_worker())
+def make_worker(folder: Path, backend: str, dtype: str = "bfloat16", **settings: object) -> Worker:
+    return Worker.local(make_config(folder, backend, dtype, **settings).for_worker())
 
 
 def prompts() -> list[list[int]]:
@@ -79,8 +81,65 @@ def test_batched_says_what_alone_says(tmp_path: Path) -> None:
     ]
 
 
+METHODS = (
+    {"method": "snapkv", "budget": 24, "window": 4, "decode": {"slack_pages": 1}},
+    {"method": "pyramidinfer", "decode": {"trigger": "published", "exceed": 4}},
+    {"method": "adakv", "budget": 24, "window": 4},
+    None,
+)
+
+
+def answers(worker: Worker, prompts: list[list[int]], num_steps: int) -> list[StepResult]:
+    """Decode prompts together, each under one of the methods."""
+    new = [
+        new_sequence(slot, prompt, sampling=ALL_LOGPROBS, retention=Retention.parse(method))
+        for slot, (prompt, method) in enumerate(zip(prompts, cycle(METHODS), strict=False))
+    ]
+    results = [worker.execute(prefill_plan(worker, [sequence])) for sequence in new]
+    for step in range(num_steps):
+        items = tuple(DecodeItem(n.slot, n.prompt_tokens + step) for n in new)
+        results.append(worker.execute(StepPlan(step + 1, decode=items)))
+        worker.check_integrity()
+    worker.execute(StepPlan(num_steps + 1, free=tuple(n.slot for n in new)))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("name", "num_prompts", "page_tokens"),
+    [("llama-bias", 6, 16), ("llama-mqa", 2, 8), ("qwen3", 1, 16)],
+)
+def test_one_call_says_what_call_after_call_says(
+    name: str, num_prompts: int, page_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decode step of all layers in one call, over rows of any lengths, bit for bit.
+
+    Queries and normalisers are remembered on the way: cuts that look at them choose the same.
+    """
+    save_tiny(name, tmp_path)
+    worker = make_worker(tmp_path, "native", max_num_seqs=8, page_tokens=page_tokens)
+    rng = np.random.default_rng(0)
+    lengths = (64, 490, 33, 5, 30, 17)[:num_prompts]
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in lengths]
+    one_call = worker._decode._native
+    assert one_call is not None
+    sizes: list[int] = []
+    run = one_call.run
+
+    def counted(batch: DecodeBatch, hidden: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(hidden))
+        return run(batch, hidden)
+
+    monkeypatch.setattr(one_call, "run", counted)
+    found = answers(worker, prompts, 18)
+    monkeypatch.setattr(worker._decode, "_native", None)
+    wanted = answers(worker, prompts, 18)
+    assert [result.sampled for result in found] == [result.sampled for result in wanted]
+    assert [result.kept for result in found] == [result.kept for result in wanted]
+    assert sizes == 18 * [num_prompts]
+
+
 def _logprobs_of_rank(folder: Path, rank: int, stores: Sequence[Store]) -> Any:
-    config = make_config(folder, "native", chunk=64)
+    config = make_config(folder, "native", linear_chunk_tokens=64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_memory, "_SLOT_BYTES_PER_THREAD", 4096)  # 98 tokens: several pieces
         worker = Worker(config.for_worker(), MeshLayout(tensor_size=2), rank, stores[0])
