@@ -53,23 +53,30 @@ WORKLOADS = {
     "W2": Workload("W2", 16, 2048, 128),
     "W3": Workload("W3", 8, 6144, 256),
     "W4": Workload("W4", 32, 1024, 256),
+    "race": Workload("race", 48, 1024, 384),  # for a scarce room: see --kv-tokens
 }
 
 
 @dataclass(frozen=True)
 class Peer:
-    """How a peer is started; its environment's folder bears the name of its recipe."""
+    """How a peer is started; its environment's folder bears the name of its recipe.
+
+    `takes_room`: whether it can be told for how many tokens of keys and values it has room.
+    """
 
     environment: str
     runner: str
     arguments: tuple[str, ...] = ()
+    takes_room: bool = False
 
 
 PEERS = {
-    "vllm": Peer("vllm", "run_vllm.py"),
-    "openvino": Peer("openvino", "run_openvino.py"),
-    "openvino-u8": Peer("openvino", "run_openvino.py", ("--kv-precision", "u8")),
-    "openvino-evict25": Peer("openvino", "run_openvino.py", ("--kept-share", "0.25")),
+    "vllm": Peer("vllm", "run_vllm.py", takes_room=True),
+    "openvino": Peer("openvino", "run_openvino.py", takes_room=True),
+    "openvino-u8": Peer("openvino", "run_openvino.py", ("--kv-precision", "u8"), takes_room=True),
+    "openvino-evict25": Peer(
+        "openvino", "run_openvino.py", ("--kept-share", "0.25"), takes_room=True
+    ),
     "transformers": Peer("transformers", "run_transformers.py"),
     "transformers-cb": Peer("transformers", "run_transformers.py", ("--continuous",)),
     "deepspeed": Peer("deepspeed", "run_deepspeed.py"),
@@ -102,6 +109,8 @@ def parse_workloads(text: str) -> list[Workload]:
 def parse_settings(name: str) -> dict[str, Any]:
     """Keyword arguments of `LLM` from `saqqara:METHOD[@BUDGET][/FIELD=VALUE...]`.
 
+    `decode` is no field of it, but the decode stage of the retention.
+
     Raises:
         ValueError: it is not of that form.
     """
@@ -121,6 +130,9 @@ def parse_settings(name: str) -> dict[str, Any]:
             settings[key] = json.loads(value)
         except ValueError:
             settings[key] = value
+    if "decode" in settings:
+        of_retention = {"method": method} | {k: settings.pop(k) for k in ("budget", "decode")}
+        settings["retention"] = of_retention
     return settings
 
 
@@ -139,8 +151,12 @@ def with_options(peer: Peer, pairs: Sequence[str]) -> Peer:
     return replace(peer, arguments=(*peer.arguments, *more))
 
 
-def parse_engines(text: str, peers_dir: Path, model: str, threads: int) -> list[EngineSpec]:
+def parse_engines(
+    text: str, peers_dir: Path, model: str, threads: int, kv_tokens: int | None = None
+) -> list[EngineSpec]:
     """The engines of a command line, with the commands that run them.
+
+    With `kv_tokens` each has room for the full keys and values of so many tokens.
 
     Raises:
         ValueError: a name is unknown or comes twice.
@@ -148,13 +164,16 @@ def parse_engines(text: str, peers_dir: Path, model: str, threads: int) -> list[
     names = text.split(",")
     if len(set(names)) < len(names):
         raise ValueError(f"engines: {text!r} names one twice")
-    return [_engine(name, peers_dir, model, threads) for name in names]
+    return [_engine(name, peers_dir, model, threads, kv_tokens) for name in names]
 
 
-def _engine(name: str, peers_dir: Path, model: str, threads: int) -> EngineSpec:
+def _engine(
+    name: str, peers_dir: Path, model: str, threads: int, kv_tokens: int | None
+) -> EngineSpec:
     if name.startswith("saqqara:"):
         more = ("--settings", json.dumps(parse_settings(name)))
-        peer, python = Peer("saqqara", "run_saqqara.py", more), Path(sys.executable)
+        peer = Peer("saqqara", "run_saqqara.py", more, takes_room=True)
+        python = Path(sys.executable)
     elif (parts := name.split("/"))[0] in PEERS:
         peer = with_options(PEERS[parts[0]], parts[1:])
         python = peers_dir / peer.environment / "bin" / "python"
@@ -163,7 +182,11 @@ def _engine(name: str, peers_dir: Path, model: str, threads: int) -> EngineSpec:
     else:
         known = ", ".join(["saqqara:METHOD[@BUDGET]", *PEERS])
         raise ValueError(f"engines: {name!r} is not one of {known}")
+    if kv_tokens is not None and not peer.takes_room:
+        return EngineSpec(name, None, "it takes no room in tokens (--kv-tokens)")
     options = {"--model": model, "--threads": str(threads)}
+    if kv_tokens is not None:
+        options["--kv-tokens"] = str(kv_tokens)
     options["--cache"] = str(peers_dir / peer.environment / "models")
     pairs = [part for pair in options.items() for part in pair]
     return EngineSpec(name, (str(python), str(RUNNERS / peer.runner), *pairs, *peer.arguments))
@@ -244,6 +267,7 @@ class Run:
                 "threads": given.threads,
                 "rounds": given.rounds,
                 "slow_rounds": given.slow_rounds,
+                "kv_tokens": given.kv_tokens,
                 "cores": os.cpu_count(),
             },
             "engines": {name: engine.started for name, engine in self.engines.items()},
@@ -275,12 +299,20 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="local folder; default: the demo model")
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="names, or such as 2x64+8")
+    parser.add_argument(
+        "--workloads", default="W1,W2,W3,W4", help="names (race, too), or such as 2x64+8"
+    )
     parser.add_argument(
         "--engines",
         default=",".join(FAST),
         help="with commas between: saqqara:METHOD[@BUDGET][/FIELD=VALUE...], or a peer, which may "
         "have options of its runner: PEER[/OPTION=VALUE...]; peers: " + ", ".join(PEERS),
+    )
+    parser.add_argument(
+        "--kv-tokens",
+        type=int,
+        help="give every engine room for the full keys and values of so many tokens, such as 5632 "
+        "for four sequences of the race; default: each engine's own",
     )
     parser.add_argument("--rounds", type=int, default=3, help="calls of each engine per workload")
     parser.add_argument("--slow-rounds", type=int, help="of slow engines; default: as the others")
@@ -302,7 +334,7 @@ def main() -> int:
     peers_dir = (given.peers_dir or cache_dir() / "peers").absolute()
     try:
         workloads = parse_workloads(given.workloads)
-        specs = parse_engines(given.engines, peers_dir, model, given.threads)
+        specs = parse_engines(given.engines, peers_dir, model, given.threads, given.kv_tokens)
     except ValueError as error:
         parser.error(str(error))
     run = Run(model, given.logs, given.timeout)

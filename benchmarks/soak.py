@@ -134,6 +134,8 @@ async def client(
         path = "/v1/completions"
         answer = await server.post(path, body, leave_after=leave_after, pause_seconds=pause)
         statuses[f"{kind} {answer.status or 'left'}"] += 1
+        if not answer.status and leave_after is None:
+            print(f"{time.strftime('%X')}: no answer to {kind} after {answer.seconds:.1f} s")
         if answer.status == 200 and ERROR_EVENT in answer.body:
             statuses[f"{kind} error in stream"] += 1
         elif answer.status == 200 and not isinstance(body, bytes):

@@ -138,6 +138,39 @@ def select_stored(retention: Retention, observation: Observation, keep: int) -> 
     return kept_positions(scores[:, : num_tokens - recent], keep, recent, sinks)
 
 
+def select_ends(
+    retention: Retention, observation: Observation, lengths: Tensor, keep: Tensor, recent: Tensor
+) -> Tensor:
+    """`select_stored` for rows of different lengths, which end together.
+
+    What stands before a row's first token must get no attention.
+
+    Args:
+        retention: with a decode stage, and a score that depends on no other head and not on places.
+        observation: R rows of n columns; the tokens of each are the last ones.
+        lengths: of each row, int64 [R].
+        keep: tokens that stay in each, int64 [R].
+        recent: last ones of these that stay whatever their score, int64 [R].
+
+    Returns:
+        bool [R, n], whether a column stays.
+    """
+    assert retention.score is not None
+    num_tokens = observation.prompt_tokens
+    scores = observation.keys.new_full((len(lengths), num_tokens), -math.inf, dtype=torch.float32)
+    if num_tokens > retention.window:  # else all that stays is certain
+        context = context_scores(retention.score, observation, retention.window)
+        scores[:, : context.shape[1]] = context
+    place = torch.arange(num_tokens, device=scores.device) - (num_tokens - lengths)[:, None]
+    scores.masked_fill_(place < 0, -math.inf)
+    sinks = (keep - recent).clamp_max(retention.sinks)
+    certain = (place >= 0) & (place < sinks[:, None]) | (place >= (lengths - recent)[:, None])
+    scores.masked_fill_(certain, math.inf)
+    order = scores.flip(1).sort(dim=1, descending=True, stable=True).indices
+    is_kept = torch.arange(num_tokens, device=scores.device) < keep[:, None]
+    return torch.zeros_like(certain).scatter_(1, order, is_kept).flip(1)
+
+
 def select_trimmed(scores: Tensor, trim: Trim) -> Tensor:
     """Choose what stays of one layer of sequences that are trimmed; all its heads keep the same.
 

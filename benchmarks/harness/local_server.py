@@ -117,7 +117,7 @@ class LocalServer:
             writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + content)
             async with asyncio.timeout(leave_after):
                 return await _read_answer(reader, started, pause_seconds)
-        except (TimeoutError, OSError):
+        except (TimeoutError, OSError, asyncio.IncompleteReadError):
             return Exchange(0, 0.0, time.perf_counter() - started, b"")
         finally:
             writer.close()

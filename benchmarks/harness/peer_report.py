@@ -32,6 +32,7 @@ class Sample:
     output_token_ids: list[list[int]]
     peak_rss_bytes: int
     foreign_cpu_share: float
+    preemptions: int | None = None
 
     @property
     def at(self) -> tuple[str, str]:
@@ -45,10 +46,11 @@ class Sample:
         return sum(map(len, self.output_token_ids)) / seconds if seconds > 0 else float("nan")
 
     def __str__(self) -> str:
+        told = "" if self.preemptions is None else f", {self.preemptions} preempted"
         return (
             f"{self.wall_seconds:.1f} s (prefill {self.prefill_seconds:.1f} s, "
             f"decode {self.decode_tokens_per_second:.0f} tok/s, "
-            f"{self.peak_rss_bytes / GIB:.1f} GiB, foreign CPU {self.foreign_cpu_share:.0%})"
+            f"{self.peak_rss_bytes / GIB:.1f} GiB, foreign CPU {self.foreign_cpu_share:.0%}{told})"
         )
 
 
@@ -104,6 +106,7 @@ def _figures(samples: Sequence[Sample]) -> dict[str, Any]:
             s.output_token_ids == samples[0].output_token_ids for s in samples
         ),
         "wall_seconds_of_rounds": [s.wall_seconds for s in samples],
+        "preemptions_of_rounds": [s.preemptions for s in samples],
         "prefill_seconds_of_rounds": [s.prefill_seconds for s in samples],
     }
 
@@ -131,6 +134,9 @@ def _table(workload: dict[str, Any], figures: dict[str, Any]) -> Table:
     table.add_column("engine", overflow="fold")
     shown = {ours: figures["ratios"][ours] for ours in plain(list(figures["ratios"]))}
     columns = ["wall s", "low - high", "prefill s", "decode tok/s", "GiB"]
+    preempted = {name: _preempted(one["preemptions_of_rounds"]) for name, one in engines.items()}
+    if any(preempted.values()):
+        columns.append("preempted")
     columns += [f"x {ours.removeprefix('saqqara:')}" for ours in shown]
     for column in [*columns, "same prefix", "same answers"]:
         table.add_column(column, justify="right", no_wrap=True)
@@ -141,11 +147,19 @@ def _table(workload: dict[str, Any], figures: dict[str, Any]) -> Table:
         cells = [f"{one['wall_seconds']:.2f}{mark}", f"{min(walls):.2f} - {max(walls):.2f}"]
         cells += [f"{one['prefill_seconds']:.2f}", f"{one['decode_tokens_per_second']:.0f}"]
         cells.append(f"{one['peak_rss_bytes'] / GIB:.2f}")
+        if any(preempted.values()):
+            cells.append(preempted[name])
         cells += [f"{ratios.get(name, 1.0):.2f}" for ratios in shown.values()]
         cells.append(f"{agreement['common_prefix_share']:.0%}")
         cells.append(f"{agreement['identical']} of {agreement['answers']}")
         table.add_row(name, *cells)
     return table
+
+
+def _preempted(rounds: Sequence[int | None]) -> str:
+    """How often, as a median over the rounds; nothing where an engine does not tell, or never."""
+    known = [count for count in rounds if count is not None]
+    return f"{median(known):.0f}" if any(known) else ""
 
 
 def title_of(workload: dict[str, Any]) -> str:

@@ -7,11 +7,12 @@ answers each line
 
 with
 
-    {"wall_seconds": s, "prefill_seconds": s, "output_token_ids": [[token ids], ...]}
+    {"wall_seconds": s, "prefill_seconds": s, "output_token_ids": [[token ids], ...],
+     "preemptions": n}
 
-until stdin ends. A failed request is answered with `{"error": "..."}`. Whatever else a library
-prints goes to stderr. This file and the runners run under the Python of a peer's environment, so
-they import nothing of Saqqara.
+until stdin ends; `preemptions` is null where an engine does not tell. A failed request is answered
+with `{"error": "..."}`. Whatever else a library prints goes to stderr. This file and the runners
+run under the Python of a peer's environment, so they import nothing of Saqqara (but its own does).
 """
 
 import argparse
@@ -33,10 +34,13 @@ class Answers:
     """Greedy answers to all prompts of one request, in their order.
 
     `prefill_seconds`: from the start of the request until all prompts have their first token.
+    `preemptions`: how often a prompt lost its keys and values to others, and started again; None
+    where the engine does not tell.
     """
 
     token_ids: list[list[int]]
     prefill_seconds: float
+    preemptions: int | None = None
 
 
 class Engine(Protocol):
@@ -127,4 +131,5 @@ def answer(engine: Engine, request: Mapping[str, Any]) -> dict[str, Any]:
         "wall_seconds": time.perf_counter() - start,
         "prefill_seconds": answers.prefill_seconds,
         "output_token_ids": answers.token_ids,
+        "preemptions": answers.preemptions,
     }

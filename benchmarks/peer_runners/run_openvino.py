@@ -45,6 +45,7 @@ class OpenVino:
             "INFERENCE_NUM_THREADS": given.threads,
         }
         self.cache_gb: int = given.cache_gb
+        self.kv_tokens: int | None = given.kv_tokens
         self.batched_tokens: int | None = given.max_num_batched_tokens
         self.settings: dict[str, Any] = dict(self.properties)
         self.prompt_tokens = 0
@@ -57,7 +58,10 @@ class OpenVino:
         import openvino_genai as genai
 
         scheduler = genai.SchedulerConfig()
-        scheduler.cache_size = self.cache_gb
+        if self.kv_tokens is None:
+            scheduler.cache_size = self.cache_gb
+        else:  # the size is in whole GB
+            scheduler.cache_size, scheduler.num_kv_blocks = 0, self.kv_tokens // BLOCK_TOKENS
         scheduler.enable_prefix_caching = False
         if self.batched_tokens is not None:
             scheduler.max_num_batched_tokens = self.batched_tokens
@@ -68,7 +72,7 @@ class OpenVino:
         self.pipeline = genai.ContinuousBatchingPipeline(
             str(self.folder), scheduler, "CPU", self.properties
         )
-        for name in ("cache_size", "max_num_batched_tokens", "max_num_seqs"):
+        for name in ("cache_size", "num_kv_blocks", "max_num_batched_tokens", "max_num_seqs"):
             self.settings[name] = getattr(scheduler, name)
 
     def prepare(self, prompts: Prompts, new_tokens: int) -> None:
@@ -120,6 +124,7 @@ if __name__ == "__main__":
     options.add_argument("--kept-share", type=float, help="evict to this share of the prompt")
     options.add_argument("--kv-precision", default="bf16", help="bf16, or u8 (its default)")
     options.add_argument("--cache-gb", type=int, default=2, help="most memory for keys and values")
+    options.add_argument("--kv-tokens", type=int, help="room for so many, instead of --cache-gb")
     options.add_argument("--max-num-batched-tokens", type=int, help="default: its own")
     given = options.parse_args()
     serve(lambda: OpenVino(given), ["openvino-genai", "openvino"])

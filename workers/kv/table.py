@@ -100,13 +100,17 @@ class RowTable:
             self.device_kept[to_device(slots, self.device), layer] = to_device(kept, self.device)
 
     def set_rows_kept(
-        self, slots: NDArray[np.int64], layer: int, heads: NDArray[np.int64], kept: int
+        self,
+        slots: NDArray[np.int64],
+        layer: int,
+        heads: NDArray[np.int64],
+        kept: NDArray[np.int32],
     ) -> None:
-        """Set the length of the rows `(slots[i], layer, heads[i])` of one layer."""
+        """Set the lengths [R] of the rows `(slots[i], layer, heads[i])` of one layer."""
         self.kept[slots, layer, heads] = kept
         if self.mirrored:
             of_slots, of_heads = to_device(slots, self.device), to_device(heads, self.device)
-            self.device_kept[of_slots, layer, of_heads] = kept
+            self.device_kept[of_slots, layer, of_heads] = to_device(kept, self.device)
 
     def copy_slot(self, source: int, target: int) -> None:
         """Give the rows of one slot the pages and lengths of another's."""

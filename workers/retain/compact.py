@@ -1,8 +1,8 @@
 """Compacts rows while their sequences decode.
 
 All rows of a sequence with targets reach their limits in the same step (`growth.Cycle`).
-After the layers of that step, layer by layer, the rows of all such sequences that are scored alike
-are selected and compacted together.
+After the layers of that step the rows of all such sequences that are scored alike are selected and
+compacted together: on a CPU in one native call (`compact_natively.py`), else layer by layer.
 
 Shapes: N sequences, R rows of one layer, n stored tokens of each, w queries, Hq local query heads,
 H local kv heads, G = Hq / H, D head dim.
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from saqqara.compression.growth import num_ring_queries, sums_mass
 from saqqara.compression.retention import Retention
-from saqqara.compression.selecting import select_stored
-from saqqara.workers.kv.rows import Rows, compact_rows, read_rows
+from saqqara.compression.scores import Random
+from saqqara.compression.selecting import select_ends, select_stored
+from saqqara.workers.kv.rows import Rows, compact_each, compact_rows, read_ends, read_rows
 from saqqara.workers.plan import DecodeItem
 from saqqara.workers.shard import Shard
+from saqqara.workers.transfer import to_device
 
+from .compact_natively import certain_tokens, compact_slots, compacts_natively
 from .observe import no_rows, observe_rows
 
 
@@ -44,16 +47,41 @@ def compact_firing(shard: Shard, items: tuple[DecodeItem, ...]) -> None:
     with shard.clock.phase("compact"):
         for group in _alike(shard, firing):
             with shard.faults.blame([f.slot for f in group], "compaction"):
-                for index in range(len(shard.part.layers)):
-                    _compact_layer(shard, index, group)
+                _compact(shard, group)
+
+
+def _compact(shard: Shard, group: list[_Firing]) -> None:
+    """Compact sequences of one retention: in one native call, or layer by layer.
+
+    Within a layer all rows are compacted together, but where ranks are asked or scores depend on
+    places: then those of one length are.
+    """
+    retention, layers = group[0].retention, range(len(shard.part.layers))
+    if _asks_ranks(shard, retention) or isinstance(retention.score, Random):
+        for index in layers:
+            _compact_layer(shard, index, group)
+        return
+    present = [f for f in group if f.slot not in shard.faults.refused]
+    if present and not compacts_natively(shard, retention):
+        for index in layers:
+            _compact_rows(shard, index, [f for f in present if f.slot not in shard.faults.refused])
+    elif present:
+        slots = np.array([f.slot for f in present], dtype=np.int64)
+        stops = np.array([f.next_position for f in present], dtype=np.int64)
+        slack = shard.retained.cycles[present[0].slot].slack
+        compact_slots(shard, retention, slots, stops, slack)
 
 
 def _alike(shard: Shard, firing: list[_Firing]) -> list[list[_Firing]]:
-    """The sequences by what selects their tokens; each by itself where ranks are asked."""
+    """The sequences by what selects their tokens; each by itself where ranks are asked.
+
+    `random` alone draws anew at each compaction.
+    """
     together: dict[tuple[object, ...], list[_Firing]] = defaultdict(list)
     for number, f in enumerate(firing):
         alone = number if _asks_ranks(shard, f.retention) else -1
-        together[f.retention, f.compaction, alone].append(f)
+        draw = f.compaction if isinstance(f.retention.score, Random) else 0
+        together[f.retention, draw, alone].append(f)
     return list(together.values())
 
 
@@ -101,6 +129,39 @@ def _compact_layer(shard: Shard, index: int, group: list[_Firing]) -> None:
             return
         if sums_mass(present[0].retention):
             shard.sums.compact(rows.slots, index, heads, indices)
+
+
+def _compact_rows(shard: Shard, index: int, present: list[_Firing]) -> None:
+    """Compact all rows of one local layer of sequences of one retention together."""
+    if not present:
+        return
+    retention, num_heads = present[0].retention, len(shard.part.heads.kv)
+    slots = np.array([f.slot for f in present], dtype=np.int64)
+    heads = np.tile(np.arange(num_heads), len(slots))
+    rows = Rows(index, slots.repeat(num_heads), heads)
+    length = shard.kv.table.kept[rows.slots, index, heads].astype(np.int64)
+    keep = length - shard.retained.cycles[present[0].slot].slack
+    _, recent = certain_tokens(retention, keep)
+    num_before = to_device(length.max() - length, shard.part.device)
+    k_RND, v_RND = read_ends(shard.kv, rows)
+    queries = masses = None
+    if num_ring_queries(retention):
+        queries = _queries(shard, index, present).flatten(0, 1)
+    if sums_mass(retention):
+        masses = shard.sums.read_ends(rows.slots, index, heads, length)
+    observation = observe_rows(
+        shard.part, index, heads, k_RND, v_RND, queries, masses, num_before=num_before
+    )
+    of_rows = (to_device(count, shard.part.device) for count in (length, keep, recent))
+    stays = select_ends(retention, observation, *of_rows)
+    row, column = torch.nonzero_static(stays, size=int(keep.sum())).unbind(1)
+    indices, counts = column - num_before[row], keep.astype(np.int32)
+    if not compact_each(shard.kv, rows, indices, counts):
+        for slot in slots.tolist():
+            shard.refuse(slot)
+        return
+    if sums_mass(retention):
+        shard.sums.compact_each(rows.slots, index, heads, indices, counts)
 
 
 def _select(

@@ -10,13 +10,14 @@ from torch import Tensor
 MASS_BYTES = 32 << 20  # bounds the fp32 attention weights of one piece of work
 
 
-def rows_mass(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def rows_mass(q: Tensor, k: Tensor, scale: float, num_before: Tensor | None = None) -> Tensor:
     """Attention mass as the backends' `mass`, for many rows at once.
 
     Args:
         q: queries of the last w tokens of each row, [w, R G, D].
         k: [n, R, D].
         scale: factor of the scores.
+        num_before: so many keys of each row are nobody's and get nothing, [R]; None: all are keys.
 
     Returns:
         float32 [R, n]: causal softmax attention, summed over the queries and the group.
@@ -32,9 +33,22 @@ def rows_mass(q: Tensor, k: Tensor, scale: float) -> Tensor:
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
         scores = torch.bmm(q_RMD[rows].float(), k_RDN[rows].float()).mul_(scale)
-        weights = scores.masked_fill_(future, -torch.inf).softmax(dim=-1)
-        torch.sum(weights, dim=1, out=mass[rows])
+        scores.masked_fill_(future, -torch.inf)
+        if num_before is not None:
+            scores.masked_fill_((position < num_before[rows, None])[:, None], -torch.inf)
+        torch.sum(_softmax(scores), dim=1, out=mass[rows])
     return mass
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, in place; 0 where all columns are -inf.
+
+    Sums are of float64, so that their float32 does not depend on how many columns are.
+    """
+    limits = torch.finfo(torch.float32)
+    weights = scores.sub_(scores.amax(dim=-1, keepdim=True).clamp_min_(limits.min)).exp_()
+    total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    return weights.div_(total.float().clamp_min_(limits.tiny))
 
 
 def remembered_mass(

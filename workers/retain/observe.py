@@ -70,8 +70,12 @@ def observe_rows(
     queries_RWGD: Tensor | None,
     masses_RN: Tensor | None = None,
     compaction: int = 0,
+    num_before: Tensor | None = None,
 ) -> Observation:
-    """Rows of one length of local layer `index`, row i of the local kv head `heads[i]`."""
+    """Rows of local layer `index`, row i of the local kv head `heads[i]`.
+
+    They are of one length, or end together after `num_before` [R] columns that are nobody's.
+    """
     return _observation(
         part,
         part.layers[index],
@@ -79,7 +83,7 @@ def observe_rows(
         v_RND.transpose(0, 1),
         None if queries_RWGD is None else queries_RWGD.transpose(0, 1).flatten(1, 2),
         (part.heads.kv.start + heads).tolist(),
-        lambda queries, keys: rows_mass(queries, keys, part.scale),
+        lambda queries, keys: rows_mass(queries, keys, part.scale, num_before),
         masses_RN,
         compaction=compaction,
     )

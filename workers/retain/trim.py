@@ -92,7 +92,7 @@ def _trim_layer(shard: Shard, items: list[DecodeItem], trim: Trim) -> None:
     remembers = remembers_normalisers(shard.slots[cut.slots[0]].retention)
     scores = _recent_mass(shard, cut) if remembers else _last_mass(shard, cut)
     indices = select_trimmed(scores, trim).repeat_interleave(len(shard.part.heads.kv), dim=0)
-    if not present or compact_rows(shard.kv, cut.rows, indices):
+    if not present or compact_rows(shard.kv, cut.rows, indices, trim.start):
         return
     if len(present) == 1:
         shard.refuse(present[0].slot)

@@ -180,6 +180,15 @@ class QueryRings:
         """Remember the normalisers [N, Hq] of the queries at these `places`."""
         self._lse[layer].index_copy_(0, places, normalisers)
 
+    def last(
+        self, slots: NDArray[np.int64], next_positions: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor]:
+        """All queries, [L, C, Hq, D], and where the last of these slots lie, int64 [N, w]; a view.
+
+        Arguments as for `read`.
+        """
+        return self._buffer, self._last(slots, next_positions, None)
+
     def normalise_layers(self, places: Tensor, normalisers_LNH: Tensor) -> None:
         """Remember the normalisers [L, N, Hq] of the queries at these `places` in all layers."""
         self._lse.index_copy_(1, places, normalisers_LNH)

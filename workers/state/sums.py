@@ -41,6 +41,16 @@ class MassSums:
         self._device = device
 
     @property
+    def buffer(self) -> Tensor:
+        """All sums, float32 [L, C, H, W]; those of a slot lie at its place."""
+        return self._sums
+
+    def places(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The places of slots with sums, [N]."""
+        places: NDArray[np.int64] = self._place_S[slots]
+        return places
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the buffer."""
         return self._sums.nbytes
@@ -118,6 +128,20 @@ class MassSums:
         """Sums of the rows `(slots[i], layer, heads[i])` of one length, float32 [R, num_tokens]."""
         return self._sums[layer, *self._rows(slots, heads), :num_tokens]
 
+    def read_ends(
+        self,
+        slots: NDArray[np.int64],
+        layer: int,
+        heads: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+    ) -> Tensor:
+        """Sums of rows of these lengths [R], which end in the last column; before them 0."""
+        most = int(lengths.max())
+        rows = self._sums[layer, *self._rows(slots, heads), :most]
+        first = to_device(most - lengths, self._device)[:, None]
+        place = torch.arange(most, device=self._device) - first
+        return rows.gather(1, place.clamp_min(0)).masked_fill_(place < 0, 0)
+
     def compact(
         self, slots: NDArray[np.int64], layer: int, heads: NDArray[np.int64], indices: Tensor
     ) -> None:
@@ -126,6 +150,24 @@ class MassSums:
         rows = self._sums[layer, place, head]
         kept = torch.zeros_like(rows)
         kept[:, : indices.shape[1]] = rows.gather(1, indices)
+        self._sums[layer, place, head] = kept
+
+    def compact_each(
+        self,
+        slots: NDArray[np.int64],
+        layer: int,
+        heads: NDArray[np.int64],
+        indices: Tensor,
+        counts: NDArray[np.int32],
+    ) -> None:
+        """`compact` for rows that keep different numbers [R], `indices` row after row."""
+        place, head = self._rows(slots, heads)
+        rows = self._sums[layer, place, head]
+        count = to_device(counts.astype(np.int64), self._device)
+        row = torch.repeat_interleave(count, output_size=len(indices))
+        nth = torch.arange(len(indices), device=self._device) - (count.cumsum(0) - count)[row]
+        kept = torch.zeros_like(rows)
+        kept[row, nth] = rows[row, indices]
         self._sums[layer, place, head] = kept
 
     def _rows(self, slots: NDArray[np.int64], heads: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,8 @@ def scripts() -> Any:
 
 def sample(scripts: Any, engine: str, number: int, wall: float, answers: list[list[int]]) -> Any:
     return scripts["peer_report"].Sample(
-        "W1", engine, number, wall, wall / 2, answers, 2**30, 0.1 if number else 0.0
+        *("W1", engine, number, wall, wall / 2, answers, 2**30, 0.1 if number else 0.0),
+        preemptions=number + 4 if engine == "saqqara:full" else None,
     )
 
 
@@ -94,7 +95,8 @@ def test_table_and_picture(scripts: Any, summary: Any, tmp_path: Path) -> None:
     (row,) = (line for line in lines if line.strip("│ ").startswith("vllm"))
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells[:2] == ["vllm", "6.00*"]  # starred: the machine was not alone with it
-    assert cells[-4:] == ["3.00", "6.00", "100%", "2 of 2"]
+    assert cells[-5:] == ["", "3.00", "6.00", "100%", "2 of 2"]  # vLLM tells no preemptions
+    assert summary["W1"]["engines"]["saqqara:full"]["preemptions_of_rounds"] == [4, 5, 6]
     narrow = io.StringIO()
     print_table(table, file=narrow, width=60)
     assert narrow.getvalue().count("saqqara:pyramidkv@25%") > 1  # in each part of the split table
@@ -160,6 +162,10 @@ def test_settings_of_our_engine_come_from_its_name(scripts: Any) -> None:
         "max_num_seqs": 8,
         "linear_backend": "torch",
     }
+    assert parse('saqqara:knorm@25%/decode={"slack_pages": 2}/page_tokens=8') == {
+        "retention": {"method": "knorm", "budget": "25%", "decode": {"slack_pages": 2}},
+        "page_tokens": 8,
+    }
     for wrong in ("saqqara:", "saqqara:full@", "saqqara:full/x"):
         with pytest.raises(ValueError, match="should read saqqara:METHOD"):
             parse(wrong)
@@ -179,6 +185,14 @@ def test_a_peer_is_found_by_its_environment(scripts: Any, tmp_path: Path) -> Non
     assert "'vllm' in docs/peers.md" in vllm.missing
     (more,) = parse("openvino-evict25/kept-share=0.5", tmp_path, "folder", 2)
     assert more.command[-4:] == ("--kept-share", "0.25", "--kept-share", "0.5")  # the last one wins
+    ours, evict, _ = parse("saqqara:full,openvino-evict25,vllm", tmp_path, "folder", 2, 5632)
+    assert "--kv-tokens 5632" in " ".join(ours.command)
+    assert "--kv-tokens 5632" in " ".join(evict.command)
+    (python.parents[2] / "deepspeed" / "bin").mkdir(parents=True)
+    (python.parents[2] / "deepspeed" / "bin" / "python").touch()
+    (without,) = parse("deepspeed", tmp_path, "folder", 2, 5632)
+    assert without.command is None
+    assert "--kv-tokens" in without.missing
     for text, said in (
         ("openvino/u8", "OPTION=VALUE"),
         ("orca", "not one of saqqara"),

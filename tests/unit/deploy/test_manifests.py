@@ -278,6 +278,9 @@ def test_images_copy_what_the_package_is_made_of(name: str) -> None:
     assert copied <= set(allowed)
     assert "USER 1000:1000" in text.rpartition("FROM ")[2]
     assert "HEALTHCHECK" in text
+    environment = dict(re.findall(r"(RAY_SERVE_\w+)=(\S+)", text))
+    source = (ROOT / "cluster" / "on_ray" / "serve_run.py").read_text()
+    assert environment == dict(re.findall(r'"(RAY_SERVE_\w+)": "(\d)"[,}]', source))
     for argument in re.findall(r"^ARG (?:PYTHON_IMAGE|CUDA)=(.+)$", text, re.M):
         assert re.search(r"\d+\.\d+\.\d+", argument), "a pinned base"
 

@@ -72,8 +72,12 @@ def test_rows_of_one_length_are_compacted_together(
     before, free_before = contents(store), store.pages_free
     k, v = read_rows(store, rows)
     keep = data.draw(st.integers(1, length))
-    chosen = torch.from_numpy(np.stack([np.sort(rng.permutation(length)[:keep]) for _ in range(5)]))
-    assert compact_rows(store, rows, chosen)
+    head = data.draw(st.integers(0, keep))  # that all of them keep in front
+    rest = [np.sort(rng.permutation(length - head)[: keep - head]) + head for _ in range(5)]
+    chosen = torch.from_numpy(np.stack([np.append(np.arange(head), row) for row in rest]))
+    stays = chosen == torch.arange(keep)
+    num_fixed = data.draw(st.integers(0, int(stays.all(0).long().cumprod(0).sum())))
+    assert compact_rows(store, rows, chosen, num_fixed)
     store.check_integrity()
     for i, (slot, head) in enumerate(zip(rows.slots.tolist(), rows.heads.tolist(), strict=True)):
         old_k, old_v = before.pop((slot, 1, head))
