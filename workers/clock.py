@@ -57,6 +57,11 @@ class StepClock:
         self.spans: list[Span] | None = None
         self._phase = ""
 
+    @property
+    def is_of_device(self) -> bool:
+        """Whether the device times its own work."""
+        return self._make_event is not None
+
     def begin_step(self) -> None:
         """Forget the seconds of the step before."""
         self.seconds = {}

@@ -2,7 +2,8 @@
 
 SPLIT_TOKENS = 512  # attention cuts a row into parts of so many, until it has the most parts
 MAX_SPLITS = 32
-SAMPLED_LOGITS = 1 << 23  # that are drawn from at once, whole rows
+SAMPLED_LOGITS = 1 << 23  # that are drawn from at once, whole rows, where the host decides how
+SAMPLED_ROWS = 32  # that are drawn from at once, where the device decides
 LEAST_ROOM = 8  # entries of a row that has any
 _ENTRIES_A_PAGE = 3  # 2 for rooms that are half used, 1 to use up before all rows move
 

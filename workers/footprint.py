@@ -17,6 +17,7 @@ from saqqara.compression.retention import Retention
 from .fixed_sizes import (
     MAX_SPLITS,
     SAMPLED_LOGITS,
+    SAMPLED_ROWS,
     SPLIT_TOKENS,
     most_splits,
     num_entries,
@@ -39,6 +40,8 @@ SUM_BYTES = 4  # float32
 _FLOAT_BYTES = 4
 _ENTRY_BYTES = 4  # int32, of a page table entry and of a row's length
 _PLACE_BYTES = 8  # int64, where a row's entries begin
+_TOKEN_BYTES = 4  # int32
+_SETTING_BYTES = 8 + 4 * 8  # a seed, and four numbers that filter
 # The head runs for sampled positions only, so in a step that also prefills it costs a part of what
 # its weights, counted in layers, would suggest.
 _HEAD_SHARE = 0.25
@@ -50,6 +53,8 @@ _LOGPROB_BYTES = 4 + 4  # after that: a copy of the logit, and its log-probabili
 # Of one that is drawn from: copies of the sorted row and its noise in float64 and int64, and as a
 # GPU sorts, a second copy of keys and places.
 DRAWN_BYTES = 76 + 2 * (8 + 8)
+# Values, ids, weights, running sums and noise of a row, most of them of 8 bytes.
+_RECORDED_DRAWN_BYTES = 12 * 8
 _WORKSPACE_BYTES = 64 << 20  # cuBLAS's and cuBLASLt's of the recording stream, 32 MiB each at most
 _KERNEL_BYTES = 8 << 10  # of a recorded kernel in the driver, and this many kernels in a layer
 _LAYER_KERNELS = 13
@@ -270,6 +275,10 @@ class Footprint:
         entries = self.mirror_entries(mirrored_pages, max_num_seqs, max_model_len, page_tokens)
         return entries * _ENTRY_BYTES + rows * (_PLACE_BYTES + _ENTRY_BYTES)
 
+    def slot_bytes(self, max_num_seqs: int, max_model_len: int) -> int:
+        """Bytes of what a device that samples knows of all slots: tokens, seeds, filters."""
+        return (max_num_seqs + 1) * ((max_model_len + 1) * _TOKEN_BYTES + _SETTING_BYTES)
+
     def rotary_bytes(self, max_model_len: int) -> int:
         """Bytes of the cosines and sines of all positions."""
         return 2 * max_model_len * (self.spec.head_dim // 2) * _FLOAT_BYTES
@@ -326,7 +335,16 @@ class Footprint:
     def graph_bytes(self, max_num_seqs: int, max_model_len: int) -> int:
         """Bytes that recorded decode steps hold."""
         largest = graph_sizes(max_num_seqs)[-1]
-        return largest * self.scratch_bytes(max_model_len) + self.recorded_bytes(max_num_seqs)
+        steps = largest * self.scratch_bytes(max_model_len) + self.recorded_bytes(max_num_seqs)
+        return steps + self._recorded_sampling_bytes(largest)
+
+    def _recorded_sampling_bytes(self, largest: int) -> int:
+        """Bytes of the largest recorded sampling step; 0 without a head."""
+        if not self.is_last_stage:
+            return 0
+        row = self.spec.vocab_size
+        logits = largest * row * (_FLOAT_BYTES + self.dtype.itemsize)  # as multiplied, in float32
+        return logits + min(largest, SAMPLED_ROWS) * row * _RECORDED_DRAWN_BYTES
 
     def recorded_bytes(self, max_num_seqs: int) -> int:
         """Bytes that CUDA graphs hold besides a step's temporaries; partly an allowance."""

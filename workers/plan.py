@@ -219,9 +219,10 @@ class WorkerMemory:
     layer being computed; `prefill_activation_bytes` everything else that prefill holds
     (hidden states in flight and parked, queries, attention output, MLP chunk). `ring_bytes` are the
     queries, and `mass_bytes` the sums of attention, remembered for compactions while decoding.
-    `table_bytes` are of page tables, lengths and rotary angles. On a GPU the pool leaves room for
-    the temporaries of the largest step, recorded graphs, and rings and sums of every slot:
-    `temporary_bytes`, `graph_bytes` and `remembered_bytes`; 0 on a CPU.
+    `table_bytes` are of page tables, lengths, rotary angles, and what a device that samples knows
+    of slots. On a GPU the pool leaves room for the temporaries of the largest step, recorded
+    graphs, and rings and sums of every slot: `temporary_bytes`, `graph_bytes` and
+    `remembered_bytes`; 0 on a CPU.
     """
 
     weight_bytes: int = 0

@@ -30,7 +30,8 @@ class Holdings:
     Attributes:
         num_pages: of the pool.
         pool_bytes: of the pages.
-        table_bytes: of page tables, lengths and rotary angles.
+        table_bytes: of page tables, lengths, rotary angles, and what the device knows of slots
+            where it samples.
         temporary_bytes: of the largest step, prefill or sampling; 0 on a CPU, where none is set
             aside. So are the others:
         graph_bytes: of recorded decode steps.
@@ -60,6 +61,7 @@ def size_pool(part: Part) -> Holdings:
     page_bytes, is_host = footprint.page_bytes(config.page_tokens), device.type == "cpu"
     # Also where the pool has a given size: it does the first step's work, and shows that it fits.
     aside = (0, 0, 0) if is_host else _set_aside(part)
+    slots = footprint.slot_bytes(*part.sizes[:2]) if part.samples_on_device else 0
     if config.kv_memory_gib is not None:
         pool_bytes = config.kv_memory_gib * GIB * rows / part.replica_rows
         pages = footprint.pages_within(pool_bytes, *part.sizes)
@@ -69,7 +71,7 @@ def size_pool(part: Part) -> Holdings:
         pages = footprint.pages_within(pool_bytes, *part.sizes)
     else:
         free, total = device_memory(device)
-        pool_bytes = free - (1 - config.memory_utilization) * total - sum(aside)
+        pool_bytes = free - (1 - config.memory_utilization) * total - sum(aside) - slots
         pages = footprint.pages_within(pool_bytes, *part.sizes, with_mirror=True)
     if is_host and pages * page_bytes > total_bytes():
         raise ValueError(
@@ -83,7 +85,7 @@ def size_pool(part: Part) -> Holdings:
             f"{_even_split(part)}"
         )
     tables = footprint.table_bytes(*part.sizes, mirrored_pages=None if is_host else pages)
-    tables += footprint.rotary_bytes(part.max_model_len)
+    tables += footprint.rotary_bytes(part.max_model_len) + slots
     return Holdings(pages, pages * page_bytes, tables, *aside)
 
 
@@ -169,8 +171,6 @@ def rings_and_sums_bytes(part: Part) -> int:
 
 def why_no_graphs(part: Part) -> str | None:
     """Why decode steps are launched by the host, or None if they are recorded."""
-    if part.mesh.layout.world_size > 1:
-        return "ranks exchange data in every layer"
     if part.choices.linear_backend != "triton":
         return f"linear layers are {part.choices.linear_backend}'s"
     if part.device.type != "cuda":
@@ -183,6 +183,6 @@ def graph_bytes(part: Part) -> int:
 
     What the driver keeps of each kernel is an allowance; the start-up log says what was taken.
     """
-    if part.backend.name != "triton" or why_no_graphs(part) is not None:
+    if not part.samples_on_device or why_no_graphs(part) is not None:
         return 0
     return part.footprint.graph_bytes(part.config.max_num_seqs, part.max_model_len)

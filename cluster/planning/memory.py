@@ -51,7 +51,7 @@ class RankMemory:
         weight_bytes: of its part of the model.
         pool_bytes: of its pages, `num_pages` of them.
         activation_bytes: of the largest step, and of recorded graphs; an estimate.
-        table_bytes: of page tables, lengths and rotary angles.
+        table_bytes: of page tables, lengths, rotary angles, and what a GPU knows of slots.
         remembered_bytes: of the queries and sums that a decode stage goes by.
         reserved_bytes: of the driver and its libraries; an estimate.
     """
@@ -169,7 +169,9 @@ class ReplicaMemory:
         sizes, is_gpu = self.sizes, self.device.kind == "cuda"
         counts = (max_num_seqs, sizes.max_model_len, sizes.page_tokens)
         alone = rank.layout.world_size == 1
-        rotary = rank.rotary_bytes(sizes.max_model_len)
+        fixed = rank.rotary_bytes(sizes.max_model_len)
+        if is_gpu:  # which samples
+            fixed += rank.slot_bytes(max_num_seqs, sizes.max_model_len)
         held = RankMemory(
             rank=rank.rank,
             stage=rank.layout.pipeline_rank(rank.rank),
@@ -179,8 +181,8 @@ class ReplicaMemory:
             weight_bytes=weight_bytes(rank, self.model),
             pool_bytes=0,
             activation_bytes=temporary_bytes(rank, sizes, max_num_seqs)
-            + (rank.graph_bytes(max_num_seqs, sizes.max_model_len) if is_gpu and alone else 0),
-            table_bytes=rotary,
+            + (rank.graph_bytes(max_num_seqs, sizes.max_model_len) if is_gpu else 0),
+            table_bytes=fixed,
             remembered_bytes=rank.rings_and_sums_bytes(self.workload.retention, *counts),
             reserved_bytes=(CONTEXT_BYTES + (0 if alone else NCCL_BYTES)) if is_gpu else 0,
         )
@@ -193,7 +195,7 @@ class ReplicaMemory:
             held,
             num_pages=pages,
             pool_bytes=pages * rank.page_bytes(sizes.page_tokens),
-            table_bytes=tables + rotary,
+            table_bytes=tables + fixed,
         )
 
     def _pool_bytes(self, rank: Footprint, others: int) -> float:

@@ -34,9 +34,9 @@ from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.models.decoder import Decoder
 from saqqara.workers.models.weights import DummyWeights, weight_shapes
 from saqqara.workers.part import Choices, Part
-from saqqara.workers.passes import sampler
-from saqqara.workers.passes.sampler import TokenHistory
 from saqqara.workers.plan import SamplingSpec
+from saqqara.workers.sampling import sampler
+from saqqara.workers.sampling.sampler import TokenHistory
 from saqqara.workers.shard import Shard
 
 META = torch.device("meta")
@@ -115,8 +115,7 @@ def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
     monkeypatch.setattr(sizing, "device_memory", device_memory)
     monkeypatch.setattr(sizing, "peak_bytes", peak_bytes)
-    if tensor_size == 1:
-        monkeypatch.setattr(sizing, "why_no_graphs", lambda _: None)
+    monkeypatch.setattr(sizing, "why_no_graphs", lambda _: None)
     with memory:
         mesh = PaperMesh(layout, 0, spec.num_kv_heads, META, ("", 0))
         source = PaperWeights(weight_shapes(spec), dtype, META)
@@ -133,7 +132,7 @@ def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             max_model_len=TOKENS,
             backend=cast("AttentionBackend", PaperAttention()),
             decoder=decoder,
-            choices=Choices("", "", "torch", ""),
+            choices=Choices("", "", "triton", ""),
         )
         yield Rank(Shard(part), memory)
 

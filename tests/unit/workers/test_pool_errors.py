@@ -41,6 +41,7 @@ def part(pipeline: int, **settings: Any) -> Part:
         replica_rows=SPEC.num_layers * SPEC.num_kv_heads,
         max_model_len=4096,
         sizes=(config.max_num_seqs, 4096, config.page_tokens),
+        samples_on_device=False,
     )
     return cast("Part", found)
 
