@@ -48,16 +48,18 @@ _HEAD_SHARE = 0.25
 # What stages are balanced for: it must be known before anything is, and alike to planner and ranks.
 _BALANCED_SEQS, _BALANCED_TOKENS = 128, 4096
 _LARGEST_GRAPH = 512
-LOGIT_BYTES = 4 + 4  # a logit, and adjusted by penalties
-_LOGPROB_BYTES = 4 + 4  # after that: a copy of the logit, and its log-probability
-# Of one that is drawn from: copies of the sorted row and its noise in float64 and int64, and as a
-# GPU sorts, a second copy of keys and places.
-DRAWN_BYTES = 76 + 2 * (8 + 8)
-# Values, ids, weights, running sums and noise of a row, most of them of 8 bytes.
-_RECORDED_DRAWN_BYTES = 12 * 8
+# Of a logit, while it is sampled from: a copy and its log-probability; what is drawn from, sorted
+# and with its noise, in 4 to 8 bytes each; the counts that penalties go by, beside a known token.
+_LOGPROB_BYTES = 4 + 4
+DRAWN_BYTES = 76 + 2 * (8 + 8)  # where the host decides; and as a GPU sorts, keys and places again
+DEVICE_DRAWN_BYTES = 62
+PENALIZED_BYTES = 35
+COUNTED_BYTES = 28
+_DRAWING_KINDS = 3
 _WORKSPACE_BYTES = 64 << 20  # cuBLAS's and cuBLASLt's of the recording stream, 32 MiB each at most
 _KERNEL_BYTES = 8 << 10  # of a recorded kernel in the driver, and this many kernels in a layer
 _LAYER_KERNELS = 13
+_HEAD_KERNELS, _DRAWING_KERNELS = 40, 100  # of all ways to draw; the second for each piece
 
 
 def stage_layers(
@@ -307,14 +309,23 @@ class Footprint:
             slot_bytes += SUM_BYTES * self.num_rows * (int(rows.max()) + slack)
         return max_num_seqs * slot_bytes
 
-    def sampler_bytes(self, max_num_seqs: int) -> int:
-        """Bytes of logits and of what sampling every slot holds beside them; 0 without a head."""
+    def sampler_bytes(
+        self, max_num_seqs: int, max_model_len: int, *, on_device: bool = True
+    ) -> int:
+        """Bytes of logits and of what sampling every slot holds beside them; 0 without a head.
+
+        `on_device`: the device decides how rows are drawn from, not the host.
+        """
         if not self.is_last_stage:
             return 0
         row = self.spec.vocab_size
-        drawn = min(max_num_seqs, max(1, SAMPLED_LOGITS // row)) * row
-        most = max(max_num_seqs * row * _LOGPROB_BYTES, drawn * DRAWN_BYTES)
-        return max_num_seqs * row * LOGIT_BYTES + most
+        logits, logprobs = (max_num_seqs * row * size for size in (_FLOAT_BYTES, _LOGPROB_BYTES))
+        if not on_device:
+            drawn = min(max_num_seqs, max(1, SAMPLED_LOGITS // row)) * row
+            return 2 * logits + max(logprobs, drawn * DRAWN_BYTES)
+        some = min(max_num_seqs, SAMPLED_ROWS)
+        penalties = logits + some * (row * PENALIZED_BYTES + max_model_len * COUNTED_BYTES)
+        return 2 * logits + max(logprobs, penalties, some * row * DEVICE_DRAWN_BYTES)
 
     def scratch_bytes(self, max_model_len: int) -> int:
         """Bytes of the temporaries of one decoded token; layers use the same memory in turn."""
@@ -333,25 +344,40 @@ class Footprint:
         return held + max(max(project, finish) * size, attended)
 
     def graph_bytes(self, max_num_seqs: int, max_model_len: int) -> int:
-        """Bytes that recorded decode steps hold."""
+        """Bytes that recorded steps hold, and partly an allowance for what the driver does."""
         largest = graph_sizes(max_num_seqs)[-1]
-        steps = largest * self.scratch_bytes(max_model_len) + self.recorded_bytes(max_num_seqs)
-        return steps + self._recorded_sampling_bytes(largest)
+        steps = largest * self.scratch_bytes(max_model_len) + self.recorded_sampling_bytes(largest)
+        return steps + self.recorded_bytes(max_num_seqs) + self._driver_bytes(max_num_seqs)
 
-    def _recorded_sampling_bytes(self, largest: int) -> int:
-        """Bytes of the largest recorded sampling step; 0 without a head."""
+    def recorded_sampling_bytes(self, num_seqs: int) -> int:
+        """Bytes of the temporaries of a recorded sampling step; 0 without a head."""
         if not self.is_last_stage:
             return 0
-        row = self.spec.vocab_size
-        logits = largest * row * (_FLOAT_BYTES + self.dtype.itemsize)  # as multiplied, in float32
-        return logits + min(largest, SAMPLED_ROWS) * row * _RECORDED_DRAWN_BYTES
+        row, size = self.spec.vocab_size, self.dtype.itemsize
+        gathered = 2 if self.layout.tensor_size > 1 else 1
+        product = num_seqs * row * max(gathered * size, _FLOAT_BYTES + size)
+        drawn = min(num_seqs, SAMPLED_ROWS) * row * DEVICE_DRAWN_BYTES
+        normed = num_seqs * self.spec.hidden_size * size
+        return max(product + normed, num_seqs * row * _FLOAT_BYTES + drawn)
 
     def recorded_bytes(self, max_num_seqs: int) -> int:
-        """Bytes that CUDA graphs hold besides a step's temporaries; partly an allowance."""
+        """Bytes of the inputs and outputs of all recorded steps."""
+        hidden = self.spec.hidden_size * self.dtype.itemsize
+        row = 3 * _PLACE_BYTES + hidden  # of a decode step: who takes part, and what comes out
+        if not self.is_first_stage:
+            row += hidden
+        if self.is_last_stage:  # hidden states, two numbers where, three what, for each way to draw
+            row += _DRAWING_KINDS * (hidden + 5 * _PLACE_BYTES)
+        return sum(graph_sizes(max_num_seqs)) * row
+
+    def _driver_bytes(self, max_num_seqs: int) -> int:
+        """What CUDA keeps of recorded kernels, and cuBLAS for the stream: an allowance."""
         sizes = graph_sizes(max_num_seqs)
-        hidden_bytes = self.spec.hidden_size * self.dtype.itemsize
         kernels = len(sizes) * len(self.layers) * _LAYER_KERNELS
-        return sum(sizes) * hidden_bytes + kernels * _KERNEL_BYTES + _WORKSPACE_BYTES
+        if self.is_last_stage:
+            pieces = sum(-(-size // SAMPLED_ROWS) for size in sizes)
+            kernels += len(sizes) * _HEAD_KERNELS + pieces * _DRAWING_KERNELS
+        return kernels * _KERNEL_BYTES + _WORKSPACE_BYTES
 
     def pages_within(
         self,

@@ -94,7 +94,9 @@ def _set_aside(part: Part) -> tuple[int, int, int]:
 
     Prefill and sampling do not overlap; two groups' hidden states may be parked beside either.
     """
-    sampling = part.footprint.sampler_bytes(part.config.max_num_seqs)
+    sampling = part.footprint.sampler_bytes(
+        part.config.max_num_seqs, part.max_model_len, on_device=part.samples_on_device
+    )
     hidden_bytes = part.config.max_prefill_tokens * part.spec.hidden_size * part.dtype.itemsize
     temporary = max(measure_step(part), sampling + 3 * hidden_bytes)
     return temporary, graph_bytes(part), rings_and_sums_bytes(part)

@@ -25,6 +25,7 @@ NCCL_BYTES = 400 << 20  # of its channels, where ranks exchange data
 _WINDOW_QUERIES = 64
 _CPU_SHARE, _CPU_MAX_BYTES = 0.3, 4 * GIB
 _FLOAT_BYTES = 4
+_POSITION_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ class ReplicaMemory:
             num_pages=0,
             weight_bytes=weight_bytes(rank, self.model),
             pool_bytes=0,
-            activation_bytes=temporary_bytes(rank, sizes, max_num_seqs)
+            activation_bytes=temporary_bytes(rank, sizes, max_num_seqs, is_gpu)
             + (rank.graph_bytes(max_num_seqs, sizes.max_model_len) if is_gpu else 0),
             table_bytes=fixed,
             remembered_bytes=rank.rings_and_sums_bytes(self.workload.retention, *counts),
@@ -218,11 +219,33 @@ def weight_bytes(rank: Footprint, model: PlannedModel) -> int:
     return rank.weight_bytes() + len(rank.layers) * numbers * rank.dtype.itemsize
 
 
-def temporary_bytes(rank: Footprint, sizes: EngineSizes, max_num_seqs: int) -> int:
+def temporary_bytes(rank: Footprint, sizes: EngineSizes, max_num_seqs: int, is_gpu: bool) -> int:
     """Bytes that a step takes at most: its activations, or what sampling takes after them."""
     hidden = sizes.max_prefill_tokens * rank.spec.hidden_size * rank.dtype.itemsize
-    sampling = rank.sampler_bytes(max_num_seqs) + 3 * hidden
-    return max(step_bytes(rank, sizes, max_num_seqs), sampling)
+    sampling = rank.sampler_bytes(max_num_seqs, sizes.max_model_len, on_device=is_gpu)
+    of_layer = gpu_step_bytes if is_gpu else step_bytes
+    return max(of_layer(rank, sizes, max_num_seqs), sampling + 3 * hidden)
+
+
+def gpu_step_bytes(rank: Footprint, sizes: EngineSizes, max_num_seqs: int) -> int:
+    """`step_bytes` of layers that rotate where they are and keep little between their products."""
+    spec, size, tokens = rank.spec, rank.dtype.itemsize, sizes.max_prefill_tokens
+    queries, is_alone = len(rank.heads.query), rank.layout.tensor_size == 1
+    hidden = spec.hidden_size * size
+    fused = (queries + 2 * len(rank.heads.kv)) * spec.head_dim * size
+    attended = tokens * (fused + queries * spec.head_dim * size)
+    chunk, inner = min(tokens, sizes.linear_chunk_tokens), rank.num_channels * size
+    finish = 2 * hidden + 3 * inner  # sum, normed, gate and up, activated
+    if not is_alone:
+        finish = max(finish, 3 * hidden + inner)  # and the part of the sum over ranks
+    logits = 0
+    if rank.is_last_stage:
+        product = max((1 if is_alone else 2) * size, size + _FLOAT_BYTES)  # gathered, in float32
+        logits = max_num_seqs * (spec.vocab_size * product + hidden)
+    prefill = attended + tokens * queries * _FLOAT_BYTES  # normalisers
+    step = max(tokens * (hidden + fused), prefill, attended + max(chunk * finish, logits))
+    # Hidden states as in `step_bytes`, and positions.
+    return step + tokens * (3 * hidden + _POSITION_BYTES)
 
 
 def step_bytes(rank: Footprint, sizes: EngineSizes, max_num_seqs: int) -> int:

@@ -187,6 +187,16 @@ def _penalized(logits_SV: Tensor, rows: Sequence[SampledRow], slots: DeviceSlots
     some = [place for place, row in enumerate(rows) if is_penalized(row.spec)]
     if not some:
         return logits_SV
+    out = logits_SV.clone()
+    for first in range(0, len(some), SAMPLED_ROWS):  # their temporaries are large
+        _penalize(out, some[first : first + SAMPLED_ROWS], rows, slots)
+    return out
+
+
+def _penalize(
+    logits_SV: Tensor, some: Sequence[int], rows: Sequence[SampledRow], slots: DeviceSlots
+) -> None:
+    """Change the logits of some rows, in place, by the tokens before."""
     device = logits_SV.device
     chosen = [rows[place] for place in some]
     most = max(row.position for row in chosen)
@@ -206,7 +216,7 @@ def _penalized(logits_SV: Tensor, rows: Sequence[SampledRow], slots: DeviceSlots
     value = logits_SV[place_R]
     value = torch.where(value > 0, value / factor, value * factor)
     offset = torch.where(counts_RV > 0, presence + frequency * counts_RV, 0.0)
-    return logits_SV.index_copy(0, place_R, value - offset.float())
+    logits_SV.index_copy_(0, place_R, value - offset.float())
 
 
 def _counts(tokens_RN: Tensor, wanted_RN: Tensor, vocab_size: int) -> Tensor:

@@ -1,19 +1,27 @@
 """What start-up says that a GPU will hold is what it allocates: a dry run on the `meta` device.
 
-Weights, tables, pages and a prefill step of real models, without their bytes. A GPU is 80 GB of
-which everything that is alive is taken; attention allocates what flash attention does.
+Weights, tables, pages, a prefill step and all recorded steps of real models, without their bytes. A
+GPU is 80 GB of which everything that is alive is taken; kernels are not launched, and attention of
+prompts allocates what flash attention does.
 """
 
 import gc
-from collections.abc import Iterator
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is for Linux only", allow_module_level=True)
+
 from support.peak_bytes import PeakBytes
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from saqqara.cluster.planning.devices import device_of
 from saqqara.cluster.planning.memory import (
@@ -21,28 +29,38 @@ from saqqara.cluster.planning.memory import (
     NCCL_BYTES,
     EngineSizes,
     ReplicaMemory,
+    gpu_step_bytes,
 )
 from saqqara.cluster.planning.models import model_of
 from saqqara.cluster.planning.workload import Workload
 from saqqara.compression.retention import Retention
 from saqqara.configs.worker_settings import WorkerSettings
-from saqqara.workers import sizing
+from saqqara.workers import footprint, sizing
 from saqqara.workers.attention.base import AttentionBackend
-from saqqara.workers.footprint import DRAWN_BYTES, LOGIT_BYTES, Footprint
+from saqqara.workers.device_steps.device_decode import DeviceDecode
+from saqqara.workers.device_steps.device_head import DeviceHead
+from saqqara.workers.device_steps.graphs import Graphs
+from saqqara.workers.footprint import (
+    Footprint,
+    graph_sizes,
+)
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.models.decoder import Decoder
 from saqqara.workers.models.weights import DummyWeights, weight_shapes
 from saqqara.workers.part import Choices, Part
 from saqqara.workers.plan import SamplingSpec
-from saqqara.workers.sampling import sampler
+from saqqara.workers.sampling import device_sampler, sampler
+from saqqara.workers.sampling.device_sampler import SampledRow
 from saqqara.workers.sampling.sampler import TokenHistory
 from saqqara.workers.shard import Shard
+from saqqara.workers.state.device_slots import DeviceSlots
 
 META = torch.device("meta")
 GPU = device_of("h100-80gb")
 SLOTS, TOKENS, PREFILL = 256, 131072, 8192
 FULL = Retention.parse("full")
+MODELS = [("llama-3-70b", 8), ("llama-3-8b", 1)]  # with tensor ranks
 
 
 class PaperWeights(DummyWeights):
@@ -80,6 +98,24 @@ class PaperAttention:
         return torch.empty(k.shape[1], len(k), dtype=torch.float32, device=k.device)
 
 
+class PaperGraphs:
+    """Runs what would be recorded, and keeps what recording keeps."""
+
+    def __init__(self, memory: PeakBytes) -> None:
+        self._memory = memory
+        self._kept: list[Any] = []
+        self.temporary: dict[str, int] = {}  # of the largest step, by what it is
+
+    def get(self, _: object) -> None:
+        """Nothing is recorded twice."""
+
+    def record(self, key: tuple[str, int], inputs: Any, step: Callable[[], Tensor]) -> None:
+        self._memory.peak = before = self._memory.live
+        self._kept.append((inputs, step()))
+        peak = self._memory.peak - before
+        self.temporary[key[0]] = max(peak, self.temporary.get(key[0], 0))
+
+
 @dataclass
 class Rank:
     """One rank that has started on paper."""
@@ -93,13 +129,13 @@ class Rank:
         return self.memory.live
 
 
-@pytest.fixture(params=[("llama-3-70b", 8), ("llama-3-8b", 1)], ids=lambda given: given[0])
+@pytest.fixture(params=MODELS, ids=lambda given: given[0])
 def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rank]:
     name, tensor_size = request.param
     spec = model_of(name).spec
     layout = MeshLayout(tensor_size, 1)
     dtype, ranks = torch.bfloat16, Footprint.of_ranks(spec, torch.bfloat16, layout)
-    footprint, reserved = ranks[0], CONTEXT_BYTES + (NCCL_BYTES if tensor_size > 1 else 0)
+    own, reserved = ranks[0], CONTEXT_BYTES + (NCCL_BYTES if tensor_size > 1 else 0)
     config = WorkerSettings(
         model=name, max_model_len=TOKENS, max_num_seqs=SLOTS, max_prefill_tokens=PREFILL
     )
@@ -116,18 +152,19 @@ def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(sizing, "device_memory", device_memory)
     monkeypatch.setattr(sizing, "peak_bytes", peak_bytes)
     monkeypatch.setattr(sizing, "why_no_graphs", lambda _: None)
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *_, **__: None)
     with memory:
         mesh = PaperMesh(layout, 0, spec.num_kv_heads, META, ("", 0))
         source = PaperWeights(weight_shapes(spec), dtype, META)
-        decoder = Decoder(spec, mesh, footprint.heads, footprint.layers, source, TOKENS)
+        decoder = Decoder(spec, mesh, own.heads, own.layers, source, TOKENS, "triton")
         part = Part(
             config=config,
             spec=spec,
             device=META,
             dtype=dtype,
             mesh=mesh,
-            layers=footprint.layers,
-            heads=footprint.heads,
+            layers=own.layers,
+            heads=own.heads,
             kv_heads_of_ranks=tuple(of.heads.kv for of in ranks),
             max_model_len=TOKENS,
             backend=cast("AttentionBackend", PaperAttention()),
@@ -143,13 +180,13 @@ def test_start_up_holds_what_it_says_and_what_was_planned(rank: Rank) -> None:
     with rank.memory:
         step = sizing.measure_step(part)
     assert step <= held.temporary_bytes
-
     spec, layout, workload = part.spec, part.mesh.layout, Workload(4096, 512, FULL)
     ranks = Footprint.of_ranks(spec, torch.bfloat16, layout)
     sizes = EngineSizes(TOKENS, SLOTS, PREFILL)
     [planned, *_] = ReplicaMemory(model_of(part.config.model), GPU, ranks, sizes, workload).at(
         SLOTS
     )
+    assert gpu_step_bytes(ranks[0], sizes, SLOTS) == pytest.approx(step, rel=1e-4)
     assert planned.weight_bytes == held.weight_bytes
     assert planned.pool_bytes == held.pool_bytes
     assert planned.table_bytes == held.table_bytes
@@ -159,6 +196,25 @@ def test_start_up_holds_what_it_says_and_what_was_planned(rank: Rank) -> None:
     limit = sizes.memory_utilization * GPU.memory_bytes
     page = ranks[0].page_bytes(16) + 3 * 4
     assert limit - page - 1 < planned.total_bytes <= limit
+
+
+@pytest.mark.parametrize("rank", [MODELS[0]], indirect=True, ids=lambda given: given[0])
+def test_recorded_steps_hold_what_was_set_aside(rank: Rank) -> None:
+    """Up to what the driver keeps, of which nobody knows. Temporaries share one memory."""
+    shard, memory = rank.shard, rank.memory
+    part, slots, graphs = shard.part, shard.device_slots, PaperGraphs(memory)
+    assert slots is not None
+    before = rank.live
+    with memory, torch.inference_mode():
+        DeviceDecode(shard, slots, cast("Graphs", graphs)).record_all()
+        DeviceHead(part.decoder, part.mesh, slots, SLOTS, cast("Graphs", graphs)).record_all()
+    counted, largest = part.footprint, graph_sizes(SLOTS)[-1]
+    assert rank.live - before == counted.recorded_bytes(SLOTS)
+    for steps, planned in (
+        ("decode", largest * counted.scratch_bytes(TOKENS)),
+        ("head", counted.recorded_sampling_bytes(largest)),
+    ):
+        assert 0.97 * planned < graphs.temporary[steps] <= planned * 1.0001, steps
 
 
 def test_tables_are_not_as_wide_as_the_longest_sequence() -> None:
@@ -171,17 +227,45 @@ def test_tables_are_not_as_wide_as_the_longest_sequence() -> None:
     assert pages * alone.page_bytes(16) + tables <= 60e9
 
 
+ROWS, VOCAB, DRAWN, KNOWN = 12, 4096, 4, 70
+WIDE = {"temperature": 1000.0, "top_p": 0.999}  # no few candidates suffice: rows are sorted
+OTHERS = {"num_logprobs": 20, "logit_bias": ((3, 1.0),), "repetition_penalty": 1.2}
+SPECS = [SamplingSpec(seed=row, **WIDE, **OTHERS) for row in range(ROWS)]  # type: ignore[arg-type]
+SORT_BYTES = 2 * (8 + 8)  # on a GPU, where the host decides how rows are drawn from
+
+
+def footprint_of_sampling() -> Footprint:
+    spec = replace(model_of("llama-3-8b").spec, vocab_size=VOCAB)
+    return Footprint.of_ranks(spec, torch.float32, MeshLayout())[0]
+
+
 def test_sampling_takes_at_most_what_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of more rows than are drawn from at once."""
-    rows, vocab, drawn = 12, 4096, 4
-    monkeypatch.setattr(sampler, "SAMPLED_LOGITS", drawn * vocab)
+    monkeypatch.setattr(sampler, "SAMPLED_LOGITS", DRAWN * VOCAB)
+    monkeypatch.setattr(footprint, "SAMPLED_LOGITS", DRAWN * VOCAB)
     seen = TokenHistory(np.arange(50), np.arange(20))
-    wide = {"temperature": 1000.0, "top_p": 0.999}  # no few candidates suffice: rows are sorted
-    others = {"num_logprobs": 20, "logit_bias": ((3, 1.0),), "repetition_penalty": 1.2}
-    logits = torch.randn(rows, vocab)
+    logits = torch.randn(ROWS, VOCAB)
     with PeakBytes() as memory:
-        specs = [SamplingSpec(seed=row, **wide, **others) for row in range(rows)]  # type: ignore[arg-type]
-        sampler.sample(logits, specs, [70] * rows, [seen] * rows)
-    sort_bytes = 2 * (8 + 8)  # on a GPU
-    most = rows * vocab * LOGIT_BYTES + drawn * vocab * (DRAWN_BYTES - sort_bytes)
+        sampler.sample(logits, SPECS, [KNOWN] * ROWS, [seen] * ROWS)
+    most = footprint_of_sampling().sampler_bytes(ROWS, KNOWN, on_device=False)
+    most -= DRAWN * VOCAB * SORT_BYTES
+    assert 0.9 * most < logits.nbytes + memory.peak <= most
+
+
+@pytest.mark.parametrize("wants_more", [False, True])
+def test_so_does_sampling_on_the_device(wants_more: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_sampler, "SAMPLED_ROWS", DRAWN)
+    monkeypatch.setattr(footprint, "SAMPLED_ROWS", DRAWN)
+    slots = DeviceSlots(ROWS, KNOWN + 1, VOCAB, torch.device("cpu"))
+    logits = torch.randn(ROWS, VOCAB)
+    decoder = SimpleNamespace(logits=lambda _: logits, spec=SimpleNamespace(vocab_size=VOCAB))
+    head = DeviceHead(cast("Decoder", decoder), Mesh(), slots, ROWS, None)
+    rows = [SampledRow(row, KNOWN, 50, spec) for row, spec in enumerate(SPECS)]
+    if not wants_more:
+        rows = [replace(row, spec=SamplingSpec(**WIDE)) for row in rows]  # type: ignore[arg-type]
+    with PeakBytes() as memory:
+        head.draw(logits, rows, None)
+    most = footprint_of_sampling().sampler_bytes(ROWS, KNOWN)
+    if not wants_more:  # rows are drawn from as they are, and no copy is made
+        most -= logits.nbytes
     assert 0.9 * most < logits.nbytes + memory.peak <= most
