@@ -122,6 +122,11 @@ class Part:
         return Footprint(self.spec, self.dtype, mesh.layout, mesh.rank, self.layers, self.heads)
 
     @property
+    def samples_on_device(self) -> bool:
+        """Whether tokens stay on the device, so that no step waits for the host to see them."""
+        return self.choices.linear_backend == "triton"
+
+    @property
     def num_rows(self) -> int:
         """Rows of one sequence on this rank: layers x kv heads."""
         return self.footprint.num_rows

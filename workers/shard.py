@@ -25,6 +25,7 @@ from .kv.store import KVStore
 from .part import Part
 from .plan import NewSequence, WorkerInfo
 from .sizing import pool_pages
+from .state.device_slots import DeviceSlots
 from .state.faults import Faults
 from .state.meter import MemoryMeter
 from .state.retained import Retained
@@ -42,6 +43,7 @@ class Shard:
         part: what is fixed.
         kv: keys and values.
         slots: tokens and settings of each sequence.
+        device_slots: the same as the device knows them, where it samples; else None.
         retained: which rows are cut while they decode, and when.
         rings: the last queries of sequences whose cuts look at them.
         sums: the attention that tokens got, of sequences whose cuts look at it.
@@ -70,6 +72,10 @@ class Shard:
             kernels=True if part.backend.name == "triton" else None,
         )
         self.slots = SlotTable(config.max_num_seqs, part.max_model_len + 1)
+        self.device_slots = None
+        if part.samples_on_device:
+            sizes = (config.max_num_seqs, part.max_model_len + 1, part.spec.vocab_size)
+            self.device_slots = DeviceSlots(*sizes, device)
         self.retained = Retained(part.spec.num_layers, (num_layers, num_heads), config.page_tokens)
         self.rings = QueryRings(
             config.max_num_seqs, num_layers, len(part.heads.query), head_dim, part.dtype, device
@@ -122,6 +128,8 @@ class Shard:
         self.slots.add(new)
         if message is not None:
             self.faults.add(new.slot, message)
+        if self.device_slots is not None:
+            self.device_slots.open(new)
         self.retained.add(new)
         self.rings.open(
             new.slot,

@@ -18,6 +18,7 @@ from .transfer import to_device
 _CPU_SHARE = 0.3
 _CPU_MAX_BYTES = 4 * GIB
 _WINDOW_QUERIES = 64
+SAMPLED_ROWS = 32  # at a time, on the device
 
 
 def pool_pages(part: Part) -> int:
@@ -117,8 +118,6 @@ def rings_and_sums_bytes(part: Part) -> int:
 
 def why_no_graphs(part: Part) -> str | None:
     """Why decode steps are launched by the host, or None if they are recorded."""
-    if part.mesh.layout.world_size > 1:
-        return "ranks exchange data in every layer"
     if part.choices.linear_backend != "triton":
         return f"linear layers are {part.choices.linear_backend}'s"
     if part.device.type != "cuda":
@@ -131,11 +130,23 @@ def graph_bytes(part: Part) -> int:
 
     What the driver keeps of each kernel is an allowance; the start-up log says what was taken.
     """
-    if part.backend.name != "triton" or why_no_graphs(part) is not None:
+    if not part.samples_on_device or why_no_graphs(part) is not None:
         return 0
     largest = graph_sizes(part.config.max_num_seqs)[-1]
     recorded = part.footprint.recorded_bytes(part.config.max_num_seqs)
-    return largest * scratch_bytes(part) + recorded
+    return largest * scratch_bytes(part) + recorded + sampler_bytes(part)
+
+
+def sampler_bytes(part: Part) -> int:
+    """Bytes of the tokens that stay on the device, and of the largest recorded sampling step."""
+    config, vocab_size = part.config, part.spec.vocab_size
+    tokens = (config.max_num_seqs + 1) * (part.max_model_len + 1) * 4  # int32
+    if part.decoder.head is None:
+        return tokens
+    largest = graph_sizes(config.max_num_seqs)[-1]
+    logits = largest * vocab_size * (4 + part.dtype.itemsize)  # as multiplied, and in float32
+    # Values, ids, weights, running sums and noise of a row, most of them of 8 bytes.
+    return tokens + logits + min(largest, SAMPLED_ROWS) * vocab_size * 12 * 8
 
 
 def scratch_bytes(part: Part) -> int:

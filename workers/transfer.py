@@ -1,4 +1,6 @@
-"""From the host to the device without waiting for the device."""
+"""Between the host and the device, neither waiting for the other."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,3 +18,38 @@ def to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class HostCopy:
+    """Numbers on their way to the host, as they were when the copy was begun.
+
+    Attributes:
+        host: where they arrive.
+        arrived: recorded behind the copy; None where they are there already.
+    """
+
+    host: Tensor
+    arrived: torch.cuda.Event | None = None
+
+    @classmethod
+    def begin(cls, x: Tensor) -> "HostCopy":
+        """Let the device copy a tensor when it gets there; on a CPU it is copied at once."""
+        if x.device.type != "cuda":
+            return cls(x.clone())
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        host.copy_(x, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record(torch.cuda.current_stream(x.device))
+        return cls(host, arrived)
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self.arrived is None or bool(self.arrived.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> Tensor:
+        """The numbers on the host; waits for what the device did before the copy, no more."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.host

@@ -5,7 +5,10 @@ A plan is executed in the order *free, new, prefill, decode*; then the last stag
 Shapes: T packed tokens, E hidden size.
 """
 
+import logging
 import os
+import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.worker_settings import WorkerSettings
 
 from .clock import Span
+from .device_steps.device_head import DeviceHead
+from .device_steps.graphs import Graphs
 from .grammar.compiler import Compiler
 from .grammar.matchers import Matchers
 from .kv.store import KVStore
@@ -22,7 +27,7 @@ from .mesh.layout import MeshLayout
 from .models.spec import ModelSpec
 from .part import Part
 from .passes.decode import Decode
-from .passes.head import Head
+from .passes.head import Head, Sampling
 from .passes.parked import Finals
 from .passes.prefill import Prefill
 from .plan import (
@@ -32,7 +37,6 @@ from .plan import (
     NewSequence,
     PrefillGroup,
     PromptScores,
-    SampledToken,
     SamplingSpec,
     ScoredTokens,
     StepPlan,
@@ -40,7 +44,68 @@ from .plan import (
 )
 from .process import prepare_process
 from .shard import Shard
+from .sizing import why_no_graphs
 from .state.slots import Target, ended
+
+logger = logging.getLogger(__name__)
+
+
+class StepInFlight:
+    """A plan that was begun: the device may still be at it.
+
+    Args:
+        shard: of the rank.
+        begun: its result, as far as it was known when all was begun.
+        refused: slots that the rank held nothing of by then.
+        sampling: what it samples.
+    """
+
+    def __init__(
+        self, shard: Shard, begun: StepResult, refused: frozenset[int], sampling: Sampling
+    ) -> None:
+        self._shard = shard
+        self._begun = begun
+        self._refused = refused
+        self._sampling = sampling
+        self._result: StepResult | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its result is known here."""
+        return self._result is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its result can be had without waiting."""
+        return self.is_done or self._sampling.is_ready()
+
+    @torch.inference_mode()
+    def result(self) -> StepResult:
+        """What the rank did; waits for the device where it has to."""
+        if self._result is None:
+            self._result = self._finish()
+        return self._result
+
+    def _finish(self) -> StepResult:
+        begun, faults = self._begun, self._shard.faults
+        refused_by_now, started = frozenset(faults.refused), time.perf_counter()
+        sampled = self._sampling.take()
+        late = frozenset(faults.refused) - refused_by_now
+        waited = time.perf_counter() - started
+        told = self._sampling.is_told
+        return replace(
+            begun,
+            sampled=tuple(
+                s for s in sampled if told and s.slot not in self._refused and s.slot not in late
+            ),
+            refused=tuple(sorted({*begun.refused, *late})),
+            faults=begun.faults + faults.take(),
+            pages_free=self._shard.kv.pages_free,
+            seconds={
+                name: seconds + waited if name in ("head", "total") else seconds
+                for name, seconds in begun.seconds.items()
+            },
+        )
 
 
 class Worker:
@@ -68,11 +133,21 @@ class Worker:
         part = Part.make(config, layout, rank, store)
         self._shard = shard = Shard(part)
         self._prefill = Prefill(shard)
-        self._decode = Decode(shard)
+        graphs = None
+        if part.samples_on_device:
+            reason = why_no_graphs(part)
+            logger.info(
+                "decode: %s", f"launched by the host ({reason})" if reason else "CUDA graphs"
+            )
+            graphs = None if reason else Graphs(part.device)
+        self._graphs = graphs
+        self._decode = Decode(shard, graphs)
         self._head: Head | None = None
+        self._device_head: DeviceHead | None = None
         self._compiler: Compiler | None = None
+        self._in_flight: list[StepInFlight] = []
         if part.mesh.is_last_stage:
-            self._head = self._make_head(part)
+            self._head = self._make_head(part, graphs)
         if config.warmup:
             self.warm_up()
         self.info = shard.info(os.uname().nodename, os.getpid(), log_file)
@@ -83,13 +158,17 @@ class Worker:
         prepare_process(config)
         return cls(config, MeshLayout(1, 1))
 
-    def _make_head(self, part: Part) -> Head:
+    def _make_head(self, part: Part, graphs: Graphs | None) -> Head:
         """The end of the last stage; its tensor rank 0 samples, and knows the grammars."""
-        matchers, config = None, part.config
+        matchers, config, shard = None, part.config, self._shard
+        if shard.device_slots is not None:
+            sizes = shard.device_slots, config.max_num_seqs
+            self._device_head = DeviceHead(part.decoder, part.mesh, *sizes, graphs)
         if part.mesh.tensor_rank == 0:
             self._compiler = Compiler(config.tokenizer or config.model, part.spec.vocab_size)
             matchers = Matchers(self._compiler, config.num_threads)
-        return Head(part.decoder, part.mesh, self._shard.slots, self._shard.faults, matchers)
+        known = shard.slots, shard.faults
+        return Head(part.decoder, part.mesh, *known, matchers, self._device_head)
 
     def compile_grammar(self, grammar: Grammar) -> None:
         """Have a grammar ready before a sequence needs it; nothing to do on ranks without it.
@@ -112,15 +191,22 @@ class Worker:
         """This rank's pages."""
         return self._shard.kv
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run this rank's part of a plan. Every rank of the replica runs every plan, in order."""
+        return self.begin(plan).result()
+
+    @torch.inference_mode()
+    def begin(self, plan: StepPlan) -> StepInFlight:
+        """Start this rank's part of a plan, without waiting for a device that samples by itself.
+
+        The next plan may be begun before this one's result is asked for, by the same thread.
+        """
         shard = self._shard
         shard.clock.begin_step()
         with shard.clock.phase("total"):
-            return self._execute(plan)
+            return self._begin(plan)
 
-    def _execute(self, plan: StepPlan) -> StepResult:
+    def _begin(self, plan: StepPlan) -> StepInFlight:
         shard = self._shard
         for slot in plan.free:
             self._prefill.drop(slot)
@@ -133,25 +219,36 @@ class Worker:
             if self._head is not None:
                 self._head.open(new)
         targets = shard.slots.samples(plan, shard.part.spec.num_layers)
+        self._await_tokens(targets)
         finals = self._prefill.run(plan)
         decoded = self._decode.run(plan.decode)
-        sampled, scored, prompts = self._read_head(plan, targets, finals, decoded)
-        return StepResult(
+        sampling, scored, prompts = self._read_head(plan, targets, finals, decoded)
+        refused = frozenset(shard.faults.refused)
+        result = StepResult(
             step=plan.step,
             rank=shard.part.mesh.rank,
-            sampled=sampled,
-            scored=scored,
-            prompts=prompts,
+            scored=tuple(s for s in scored if s.slot not in refused),
+            prompts=tuple(p for p in prompts if p.slot not in refused),
             kept=self._kept(plan),
-            refused=tuple(sorted(shard.faults.refused - already_refused)),
+            refused=tuple(sorted(refused - already_refused)),
             faults=shard.faults.take(),
-            pages_free=shard.kv.pages_free,
             prefill_layer_tokens=self._prefill.take_layer_tokens(),
             seconds=shard.clock.seconds,
             memory=shard.meter.snapshot(
                 self._prefill.parked_bytes, shard.rings.num_bytes, shard.sums.num_bytes
             ),
         )
+        step = StepInFlight(shard, result, refused, sampling)
+        self._in_flight = [s for s in self._in_flight if not s.is_done]
+        self._in_flight.append(step)
+        return step
+
+    def _await_tokens(self, targets: list[Target]) -> None:
+        """See to it that the host knows the tokens which the masks of these targets depend on."""
+        slots = self._shard.slots
+        if any(slots[target.slot].sampling.grammar is not None for target in targets):
+            for step in self._in_flight:
+                step.result()
 
     def trace(self) -> list[Span]:
         """Begin to record single spans of work; returns the list that they are added to."""
@@ -196,7 +293,11 @@ class Worker:
         self.execute(StepPlan(-2, new=(new,), prefill=(group,)))
         self.execute(StepPlan(-1, decode=(DecodeItem(0, length),)))
         self.execute(StepPlan(0, free=(0,)))
-        self._decode.warm_up()
+        if self._graphs is not None:
+            with self._graphs.logged():
+                self._decode.record_all()
+                if self._device_head is not None:
+                    self._device_head.record_all()
         shard.meter.reset_peaks()
 
     def _kept(self, plan: StepPlan) -> tuple[KeptCounts, ...]:
@@ -215,23 +316,19 @@ class Worker:
         targets: list[Target],
         finals: Finals,
         decoded_TE: Tensor | None,
-    ) -> tuple[tuple[SampledToken, ...], tuple[ScoredTokens, ...], tuple[PromptScores, ...]]:
+    ) -> tuple[Sampling, list[ScoredTokens], list[PromptScores]]:
         """Sample and score on the last stage; elsewhere only note which tokens will come."""
         shard, mesh = self._shard, self._shard.part.mesh
         if self._head is None:
             if targets and mesh.is_first_stage:
                 self._decode.expect(targets)
-            return (), (), ()
+            return Sampling(), [], []
         with shard.clock.phase("head"):
-            sampled = self._head.sample(plan, targets, finals.last, decoded_TE)
+            sampling = self._head.sample(plan, targets, finals.last, decoded_TE)
             scored = self._head.score(plan, finals.last, decoded_TE)
             prompts = self._head.score_prompts(finals.whole)
-        if targets and not mesh.is_first_stage:
-            mesh.send_tokens(torch.tensor([s.token_id for s in sampled]))
+        if sampling.tokens_S is not None and not mesh.is_first_stage:
+            mesh.send_tokens(sampling.tokens_S.clone())  # the next step may overwrite them
         if mesh.tensor_rank != 0:
-            return (), (), ()
-        return (
-            tuple(s for s in sampled if s.slot not in shard.faults.refused),
-            tuple(s for s in scored if s.slot not in shard.faults.refused),
-            tuple(p for p in prompts if p.slot not in shard.faults.refused),
-        )
+            return replace(sampling, is_told=False), [], []
+        return sampling, scored, prompts

@@ -52,7 +52,8 @@ class Engine:
         executor: where plans are carried out; the engine's from now on.
         tokenizer: the model's.
         spec: the model's sizes.
-        lookahead: steps of one sequence that may be in flight; see `Scheduler`.
+        lookahead: steps of one sequence that may be in flight (see `Scheduler`); default: 2 where
+            there are GPUs, which should have the next step before the last is taken in.
         sinks: where metrics go besides Prometheus.
         model_name: the metrics' label of that name; default: `config.model`.
         replica_id: what it is called among several; default: its host and process.
@@ -74,7 +75,7 @@ class Engine:
         tokenizer: Tokenizer,
         spec: ModelSpec,
         *,
-        lookahead: int = 1,
+        lookahead: int | None = None,
         sinks: Many[Sink] = (),
         model_name: str | None = None,
         replica_id: str | None = None,
@@ -82,6 +83,8 @@ class Engine:
         clock: Clock | None = None,
     ) -> None:
         check_fits(config, spec)
+        if lookahead is None:
+            lookahead = 1 if all(w.device == "cpu" for w in executor.workers) else 2
         self.config = config
         self.retention = Retention.parse(config.retention, config.budget)
         self.metrics = PrometheusSink(model_name or config.model)

@@ -1,7 +1,10 @@
 """Where plans are carried out: what an engine asks of its executor, and the one in this process."""
 
+import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
 from saqqara.cluster.errors import NotRecoverableError, WorkerDiedError
@@ -9,6 +12,9 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import Grammar, StepPlan, StepResult, WorkerInfo
 
 T = TypeVar("T")
+
+_LOOK_SECONDS = 0.0002  # between two looks whether the device is done, while no plan comes
+_JOIN_SECONDS = 60.0
 
 
 class Executor(Protocol):
@@ -65,17 +71,27 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """One worker in this process, without Ray; a step runs inside `execute`.
+    """One worker in this process, without Ray.
+
+    On a CPU a step runs inside `execute`. On a GPU steps run in a thread, so that the device has
+    the next one before the results of the last are taken in.
+
+    Args:
+        config: the engine's settings.
+        in_thread: whether steps run in a thread; default: where there is a GPU.
 
     Attributes:
         worker: the worker.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, in_thread: bool | None = None) -> None:
         from saqqara.workers.worker import Worker
 
         self.worker = Worker.local(config.for_worker())
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="compile-grammar")
+        if in_thread is None:
+            in_thread = self.worker.info.device != "cpu"
+        self._steps = StepThread(self.worker) if in_thread else None
 
     @property
     def workers(self) -> list[WorkerInfo]:
@@ -83,7 +99,9 @@ class LocalExecutor:
         return [self.worker.info]
 
     def execute(self, plan: StepPlan) -> "Future[list[StepResult]]":
-        """Run a step; the future is done."""
+        """Start a step; without a thread the future is done."""
+        if self._steps is not None:
+            return self._steps.execute(plan)
         future: Future[list[StepResult]] = Future()
         settle(future, lambda: [self.worker.execute(plan)])
         return future
@@ -98,8 +116,8 @@ class LocalExecutor:
         return None
 
     def give_up(self, seconds: float) -> WorkerDiedError:
-        """Not called: no step is under way once `execute` has returned."""
-        raise AssertionError("a step in this process cannot be given up")
+        """Say that the device does not answer; the thread that waits for it is left alone."""
+        return WorkerDiedError(f"a step has taken more than {seconds:.0f} s", rank=0, cause="hung")
 
     def recover(self) -> "Future[None]":
         """A future that says that this cannot be done."""
@@ -115,8 +133,107 @@ class LocalExecutor:
 
     def shutdown(self) -> None:
         """Release what the worker holds outside its memory."""
+        if self._steps is not None:
+            self._steps.end()
         self._compiling.shutdown(wait=True, cancel_futures=True)
         self.worker.close()
+
+
+class Begun(Protocol):
+    """A step that the device may still be at."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its result can be had without waiting."""
+        ...
+
+    def result(self) -> StepResult:
+        """What was done."""
+        ...
+
+
+class Beginner(Protocol):
+    """What starts steps: a worker."""
+
+    def begin(self, plan: StepPlan) -> Begun:
+        """Start a step."""
+        ...
+
+
+_Results = Future[list[StepResult]]
+
+
+class StepThread:
+    """Begins plans in order, and reads each result when it is there, in the same thread.
+
+    A plan that comes while the device is at the one before is begun at once: the device never waits
+    for the host to take something in.
+
+    Args:
+        worker: used by this thread alone from now on, but for what it allows others.
+    """
+
+    def __init__(self, worker: Beginner) -> None:
+        self._worker = worker
+        self._plans: SimpleQueue[tuple[StepPlan, _Results] | None] = SimpleQueue()
+        self._begun: deque[tuple[Begun, _Results]] = deque()
+        self._thread = threading.Thread(target=self._run, name="steps", daemon=True)
+        self._thread.start()
+
+    def execute(self, plan: StepPlan) -> _Results:
+        """Leave a plan for the thread."""
+        future: _Results = Future()
+        self._plans.put((plan, future))
+        return future
+
+    def end(self) -> None:
+        """Finish what was started; calling it again does nothing."""
+        self._plans.put(None)
+        self._thread.join(_JOIN_SECONDS)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                plan = self._next_plan()
+            except Empty:
+                self._finish_oldest()
+                continue
+            if plan is None:
+                while self._begun:
+                    self._finish_oldest()
+                return
+            self._begin(*plan)
+
+    def _next_plan(self) -> tuple[StepPlan, _Results] | None:
+        """The next plan; raises `Empty` once the oldest step is done and none has come."""
+        while self._begun:
+            try:
+                return self._plans.get_nowait()
+            except Empty:
+                if self._begun[0][0].is_ready:
+                    raise
+            try:
+                return self._plans.get(timeout=_LOOK_SECONDS)
+            except Empty:
+                continue
+        return self._plans.get()
+
+    def _begin(self, plan: StepPlan, future: _Results) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            self._begun.append((self._worker.begin(plan), future))
+        except Exception as error:
+            future.set_exception(error)
+
+    def _finish_oldest(self) -> None:
+        step, future = self._begun.popleft()
+        try:
+            result = step.result()
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result([result])
 
 
 def settle(future: Future[T], function: Callable[[], T]) -> None:

@@ -69,7 +69,7 @@ class DecodePlanner:
             ready = num > 0 and (sequence.wants_sample or sequence.is_score)
             if not self._roster.may_run(sequence):
                 continue
-            if not ready or sequence.num_in_flight >= self._lookahead:
+            if not ready or sequence.num_in_flight >= self._most_in_flight(sequence):
                 continue
             if num > 1:
                 num = min(num, extend_left, self._most_at_once(sequence, num))
@@ -81,6 +81,10 @@ class DecodePlanner:
             if len(chosen) == most:
                 break
         return chosen, np.array(num_tokens, dtype=np.int64)
+
+    def _most_in_flight(self, sequence: Sequence) -> int:
+        """Plans that may feed it at once: what a grammar allows depends on the last token."""
+        return self._lookahead if sequence.spec.grammar is None else 1
 
     def _most_at_once(self, sequence: Sequence, num_tokens: int) -> int:
         """How many of these known tokens one step may feed.

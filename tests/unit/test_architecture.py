@@ -60,6 +60,10 @@ _WORKERS["workers/shard.py"] = _below(
     "workers", "workers/kv", "workers/part.py", "workers/sizing.py", "workers/state", "compression"
 )
 _WORKERS["workers/retain"] = frozenset({*_WORKERS, "compression"}) - {"workers/process.py"}
+_WORKERS["workers/sampling"] = _below(
+    "workers", "workers/grammar", "workers/sizing.py", "workers/state"
+)
+_WORKERS["workers/device_steps"] = frozenset({*_WORKERS}) - {"workers/process.py"}
 _WORKERS["workers/passes"] = frozenset({*_WORKERS, "compression"}) - {"workers/process.py"}
 _WORKERS["workers/worker.py"] = frozenset({*_WORKERS, "compression", "configs"})
 _BASE = _below("configs", "compression", "cluster", "cluster/chat")

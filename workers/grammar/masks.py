@@ -44,7 +44,7 @@ class TokenMasks:
         if len(self.rows) == len(logits):
             return torch.where(self._allowed(logits), logits, -torch.inf)
         out = logits.clone()
-        rows = torch.tensor(self.rows, device=logits.device)
+        rows = to_device(np.array(self.rows, dtype=np.int64), logits.device)
         out[rows] = torch.where(self._allowed(logits), logits[rows], -torch.inf)
         return out
 

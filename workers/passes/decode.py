@@ -4,11 +4,15 @@ Shapes: T fed tokens, E hidden size.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from saqqara.workers.device_steps.device_decode import DeviceDecode
+from saqqara.workers.device_steps.graphs import Graphs
 from saqqara.workers.mesh.mesh import TokenReceipt
 from saqqara.workers.plan import DecodeItem
 from saqqara.workers.retain.compact import compact_firing
@@ -17,8 +21,8 @@ from saqqara.workers.shard import Shard
 from saqqara.workers.state.slots import Target
 from saqqara.workers.transfer import to_device
 
-from . import device_decode, native_decode
-from .decode_batch import DecodeBatch
+from . import native_decode
+from .decode_batch import DecodeBatch, rows_of
 
 _SPARE_RECEIPTS = 8  # steps whose tokens may be on their way, beyond one per pipeline stage
 
@@ -26,10 +30,12 @@ _SPARE_RECEIPTS = 8  # steps whose tokens may be on their way, beyond one per pi
 class Decode:
     """Feeds the decode items of plans through the layers of a shard."""
 
-    def __init__(self, shard: Shard) -> None:
+    def __init__(self, shard: Shard, graphs: Graphs | None = None) -> None:
         self._shard = shard
         self._part = shard.part
-        self._on_device = device_decode.make(shard)
+        self._on_device: DeviceDecode | None = None
+        if shard.device_slots is not None:
+            self._on_device = DeviceDecode(shard, shard.device_slots, graphs)
         self._native = native_decode.make(shard)
         self._awaited: deque[tuple[list[Target], TokenReceipt]] = deque()
 
@@ -41,28 +47,51 @@ class Decode:
         """
         if not items:
             return None
-        shard, part = self._shard, self._part
-        if self._on_device is not None and self._on_device.takes(items):
-            hidden = self._on_device.run(items)
-            if hidden is not None:
-                return hidden
+        mesh, retained = self._part.mesh, self._shard.retained
+        hidden = self._feed(items)
+        if not mesh.is_last_stage:
+            mesh.send_hidden(hidden)
+        if retained.cycles:
+            compact_firing(self._shard, items)
+        if retained.trimmed:
+            trim_rows(self._shard, items)
+        return hidden if mesh.is_last_stage else None
+
+    def _feed(self, items: tuple[DecodeItem, ...]) -> Tensor:
+        """Hidden states [T, E] after this rank's layers.
+
+        Where some of the items are the device's own step and others are not, there are two steps:
+        nobody loses the first for the company it is in.
+        """
+        if self._on_device is None:
+            return self._feed_generally(items, lambda: self._receive(items))
+        plain = tuple(item for item in items if self._on_device.takes(item))
+        if not plain:
+            return self._feed_generally(items, lambda: self._receive(items))
+        received = self._receive(items)
+        if len(plain) == len(items):
+            hidden = self._on_device.run(items, received)
+            # The next step may come before it is sent.
+            return hidden if self._part.mesh.is_last_stage else hidden.clone()
+        others = tuple(item for item in items if not self._on_device.takes(item))
+        places = [to_device(rows_of(items, some), self._part.device) for some in (plain, others)]
+        of_plain, of_others = ((None if received is None else received[rows]) for rows in places)
+        parts = [self._on_device.run(plain, of_plain)]
+        parts.append(self._feed_generally(others, lambda: of_others))
+        together = torch.cat(parts)
+        return together.new_empty(together.shape).index_copy_(0, torch.cat(places), together)
+
+    def _feed_generally(
+        self, items: tuple[DecodeItem, ...], receive: Callable[[], Tensor | None]
+    ) -> Tensor:
+        """Hidden states [T, E] after this rank's layers, by launches of the host."""
+        shard = self._shard
         with shard.clock.phase("reserve"):
             batch = self._reserve(items)
-        if part.decoder.embedding is not None:
-            self._receive_tokens({item.slot for item in items})
-            tokens = shard.slots.feed(items)
-            hidden = part.decoder.embedding(to_device(tokens.astype(np.int64), part.device))
-        else:
-            hidden = shard.receive_hidden(batch.num_tokens)
+        received = receive()
+        hidden = self._embed(items) if received is None else received
         with shard.clock.phase("decode"):
-            hidden = self._through_layers(batch, hidden)
-        if not part.mesh.is_last_stage:
-            part.mesh.send_hidden(hidden)
-        if shard.retained.cycles:
-            compact_firing(shard, items)
-        if shard.retained.trimmed:
-            trim_rows(shard, items)
-        return hidden if part.mesh.is_last_stage else None
+            return self._through_layers(batch, hidden)
 
     def _through_layers(self, batch: DecodeBatch, hidden: Tensor) -> Tensor:
         """Hidden states [T, E] after this rank's layers; those before them are overwritten."""
@@ -76,7 +105,27 @@ class Decode:
                 hidden = layer.finish(hidden, attended, out=hidden)
         return hidden
 
-    def warm_up(self) -> None:
+    def _receive(self, items: tuple[DecodeItem, ...]) -> Tensor | None:
+        """Hidden states [T, E] from the stage before; the first one takes in tokens instead."""
+        if self._part.decoder.embedding is None:
+            return self._shard.receive_hidden(sum(item.num_tokens for item in items))
+        self._receive_tokens({item.slot for item in items})
+        return None
+
+    def _embed(self, items: tuple[DecodeItem, ...]) -> Tensor:
+        """Hidden states [T, E] of the tokens that are fed, from where these are."""
+        shard, part = self._shard, self._part
+        assert part.decoder.embedding is not None
+        if shard.device_slots is None:
+            tokens = to_device(shard.slots.feed(items).astype(np.int64), part.device)
+            return part.decoder.embedding(tokens)
+        counts = [item.num_tokens for item in items]
+        slots = np.repeat(np.array([item.slot for item in items], dtype=np.int64), counts)
+        places = [np.arange(i.position, i.position + i.num_tokens) for i in items]
+        slots_T, positions_T = to_device(np.stack((slots, np.concatenate(places))), part.device)
+        return part.decoder.embedding(shard.device_slots.feed(slots_T, positions_T))
+
+    def record_all(self) -> None:
         """Record what can be recorded before the first request."""
         if self._on_device is not None:
             self._on_device.record_all()
@@ -116,6 +165,11 @@ class Decode:
         shard = self._shard
         targets, receipt = self._awaited.popleft()
         with shard.clock.phase("receive"):
-            tokens = receipt.wait().tolist()
-        for target, token in zip(targets, tokens, strict=True):
-            shard.slots.put_token(target, token)
+            tokens = receipt.wait()  # on a GPU it is the device that waits
+        if shard.device_slots is None:
+            for target, token in zip(targets, tokens.tolist(), strict=True):
+                shard.slots.put_token(target, token)
+            return
+        places = [(t.slot if shard.slots.holds(t) else -1, t.position) for t in targets]
+        slots, positions = to_device(np.array(places, dtype=np.int64).T.copy(), tokens.device)
+        shard.device_slots.put(slots, positions, tokens)

@@ -89,7 +89,7 @@ class DecodeBatch:
             return None
         rows = cu = None
         if several or len(fitting) < len(items):
-            rows = to_device(_rows_of(items, single + several), device)
+            rows = to_device(rows_of(items, single + several), device)
         if several:
             cu = CuSeqlens.of([item.num_tokens for item in several], device)
         at = np.array([item.position for item in single], dtype=np.int64)
@@ -180,7 +180,7 @@ class DecodeBatch:
         return out
 
 
-def _rows_of(items: Sequence[DecodeItem], chosen: Sequence[DecodeItem]) -> NDArray[np.int64]:
+def rows_of(items: Sequence[DecodeItem], chosen: Sequence[DecodeItem]) -> NDArray[np.int64]:
     """Which of the tokens fed by all items are those of the chosen ones, in their order."""
     starts = np.cumsum([0] + [item.num_tokens for item in items])
     first = {item.slot: int(start) for item, start in zip(items, starts, strict=False)}

@@ -4,22 +4,31 @@ Shapes: S sampled positions, T decoded tokens, M scored tokens of one sequence, 
 V vocabulary, N tokens of a prompt, K best tokens.
 """
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from saqqara.workers.device_steps.device_head import DeviceHead
 from saqqara.workers.grammar.masks import TokenMasks
 from saqqara.workers.grammar.matchers import Matchers
 from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.models.decoder import Decoder, chunks
-from saqqara.workers.plan import NewSequence, PromptScores, SampledToken, ScoredTokens, StepPlan
+from saqqara.workers.plan import (
+    FaultCode,
+    NewSequence,
+    PromptScores,
+    SampledToken,
+    ScoredTokens,
+    StepPlan,
+)
+from saqqara.workers.sampling.device_sampler import SampledRow, check_ids
+from saqqara.workers.sampling.sampler import Draw, TokenHistory, not_finite, sample
 from saqqara.workers.state.faults import Faults
 from saqqara.workers.state.slots import SlotTable, Target, ended
 from saqqara.workers.transfer import to_device
-
-from .sampler import Draw, TokenHistory, not_finite, sample
 
 SCORE_CHUNK_TOKENS = 256  # bounds the logits of scoring: 256 x V fp32
 
@@ -38,6 +47,7 @@ class Head:
         slots: what is known of each slot's sequence.
         faults: where sequences that cannot go on are told.
         matchers: of the answers that have a grammar, on rank 0; None on the others.
+        on_device: samples without waiting for the device; None: the host samples.
     """
 
     def __init__(
@@ -47,8 +57,10 @@ class Head:
         slots: SlotTable,
         faults: Faults,
         matchers: Matchers | None,
+        on_device: DeviceHead | None = None,
     ) -> None:
         self._matchers = matchers
+        self._on_device = on_device
         self._decoder = decoder
         self._mesh = mesh
         self._slots = slots
@@ -76,34 +88,68 @@ class Head:
         targets: list[Target],
         finals: dict[int, Tensor],
         decoded_TE: Tensor | None,
-    ) -> list[SampledToken]:
+    ) -> "Sampling":
         """Sample every target, in order, and record the tokens in the slot table.
 
         `finals` maps slots whose prefill ended to their last hidden state [E].
         """
         if not targets:
-            return []
-        logits_SV = self._decoder.logits(_sampled_rows(plan, targets, finals, decoded_TE))
+            return Sampling()
+        rows = _sampled_rows(plan, targets, finals, decoded_TE)
+        if self._on_device is not None:
+            return self._draw(self._on_device, rows, targets)
+        logits_SV = self._decoder.logits(rows)
         sampled = self._sample(logits_SV, targets, self._masks(targets))
         cut = self._complete(logits_SV, targets, sampled)
-        agreed = [draw.token_id for draw in sampled]
+        agreed = torch.tensor([draw.token_id for draw in sampled], device=logits_SV.device)
         if self._mesh.layout.tensor_size > 1:
-            token_ids = torch.tensor(agreed, device=logits_SV.device)
-            agreed = self._mesh.broadcast(token_ids).tolist()
-        for target, token, draw in zip(targets, agreed, sampled, strict=True):
-            self._slots.put_token(target, token)
+            agreed = self._mesh.broadcast(agreed)
+            token_ids = agreed.tolist()
+            sampled = [
+                draw._replace(token_id=t) for draw, t in zip(sampled, token_ids, strict=True)
+            ]
+        return Sampling(agreed, self._record(targets, sampled, cut))
+
+    def _draw(self, head: DeviceHead, hidden_SE: Tensor, targets: list[Target]) -> "Sampling":
+        """Let the device sample; its tokens are recorded here once somebody asks for them."""
+        held = [self._slots[t.slot] for t in targets]
+        rows = [
+            SampledRow(t.slot, t.position, slot.prompt_tokens, slot.sampling)
+            for t, slot in zip(targets, held, strict=True)
+        ]
+        for row in rows:
+            with self._faults.blame([row.slot], "sampling", is_local=True):
+                check_ids(row, self._decoder.spec.vocab_size)
+        at_fault = {row.slot for row in rows if row.slot in self._faults}
+        choose = None if self._matchers is None else self._matchers.choose
+        drawn = head.draw(hidden_SE, rows, self._masks(targets), at_fault, choose)
+        return Sampling(
+            drawn.tokens_S,
+            lambda: self._record(targets, drawn.take(), drawn.cut),
+            lambda: drawn.is_ready,
+        )
+
+    def _record(
+        self, targets: list[Target], draws: list[Draw], cut: Collection[int]
+    ) -> list[SampledToken]:
+        """Note what was sampled; the tokens of faulty rows count for nothing.
+
+        `cut` are the slots of which another token than the sampled one was taken.
+        """
+        for target, draw in zip(targets, draws, strict=True):
+            self._slots.put_token(target, draw.token_id)
             if draw.error is not None:
-                self._faults.add(target.slot, draw.error, draw.code)
+                self._blame(target, draw.error, draw.code)
         return [
             SampledToken(
                 target.slot,
                 target.position,
-                token,
+                draw.token_id,
                 draw.logprobs,
-                is_last=self._advance(target, token),
+                is_last=self._advance(target, draw.token_id),
                 is_cut=target.slot in cut,
             )
-            for target, token, draw in zip(targets, agreed, sampled, strict=True)
+            for target, draw in zip(targets, draws, strict=True)
         ]
 
     def _complete(self, logits_SV: Tensor, targets: list[Target], draws: list[Draw]) -> set[int]:
@@ -128,6 +174,13 @@ class Head:
                 cut.add(target.slot)
         return cut
 
+    def _blame(self, target: Target, message: str, code: FaultCode) -> None:
+        """End the target's sequence, though its slot may have another one by now."""
+        if self._slots.holds(target):
+            self._faults.add(target.slot, message, code)
+        else:
+            self._faults.tell(target.slot, message, code)
+
     def _masks(self, targets: list[Target]) -> TokenMasks | None:
         """What the grammars allow in the targets' places."""
         if self._matchers is None:
@@ -139,7 +192,9 @@ class Head:
 
     def _advance(self, target: Target, token_id: int) -> bool:
         """Take a sampled token into its grammar; returns whether nothing may follow it."""
-        if self._matchers is None or target.slot in self._faults:
+        if self._matchers is None or not self._slots.holds(target):
+            return False
+        if target.slot in self._faults:
             return False
         try:
             return self._matchers.advance(target.slot, token_id)
@@ -243,6 +298,27 @@ class Head:
                 scores.top_ids_MK[chunk] = best.indices.int().cpu()
                 scores.top_logprobs_MK[chunk] = (best.values - total).cpu()
         return scores
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What a step samples.
+
+    Attributes:
+        tokens_S: where the model computes, int64; None where nothing is sampled.
+        known: the tokens, or what waits for them.
+        is_ready: whether they can be had without waiting.
+        is_told: whether this rank is the one that tells the controller.
+    """
+
+    tokens_S: Tensor | None = None
+    known: Sequence[SampledToken] | Callable[[], Sequence[SampledToken]] = ()
+    is_ready: Callable[[], bool] = lambda: True
+    is_told: bool = True
+
+    def take(self) -> Sequence[SampledToken]:
+        """The tokens, as soon as they are known."""
+        return self.known() if callable(self.known) else self.known
 
 
 @dataclass(frozen=True, slots=True)

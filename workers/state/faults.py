@@ -49,6 +49,11 @@ class Faults:
         self._new.append(Fault(slot, message, code))
         self.refuse(slot)
 
+    def tell(self, slot: int, message: str, code: FaultCode = "computation_failed") -> None:
+        """Note a fault of a sequence that has left its slot already."""
+        logger.warning("slot %d, before it was freed: %s", slot, message)
+        self._new.append(Fault(slot, message, code))
+
     @contextmanager
     def blame(self, slots: Iterable[int], doing: str, *, is_local: bool = False) -> Iterator[None]:
         """Let an exception of what is done for these slots end their sequences, and only these.

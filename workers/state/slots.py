@@ -94,10 +94,14 @@ class SlotTable:
         assert all(leader == family[0] for leader, family in by_leader.items())
         return by_leader
 
+    def holds(self, target: Target) -> bool:
+        """Whether the slot is still that of the sequence that the target was made for."""
+        held = self._slots.get(target.slot)
+        return held is not None and held.ticket == target.ticket
+
     def put_token(self, target: Target, token_id: int) -> None:
         """Record a sampled token, unless the slot has changed hands since."""
-        held = self._slots.get(target.slot)
-        if held is not None and held.ticket == target.ticket:
+        if self.holds(target):
             self.tokens[target.slot, target.position] = token_id
 
     def prompt(self, slot: int) -> NDArray[np.int32]:

@@ -1,7 +1,7 @@
 """A worker with the Triton backend computes what one with torch's does, in Triton's interpreter.
 
-Decode goes through the device's own step here (`workers/passes/device_decode.py`), launched kernel
-by kernel: what a CUDA graph would replay.
+Decode goes through the device's own step here (`workers/device_steps/device_decode.py`), launched
+kernel by kernel: what a CUDA graph would replay.
 """
 
 import importlib.util
@@ -26,12 +26,12 @@ from support.tiny import save_tiny
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers import sizing
+from saqqara.workers.device_steps import device_decode
+from saqqara.workers.device_steps.device_decode import DeviceDecode
 from saqqara.workers.footprint import graph_sizes
 from saqqara.workers.kernels.decode import PagedRows
 from saqqara.workers.kernels.work import SPLIT_TOKENS
 from saqqara.workers.mesh.layout import MeshLayout
-from saqqara.workers.passes import device_decode
-from saqqara.workers.passes.device_decode import DeviceDecode
 from saqqara.workers.plan import (
     DecodeItem,
     NewSequence,
@@ -153,7 +153,7 @@ def test_memory_for_graphs_is_what_a_step_takes(
     step._kernel = SimpleNamespace(PagedRows=PagedRows, decode=decode)  # type: ignore[assignment]
     inputs = torch.from_numpy(device_decode._padding(8)).clone()
     with torch.inference_mode(), Launches(), PeakBytes() as memory:
-        step._step(inputs, part.max_model_len)
+        step._step(inputs, None, part.max_model_len)
     assert memory.peak <= 8 * sizing.scratch_bytes(part) <= 1.5 * memory.peak
     assert sizing.graph_bytes(part) == 0  # there is no GPU
     monkeypatch.setattr(sizing, "why_no_graphs", lambda _: None)
@@ -199,7 +199,7 @@ def _of_layer(step: DeviceDecode) -> dict[str, int]:
         if step._part.mesh.layout.tensor_size > 1:
             step._part.mesh.all_reduce = all_reduce  # type: ignore[method-assign, assignment]
         with torch.inference_mode(), launches:
-            step._step(inputs, 2 * SPLIT_TOKENS)
+            step._step(inputs, None, 2 * SPLIT_TOKENS)
         assert launches.names["_list_kernel"] == 1, "the parts of all layers are listed at once"
         launched.append(launches.names)
     return dict(launched[1] - launched[0])

@@ -1,5 +1,7 @@
 """Requests wait for their grammar beside the steps of the others, and go on where they were."""
 
+import json
+import os
 import re
 from concurrent.futures import Future
 from pathlib import Path
@@ -184,6 +186,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "one": {"regex": "([a-c]{4}-)+"},
     "two": {"json": {"type": "array", "items": {"enum": ["red", "blue"]}, "minItems": 30}},
     "three": {"grammar": 'start: "<" start ">" | "x" start | "x"'},
+    "completed": {"json": {"type": "string"}},
     "free": {},
 }
 
@@ -196,17 +199,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def answers(folder: Path, *, restart_at: int = -1, lookahead: int = 1, **settings: Any) -> Any:
+def answers(
+    folder: Path,
+    *,
+    restart_at: int = -1,
+    lookahead: int = 1,
+    max_tokens: int = 60,
+    **settings: Any,
+) -> Any:
     """The texts of `FORMS`' answers, and how often one of them was preempted."""
     given = {"model": str(folder), "dtype": "float32", "load_format": "dummy", "page_tokens": 4}
     config = EngineConfig.model_validate(
         given | {"check_integrity": True, "max_num_seqs": 4, "kv_memory_gib": 0.01} | settings
     )
     tokenizer, spec = Tokenizer.load(folder), load_spec(str(folder))
-    engine = Engine(config, LocalExecutor(config), tokenizer, spec, lookahead=lookahead)
+    executor = LocalExecutor(config, in_thread=lookahead > 1)
+    engine = Engine(config, executor, tokenizer, spec, lookahead=lookahead)
     for name, form in FORMS.items():
         params = SamplingParams(
-            max_tokens=60, seed=3, ignore_eos=True, structured_outputs=form or None
+            max_tokens=max_tokens,
+            seed=3,
+            ignore_eos=name != "completed",
+            structured_outputs=form or None,
         )
         engine.add(Request(name, "hello " * 4, params))
     found: dict[str, str] = {}
@@ -232,6 +246,7 @@ def undisturbed(folder: Path) -> dict[str, str]:
     assert re.fullmatch("([a-c]{4}-){12}", texts["one"])
     assert texts["two"].startswith("[")
     assert set(texts["three"]) <= {"<", "x", ">"}
+    assert json.loads(texts["completed"])
     return dict(texts)
 
 
@@ -249,3 +264,10 @@ def test_answers_go_on_with_other_workers(folder: Path, undisturbed: Any) -> Non
 def test_two_steps_may_be_in_flight(folder: Path, undisturbed: Any) -> None:
     texts, _ = answers(folder, lookahead=2)
     assert texts == undisturbed
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="for Triton's interpreter")
+def test_answers_that_the_device_samples_are_the_same(folder: Path) -> None:
+    expected, _ = answers(folder, max_tokens=8)
+    assert json.loads(expected["completed"])
+    assert answers(folder, max_tokens=8, lookahead=2, attention_backend="triton")[0] == expected

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from saqqara.cluster.sampling import MAX_TEMPERATURE, PENALTY_RANGE, SamplingParams
-from saqqara.workers.passes import sampler
-from saqqara.workers.passes.sampler import TokenHistory, gumbel, noise_keys, sample
 from saqqara.workers.plan import SamplingSpec
+from saqqara.workers.sampling import sampler
+from saqqara.workers.sampling.noise import gumbel, noise_keys
+from saqqara.workers.sampling.sampler import TokenHistory, sample
 
 Array = NDArray[np.float64]
 
@@ -263,7 +264,7 @@ def test_a_bias_moves_the_logits_of_its_own_row_only() -> None:
     expected = logits.clone()
     for token, value in bias:
         expected[1, token] += value
-    assert torch.equal(sampler._biased(logits, specs), expected)
+    assert torch.equal(sampler.biased(logits, specs), expected)
 
 
 def test_a_biased_token_is_drawn_as_often_as_its_bias_says() -> None:

@@ -25,14 +25,15 @@ from numpy.typing import NDArray
 
 from saqqara.workers.grammar.masks import TokenMasks
 from saqqara.workers.plan import FaultCode, SamplingSpec, TokenLogprobs
+from saqqara.workers.transfer import to_device
+
+from .noise import gumbel, noise_keys
 
 # Below this a temperature is greedy decoding (as in vLLM).
 MIN_TEMPERATURE = 1e-5
 
 # The best tokens of a row, looked at before the whole row is sorted.
 _NUM_CANDIDATES = 256
-
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def sample(
         masks: the tokens that their grammars allow, of the rows that have one.
     """
     assert len(logits) == len(specs) == len(positions) == len(history)
-    adjusted = _penalized(_biased(logits, specs), specs, history)
+    adjusted = _penalized(biased(logits, specs), specs, history)
     if masks is not None:
         adjusted = masks.apply(adjusted)
     adjusted = _forbidden(adjusted, specs, history)
@@ -100,7 +101,12 @@ def sample(
 
 def _no_token(logits: torch.Tensor, spec: SamplingSpec, position: int) -> Draw:
     """What becomes of a row [V] that nothing can be sampled from."""
-    if logits.isnan().any() or not logits.max().isfinite():
+    return no_token(bool(logits.max().isfinite()), spec, position)  # a NaN is the largest
+
+
+def no_token(is_sound: bool, spec: SamplingSpec, position: int) -> Draw:
+    """What becomes of a row without a token; `is_sound` says whether its logits are numbers."""
+    if not is_sound:
         return Draw(0, error=not_finite(position))
     message = (
         f"no token is left that may stand at position {position}: allowed_token_ids, bad_words and "
@@ -119,53 +125,15 @@ def not_finite(position: int) -> str:
     )
 
 
-def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-    """One 64-bit key per (seed, position), int64 [S, 1]."""
-    seed = np.array([seed & _MASK for seed in seeds], dtype=np.uint64)
-    keys = _splitmix64(_splitmix64(seed) + np.array(positions, dtype=np.uint64))
-    return torch.from_numpy(keys.view(np.int64))[:, None]
-
-
-def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def gumbel(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise, fp64 [S, C], of keys int64 [S, 1] and token ids int64 [C] or [S, C].
-
-    The generator is splitmix64 with the token id as its counter, on the tensors' device.
-    """
-    x = token_ids * _signed(0x9E3779B97F4A7C15) + keys
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    x = x ^ _shifted(x, 31)
-    # Half a step away from 0 and 1, where the logarithms end.
-    uniform = (_shifted(x, 12).double() + 0.5) * 2.0**-52
-    return uniform.log_().neg_().log_().neg_()
-
-
-def _signed(constant: int) -> int:
-    """The int64 with the same bits as an unsigned 64-bit constant."""
-    return constant - (1 << 64) if constant >> 63 else constant
-
-
-def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _biased(logits: torch.Tensor, specs: Sequence[SamplingSpec]) -> torch.Tensor:
+def biased(logits: torch.Tensor, specs: Sequence[SamplingSpec]) -> torch.Tensor:
     """Logits plus the `logit_bias` of their rows."""
     biases = [(row, *bias) for row, spec in enumerate(specs) for bias in spec.logit_bias]
     if not biases:
         return logits
     rows, ids, values = zip(*biases, strict=True)
-    place = torch.tensor(rows, device=logits.device), torch.tensor(ids, device=logits.device)
-    return logits.index_put(place, logits.new_tensor(values), accumulate=True)
+    place = tuple(to_device(np.array(x, dtype=np.int64), logits.device) for x in (rows, ids))
+    added = to_device(np.array(values, dtype=np.float32), logits.device)
+    return logits.index_put(place, added, accumulate=True)
 
 
 def _penalized(
@@ -208,7 +176,7 @@ def _forbidden(
     logits: torch.Tensor, specs: Sequence[SamplingSpec], history: Sequence[TokenHistory]
 ) -> torch.Tensor:
     """Logits with -inf for every token that may not come next."""
-    logits = _allowed(logits, specs)
+    logits = allowed(logits, specs)
     rows: list[int] = []
     ids: list[NDArray[np.integer]] = []
     for row, (spec, seen) in enumerate(zip(specs, history, strict=True)):
@@ -232,15 +200,15 @@ def _completes(word: Sequence[int], seen: TokenHistory) -> bool:
     return begin >= 0 and np.array_equal(seen.output[begin:], word[:-1])
 
 
-def _allowed(logits: torch.Tensor, specs: Sequence[SamplingSpec]) -> torch.Tensor:
+def allowed(logits: torch.Tensor, specs: Sequence[SamplingSpec]) -> torch.Tensor:
     """Logits with -inf for all but `allowed_token_ids` in the rows that have some."""
     limited = [row for row, spec in enumerate(specs) if spec.allowed_token_ids]
     if not limited:
         return logits
     out = logits.clone()
     for row in limited:
-        allowed = np.frombuffer(specs[row].allowed_token_ids, dtype=np.int32).astype(np.int64)
-        ids = torch.from_numpy(allowed).to(logits.device)
+        some = np.frombuffer(specs[row].allowed_token_ids, dtype=np.int32).astype(np.int64)
+        ids = to_device(some, logits.device)
         out[row] = -torch.inf
         out[row, ids] = logits[row, ids]
     return out
@@ -253,7 +221,7 @@ def _draw(logits: torch.Tensor, specs: Sequence[SamplingSpec], keys: torch.Tenso
     set, and from the sorted row otherwise; both are exact and give the same token.
     """
     tokens = torch.empty(len(specs), dtype=torch.int64, device=logits.device)
-    filtered = [row for row, spec in enumerate(specs) if _filters(spec, logits.shape[1])]
+    filtered = [row for row, spec in enumerate(specs) if filters(spec, logits.shape[1])]
     plain = [row for row in range(len(specs)) if row not in set(filtered)]
     if plain:
         rows = torch.tensor(plain, device=logits.device)
@@ -271,7 +239,8 @@ def _draw(logits: torch.Tensor, specs: Sequence[SamplingSpec], keys: torch.Tenso
     return tokens
 
 
-def _filters(spec: SamplingSpec, vocab_size: int) -> bool:
+def filters(spec: SamplingSpec, vocab_size: int) -> bool:
+    """Whether a row is drawn from a part of the vocabulary."""
     return 0 < spec.top_k < vocab_size or spec.top_p < 1 or spec.min_p > 0
 
 
@@ -335,31 +304,60 @@ def _sorted(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, ids
 
 
-def _logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, specs: Sequence[SamplingSpec]
-) -> list[TokenLogprobs | None]:
-    """Log-probabilities of the raw logits for the rows that ask for them."""
-    out: list[TokenLogprobs | None] = [None] * len(specs)
-    counts = {row: n for row, spec in enumerate(specs) if (n := spec.num_logprobs) is not None}
-    if not counts:
-        return out
-    rows = torch.tensor(list(counts), device=logits.device)
+def logprob_counts(specs: Sequence[SamplingSpec]) -> dict[int, int]:
+    """How many of the best tokens are wanted with log-probabilities, of the rows that want any."""
+    return {row: n for row, spec in enumerate(specs) if (n := spec.num_logprobs) is not None}
+
+
+def logprobs_of(
+    logits: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, num_best: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the raw logits [S, V] for some rows [R].
+
+    Returns:
+        Those of the tokens, fp32 [R]; their ranks, int64 [R]; the best ids, int64 [R, K], and
+        theirs, fp32 [R, K].
+    """
     logprobs = torch.log_softmax(logits[rows], dim=-1)
     chosen = logprobs.gather(1, tokens[rows][:, None])
     earlier = torch.arange(logits.shape[1], device=logits.device) < tokens[rows][:, None]
     ranks = 1 + ((logprobs > chosen) | ((logprobs == chosen) & earlier)).sum(dim=-1)
-    best = logprobs.topk(min(max(counts.values()), logits.shape[1]), dim=-1)
+    best = logprobs.topk(min(num_best, logits.shape[1]), dim=-1)
+    return chosen[:, 0], ranks, best.indices, best.values
+
+
+def read_logprobs(
+    counts: dict[int, int],
+    chosen: torch.Tensor,
+    ranks: torch.Tensor,
+    best_ids: torch.Tensor,
+    best_values: torch.Tensor,
+) -> dict[int, TokenLogprobs]:
+    """What `logprobs_of` has found, by row."""
     lists = zip(
         counts.items(),
-        chosen[:, 0].tolist(),
+        chosen.tolist(),
         ranks.tolist(),
-        best.indices.tolist(),
-        best.values.tolist(),
+        best_ids.tolist(),
+        best_values.tolist(),
         strict=True,
     )
-    for (row, count), logprob, rank, ids, values in lists:
-        out[row] = TokenLogprobs(logprob, rank, tuple(ids[:count]), tuple(values[:count]))
-    return out
+    return {
+        row: TokenLogprobs(logprob, rank, tuple(ids[:count]), tuple(values[:count]))
+        for (row, count), logprob, rank, ids, values in lists
+    }
+
+
+def _logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, specs: Sequence[SamplingSpec]
+) -> list[TokenLogprobs | None]:
+    """Log-probabilities of the raw logits for the rows that ask for them."""
+    counts = logprob_counts(specs)
+    if not counts:
+        return [None] * len(specs)
+    rows = torch.tensor(list(counts), device=logits.device)
+    found = read_logprobs(counts, *logprobs_of(logits, tokens, rows, max(counts.values())))
+    return [found.get(row) for row in range(len(specs))]
 
 
 def _column(values: Sequence[float] | NDArray[np.float64], device: torch.device) -> torch.Tensor:

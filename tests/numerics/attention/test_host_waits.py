@@ -1,0 +1,99 @@
+"""A decode step on the device makes no call that waits for it: results are read one step late."""
+
+import importlib.util
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("for Triton's interpreter", allow_module_level=True)
+
+from support import device_runs
+from support.host_waits import HostWaitError, HostWaits
+from support.plans import prefill_plan
+from support.tiny import save_tiny
+
+from saqqara.workers.mesh.layout import MeshLayout
+from saqqara.workers.plan import DecodeItem, NewSequence, SamplingSpec, StepPlan
+from saqqara.workers.worker import StepInFlight, Worker
+
+
+def allow_transfers(watch: HostWaits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let through what `workers/transfer.py` takes to the device, which on a GPU does not wait."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("saqqara.workers.") and hasattr(module, "to_device"):
+            monkeypatch.setattr(module, "to_device", watch.allowed(module.to_device))
+
+
+def started(folder: Path, attention: str, specs: list[SamplingSpec]) -> tuple[Worker, StepPlan]:
+    """A worker whose sequences are prefilled, and the plan of their first decode step."""
+    config = device_runs.make_config(folder, MeshLayout(), attention)
+    worker = Worker.local(config.for_worker())
+    new: list[NewSequence] = [
+        replace(sequence, sampling=spec)
+        for sequence, spec in zip(device_runs.sequences(), specs, strict=False)
+    ]
+    worker.execute(prefill_plan(worker, new))
+    return worker, StepPlan(1, decode=tuple(DecodeItem(n.slot, n.prompt_tokens) for n in new))
+
+
+def begin(worker: Worker, plan: StepPlan, watch: HostWaits) -> StepInFlight:
+    with watch.watching():
+        return worker.begin(plan)
+
+
+PLAIN = [SamplingSpec(temperature=0.0), SamplingSpec(top_p=0.5, seed=3), SamplingSpec(seed=1)]
+WANTING = [
+    SamplingSpec(temperature=0.0, logit_bias=((5, 2.0),), num_logprobs=3),
+    SamplingSpec(repetition_penalty=1.2, bad_words=((4, 5), (6,)), seed=2),
+    SamplingSpec(min_tokens=9, blocked_token_ids=(2,), allowed_token_ids=bytes([3, 0, 0, 0]) * 2),
+]
+
+
+@pytest.mark.parametrize("specs", [PLAIN, WANTING], ids=["plain", "wanting"])
+def test_a_decode_step_never_waits(
+    specs: list[SamplingSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama-gqa", tmp_path, num_layers=1)
+    worker, plan = started(tmp_path, "triton", specs)
+    watch = HostWaits()
+    allow_transfers(watch, monkeypatch)
+    first = begin(worker, plan, watch)
+    again = tuple(replace(item, position=item.position + 1) for item in plan.decode)
+    second = begin(worker, StepPlan(2, decode=again), watch)  # before the first one's result
+    assert watch.num_operators > 20
+    assert [len(step.result().sampled) for step in (first, second)] == [3, 3]
+
+
+def test_the_general_way_waits_and_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama-gqa", tmp_path, num_layers=1)
+    worker, plan = started(tmp_path, "torch", PLAIN)
+    watch = HostWaits()
+    allow_transfers(watch, monkeypatch)
+    with pytest.raises(HostWaitError, match="in a step"):
+        begin(worker, plan, watch)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: bool(x.any()),
+        lambda x: torch.tensor([1.0]),
+        lambda x: torch.ops.aten._local_scalar_dense(x[0]),
+    ],
+)
+def test_what_waits_is_caught(wait: object) -> None:
+    assert callable(wait)
+    with HostWaits().watching(), pytest.raises(HostWaitError):
+        wait(torch.arange(3.0))
