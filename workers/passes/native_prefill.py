@@ -3,8 +3,8 @@
 Between the layers of a short prompt Python takes as long as the layers do. Here it is left once:
 what retention looks at is noted on the way and looked at afterwards, and where every token is kept,
 keys and values go to their pages within the call. What is kept and sampled is the same to the last
-bit as layer by layer. Long prompts, which would note much and gain little, go layer by layer, and so
-do those of which a layer decides what enters the next.
+bit as layer by layer. Long prompts, which would note much and gain little, go layer by layer, and
+so do those of which a layer decides what enters the next.
 
 Shapes: T packed tokens, L layers of a call, R rows wanted of the model's last layer, E hidden size,
 Hq query heads, H kv heads, D head dim.
