@@ -137,6 +137,7 @@ class DeviceDecode:
         table, pool = self._shard.kv.table, self._shard.kv.pool
         decoder, scale = self._part.decoder, self._part.scale
         slots, positions, held = inputs_3T.unbind()
+        assert table.mirror is not None, "the device has its own tables"
         if decoder.embedding is not None:
             hidden = decoder.embedding(self._slots.feed(slots, positions))
         assert hidden is not None, "a later stage gets hidden states"
@@ -146,10 +147,11 @@ class DeviceDecode:
             rows = self._kernel.PagedRows(
                 pool.k_pages,
                 pool.v_pages,
-                table.device_pages[:, index],
+                table.mirror.entries,
                 table.device_kept[:, index],
                 longest,
                 held,
+                table.mirror.first[:, index],
             )
             q = layer.project_append_rows(hidden, places, rows)
             attended, _ = self._kernel.decode(q, rows, scale, work=work[index])
