@@ -30,7 +30,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu"
 NAMES = (
     *("gpu_report", "gpu_models", "gpu_generation", "gpu_kernels", "gpu_baselines", "gpu_engine"),
-    *("gpu_process", "gpu_sections", "gpu_trace"),
+    *("gpu_process", "gpu_sections", "gpu_trace", "gpu_collectives"),
 )
 STATES = {"ok", "wrong", "missed", "failed", "skipped"}
 
@@ -112,7 +112,7 @@ def test_order_and_time_of_the_sections(gpu: dict[str, ModuleType]) -> None:
     check, found = gpu["gpu_check"], gpu["gpu_sections"]
     sections = found.sections(found.REAL, Path())
     assert [section.name for section in sections] == [
-        *("kernels", "parity", "bandwidth", "step"),
+        *("kernels", "parity", "collectives", "bandwidth", "step"),
         *("8b", "13b", "retention", "other-kernels", "13b-largest", "70b"),
     ]
     for is_first, limit in ((True, check.FIRST_SECONDS), (False, check.REST_SECONDS)):
