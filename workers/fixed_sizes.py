@@ -4,6 +4,14 @@ SPLIT_TOKENS = 512  # attention cuts a row into parts of so many, until it has t
 MAX_SPLITS = 32
 SAMPLED_LOGITS = 1 << 23  # that are drawn from at once, whole rows, where the host decides how
 SAMPLED_ROWS = 32  # that are drawn from at once, where the device decides
+# Of a logit while it is sampled from: a copy and its log-probability; what is drawn from, sorted
+# and with its noise, in 4 to 8 bytes each; the counts that penalties go by, beside a known token's.
+_FLOAT_BYTES = 4
+_LOGPROB_BYTES = 4 + 4
+_DRAWN_BYTES = 76 + 2 * (8 + 8)  # where the host decides; and as a GPU sorts, keys and places again
+DEVICE_DRAWN_BYTES = 62
+_PENALIZED_BYTES = 35
+_COUNTED_BYTES = 28
 LEAST_ROOM = 8  # entries of a row that has any
 _ENTRIES_A_PAGE = 3  # 2 for rooms that are half used, 1 to use up before all rows move
 
@@ -35,3 +43,21 @@ def pages_beside_tables(
     beside_whole = (num_bytes - whole) // page_bytes
     growing = (num_bytes - least) // (page_bytes + _ENTRIES_A_PAGE * entry_bytes)
     return int(max(beside_whole, growing))
+
+
+def sampling_bytes(num_seqs: int, vocab_size: int, max_model_len: int, *, on_device: bool) -> int:
+    """Bytes of logits and of all that is made of them while rows are sampled at once.
+
+    Args:
+        num_seqs: rows.
+        vocab_size: logits of a row.
+        max_model_len: tokens that penalties look back on.
+        on_device: the device decides how rows are drawn from, not the host.
+    """
+    logits, logprobs = (num_seqs * vocab_size * size for size in (_FLOAT_BYTES, _LOGPROB_BYTES))
+    if not on_device:
+        drawn = min(num_seqs, max(1, SAMPLED_LOGITS // vocab_size)) * vocab_size
+        return 2 * logits + max(logprobs, drawn * _DRAWN_BYTES)
+    some = min(num_seqs, SAMPLED_ROWS)
+    penalties = logits + some * (vocab_size * _PENALIZED_BYTES + max_model_len * _COUNTED_BYTES)
+    return 2 * logits + max(logprobs, penalties, some * vocab_size * DEVICE_DRAWN_BYTES)

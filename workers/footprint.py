@@ -15,13 +15,14 @@ from saqqara.compression.growth import (
 from saqqara.compression.retention import Retention
 
 from .fixed_sizes import (
+    DEVICE_DRAWN_BYTES,
     MAX_SPLITS,
-    SAMPLED_LOGITS,
     SAMPLED_ROWS,
     SPLIT_TOKENS,
     most_splits,
     num_entries,
     pages_beside_tables,
+    sampling_bytes,
 )
 from .mesh.layout import (
     HeadShard,
@@ -48,13 +49,6 @@ _HEAD_SHARE = 0.25
 # What stages are balanced for: it must be known before anything is, and alike to planner and ranks.
 _BALANCED_SEQS, _BALANCED_TOKENS = 128, 4096
 _LARGEST_GRAPH = 512
-# Of a logit, while it is sampled from: a copy and its log-probability; what is drawn from, sorted
-# and with its noise, in 4 to 8 bytes each; the counts that penalties go by, beside a known token.
-_LOGPROB_BYTES = 4 + 4
-DRAWN_BYTES = 76 + 2 * (8 + 8)  # where the host decides; and as a GPU sorts, keys and places again
-DEVICE_DRAWN_BYTES = 62
-PENALIZED_BYTES = 35
-COUNTED_BYTES = 28
 _DRAWING_KINDS = 3
 _WORKSPACE_BYTES = 64 << 20  # cuBLAS's and cuBLASLt's of the recording stream, 32 MiB each at most
 _KERNEL_BYTES = 8 << 10  # of a recorded kernel in the driver, and this many kernels in a layer
@@ -318,14 +312,9 @@ class Footprint:
         """
         if not self.is_last_stage:
             return 0
-        row = self.spec.vocab_size
-        logits, logprobs = (max_num_seqs * row * size for size in (_FLOAT_BYTES, _LOGPROB_BYTES))
-        if not on_device:
-            drawn = min(max_num_seqs, max(1, SAMPLED_LOGITS // row)) * row
-            return 2 * logits + max(logprobs, drawn * DRAWN_BYTES)
-        some = min(max_num_seqs, SAMPLED_ROWS)
-        penalties = logits + some * (row * PENALIZED_BYTES + max_model_len * COUNTED_BYTES)
-        return 2 * logits + max(logprobs, penalties, some * row * DEVICE_DRAWN_BYTES)
+        return sampling_bytes(
+            max_num_seqs, self.spec.vocab_size, max_model_len, on_device=on_device
+        )
 
     def scratch_bytes(self, max_model_len: int) -> int:
         """Bytes of the temporaries of one decoded token; layers use the same memory in turn."""

@@ -35,7 +35,7 @@ from saqqara.cluster.planning.models import model_of
 from saqqara.cluster.planning.workload import Workload
 from saqqara.compression.retention import Retention
 from saqqara.configs.worker_settings import WorkerSettings
-from saqqara.workers import footprint, sizing
+from saqqara.workers import fixed_sizes, sizing
 from saqqara.workers.attention.base import AttentionBackend
 from saqqara.workers.device_steps.device_decode import DeviceDecode
 from saqqara.workers.device_steps.device_head import DeviceHead
@@ -242,7 +242,7 @@ def footprint_of_sampling() -> Footprint:
 def test_sampling_takes_at_most_what_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of more rows than are drawn from at once."""
     monkeypatch.setattr(sampler, "SAMPLED_LOGITS", DRAWN * VOCAB)
-    monkeypatch.setattr(footprint, "SAMPLED_LOGITS", DRAWN * VOCAB)
+    monkeypatch.setattr(fixed_sizes, "SAMPLED_LOGITS", DRAWN * VOCAB)
     seen = TokenHistory(np.arange(50), np.arange(20))
     logits = torch.randn(ROWS, VOCAB)
     with PeakBytes() as memory:
@@ -255,7 +255,7 @@ def test_sampling_takes_at_most_what_is_set_aside(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("wants_more", [False, True])
 def test_so_does_sampling_on_the_device(wants_more: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_sampler, "SAMPLED_ROWS", DRAWN)
-    monkeypatch.setattr(footprint, "SAMPLED_ROWS", DRAWN)
+    monkeypatch.setattr(fixed_sizes, "SAMPLED_ROWS", DRAWN)
     slots = DeviceSlots(ROWS, KNOWN + 1, VOCAB, torch.device("cpu"))
     logits = torch.randn(ROWS, VOCAB)
     decoder = SimpleNamespace(logits=lambda _: logits, spec=SimpleNamespace(vocab_size=VOCAB))
