@@ -69,6 +69,9 @@ class Shard:
             head_dim=head_dim,
             dtype=part.dtype,
             device=device,
+            mirrored=True
+            if part.samples_on_device
+            else None,  # as on a GPU, also where that is none
             kernels=True if part.backend.name == "triton" else None,
         )
         self.slots = SlotTable(config.max_num_seqs, part.max_model_len + 1)

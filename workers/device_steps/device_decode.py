@@ -1,11 +1,11 @@
 """Decode steps whose every input is a tensor on the device, replayed as CUDA graphs.
 
 A step of one new token per sequence reads which slots take part, and where, from one small tensor;
-their tokens from `DeviceSlots`, and lengths and pages from the store's device tables. The kernels
-find each new token's place by themselves. So one recorded graph per batch size serves every step,
-and the host only says who takes part. Batches are padded up to the next size of a ladder; a padding
-row has slot -1, stores nothing and attends to nothing. So does the row of a slot that this rank has
-refused, since the other ranks count on the batch's size.
+their tokens from `DeviceSlots`, and lengths, which it counts up itself, and pages from the store's
+device tables. The kernels find each new token's place by themselves. So one recorded graph per
+batch size serves every step, and the host only says who takes part. Batches are padded up to the
+next size of a ladder; a padding row has slot -1, stores nothing and attends to nothing. So does the
+row of a slot that this rank has refused, since the other ranks count on the batch's size.
 
 Shapes: T sequences of a step, B the ladder's size for them, E hidden size.
 """
@@ -52,6 +52,7 @@ class DeviceDecode:
         self._layers = [layer for layer in layers if isinstance(layer, TritonLayer)]
         assert len(self._layers) == len(layers), "the step is one of Triton's kernels throughout"
         self._graphs = graphs
+        assert shard.kv.table.mirrored, "the device's lengths are its own to change"
         self._sizes = graph_sizes(shard.part.config.max_num_seqs)
 
     def takes(self, item: DecodeItem) -> bool:
@@ -141,6 +142,7 @@ class DeviceDecode:
             hidden = decoder.embedding(self._slots.feed(slots, positions))
         assert hidden is not None, "a later stage gets hidden states"
         places = decoder.places(positions)
+        self._work.lengthen(table.device_kept, held)
         work = self._work.list_work(table.device_kept, held, longest)
         for index, layer in enumerate(self._layers):
             rows = self._kernel.PagedRows(

@@ -17,7 +17,9 @@ class RowTable:
     `ceil(kept / page_tokens)` page table entries; what its other entries hold means nothing.
 
     On a CPU the device tensors share the memory of the host arrays. Elsewhere they are copies, and
-    the setters below, through which every change goes, repeat it there.
+    the setters below, through which every change goes, repeat it there; but for the device's own
+    decode steps, which count up the lengths of their rows on the device, as `KVStore.grow` does on
+    the host.
 
     Args:
         num_slots: sequences that can hold pages at once.

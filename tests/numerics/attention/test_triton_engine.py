@@ -201,6 +201,7 @@ def _of_layer(step: DeviceDecode) -> dict[str, int]:
         with torch.inference_mode(), launches:
             step._step(inputs, None, 2 * SPLIT_TOKENS)
         assert launches.names["_list_kernel"] == 1, "the parts of all layers are listed at once"
+        assert launches.names["_lengthen_kernel"] == 1, "all rows grow at once"
         launched.append(launches.names)
     return dict(launched[1] - launched[0])
 
