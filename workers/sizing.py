@@ -6,6 +6,7 @@ Shapes: T packed tokens, E hidden size.
 import numpy as np
 import torch
 
+from saqqara.compression.growth import most_ring_size, remembers_normalisers
 from saqqara.compression.retention import Retention
 
 from .attention.base import CuSeqlens
@@ -134,7 +135,17 @@ def graph_bytes(part: Part) -> int:
         return 0
     largest = graph_sizes(part.config.max_num_seqs)[-1]
     recorded = part.footprint.recorded_bytes(part.config.max_num_seqs)
-    return largest * scratch_bytes(part) + recorded + sampler_bytes(part)
+    queries, normalisers = noted_in_steps(part)
+    of_heads = len(part.layers) * len(part.heads.query)
+    noted = of_heads * (queries * part.spec.head_dim * part.dtype.itemsize + normalisers * 4)
+    recorded *= 1 + queries  # steps that note something, and those that do not
+    return largest * (scratch_bytes(part) + noted) + recorded + sampler_bytes(part)
+
+
+def noted_in_steps(part: Part) -> tuple[bool, bool]:
+    """Whether the engine's own retention remembers queries while decoding, and normalisers."""
+    retention = Retention.parse(part.config.retention, part.config.budget)
+    return most_ring_size(retention, part.max_model_len) > 0, remembers_normalisers(retention)
 
 
 def sampler_bytes(part: Part) -> int:

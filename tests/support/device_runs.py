@@ -3,11 +3,13 @@
 Ranks import this file, so it imports nothing slow.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -46,7 +48,9 @@ CASES: tuple[Case, ...] = (
         SamplingSpec(temperature=0.0, repetition_penalty=1.3, logit_bias=((9, 1.0),)),
     ),
     ("pyramidinfer", PUBLISHED, SamplingSpec(temperature=0.0)),  # cuts in the third step
+    ("h2o", {"budget": 10, "decode": {"slack_pages": 1}}, SamplingSpec(temperature=0.0)),
 )
+SUMMED = 5  # the slot that is never in the device's own step: its attention is summed up
 
 
 # The same, and others whose rows are cut while they decode; for many steps.
@@ -83,7 +87,9 @@ def sequences(cases: Sequence[Case] = CASES) -> list[NewSequence]:
     ]
 
 
-def make_config(folder: Path, layout: MeshLayout, attention: str) -> EngineConfig:
+def make_config(
+    folder: Path, layout: MeshLayout, attention: str, retention: str | dict[str, Any] = "full"
+) -> EngineConfig:
     """Settings of one rank."""
     return EngineConfig(
         model=str(folder),
@@ -99,6 +105,7 @@ def make_config(folder: Path, layout: MeshLayout, attention: str) -> EngineConfi
         layer_split=(1, 1) if layout.pipeline_size == 2 else None,
         pipeline_parallel_size=layout.pipeline_size,
         tensor_parallel_size=layout.tensor_size,
+        retention=retention,
         executor="local" if layout.world_size == 1 else "ray",
     )
 
@@ -110,10 +117,12 @@ class Run:
     Attributes:
         results: of each plan.
         on_device: how many steps were the device's own.
+        otherwise: the slots that were fed in the general way.
     """
 
     results: list[StepResult] = field(default_factory=list)
     on_device: int = 0
+    otherwise: set[int] = field(default_factory=set)
 
     def tokens(self) -> dict[int, list[int]]:
         """Those that were sampled, by slot."""
@@ -138,19 +147,17 @@ def run(
         num_steps: decode steps.
     """
     done, new = Run(), sequences(cases)
-    device = worker._decode._on_device
-    if device is not None:
-        _count(device, done)
     in_flight = [worker.begin(prefill_plan(worker, new))]
-    for step in range(num_steps):
-        items = [DecodeItem(n.slot, n.prompt_tokens + step) for n in new]
-        if refusal is not None and step == refusal.step:
-            items.append(items.pop(refusal.slot))  # the last of a kind is refused
-            if worker.info.rank == min(1, worker._shard.part.mesh.layout.world_size - 1):
-                _fail_once(worker, is_plain=refusal.slot not in worker._shard.retained)
-        in_flight.append(worker.begin(StepPlan(step + 1, decode=tuple(items))))
-        done.results.append(in_flight.pop(0).result())
-        worker.check_integrity()
+    with _counted(worker, done):
+        for step in range(num_steps):
+            items = [DecodeItem(n.slot, n.prompt_tokens + step) for n in new]
+            if refusal is not None and step == refusal.step:
+                items.append(items.pop(refusal.slot))  # the last of a kind is refused
+                if worker.info.rank == min(1, worker._shard.part.mesh.layout.world_size - 1):
+                    _fail_once(worker, is_plain=refusal.slot != SUMMED)
+            in_flight.append(worker.begin(StepPlan(step + 1, decode=tuple(items))))
+            done.results.append(in_flight.pop(0).result())
+            worker.check_integrity()
     done.results.append(in_flight.pop().result())
     slots = tuple(n.slot for n in new)
     done.results.append(worker.execute(StepPlan(num_steps + 1, free=slots)))
@@ -194,6 +201,7 @@ def check_ranks(
 def check_refusals(done: Run, refusal: Refusal | None) -> None:
     """Assert that a rank took every step itself, and refused this and nothing else."""
     assert done.on_device == len(done.results) - 2  # a prefill, and what frees the slots
+    assert done.otherwise == {SUMMED}
     refused = [(place, slot) for place, r in enumerate(done.results) for slot in r.refused]
     assert refused == ([] if refusal is None else [(1 + refusal.step, refusal.slot)])
     assert not any(r.faults for r in done.results)
@@ -207,14 +215,26 @@ def check_tokens(done: Run, general: Run, refusal: Refusal) -> None:
         assert tokens[slot][:most] == wanted[:most], (refusal, slot)
 
 
-def _count(device: Any, done: Run) -> None:
-    step = device._step
+@contextmanager
+def _counted(worker: Worker, done: Run) -> Iterator[None]:
+    """Count the steps that are the device's own, and note who is fed otherwise."""
+    decode = worker._decode
+    if decode._on_device is None:
+        yield
+        return
+    step, feed = decode._on_device._step, decode._feed_generally
 
     def counted(*args: Any) -> Any:
         done.on_device += 1
         return step(*args)
 
-    device._step = counted
+    def noted(items: tuple[DecodeItem, ...], *args: Any) -> Any:
+        done.otherwise.update(item.slot for item in items)
+        return feed(items, *args)
+
+    of_device = patch.object(decode._on_device, "_step", counted)
+    with of_device, patch.object(decode, "_feed_generally", noted):
+        yield
 
 
 def _fail_once(worker: Worker, *, is_plain: bool) -> None:
