@@ -41,6 +41,7 @@ def test_one_rank_with_two_steps_in_flight(tiny: Path, general: Run) -> None:
     run = device_runs.run(Worker.local(config.for_worker()), refusal)
     device_runs.check_refusals(run, refusal)
     device_runs.check_tokens(run, general, refusal)
+    device_runs.check_remembered(run, general)
     assert [len(t) for t in run.tokens().values()] == 5 * [NUM_STEPS + 1] + [1 + refusal.step]
     logprobs, expected = (
         {(t.slot, t.position): t.logprobs for r in of.results for t in r.sampled if t.logprobs}
@@ -61,6 +62,7 @@ def test_replayed_steps_with_padding_and_a_refusal(tiny: Path, general: Run) -> 
     replays = replay_steps(worker)
     run = device_runs.run(worker, refusal)
     device_runs.check_tokens(run, general, refusal)
+    device_runs.check_remembered(run, general)
     assert run.otherwise == {SUMMED}
     assert ("decode", 8, Kind.NORMALISERS) in replays.recorded  # for five sequences
 

@@ -12,6 +12,8 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
@@ -118,11 +120,13 @@ class Run:
         results: of each plan.
         on_device: how many steps were the device's own.
         otherwise: the slots that were fed in the general way.
+        remembered: queries, and normalisers, for the cuts to come.
     """
 
     results: list[StepResult] = field(default_factory=list)
     on_device: int = 0
     otherwise: set[int] = field(default_factory=set)
+    remembered: list[Tensor] = field(default_factory=list)
 
     def tokens(self) -> dict[int, list[int]]:
         """Those that were sampled, by slot."""
@@ -159,6 +163,8 @@ def run(
             done.results.append(in_flight.pop(0).result())
             worker.check_integrity()
     done.results.append(in_flight.pop().result())
+    rings = worker._shard.rings
+    done.remembered = [rings._buffer.clone(), rings._lse.clone()]
     slots = tuple(n.slot for n in new)
     done.results.append(worker.execute(StepPlan(num_steps + 1, free=slots)))
     worker.check_integrity()
@@ -213,6 +219,13 @@ def check_tokens(done: Run, general: Run, refusal: Refusal) -> None:
     for slot, wanted in general.tokens().items():
         most = 1 + refusal.step if slot == refusal.slot else len(wanted)
         assert tokens[slot][:most] == wanted[:most], (refusal, slot)
+
+
+def check_remembered(done: Run, general: Run) -> None:
+    """Assert that cuts would go by the same queries and normalisers, but for rounding."""
+    for ours, theirs in zip(done.remembered, general.remembered, strict=True):
+        assert len(theirs.flatten()), "no sequence remembers any"
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 @contextmanager
