@@ -8,7 +8,7 @@ from saqqara.cluster.engine.client import EngineClient, EngineDescription, Local
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
-from saqqara.workers.plan import WorkerInfo
+from saqqara.workers.plan import WorkerInfo, WorkerMemory
 
 from .failover import FailoverClient
 from .long_wait import LongWait
@@ -74,8 +74,21 @@ def _worker_line(w: WorkerInfo) -> str:
         f"({w.dtype_reason}), attention {w.attention_backend} ({w.attention_reason}), "
         f"linear {w.linear_backend} ({w.linear_reason}), "
         f"weights {w.memory.weight_bytes / MIB:.0f} MiB, pool {w.memory.pool_bytes / MIB:.0f} MiB "
-        f"= {w.num_pages} pages of {w.page_tokens} tokens"
+        f"= {w.num_pages} pages of {w.page_tokens} tokens{_beside_the_pool(w.memory)}"
     )
+
+
+def _beside_the_pool(memory: WorkerMemory) -> str:
+    """What else a GPU will hold, for which its pool leaves room."""
+    parts = {
+        "tables": memory.table_bytes,
+        "temporaries of a step": memory.temporary_bytes,
+        "graphs": memory.graph_bytes,
+        "rings and sums": memory.remembered_bytes,
+    }
+    if memory.temporary_bytes == 0:
+        return ""
+    return "".join(f", {name} {size / MIB:.0f} MiB" for name, size in parts.items() if size)
 
 
 def sequences_that_fit(engine: EngineDescription, num_tokens: int) -> int:

@@ -100,9 +100,12 @@ def compete(scores: Tensor, keep: int, floor: int, recent: int, sinks: int) -> l
     column, head = num_context - 1 - order // num_heads, order % num_heads
     free = ~taken[head, column]
     rest = num_heads * (keep - recent - max(floor, sinks))
-    taken[head[free][:rest], column[free][:rest]] = True
+    taken[head, column] = ~free | (free.cumsum(0) <= rest)
+    # The host waits for the device twice, whatever the number of heads.
+    counts = taken.sum(dim=1).tolist()
+    chosen = torch.split(taken.nonzero()[:, 1], counts)
     last = torch.arange(num_context, num_context + recent, device=scores.device)
-    return [torch.cat([row.nonzero().squeeze(1), last]) for row in taken]
+    return [torch.cat([row, last]) for row in chosen]
 
 
 def select_stored(retention: Retention, observation: Observation, keep: int) -> Tensor:

@@ -14,6 +14,15 @@ from saqqara.compression.growth import (
 )
 from saqqara.compression.retention import Retention
 
+from .fixed_sizes import (
+    MAX_SPLITS,
+    SAMPLED_LOGITS,
+    SAMPLED_ROWS,
+    SPLIT_TOKENS,
+    most_splits,
+    num_entries,
+    pages_beside_tables,
+)
 from .mesh.layout import (
     HeadShard,
     MeshLayout,
@@ -30,12 +39,22 @@ NORMALISER_BYTES = 4  # float32
 SUM_BYTES = 4  # float32
 _FLOAT_BYTES = 4
 _ENTRY_BYTES = 4  # int32, of a page table entry and of a row's length
+_PLACE_BYTES = 8  # int64, where a row's entries begin
+_TOKEN_BYTES = 4  # int32
+_SETTING_BYTES = 8 + 4 * 8  # a seed, and four numbers that filter
 # The head runs for sampled positions only, so in a step that also prefills it costs a part of what
 # its weights, counted in layers, would suggest.
 _HEAD_SHARE = 0.25
 # What stages are balanced for: it must be known before anything is, and alike to planner and ranks.
 _BALANCED_SEQS, _BALANCED_TOKENS = 128, 4096
 _LARGEST_GRAPH = 512
+LOGIT_BYTES = 4 + 4  # a logit, and adjusted by penalties
+_LOGPROB_BYTES = 4 + 4  # after that: a copy of the logit, and its log-probability
+# Of one that is drawn from: copies of the sorted row and its noise in float64 and int64, and as a
+# GPU sorts, a second copy of keys and places.
+DRAWN_BYTES = 76 + 2 * (8 + 8)
+# Values, ids, weights, running sums and noise of a row, most of them of 8 bytes.
+_RECORDED_DRAWN_BYTES = 12 * 8
 _WORKSPACE_BYTES = 64 << 20  # cuBLAS's and cuBLASLt's of the recording stream, 32 MiB each at most
 _KERNEL_BYTES = 8 << 10  # of a recorded kernel in the driver, and this many kernels in a layer
 _LAYER_KERNELS = 13
@@ -227,10 +246,38 @@ class Footprint:
         """Bytes of one page."""
         return page_tokens * self.spec.kv_bytes_per_row_token(self.dtype)
 
-    def table_bytes(self, max_num_seqs: int, max_model_len: int, page_tokens: int) -> int:
-        """Bytes, on the device, of the page tables and lengths of all rows."""
-        entries = -(-max_model_len // page_tokens) + 1  # and the length
-        return max_num_seqs * self.num_rows * entries * _ENTRY_BYTES
+    def mirror_entries(
+        self, num_pages: int, max_num_seqs: int, max_model_len: int, page_tokens: int
+    ) -> int:
+        """Page table entries on a device that is not the host, beside a pool of so many pages."""
+        pages_per_row = -(-max_model_len // page_tokens)
+        return num_entries(num_pages, max_num_seqs * self.num_rows, pages_per_row)
+
+    def table_bytes(
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        page_tokens: int,
+        mirrored_pages: int | None = None,
+    ) -> int:
+        """Bytes of the page tables and lengths of all rows, where attention finds them.
+
+        Args:
+            max_num_seqs: slots.
+            max_model_len: tokens of the longest row.
+            page_tokens: tokens of a page.
+            mirrored_pages: pages of the pool, where the device is not the host; None: it is, and
+                tables are address space for the longest rows.
+        """
+        rows = max_num_seqs * self.num_rows
+        if mirrored_pages is None:
+            return rows * (-(-max_model_len // page_tokens) + 1) * _ENTRY_BYTES  # and the length
+        entries = self.mirror_entries(mirrored_pages, max_num_seqs, max_model_len, page_tokens)
+        return entries * _ENTRY_BYTES + rows * (_PLACE_BYTES + _ENTRY_BYTES)
+
+    def slot_bytes(self, max_num_seqs: int, max_model_len: int) -> int:
+        """Bytes of what a device that samples knows of all slots: tokens, seeds, filters."""
+        return (max_num_seqs + 1) * ((max_model_len + 1) * _TOKEN_BYTES + _SETTING_BYTES)
 
     def rotary_bytes(self, max_model_len: int) -> int:
         """Bytes of the cosines and sines of all positions."""
@@ -244,14 +291,17 @@ class Footprint:
         """Bytes of a query's normalisers, in all layers."""
         return len(self.layers) * len(self.heads.query) * NORMALISER_BYTES
 
+    def _remembered_bytes(self, retention: Retention) -> int:
+        """Bytes of a remembered query, and of its normalisers where these are, in all layers."""
+        normalisers = self.ring_normaliser_bytes() if remembers_normalisers(retention) else 0
+        return self.ring_query_bytes() + normalisers
+
     def rings_and_sums_bytes(
         self, retention: Retention, max_num_seqs: int, max_model_len: int, page_tokens: int
     ) -> int:
         """Bytes of every slot's ring and sums, were all under this retention."""
-        query_bytes = self.ring_query_bytes()
-        if remembers_normalisers(retention):
-            query_bytes += self.ring_normaliser_bytes()
-        slot_bytes = most_ring_size(retention, max_model_len) * query_bytes
+        ring_size = most_ring_size(retention, max_model_len)
+        slot_bytes = ring_size * self._remembered_bytes(retention)
         if sums_mass(retention):
             assert isinstance(retention.decode, DecodeStage)
             spec = self.spec
@@ -260,19 +310,78 @@ class Footprint:
             slot_bytes += SUM_BYTES * self.num_rows * (int(rows.max()) + slack)
         return max_num_seqs * slot_bytes
 
-    def recorded_bytes(self, max_num_seqs: int) -> int:
-        """Bytes that CUDA graphs hold besides a step's temporaries; partly an allowance."""
+    def sampler_bytes(self, max_num_seqs: int) -> int:
+        """Bytes of logits and of what sampling every slot holds beside them; 0 without a head."""
+        if not self.is_last_stage:
+            return 0
+        row = self.spec.vocab_size
+        drawn = min(max_num_seqs, max(1, SAMPLED_LOGITS // row)) * row
+        most = max(max_num_seqs * row * _LOGPROB_BYTES, drawn * DRAWN_BYTES)
+        return max_num_seqs * row * LOGIT_BYTES + most
+
+    def scratch_bytes(self, max_model_len: int) -> int:
+        """Bytes of the temporaries of one decoded token; layers use the same memory in turn."""
+        hidden, dim, size = self.spec.hidden_size, self.spec.head_dim, self.dtype.itemsize
+        num_queries = len(self.heads.query)
+        fused = (num_queries + 2 * len(self.heads.kv)) * dim
+        attended = num_queries * dim * size
+        # Also of the layer before, until this one's are there: the fused projection, the output.
+        held = (hidden + fused) * size + attended
+        splits = most_splits(max_model_len, SPLIT_TOKENS)
+        if splits > 1:
+            attended += num_queries * (dim + 1) * _FLOAT_BYTES * MAX_SPLITS
+            held += self.num_rows * splits * _ENTRY_BYTES  # the list of all parts
+        project = hidden + fused  # normed, fused
+        finish = 2 * hidden + 3 * self.num_channels  # sum, normed, gate-up, activated
+        return held + max(max(project, finish) * size, attended)
+
+    def graph_bytes(self, max_num_seqs: int, max_model_len: int, retention: Retention) -> int:
+        """Bytes that recorded decode steps hold, and what they note for cuts of this retention."""
+        largest, of_token = graph_sizes(max_num_seqs)[-1], self.scratch_bytes(max_model_len)
+        notes = most_ring_size(retention, max_model_len) > 0
+        if notes:
+            of_token += self._remembered_bytes(retention)
+        recorded = self.recorded_bytes(max_num_seqs, kinds=1 + notes)
+        return largest * of_token + recorded + self._recorded_sampling_bytes(largest)
+
+    def _recorded_sampling_bytes(self, largest: int) -> int:
+        """Bytes of the largest recorded sampling step; 0 without a head."""
+        if not self.is_last_stage:
+            return 0
+        row = self.spec.vocab_size
+        logits = largest * row * (_FLOAT_BYTES + self.dtype.itemsize)  # as multiplied, in float32
+        return logits + min(largest, SAMPLED_ROWS) * row * _RECORDED_DRAWN_BYTES
+
+    def recorded_bytes(self, max_num_seqs: int, kinds: int) -> int:
+        """Bytes that CUDA graphs hold besides a step's temporaries; partly an allowance.
+
+        `kinds` of steps are recorded for each size.
+        """
         sizes = graph_sizes(max_num_seqs)
         hidden_bytes = self.spec.hidden_size * self.dtype.itemsize
         kernels = len(sizes) * len(self.layers) * _LAYER_KERNELS
-        return sum(sizes) * hidden_bytes + kernels * _KERNEL_BYTES + _WORKSPACE_BYTES
+        return kinds * (sum(sizes) * hidden_bytes + kernels * _KERNEL_BYTES) + _WORKSPACE_BYTES
 
     def pages_within(
-        self, pool_bytes: float, max_num_seqs: int, max_model_len: int, page_tokens: int
+        self,
+        pool_bytes: float,
+        max_num_seqs: int,
+        max_model_len: int,
+        page_tokens: int,
+        *,
+        with_mirror: bool = False,
     ) -> int:
-        """Pages of a pool of at most so many bytes: no more than all slots at full length need."""
-        most = max_num_seqs * self.num_rows * -(-max_model_len // page_tokens)
-        return min(int(pool_bytes // self.page_bytes(page_tokens)), most)
+        """Pages of a pool of at most so many bytes: no more than all slots at full length need.
+
+        `with_mirror`: the tables of `table_bytes` with mirrored pages lie in these bytes, too.
+        """
+        rows, pages_per_row = max_num_seqs * self.num_rows, -(-max_model_len // page_tokens)
+        page_bytes = self.page_bytes(page_tokens)
+        if not with_mirror:
+            return min(int(pool_bytes // page_bytes), rows * pages_per_row)
+        left = pool_bytes - rows * (_PLACE_BYTES + _ENTRY_BYTES)
+        pages = pages_beside_tables(left, page_bytes, _ENTRY_BYTES, rows, pages_per_row)
+        return min(pages, rows * pages_per_row)
 
 
 def replica_rows(footprints: "tuple[Footprint, ...]") -> int:

@@ -122,6 +122,11 @@ class Part:
         return Footprint(self.spec, self.dtype, mesh.layout, mesh.rank, self.layers, self.heads)
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Slots, tokens of the longest row, tokens of a page: what tables are as large as."""
+        return self.config.max_num_seqs, self.max_model_len, self.config.page_tokens
+
+    @property
     def samples_on_device(self) -> bool:
         """Whether tokens stay on the device, so that no step waits for the host to see them."""
         return self.choices.linear_backend == "triton"

@@ -219,6 +219,10 @@ class WorkerMemory:
     layer being computed; `prefill_activation_bytes` everything else that prefill holds
     (hidden states in flight and parked, queries, attention output, MLP chunk). `ring_bytes` are the
     queries, and `mass_bytes` the sums of attention, remembered for compactions while decoding.
+    `table_bytes` are of page tables, lengths, rotary angles, and what a device that samples knows
+    of slots. On a GPU the pool leaves room for the temporaries of the largest step, recorded
+    graphs, and rings and sums of every slot: `temporary_bytes`, `graph_bytes` and
+    `remembered_bytes`; 0 on a CPU.
     """
 
     weight_bytes: int = 0
@@ -230,6 +234,10 @@ class WorkerMemory:
     prefill_activation_bytes_peak: int = 0
     resident_bytes: int = 0
     resident_bytes_peak: int = 0
+    table_bytes: int = 0
+    temporary_bytes: int = 0
+    graph_bytes: int = 0
+    remembered_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

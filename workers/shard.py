@@ -6,6 +6,7 @@ its layers.
 
 import logging
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,11 +21,11 @@ from saqqara.compression.growth import (
 )
 from saqqara.compression.retention import Retention
 
-from .clock import StepClock
+from .clock import Event, StepClock
 from .kv.store import KVStore
 from .part import Part
-from .plan import NewSequence, WorkerInfo
-from .sizing import pool_pages
+from .plan import NewSequence, WorkerInfo, WorkerMemory
+from .sizing import size_pool
 from .state.device_slots import DeviceSlots
 from .state.faults import Faults
 from .state.meter import MemoryMeter
@@ -34,6 +35,10 @@ from .state.slots import SlotTable
 from .state.sums import MassSums
 
 logger = logging.getLogger(__name__)
+
+
+def _timing_event() -> Event:
+    return cast("Event", torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
 
 
 class Shard:
@@ -52,27 +57,28 @@ class Shard:
         clock: time spent in the current step, by phase.
 
     Raises:
-        ValueError: see `sizing.pool_pages`.
+        ValueError: see `sizing.size_pool`.
     """
 
     def __init__(self, part: Part) -> None:
         config, device = part.config, part.device
         num_layers, num_heads, head_dim = len(part.layers), len(part.heads.kv), part.spec.head_dim
+        uses_kernels = part.backend.name == "triton"
+        holdings = size_pool(part)
         self.part = part
         self.kv = KVStore(
             num_layers=num_layers,
             num_heads=num_heads,
             num_slots=config.max_num_seqs,
-            num_pages=pool_pages(part),
+            num_pages=holdings.num_pages,
             page_tokens=config.page_tokens,
             max_row_tokens=part.max_model_len,
             head_dim=head_dim,
             dtype=part.dtype,
             device=device,
-            mirrored=True
-            if part.samples_on_device
-            else None,  # as on a GPU, also where that is none
-            kernels=True if part.backend.name == "triton" else None,
+            kernels=True if uses_kernels else None,
+            mirrored=True if uses_kernels else None,
+            mirror_entries=part.footprint.mirror_entries(holdings.num_pages, *part.sizes),
         )
         self.slots = SlotTable(config.max_num_seqs, part.max_model_len + 1)
         self.device_slots = None
@@ -85,9 +91,16 @@ class Shard:
         )
         self.sums = MassSums(config.max_num_seqs, num_layers, num_heads, device)
         self.faults = Faults(self.kv.free, is_alone=part.mesh.layout.tensor_size == 1)
-        pool_bytes = self.kv.num_pages * self.kv.page_bytes
-        self.meter = MemoryMeter(part.decoder.weight_bytes(), pool_bytes)
-        self.clock = StepClock()
+        held = WorkerMemory(
+            weight_bytes=part.decoder.weight_bytes(),
+            pool_bytes=holdings.pool_bytes,
+            table_bytes=holdings.table_bytes,
+            temporary_bytes=holdings.temporary_bytes,
+            graph_bytes=holdings.graph_bytes,
+            remembered_bytes=holdings.remembered_bytes,
+        )
+        self.meter = MemoryMeter(held)
+        self.clock = StepClock(_timing_event if device.type == "cuda" else None)
 
     def info(self, hostname: str, pid: int, log_file: str | None) -> WorkerInfo:
         """What the scheduler and the start-up log want to know."""

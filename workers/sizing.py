@@ -3,6 +3,9 @@
 Shapes: T packed tokens, E hidden size.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -10,7 +13,7 @@ from saqqara.compression.growth import most_ring_size, remembers_normalisers
 from saqqara.compression.retention import Retention
 
 from .attention.base import CuSeqlens
-from .footprint import GIB, graph_sizes, stage_layers
+from .footprint import GIB, stage_layers
 from .host_memory import available_bytes, total_bytes
 from .models.decoder import chunks
 from .part import Part
@@ -19,38 +22,59 @@ from .transfer import to_device
 _CPU_SHARE = 0.3
 _CPU_MAX_BYTES = 4 * GIB
 _WINDOW_QUERIES = 64
-SAMPLED_ROWS = 32  # at a time, on the device
 
 
-def pool_pages(part: Part) -> int:
-    """Pages of one worker's pool.
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What a rank holds from start-up on, and what it leaves free for its steps; in bytes.
+
+    Attributes:
+        num_pages: of the pool.
+        pool_bytes: of the pages.
+        table_bytes: of page tables, lengths, rotary angles, and what the device knows of slots
+            where it samples.
+        temporary_bytes: of the largest step, prefill or sampling; 0 on a CPU, where none is set
+            aside. So are the others:
+        graph_bytes: of recorded decode steps.
+        remembered_bytes: of every slot's ring and sums under the engine's own retention.
+    """
+
+    num_pages: int
+    pool_bytes: int
+    table_bytes: int
+    temporary_bytes: int = 0
+    graph_bytes: int = 0
+    remembered_bytes: int = 0
+
+
+def size_pool(part: Part) -> Holdings:
+    """What a worker will hold beside its weights, and how many pages are left for its pool.
 
     `kv_memory_gib` is per replica and is split over its workers by their rows; without it a GPU
-    gives what `memory_utilization` leaves after weights and one step, a CPU min(4 GiB, 30% of what
-    is available) per replica.
+    gives what `memory_utilization` leaves after everything else that it will hold, a CPU min(4 GiB,
+    30% of what is available) per replica.
 
     Raises:
         ValueError: not even one full-length sequence's rows would get a page each, or the pool is
             larger than the machine's memory.
     """
-    config, device, rows = part.config, part.device, part.num_rows
-    page_bytes = part.footprint.page_bytes(config.page_tokens)
+    config, device, rows, footprint = part.config, part.device, part.num_rows, part.footprint
+    page_bytes, is_host = footprint.page_bytes(config.page_tokens), device.type == "cpu"
     # Also where the pool has a given size: it does the first step's work, and shows that it fits.
-    step_bytes = 0
-    if device.type == "cuda":
-        step_bytes = measure_step(part) + graph_bytes(part) + rings_and_sums_bytes(part)
+    aside = (0, 0, 0) if is_host else _set_aside(part)
+    slots = footprint.slot_bytes(*part.sizes[:2]) if part.samples_on_device else 0
     if config.kv_memory_gib is not None:
         pool_bytes = config.kv_memory_gib * GIB * rows / part.replica_rows
-    elif device.type == "cuda":
-        torch.cuda.empty_cache()  # what loading and the measured step left behind is free, too
-        free, total = torch.cuda.mem_get_info(device)
-        pool_bytes = free - (1 - config.memory_utilization) * total - step_bytes
-    else:
+        pages = footprint.pages_within(pool_bytes, *part.sizes)
+    elif is_host:
         most_bytes = min(_CPU_MAX_BYTES, _CPU_SHARE * available_bytes())
         pool_bytes = most_bytes * rows / part.replica_rows
-    sizes = (config.max_num_seqs, part.max_model_len, config.page_tokens)
-    pages = part.footprint.pages_within(pool_bytes, *sizes)
-    if device.type == "cpu" and pages * page_bytes > total_bytes():
+        pages = footprint.pages_within(pool_bytes, *part.sizes)
+    else:
+        free, total = device_memory(device)
+        pool_bytes = free - (1 - config.memory_utilization) * total - sum(aside) - slots
+        pages = footprint.pages_within(pool_bytes, *part.sizes, with_mirror=True)
+    if is_host and pages * page_bytes > total_bytes():
         raise ValueError(
             f"kv_memory_gib={config.kv_memory_gib:g}: this worker's {pages} pages would take "
             f"{pages * page_bytes / GIB:.1f} GiB; the machine has {total_bytes() / GIB:.1f} GiB"
@@ -61,7 +85,27 @@ def pool_pages(part: Part) -> int:
             f" fewer than one per row ({rows} layers x kv heads); it needs more memory"
             f"{_even_split(part)}"
         )
-    return pages
+    tables = footprint.table_bytes(*part.sizes, mirrored_pages=None if is_host else pages)
+    tables += footprint.rotary_bytes(part.max_model_len) + slots
+    return Holdings(pages, pages * page_bytes, tables, *aside)
+
+
+def _set_aside(part: Part) -> tuple[int, int, int]:
+    """Bytes that a GPU's pool leaves free: of a step's temporaries, of graphs, of rings and sums.
+
+    Prefill and sampling do not overlap; two groups' hidden states may be parked beside either.
+    """
+    sampling = part.footprint.sampler_bytes(part.config.max_num_seqs)
+    hidden_bytes = part.config.max_prefill_tokens * part.spec.hidden_size * part.dtype.itemsize
+    temporary = max(measure_step(part), sampling + 3 * hidden_bytes)
+    return temporary, graph_bytes(part), rings_and_sums_bytes(part)
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free on a GPU, and all of its bytes."""
+    torch.cuda.empty_cache()  # what loading and the measured step left behind is free, too
+    free, total = torch.cuda.mem_get_info(device)
+    return free, total
 
 
 def _even_split(part: Part) -> str:
@@ -78,13 +122,24 @@ def _even_split(part: Part) -> str:
 
 def measure_step(part: Part) -> int:
     """Peak GPU bytes of the largest step: one layer of a full prefill group, and the head."""
-    torch.cuda.synchronize(part.device)
-    before = torch.cuda.memory_allocated(part.device)
-    torch.cuda.reset_peak_memory_stats(part.device)
-    hidden_bytes = largest_step(part)
-    peak = torch.cuda.max_memory_allocated(part.device)
+    hidden_bytes = 0
+
+    def work() -> None:
+        nonlocal hidden_bytes
+        hidden_bytes = largest_step(part)
+
+    peak = peak_bytes(part.device, work)
     # Another group's hidden states may be parked beside the one in work.
-    return int(peak - before + 2 * hidden_bytes)
+    return peak + 2 * hidden_bytes
+
+
+def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
+    """The most bytes of a GPU that some work holds at once beyond what was held before."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return int(torch.cuda.max_memory_allocated(device) - before)
 
 
 @torch.inference_mode()
@@ -111,10 +166,8 @@ def largest_step(part: Part) -> int:
 
 def rings_and_sums_bytes(part: Part) -> int:
     """Bytes of every slot's ring and sums under the engine's own retention."""
-    config = part.config
-    retention = Retention.parse(config.retention, config.budget)
-    sizes = (config.max_num_seqs, part.max_model_len, config.page_tokens)
-    return part.footprint.rings_and_sums_bytes(retention, *sizes)
+    retention = Retention.parse(part.config.retention, part.config.budget)
+    return part.footprint.rings_and_sums_bytes(retention, *part.sizes)
 
 
 def why_no_graphs(part: Part) -> str | None:
@@ -133,44 +186,11 @@ def graph_bytes(part: Part) -> int:
     """
     if not part.samples_on_device or why_no_graphs(part) is not None:
         return 0
-    largest = graph_sizes(part.config.max_num_seqs)[-1]
-    recorded = part.footprint.recorded_bytes(part.config.max_num_seqs)
-    queries, normalisers = noted_in_steps(part)
-    of_heads = len(part.layers) * len(part.heads.query)
-    noted = of_heads * (queries * part.spec.head_dim * part.dtype.itemsize + normalisers * 4)
-    recorded *= 1 + queries  # steps that note something, and those that do not
-    return largest * (scratch_bytes(part) + noted) + recorded + sampler_bytes(part)
+    retention = Retention.parse(part.config.retention, part.config.budget)
+    return part.footprint.graph_bytes(part.config.max_num_seqs, part.max_model_len, retention)
 
 
 def noted_in_steps(part: Part) -> tuple[bool, bool]:
     """Whether the engine's own retention remembers queries while decoding, and normalisers."""
     retention = Retention.parse(part.config.retention, part.config.budget)
     return most_ring_size(retention, part.max_model_len) > 0, remembers_normalisers(retention)
-
-
-def sampler_bytes(part: Part) -> int:
-    """Bytes of the tokens that stay on the device, and of the largest recorded sampling step."""
-    config, vocab_size = part.config, part.spec.vocab_size
-    tokens = (config.max_num_seqs + 1) * (part.max_model_len + 1) * 4  # int32
-    if part.decoder.head is None:
-        return tokens
-    largest = graph_sizes(config.max_num_seqs)[-1]
-    logits = largest * vocab_size * (4 + part.dtype.itemsize)  # as multiplied, and in float32
-    # Values, ids, weights, running sums and noise of a row, most of them of 8 bytes.
-    return tokens + logits + min(largest, SAMPLED_ROWS) * vocab_size * 12 * 8
-
-
-def scratch_bytes(part: Part) -> int:
-    """Bytes of the temporaries of one decoded token; layers use the same memory in turn."""
-    from saqqara.workers.kernels.work import MAX_SPLITS, SPLIT_TOKENS, most_splits
-
-    spec, itemsize = part.spec, part.dtype.itemsize
-    num_queries, num_kv, dim = len(part.heads.query), len(part.heads.kv), spec.head_dim
-    attended = num_queries * dim * itemsize
-    # Also of the layer before, until this one's are there: the fused projection, the output.
-    held = (spec.hidden_size + (num_queries + 2 * num_kv) * dim) * itemsize + attended
-    splits = most_splits(part.max_model_len, SPLIT_TOKENS)
-    if splits > 1:
-        attended += num_queries * (dim + 1) * 4 * MAX_SPLITS  # float32
-        held += part.num_rows * splits * 4  # the list of all parts, int32
-    return held + max(part.decoder.layers[0].activation_bytes_per_token(itemsize), attended)

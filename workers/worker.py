@@ -92,6 +92,7 @@ class StepInFlight:
         sampled = self._sampling.take()
         late = frozenset(faults.refused) - refused_by_now
         waited = time.perf_counter() - started
+        waiting = ("total",) if self._shard.clock.is_of_device else ("head", "total")
         told = self._sampling.is_told
         return replace(
             begun,
@@ -102,7 +103,7 @@ class StepInFlight:
             faults=begun.faults + faults.take(),
             pages_free=self._shard.kv.pages_free,
             seconds={
-                name: seconds + waited if name in ("head", "total") else seconds
+                name: seconds + waited if name in waiting else seconds
                 for name, seconds in begun.seconds.items()
             },
         )
@@ -204,7 +205,9 @@ class Worker:
         shard = self._shard
         shard.clock.begin_step()
         with shard.clock.phase("total"):
-            return self._begin(plan)
+            step = self._begin(plan)
+        shard.clock.close_step()
+        return step
 
     def _begin(self, plan: StepPlan) -> StepInFlight:
         shard = self._shard

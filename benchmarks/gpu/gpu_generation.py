@@ -15,11 +15,11 @@ from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.scheduling.sequence import TokenRequest
 from saqqara.compression.retention import Retention
+from saqqara.configs.quantum import prefill_quantum
 from saqqara.configs.worker_settings import WorkerSettings
 from saqqara.workers.plan import SamplingSpec, StepPlan
 from saqqara.workers.worker import Worker
 
-PREFILL_QUANTUM = 32768  # layers x tokens of prefill per step: the engine's default
 _SPARE_SHARE = 0.02  # of the pool, which admission leaves free
 _GREEDY = SamplingSpec(temperature=0.0)
 
@@ -115,7 +115,9 @@ def generate(
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len or worker.spec.max_position,
         max_prefill_tokens=settings.max_prefill_tokens,
-        prefill_quantum=PREFILL_QUANTUM,
+        prefill_quantum=prefill_quantum(
+            "auto", worker.info.device, 1, worker.spec.layer_parameters
+        ),
     )
     ends = _After(new_tokens)
     sequences = [

@@ -86,11 +86,14 @@ def simulate(
         int, typer.Option(min=1, max=10**9, help="Prompt tokens of a prefill group.")
     ] = 2048,
     prefill_quantum: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=1, max=10**12, help="Layers x tokens of prefill per step while others decode."
+            min=1,
+            max=10**12,
+            help="Layers x tokens of prefill per step while others decode. "
+            "[default: the engine's, by GPU and model]",
         ),
-    ] = 32768,
+    ] = None,
     max_extend_tokens: Annotated[
         int,
         typer.Option(min=1, max=10**9, help="Tokens replayed per step, all sequences together."),

@@ -53,7 +53,7 @@ class SimulateFlags:
     node_return_seconds: float
     detect_seconds: float
     restart_seconds: float
-    prefill_quantum: int
+    prefill_quantum: int | None
     max_extend_tokens: int
     seed: int
     processes: int | None
@@ -102,7 +102,8 @@ def _asked(flags: SimulateFlags) -> _Asked:
         prompt, new = float(trace.prompt_tokens.mean()), float(trace.new_tokens.mean())
         planned = replace(planned, prompt_tokens=round(prompt), new_tokens=round(new))
     question = question_of(planned)
-    first = Deployment.best(question, flags.prefill_quantum, flags.max_extend_tokens)
+    quantum = "auto" if flags.prefill_quantum is None else flags.prefill_quantum
+    first = Deployment.best(question, quantum, flags.max_extend_tokens)
     if trace is None:
         trace = _drawn(flags, first)
     trace.check_lengths(question.sizes.max_model_len)

@@ -29,6 +29,7 @@ from saqqara.cluster.scheduling.events import (
 from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.structured.preparation import Preparation
 from saqqara.compression.retention import Retention
+from saqqara.configs.quantum import prefill_quantum
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec
 
@@ -93,7 +94,12 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len or spec.max_position,
             max_prefill_tokens=config.max_prefill_tokens,
-            prefill_quantum=config.prefill_quantum,
+            prefill_quantum=prefill_quantum(
+                config.prefill_quantum,
+                executor.workers[0].device,
+                config.tensor_parallel_size,
+                spec.layer_parameters,
+            ),
             max_extend_tokens=config.max_extend_tokens,
             lookahead=lookahead,
         )

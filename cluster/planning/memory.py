@@ -51,7 +51,7 @@ class RankMemory:
         weight_bytes: of its part of the model.
         pool_bytes: of its pages, `num_pages` of them.
         activation_bytes: of the largest step, and of recorded graphs; an estimate.
-        table_bytes: of page tables, lengths and rotary angles.
+        table_bytes: of page tables, lengths, rotary angles, and what a GPU knows of slots.
         remembered_bytes: of the queries and sums that a decode stage goes by.
         reserved_bytes: of the driver and its libraries; an estimate.
     """
@@ -169,7 +169,9 @@ class ReplicaMemory:
         sizes, is_gpu = self.sizes, self.device.kind == "cuda"
         counts = (max_num_seqs, sizes.max_model_len, sizes.page_tokens)
         alone = rank.layout.world_size == 1
-        rotary = rank.rotary_bytes(sizes.max_model_len)
+        fixed = rank.rotary_bytes(sizes.max_model_len)
+        if is_gpu:  # which samples
+            fixed += rank.slot_bytes(max_num_seqs, sizes.max_model_len)
         held = RankMemory(
             rank=rank.rank,
             stage=rank.layout.pipeline_rank(rank.rank),
@@ -178,16 +180,23 @@ class ReplicaMemory:
             num_pages=0,
             weight_bytes=weight_bytes(rank, self.model),
             pool_bytes=0,
-            activation_bytes=step_bytes(rank, sizes, max_num_seqs)
-            + (rank.recorded_bytes(max_num_seqs) if is_gpu and alone else 0),
-            table_bytes=rank.table_bytes(*counts) + rotary,
+            activation_bytes=temporary_bytes(rank, sizes, max_num_seqs)
+            + (rank.graph_bytes(*counts[:2], self.workload.retention) if is_gpu else 0),
+            table_bytes=fixed,
             remembered_bytes=rank.rings_and_sums_bytes(self.workload.retention, *counts),
             reserved_bytes=(CONTEXT_BYTES + (0 if alone else NCCL_BYTES)) if is_gpu else 0,
         )
-        # As `workers/sizing.py`: the tables lie in what `memory_utilization` leaves.
-        pool = self._pool_bytes(rank, held.total_bytes - rank.table_bytes(*counts))
-        pages = max(rank.pages_within(pool, *counts), 0)
-        return replace(held, num_pages=pages, pool_bytes=pages * rank.page_bytes(sizes.page_tokens))
+        # As `workers/sizing.py`: page tables share what `memory_utilization` leaves with the pool.
+        pool = self._pool_bytes(rank, held.total_bytes)
+        shares = is_gpu and sizes.kv_memory_gib is None
+        pages = max(rank.pages_within(pool, *counts, with_mirror=shares), 0)
+        tables = rank.table_bytes(*counts, mirrored_pages=pages if is_gpu else None)
+        return replace(
+            held,
+            num_pages=pages,
+            pool_bytes=pages * rank.page_bytes(sizes.page_tokens),
+            table_bytes=tables + fixed,
+        )
 
     def _pool_bytes(self, rank: Footprint, others: int) -> float:
         """Bytes that the pool may have beside what else lies there."""
@@ -207,6 +216,13 @@ def weight_bytes(rank: Footprint, model: PlannedModel) -> int:
     if more:
         numbers += model.num_experts * model.spec.hidden_size  # what chooses among them
     return rank.weight_bytes() + len(rank.layers) * numbers * rank.dtype.itemsize
+
+
+def temporary_bytes(rank: Footprint, sizes: EngineSizes, max_num_seqs: int) -> int:
+    """Bytes that a step takes at most: its activations, or what sampling takes after them."""
+    hidden = sizes.max_prefill_tokens * rank.spec.hidden_size * rank.dtype.itemsize
+    sampling = rank.sampler_bytes(max_num_seqs) + 3 * hidden
+    return max(step_bytes(rank, sizes, max_num_seqs), sampling)
 
 
 def step_bytes(rank: Footprint, sizes: EngineSizes, max_num_seqs: int) -> int:

@@ -22,6 +22,7 @@ from saqqara.cluster.planning.planner import (
     replica_memory,
 )
 from saqqara.compression.retention import Retention
+from saqqara.configs.quantum import prefill_quantum
 from saqqara.workers.mesh.layout import MeshLayout
 
 from .arrivals import Floats, Ints, Trace
@@ -35,16 +36,19 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A layout of a model over GPUs, and the engine's settings that a plan knows nothing of."""
+    """A layout of a model over GPUs, and the engine's settings that a plan knows nothing of.
+
+    `prefill_quantum` is as in `EngineConfig`.
+    """
 
     question: Question
     layout: LayoutPlan
-    prefill_quantum: int | None
+    prefill_quantum: int | str | None
     max_extend_tokens: int
 
     @classmethod
     def best(
-        cls, question: Question, prefill_quantum: int | None, max_extend_tokens: int
+        cls, question: Question, prefill_quantum: int | str | None, max_extend_tokens: int
     ) -> "Deployment":
         """The layout that the planner puts first.
 
@@ -88,11 +92,17 @@ class Deployment:
 
     def settings(self) -> ReplicaSettings:
         """Of one replica."""
+        question = self.question
         return ReplicaSettings(
-            memory=replica_memory(self.question, self.mesh),
-            cost=cost_model_of(self.question, self.mesh),
+            memory=replica_memory(question, self.mesh),
+            cost=cost_model_of(question, self.mesh),
             max_num_seqs=self.max_num_seqs,
-            prefill_quantum=self.prefill_quantum,
+            prefill_quantum=prefill_quantum(
+                self.prefill_quantum,
+                question.device.kind,
+                self.layout.tensor,
+                question.model.spec.layer_parameters,
+            ),
             max_extend_tokens=self.max_extend_tokens,
         )
 

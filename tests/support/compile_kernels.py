@@ -3,7 +3,6 @@
 Prints the kernels' names. Launching is replaced by compiling: nothing runs.
 """
 
-import dataclasses
 import functools
 import sys
 from typing import Any, NamedTuple
@@ -56,6 +55,8 @@ def main() -> None:
         return compiled
 
     JITFunction.run = compile_only
+    from saqqara.workers.attention.base import CuSeqlens
+    from saqqara.workers.attention.triton import rows_of_prompts
     from saqqara.workers.kernels import activation, attend, decode, mass, norm, pages, rotary, work
 
     def launch_all(case: Case, max_length: int, first: int) -> None:
@@ -72,13 +73,19 @@ def main() -> None:
         lengths = torch.ones(1 + tokens, heads + 15 * first, dtype=torch.int32)
         lengths = lengths[first : first + tokens, :heads]
         slots = torch.arange(1 + tokens)[first : first + tokens]
-        in_slots = decode.PagedRows(k_pages, v_pages, table, lengths, max_length, slots)
-        rows = dataclasses.replace(in_slots, slots=None)
+        begins = torch.zeros(tokens + 1, heads, dtype=torch.int64)[first : first + tokens]
+        in_slots = decode.PagedRows(
+            k_pages, v_pages, table.view(-1), lengths, max_length, slots, begins
+        )
+        rows = decode.PagedRows(k_pages, v_pages, table, lengths, max_length)
         every_slot = torch.ones(5, 1 + first, heads, dtype=torch.int32)
         work.lengthen(every_slot, slots)
         decode.decode(q, in_slots, 0.1, work=work.list_work(every_slot, slots, max_length)[0])
         decode.decode(q, rows, 0.1, return_mass=True)
         decode.decode(q, rows, 0.1, lse=torch.zeros(tokens, heads * case.group))
+        ends = CuSeqlens.of([max_length] * tokens, k.device)
+        fresh = zeros(ends.host[-1], heads, dim)
+        decode.decode(q, rows_of_prompts(fresh, fresh, ends), 0.1)
         attend.attend(q, k, k, cu, cu, 64, 0.1, rows)
         mass.mass(q, k, cu, cu, 64, max_length, 0.1, torch.ones(tokens))
         jobs, some = torch.zeros(3, 5, dtype=torch.int64), numbers[first:]

@@ -22,7 +22,7 @@ from saqqara.workers.plan import DecodeItem, NewSequence, SamplingSpec, StepPlan
 from saqqara.workers.worker import Worker
 
 from .plans import new_sequence, prefill_plan
-from .ranks import Store, leave_together, run_ranks
+from .ranks import TIMEOUT_SECONDS, Store, leave_together, run_ranks
 from .tiny import VOCAB
 
 PAGE = 8
@@ -195,7 +195,8 @@ def check_ranks(
 
     Rank 1, and no other, refuses what it has no pages for; from there on that slot is void.
     """
-    by_rank = run_ranks(partial(run_layouts, folder, refusals, is_long), 4, len(LAYOUTS))
+    timeout = 1800 if is_long else TIMEOUT_SECONDS
+    by_rank = run_ranks(partial(run_layouts, folder, refusals, is_long), 4, len(LAYOUTS), timeout)
     for name, layout in LAYOUTS.items():
         last_stage = layout.rank(layout.pipeline_size - 1, 0)
         for refusal in refusals:

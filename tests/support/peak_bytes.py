@@ -13,8 +13,9 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live: dict[int, int] = {}
+        self.live = 0
         self.peak = 0
+        self._known: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -22,11 +23,15 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def storages(values: Any) -> list[Any]:
             return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
 
-        given = {storage.data_ptr() for storage in storages((args, kwargs))}
+        given = {storage._cdata for storage in storages((args, kwargs))}  # meta has no addresses
         out = func(*args, **(kwargs or {}))
         for storage in storages(out):
-            if storage.data_ptr() not in given and id(storage) not in self.live:
-                self.live[id(storage)] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, id(storage), None)
-        self.peak = max(self.peak, sum(self.live.values()))
+            if storage._cdata not in given and id(storage) not in self._known:
+                self._known[id(storage)] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._forget, id(storage))
+        self.peak = max(self.peak, self.live)
         return out
+
+    def _forget(self, storage: int) -> None:
+        self.live -= self._known.pop(storage)

@@ -86,10 +86,7 @@ def real_bytes(worker: Worker) -> Bytes:
         weights=info.memory.weight_bytes,
         pool=info.memory.pool_bytes,
         num_pages=info.num_pages,
-        tables=table.device_pages.nbytes
-        + table.device_kept.nbytes
-        + rotary.cos.nbytes
-        + rotary.sin.nbytes,
+        tables=table.num_bytes + rotary.cos.nbytes + rotary.sin.nbytes,
         layers=(info.start_layer, info.stop_layer),
         kv_heads=(info.start_head, info.stop_head),
     )

@@ -50,7 +50,9 @@ _WORKERS = {
     "workers/grammar": _below("workers", "workers/models"),
     "workers/state": _below("workers", "compression", "configs"),
 }
-_WORKERS["workers/footprint.py"] = _below("workers/mesh", "workers/models", "compression")
+_WORKERS["workers/footprint.py"] = _below(
+    "workers", "workers/mesh", "workers/models", "compression"
+)
 _PART = _below("workers", "workers/attention", "workers/mesh", "workers/models", "configs")
 _PART |= {"workers/footprint.py"}
 _WORKERS["workers/part.py"] = _PART

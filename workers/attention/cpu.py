@@ -27,7 +27,7 @@ _MAX_DIM = 256
 
 
 class _Attend(Structure):
-    """`Arguments` of attention_prefill.cpp."""
+    """`AttendArguments` of attention_prefill.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("q", "k", "v", "out", "lse", "cu_q", "cu_k")),

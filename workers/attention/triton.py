@@ -75,6 +75,8 @@ class TritonAttention:
         else:
             lengths = zip(cu_q.lengths, cu_k.lengths, strict=True)
             assert all(queries <= keys for queries, keys in lengths), "more queries than keys"
+            if cu_q.lengths == (1,) * len(cu_q.lengths):
+                return self._decode.decode(q, rows_of_prompts(k, v, cu_k), scale)[0], None
             out = self._attend.attend(q, k, v, cu_q.device, cu_k.device, cu_q.max_len, scale)
         return out, None
 
@@ -121,6 +123,23 @@ class TritonAttention:
         return self._decode.PagedRows(
             view.k_pages, view.v_pages, view.page_table, view.lengths, view.max_length
         )
+
+
+def rows_of_prompts(k: Tensor, v: Tensor, cu: CuSeqlens) -> "PagedRows":
+    """Fresh keys and values as rows in pages of one token, so that they are cut by their length.
+
+    One query to a prompt would otherwise leave all of its keys to one program.
+    """
+    from saqqara.workers.kernels.decode import PagedRows
+
+    num_heads, dim = k.shape[1:]
+    places = torch.arange(cu.max_len, dtype=torch.int32, device=k.device)
+    tokens_NS = (cu.device[:-1, None] + places).clamp_(max=cu.host[-1] - 1)
+    heads_H = torch.arange(num_heads, dtype=torch.int32, device=k.device)
+    table_NHS = tokens_NS[:, None] * num_heads + heads_H[:, None]
+    lengths_NH = cu.device.diff()[:, None].expand(-1, num_heads)
+    k_pages, v_pages = (x.reshape(-1, 1, dim) for x in (k, v))
+    return PagedRows(k_pages, v_pages, table_NHS, lengths_NH, cu.max_len)
 
 
 def _bounds_of_one(q_window: Tensor, k: Tensor) -> tuple[Tensor, Tensor, int, int]:

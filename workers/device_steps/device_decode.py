@@ -81,7 +81,7 @@ class DeviceDecode:
         self._layers = [layer for layer in layers if isinstance(layer, TritonLayer)]
         assert len(self._layers) == len(layers), "the step is one of Triton's kernels throughout"
         self._graphs = graphs
-        assert shard.kv.table.mirrored, "the device's lengths are its own to change"
+        assert shard.kv.table.mirror is not None, "the device's lengths are its own to change"
         self._sizes = graph_sizes(shard.part.config.max_num_seqs)
         queries, normalisers = sizing.noted_in_steps(shard.part)
         self._recorded_kind = Kind(queries + normalisers)
@@ -222,6 +222,7 @@ class DeviceDecode:
         table, pool = self._shard.kv.table, self._shard.kv.pool
         decoder, scale = self._part.decoder, self._part.scale
         slots, positions, held = inputs_3T.unbind()
+        assert table.mirror is not None, "the device has its own tables"
         if decoder.embedding is not None:
             hidden = decoder.embedding(self._slots.feed(slots, positions))
         assert hidden is not None, "a later stage gets hidden states"
@@ -232,10 +233,11 @@ class DeviceDecode:
             rows = self._kernel.PagedRows(
                 pool.k_pages,
                 pool.v_pages,
-                table.device_pages[:, index],
+                table.mirror.entries,
                 table.device_kept[:, index],
                 longest,
                 held,
+                table.mirror.first[:, index],
             )
             q = layer.project_append_rows(hidden, places, rows)
             lse = None

@@ -19,8 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saqqara.workers.fixed_sizes import MAX_SPLITS, SPLIT_TOKENS, most_splits
+
 from .launch import LOG2_E, check, dense, padded
-from .work import MAX_SPLITS, SPLIT_TOKENS, WorkList, most_splits, num_programs, num_splits_of
+from .work import WorkList, num_programs, num_splits_of
 
 BLOCK_TOKENS = 64
 _MASS_TOKENS = 256
@@ -28,7 +30,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 # What changes from step to step must not choose the machine code: each variant compiles for
 # seconds. These differ in divisibility by 16, and gain nothing from it.
-_ANY_ALIGNMENT = ["lengths", "slots", "page_table", "work", "num_work"]
+_ANY_ALIGNMENT = ["lengths", "slots", "page_table", "first", "work", "num_work"]
 _ANY_VALUE = [
     *("table_stride_n", "table_stride_h", "length_stride_n", "length_stride_h"),
     *("scores_stride", "width", "splits"),
@@ -41,11 +43,13 @@ class PagedRows:
 
     Attributes:
         k_pages, v_pages: [P, page_tokens, D], contiguous.
-        page_table: int32 [N or S, H, W].
+        page_table: int32 [N or S, H, W]; with `first` those of all rows, int32 [E].
         lengths: int32 [N or S, H], tokens of each row, a new one included.
         max_length: no row is longer; it fixes the grid.
         slots: int32 [N], which entry of table and lengths is whose; a negative one stands for no
             sequence (zeros come out). None: entry n is sequence n.
+        first: int64 [N or S, H], where the entries of each row begin in `page_table`; None where
+            that has a place for every row.
     """
 
     k_pages: Tensor
@@ -54,6 +58,12 @@ class PagedRows:
     lengths: Tensor
     max_length: int
     slots: Tensor | None = None
+    first: Tensor | None = None
+
+    @property
+    def begins(self) -> Tensor:
+        """What says where a row's entries begin: by its values, or else by its strides alone."""
+        return self.page_table if self.first is None else self.first
 
     @property
     def page_tokens(self) -> int:
@@ -71,6 +81,17 @@ def _find_row(row, lengths, slots, length_stride_n, length_stride_h, H, HAS_SLOT
     place = lengths + entry.to(tl.int64) * length_stride_n + head * length_stride_h
     length = tl.load(place, mask=entry >= 0, other=0)
     return entry.to(tl.int64), head, length
+
+
+@triton.jit
+def entries_of(
+    entry, head, first, table_stride_n, table_stride_h, HAS_FIRST: tl.constexpr
+):  # fmt: skip
+    """Where the page table entries of a row begin; of no sequence's anywhere."""
+    place = entry * table_stride_n + head * table_stride_h
+    if HAS_FIRST:
+        place = tl.load(first + place, mask=entry >= 0, other=0)
+    return place
 
 
 @triton.jit
@@ -106,13 +127,14 @@ def _attend_stored(
 @triton.jit
 def _attend_part(
     row, split, q, out, parts, parts_lse, lse, scores,
-    k_pages, v_pages, page_table, lengths, slots,
+    k_pages, v_pages, page_table, first, lengths, slots,
     q_stride_n, q_stride_h, table_stride_n, table_stride_h, length_stride_n, length_stride_h,
     scores_stride, H, scale,
     G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, HAS_SCORES: tl.constexpr, HAS_LSE: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
+    HAS_SCORES: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """One part of one row; scores in units of log 2.
 
@@ -139,7 +161,8 @@ def _attend_part(
         q_GD = tl.load(
             q + n * q_stride_n + q_heads[:, None] * q_stride_h + d[None, :], mask=tile, other=0.0
         )
-        table_row = page_table + entry * table_stride_n + head * table_stride_h
+        begin = entries_of(entry, head, first, table_stride_n, table_stride_h, HAS_FIRST)
+        table_row = page_table + begin
         scores_row = scores + (row * G + g).to(tl.int64) * scores_stride
 
         best = tl.full([BLOCK_G], float("-inf"), tl.float32)
@@ -167,34 +190,31 @@ def _attend_part(
 @triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _decode_kernel(
     q, out, parts, parts_lse, lse, scores,
-    k_pages, v_pages, page_table, lengths, slots, work, num_work, splits,
+    k_pages, v_pages, page_table, first, lengths, slots, work, num_work, splits,
     q_stride_n, q_stride_h, table_stride_n, table_stride_h, length_stride_n, length_stride_h,
     scores_stride, H, scale,
     G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, HAS_WORK: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_WORK: tl.constexpr,
     HAS_SCORES: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """One part of one row; with a list of the parts, as many programs as are launched share it."""
     program = tl.program_id(0)
+    num_parts = program + 1
     if HAS_WORK:
-        for place in range(program, tl.load(num_work), tl.num_programs(0)):
+        num_parts = tl.load(num_work)
+    for place in range(program, num_parts, tl.num_programs(0)):
+        row, split = place // splits, place % splits
+        if HAS_WORK:
             part = tl.load(work + place)
-            _attend_part(
-                part // MAX_SPLITS, part % MAX_SPLITS, q, out, parts, parts_lse, lse, scores,
-                k_pages, v_pages, page_table, lengths, slots, q_stride_n, q_stride_h,
-                table_stride_n, table_stride_h, length_stride_n, length_stride_h,
-                scores_stride, H, scale, G, D, PAGE, BLOCK_G, BLOCK_D, BLOCK_T,
-                SPLIT_TOKENS, MAX_SPLITS, HAS_SLOTS, HAS_SCORES, HAS_LSE,
-            )  # fmt: skip
-    else:
+            row, split = part // MAX_SPLITS, part % MAX_SPLITS
         _attend_part(
-            program // splits, program % splits, q, out, parts, parts_lse, lse, scores,
-            k_pages, v_pages, page_table, lengths, slots, q_stride_n, q_stride_h,
+            row, split, q, out, parts, parts_lse, lse, scores,
+            k_pages, v_pages, page_table, first, lengths, slots, q_stride_n, q_stride_h,
             table_stride_n, table_stride_h, length_stride_n, length_stride_h,
             scores_stride, H, scale, G, D, PAGE, BLOCK_G, BLOCK_D, BLOCK_T,
-            SPLIT_TOKENS, MAX_SPLITS, HAS_SLOTS, HAS_SCORES, HAS_LSE,
+            SPLIT_TOKENS, MAX_SPLITS, HAS_SLOTS, HAS_FIRST, HAS_SCORES, HAS_LSE,
         )  # fmt: skip
 
 
@@ -303,12 +323,12 @@ def decode(
         assert work.split_tokens == split_tokens, "the list is of rows that are cut otherwise"
         num_parts, listed = min(num_parts, num_programs(q.device)), (work.parts, work.count)
     _decode_kernel[(num_parts,)](
-        q, out, parts, parts_lse, lse, scores,
-        rows.k_pages, rows.v_pages, rows.page_table, rows.lengths, slots, *listed, splits,
-        *q.stride()[:2], *rows.page_table.stride()[:2], *rows.lengths.stride(), width, num_heads,
+        q, out, parts, parts_lse, lse, scores, rows.k_pages, rows.v_pages,
+        rows.page_table, rows.begins, rows.lengths, slots, *listed, splits,
+        *q.stride()[:2], *rows.begins.stride()[:2], *rows.lengths.stride(), width, num_heads,
         scale * LOG2_E, PAGE=rows.page_tokens, BLOCK_G=block_g, BLOCK_T=BLOCK_TOKENS,
-        HAS_WORK=work is not None, HAS_SCORES=return_mass, num_warps=4, num_stages=3,
-        **sizes, **dims, **cuts,
+        HAS_FIRST=rows.first is not None, HAS_WORK=work is not None, HAS_SCORES=return_mass,
+        num_warps=4, num_stages=3, **sizes, **dims, **cuts,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[num_rows, group](

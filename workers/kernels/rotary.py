@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import PagedRows
+from .decode import PagedRows, entries_of
 from .launch import padded
 from .norm import normalised
 
@@ -65,16 +65,17 @@ def _heads(
 
 @triton.jit
 def _last_places(
-    tokens, real, head, page_table, lengths, slots,
-    table_stride_n, table_stride_h, length_stride_n, length_stride_h, PAGE: tl.constexpr,
+    tokens, real, head, page_table, table_first, lengths, slots,
+    table_stride_n, table_stride_h, length_stride_n, length_stride_h,
+    PAGE: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Which stored token each new one becomes, counted over all pages; negative for none."""
     slot = tl.load(slots + tokens, mask=real, other=-1).to(tl.int64)
     of_row = lengths + slot * length_stride_n + head * length_stride_h
     length = tl.load(of_row, mask=slot >= 0, other=0)
     last = tl.maximum(length - 1, 0)
-    table_row = page_table + slot * table_stride_n + head * table_stride_h
-    page = tl.load(table_row + last // PAGE, mask=length > 0, other=0).to(tl.int64)
+    begin = entries_of(slot, head, table_first, table_stride_n, table_stride_h, HAS_FIRST)
+    page = tl.load(page_table + begin + last // PAGE, mask=length > 0, other=0).to(tl.int64)
     return tl.where(length > 0, page * PAGE + last % PAGE, -1)
 
 
@@ -82,14 +83,18 @@ def _last_places(
     do_not_specialize=[
         *("table_stride_n", "table_stride_h", "length_stride_n", "length_stride_h", "num_tokens"),
     ],
-    do_not_specialize_on_alignment=["positions", "refs", "page_table", "lengths", "slots"],
+    do_not_specialize_on_alignment=[
+        *("positions", "refs", "page_table", "table_first", "lengths", "slots"),
+    ],
 )
 def _rotate_kernel(
-    qkv, q, k, v, positions, cos, sin, query_norm, key_norm, refs, page_table, lengths, slots,
+    qkv, q, k, v, positions, cos, sin, query_norm, key_norm, refs,
+    page_table, table_first, lengths, slots,
     num_tokens, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     table_stride_n, table_stride_h, length_stride_n, length_stride_h, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NORMS: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
     TO: tl.constexpr, IN_PLACE: tl.constexpr, TENSORS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One kv head of a few tokens, with the query heads of its group."""
@@ -126,8 +131,8 @@ def _rotate_kernel(
         else:
             if TO == ROWS:
                 places = _last_places(
-                    t, real, head, page_table, lengths, slots,
-                    table_stride_n, table_stride_h, length_stride_n, length_stride_h, PAGE,
+                    t, real, head, page_table, table_first, lengths, slots, table_stride_n,
+                    table_stride_h, length_stride_n, length_stride_h, PAGE, HAS_FIRST,
                 )  # fmt: skip
             else:
                 places = tl.load(refs + t * H + head, mask=real, other=-1)
@@ -242,13 +247,13 @@ def _launch(
     unused = rotation.positions
     has_norms = rotation.query_norm is not None and rotation.key_norm is not None
     norms = (rotation.query_norm, rotation.key_norm) if has_norms else (qkv, qkv)
-    table = (unused, unused, unused)
+    table = (unused, unused, unused, unused)
     row_strides: tuple[int, ...] = (0, 0, 0, 0)
     if rows is not None:
         assert rows.slots is not None
         assert rows.page_table.stride(-1) == 1, "the page table of a row must lie together"
-        table = (rows.page_table, rows.lengths, rows.slots)
-        row_strides = (*rows.page_table.stride()[:2], *rows.lengths.stride())
+        table = (rows.page_table, rows.begins, rows.lengths, rows.slots)
+        row_strides = (*rows.begins.stride()[:2], *rows.lengths.stride())
     in_pages = to in (_REFS, _ROWS)
     strides = (0,) * 4 if in_pages else (*k.stride()[:2], *v.stride()[:2])
     block_m, block_d = padded(_BLOCK_TOKENS * group, 1), padded(dim // 2, 1)
@@ -258,6 +263,7 @@ def _launch(
         num_tokens, *q.stride()[:2], *strides, *row_strides, rotation.eps,
         H=num_kv_heads, G=group, D=dim, PAGE=1 if rows is None else rows.page_tokens,
         BLOCK_T=_BLOCK_TOKENS, BLOCK_M=block_m, BLOCK_D=block_d, HAS_NORMS=has_norms,
+        HAS_FIRST=rows is not None and rows.first is not None,
         TO=to, IN_PLACE=_IN_PLACE, TENSORS=_TENSORS, ROWS=_ROWS,
         num_warps=min(4, max(1, block_m * block_d // 512)),
     )  # fmt: skip

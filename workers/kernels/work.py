@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SPLIT_TOKENS = 512
-MAX_SPLITS = 32
+from saqqara.workers.fixed_sizes import MAX_SPLITS, SPLIT_TOKENS, most_splits
+
 _BLOCK_ROWS = 1024
 _PROGRAMS_PER_PROCESSOR = 4  # twice what fits at once, so that a long part delays no other for long
 _INTERPRETED_PROGRAMS = 3
@@ -41,11 +41,6 @@ class WorkList:
 def num_splits_of(length, SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr):
     """Parts of a row; an empty one has one part, which writes zeros."""
     return tl.minimum(tl.maximum((length + SPLIT_TOKENS - 1) // SPLIT_TOKENS, 1), MAX_SPLITS)
-
-
-def most_splits(max_length: int, split_tokens: int) -> int:
-    """Parts of the longest row."""
-    return min(MAX_SPLITS, max(1, -(-max_length // split_tokens)))
 
 
 @functools.cache

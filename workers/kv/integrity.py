@@ -35,11 +35,13 @@ def check_integrity(table: RowTable, pool: PagePool) -> None:
         pool.any_shared == bool((references > 1).any()),
         f"any_shared is {pool.any_shared}, the tables say otherwise",
     )
-    if table.mirrored:
+    if table.mirror is not None:
         same = np.array_equal(table.device_kept.cpu().numpy(), table.kept)
         _require(same, "lengths on the device differ from the host's")
-        used = table.used_entries(table.first_entry, table.kept)
-        same = np.array_equal(table.device_pages.cpu().numpy().reshape(-1)[used], owned)
+        entries, begins = table.flat_rows(table.first_entry.reshape(-1))
+        places = table.used_entries(begins, table.kept)
+        same = np.array_equal(entries.cpu().numpy()[places], owned)
+        same &= np.array_equal(table.mirror.first.cpu().numpy().reshape(-1), begins)
         _require(same, "page tables on the device differ from the host's")
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from saqqara.workers.transfer import to_device
 
 from .pool import PagePool
-from .table import RowTable, spans
+from .spans import spans
+from .table import RowTable
 
 
 def kernels_can_move(device: torch.device) -> bool:
@@ -91,8 +92,9 @@ class KernelMoves:
             counts: how many tokens each keeps, at least 1, [R].
         """
         counts = counts.astype(np.int64)
-        of_rows = np.ascontiguousarray(np.stack([first_entry, np.cumsum(counts) - counts, counts]))
+        flat_pages, begins = self._table.flat_rows(first_entry)
+        of_rows = np.ascontiguousarray(np.stack([begins, np.cumsum(counts) - counts, counts]))
         rows = to_device(of_rows, self._table.device)
-        pool, flat_pages = self._pool, self._table.device_pages.view(-1)
+        pool = self._pool
         stored = (pool.k_pages, pool.v_pages, flat_pages)
         self._kernels.compact_tokens(*stored, rows[0], indices, rows[1], rows[2])

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .moves import KernelMoves
+from .spans import spans
 from .store import KVStore
-from .table import spans
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from saqqara.workers.transfer import to_device
 
+from .spans import spans
 from .store import KVStore
-from .table import spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,7 @@ class Rows:
 
     def pages(self, kv: KVStore, num_pages: int) -> Tensor:
         """The first pages of each row, int64 [R, num_pages] on the device."""
-        table = kv.table
-        slots, heads = to_device(self.slots, table.device), to_device(self.heads, table.device)
-        return table.device_pages[slots, self.layer, heads, :num_pages].long()
+        return kv.table.row_pages(self.slots, self.layer, self.heads, num_pages).long()
 
 
 def read_rows(kv: KVStore, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -141,8 +139,9 @@ def _places(
     start = np.cumsum(counts, dtype=np.int64) - counts
     places = indices.index_select(0, to_device(start[row] + nth, device))
     column = places // page_tokens
-    entries = to_device(first[row], device) + column
-    pages = kv.table.device_pages.view(-1).index_select(0, entries).long()
+    table, begins = kv.table.flat_rows(first)
+    entries = to_device(begins[row], device) + column
+    pages = table.index_select(0, entries).long()
     return (pages - column) * page_tokens + places
 
 

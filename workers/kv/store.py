@@ -19,7 +19,8 @@ from saqqara.workers.transfer import to_device
 from .integrity import check_integrity
 from .moves import KernelMoves, kernels_can_move
 from .pool import PagePool
-from .table import RowTable, spans
+from .spans import spans
+from .table import RowTable
 from .view import AppendPlan, KVView
 
 
@@ -43,6 +44,8 @@ class KVStore:
             the host (tests set it to check the copies).
         kernels: move tokens with Triton kernels, not with torch's index operations; default: only
             on a GPU, where they run.
+        mirror_entries: entries of those copies, `mirror.num_entries`; default: of all rows at full
+            length.
 
     Raises:
         ValueError: a size that is not positive, naming it.
@@ -61,14 +64,14 @@ class KVStore:
         device: torch.device,
         mirrored: bool | None = None,
         kernels: bool | None = None,
+        mirror_entries: int | None = None,
     ) -> None:
         self.num_layers = num_layers
         self.num_heads = num_heads
         self.page_tokens = page_tokens
         self.pool = PagePool(num_pages, page_tokens, head_dim, dtype, device)
-        self.table = RowTable(
-            num_slots, num_layers, num_heads, max_row_tokens, page_tokens, device, mirrored
-        )
+        sizes = (num_slots, num_layers, num_heads, max_row_tokens, page_tokens)
+        self.table = RowTable(*sizes, device, mirrored, mirror_entries)
         if kernels is None:
             kernels = device.type == "cuda" and kernels_can_move(device)
         self.moves = KernelMoves(self.pool, self.table) if kernels else None
@@ -213,7 +216,7 @@ class KVStore:
         if on_device:
             table.set_kept(slots, after)
         else:
-            assert table.mirrored, "host and device share the lengths"
+            assert table.mirror is not None, "host and device share the lengths"
             table.kept[slots] = after
         return first, before, after
 
@@ -312,7 +315,7 @@ class KVStore:
         return KVView(
             k_pages=self.pool.k_pages,
             v_pages=self.pool.v_pages,
-            page_table=self.table.device_pages[:, layer, :, :max_pages].index_select(0, slots),
+            page_table=self.table.layer_pages(slots, layer, max_pages),
             lengths=lengths,
             max_length=max_length,
             page_tokens=self.page_tokens,
@@ -329,7 +332,8 @@ class KVStore:
     def read(self, slot: int, layer: int, head: int) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values that one row keeps, [kept, D] each, in order."""
         kept = int(self.table.kept[slot, layer, head])
-        pages = self.table.device_pages[slot, layer, head, : -(-kept // self.page_tokens)]
+        row = np.array([slot]), layer, np.array([head])
+        pages = self.table.row_pages(*row, -(-kept // self.page_tokens))[0]
         k, v = (
             x.index_select(0, pages).view(-1, x.shape[-1])[:kept]
             for x in (self.pool.k_pages, self.pool.v_pages)

@@ -6,6 +6,7 @@ around attention.
 Shapes: T packed tokens, S sampled positions, E hidden size, V vocabulary.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,9 @@ from saqqara.workers.mesh.layout import VocabShard
 from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.native.decoder_layer import Finish, Mlp, Projection
 from saqqara.workers.native.linear import PackedLinear, RMSNorm
+from saqqara.workers.native.step_layers import StepLayers
 
-from .layer import QKV, LayerWeights, Places
+from .layer import QKV, Layer, LayerWeights, Places
 from .rotary import RotaryTable
 
 
@@ -95,6 +97,11 @@ class NativeLayer:
         gate_up = self._mlp.gate_up
         finish = 2 * gate_up.num_inputs + gate_up.num_outputs  # hidden, normed + activated
         return max(self._projection.qkv.num_outputs + gate_up.num_inputs, finish) * itemsize
+
+
+def step_layers(layers: Iterable[Layer], scale: float) -> StepLayers:
+    """Layers, all of them native, for calls that go through several; see `StepLayers`."""
+    return StepLayers([layer.ends for layer in layers if isinstance(layer, NativeLayer)], scale)
 
 
 @dataclass(frozen=True)

@@ -11,28 +11,13 @@
 // GCC takes the undefined operands inside its own intrinsics for a mistake (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
-#include <atomic>
-#include <chrono>
 #include <deque>
 
 #include "attention_decode.h"
-#include "decoder_layer.h"
+#include "step_layers.h"
 
 namespace saqqara {
 namespace {
-
-// Few rows are normalised by every thread for itself: that costs less than to meet once more.
-constexpr int64_t kOwnRows = 4;
-
-// Weights that a thread may fetch while it waits; they must not drive each other out of its L2.
-constexpr int64_t kWaitBytes = 256 << 10;
-
-// As `_Layer` in decode_step.py.
-struct StepLayer {
-  const Projection* projection;
-  const Matrix* output;
-  const Mlp* mlp;
-};
 
 // As `_Step` in decode_step.py.
 struct Step {
@@ -58,52 +43,19 @@ struct Step {
 
 using Attention = Decoding<Bf16>;
 
-// Activations of all rows; `normed` may be a thread's own.
-struct Activations {
-  bf16* normed;     // [T, E]
-  bf16* qkv;        // [T, (Hq + 2 H) D]
-  bf16* q;          // [T, Hq, D]
-  bf16* attended;   // [T, Hq, D]
-  bf16* activated;  // [T, F]
-};
-
-// Adds the time since the last call to a part's seconds, in one of the threads.
-class Stopwatch {
- public:
-  Stopwatch(Team team, double* seconds) : seconds_(team.rank == 0 ? seconds : nullptr) {
-    if (seconds_ != nullptr) last_ = now();
-  }
-
-  void lap(int part) {
-    if (seconds_ == nullptr) return;
-    const double time = now();
-    seconds_[part] += time - last_;
-    last_ = time;
-  }
-
- private:
-  static double now() {
-    const auto time = std::chrono::steady_clock::now().time_since_epoch();
-    return std::chrono::duration<double>(time).count();
-  }
-
-  double* seconds_;
-  double last_ = 0.0;
-};
-
 // Where the queries of a layer go: to the caller if it wants them.
-bf16* queries_of(const Step& s, int64_t layer, const Activations& x) {
+bf16* queries_of(const Step& s, int64_t layer, bf16* q) {
   const Projection& p = *s.layers[layer].projection;
-  if (s.queries == nullptr) return x.q;
+  if (s.queries == nullptr) return q;
   return s.queries + layer * s.rows * p.query_heads * p.head_dim;
 }
 
-DecodeArguments arguments_of(const Step& s, int64_t layer, const Activations& x) {
+DecodeArguments arguments_of(const Step& s, int64_t layer, bf16* q, bf16* attended) {
   const Projection& p = *s.layers[layer].projection;
   DecodeArguments a{};
-  a.q = queries_of(s, layer, x);
+  a.q = queries_of(s, layer, q);
   if (s.lse != nullptr) a.lse = s.lse + layer * s.rows * p.query_heads;
-  a.out = x.attended;
+  a.out = attended;
   a.lengths = s.lengths + layer * s.rows * p.kv_heads;
   a.q_stride = p.query_heads * p.head_dim;
   a.num_sequences = static_cast<int>(s.rows);
@@ -130,78 +82,27 @@ PagedRows<Bf16::Number> rows_of(const Step& s, int64_t layer) {
           p.head_dim};
 }
 
-// x normalised, to `x.normed`; the threads have met.
-void normalize_rows(Team team, const bf16* hidden, const bf16* norm, float eps, int64_t rows,
-                    int64_t dim, bf16* normed) {
-  if (rows <= kOwnRows) {
-    normalize(Team{0, 1}, hidden, norm, eps, rows, dim, normed);
-    return;
-  }
-  normalize(team, hidden, norm, eps, rows, dim, normed);
-  team.barrier();
-}
-
-// Queries, keys and values of one layer; the new keys and values go to their pages.
-void project(Team team, const Step& s, int64_t layer, const Activations& x) {
-  const Projection& p = *s.layers[layer].projection;
-  const Targets to{s.positions, s.refs + layer * s.rows * p.kv_heads, queries_of(s, layer, x),
-                   s.k_pages, s.v_pages};
-  normalize_rows(team, s.hidden, p.norm, p.eps, s.rows, p.qkv.inputs, x.normed);
-  multiply(team, p.qkv, x.normed, s.rows, first_weights(team, *s.layers[layer].output),
-           to_bf16(p.qkv, nullptr, x.qkv));
-  team.barrier();
-  rotate(team, p, x.qkv, 0, s.rows, to);
-  team.barrier();
-}
-
-// Output projection, residual, and the MLP with its norm and residual.
-void finish(Team team, const Step& s, int64_t layer, const Activations& x) {
-  const auto [projection, output, mlp] = s.layers[layer];
-  const bool is_last = layer + 1 == s.num_layers;
-  const Matrix* next = is_last ? nullptr : &s.layers[layer + 1].projection->qkv;
-  multiply(team, *output, x.attended, s.rows, first_weights(team, mlp->gate_up),
-           to_bf16(*output, s.hidden, s.hidden));
-  team.barrier();
-  normalize_rows(team, s.hidden, mlp->norm, mlp->eps, s.rows, mlp->gate_up.inputs, x.normed);
-  multiply(team, mlp->gate_up, x.normed, s.rows, first_weights(team, mlp->down),
-           to_gated(mlp->gate_up, x.activated));
-  team.barrier();
-  multiply(team, mlp->down, x.activated, s.rows,
-           next == nullptr ? nullptr : first_weights(team, *next),
-           to_bf16(mlp->down, s.hidden, s.hidden));
-  team.barrier();
-}
-
-// Says that this thread has attended, and reads weights ahead until the others have: parts of rows
-// are few where sequences are, so somebody waits.
-void wait_ahead(Team team, std::atomic<int64_t>& arrived, int64_t all, const Matrix& next) {
-  arrived.fetch_add(1, std::memory_order_relaxed);
-  const auto [first, end] = team.share(num_panels(next));
-  const int64_t bytes = (end - first) * panel_elements(next) * sizeof(bf16);
-  const char* at = reinterpret_cast<const char*>(first_weights(team, next));
-  const char* const stop = at + std::min(bytes, kWaitBytes);
-  while (at < stop && arrived.load(std::memory_order_relaxed) < all)
-    for (int i = 0; i < 8; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
-}
-
 // All layers; every thread of the team calls it.
-void run_layers(Team team, const Step& s, Activations x, std::deque<Attention>& attentions,
+void run_layers(Team team, const Step& s, Activations x, bf16* q, std::deque<Attention>& attentions,
                 Attention::Memory& memory, std::atomic<int64_t>& arrived) {
-  thread_local Scratch own;
-  if (s.rows <= kOwnRows) x.normed = own.reserve(s.rows * s.layers[0].projection->qkv.inputs);
+  x.own = own_rows(s.layers[0]);
   Part<Bf16::Number> storage[2];
   Stopwatch watch(team, s.seconds);
   for (int64_t layer = 0; layer < s.num_layers; ++layer) {
-    project(team, s, layer, x);
+    const StepLayer& weights = s.layers[layer];
+    const int64_t* refs = s.refs + layer * s.rows * weights.projection->kv_heads;
+    const Targets to{s.positions, refs, queries_of(s, layer, q), s.k_pages, s.v_pages};
+    project(team, weights, s.hidden, s.rows, x, to);
     watch.lap(0);
     Attention& attention = attentions[layer];
     attention.attend(team, memory, storage);
-    wait_ahead(team, arrived, (layer + 1) * team.size, *s.layers[layer].output);
+    wait_ahead(team, arrived, (layer + 1) * team.size, *weights.output);
     team.barrier();
     attention.merge(team, memory);
     team.barrier();
     watch.lap(1);
-    finish(team, s, layer, x);
+    const bool is_last = layer + 1 == s.num_layers;
+    finish(team, weights, is_last ? nullptr : &weights + 1, s.hidden, s.rows, x);
     watch.lap(2);
   }
 }
@@ -223,26 +124,21 @@ int64_t saqqara_step_rows(int64_t threads) {
 // its rows keep, and leaves the hidden states after the last layer in place of those before.
 void saqqara_decode_step(const Step* step) {
   thread_local Scratch scratch;
+  thread_local Scratch queries;
   static thread_local Attention::Memory kept;
   Attention::Memory& memory = kept;  // of the calling thread, for all
   const Projection& p = *step->layers[0].projection;
-  const int64_t queries = p.query_heads * p.head_dim;
-  const int64_t inner = step->layers[0].mlp->gate_up.outputs;
-  const int64_t rows = step->rows;
-  Activations x;
-  x.normed = scratch.reserve(rows * (p.qkv.inputs + p.qkv.outputs + 2 * queries + inner));
-  x.qkv = x.normed + rows * p.qkv.inputs;
-  x.q = x.qkv + rows * p.qkv.outputs;
-  x.attended = x.q + rows * queries;
-  x.activated = x.attended + rows * queries;
+  const Activations x = Activations::reserve(scratch, step->layers[0], step->rows);
+  bf16* q = queries.reserve(step->rows * p.query_heads * p.head_dim);
   std::deque<Attention> attentions;
   for (int64_t layer = 0; layer < step->num_layers; ++layer)
-    attentions.emplace_back(arguments_of(*step, layer, x), rows_of(*step, layer)).reserve(memory);
+    attentions.emplace_back(arguments_of(*step, layer, q, x.attended), rows_of(*step, layer))
+        .reserve(memory);
   std::atomic<int64_t> arrived{0};
 #pragma omp parallel num_threads(step->threads)
   {
     const Team team{omp_get_thread_num(), omp_get_num_threads()};
-    run_layers(team, *step, x, attentions, memory, arrived);
+    run_layers(team, *step, x, q, attentions, memory, arrived);
   }
 }
 

@@ -8,25 +8,15 @@ P pages, D head dim.
 """
 
 import ctypes
-from collections.abc import Sequence
-from ctypes import c_double, c_float, c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .build import function, pointer
-from .decoder_layer import Finish, Projection
 from .linear import bf16, optional_bf16
-
-MAX_HEAD_DIM = 256  # `kMaxDim` in attention_tiles.h
-PARTS = ("project", "attention", "finish")  # of a layer, whose seconds can be had
-
-
-class _Layer(ctypes.Structure):
-    """`StepLayer` of decode_step.cpp."""
-
-    _fields_ = (("projection", c_void_p), ("output", c_void_p), ("mlp", c_void_p))
+from .step_layers import Seconds, StepLayers
 
 
 class _Step(ctypes.Structure):
@@ -91,54 +81,32 @@ _NO_NOTES = Notes()
 
 
 class DecodeStep:
-    """The layers of one rank without tensor parallelism, all of one shape.
+    """All layers of one rank.
 
     Args:
-        layers: the two ends of each, around attention.
+        layers: they.
         pages: where their keys and values are.
-        scale: factor of attention scores, positive.
-
-    Raises:
-        NativeUnavailableError: this machine cannot run the kernels; with the reason.
     """
 
-    def __init__(
-        self, layers: Sequence[tuple[Projection, Finish]], pages: Pages, scale: float
-    ) -> None:
-        assert scale > 0, f"the scale of the scores must be positive, not {scale}"
+    def __init__(self, layers: StepLayers, pages: Pages) -> None:
         table, dim = pages.page_table, pages.k_pages.shape[-1]
-        assert table.shape[1] == len(layers), (table.shape, len(layers))
-        assert dim <= MAX_HEAD_DIM, f"head_dim {dim} is more than {MAX_HEAD_DIM}"
-        for projection, _ in layers:
-            assert projection.num_kv_heads == table.shape[2], (projection.num_kv_heads, table.shape)
-            assert projection.head_dim == dim, (projection.head_dim, dim)
+        assert table.shape[1:3] == (len(layers), layers.num_kv_heads), (table.shape, len(layers))
+        assert dim == layers.head_dim, (dim, layers.head_dim)
         self._kept = (layers, pages)  # what the addresses point to
-        self._layers = (_Layer * len(layers))(
-            *(
-                _Layer(projection.address, finish.output_address, finish.mlp.address)
-                for projection, finish in layers
-            )
-        )
         self._step = _Step(
-            layers=ctypes.addressof(self._layers),
+            layers=layers.address(),
             page_table=pointer(table, torch.int32),
             k_pages=bf16(pages.k_pages),
             v_pages=bf16(pages.v_pages),
             num_layers=len(layers),
             page_tokens=pages.k_pages.shape[1],
             max_pages=table.shape[-1],
-            scale=scale,
+            scale=layers.scale,
         )
-        self._shape = (len(layers), table.shape[2])
-        self._num_query_heads, self._head_dim = layers[0][0].num_query_heads, dim
+        self._shape = (len(layers), layers.num_kv_heads)
+        self._num_query_heads, self._head_dim = layers.num_query_heads, dim
         self._address = ctypes.addressof(self._step)
         self._run = function("saqqara_decode_step", (c_void_p,))
-        self._rows = function("saqqara_step_rows", (c_int64,), c_int64)
-
-    def max_rows(self) -> int:
-        """Up to so many sequences one call is faster than a call per part of a layer."""
-        rows: int = self._rows(torch.get_num_threads())
-        return rows
 
     def __call__(
         self, hidden: Tensor, rows: Rows, notes: Notes = _NO_NOTES, *, timed: bool = False
@@ -158,7 +126,7 @@ class DecodeStep:
         assert rows.positions.shape == rows.slots.shape == (num_rows,), rows.positions.shape
         shape = (num_layers, num_rows, num_heads)
         assert rows.refs.shape == rows.lengths.shape == shape, (rows.refs.shape, shape)
-        seconds = (c_double * len(PARTS))()
+        seconds = Seconds()
         step = self._step
         step.hidden = bf16(hidden)
         step.positions = pointer(rows.positions, torch.int64)

@@ -14,15 +14,9 @@ import time
 import torch
 from torch import Tensor
 
-from saqqara.workers.models.native_layer import NativeLayer
-from saqqara.workers.native.decode_step import (
-    MAX_HEAD_DIM,
-    PARTS,
-    DecodeStep,
-    Notes,
-    Pages,
-    Rows,
-)
+from saqqara.workers.models.native_layer import step_layers
+from saqqara.workers.native.decode_step import DecodeStep, Notes, Pages, Rows
+from saqqara.workers.native.step_layers import MAX_HEAD_DIM, PARTS
 from saqqara.workers.part import Part
 from saqqara.workers.shard import Shard
 
@@ -39,16 +33,17 @@ class NativeDecode:
     """
 
     def __init__(self, shard: Shard) -> None:
-        layers = [layer for layer in shard.part.decoder.layers if isinstance(layer, NativeLayer)]
+        part = shard.part
+        self._layers = step_layers(part.decoder.layers, part.scale)
         pool, table = shard.kv.pool, shard.kv.table
         pages = Pages(pool.k_pages, pool.v_pages, table.device_pages)
         self._shard = shard
-        self._step = DecodeStep([layer.ends for layer in layers], pages, shard.part.scale)
+        self._step = DecodeStep(self._layers, pages)
 
     def takes(self, batch: DecodeBatch) -> bool:
         """Whether a batch is plain, and small enough to be faster this way."""
         is_plain = batch.rows is None and not any(company.sums for company in batch.companies)
-        return is_plain and batch.num_tokens <= self._step.max_rows()
+        return is_plain and batch.num_tokens <= self._layers.max_rows()
 
     def run(self, batch: DecodeBatch, hidden_TE: Tensor) -> Tensor:
         """Hidden states after the last layer, in place of those before the first."""
@@ -97,7 +92,7 @@ def make(shard: Shard) -> NativeDecode | None:
     """The one call, or None where this rank decodes layer by layer; the log says why."""
     if shard.part.device.type != "cpu":
         return None
-    reason = _why_not(shard.part)
+    reason = why_not(shard.part)
     if reason is not None:
         logger.info("decode: layer by layer (%s)", reason)
         return None
@@ -105,8 +100,8 @@ def make(shard: Shard) -> NativeDecode | None:
     return NativeDecode(shard)
 
 
-def _why_not(part: Part) -> str | None:
-    """Why a rank cannot decode in one call, or None if it can."""
+def why_not(part: Part) -> str | None:
+    """Why a rank cannot go through its layers in one call, or None if it can."""
     if part.choices.linear_backend != "native":
         return f"linear layers are computed by {part.choices.linear_backend}"
     if part.backend.name != "cpu":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saqqara.workers.attention.base import CuSeqlens
 from saqqara.workers.models.layer import Places
+from saqqara.workers.state.slots import SlotTable
 from saqqara.workers.transfer import to_device
 
 
@@ -25,6 +26,11 @@ class ParkedPrefill:
     hidden_TE: Tensor
     places: Places
     cu: CuSeqlens
+
+    @property
+    def slots(self) -> list[int]:
+        """Of all families, one after the other."""
+        return [slot for family in self.families.values() for slot in family]
 
     @property
     def num_tokens(self) -> int:
@@ -51,6 +57,22 @@ class Finals:
 
     last: dict[int, Tensor] = field(default_factory=dict)
     whole: dict[int, Tensor] = field(default_factory=dict)
+
+    def take(
+        self,
+        families: dict[int, list[int]],
+        wanted: CuSeqlens,
+        hidden_RE: Tensor,
+        slots: SlotTable,
+    ) -> None:
+        """Take in what came out of the last layer, of each family the `wanted` last tokens."""
+        for family, stop, length in zip(
+            families.values(), wanted.host[1:], wanted.lengths, strict=True
+        ):
+            for slot in family:
+                self.last[slot] = hidden_RE[stop - 1]
+                if slots[slot].scores_prompt:
+                    self.whole[slot] = hidden_RE[stop - length : stop]
 
 
 def last_rows(wanted: CuSeqlens, cu: CuSeqlens) -> Tensor:

@@ -27,6 +27,8 @@ from saqqara.workers.retain.propagate import PropagatingPrompt, surviving_rows
 from saqqara.workers.shard import Shard
 from saqqara.workers.transfer import to_device
 
+from . import native_prefill
+from .native_prefill import NativePrefill
 from .parked import Finals, ParkedPrefill, last_rows
 
 Selection = Tensor | list[Tensor] | None
@@ -38,6 +40,7 @@ class Prefill:
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
         self._part = shard.part
+        self._native = native_prefill.make(shard)
         self._parked: dict[tuple[int, ...], ParkedPrefill] = {}
         self._layer_tokens = 0
         self.watched: dict[tuple[int, int], list[Tensor]] | None = None  # `Worker.watch_positions`
@@ -81,10 +84,7 @@ class Prefill:
             return
         parked = self._parked[slots]
         with self._shard.clock.phase("prefill"):
-            for layer in range(start, min(stop, part.spec.num_layers - 1)):
-                self._layer(layer, parked)
-            if stop == part.spec.num_layers:
-                self._last_layer(parked, finals)
+            self._through_layers(range(start, stop), parked, finals)
         if stop == part.layers.stop:
             del self._parked[slots]
             if not part.mesh.is_last_stage:
@@ -139,6 +139,34 @@ class Prefill:
         held = [self._shard.slots[slot] for slot in leaders]
         return [s.retention.entering_tokens(s.prompt_tokens, num_layers)[layer] for s in held]
 
+    def _through_layers(self, layers: range, parked: ParkedPrefill, finals: Finals) -> None:
+        if self._native is not None and self._native.takes(parked):
+            self._at_once(self._native, layers, parked, finals)
+            return
+        num_layers = self._part.spec.num_layers
+        for layer in range(layers.start, min(layers.stop, num_layers - 1)):
+            self._layer(layer, parked)
+        if layers.stop == num_layers:
+            self._last_layer(parked, finals)
+
+    def _at_once(
+        self, native: NativePrefill, layers: range, parked: ParkedPrefill, finals: Finals
+    ) -> None:
+        """Several layers in one call, then what retention selects of each; see `_layer`."""
+        wanted = self._wanted(parked) if layers.stop == self._part.spec.num_layers else None
+        writes = native.reserve(layers, parked) if self.watched is None else None
+        for piece in native.run(layers, parked, writes, wanted):
+            self._layer_tokens += parked.num_tokens * len(piece.layers)
+            self._shard.meter.see_prefill(
+                self._kv_bytes(piece.fresh), self.parked_bytes + piece.activation_bytes
+            )
+            if not piece.is_stored:
+                with self._shard.clock.span("retain"):
+                    for layer, qkv, lse in piece.noted():
+                        self._retain(layer, parked, qkv, lse)
+            if wanted is not None and piece.wanted is not None:
+                finals.take(parked.families, wanted, piece.wanted, self._shard.slots)
+
     def _layer(self, layer: int, parked: ParkedPrefill) -> None:
         """Replace the parked hidden states by those after `layer`; keep what retention selects."""
         part, timed = self._part, self._shard.clock.span
@@ -165,7 +193,7 @@ class Prefill:
         layer = part.spec.num_layers - 1
         weights = part.decoder.layers[layer - part.layers.start]
         qkv = self._project(weights, parked)
-        wanted = CuSeqlens.of(self._num_wanted(parked), part.device)
+        wanted = self._wanted(parked)
         rows_R = last_rows(wanted, parked.cu)
         attended = part.backend.prefill(qkv.q[rows_R], qkv.k, qkv.v, wanted, parked.cu, part.scale)[
             0
@@ -175,21 +203,16 @@ class Prefill:
         hidden_RE = parked.hidden_TE[rows_R]
         for chunk in chunks(len(hidden_RE), part.config.linear_chunk_tokens):
             weights.finish(hidden_RE[chunk], attended[chunk], out=hidden_RE[chunk])
-        for family, stop, length in zip(
-            parked.families.values(), wanted.host[1:], wanted.lengths, strict=True
-        ):
-            for slot in family:
-                finals.last[slot] = hidden_RE[stop - 1]
-                if self._shard.slots[slot].scores_prompt:
-                    finals.whole[slot] = hidden_RE[stop - length : stop]
+        finals.take(parked.families, wanted, hidden_RE, self._shard.slots)
 
-    def _num_wanted(self, parked: ParkedPrefill) -> list[int]:
+    def _wanted(self, parked: ParkedPrefill) -> CuSeqlens:
         """How many of each prompt's last tokens go through the whole of the last layer."""
         slots = self._shard.slots
-        return [
+        counts = [
             length if any(slots[slot].scores_prompt for slot in family) else 1
             for family, length in zip(parked.families.values(), parked.cu.lengths, strict=True)
         ]
+        return CuSeqlens.of(counts, self._part.device)
 
     def _propagate(
         self, layer: int, parked: ParkedPrefill, qkv: QKV, lse: Tensor | None

@@ -26,7 +26,7 @@ Ints = NDArray[np.int64]
 def compacts_natively(shard: Shard, retention: Retention) -> bool:
     """Whether `compact_slots` can do it: with native attention, and a score that it knows."""
     score, kv = retention.score, shard.kv
-    if shard.part.backend.name != "cpu" or kv.table.mirrored or kv.moves is not None:
+    if shard.part.backend.name != "cpu" or kv.table.mirror is not None or kv.moves is not None:
         return False
     if kv.pool.any_shared or (isinstance(score, SnapKV) and score.kernel_size > MAX_KERNEL_SIZE):
         return False

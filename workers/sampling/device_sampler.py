@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saqqara.workers.fixed_sizes import SAMPLED_ROWS
 from saqqara.workers.grammar.endings import MAX_TOKENS as MAX_ENDING_TOKENS
 from saqqara.workers.grammar.masks import TokenMasks
 from saqqara.workers.plan import SamplingSpec
-from saqqara.workers.sizing import SAMPLED_ROWS
 from saqqara.workers.state.device_slots import LOG_MIN_P, TEMPERATURE, TOP_K, TOP_P, DeviceSlots
 from saqqara.workers.transfer import to_device
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from saqqara.workers.fixed_sizes import SAMPLED_LOGITS
 from saqqara.workers.grammar.masks import TokenMasks
 from saqqara.workers.plan import FaultCode, SamplingSpec, TokenLogprobs
 from saqqara.workers.transfer import to_device
@@ -86,12 +87,13 @@ def sample(
     random = [
         row for row, spec in enumerate(specs) if spec.temperature >= MIN_TEMPERATURE and finite[row]
     ]
-    if random:
-        rows = torch.tensor(random, device=logits.device)
-        temperatures = _column([specs[row].temperature for row in random], logits.device)
-        keys = noise_keys([specs[row].seed for row in random], [positions[row] for row in random])
+    most = max(1, SAMPLED_LOGITS // logits.shape[1])
+    for piece in (random[start : start + most] for start in range(0, len(random), most)):
+        rows = torch.tensor(piece, device=logits.device)
+        temperatures = _column([specs[row].temperature for row in piece], logits.device)
+        keys = noise_keys([specs[row].seed for row in piece], [positions[row] for row in piece])
         scaled = adjusted[rows].double() / temperatures
-        tokens[rows] = _draw(scaled, [specs[row] for row in random], keys.to(logits.device))
+        tokens[rows] = _draw(scaled, [specs[row] for row in piece], keys.to(logits.device))
     draws = list(map(Draw, tokens.tolist(), _logprobs(logits, tokens, specs)))
     for row, draw in enumerate(draws):
         if not finite[row] or (draw.logprobs is not None and math.isnan(draw.logprobs.logprob)):

@@ -2,17 +2,21 @@
 
 import resource
 import sys
+from dataclasses import replace
 
 from saqqara.workers.host_memory import resident_bytes
 from saqqara.workers.plan import WorkerMemory
 
 
 class MemoryMeter:
-    """Keeps the peaks of what a worker holds; all in bytes."""
+    """Keeps the peaks of what a worker holds; all in bytes.
 
-    def __init__(self, weight_bytes: int, pool_bytes: int) -> None:
-        self._weight_bytes = weight_bytes
-        self._pool_bytes = pool_bytes
+    Args:
+        held: what does not change after start-up.
+    """
+
+    def __init__(self, held: WorkerMemory) -> None:
+        self._held = held
         self._prefill_kv_peak = 0
         self._prefill_activation_peak = 0
 
@@ -31,9 +35,8 @@ class MemoryMeter:
     ) -> WorkerMemory:
         """The figures of this moment."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return WorkerMemory(
-            weight_bytes=self._weight_bytes,
-            pool_bytes=self._pool_bytes,
+        return replace(
+            self._held,
             parked_activation_bytes=parked_activation_bytes,
             ring_bytes=ring_bytes,
             mass_bytes=mass_bytes,

@@ -4,11 +4,13 @@ The checks are those that `benchmarks/gpu/gpu_check.py` runs on a GPU;
 `evaluation/speed/kernel_checks.py` has them. The interpreter is slow: here are few seeds.
 """
 
+import importlib
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ if importlib.util.find_spec("triton") is None:
 
 from saqqara.evaluation.speed.kernel_checks import CHECKS
 from saqqara.workers.attention import fresh
-from saqqara.workers.attention.base import get_backend
+from saqqara.workers.attention.base import CuSeqlens, get_backend
 from saqqara.workers.kv.pool import PagePool
 from saqqara.workers.kv.prompts import PromptWrite, write_prompts
 from saqqara.workers.kv.rows import Rows, compact_rows
@@ -202,13 +204,49 @@ def _assert_same(one: KVStore, other: KVStore) -> None:
             assert torch.equal(x, y), (slot, layer, head)
 
 
-def test_a_prefill_kernel_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU torch's flash attention fails, as it does on GPUs that it was not built for."""
-    monkeypatch.setattr(fresh, "_no_flash", lambda *_: None)
-    name, _, reason = fresh.choose(CPU, torch.bfloat16, 64)
+def test_prefill_kernels_are_tried_in_order_and_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that refuses the heads' grouping, or computes something else, is passed over."""
+    calls: list[str] = []
+    right = fresh._sdpa()
+
+    def kernel(name: str, error: Exception | None = None, factor: float = 1.0) -> fresh.Fresh:
+        def attend(*args: Any) -> torch.Tensor:
+            calls.append(name)
+            if error is not None:
+                raise error
+            return factor * right(*args)
+
+        return attend
+
+    candidates = {
+        "absent": lambda: fresh._flash(importlib.import_module("no_such_kernels").attend),
+        "no groups": lambda: kernel("no groups", ValueError("num_heads must match\nand more")),
+        "wrong": lambda: kernel("wrong", factor=1.5),
+        "taken": lambda: kernel("taken"),
+        "never": lambda: kernel("never"),
+    }
+    monkeypatch.setattr(fresh, "_CANDIDATES", candidates)
+    monkeypatch.setattr(fresh, "_no_flash", lambda _: None)
+    attention, cu = fresh.FreshAttention(), CuSeqlens.of([3, 5], CPU)
+    q, k = torch.randn(8, 4, 16), torch.randn(8, 2, 16)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            torch.testing.assert_close(attention(q, k, k, cu, 0.25), right(q, k, k, cu, 0.25))
+    assert calls == ["no groups", "wrong", "taken", "taken", "taken"]
+    [message] = [record.getMessage() for record in caplog.records]
+    assert message.startswith("prefill attention: taken (auto: it computes right; not absent: No")
+    assert "not no groups: num_heads must match; not wrong: its outputs are" in message
+
+
+def test_without_kernels_prompts_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU neither cuDNN nor torch's varlen runs, as on GPUs that they were not built for."""
+    monkeypatch.setattr(fresh, "_no_flash", lambda _: None)
+    name, _, reason = fresh.choose(fresh.Kind(CPU, torch.bfloat16, 2, 1, 64))
     assert name == "torch SDPA, one sequence at a time"
-    assert "torch's varlen kernel fails (" in reason
-    assert "_flash_attention_forward" in reason
+    for kernel in ("flash-attn 3", "flash-attn 2", "cuDNN SDPA", "torch varlen"):
+        assert f"not {kernel}: " in reason
 
 
 def test_the_backend_says_why_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

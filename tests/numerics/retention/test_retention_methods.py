@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from support.definitions import SCORE_DEFINITIONS
 from support.slow_llama import Entry, Stored, attend
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saqqara.compression.observation import Observation
 from saqqara.compression.retention import Retention
@@ -527,6 +528,23 @@ def test_sinks_and_window_are_kept_whatever_the_scores() -> None:
     assert kept_positions(scores[:, :5], keep=6, window=3, sinks=1).tolist() == [[0, 2, 4, 5, 6, 7]]
     # A broken score must not break the shape: not a number counts as the best.
     assert kept_positions(scores, keep=3, window=1, sinks=1).tolist() == [[0, 5, 6]]
+
+
+def test_heads_that_compete_are_told_apart_at_once() -> None:
+    """On a GPU every `nonzero` waits for the device: there is one, whatever the number of heads."""
+    calls: list[str] = []
+
+    class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            calls.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        compete(torch.rand(8, 40), keep=12, floor=2, recent=2, sinks=1)
+    assert calls.count("nonzero") == 1
+    assert not {"_local_scalar_dense", "item", "masked_select"} & set(calls)
 
 
 def test_heads_that_compete_keep_what_they_deserve() -> None:

@@ -2,10 +2,11 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from pydantic.fields import FieldInfo
 from support.byte_llama import save_tiny_llama
 
 from saqqara.cluster.engine.client import LocalClient
@@ -18,8 +19,17 @@ from saqqara.workers.process import THREADS_PER_CORE, check_threads
 from saqqara.workers.worker import Worker
 
 BOUNDS = ("ge", "gt", "le", "lt")
+
+
+def _bounds(field: FieldInfo) -> dict[str, Any]:
+    """Of a number, or of the number among what else a setting may be."""
+    infos = [i for kind in get_args(field.annotation) for i in getattr(kind, "__metadata__", ())]
+    metadata = [m for info in (field, *infos) for m in info.metadata]
+    return {k: getattr(m, k) for m in metadata for k in BOUNDS if hasattr(m, k)}
+
+
 NUMBERS = {
-    name: {k: getattr(m, k) for m in field.metadata for k in BOUNDS if hasattr(m, k)}
+    name: _bounds(field)
     for name, field in EngineConfig.model_fields.items()
     if any(kind in str(field.annotation) for kind in ("int", "float"))
     and name not in ("budget", "layer_split", "dtype")

@@ -15,6 +15,7 @@ from saqqara.cluster.simulation.faults import Outage
 from saqqara.cluster.simulation.measures import ReplicaRun
 from saqqara.cluster.simulation.replica import Replica
 from saqqara.compression.retention import Retention
+from saqqara.configs.quantum import prefill_quantum
 
 TWO_STAGES = {"gpus": 4, "tensor": 2, "pipeline": 2}
 
@@ -40,6 +41,14 @@ def run(
 
 def at_once(number: int, prompt: int = 1024, new: int = 64) -> Trace:
     return Trace(np.zeros(number), np.full(number, prompt), np.full(number, new))
+
+
+def test_the_quantum_is_the_engines_where_none_is_given() -> None:
+    asking = asked(**TWO_STAGES)
+    layer = asking.model.spec.layer_parameters
+    for given in ("auto", None, 5000):
+        settings = Deployment.best(asking, given, 1024).settings()
+        assert settings.prefill_quantum == prefill_quantum(given, "cuda", 2, layer)
 
 
 @pytest.mark.parametrize("layout", [{}, TWO_STAGES])

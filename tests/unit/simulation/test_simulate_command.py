@@ -140,7 +140,7 @@ def test_lengths_and_rates_are_not_given_beside_a_file(tmp_path: Path) -> None:
 def test_the_engine_has_these_defaults() -> None:
     help_text = CliRunner().invoke(app, ["simulate", "--help"]).stdout
     fields = EngineConfig.model_fields
-    for name in ("prefill_quantum", "max_extend_tokens", "max_prefill_tokens", "page_tokens"):
+    for name in ("max_extend_tokens", "max_prefill_tokens", "page_tokens"):
         [line] = [part for part in help_text.split("--") if part.startswith(name.replace("_", "-"))]
         assert f"default: {fields[name].default};" in " ".join(line.split())
 

@@ -12,7 +12,7 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers.footprint import Footprint
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.part import Part
-from saqqara.workers.sizing import pool_pages
+from saqqara.workers.sizing import size_pool
 
 SPEC = model_of("llama-3-70b").spec
 HINT = "or layer_split: [40, 40]"
@@ -40,6 +40,8 @@ def part(pipeline: int, **settings: Any) -> Part:
         num_rows=footprint.num_rows,
         replica_rows=SPEC.num_layers * SPEC.num_kv_heads,
         max_model_len=4096,
+        sizes=(config.max_num_seqs, 4096, config.page_tokens),
+        samples_on_device=False,
     )
     return cast("Part", found)
 
@@ -61,5 +63,5 @@ def test_where_stages_were_balanced_by_what_is_kept_an_even_split_is_named(
     settings: dict[str, Any], is_told: bool
 ) -> None:
     with pytest.raises(ValueError, match="fewer than one per row") as error:
-        pool_pages(part(**settings))
+        size_pool(part(**settings))
     assert (HINT in str(error.value)) == is_told

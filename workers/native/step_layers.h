@@ -1,0 +1,138 @@
+// What steps through all layers in one parallel region share: the parts of a layer around its
+// attention, and what its threads do while they wait.
+//
+// Shapes: T tokens (rows), E hidden size, F intermediate size, Hq query heads, H kv heads, D head
+// dim.
+
+#pragma once
+
+#include <atomic>
+#include <chrono>
+
+#include "decoder_layer.h"
+
+namespace saqqara {
+namespace {
+
+// Few rows are normalised by every thread for itself: that costs less than to meet once more.
+constexpr int64_t kOwnRows = 4;
+
+// Weights that a thread may fetch while it waits; they must not drive each other out of its L2.
+constexpr int64_t kWaitBytes = 256 << 10;
+
+// As `_Layer` in step_layers.py.
+struct StepLayer {
+  const Projection* projection;
+  const Matrix* output;
+  const Mlp* mlp;
+};
+
+// Activations of all rows.
+struct Activations {
+  bf16* normed;     // [T, E]
+  bf16* qkv;        // [T, (Hq + 2 H) D]
+  bf16* attended;   // [T, Hq, D]
+  bf16* activated;  // [T, F]
+  bf16* own;        // [kOwnRows, E], this thread's
+
+  // Of so many rows; `own` is left to each thread.
+  static Activations reserve(Scratch& scratch, const StepLayer& layer, int64_t rows) {
+    const Projection& p = *layer.projection;
+    const int64_t queries = p.query_heads * p.head_dim;
+    Activations x{};
+    x.normed = scratch.reserve(
+        rows * (p.qkv.inputs + p.qkv.outputs + queries + layer.mlp->gate_up.outputs));
+    x.qkv = x.normed + rows * p.qkv.inputs;
+    x.attended = x.qkv + rows * p.qkv.outputs;
+    x.activated = x.attended + rows * queries;
+    return x;
+  }
+};
+
+// Adds the time since the last call to a part's seconds, in one of the threads.
+class Stopwatch {
+ public:
+  Stopwatch(Team team, double* seconds) : seconds_(team.rank == 0 ? seconds : nullptr) {
+    if (seconds_ != nullptr) last_ = now();
+  }
+
+  void lap(int part) {
+    if (seconds_ == nullptr) return;
+    const double time = now();
+    seconds_[part] += time - last_;
+    last_ = time;
+  }
+
+ private:
+  static double now() {
+    const auto time = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration<double>(time).count();
+  }
+
+  double* seconds_;
+  double last_ = 0.0;
+};
+
+// hidden [rows, dim] normalised, for all threads, which have met.
+const bf16* normalize_rows(Team team, const bf16* hidden, const bf16* norm, float eps, int64_t rows,
+                           int64_t dim, const Activations& x) {
+  if (rows <= kOwnRows) {
+    normalize(Team{0, 1}, hidden, norm, eps, rows, dim, x.own);
+    return x.own;
+  }
+  normalize(team, hidden, norm, eps, rows, dim, x.normed);
+  team.barrier();
+  return x.normed;
+}
+
+// Queries, keys and values of one layer, to where they belong.
+void project(Team team, const StepLayer& layer, const bf16* hidden, int64_t rows,
+             const Activations& x, const Targets& to) {
+  const Projection& p = *layer.projection;
+  const bf16* normed = normalize_rows(team, hidden, p.norm, p.eps, rows, p.qkv.inputs, x);
+  multiply(team, p.qkv, normed, rows, first_weights(team, *layer.output),
+           to_bf16(p.qkv, nullptr, x.qkv));
+  team.barrier();
+  rotate(team, p, x.qkv, 0, rows, to);
+  team.barrier();
+}
+
+// Output projection, residual, and the MLP with its norm and residual: of `x.attended` and hidden
+// [rows, E], in place. `next` is the layer that follows, or null.
+void finish(Team team, const StepLayer& layer, const StepLayer* next, bf16* hidden, int64_t rows,
+            const Activations& x) {
+  const auto [projection, output, mlp] = layer;
+  multiply(team, *output, x.attended, rows, first_weights(team, mlp->gate_up),
+           to_bf16(*output, hidden, hidden));
+  team.barrier();
+  const bf16* normed =
+      normalize_rows(team, hidden, mlp->norm, mlp->eps, rows, mlp->gate_up.inputs, x);
+  multiply(team, mlp->gate_up, normed, rows, first_weights(team, mlp->down),
+           to_gated(mlp->gate_up, x.activated));
+  team.barrier();
+  multiply(team, mlp->down, x.activated, rows,
+           next == nullptr ? nullptr : first_weights(team, next->projection->qkv),
+           to_bf16(mlp->down, hidden, hidden));
+  team.barrier();
+}
+
+// Says that this thread has attended, and reads weights ahead until the others have: parts of
+// attention are few where tokens are, so somebody waits.
+void wait_ahead(Team team, std::atomic<int64_t>& arrived, int64_t all, const Matrix& next) {
+  arrived.fetch_add(1, std::memory_order_relaxed);
+  const auto [first, end] = team.share(num_panels(next));
+  const int64_t bytes = (end - first) * panel_elements(next) * sizeof(bf16);
+  const char* at = reinterpret_cast<const char*>(first_weights(team, next));
+  const char* const stop = at + std::min(bytes, kWaitBytes);
+  while (at < stop && arrived.load(std::memory_order_relaxed) < all)
+    for (int i = 0; i < 8; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
+}
+
+// This thread's own memory for a layer's few rows.
+bf16* own_rows(const StepLayer& layer) {
+  thread_local Scratch own;
+  return own.reserve(kOwnRows * layer.projection->qkv.inputs);
+}
+
+}  // namespace
+}  // namespace saqqara
