@@ -3,6 +3,7 @@
 Shapes: H local kv heads, m any columns.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -152,6 +153,8 @@ class Part:
 def choose_device(config: WorkerSettings, rank: int) -> torch.device:
     """The device of a rank: its visible GPU, or the CPU.
 
+    Of several visible GPUs it is number `LOCAL_RANK` where that is set, else number `rank`.
+
     Raises:
         ValueError: a GPU is asked for and there is none.
     """
@@ -159,7 +162,8 @@ def choose_device(config: WorkerSettings, rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("device='cuda': no CUDA device is visible; use device='cpu' or 'auto'")
-    return torch.device("cuda", rank % torch.cuda.device_count())
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def choose_dtype(config: WorkerSettings, device: torch.device) -> tuple[torch.dtype, str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import gpu_collectives
 import gpu_engine
 import gpu_kernels
 import torch
@@ -118,6 +119,10 @@ def sections(sizes: Sizes, out: Path) -> tuple[Section, ...]:
     return (
         Section("kernels", 60, True, True, {**served, **warm}),
         _alone("parity", 60, True, True, lambda b: gpu_engine.check_parity(b, sizes.parity_tokens)),
+        _alone(
+            *("collectives", 30, False, True),
+            lambda b: gpu_collectives.check_sums(b, torch.cuda.device_count()),
+        ),
         _alone(
             *("bandwidth", 30, False, True),
             lambda b: gpu_kernels.measure_decode(b, sizes.rows, sizes.copy_bytes),

@@ -1,5 +1,6 @@
 """vLLM on CPU: its offline `LLM`, engine and worker in processes of their own as by default."""
 
+import json
 import os
 import sys
 import time
@@ -9,8 +10,22 @@ from typing import Any
 
 from protocol import Answers, Prompts, parser, serve
 
-BLOCK_TOKENS = 16  # of a room that is given in tokens
+BLOCK_TOKENS = 32  # of a room that is given in tokens; its attention on CPU takes multiples
 KV_CACHE_GIB = 3  # twice what W3, the largest workload, needs; vLLM takes it all at once
+
+
+def room_of(model: str, kv_tokens: int) -> dict[str, int]:
+    """Arguments of `LLM` for room of so many tokens.
+
+    One block of vLLM's holds nothing, so it gets one more. It does not start when the longest
+    sequence that it might be given does not fit.
+    """
+    config = json.loads((Path(model) / "config.json").read_text())
+    return {
+        "block_size": BLOCK_TOKENS,
+        "num_gpu_blocks_override": kv_tokens // BLOCK_TOKENS + 1,
+        "max_model_len": min(kv_tokens, config["max_position_embeddings"]),
+    }
 
 
 class Vllm:
@@ -31,12 +46,7 @@ class Vllm:
         os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         from vllm import LLM
 
-        room: dict[str, int] = {}
-        if given.kv_tokens is not None:
-            room = {
-                "block_size": BLOCK_TOKENS,
-                "num_gpu_blocks_override": given.kv_tokens // BLOCK_TOKENS,
-            }
+        room = {} if given.kv_tokens is None else room_of(given.model, given.kv_tokens)
         self.settings |= room
         self.llm = LLM(
             given.model,

@@ -24,7 +24,7 @@ from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.plan import Grammar, StepResult, WorkerInfo
 
 from .exits import cause_of, end_on_nodes, exit_reason, one_line
-from .placement import LOOPBACK, Placement, RankPlace, pulse_host
+from .placement import LOOPBACK, Placement, RankPlace, given_gpu, pulse_host
 from .rank_process import ProcessInfo, RankProcess, WorkerFactory
 
 logger = logging.getLogger(__name__)
@@ -220,6 +220,8 @@ class RankGroup:
         )
         if self._ended.is_set():
             raise WorkerDiedError("the ranks were ended while they started")
+        given = [given_gpu(actor) for actor in self._actors]
+        gpus = self._collect(given, timeout_seconds, "GPUs are given")
         one_host = len(set(addresses)) == 1
         store = None
         if self.layout.world_size > 1:
@@ -235,8 +237,9 @@ class RankGroup:
                 store,
                 LOOPBACK if one_host else address,
                 self._make_worker,
+                gpu,
             )
-            for actor, address in zip(self._actors, addresses, strict=True)
+            for actor, address, gpu in zip(self._actors, addresses, gpus, strict=True)
         ]
         workers: list[WorkerInfo] = self._collect(
             calls, timeout_seconds, "ranks have loaded their part of the model"

@@ -13,6 +13,7 @@ Data parallelism is one placement group per replica, so that replicas start, fai
 
 import logging
 import math
+import os
 import socket
 import time
 from collections import Counter
@@ -325,3 +326,33 @@ def show_resources(resources: Mapping[str, float]) -> str:
     """CPUs and GPUs of a mapping of resources."""
     kinds = [(name, resources[name]) for name in ("CPU", "GPU") if resources.get(name)]
     return ", ".join(f"{name}: {amount:g}" for name, amount in kinds)
+
+
+def given_gpu(actor: Any) -> Any:
+    """Ask an actor which GPU Ray has given it; a reference to what `own_gpu` says there."""
+    return actor.__ray_call__.remote(_own_gpu)
+
+
+def _own_gpu(_: object) -> int | None:
+    own = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    return own_gpu(own, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def own_gpu(own: Sequence[str], visible: str | None) -> int | None:
+    """Which of the GPUs that this process sees Ray has given it, as torch counts them.
+
+    Ray shows a rank its own GPU alone, unless it was told not to; then all of the host are seen.
+
+    Args:
+        own: Ray's ids of the rank's GPUs.
+        visible: `CUDA_VISIBLE_DEVICES`; None: all are.
+
+    Returns:
+        Its number, or None for a rank without a GPU.
+    """
+    if not own:
+        return None
+    seen = [] if visible is None else [part.strip() for part in visible.split(",")]
+    if own[0] in seen:
+        return seen.index(own[0])
+    return int(own[0])

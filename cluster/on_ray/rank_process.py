@@ -146,6 +146,7 @@ class RankProcess:
         store: tuple[str, int] | None,
         address: str,
         make_worker: WorkerFactory | None = None,
+        gpu: int | None = None,
     ) -> WorkerInfo:
         """Load the shard and join the other ranks, which must start at the same time.
 
@@ -155,6 +156,7 @@ class RankProcess:
             store: host and port of the rendezvous store; None for one rank.
             address: this host's address among the ranks; gloo is told to use its interface.
             make_worker: default: `saqqara.workers.worker.Worker`.
+            gpu: this rank's of those that the process sees (`placement.own_gpu`), if it has one.
         """
         name = interface_of(address)
         if name is not None:
@@ -165,6 +167,8 @@ class RankProcess:
         from saqqara.workers.process import prepare_process
 
         settings = replace(config.for_worker(), num_threads=self.num_threads)
+        if gpu is not None:
+            os.environ["LOCAL_RANK"] = str(gpu)
         try:
             # Ray sets OMP_NUM_THREADS to 1 for actors of few CPUs.
             prepare_process(settings, self.rank)

@@ -12,6 +12,7 @@ from saqqara.cluster.on_ray import placement
 from saqqara.cluster.on_ray.placement import (
     CPU_SHARE,
     PlacementError,
+    own_gpu,
     plan_placement,
     reserve,
 )
@@ -31,6 +32,22 @@ def test_without_tensor_parallelism_there_is_a_bundle_per_rank() -> None:
     assert plan.bundles == ({"CPU": CPU_SHARE},) * 2
     assert plan.bundle_of_rank == (0, 1)
     assert plan.rank_gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "visible", "index"),
+    [
+        ([], None, None),
+        (["5"], "5", 0),  # Ray shows a rank its own GPU alone
+        (["5"], None, 5),  # all of the host
+        (["5"], "4, 5,6", 1),  # those that its node has
+        (["GPU-1f"], "GPU-0c,GPU-1f", 1),
+    ],
+)
+def test_a_rank_finds_its_gpu_among_those_it_sees(
+    own: list[str], visible: str | None, index: int | None
+) -> None:
+    assert own_gpu(own, visible) == index
 
 
 def test_a_tensor_group_larger_than_any_node_is_split_and_says_so(

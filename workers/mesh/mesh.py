@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in __all__
 
-from . import shared_memory
+from . import shared_memory, symmetric
 from .layout import GroupKind, MeshLayout, rank_groups
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class Mesh:
     """The process groups of one rank. With one rank a sum or a join is what went in.
 
     On a CPU, the ranks of a stage that are on one host exchange what they can through memory that
-    they share; what that is and why is logged. Everything else goes over gloo or NCCL.
+    they share; on GPUs of one host, small sums go through memory that they map of each other. What
+    that is and why, or why not, is logged. Everything else goes over gloo or NCCL.
 
     Every rank of the replica must build its `Mesh` with the same arguments (but `rank`), and call
     collectives in the same order. Sends return at once; the tensor must not be changed afterwards.
@@ -73,6 +74,7 @@ class Mesh:
         self.pipeline_rank = layout.pipeline_rank(rank)
         self._groups: dict[GroupKind, dist.ProcessGroup] = {}
         self._exchange: Exchange | None = None
+        self._symmetric: symmetric.SymmetricSum | None = None
         self._pending: dict[str, deque[tuple[dist.Work, torch.Tensor]]] = {
             "hidden": deque(),
             "tokens": deque(),
@@ -104,6 +106,8 @@ class Mesh:
                 self._groups[kind] = group
         if layout.tensor_size > 1 and self.device.type == "cpu":
             self._share_memory(rendezvous, timeout.total_seconds())
+        elif layout.tensor_size > 1:
+            self._map_memory(rendezvous)
 
     def _share_memory(self, store: TCPStore, timeout_seconds: float) -> None:
         """Let the ranks of this stage share memory if they can."""
@@ -112,6 +116,22 @@ class Mesh:
         self._exchange, why = shared_memory.join(own, self.tensor_rank, size, timeout_seconds)
         if self.tensor_rank == 0:
             means = "gloo" if self._exchange is None else "shared memory"
+            logger.info("stage %d: tensor ranks talk over %s (%s)", self.pipeline_rank, means, why)
+
+    def _map_memory(self, store: TCPStore) -> None:
+        """Let the GPUs of this stage map each other's memory if they can."""
+        own = PrefixStore(f"symmetric-memory/{self.pipeline_rank}", store)
+        group = self._groups["tensor"]
+        self._symmetric, why = symmetric.join(
+            own,
+            self.tensor_rank,
+            self.layout.tensor_size,
+            symmetric.gpu_of(self.device),
+            lambda: symmetric.map_buffers(self.device, group),
+            group.group_name,
+        )
+        if self.tensor_rank == 0:
+            means = "NCCL alone" if self._symmetric is None else "symmetric memory and NCCL"
             logger.info("stage %d: tensor ranks talk over %s (%s)", self.pipeline_rank, means, why)
 
     @property
@@ -128,6 +148,11 @@ class Mesh:
     def shares_memory(self) -> bool:
         """Whether the ranks of this stage exchange sums through memory that they share."""
         return self._exchange is not None
+
+    @property
+    def maps_memory(self) -> bool:
+        """Whether the GPUs of this stage sum through memory that they map of each other."""
+        return self._symmetric is not None
 
     def piece_rows(self, x: torch.Tensor) -> int:
         """Rows of x [T, E] that are summed over the ranks in one go; more go piece by piece."""
@@ -157,9 +182,13 @@ class Mesh:
         Args:
             x: this rank's part; may be overwritten.
             residual: like x and the same on all ranks, or None.
-            out: receives the sum and is returned; None for x, which then must not come from
-                `partial_like`. It may be `residual`.
+            out: receives the sum and is returned; None for x or a new tensor, and x must not come
+                from `partial_like`. It may be `residual`.
         """
+        if self._symmetric is not None and self._symmetric.takes(x):
+            total = self._symmetric.all_reduce(x)
+            total = total if residual is None else total.add_(residual)
+            return total if out is None else out.copy_(total)
         target = x if out is None else out
         if self._exchange is None or not self._exchange.adds(x.dtype):
             return _sum(x, self._groups.get("tensor"), residual, target)
@@ -244,6 +273,7 @@ class Mesh:
         for pending in self._pending.values():
             pending.clear()
         self._exchange = None
+        self._symmetric = None
         if self.layout.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -30,7 +30,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu"
 NAMES = (
     *("gpu_report", "gpu_models", "gpu_generation", "gpu_kernels", "gpu_baselines", "gpu_engine"),
-    *("gpu_process", "gpu_sections", "gpu_trace"),
+    *("gpu_process", "gpu_sections", "gpu_trace", "gpu_collectives"),
 )
 STATES = {"ok", "wrong", "missed", "failed", "skipped"}
 
@@ -83,7 +83,9 @@ def test_the_whole_check_runs_at_toy_sizes(
     assert (tmp_path / "table.txt").read_text() == report.table(rows) + "\n"
     by_name = {row.what: row for row in rows}
     assert {row.state for row in rows} <= {"ok", "missed", "skipped"}
-    assert [row.what for row in rows if row.state == "skipped"] == ["tiny, DeepSpeed inference"]
+    assert [row.what for row in rows if row.state == "skipped"] == [
+        *("NCCL in a graph, group of one", "sums over two GPUs", "tiny, DeepSpeed inference"),
+    ]
     assert by_name["greedy tokens, full, graphs off, as transformers"].numbers["tokens"] == 3
     copy = by_name["copy on the device"].numbers["bytes_per_second"]
     ragged = by_name["decode kernel, 2 sequences x 2 heads, group 1, up to 40 kept"]
@@ -112,7 +114,7 @@ def test_order_and_time_of_the_sections(gpu: dict[str, ModuleType]) -> None:
     check, found = gpu["gpu_check"], gpu["gpu_sections"]
     sections = found.sections(found.REAL, Path())
     assert [section.name for section in sections] == [
-        *("kernels", "parity", "bandwidth", "step"),
+        *("kernels", "parity", "collectives", "bandwidth", "step"),
         *("8b", "13b", "retention", "other-kernels", "13b-largest", "70b"),
     ]
     for is_first, limit in ((True, check.FIRST_SECONDS), (False, check.REST_SECONDS)):
