@@ -12,6 +12,7 @@ _DRAWN_BYTES = 76 + 2 * (8 + 8)  # where the host decides; and as a GPU sorts, k
 DEVICE_DRAWN_BYTES = 62
 _PENALIZED_BYTES = 35
 _COUNTED_BYTES = 28
+_LARGEST_GRAPH = 512
 LEAST_ROOM = 8  # entries of a row that has any
 _ENTRIES_A_PAGE = 3  # 2 for rooms that are half used, 1 to use up before all rows move
 
@@ -19,6 +20,13 @@ _ENTRIES_A_PAGE = 3  # 2 for rooms that are half used, 1 to use up before all ro
 def most_splits(max_length: int, split_tokens: int) -> int:
     """Parts of the longest row."""
     return min(MAX_SPLITS, max(1, -(-max_length // split_tokens)))
+
+
+def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """Batch sizes to record graphs for: fine steps where padding costs most, then coarser ones."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, _LARGEST_GRAPH + 1, 64)]
+    top = min(max_num_seqs, _LARGEST_GRAPH)
+    return (*(size for size in sizes if size < top), top)
 
 
 def num_entries(num_pages: int, num_rows: int, pages_per_row: int) -> int:

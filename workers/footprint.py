@@ -19,6 +19,7 @@ from .fixed_sizes import (
     MAX_SPLITS,
     SAMPLED_ROWS,
     SPLIT_TOKENS,
+    graph_sizes,
     most_splits,
     num_entries,
     pages_beside_tables,
@@ -48,7 +49,6 @@ _SETTING_BYTES = 8 + 4 * 8  # a seed, and four numbers that filter
 _HEAD_SHARE = 0.25
 # What stages are balanced for: it must be known before anything is, and alike to planner and ranks.
 _BALANCED_SEQS, _BALANCED_TOKENS = 128, 4096
-_LARGEST_GRAPH = 512
 _DRAWING_KINDS = 3
 _WORKSPACE_BYTES = 64 << 20  # cuBLAS's and cuBLASLt's of the recording stream, 32 MiB each at most
 _KERNEL_BYTES = 8 << 10  # of a recorded kernel in the driver, and this many kernels in a layer
@@ -112,13 +112,6 @@ def stage_costs(spec: ModelSpec, retention: Retention) -> StageCosts | None:
         end_bytes=spec.head_parameters / mean_numbers,
         end_layers=spec.head_layers,
     )
-
-
-def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """Batch sizes to record graphs for: fine steps where padding costs most, then coarser ones."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, _LARGEST_GRAPH + 1, 64)]
-    top = min(max_num_seqs, _LARGEST_GRAPH)
-    return (*(size for size in sizes if size < top), top)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,14 +280,17 @@ class Footprint:
         """Bytes of a query's normalisers, in all layers."""
         return len(self.layers) * len(self.heads.query) * NORMALISER_BYTES
 
+    def _remembered_bytes(self, retention: Retention) -> int:
+        """Bytes of a remembered query, and of its normalisers where these are, in all layers."""
+        normalisers = self.ring_normaliser_bytes() if remembers_normalisers(retention) else 0
+        return self.ring_query_bytes() + normalisers
+
     def rings_and_sums_bytes(
         self, retention: Retention, max_num_seqs: int, max_model_len: int, page_tokens: int
     ) -> int:
         """Bytes of every slot's ring and sums, were all under this retention."""
-        query_bytes = self.ring_query_bytes()
-        if remembers_normalisers(retention):
-            query_bytes += self.ring_normaliser_bytes()
-        slot_bytes = most_ring_size(retention, max_model_len) * query_bytes
+        ring_size = most_ring_size(retention, max_model_len)
+        slot_bytes = ring_size * self._remembered_bytes(retention)
         if sums_mass(retention):
             assert isinstance(retention.decode, DecodeStage)
             spec = self.spec
@@ -332,11 +328,18 @@ class Footprint:
         finish = 2 * hidden + 3 * self.num_channels  # sum, normed, gate-up, activated
         return held + max(max(project, finish) * size, attended)
 
-    def graph_bytes(self, max_num_seqs: int, max_model_len: int) -> int:
-        """Bytes that recorded steps hold, and partly an allowance for what the driver does."""
-        largest = graph_sizes(max_num_seqs)[-1]
-        steps = largest * self.scratch_bytes(max_model_len) + self.recorded_sampling_bytes(largest)
-        return steps + self.recorded_bytes(max_num_seqs) + self._driver_bytes(max_num_seqs)
+    def graph_bytes(self, max_num_seqs: int, max_model_len: int, retention: Retention) -> int:
+        """Bytes that recorded steps hold, with what they note for cuts of this retention.
+
+        Partly an allowance: for what the driver keeps.
+        """
+        largest, of_token = graph_sizes(max_num_seqs)[-1], self.scratch_bytes(max_model_len)
+        notes = most_ring_size(retention, max_model_len) > 0
+        if notes:
+            of_token += self._remembered_bytes(retention)
+        recorded = self.recorded_bytes(max_num_seqs, kinds=1 + notes)
+        temporary = largest * of_token + self.recorded_sampling_bytes(largest)
+        return temporary + recorded + self._driver_bytes(max_num_seqs, kinds=1 + notes)
 
     def recorded_sampling_bytes(self, num_seqs: int) -> int:
         """Bytes of the temporaries of a recorded sampling step; 0 without a head."""
@@ -349,20 +352,21 @@ class Footprint:
         normed = num_seqs * self.spec.hidden_size * size
         return max(product + normed, num_seqs * row * _FLOAT_BYTES + drawn)
 
-    def recorded_bytes(self, max_num_seqs: int) -> int:
-        """Bytes of the inputs and outputs of all recorded steps."""
+    def recorded_bytes(self, max_num_seqs: int, kinds: int) -> int:
+        """Bytes of the inputs and outputs of all recorded steps, of so many kinds for each size."""
         hidden = self.spec.hidden_size * self.dtype.itemsize
         row = 3 * _PLACE_BYTES + hidden  # of a decode step: who takes part, and what comes out
         if not self.is_first_stage:
             row += hidden
+        row *= kinds
         if self.is_last_stage:  # hidden states, two numbers where, three what, for each way to draw
             row += _DRAWING_KINDS * (hidden + 5 * _PLACE_BYTES)
         return sum(graph_sizes(max_num_seqs)) * row
 
-    def _driver_bytes(self, max_num_seqs: int) -> int:
+    def _driver_bytes(self, max_num_seqs: int, kinds: int) -> int:
         """What CUDA keeps of recorded kernels, and cuBLAS for the stream: an allowance."""
         sizes = graph_sizes(max_num_seqs)
-        kernels = len(sizes) * len(self.layers) * _LAYER_KERNELS
+        kernels = kinds * len(sizes) * len(self.layers) * _LAYER_KERNELS
         if self.is_last_stage:
             pieces = sum(-(-size // SAMPLED_ROWS) for size in sizes)
             kernels += len(sizes) * _HEAD_KERNELS + pieces * _DRAWING_KERNELS

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saqqara.workers.footprint import graph_sizes
+from saqqara.workers.fixed_sizes import graph_sizes
 from saqqara.workers.grammar.masks import TokenMasks
 from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.models.decoder import Decoder

@@ -40,10 +40,8 @@ from saqqara.workers.attention.base import AttentionBackend
 from saqqara.workers.device_steps.device_decode import DeviceDecode
 from saqqara.workers.device_steps.device_head import DeviceHead
 from saqqara.workers.device_steps.graphs import Graphs
-from saqqara.workers.footprint import (
-    Footprint,
-    graph_sizes,
-)
+from saqqara.workers.fixed_sizes import graph_sizes
+from saqqara.workers.footprint import Footprint
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.models.decoder import Decoder
@@ -60,7 +58,8 @@ META = torch.device("meta")
 GPU = device_of("h100-80gb")
 SLOTS, TOKENS, PREFILL = 256, 131072, 8192
 FULL = Retention.parse("full")
-MODELS = [("llama-3-70b", 8), ("llama-3-8b", 1)]  # with tensor ranks
+MODELS = [("llama-3-70b", 8, "full"), ("llama-3-8b", 1, "full")]  # with tensor ranks
+CUT = {"score": "snapkv", "window": 16, "budget": 1024, "decode": {"slack_pages": 2}}
 
 
 class PaperWeights(DummyWeights):
@@ -131,13 +130,17 @@ class Rank:
 
 @pytest.fixture(params=MODELS, ids=lambda given: given[0])
 def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rank]:
-    name, tensor_size = request.param
+    name, tensor_size, retention = request.param
     spec = model_of(name).spec
     layout = MeshLayout(tensor_size, 1)
     dtype, ranks = torch.bfloat16, Footprint.of_ranks(spec, torch.bfloat16, layout)
     own, reserved = ranks[0], CONTEXT_BYTES + (NCCL_BYTES if tensor_size > 1 else 0)
     config = WorkerSettings(
-        model=name, max_model_len=TOKENS, max_num_seqs=SLOTS, max_prefill_tokens=PREFILL
+        model=name,
+        max_model_len=TOKENS,
+        max_num_seqs=SLOTS,
+        max_prefill_tokens=PREFILL,
+        retention=retention,
     )
     memory = PeakBytes()
 
@@ -198,18 +201,25 @@ def test_start_up_holds_what_it_says_and_what_was_planned(rank: Rank) -> None:
     assert limit - page - 1 < planned.total_bytes <= limit
 
 
-@pytest.mark.parametrize("rank", [MODELS[0]], indirect=True, ids=lambda given: given[0])
+@pytest.mark.parametrize(
+    "rank", [("llama-3-70b", 8, CUT)], indirect=True, ids=lambda given: given[0]
+)
 def test_recorded_steps_hold_what_was_set_aside(rank: Rank) -> None:
     """Up to what the driver keeps, of which nobody knows. Temporaries share one memory."""
     shard, memory = rank.shard, rank.memory
     part, slots, graphs = shard.part, shard.device_slots, PaperGraphs(memory)
     assert slots is not None
-    before = rank.live
+    before, retention = rank.live, Retention.parse(CUT)
     with memory, torch.inference_mode():
-        DeviceDecode(shard, slots, cast("Graphs", graphs)).record_all()
+        decode = DeviceDecode(shard, slots, cast("Graphs", graphs))  # which has room for queries
+        decode.record_all()
         DeviceHead(part.decoder, part.mesh, slots, SLOTS, cast("Graphs", graphs)).record_all()
     counted, largest = part.footprint, graph_sizes(SLOTS)[-1]
-    assert rank.live - before == counted.recorded_bytes(SLOTS)
+    noted = largest * counted.ring_query_bytes()
+    assert rank.live - before == counted.recorded_bytes(SLOTS, kinds=2) + noted
+    both = [counted.graph_bytes(SLOTS, TOKENS, each) for each in (retention, FULL)]
+    assert both[0] - both[1] >= noted
+    assert rank.shard.meter.snapshot(0).graph_bytes == both[0]
     for steps, planned in (
         ("decode", largest * counted.scratch_bytes(TOKENS)),
         ("head", counted.recorded_sampling_bytes(largest)),
