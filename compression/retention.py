@@ -286,9 +286,7 @@ class Retention:
             return prompt_tokens
         if self.budget is not None:
             return self.budget
-        exact = Fraction(str(self.share)) * prompt_tokens
-        rounded = math.floor(exact + Fraction(1, 2))
-        return max(rounded, self._least_budget)
+        return _share_tokens(self, prompt_tokens)
 
     def layer_tokens(self, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
         """Count the prompt tokens that each layer keeps per kv head (the mean, where ragged).
@@ -327,6 +325,13 @@ class Retention:
             ValueError: as `layer_tokens`; `profile` is of another model.
         """
         return _row_tokens(self, prompt_tokens, num_layers, num_heads)
+
+
+@lru_cache(maxsize=8192)
+def _share_tokens(retention: Retention, prompt_tokens: int) -> int:
+    """`Retention.budget_of` where the budget is a share, cached as `_layer_tokens`."""
+    exact = Fraction(str(retention.share)) * prompt_tokens
+    return max(math.floor(exact + Fraction(1, 2)), retention._least_budget)
 
 
 @lru_cache(maxsize=8192)
