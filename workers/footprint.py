@@ -291,14 +291,17 @@ class Footprint:
         """Bytes of a query's normalisers, in all layers."""
         return len(self.layers) * len(self.heads.query) * NORMALISER_BYTES
 
+    def _remembered_bytes(self, retention: Retention) -> int:
+        """Bytes of a remembered query, and of its normalisers where these are, in all layers."""
+        normalisers = self.ring_normaliser_bytes() if remembers_normalisers(retention) else 0
+        return self.ring_query_bytes() + normalisers
+
     def rings_and_sums_bytes(
         self, retention: Retention, max_num_seqs: int, max_model_len: int, page_tokens: int
     ) -> int:
         """Bytes of every slot's ring and sums, were all under this retention."""
-        query_bytes = self.ring_query_bytes()
-        if remembers_normalisers(retention):
-            query_bytes += self.ring_normaliser_bytes()
-        slot_bytes = most_ring_size(retention, max_model_len) * query_bytes
+        ring_size = most_ring_size(retention, max_model_len)
+        slot_bytes = ring_size * self._remembered_bytes(retention)
         if sums_mass(retention):
             assert isinstance(retention.decode, DecodeStage)
             spec = self.spec
@@ -332,11 +335,14 @@ class Footprint:
         finish = 2 * hidden + 3 * self.num_channels  # sum, normed, gate-up, activated
         return held + max(max(project, finish) * size, attended)
 
-    def graph_bytes(self, max_num_seqs: int, max_model_len: int) -> int:
-        """Bytes that recorded decode steps hold."""
-        largest = graph_sizes(max_num_seqs)[-1]
-        steps = largest * self.scratch_bytes(max_model_len) + self.recorded_bytes(max_num_seqs)
-        return steps + self._recorded_sampling_bytes(largest)
+    def graph_bytes(self, max_num_seqs: int, max_model_len: int, retention: Retention) -> int:
+        """Bytes that recorded decode steps hold, and what they note for cuts of this retention."""
+        largest, of_token = graph_sizes(max_num_seqs)[-1], self.scratch_bytes(max_model_len)
+        notes = most_ring_size(retention, max_model_len) > 0
+        if notes:
+            of_token += self._remembered_bytes(retention)
+        recorded = self.recorded_bytes(max_num_seqs, kinds=1 + notes)
+        return largest * of_token + recorded + self._recorded_sampling_bytes(largest)
 
     def _recorded_sampling_bytes(self, largest: int) -> int:
         """Bytes of the largest recorded sampling step; 0 without a head."""
@@ -346,12 +352,15 @@ class Footprint:
         logits = largest * row * (_FLOAT_BYTES + self.dtype.itemsize)  # as multiplied, in float32
         return logits + min(largest, SAMPLED_ROWS) * row * _RECORDED_DRAWN_BYTES
 
-    def recorded_bytes(self, max_num_seqs: int) -> int:
-        """Bytes that CUDA graphs hold besides a step's temporaries; partly an allowance."""
+    def recorded_bytes(self, max_num_seqs: int, kinds: int) -> int:
+        """Bytes that CUDA graphs hold besides a step's temporaries; partly an allowance.
+
+        `kinds` of steps are recorded for each size.
+        """
         sizes = graph_sizes(max_num_seqs)
         hidden_bytes = self.spec.hidden_size * self.dtype.itemsize
         kernels = len(sizes) * len(self.layers) * _LAYER_KERNELS
-        return sum(sizes) * hidden_bytes + kernels * _KERNEL_BYTES + _WORKSPACE_BYTES
+        return kinds * (sum(sizes) * hidden_bytes + kernels * _KERNEL_BYTES) + _WORKSPACE_BYTES
 
     def pages_within(
         self,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from saqqara.compression.growth import most_ring_size, remembers_normalisers
 from saqqara.compression.retention import Retention
 
 from .attention.base import CuSeqlens
@@ -185,4 +186,11 @@ def graph_bytes(part: Part) -> int:
     """
     if not part.samples_on_device or why_no_graphs(part) is not None:
         return 0
-    return part.footprint.graph_bytes(part.config.max_num_seqs, part.max_model_len)
+    retention = Retention.parse(part.config.retention, part.config.budget)
+    return part.footprint.graph_bytes(part.config.max_num_seqs, part.max_model_len, retention)
+
+
+def noted_in_steps(part: Part) -> tuple[bool, bool]:
+    """Whether the engine's own retention remembers queries while decoding, and normalisers."""
+    retention = Retention.parse(part.config.retention, part.config.budget)
+    return most_ring_size(retention, part.max_model_len) > 0, remembers_normalisers(retention)

@@ -120,7 +120,7 @@ def sections(sizes: Sizes, out: Path) -> tuple[Section, ...]:
         Section("kernels", 60, True, True, {**served, **warm}),
         _alone("parity", 60, True, True, lambda b: gpu_engine.check_parity(b, sizes.parity_tokens)),
         _alone(
-            *("collectives", 30, False, True),
+            *("collectives", 15, False, True),
             lambda b: gpu_collectives.check_sums(b, torch.cuda.device_count()),
         ),
         _alone(

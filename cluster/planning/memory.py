@@ -181,7 +181,7 @@ class ReplicaMemory:
             weight_bytes=weight_bytes(rank, self.model),
             pool_bytes=0,
             activation_bytes=temporary_bytes(rank, sizes, max_num_seqs)
-            + (rank.graph_bytes(max_num_seqs, sizes.max_model_len) if is_gpu else 0),
+            + (rank.graph_bytes(*counts[:2], self.workload.retention) if is_gpu else 0),
             table_bytes=fixed,
             remembered_bytes=rank.rings_and_sums_bytes(self.workload.retention, *counts),
             reserved_bytes=(CONTEXT_BYTES + (0 if alone else NCCL_BYTES)) if is_gpu else 0,

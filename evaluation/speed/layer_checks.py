@@ -43,6 +43,10 @@ def check_step(device: torch.device, dtype: torch.dtype, seed: int) -> float:
     same(view.v_pages, stored[1])
     lengths = torch.stack([view.lengths + 9, view.lengths, view.lengths * 2], dim=1)
     listed = work.list_work(lengths, slots, 2 * view.max_length, split_tokens=64)
+    before = lengths.clone()
+    work.lengthen(lengths, slots)
+    before[slots[slots >= 0]] += 1
+    same(lengths, before)
     out, _ = decode.decode(queries, rows, s.scale, split_tokens=64, work=listed[layer])
     alone, _ = decode.decode(queries, rows, s.scale, split_tokens=64)
     same(out, alone)

@@ -6,15 +6,15 @@ pages once: it takes part in the step all the same.
 
 import importlib.util
 import os
-from functools import partial
 from pathlib import Path
 
 import pytest
 from support import device_runs
-from support.device_runs import LAYOUTS, NUM_STEPS, REFUSED_SLOT, REFUSED_STEP, Run
-from support.ranks import run_ranks
+from support.device_runs import NUM_STEPS, PUBLISHED, SUMMED, Refusal, Run
+from support.replays import replay_steps
 from support.tiny import save_tiny
 
+from saqqara.workers.device_steps.device_decode import Kind
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.worker import Worker
 
@@ -37,35 +37,35 @@ def general(tiny: Path) -> Run:
 
 def test_one_rank_with_two_steps_in_flight(tiny: Path, general: Run) -> None:
     config = device_runs.make_config(tiny, MeshLayout(), "triton")
-    run = device_runs.run(Worker.local(config.for_worker()))
-    assert run.on_device == NUM_STEPS
-    assert run.tokens() == general.tokens()
-    assert all(len(tokens) == NUM_STEPS + 1 for tokens in run.tokens().values())
-    logprobs = [t.logprobs for r in run.results for t in r.sampled]
-    expected = [t.logprobs for r in general.results for t in r.sampled]
-    for ours, theirs in zip(logprobs, expected, strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None and theirs is not None:
-            assert (ours.rank, ours.top_ids) == (theirs.rank, theirs.top_ids)
-            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+    refusal = Refusal(slot=5, step=2)
+    run = device_runs.run(Worker.local(config.for_worker()), refusal)
+    device_runs.check_refusals(run, refusal)
+    device_runs.check_tokens(run, general, refusal)
+    device_runs.check_remembered(run, general)
+    assert [len(t) for t in run.tokens().values()] == 5 * [NUM_STEPS + 1] + [1 + refusal.step]
+    logprobs, expected = (
+        {(t.slot, t.position): t.logprobs for r in of.results for t in r.sampled if t.logprobs}
+        for of in (run, general)
+    )
+    assert logprobs.keys() == expected.keys()
+    for place, ours in logprobs.items():
+        theirs = expected[place]
+        assert (ours.rank, ours.top_ids) == (theirs.rank, theirs.top_ids)
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
+def test_replayed_steps_with_padding_and_a_refusal(tiny: Path, general: Run) -> None:
+    """What graphs read and write is used as if they were replayed; they note what cuts need."""
+    published = {"method": "pyramidinfer", **PUBLISHED}
+    config = device_runs.make_config(tiny, MeshLayout(), "triton", published)
+    worker, refusal = Worker.local(config.for_worker()), Refusal(slot=3, step=1)
+    replays = replay_steps(worker)
+    run = device_runs.run(worker, refusal)
+    device_runs.check_tokens(run, general, refusal)
+    device_runs.check_remembered(run, general)
+    assert run.otherwise == {SUMMED}
+    assert ("decode", 8, Kind.NORMALISERS) in replays.recorded  # for five sequences
 
 
 def test_layouts_with_a_refusal(tiny: Path, general: Run) -> None:
-    by_rank = run_ranks(partial(device_runs.run_layouts, tiny), 4, len(LAYOUTS))
-    for name, layout in LAYOUTS.items():
-        last_stage = layout.rank(layout.pipeline_size - 1, 0)
-        for rank in range(layout.world_size):
-            run = by_rank[rank][name]
-            assert run.on_device == NUM_STEPS, name
-            refused = [r.refused for r in run.results]
-            expected = [()] * len(run.results)
-            if rank == 1:
-                expected[1 + REFUSED_STEP] = (REFUSED_SLOT,)  # after the prefill's
-            assert refused == expected, name
-            assert not any(r.faults for r in run.results), name
-        tokens = by_rank[last_stage][name].tokens()
-        for slot, wanted in general.tokens().items():
-            if slot == REFUSED_SLOT:  # void from the refused step on
-                wanted = wanted[: 1 + REFUSED_STEP]
-                tokens[slot] = tokens[slot][: 1 + REFUSED_STEP]
-            assert tokens[slot] == wanted, (name, slot)
+    device_runs.check_ranks(tiny, general, [Refusal(slot=3, step=0)])

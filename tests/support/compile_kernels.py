@@ -79,6 +79,7 @@ def main() -> None:
         )
         rows = decode.PagedRows(k_pages, v_pages, table, lengths, max_length)
         every_slot = torch.ones(5, 1 + first, heads, dtype=torch.int32)
+        work.lengthen(every_slot, slots)
         decode.decode(q, in_slots, 0.1, work=work.list_work(every_slot, slots, max_length)[0])
         decode.decode(q, rows, 0.1, return_mass=True)
         decode.decode(q, rows, 0.1, lse=torch.zeros(tokens, heads * case.group))

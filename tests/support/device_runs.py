@@ -3,12 +3,17 @@
 Ranks import this file, so it imports nothing slow.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
@@ -17,13 +22,12 @@ from saqqara.workers.plan import DecodeItem, NewSequence, SamplingSpec, StepPlan
 from saqqara.workers.worker import Worker
 
 from .plans import new_sequence, prefill_plan
-from .ranks import Store, leave_together
+from .ranks import TIMEOUT_SECONDS, Store, leave_together, run_ranks
 from .tiny import VOCAB
 
 PAGE = 8
 NUM_LAYERS = 2
 NUM_STEPS = 4
-REFUSED_SLOT, REFUSED_STEP = 3, 0  # the last of the device's own, where pages are short
 LAYOUTS = {
     "tp2": MeshLayout(tensor_size=2),  # 2 + 1 kv heads
     "pp2": MeshLayout(pipeline_size=2),
@@ -35,7 +39,8 @@ PUBLISHED = {
     "recent_ratio": 0.05,
     "decode": {"trigger": "published", "exceed": 2},
 }
-CASES: tuple[tuple[str, dict[str, Any] | None, SamplingSpec], ...] = (
+Case = tuple[str, dict[str, Any] | None, SamplingSpec]
+CASES: tuple[Case, ...] = (
     ("full", None, SamplingSpec(temperature=0.0)),
     ("snapkv", {"budget": 10, "window": 4}, SamplingSpec(temperature=0.9, seed=7)),
     ("pyramidkv", {"budget": 10, "window": 4}, SamplingSpec(seed=5, top_p=0.8, num_logprobs=2)),
@@ -45,10 +50,32 @@ CASES: tuple[tuple[str, dict[str, Any] | None, SamplingSpec], ...] = (
         SamplingSpec(temperature=0.0, repetition_penalty=1.3, logit_bias=((9, 1.0),)),
     ),
     ("pyramidinfer", PUBLISHED, SamplingSpec(temperature=0.0)),  # cuts in the third step
+    ("h2o", {"budget": 10, "decode": {"slack_pages": 1}}, SamplingSpec(temperature=0.0)),
+)
+SUMMED = 5  # the slot that is never in the device's own step: its attention is summed up
+
+
+# The same, and others whose rows are cut while they decode; for many steps.
+WITH_CUTS = (
+    *CASES,
+    (
+        "snapkv",
+        {"budget": 10, "window": 4, "decode": {"slack_pages": 1}},
+        SamplingSpec(temperature=0.0),
+    ),
+    ("adakv", {"budget": 10, "window": 4, "decode": {"slack_pages": 1}}, SamplingSpec(seed=3)),
 )
 
 
-def sequences() -> list[NewSequence]:
+@dataclass(frozen=True)
+class Refusal:
+    """In a step a rank finds no pages once and gives this slot up: rank 1, or the only one."""
+
+    slot: int
+    step: int
+
+
+def sequences(cases: Sequence[Case] = CASES) -> list[NewSequence]:
     """One of each case."""
     rng = np.random.default_rng(11)
     return [
@@ -58,17 +85,19 @@ def sequences() -> list[NewSequence]:
             sampling=spec,
             retention=Retention.parse(None if given is None else {"method": method, **given}),
         )
-        for slot, (method, given, spec) in enumerate(CASES)
+        for slot, (method, given, spec) in enumerate(cases)
     ]
 
 
-def make_config(folder: Path, layout: MeshLayout, attention: str) -> EngineConfig:
+def make_config(
+    folder: Path, layout: MeshLayout, attention: str, retention: str | dict[str, Any] = "full"
+) -> EngineConfig:
     """Settings of one rank."""
     return EngineConfig(
         model=str(folder),
         dtype="float32",
         device="cpu",
-        max_num_seqs=len(CASES),
+        max_num_seqs=len(WITH_CUTS),
         max_model_len=128,
         page_tokens=PAGE,
         num_threads=1,
@@ -78,6 +107,7 @@ def make_config(folder: Path, layout: MeshLayout, attention: str) -> EngineConfi
         layer_split=(1, 1) if layout.pipeline_size == 2 else None,
         pipeline_parallel_size=layout.pipeline_size,
         tensor_parallel_size=layout.tensor_size,
+        retention=retention,
         executor="local" if layout.world_size == 1 else "ray",
     )
 
@@ -89,10 +119,14 @@ class Run:
     Attributes:
         results: of each plan.
         on_device: how many steps were the device's own.
+        otherwise: the slots that were fed in the general way.
+        remembered: queries, and normalisers, for the cuts to come.
     """
 
     results: list[StepResult] = field(default_factory=list)
     on_device: int = 0
+    otherwise: set[int] = field(default_factory=set)
+    remembered: list[Tensor] = field(default_factory=list)
 
     def tokens(self) -> dict[int, list[int]]:
         """Those that were sampled, by slot."""
@@ -102,53 +136,123 @@ class Run:
         return found
 
 
-def run(worker: Worker, *, short: bool = False) -> Run:
+def run(
+    worker: Worker,
+    refusal: Refusal | None = None,
+    cases: Sequence[Case] = CASES,
+    num_steps: int = NUM_STEPS,
+) -> Run:
     """Prefill all together, then decode; two plans are in flight where results may come late.
 
-    Where it is `short`, the worker finds no pages once, and gives its last slot up.
+    Args:
+        worker: of one rank.
+        refusal: which slot comes last in which step; if it is this rank's, it finds no pages there.
+        cases: the sequences.
+        num_steps: decode steps.
     """
-    done, new = Run(), sequences()
-    device = worker._decode._on_device
-    if device is not None:
-        _count(device, done)
+    done, new = Run(), sequences(cases)
     in_flight = [worker.begin(prefill_plan(worker, new))]
-    for step in range(NUM_STEPS):
-        if short and step == REFUSED_STEP:
-            _fail_once(worker)
-        items = tuple(DecodeItem(n.slot, n.prompt_tokens + step) for n in new)
-        in_flight.append(worker.begin(StepPlan(step + 1, decode=items)))
-        done.results.append(in_flight.pop(0).result())
-        worker.check_integrity()
+    with _counted(worker, done):
+        for step in range(num_steps):
+            items = [DecodeItem(n.slot, n.prompt_tokens + step) for n in new]
+            if refusal is not None and step == refusal.step:
+                items.append(items.pop(refusal.slot))  # the last of a kind is refused
+                if worker.info.rank == min(1, worker._shard.part.mesh.layout.world_size - 1):
+                    _fail_once(worker, is_plain=refusal.slot != SUMMED)
+            in_flight.append(worker.begin(StepPlan(step + 1, decode=tuple(items))))
+            done.results.append(in_flight.pop(0).result())
+            worker.check_integrity()
     done.results.append(in_flight.pop().result())
-    done.results.append(worker.execute(StepPlan(9, free=tuple(n.slot for n in new))))
+    rings = worker._shard.rings
+    done.remembered = [rings._buffer.clone(), rings._lse.clone()]
+    slots = tuple(n.slot for n in new)
+    done.results.append(worker.execute(StepPlan(num_steps + 1, free=slots)))
     worker.check_integrity()
     assert done.results[-1].pages_free == worker.info.num_pages
     return done
 
 
-def run_layouts(folder: Path, rank: int, stores: Sequence[Store]) -> dict[str, Run]:
+def run_layouts(
+    folder: Path, refusals: Sequence[Refusal], is_long: bool, rank: int, stores: Sequence[Store]
+) -> dict[tuple[str, Refusal], Run]:
     """What one of four rank processes does: the layouts that have such a rank, in turns."""
     found = {}
+    sizes = (WITH_CUTS, 3 * NUM_STEPS) if is_long else (CASES, NUM_STEPS)
     for (name, layout), store in zip(LAYOUTS.items(), stores, strict=True):
         if rank < layout.world_size:
             settings = make_config(folder, layout, "triton").for_worker()
             worker = Worker(settings, layout, rank, store)
-            found[name] = run(worker, short=rank == 1)
+            for refusal in refusals:
+                found[name, refusal] = run(worker, refusal, *sizes)
             leave_together(worker)
     return found
 
 
-def _count(device: Any, done: Run) -> None:
-    step = device._step
+def check_ranks(
+    folder: Path, general: Run, refusals: Sequence[Refusal], is_long: bool = False
+) -> None:
+    """Assert that ranks in every layout sample what one rank does in the general way.
+
+    Rank 1, and no other, refuses what it has no pages for; from there on that slot is void.
+    """
+    timeout = 1800 if is_long else TIMEOUT_SECONDS
+    by_rank = run_ranks(partial(run_layouts, folder, refusals, is_long), 4, len(LAYOUTS), timeout)
+    for name, layout in LAYOUTS.items():
+        last_stage = layout.rank(layout.pipeline_size - 1, 0)
+        for refusal in refusals:
+            for rank in range(layout.world_size):
+                check_refusals(by_rank[rank][name, refusal], refusal if rank == 1 else None)
+            check_tokens(by_rank[last_stage][name, refusal], general, refusal)
+
+
+def check_refusals(done: Run, refusal: Refusal | None) -> None:
+    """Assert that a rank took every step itself, and refused this and nothing else."""
+    assert done.on_device == len(done.results) - 2  # a prefill, and what frees the slots
+    assert done.otherwise == {SUMMED}
+    refused = [(place, slot) for place, r in enumerate(done.results) for slot in r.refused]
+    assert refused == ([] if refusal is None else [(1 + refusal.step, refusal.slot)])
+    assert not any(r.faults for r in done.results)
+
+
+def check_tokens(done: Run, general: Run, refusal: Refusal) -> None:
+    """Assert that all tokens are those of the general way, but for what was refused."""
+    tokens = done.tokens()
+    for slot, wanted in general.tokens().items():
+        most = 1 + refusal.step if slot == refusal.slot else len(wanted)
+        assert tokens[slot][:most] == wanted[:most], (refusal, slot)
+
+
+def check_remembered(done: Run, general: Run) -> None:
+    """Assert that cuts would go by the same queries and normalisers, but for rounding."""
+    for ours, theirs in zip(done.remembered, general.remembered, strict=True):
+        assert len(theirs.flatten()), "no sequence remembers any"
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@contextmanager
+def _counted(worker: Worker, done: Run) -> Iterator[None]:
+    """Count the steps that are the device's own, and note who is fed otherwise."""
+    decode = worker._decode
+    if decode._on_device is None:
+        yield
+        return
+    step, feed = decode._on_device._step, decode._feed_generally
 
     def counted(*args: Any) -> Any:
         done.on_device += 1
         return step(*args)
 
-    device._step = counted
+    def noted(items: tuple[DecodeItem, ...], *args: Any) -> Any:
+        done.otherwise.update(item.slot for item in items)
+        return feed(items, *args)
+
+    of_device = patch.object(decode._on_device, "_step", counted)
+    with of_device, patch.object(decode, "_feed_generally", noted):
+        yield
 
 
-def _fail_once(worker: Worker) -> None:
-    grow = worker.kv.grow
-    answers = iter([False])
-    worker.kv.grow = lambda slots: next(answers, True) and grow(slots)  # type: ignore[method-assign]
+def _fail_once(worker: Worker, *, is_plain: bool) -> None:
+    name = "grow" if is_plain else "begin_append"
+    reserve = getattr(worker.kv, name)
+    answers = iter([False if is_plain else None])
+    setattr(worker.kv, name, lambda *args: next(answers, True) and reserve(*args))

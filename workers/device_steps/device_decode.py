@@ -1,23 +1,31 @@
 """Decode steps whose every input is a tensor on the device, replayed as CUDA graphs.
 
 A step of one new token per sequence reads which slots take part, and where, from one small tensor;
-their tokens from `DeviceSlots`, and lengths and pages from the store's device tables. The kernels
-find each new token's place by themselves. So one recorded graph per batch size serves every step,
-and the host only says who takes part. Batches are padded up to the next size of a ladder; a padding
-row has slot -1, stores nothing and attends to nothing. So does the row of a slot that this rank has
-refused, since the other ranks count on the batch's size.
+their tokens from `DeviceSlots`, and lengths, which it counts up itself, and pages from the store's
+device tables. The kernels find each new token's place by themselves. So one recorded graph per
+batch size serves every step, and the host only says who takes part. Batches are padded up to the
+next size of a ladder; a padding row has slot -1, stores nothing and attends to nothing. So does the
+row of a slot that this rank has refused, since the other ranks count on the batch's size.
 
-Shapes: T sequences of a step, B the ladder's size for them, E hidden size.
+Where rows are cut while their sequences decode, a step also notes the queries, and their
+normalisers, that cuts will look at. A cut itself comes after the step.
+
+Shapes: T sequences of a step, B the ladder's size for them, E hidden size, L local layers, Hq local
+query heads, D head dim.
 """
 
 import logging
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saqqara.workers import sizing
 from saqqara.workers.footprint import graph_sizes
 from saqqara.workers.models.layer import TritonLayer
 from saqqara.workers.plan import DecodeItem
@@ -30,6 +38,27 @@ from .graphs import Graphs, Recorded
 logger = logging.getLogger(__name__)
 
 _TOKENS_OF, _POSITIONS, _ROWS_OF = range(3)  # of a step's inputs
+
+
+class Kind(IntEnum):
+    """What the steps of a batch note at most."""
+
+    NOTHING = 0
+    QUERIES = 1
+    NORMALISERS = 2  # and queries
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """What a step notes for later cuts.
+
+    Attributes:
+        queries: [L, B or more, Hq, D], of the model's dtype; None where none are noted.
+        normalisers: float32 [L, B or more, Hq]; None where none are noted.
+    """
+
+    queries: Tensor | None = None
+    normalisers: Tensor | None = None
 
 
 class DeviceDecode:
@@ -52,14 +81,20 @@ class DeviceDecode:
         self._layers = [layer for layer in layers if isinstance(layer, TritonLayer)]
         assert len(self._layers) == len(layers), "the step is one of Triton's kernels throughout"
         self._graphs = graphs
+        assert shard.kv.table.mirror is not None, "the device's lengths are its own to change"
         self._sizes = graph_sizes(shard.part.config.max_num_seqs)
+        queries, normalisers = sizing.noted_in_steps(shard.part)
+        self._recorded_kind = Kind(queries + normalisers)
+        self._noted = Notes()
+        if graphs is not None:
+            self._noted = self._room(self._sizes[-1], self._recorded_kind)
 
     def takes(self, item: DecodeItem) -> bool:
-        """Whether an item is part of a plain step: one token, and no rows that are cut.
+        """Whether an item is part of such a step: one token, and no sums of attention.
 
         It depends on the plan alone, because all ranks must say the same.
         """
-        return item.num_tokens == 1 and item.slot not in self._shard.retained
+        return item.num_tokens == 1 and not self._shard.sums.has(np.array([item.slot]))[0]
 
     def run(self, items: tuple[DecodeItem, ...], received: Tensor | None) -> Tensor:
         """Feed the items' tokens; hidden states after this rank's layers, [T, E].
@@ -74,18 +109,64 @@ class DeviceDecode:
         with shard.clock.phase("reserve"):
             inputs = self._inputs(items, self._grow(items))
         with shard.clock.phase("decode"):
-            place = bisect_left(self._sizes, len(items))
-            if self._graphs is not None and place < len(self._sizes):
-                return self._replay(self._sizes[place], inputs, received)
-            held = inputs[_ROWS_OF][inputs[_ROWS_OF] >= 0]
-            longest = int(shard.kv.table.kept[held].max(initial=0))
-            return self._step(to_device(inputs, self._part.device), received, longest)
+            kind, place = self._kind(inputs[_TOKENS_OF]), bisect_left(self._sizes, len(items))
+            is_recorded = kind <= self._recorded_kind and place < len(self._sizes)
+            if self._graphs is not None and is_recorded:
+                # What the engine's own retention needs is recorded, and what needs nothing.
+                kind = self._recorded_kind if kind else kind
+                hidden = self._replay(self._sizes[place], kind, inputs, received)
+                notes = self._noted
+            else:
+                held = inputs[_ROWS_OF][inputs[_ROWS_OF] >= 0]
+                longest = int(shard.kv.table.kept[held].max(initial=0))
+                notes = self._room(len(items), kind)
+                there = to_device(inputs, self._part.device)
+                hidden = self._step(there, received, longest, notes)
+            if kind:
+                self._remember(inputs, notes)
+            return hidden
 
     def record_all(self) -> None:
-        """Record the graph of every batch size, the largest first, so that they share memory."""
+        """Record the graphs of every batch size, the largest first, so that they share memory."""
         if self._graphs is not None:
             for size in reversed(self._sizes):
-                self._record(size)
+                for kind in sorted({self._recorded_kind, Kind.NOTHING}, reverse=True):
+                    self._record(size, kind)
+
+    def _kind(self, slots_T: NDArray[np.int64]) -> Kind:
+        """What has to be noted of a step of these slots."""
+        rings = self._shard.rings
+        if not rings.num_open:
+            return Kind.NOTHING
+        if rings.normalised(slots_T).any():
+            return Kind.NORMALISERS
+        return Kind.QUERIES if any(map(rings.size, slots_T.tolist())) else Kind.NOTHING
+
+    def _room(self, size: int, kind: Kind) -> Notes:
+        """Room for what a step of so many sequences notes."""
+        part, pool = self._part, self._shard.kv.pool
+        shape_LBH = (len(part.layers), size, len(part.heads.query))
+        queries = normalisers = None
+        if kind >= Kind.QUERIES:
+            queries = pool.k_pages.new_empty(*shape_LBH, part.spec.head_dim)
+        if kind >= Kind.NORMALISERS:
+            normalisers = pool.k_pages.new_empty(shape_LBH, dtype=torch.float32)
+        return Notes(queries, normalisers)
+
+    def _remember(self, inputs_3T: NDArray[np.int64], notes: Notes) -> None:
+        """Put what a step has noted where cuts find it."""
+        rings, device, num = self._shard.rings, self._part.device, inputs_3T.shape[1]
+        slots, positions, held = inputs_3T
+        writes = rings.writes(slots, np.ones_like(slots), positions)
+        assert writes is not None, "what is noted is of slots with rings"
+        assert notes.queries is not None, "their kind notes queries"
+        rings.append_layers(writes, notes.queries[:, :num])
+        some = np.flatnonzero(rings.normalised(slots) & (held >= 0))
+        if len(some):
+            assert notes.normalisers is not None
+            places = rings.places(slots[some], positions[some])
+            chosen = notes.normalisers.index_select(1, to_device(some, device))
+            rings.normalise_layers(places, chosen)
 
     def _grow(self, items: Sequence[DecodeItem]) -> set[int]:
         """Make room for a token of each slot; refuse from the end what does not fit.
@@ -104,9 +185,11 @@ class DeviceDecode:
         ]
         return np.array(numbers, dtype=np.int64).T.copy()
 
-    def _replay(self, size: int, inputs_3T: NDArray[np.int64], received: Tensor | None) -> Tensor:
+    def _replay(
+        self, size: int, kind: Kind, inputs_3T: NDArray[np.int64], received: Tensor | None
+    ) -> Tensor:
         assert self._graphs is not None
-        recorded = self._graphs.get(("decode", size)) or self._record(size)
+        recorded = self._graphs.get(("decode", size, kind)) or self._record(size, kind)
         num = inputs_3T.shape[1]
         padded = _padding(size)
         padded[:, :num] = inputs_3T
@@ -116,7 +199,7 @@ class DeviceDecode:
             hidden[0][:num].copy_(received)
         return recorded.replay()[:num]
 
-    def _record(self, size: int) -> Recorded:
+    def _record(self, size: int, kind: Kind) -> Recorded:
         """Record one step; all of its rows are padding, so it changes no page."""
         assert self._graphs is not None
         part = self._part
@@ -127,12 +210,14 @@ class DeviceDecode:
             norms = self._shard.kv.k_tokens  # of the model's dtype, on its device
             hidden_BE = norms.new_zeros(size, part.spec.hidden_size)
             inputs.append(hidden_BE)
-        longest = part.max_model_len
+        longest, notes = part.max_model_len, self._noted if kind else Notes()
         return self._graphs.record(
-            ("decode", size), inputs, lambda: self._step(inputs_3B, hidden_BE, longest)
+            ("decode", size, kind),
+            inputs,
+            lambda: self._step(inputs_3B, hidden_BE, longest, notes),
         )
 
-    def _step(self, inputs_3T: Tensor, hidden: Tensor | None, longest: int) -> Tensor:
+    def _step(self, inputs_3T: Tensor, hidden: Tensor | None, longest: int, notes: Notes) -> Tensor:
         """All layers, [T, E]; `longest` bounds the rows' lengths."""
         table, pool = self._shard.kv.table, self._shard.kv.pool
         decoder, scale = self._part.decoder, self._part.scale
@@ -142,6 +227,7 @@ class DeviceDecode:
             hidden = decoder.embedding(self._slots.feed(slots, positions))
         assert hidden is not None, "a later stage gets hidden states"
         places = decoder.places(positions)
+        self._work.lengthen(table.device_kept, held)
         work = self._work.list_work(table.device_kept, held, longest)
         for index, layer in enumerate(self._layers):
             rows = self._kernel.PagedRows(
@@ -154,7 +240,12 @@ class DeviceDecode:
                 table.mirror.first[:, index],
             )
             q = layer.project_append_rows(hidden, places, rows)
-            attended, _ = self._kernel.decode(q, rows, scale, work=work[index])
+            lse = None
+            if notes.queries is not None:
+                notes.queries[index, : len(q)].copy_(q)
+            if notes.normalisers is not None:
+                lse = notes.normalisers[index, : len(q)]
+            attended, _ = self._kernel.decode(q, rows, scale, lse=lse, work=work[index])
             hidden = layer.finish(hidden, attended, out=hidden)
         return hidden
 

@@ -1,4 +1,4 @@
-"""How rows are cut into parts, and a list of the parts of all rows, made on the device.
+"""What a step does to rows' lengths, and how rows are cut into parts, listed on the device.
 
 A recorded launch has a fixed number of programs, while rows grow. So one launch a step lists, for
 every layer, the parts that its rows have now, and the programs of the layer's decode launch take
@@ -75,6 +75,34 @@ def _list_kernel(
             tl.store(listed + target + split, rows * MAX_SPLITS + split, mask=split < splits)
         num_listed += tl.sum(splits, axis=0)
     tl.store(counts + layer, num_listed)
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "stride_s"],
+    do_not_specialize_on_alignment=["lengths", "slots"],
+)
+def _lengthen_kernel(lengths, slots, num_rows, stride_s, BLOCK_R: tl.constexpr):
+    """The rows of one sequence."""
+    slot = tl.load(slots + tl.program_id(0)).to(tl.int64)
+    for first in range(0, num_rows, BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        of_slot = (row < num_rows) & (slot >= 0)
+        place = lengths + slot * stride_s + row
+        tl.store(place, tl.load(place, mask=of_slot, other=0) + 1, mask=of_slot)
+
+
+def lengthen(lengths: Tensor, slots: Tensor) -> None:
+    """Count a new token in every row of some sequences.
+
+    Args:
+        lengths: int32 [S, L, H], contiguous, tokens of each row; those of `slots` grow by 1.
+        slots: int64 [N], contiguous, different ones; negative: no sequence.
+    """
+    assert lengths.is_contiguous(), "the rows of a slot must lie together"
+    if len(slots):
+        _lengthen_kernel[(len(slots),)](
+            lengths, slots, lengths[0].numel(), lengths.stride(0), BLOCK_R=_BLOCK_ROWS
+        )
 
 
 def list_work(

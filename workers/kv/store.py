@@ -173,9 +173,9 @@ class KVStore:
         return None if grown is None else self._append_plan(slots, num_new, *grown)
 
     def grow(self, slots: NDArray[np.int64]) -> bool:
-        """Reserve room for one new token of each slot, for a step that finds it on the device.
+        """Reserve room for one new token of each slot, for a step that counts it on the device.
 
-        The token goes to place `length - 1` of each row, as the device's tables then say.
+        Lengths grow on the host alone: the step does the same to the device's.
 
         Args:
             slots: different slots, int64 [N].
@@ -183,10 +183,10 @@ class KVStore:
         Returns:
             False, with nothing changed, if the pages do not suffice.
         """
-        return self._grow(slots, np.ones(len(slots), dtype=np.int64)) is not None
+        return self._grow(slots, np.ones(len(slots), dtype=np.int64), on_device=False) is not None
 
     def _grow(
-        self, slots: NDArray[np.int64], num_new: NDArray[np.int64]
+        self, slots: NDArray[np.int64], num_new: NDArray[np.int64], on_device: bool = True
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]] | None:
         """Lengthen rows: their first table entries, and lengths before and after, [N, L, H]."""
         table, pool = self.table, self.pool
@@ -213,7 +213,11 @@ class KVStore:
             pages = pool.allocate(num_needed)
             table.set_pages(entries, pages)
             pool.clear(to_device(pages.astype(np.int64), table.device))
-        table.set_kept(slots, after)
+        if on_device:
+            table.set_kept(slots, after)
+        else:
+            assert table.mirror is not None, "host and device share the lengths"
+            table.kept[slots] = after
         return first, before, after
 
     def _append_plan(

@@ -22,7 +22,8 @@ class RowTable:
 
     On a CPU the device tensors share the memory of the host arrays. Elsewhere lengths are a copy
     and entries a `TableMirror`, and the setters below, through which every change goes, repeat
-    it there.
+    it there; but for the device's own decode steps, which count up the lengths of their rows on the
+    device, as `KVStore.grow` does on the host.
 
     Args:
         num_slots: sequences that can hold pages at once.

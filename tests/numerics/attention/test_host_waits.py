@@ -3,39 +3,58 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("for Triton's interpreter", allow_module_level=True)
 
 from support import device_runs
+from support.device_runs import CASES, PUBLISHED, WITH_CUTS, Case
 from support.host_waits import HostWaitError, HostWaits
 from support.plans import prefill_plan
 from support.tiny import save_tiny
 
+from saqqara.workers import transfer
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.plan import DecodeItem, NewSequence, SamplingSpec, StepPlan
 from saqqara.workers.worker import StepInFlight, Worker
 
 
-def allow_transfers(watch: HostWaits, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let through what `workers/transfer.py` takes to the device, which on a GPU does not wait."""
+def allow_transfers(watch: HostWaits, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Let through what `workers/transfer.py` takes to the device, which on a GPU does not wait.
+
+    Returns:
+        The shapes of what was taken there.
+    """
+    shapes: list[tuple[int, ...]] = []
+
+    def take(values: NDArray[np.generic], device: torch.device) -> torch.Tensor:
+        shapes.append(values.shape)
+        return transfer.to_device(values, device)
+
     for name, module in list(sys.modules.items()):
-        if name.startswith("saqqara.workers.") and hasattr(module, "to_device"):
-            monkeypatch.setattr(module, "to_device", watch.allowed(module.to_device))
+        uses = name.startswith("saqqara.workers.") and hasattr(module, "to_device")
+        if uses and module is not transfer:
+            monkeypatch.setattr(module, "to_device", watch.allowed(take))
+    return shapes
 
 
-def started(folder: Path, attention: str, specs: list[SamplingSpec]) -> tuple[Worker, StepPlan]:
+def started(
+    folder: Path, attention: str, specs: list[SamplingSpec], cases: Sequence[Case] = CASES
+) -> tuple[Worker, StepPlan]:
     """A worker whose sequences are prefilled, and the plan of their first decode step."""
     config = device_runs.make_config(folder, MeshLayout(), attention)
     worker = Worker.local(config.for_worker())
     new: list[NewSequence] = [
         replace(sequence, sampling=spec)
-        for sequence, spec in zip(device_runs.sequences(), specs, strict=False)
+        for sequence, spec in zip(device_runs.sequences(cases), specs, strict=False)
     ]
     worker.execute(prefill_plan(worker, new))
     return worker, StepPlan(1, decode=tuple(DecodeItem(n.slot, n.prompt_tokens) for n in new))
@@ -54,19 +73,35 @@ WANTING = [
 ]
 
 
-@pytest.mark.parametrize("specs", [PLAIN, WANTING], ids=["plain", "wanting"])
+# Rows that are cut, but not yet in these steps.
+LATER = PUBLISHED | {"decode": {"trigger": "published", "exceed": 9}}
+CUT = [CASES[0], ("pyramidinfer", LATER, SamplingSpec()), WITH_CUTS[-1]]
+
+
+@pytest.mark.parametrize(
+    ("specs", "cases"),
+    [(PLAIN, CASES), (WANTING, CASES), (PLAIN, CUT)],
+    ids=["plain", "wanting", "cut"],
+)
 def test_a_decode_step_never_waits(
-    specs: list[SamplingSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    specs: list[SamplingSpec],
+    cases: Sequence[Case],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     save_tiny("llama-gqa", tmp_path, num_layers=1)
-    worker, plan = started(tmp_path, "triton", specs)
+    worker, plan = started(tmp_path, "triton", specs, cases)
     watch = HostWaits()
-    allow_transfers(watch, monkeypatch)
+    taken = allow_transfers(watch, monkeypatch)
     first = begin(worker, plan, watch)
+    taken.clear()
     again = tuple(replace(item, position=item.position + 1) for item in plan.decode)
     second = begin(worker, StepPlan(2, decode=again), watch)  # before the first one's result
     assert watch.num_operators > 20
+    if specs is PLAIN and cases is CASES:
+        assert taken == [(3, 3), (2, 3)]  # who takes part, and where: for the layers, for the head
     assert [len(step.result().sampled) for step in (first, second)] == [3, 3]
+    worker.check_integrity()  # lengths on the device are the host's
 
 
 def test_the_general_way_waits_and_is_caught(

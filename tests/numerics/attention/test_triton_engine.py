@@ -27,7 +27,7 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers import sizing
 from saqqara.workers.device_steps import device_decode
-from saqqara.workers.device_steps.device_decode import DeviceDecode
+from saqqara.workers.device_steps.device_decode import DeviceDecode, Notes
 from saqqara.workers.footprint import graph_sizes
 from saqqara.workers.kernels.decode import PagedRows
 from saqqara.workers.kernels.work import SPLIT_TOKENS
@@ -153,7 +153,7 @@ def test_memory_for_graphs_is_what_a_step_takes(
     step._kernel = SimpleNamespace(PagedRows=PagedRows, decode=decode)  # type: ignore[assignment]
     inputs = torch.from_numpy(device_decode._padding(8)).clone()
     with torch.inference_mode(), Launches(), PeakBytes() as memory:
-        step._step(inputs, None, part.max_model_len)
+        step._step(inputs, None, part.max_model_len, Notes())
     scratch = 8 * part.footprint.scratch_bytes(part.max_model_len)
     assert memory.peak <= scratch <= 1.5 * memory.peak
     assert sizing.graph_bytes(part) == 0  # there is no GPU
@@ -200,8 +200,9 @@ def _of_layer(step: DeviceDecode) -> dict[str, int]:
         if step._part.mesh.layout.tensor_size > 1:
             step._part.mesh.all_reduce = all_reduce  # type: ignore[method-assign, assignment]
         with torch.inference_mode(), launches:
-            step._step(inputs, None, 2 * SPLIT_TOKENS)
+            step._step(inputs, None, 2 * SPLIT_TOKENS, Notes())
         assert launches.names["_list_kernel"] == 1, "the parts of all layers are listed at once"
+        assert launches.names["_lengthen_kernel"] == 1, "all rows grow at once"
         launched.append(launches.names)
     return dict(launched[1] - launched[0])
 

@@ -280,5 +280,6 @@ def test_every_kernel_compiles_for_a_gpu(cases: tuple[str, ...], tmp_path: Path)
     assert compiled == {
         "_decode_kernel", "_merge_kernel", "_token_mass_kernel", "_attend_kernel",
         "_queries_kernel", "_keys_kernel", "_fill_kernel", "_append_kernel", "_compact_kernel",
-        "_list_kernel", "_rotate_kernel", "_rms_norm_kernel", "_silu_mul_kernel",
+        "_lengthen_kernel", "_list_kernel", "_rotate_kernel", "_rms_norm_kernel",
+        "_silu_mul_kernel",
     }  # fmt: skip
