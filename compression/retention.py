@@ -286,7 +286,9 @@ class Retention:
             return prompt_tokens
         if self.budget is not None:
             return self.budget
-        return _share_tokens(self, prompt_tokens)
+        assert self.share is not None, "a valid setting has one of the two"
+        rounded = math.floor(spelling.exact_share(self.share) * prompt_tokens + Fraction(1, 2))
+        return max(rounded, self._least_budget)
 
     def layer_tokens(self, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
         """Count the prompt tokens that each layer keeps per kv head (the mean, where ragged).
@@ -325,13 +327,6 @@ class Retention:
             ValueError: as `layer_tokens`; `profile` is of another model.
         """
         return _row_tokens(self, prompt_tokens, num_layers, num_heads)
-
-
-@lru_cache(maxsize=8192)
-def _share_tokens(retention: Retention, prompt_tokens: int) -> int:
-    """`Retention.budget_of` where the budget is a share, cached as `_layer_tokens`."""
-    exact = Fraction(str(retention.share)) * prompt_tokens
-    return max(math.floor(exact + Fraction(1, 2)), retention._least_budget)
 
 
 @lru_cache(maxsize=8192)
