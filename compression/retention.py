@@ -286,8 +286,8 @@ class Retention:
             return prompt_tokens
         if self.budget is not None:
             return self.budget
-        exact = Fraction(str(self.share)) * prompt_tokens
-        rounded = math.floor(exact + Fraction(1, 2))
+        assert self.share is not None, "a valid setting has one of the two"
+        rounded = math.floor(spelling.exact_share(self.share) * prompt_tokens + Fraction(1, 2))
         return max(rounded, self._least_budget)
 
     def layer_tokens(self, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:

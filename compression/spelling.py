@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -283,6 +284,12 @@ def _read_budget(value: object) -> Flat:
 def share_text(share: float) -> str:
     """A share of the prompt as users write it: "25%"."""
     return f"{(Decimal(str(share)) * 100).normalize():f}%"
+
+
+@lru_cache(maxsize=1024)
+def exact_share(share: float) -> Fraction:
+    """The decimal number that a share was written as; cached, as every layer asks for it."""
+    return Fraction(str(share))
 
 
 def written(flat: Flat) -> Flat:

@@ -94,7 +94,7 @@ class DeviceDecode:
 
         It depends on the plan alone, because all ranks must say the same.
         """
-        return item.num_tokens == 1 and not self._shard.sums.has(np.array([item.slot]))[0]
+        return item.num_tokens == 1 and item.slot not in self._shard.sums
 
     def run(self, items: tuple[DecodeItem, ...], received: Tensor | None) -> Tensor:
         """Feed the items' tokens; hidden states after this rank's layers, [T, E].

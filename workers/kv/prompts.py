@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saqqara.workers.transfer import to_device
+
 from .moves import KernelMoves
-from .spans import spans
+from .spans import padded, spans
 from .store import KVStore
 
 
@@ -62,6 +64,64 @@ def write_prompts(
         if not kv.write(write.slot, layer, k[prompt], v[prompt], write.indices):
             return done
     return len(writes)
+
+
+def write_layers(
+    kv: KVStore,
+    first_layer: int,
+    k_LTHD: Tensor,
+    v_LTHD: Tensor,
+    writes: Sequence[Sequence[PromptWrite]],
+) -> bool:
+    """`write_prompts` for adjacent layers at once, on a CPU.
+
+    Args:
+        kv: the store.
+        first_layer: local number of the first one.
+        k_LTHD: keys of all prompts in each layer.
+        v_LTHD: values, likewise.
+        writes: of each layer, [L].
+
+    Returns:
+        False, with nothing written, if there are too few pages for all.
+    """
+    table, (num_layers, num_tokens, num_heads, dim) = kv.table, k_LTHD.shape
+    assert len(writes) == num_layers, (len(writes), num_layers)
+    flat = [(layer, write) for layer in range(num_layers) for write in writes[layer]]
+    if not flat:
+        return True
+    counts_WH = np.stack([write.counts(num_heads) for _, write in flat])
+    needed_WH = table.num_pages(counts_WH)
+    if needed_WH.sum() > kv.pages_free:
+        return False
+    layers_W, starts_W, slots_W = (
+        np.array(numbers, dtype=np.int64)
+        for numbers in zip(*((layer, w.start, w.slot) for layer, w in flat), strict=True)
+    )
+    local_W = first_layer + layers_W
+    assert not table.kept[slots_W, local_W].any(), f"slots {slots_W} are not empty"
+    assert counts_WH.max() <= table.max_row_tokens, (counts_WH.max(), table.max_row_tokens)
+    needed, counts = needed_WH.reshape(-1), counts_WH.reshape(-1)
+    pages = kv.pool.allocate(int(needed.sum()))
+    table.set_pages(spans(table.first_entry[slots_W, local_W].reshape(-1), needed), pages)
+    for layer in np.unique(local_W).tolist():
+        among = local_W == layer
+        table.set_layer_kept(slots_W[among], layer, counts_WH[among])
+    nth, row = padded(counts, needed * kv.page_tokens)
+    chosen = np.concatenate([tokens for _, write in flat for tokens in _tokens(write, num_heads)])
+    write, head = row // num_heads, row % num_heads
+    token = starts_W[write] + chosen[(np.cumsum(counts) - counts)[row] + nth]
+    source = (layers_W[write] * num_tokens + token) * num_heads + head
+    flat_k, flat_v = k_LTHD.view(-1, dim), v_LTHD.view(-1, dim)
+    kv.fill_pages(pages, flat_k, flat_v, to_device(source, table.device))
+    return True
+
+
+def _tokens(write: PromptWrite, num_heads: int) -> list[NDArray[np.int64]]:
+    """Which tokens of a prompt each head keeps."""
+    if write.indices is None:
+        return [np.arange(write.num_tokens, dtype=np.int64)] * num_heads
+    return [head.numpy() for head in write.indices]
 
 
 def _write_together(

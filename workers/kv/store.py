@@ -19,7 +19,7 @@ from saqqara.workers.transfer import to_device
 from .integrity import check_integrity
 from .moves import KernelMoves, kernels_can_move
 from .pool import PagePool
-from .spans import spans
+from .spans import padded, spans
 from .table import RowTable
 from .view import AppendPlan, KVView
 
@@ -142,14 +142,14 @@ class KVStore:
             heads = np.arange(num_heads)
             self.moves.fill(pages, counts, heads, np.zeros_like(heads), k, v, chosen)
             return True
-        nth, head = _fill(counts, needed * self.page_tokens)
+        nth, head = padded(counts, needed * self.page_tokens)
         if indices is None:
             source = to_device(nth * num_heads + head, device)
         else:
             offset = np.cumsum(counts) - counts
             token = _concatenate(indices).index_select(0, to_device(offset[head] + nth, device))
             source = token * num_heads + to_device(head, device)
-        self._store(pages, k.reshape(-1, dim), v.reshape(-1, dim), source)
+        self.fill_pages(pages, k.reshape(-1, dim), v.reshape(-1, dim), source)
         return True
 
     # -- decode and extend ------------------------------------------------------------------
@@ -363,7 +363,7 @@ class KVStore:
         table = self.table
         return table.flat_pages[table.used_entries(table.first_entry[slot], table.kept[slot])]
 
-    def _store(
+    def fill_pages(
         self, pages: NDArray[np.int32], k: Tensor, v: Tensor, source: Tensor | None = None
     ) -> None:
         """Fill pages with tokens, in order: those of k and v [tokens, D], or their `source`."""
@@ -388,12 +388,3 @@ def _counts(indices: Tensor | Sequence[Tensor]) -> NDArray[np.int32]:
 
 def _concatenate(indices: Tensor | Sequence[Tensor]) -> Tensor:
     return indices.reshape(-1) if isinstance(indices, Tensor) else torch.cat(list(indices))
-
-
-def _fill(
-    counts: NDArray[np.int32], padded: NDArray[np.int32]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number the tokens of each head and pad with its last: (token within head, head), flat."""
-    head = np.repeat(np.arange(len(counts)), padded)
-    nth = spans(np.zeros(len(counts), dtype=np.int64), padded)
-    return np.minimum(nth, counts[head] - 1), head

@@ -42,6 +42,14 @@ class ParkedPrefill:
         """Bytes that the group holds while it is parked."""
         return self.hidden_TE.nbytes + self.places.num_bytes
 
+    def wanted(self, slots: SlotTable) -> CuSeqlens:
+        """How many of each prompt's last tokens go through the whole of the last layer."""
+        counts = [
+            length if any(slots[slot].scores_prompt for slot in family) else 1
+            for family, length in zip(self.families.values(), self.cu.lengths, strict=True)
+        ]
+        return CuSeqlens.of(counts, self.hidden_TE.device)
+
     def narrow(self, rows_T: Tensor, places: Places, cu: CuSeqlens) -> None:
         """Go on with these rows only."""
         self.hidden_TE, self.places, self.cu = self.hidden_TE.index_select(0, rows_T), places, cu

@@ -18,7 +18,7 @@ from saqqara.compression.growth import remembers_normalisers, sums_mass
 from saqqara.compression.retention import Retention
 from saqqara.compression.selecting import select
 from saqqara.workers.attention.base import CuSeqlens
-from saqqara.workers.kv.prompts import PromptWrite, write_prompts
+from saqqara.workers.kv.prompts import PromptWrite, write_layers, write_prompts
 from saqqara.workers.models.decoder import chunks
 from saqqara.workers.models.layer import QKV, Layer
 from saqqara.workers.plan import PrefillGroup, StepPlan
@@ -28,7 +28,7 @@ from saqqara.workers.shard import Shard
 from saqqara.workers.transfer import to_device
 
 from . import native_prefill
-from .native_prefill import NativePrefill
+from .native_prefill import NativePrefill, Piece
 from .parked import Finals, ParkedPrefill, last_rows
 
 Selection = Tensor | list[Tensor] | None
@@ -153,7 +153,9 @@ class Prefill:
         self, native: NativePrefill, layers: range, parked: ParkedPrefill, finals: Finals
     ) -> None:
         """Several layers in one call, then what retention selects of each; see `_layer`."""
-        wanted = self._wanted(parked) if layers.stop == self._part.spec.num_layers else None
+        wanted = (
+            parked.wanted(self._shard.slots) if layers.stop == self._part.spec.num_layers else None
+        )
         writes = native.reserve(layers, parked) if self.watched is None else None
         for piece in native.run(layers, parked, writes, wanted):
             self._layer_tokens += parked.num_tokens * len(piece.layers)
@@ -162,8 +164,7 @@ class Prefill:
             )
             if not piece.is_stored:
                 with self._shard.clock.span("retain"):
-                    for layer, qkv, lse in piece.noted():
-                        self._retain(layer, parked, qkv, lse)
+                    self._retain_piece(piece, parked)
             if wanted is not None and piece.wanted is not None:
                 finals.take(parked.families, wanted, piece.wanted, self._shard.slots)
 
@@ -193,7 +194,7 @@ class Prefill:
         layer = part.spec.num_layers - 1
         weights = part.decoder.layers[layer - part.layers.start]
         qkv = self._project(weights, parked)
-        wanted = self._wanted(parked)
+        wanted = parked.wanted(self._shard.slots)
         rows_R = last_rows(wanted, parked.cu)
         attended = part.backend.prefill(qkv.q[rows_R], qkv.k, qkv.v, wanted, parked.cu, part.scale)[
             0
@@ -204,15 +205,6 @@ class Prefill:
         for chunk in chunks(len(hidden_RE), part.config.linear_chunk_tokens):
             weights.finish(hidden_RE[chunk], attended[chunk], out=hidden_RE[chunk])
         finals.take(parked.families, wanted, hidden_RE, self._shard.slots)
-
-    def _wanted(self, parked: ParkedPrefill) -> CuSeqlens:
-        """How many of each prompt's last tokens go through the whole of the last layer."""
-        slots = self._shard.slots
-        counts = [
-            length if any(slots[slot].scores_prompt for slot in family) else 1
-            for family, length in zip(parked.families.values(), parked.cu.lengths, strict=True)
-        ]
-        return CuSeqlens.of(counts, self._part.device)
 
     def _propagate(
         self, layer: int, parked: ParkedPrefill, qkv: QKV, lse: Tensor | None
@@ -283,6 +275,28 @@ class Prefill:
 
         `lse` [T, Hq] is what prefill returned of all queries, None if it did not.
         """
+        writes = self._choose(layer, parked, qkv, lse)
+        self._write(layer - self._part.layers.start, qkv, writes)
+        # The pages just written and the layer's fresh keys and values exist side by side.
+        self._shard.meter.see_prefill(self._kv_bytes(qkv), 0)
+
+    def _retain_piece(self, piece: Piece, parked: ParkedPrefill) -> None:
+        """`_retain` of several layers, written together where there are pages for all."""
+        shard, first = self._shard, self._part.layers.start
+        noted = [
+            (layer, qkv, self._choose(layer, parked, qkv, lse)) for layer, qkv, lse in piece.noted()
+        ]
+        writes = [self._unrefused(writes) for _, _, writes in noted]
+        _, k, v = piece.fresh
+        if not write_layers(shard.kv, piece.layers.start - first, k, v, writes):
+            for layer, qkv, writes_of_layer in noted:
+                self._write(layer - first, qkv, writes_of_layer)
+        shard.meter.see_prefill(self._kv_bytes(piece.fresh), 0)
+
+    def _choose(
+        self, layer: int, parked: ParkedPrefill, qkv: QKV, lse: Tensor | None
+    ) -> list[PromptWrite]:
+        """What each sequence's method keeps of this layer; see `_retain`."""
         local_layer = layer - self._part.layers.start
         writes: list[PromptWrite] = []
         bounds = zip(parked.cu.host[:-1], parked.cu.host[1:], strict=True)
@@ -304,11 +318,8 @@ class Prefill:
                 if self.watched is not None:
                     entered = parked.places.positions_T[start:stop]
                     self.watched[slot, layer] = self._positions(entered, indices)
-                if slot not in self._shard.faults.refused:
-                    writes.append(PromptWrite(slot, start, stop - start, indices))
-        self._write(local_layer, qkv, writes)
-        # The pages just written and the layer's fresh keys and values exist side by side.
-        self._shard.meter.see_prefill(self._kv_bytes(qkv), 0)
+                writes.append(PromptWrite(slot, start, stop - start, indices))
+        return writes
 
     def _positions(self, entered: Tensor, indices: Selection) -> list[Tensor]:
         """Positions in the prompt that each local kv head keeps of those that entered a layer."""
@@ -360,12 +371,15 @@ class Prefill:
 
         What a refused slot held is room for those after it.
         """
-        shard = self._shard
+        shard, writes = self._shard, self._unrefused(writes)
         while writes:
             done = write_prompts(shard.kv, local_layer, qkv.k, qkv.v, writes)
             if done < len(writes):
                 shard.refuse(writes[done].slot)
             writes = writes[done + 1 :]
+
+    def _unrefused(self, writes: list[PromptWrite]) -> list[PromptWrite]:
+        return [write for write in writes if write.slot not in self._shard.faults.refused]
 
     def _select(
         self, layer: int, slot: int, prompt: QKV, lse: Tensor | None

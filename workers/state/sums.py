@@ -60,6 +60,9 @@ class MassSums:
         """Sequences with sums."""
         return int(np.count_nonzero(self._place_S >= 0))
 
+    def __contains__(self, slot: int) -> bool:
+        return bool(self._place_S[slot] >= 0)
+
     def open(self, slot: int) -> None:
         """Give a slot sums, all 0."""
         assert self._place_S[slot] < 0, f"slot {slot} has sums"
