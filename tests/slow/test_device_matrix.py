@@ -18,8 +18,11 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 
 @pytest.mark.timeout(1800)
-def test_every_slot_is_refused_once_in_every_layout(tmp_path: Path) -> None:
-    """Full, SnapKV, PyramidKV, AdaKV; PyramidInfer and others whose rows are cut meanwhile."""
+def test_any_slot_may_be_refused_in_any_layout(tmp_path: Path) -> None:
+    """Full, SnapKV, PyramidKV, AdaKV; PyramidInfer and others whose rows are cut meanwhile.
+
+    One rank refuses each slot once, several ranks every third: they differ in who is told.
+    """
     save_tiny("llama-gqa", tmp_path, num_layers=device_runs.NUM_LAYERS)
     sizes = WITH_CUTS, 3 * NUM_STEPS
     refusals = [Refusal(slot, (5 * slot) % sizes[1]) for slot in range(len(WITH_CUTS))]
@@ -32,4 +35,4 @@ def test_every_slot_is_refused_once_in_every_layout(tmp_path: Path) -> None:
         run = device_runs.run(alone, refusal, *sizes)
         device_runs.check_refusals(run, refusal)
         device_runs.check_tokens(run, general, refusal)
-    device_runs.check_ranks(tmp_path, general, refusals, is_long=True)
+    device_runs.check_ranks(tmp_path, general, refusals[::3], is_long=True)
