@@ -40,7 +40,7 @@ def make_worker(folder: Path, **settings: Any) -> Worker:
 
 
 def sequences(
-    retention: object, lengths: tuple[int, ...], sampling: SamplingSpec = PLAIN
+    retention: str | dict[str, Any] | None, lengths: tuple[int, ...], sampling: SamplingSpec = PLAIN
 ) -> list[NewSequence]:
     rng = np.random.default_rng(len(lengths))
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in lengths]
@@ -73,7 +73,9 @@ def answers(
     return results, pages
 
 
-def assert_same(found: tuple[list[StepResult], Pages], wanted: tuple[list[StepResult], Pages]):
+def assert_same(
+    found: tuple[list[StepResult], Pages], wanted: tuple[list[StepResult], Pages]
+) -> None:
     for a, b in zip(found[0], wanted[0], strict=True):
         assert (a.sampled, a.prompts, a.kept) == (b.sampled, b.prompts, b.kept)
         assert (a.refused, a.pages_free) == (b.refused, b.pages_free)
@@ -133,7 +135,10 @@ SNAPKV = {"method": "snapkv", **WINDOW, "decode": {"slack_pages": 1}}
 )
 @pytest.mark.parametrize("lengths", [(41,), (3, 50, 1, 17)], ids=str)
 def test_one_call_says_what_call_after_call_says(
-    retention: object, lengths: tuple[int, ...], worker: Worker, monkeypatch: pytest.MonkeyPatch
+    retention: str | dict[str, Any] | None,
+    lengths: tuple[int, ...],
+    worker: Worker,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tokens, logprobs and kept keys and values, bit for bit, also of prompts shorter than rows."""
     assert both_ways(worker, monkeypatch, sequences(retention, lengths)) == [LAYERS]

@@ -28,9 +28,8 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers import sizing
 from saqqara.workers.device_steps import device_decode
 from saqqara.workers.device_steps.device_decode import DeviceDecode, Notes
-from saqqara.workers.fixed_sizes import graph_sizes
+from saqqara.workers.fixed_sizes import SPLIT_TOKENS, graph_sizes
 from saqqara.workers.kernels.decode import PagedRows
-from saqqara.workers.kernels.work import SPLIT_TOKENS
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.plan import (
     DecodeItem,

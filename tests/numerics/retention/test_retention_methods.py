@@ -541,7 +541,7 @@ def test_heads_that_compete_are_told_apart_at_once() -> None:
             calls.append(func.overloadpacket.__name__)
             return func(*args, **(kwargs or {}))
 
-    with Calls():
+    with Calls():  # type: ignore[no-untyped-call]
         compete(torch.rand(8, 40), keep=12, floor=2, recent=2, sinks=1)
     assert calls.count("nonzero") == 1
     assert not {"_local_scalar_dense", "item", "masked_select"} & set(calls)

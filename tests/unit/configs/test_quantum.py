@@ -8,10 +8,12 @@ from saqqara.configs.schema import EngineConfig
 
 
 def test_a_gpu_gets_a_tenth_of_a_second_whatever_the_model() -> None:
-    found = {}
+    found: dict[tuple[str, int], int] = {}
     for name, ranks in (("llama-3-8b", 1), ("llama-3-70b", 8), ("llama-3-70b", 4)):
         layer = model_of(name).spec.layer_parameters
-        found[name, ranks] = prefill_quantum("auto", "cuda:0", ranks, layer)
+        quantum = prefill_quantum("auto", "cuda:0", ranks, layer)
+        assert quantum is not None
+        found[name, ranks] = quantum
         assert prefill_quantum("auto", "cpu", ranks, layer) == CPU_QUANTUM
     assert CPU_QUANTUM < found["llama-3-8b", 1] < found["llama-3-70b", 8]
     # Eight layers of a group of 8,192 tokens, and more, in each step: not four.

@@ -44,7 +44,8 @@ def at_once(number: int, prompt: int = 1024, new: int = 64) -> Trace:
 
 
 def test_the_quantum_is_the_engines_where_none_is_given() -> None:
-    asking = asked(**TWO_STAGES)
+    two_stages: dict[str, Any] = TWO_STAGES
+    asking = asked(**two_stages)
     layer = asking.model.spec.layer_parameters
     for given in ("auto", None, 5000):
         settings = Deployment.best(asking, given, 1024).settings()

@@ -31,7 +31,7 @@ class Moment:
     def query(self) -> bool:
         return self.device.done >= self.at
 
-    def elapsed_time(self, end_event: "Moment", /) -> float:  # type: ignore[override]
+    def elapsed_time(self, end_event: "Moment", /) -> float:
         return 1e3 * (end_event.at - self.at)
 
 
