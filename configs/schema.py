@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .autoscaling import AutoscalingConfig
 from .budget import budget_mistake
 from .hosts import check_host_pattern
+from .step_limits import ON_CPU, OPEN, Limited
 from .worker_settings import MAX_NUM_SEQS, WorkerSettings
 
 MAX_TOKENS = 2**24
@@ -44,10 +46,18 @@ class EngineConfig(BaseModel):
         description="Prompt plus generated tokens; default: the model's context.",
     )
     max_num_seqs: int = Field(
-        64, ge=1, le=MAX_NUM_SEQS, description="Sequences that hold a slot at once."
+        ON_CPU.max_num_seqs,
+        ge=1,
+        le=MAX_NUM_SEQS,
+        description="Sequences that hold a slot at once; unset on a GPU: 128, of 70 GiB or more "
+        "256, fewer where slots remember much.",
     )
     max_prefill_tokens: int = Field(
-        2048, ge=1, le=MAX_TOKENS, description="Prompt tokens concatenated into one prefill group."
+        ON_CPU.max_prefill_tokens,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Prompt tokens concatenated into one prefill group; unset on a GPU: 4096, of "
+        "70 GiB or more 8192.",
     )
     prefill_quantum: Annotated[int, Field(ge=1, le=2**40)] | Literal["auto"] | None = Field(
         "auto",
@@ -158,8 +168,21 @@ class EngineConfig(BaseModel):
 
     def for_worker(self) -> WorkerSettings:
         """What a worker needs to know of this."""
-        names = [field.name for field in fields(WorkerSettings)]
-        return WorkerSettings(**{name: getattr(self, name) for name in names})
+        names = [field.name for field in fields(WorkerSettings) if field.name != "left_open"]
+        given = {name: getattr(self, name) for name in names}
+        return WorkerSettings(**given, left_open=self.left_open)
+
+    @property
+    def left_open(self) -> tuple[str, ...]:
+        """Names of the settings that the device decides, because nobody has set them."""
+        return tuple(name for name in OPEN if name not in self.model_fields_set)
+
+    def settled(self, workers: Sequence[Limited]) -> "EngineConfig":
+        """This with the least of what the workers have for what was left open."""
+        if not workers:
+            return self
+        found = {name: min(getattr(w, name) for w in workers) for name in self.left_open}
+        return self.model_copy(update=found)
 
 
 class ModelLoadingConfig(BaseModel):

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from .step_limits import ON_CPU
+
 MAX_NUM_SEQS = 4096
 
 
@@ -12,6 +14,8 @@ class WorkerSettings:
 
     Users write an `EngineConfig`, which checks every value; `EngineConfig.for_worker` makes this of
     it. A worker that is used by itself needs neither that class nor the package it is made with.
+
+    `left_open` names those of `step_limits.OPEN` that the worker's device decides.
     """
 
     model: str
@@ -21,8 +25,8 @@ class WorkerSettings:
     device: str = "auto"
     seed: int = 0
     max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_prefill_tokens: int = 2048
+    max_num_seqs: int = ON_CPU.max_num_seqs
+    max_prefill_tokens: int = ON_CPU.max_prefill_tokens
     linear_chunk_tokens: int = 2048
     page_tokens: int = 16
     kv_memory_gib: float | None = None
@@ -35,3 +39,4 @@ class WorkerSettings:
     layer_split: tuple[int, ...] | None = None
     num_threads: int | None = None
     warmup: bool = True
+    left_open: tuple[str, ...] = ()

@@ -45,7 +45,7 @@ class Session:
     def llm(self) -> LLM:
         """The engine."""
         if self._llm is None:
-            self._llm = LLM(**self.config.model_dump())
+            self._llm = LLM(**self.config.model_dump(exclude_unset=True))
         return self._llm
 
     def comparing(self, retentions: Sequence[Retention]) -> "Session":

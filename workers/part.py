@@ -4,12 +4,14 @@ Shapes: H local kv heads, m any columns.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from saqqara.compression.retention import Retention
+from saqqara.configs.step_limits import step_limits
 from saqqara.configs.worker_settings import WorkerSettings
 
 from .attention.base import AttentionBackend, get_backend
@@ -91,7 +93,9 @@ class Part:
         stages = stages_under(spec, layout.pipeline_size, split, *kept)
         layers = stages[layout.pipeline_rank(rank)]
         mesh = Mesh(layout, rank, spec.num_kv_heads, device, store)
-        own_bytes = Footprint(spec, dtype, layout, rank, layers, heads).weight_bytes()
+        footprint = Footprint(spec, dtype, layout, rank, layers, heads)
+        config = settle(config, device, footprint, max_model_len)
+        own_bytes = footprint.weight_bytes()
         with open_weights(
             config.model, spec, config.load_format, dtype, device, config.seed, own_bytes
         ) as source:
@@ -164,6 +168,21 @@ def choose_device(config: WorkerSettings, rank: int) -> torch.device:
         raise ValueError("device='cuda': no CUDA device is visible; use device='cpu' or 'auto'")
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def settle(
+    config: WorkerSettings, device: torch.device, footprint: Footprint, max_model_len: int
+) -> WorkerSettings:
+    """The settings with what was left open as the device has it; see `step_limits`."""
+    device_bytes = 0
+    if device.type == "cuda":
+        device_bytes = torch.cuda.get_device_properties(device).total_memory
+    retention = Retention.parse(config.retention, config.budget)
+    sizes = (1, max_model_len, config.page_tokens)
+    limits = step_limits(
+        str(device), device_bytes, footprint.rings_and_sums_bytes(retention, *sizes)
+    )
+    return replace(config, **{name: getattr(limits, name) for name in config.left_open})
 
 
 def choose_dtype(config: WorkerSettings, device: torch.device) -> tuple[torch.dtype, str]:

@@ -274,7 +274,7 @@ class WorkerInfo:
     Layers are `[start_layer, stop_layer)`, kv heads `[start_head, stop_head)` of the whole model.
     `ring_query_bytes` and `ring_normaliser_bytes` are those of one token whose queries (and their
     normalisers) are remembered for cuts while decoding, in all of its layers; how many tokens that
-    is depends on `max_model_len`, too.
+    is depends on `max_model_len`, too. The last two are what the worker was sized for.
     """
 
     rank: int
@@ -301,3 +301,5 @@ class WorkerInfo:
     max_model_len: int = 0
     ring_query_bytes: int = 0
     ring_normaliser_bytes: int = 0
+    max_num_seqs: int = 64
+    max_prefill_tokens: int = 2048

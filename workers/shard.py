@@ -130,6 +130,8 @@ class Shard:
             max_model_len=part.max_model_len,
             ring_query_bytes=part.footprint.ring_query_bytes(),
             ring_normaliser_bytes=part.footprint.ring_normaliser_bytes(),
+            max_num_seqs=part.config.max_num_seqs,
+            max_prefill_tokens=part.config.max_prefill_tokens,
         )
 
     def add(self, new: NewSequence) -> None:

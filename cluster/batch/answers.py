@@ -37,7 +37,7 @@ class AnswerSettings:
         return_token_ids: also write the token ids of each answer.
         served_model_name: a name for OpenAI lines and their records, besides the model's own.
         ignore_model: OpenAI lines may give any name.
-        max_in_flight: rows that an engine has at once; default: twice `config.max_num_seqs`.
+        max_in_flight: rows that an engine has at once; default: twice its slots.
     """
 
     config: EngineConfig
@@ -52,10 +52,9 @@ class AnswerSettings:
         """The name that OpenAI records give."""
         return self.served_model_name or self.config.model
 
-    @property
-    def most_in_flight(self) -> int:
+    def most_in_flight(self, client: EngineClient) -> int:
         """Rows that an engine has at once."""
-        return self.max_in_flight or 2 * self.config.max_num_seqs
+        return self.max_in_flight or 2 * self.config.settled(client.describe().workers).max_num_seqs
 
     @property
     def retention(self) -> Retention:
@@ -136,7 +135,7 @@ class RowLoop:
     def _room(self, num_in_flight: int) -> int:
         if self.room is not None:
             return self.room(num_in_flight)
-        return self.settings.most_in_flight - num_in_flight
+        return self.settings.most_in_flight(self.client) - num_in_flight
 
     def _submit(self, rows: list[Row | BadLine]) -> dict[str, Row]:
         """Hand rows to the engine; those it takes, by request id. The others get their record."""

@@ -42,7 +42,7 @@ class BatchJob:
         config: the engine.
         sampling: sampling of lines without their own.
         return_token_ids: also write the token ids of each answer.
-        max_in_flight: rows that the engine has at once; default: twice `config.max_num_seqs`.
+        max_in_flight: rows that the engine has at once; default: twice its slots.
         overwrite: start anew instead of resuming, once the engine is up.
         served_model_name: a name for OpenAI lines and their records, besides the model's own.
         ignore_model: OpenAI lines may give any name.

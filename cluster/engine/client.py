@@ -139,7 +139,7 @@ class LocalClient:
             raise
         self._loop = EngineLoop(self._engine)
         self._description = EngineDescription(
-            config=config,
+            config=self._engine.config,
             workers=tuple(executor.workers),
             log_dir=None,
             metrics_address=metrics_address,

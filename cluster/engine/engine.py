@@ -86,7 +86,7 @@ class Engine:
         check_fits(config, spec)
         if lookahead is None:
             lookahead = 1 if all(w.device == "cpu" for w in executor.workers) else 2
-        self.config = config
+        self.config = config = config.settled(executor.workers)
         self.retention = Retention.parse(config.retention, config.budget)
         self.metrics = PrometheusSink(model_name or config.model)
         self.scheduler = Scheduler(

@@ -133,7 +133,7 @@ class Replica:
         """Sequences, also waiting ones, by slots, or the share of pages in use if that is more."""
         stats = self._generation.live_stats()
         num_sequences = stats.queue.running + stats.queue.waiting
-        return max(num_sequences / self._plan.engine.max_num_seqs, stats.kv_cache.usage)
+        return max(num_sequences / self._generation.max_num_seqs, stats.kv_cache.usage)
 
     async def report(self) -> EngineReport:
         """The engine's measurements."""

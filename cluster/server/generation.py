@@ -115,8 +115,9 @@ class Generation:
         self.limits = config.limits
         self.tokenizer = tokenizer
         self.max_model_len = engine.scheduler.max_model_len
+        self.max_num_seqs = engine.config.max_num_seqs
         self.admission = Admission(
-            engine_config.max_num_seqs,
+            self.max_num_seqs,
             config.limits.max_queue,
             max_share=config.limits.max_queue_share,
         )

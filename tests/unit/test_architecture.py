@@ -54,7 +54,7 @@ _WORKERS["workers/footprint.py"] = _below(
     "workers", "workers/mesh", "workers/models", "compression"
 )
 _PART = _below("workers", "workers/attention", "workers/mesh", "workers/models", "configs")
-_PART |= {"workers/footprint.py"}
+_PART |= {"workers/footprint.py", "compression"}
 _WORKERS["workers/part.py"] = _PART
 _WORKERS["workers/process.py"] = _below("workers", "workers/part.py", "configs")
 _WORKERS["workers/sizing.py"] = _PART | {"workers/part.py", "workers/kernels", "compression"}

@@ -134,7 +134,8 @@ class PartReplica:
         except BaseException:
             self._client.shutdown()
             raise
-        self._engine = SharedEngine(self._client, settings.answers.most_in_flight)
+        self._most_in_flight = settings.answers.most_in_flight(self._client)
+        self._engine = SharedEngine(self._client, self._most_in_flight)
         tell(name)
 
     def run(self, work: PartWork) -> PartResult | None:
@@ -185,7 +186,7 @@ class PartReplica:
         self._client.note_rows(rows)
 
     def _result(self, counts: PartCounts) -> PartResult:
-        busy = self._engine.room() < self._settings.answers.most_in_flight
+        busy = self._engine.room() < self._most_in_flight
         report = self._client.report() if busy else final_report(self._client)
         self._tell(self.name, counts, report)
         return PartResult(counts, self.name, report)

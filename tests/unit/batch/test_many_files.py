@@ -91,7 +91,7 @@ def test_rows_of_all_files_have_one_record_each(tmp_path: Path) -> None:
     }
     assert (summary.rows, summary.answered, summary.errors) == (11, 11, 0)
     assert client.closed
-    assert client.max_waiting <= ANSWERS.most_in_flight
+    assert client.max_waiting <= ANSWERS.most_in_flight(client)
     assert sorted(p.name for p in Path(job.output).iterdir()) == [
         *("_job.json", "_job.lock", "_resolved.json"),
         *(f"part-{i:06d}.jsonl" for i in range(5)),
