@@ -160,14 +160,16 @@ def choose_device(config: WorkerSettings, rank: int) -> torch.device:
     Of several visible GPUs it is number `LOCAL_RANK` where that is set, else number `rank`.
 
     Raises:
-        ValueError: a GPU is asked for and there is none.
+        ValueError: a GPU is asked for and there is none, or `LOCAL_RANK` is no number.
     """
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("device='cuda': no CUDA device is visible; use device='cpu' or 'auto'")
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    local_rank = os.environ.get("LOCAL_RANK", str(rank))
+    if not local_rank.isdecimal():
+        raise ValueError(f"LOCAL_RANK must be the number of a GPU, not {local_rank!r}")
+    return torch.device("cuda", int(local_rank) % torch.cuda.device_count())
 
 
 def settle(

@@ -349,10 +349,18 @@ def own_gpu(own: Sequence[str], visible: str | None) -> int | None:
 
     Returns:
         Its number, or None for a rank without a GPU.
+
+    Raises:
+        ValueError: the rank does not see its GPU.
     """
     if not own:
         return None
-    seen = [] if visible is None else [part.strip() for part in visible.split(",")]
-    if own[0] in seen:
-        return seen.index(own[0])
-    return int(own[0])
+    if visible is None and own[0].isdecimal():
+        return int(own[0])
+    seen = [part.strip() for part in (visible or "").split(",")]
+    if own[0] not in seen:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={visible!r} does not show GPU {own[0]!r}, which the rank has "
+            f"from Ray"
+        )
+    return seen.index(own[0])

@@ -50,6 +50,12 @@ def test_a_rank_finds_its_gpu_among_those_it_sees(
     assert own_gpu(own, visible) == index
 
 
+@pytest.mark.parametrize("visible", [None, "", "0,1", "GPU-0c"])
+def test_a_rank_that_does_not_see_its_gpu_says_so(visible: str | None) -> None:
+    with pytest.raises(ValueError, match="does not show GPU 'GPU-1f'"):
+        own_gpu(["GPU-1f"], visible)
+
+
 def test_a_tensor_group_larger_than_any_node_is_split_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

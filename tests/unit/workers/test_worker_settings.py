@@ -4,11 +4,13 @@ from dataclasses import MISSING, fields, replace
 
 import psutil
 import pytest
+import torch
 
 from saqqara.configs.schema import EngineConfig
 from saqqara.configs.step_limits import OPEN
 from saqqara.configs.worker_settings import WorkerSettings
 from saqqara.workers.host_memory import available_bytes, resident_bytes
+from saqqara.workers.part import choose_device
 
 
 def test_defaults_are_those_of_the_engine() -> None:
@@ -32,3 +34,17 @@ def test_memory_is_what_psutil_says() -> None:
     assert resident_bytes() == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
     # Others use the machine, too.
     assert available_bytes() == pytest.approx(psutil.virtual_memory().available, rel=0.5)
+
+
+def test_a_rank_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    settings = WorkerSettings(model="m")
+    assert choose_device(settings, 6) == torch.device("cuda:2")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert choose_device(settings, 6) == torch.device("cuda:3")
+    for wrong in ("-1", "one", ""):
+        monkeypatch.setenv("LOCAL_RANK", wrong)
+        with pytest.raises(ValueError, match="LOCAL_RANK must be the number of a GPU"):
+            choose_device(settings, 6)
