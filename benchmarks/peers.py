@@ -86,6 +86,13 @@ OURS = ("saqqara:full", "saqqara:pyramidkv@25%", "saqqara:snapkv@25%")
 FAST = (*OURS, "vllm", "openvino", "openvino-evict25")
 
 
+def positive(text: str) -> int:
+    """A number of the command line that counts something."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
 def parse_workloads(text: str) -> list[Workload]:
     """Workloads from names, or from `REQUESTSxPROMPT+NEW` such as `2x64+8`, with commas between.
 
@@ -94,7 +101,7 @@ def parse_workloads(text: str) -> list[Workload]:
     """
     found = []
     for part in text.split(","):
-        if match := re.fullmatch(r"(\d+)x(\d+)\+(\d+)", part):
+        if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)\+([1-9]\d*)", part):
             found.append(Workload(part, *map(int, match.groups())))
         elif part in WORKLOADS:
             found.append(WORKLOADS[part])
@@ -310,7 +317,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--kv-tokens",
-        type=int,
+        type=positive,
         help="give every engine room for the full keys and values of so many tokens, such as 5632 "
         "for four sequences of the race; default: each engine's own",
     )

@@ -16,11 +16,14 @@ def prefill_quantum(
     """Layers x tokens of prefill per step; None: no bound.
 
     Args:
-        setting: `EngineConfig.prefill_quantum`; 'auto' leaves it to this function.
+        setting: `EngineConfig.prefill_quantum`; 'auto' leaves it to this function, 'none' (in
+            Python also None) is no bound.
         device: of the ranks, such as `cuda:0`.
         tensor_parallel_size: ranks that share a layer.
         layer_parameters: of one layer of the whole model.
     """
+    if setting == "none":
+        return None
     if not isinstance(setting, str):
         return setting
     if not device.startswith("cuda"):

@@ -59,7 +59,7 @@ class EngineConfig(BaseModel):
         description="Prompt tokens concatenated into one prefill group; unset on a GPU: 4096, of "
         "70 GiB or more 8192.",
     )
-    prefill_quantum: Annotated[int, Field(ge=1, le=2**40)] | Literal["auto"] | None = Field(
+    prefill_quantum: Annotated[int, Field(ge=1, le=2**40)] | Literal["auto", "none"] | None = Field(
         "auto",
         description="Layers x tokens of prefill per step while others decode; 'auto': 32768 on a "
         "CPU, what takes a GPU about 0.1 s; none: no bound.",

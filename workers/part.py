@@ -166,10 +166,14 @@ def choose_device(config: WorkerSettings, rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("device='cuda': no CUDA device is visible; use device='cpu' or 'auto'")
-    local_rank = os.environ.get("LOCAL_RANK", str(rank))
-    if not local_rank.isdecimal():
-        raise ValueError(f"LOCAL_RANK must be the number of a GPU, not {local_rank!r}")
-    return torch.device("cuda", int(local_rank) % torch.cuda.device_count())
+    num_gpus, local_rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
+    if local_rank is None:
+        return torch.device("cuda", rank % num_gpus)
+    if not local_rank.isdecimal() or int(local_rank) >= num_gpus:
+        raise ValueError(
+            f"LOCAL_RANK must be the number of one of {num_gpus} GPUs, not {local_rank!r}"
+        )
+    return torch.device("cuda", int(local_rank))
 
 
 def settle(

@@ -147,7 +147,12 @@ def test_workloads_by_name_and_by_size(scripts: Any) -> None:
     first, second = scripts["peers"].parse_workloads("W3,2x64+8")
     assert (first.num_requests, first.prompt_tokens, first.new_tokens) == (8, 6144, 256)
     assert (second.num_requests, second.prompt_tokens, second.new_tokens) == (2, 64, 8)
-    for text, said in (("W9", "W1, W2"), ("W1,W1", "twice"), ("", "not one of")):
+    for text, said in (
+        ("W9", "W1, W2"),
+        ("W1,W1", "twice"),
+        ("", "not one of"),
+        ("0x64+8", "not one of"),
+    ):
         with pytest.raises(ValueError, match=said):
             scripts["peers"].parse_workloads(text)
 

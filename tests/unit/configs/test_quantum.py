@@ -26,6 +26,8 @@ def test_what_is_set_stays() -> None:
     for setting in (1, 5000, None):
         config = EngineConfig(model="m", prefill_quantum=setting)
         assert prefill_quantum(config.prefill_quantum, "cuda:0", 1, 10**8) == setting
+    unbound = EngineConfig(model="m", prefill_quantum="none")
+    assert prefill_quantum(unbound.prefill_quantum, "cpu", 1, 10**8) is None
     for wrong in (0, -1, "many"):
         with pytest.raises(ValueError, match="prefill_quantum"):
             EngineConfig(model="m", prefill_quantum=wrong)

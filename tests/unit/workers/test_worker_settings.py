@@ -44,7 +44,7 @@ def test_a_rank_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> 
     assert choose_device(settings, 6) == torch.device("cuda:2")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert choose_device(settings, 6) == torch.device("cuda:3")
-    for wrong in ("-1", "one", ""):
+    for wrong in ("-1", "one", "", "4"):
         monkeypatch.setenv("LOCAL_RANK", wrong)
-        with pytest.raises(ValueError, match="LOCAL_RANK must be the number of a GPU"):
+        with pytest.raises(ValueError, match="LOCAL_RANK must be the number of one of 4 GPUs"):
             choose_device(settings, 6)
