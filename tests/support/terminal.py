@@ -33,7 +33,8 @@ class Terminal:
         self.process = process
         self.output = ""
         self._master = master
-        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        # Ctrl-C makes the terminal drop what is not read yet, in the middle of a character, too.
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def wait_for(self, seen: Callable[[list[str]], bool], what: str) -> list[str]:
         """The first screen of which this is true."""
