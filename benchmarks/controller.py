@@ -28,7 +28,7 @@ from saqqara.cluster.request import Request
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.models.demo import fetch_demo_model
+from saqqara.workers.gguf.demo import fetch_demo_model
 from saqqara.workers.models.spec import load_spec
 
 AT_MOST = 0.10  # of a step in this process

@@ -44,7 +44,7 @@ from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.figures.plots import distinct_colours
 from saqqara.evaluation.speed.throughput import MIB, Workload
-from saqqara.workers.models.demo import fetch_demo_model
+from saqqara.workers.gguf.demo import fetch_demo_model
 from saqqara.workers.models.spec import load_spec
 
 LENGTHS = (1024, 2048, 4096, 8192)

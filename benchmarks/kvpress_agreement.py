@@ -43,7 +43,7 @@ from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.speed.throughput import Workload
 from saqqara.workers.attention.base import get_backend
-from saqqara.workers.models.demo import fetch_demo_model
+from saqqara.workers.gguf.demo import fetch_demo_model
 
 RUNNER = Path(__file__).resolve().parent / "peer_runners" / "select_kvpress.py"
 METHODS = ("snapkv", "pyramidkv", "tova", "knorm")

@@ -26,8 +26,8 @@ from torch.nn.functional import linear, silu
 
 from saqqara.configs.json_text import json_text
 from saqqara.workers.models.norm import rms_norm
+from saqqara.workers.models.rope_spec import RopeSpec
 from saqqara.workers.models.rotary import RotaryTable, rotate
-from saqqara.workers.models.spec import RopeSpec
 from saqqara.workers.native.decoder_layer import Finish, Mlp, Projection
 from saqqara.workers.native.linear import PackedLinear, RMSNorm
 

@@ -32,7 +32,7 @@ from saqqara.configs.json_text import json_text
 from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.speed import throughput
-from saqqara.workers.models.demo import fetch_demo_model
+from saqqara.workers.gguf.demo import fetch_demo_model
 
 RUNNERS = Path(__file__).resolve().parent / "peer_runners"
 WARM_UP_TOKENS = 4

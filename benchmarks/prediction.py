@@ -51,9 +51,9 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.speed.throughput import Workload as Prompts
+from saqqara.workers.gguf.demo import fetch_demo_model
 from saqqara.workers.host_memory import total_bytes
 from saqqara.workers.models.decoder import choose_linear_backend
-from saqqara.workers.models.demo import fetch_demo_model
 from saqqara.workers.models.spec import load_spec
 
 LINK_BANDWIDTH, LINK_SECONDS = 1e9, 1e-4  # TCP over loopback

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from saqqara.cluster.cli.tables import print_table
 from saqqara.configs.json_text import json_text
-from saqqara.workers.models.demo import fetch_demo_model
+from saqqara.workers.gguf.demo import fetch_demo_model
 
 mpl.use("agg")
 import matplotlib.pyplot as plt

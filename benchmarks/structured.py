@@ -31,7 +31,7 @@ from rich.table import Table
 from saqqara import LLM, SamplingParams
 from saqqara.cluster.cli.tables import print_table
 from saqqara.cluster.request import RequestOutput
-from saqqara.workers.models.demo import fetch_demo_model
+from saqqara.workers.gguf.demo import fetch_demo_model
 
 BATCH = 16
 MAX_TOKENS = 512

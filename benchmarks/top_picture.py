@@ -21,7 +21,7 @@ from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.top.source import Address, Source
 from saqqara.cluster.top.view import Look, draw
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.models.demo import fetch_demo_model
+from saqqara.workers.gguf.demo import fetch_demo_model
 
 COLUMNS, LINES = 104, 43
 NUM_RUNNING, NUM_WAITING = 6, 2

@@ -22,7 +22,7 @@ from saqqara.configs.shown import shown
 from . import spelling
 from .bounds import BOUNDS, check, check_kind
 from .decode import AnyDecodeStage, DecodeStage, TrimStage
-from .head_profile import HeadProfile
+from .profiles.head_profile import HeadProfile
 from .propagate import Propagate
 from .scores import SCORES, Score
 from .shapes import MEANS, SHAPES, UNIFORM, Allowance, LayerShape, Profile, RowShape, Shape, settle

@@ -18,7 +18,7 @@ from typing import ClassVar
 from saqqara.configs.shown import shown
 
 from .bounds import check
-from .head_profile import HeadProfile
+from .profiles.head_profile import HeadProfile
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from saqqara.configs.shown import shown
 from saqqara.configs.yaml_files import CONFIG_DIR, load_yaml
 
 from .decode import DecodeStage, TrimStage, parse_decode_stage
-from .head_profile import HeadProfile
+from .profiles.head_profile import HeadProfile
 from .propagate import KINDS, Propagate, in_label
 from .scores import SCORES, Score, score_kind
 from .shapes import MEANS, SHAPES, Adaptive, Shape, mean_kind, shape_kind

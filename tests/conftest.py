@@ -15,7 +15,7 @@ if not Path("/dev/nvidiactl").exists():
 import pytest
 from hypothesis import settings
 
-from saqqara.workers.models.demo import fetch_demo_model
+from saqqara.workers.gguf.demo import fetch_demo_model
 
 settings.register_profile("saqqara", deadline=None)  # the first call of a kernel may be slow
 settings.load_profile("saqqara")

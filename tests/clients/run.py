@@ -25,7 +25,7 @@ from support.local_server import engine_app, listening
 from support.server import running_server
 
 from saqqara.cluster.cli.tables import print_table
-from saqqara.workers.models.demo import fetch_demo_model
+from saqqara.workers.gguf.demo import fetch_demo_model
 
 HERE = Path(__file__).resolve().parent
 TASKS = HERE.parent / "support" / "lm_eval_tasks"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from saqqara.workers.models.demo import fetch_demo_model
+from saqqara.workers.gguf.demo import fetch_demo_model
 
 from .browser import chromium, until
 from .local_server import engine_app, listening

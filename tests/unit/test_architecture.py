@@ -44,9 +44,9 @@ _WORKERS = {
     "workers/mesh": _below("workers", "workers/native"),
     "workers/kv": _below("workers", "workers/kernels"),
     "workers/attention": _below("workers", "workers/kv", "workers/kernels", "workers/native"),
-    "workers/models": _below(
-        "workers", "workers/kernels", "workers/mesh", "workers/native", "configs"
-    ),
+    "workers/gguf": _below("workers", "configs"),
+    "workers/models": _below("workers", "workers/kernels", "workers/mesh", "workers/native")
+    | {"workers/gguf", "compression", "configs"},
     "workers/grammar": _below("workers", "workers/models"),
     "workers/state": _below("workers", "compression", "configs"),
 }
@@ -131,7 +131,7 @@ ROOMS = {
     | {"cluster/batch", "cluster/launch.py", "cluster/engine", "cluster/on_ray"},
     "cluster/cli": _BASE
     | _MODEL
-    | {"cluster/batch", "cluster/batch/parts", "cluster/server", "cluster/on_ray"}
+    | {"workers/gguf", "cluster/batch", "cluster/batch/parts", "cluster/server", "cluster/on_ray"}
     | {"cluster/launch.py", "cluster/engine", "cluster/top"}
     | {"cluster/planning", "cluster/simulation"},
     "src/saqqara": _BASE | {"cluster/llm.py"},  # the public names
@@ -143,6 +143,16 @@ ROOMS = {
     | {*_WORKERS, "cluster/cli", "cluster/batch", "cluster/engine", "src/saqqara"}
     | {"evaluation/prompts", "evaluation/figures", "evaluation/speed", "evaluation/tasks"},
     "src/saqqara/cli.py": _below("cluster/cli", "evaluation"),
+}
+# Bounds and measured heads lie below retention's other words; who may use those may use them.
+_FIRST_WORDS = _below("compression/bounds.py", "compression/profiles")
+ROOMS = {
+    "compression/bounds.py": _below("configs"),
+    "compression/profiles": _below("compression/bounds.py", "configs"),
+    **{
+        room: below | _FIRST_WORDS if "compression" in {room, *below} else below
+        for room, below in ROOMS.items()
+    },
 }
 OPENINGS = {"compression": "compression/retention.py"}  # a package of that name is Python's own
 FOLDERS = ("configs", "compression", "workers", "cluster", "evaluation")

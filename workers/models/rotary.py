@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from .spec import RopeSpec
+from .rope_spec import RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:

@@ -2,31 +2,18 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
+from saqqara.compression.layers import Layers
+
 from .families import FAMILIES, Family, get_family
+from .rope_spec import RopeSpec, read_rope
 from .source import described_folder
 
 if TYPE_CHECKING:
     import torch
-
-RopeKind = Literal["default", "linear", "llama3"]
-ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3")
-# By kind: field of `RopeSpec` -> (its name in a config, what it is read as).
-_ROPE_NUMBERS: dict[RopeKind, dict[str, tuple[str, Callable[[Any], Any]]]] = {
-    "default": {},
-    "linear": {"factor": ("factor", float)},
-    "llama3": {
-        "factor": ("factor", float),
-        "low_freq_factor": ("low_freq_factor", float),
-        "high_freq_factor": ("high_freq_factor", float),
-        "original_max_position": ("original_max_position_embeddings", int),
-    },
-}
-
 
 # Whole numbers from 1 to these; far above any model, so that a slip costs no hours.
 _MOST = {
@@ -51,24 +38,44 @@ class ItemSize(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class RopeSpec:
-    """Rotary position embedding.
+class ExpertSpec:
+    """Mixture of experts in place of the MLP of some layers.
 
-    `factor` belongs to `linear` and `llama3`; the other three fields to `llama3` only (see
-    `transformers.modeling_rope_utils`).
+    Attributes:
+        num_experts: routed experts.
+        per_token: of them, how many each token goes through.
+        intermediate_size: of one routed expert.
+        shared_intermediate_size: of the shared expert, which all tokens go through and a sigmoid
+            of the hidden state weighs; 0: there is none.
+        normalised: whether the weights of a token's experts are made to sum to 1.
+        layers: numbers of the layers with experts, rising; the others have a plain MLP.
     """
 
-    theta: float = 10000.0
-    kind: RopeKind = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    num_experts: int
+    per_token: int
+    intermediate_size: int
+    shared_intermediate_size: int
+    normalised: bool
+    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Sizes and flags of one decoder-only model; plain values, so it can be sent and hashed."""
+    """Sizes and flags of one decoder-only model; plain values, so it can be sent and hashed.
+
+    Attributes:
+        activation: of the gate: `silu`, or `gelu_tanh` (GELU's approximation by tanh).
+        norm_offset: what is added to the weights of every RMS norm (1 in Gemma checkpoints).
+        post_norms: whether attention's and the MLP's results are normalised before they are added.
+        embedding_scale: factor of token embeddings, rounded to the dtype.
+        query_scale: factor of attention scores; None: `head_dim ** -0.5`.
+        attention_softcap: attention scores s become `cap * tanh(s / cap)`; 0: they do not.
+        logit_softcap: the same of logits.
+        windows: by layer, the window of sliding-window attention, 0: none; () if no layer has one.
+        local_rope: rotary settings of the layers with a window; None: those of the others.
+        unrotated_layers: numbers of the layers without rotary embedding.
+        experts: mixture of experts; None: every layer has a plain MLP.
+    """
 
     family: str
     vocab_size: int
@@ -88,6 +95,17 @@ class ModelSpec:
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    query_scale: float | None = None
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    windows: tuple[int, ...] = ()
+    local_rope: RopeSpec | None = None
+    unrotated_layers: tuple[int, ...] = ()
+    experts: ExpertSpec | None = None
 
     @classmethod
     def from_hf(cls, config: Any, eos_token_ids: tuple[int, ...] | None = None) -> Self:
@@ -122,7 +140,7 @@ class ModelSpec:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_query_heads,
             max_position=config.max_position_embeddings,
             rms_norm_eps=config.rms_norm_eps,
-            rope=_rope(config),
+            rope=read_rope(config),
             qkv_bias=_flag(family.qkv_bias, config),
             output_bias=_flag(family.output_bias, config),
             mlp_bias=_flag(family.mlp_bias, config),
@@ -136,6 +154,16 @@ class ModelSpec:
     def family_flags(self) -> Family:
         """The entry of `FAMILIES` that this model belongs to."""
         return get_family(self.family)
+
+    @property
+    def layers(self) -> Layers:
+        """The layers as retention sees them."""
+        return Layers(self.windows or (0,) * self.num_layers)
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of attention scores."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
     @property
     def group_size(self) -> int:
@@ -309,45 +337,4 @@ def _check_supported(config: Any) -> None:
     if kinds and not (windowed and kinds == {"sliding_attention"}):
         raise ValueError(
             f"config.layer_types has {sorted(kinds)}; only 'full_attention' is supported"
-        )
-
-
-def _rope(config: Any) -> RopeSpec:
-    """Rotary settings: `rope_parameters` of transformers 5, or the older attributes."""
-    field = "rope_parameters"
-    parameters = getattr(config, field, None)
-    if parameters is None:
-        field = "rope_scaling"
-        parameters = getattr(config, field, None) or {}
-    _check_rotary(config, field, parameters)
-    theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
-    kind = _rope_kind(parameters)
-    of_kind = {}
-    for name, (key, as_number) in _ROPE_NUMBERS[kind].items():
-        if parameters.get(key) is None:
-            raise ValueError(f"config.{field}[{key!r}] is missing; rope type {kind!r} needs it")
-        of_kind[name] = as_number(parameters[key])
-    return RopeSpec(theta=float(theta), kind=kind, **of_kind)
-
-
-def _rope_kind(parameters: Mapping[str, Any]) -> Any:
-    return parameters.get("rope_type") or parameters.get("type") or "default"
-
-
-def _check_rotary(config: Any, field: str, parameters: Mapping[str, Any]) -> None:
-    """Raise for rotary settings that would otherwise be computed wrongly without a word."""
-    if any(isinstance(value, Mapping) for value in parameters.values()):
-        raise ValueError(f"config.{field} differs by layer type; one rotary setting is supported")
-    kind = _rope_kind(parameters)
-    if kind not in ROPE_KINDS:
-        raise ValueError(
-            f"config.{field}['rope_type']={kind!r} is not supported; "
-            f"supported: {', '.join(ROPE_KINDS)}"
-        )
-    rotary = parameters.get("partial_rotary_factor") or getattr(
-        config, "partial_rotary_factor", None
-    )
-    if rotary is not None and rotary != 1.0:
-        raise ValueError(
-            f"config.partial_rotary_factor={rotary} is not supported; only full rotary (1.0)"
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.tiny import save_tiny
 
-from saqqara.compression.head_profile import HeadProfile
+from saqqara.compression.profiles.head_profile import HeadProfile
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.calibrate import (

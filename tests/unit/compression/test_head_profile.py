@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saqqara.compression.head_profile import HeadProfile
+from saqqara.compression.profiles.head_profile import HeadProfile
 from saqqara.compression.retention import Retention
 
 WINDOW, SINKS = 8, 4

@@ -8,7 +8,7 @@ import torch
 
 from saqqara.compression.bounds import BOUNDS, Bound
 from saqqara.compression.decode import DecodeStage, TrimStage
-from saqqara.compression.head_profile import HeadProfile
+from saqqara.compression.profiles.head_profile import HeadProfile
 from saqqara.compression.propagate import Propagate
 from saqqara.compression.retention import Retention
 from saqqara.compression.scores import SCORES

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saqqara.configs.paths import cache_dir
-from saqqara.workers.models import demo
+from saqqara.workers.gguf import demo
 
 LOCK = f".{demo.NAME}.lock"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

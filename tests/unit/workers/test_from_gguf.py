@@ -10,7 +10,7 @@ from support.tiny import save_tiny
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from saqqara.workers.models.from_gguf import LAYER_NAMES, OUTER_NAMES, convert
+from saqqara.workers.gguf.from_gguf import LAYER_NAMES, OUTER_NAMES, convert
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from saqqara.workers.models.families import FAMILIES
-from saqqara.workers.models.spec import ModelSpec, RopeSpec, load_spec
+from saqqara.workers.models.rope_spec import RopeSpec
+from saqqara.workers.models.spec import ModelSpec, load_spec
 from saqqara.workers.models.weights import weight_shapes
 
 TINY: dict[str, Any] = {

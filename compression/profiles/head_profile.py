@@ -11,11 +11,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
+from saqqara.compression.bounds import MAX_SCORE, Bound
 from saqqara.configs.json_text import StrictJsonError, parse_json
 from saqqara.configs.shown import shown
 from saqqara.configs.yaml_files import CONFIG_DIR
-
-from .bounds import MAX_SCORE, Bound
 
 SCORE = Bound(0, MAX_SCORE)
 KEY = re.compile(r"(0|[1-9][0-9]{0,4})-(0|[1-9][0-9]{0,4})")

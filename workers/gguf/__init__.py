@@ -1,0 +1,1 @@
+"""GGUF files, and models that come in packages as such, made into folders; imports `configs`."""
