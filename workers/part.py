@@ -79,7 +79,13 @@ class Part:
         spec = load_spec(config.model)
         device = choose_device(config, rank)
         dtype, dtype_reason = choose_dtype(config, device)
-        backend, attention_reason = get_backend(config.attention_backend, device, dtype)
+        backend, attention_reason = get_backend(
+            config.attention_backend,
+            device,
+            dtype,
+            spec.attention_softcap,
+            windowed=spec.layers.window > 0,
+        )
         linear_backend, linear_reason = choose_linear_backend(
             config.linear_backend, device, dtype, backend.name
         )
@@ -119,6 +125,11 @@ class Part:
     def scale(self) -> float:
         """Factor of attention scores."""
         return self.spec.attention_scale
+
+    @cached_property
+    def windows(self) -> tuple[int, ...]:
+        """How many tokens a token sees in each of this rank's layers, itself included; 0: all."""
+        return self.spec.layers.windows[self.layers.start : self.layers.stop]
 
     @cached_property
     def footprint(self) -> Footprint:
