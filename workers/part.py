@@ -79,7 +79,6 @@ class Part:
         """Meet the other ranks and load the weights; arguments and errors as `Worker`'s."""
         spec = load_spec(config.model)
         max_model_len = config.max_model_len or spec.max_position
-        _check_served(spec, max_model_len)
         device = choose_device(config, rank)
         dtype, dtype_reason = choose_dtype(config, device)
         backend, attention_reason = get_backend(
@@ -165,20 +164,6 @@ class Part:
         `are_parts` is as for `Mesh.gather_heads`.
         """
         return self.mesh.gather_heads(x, self.kv_heads_of_ranks, are_parts=are_parts)
-
-
-def _check_served(spec: ModelSpec, max_model_len: int) -> None:
-    """Raise for what attention does not do yet."""
-    if spec.attention_softcap:
-        raise ValueError(
-            f"config.attn_logit_softcapping={spec.attention_softcap:g}: attention does not cap "
-            "scores yet"
-        )
-    if spec.windows and max_model_len > max(spec.windows):
-        raise ValueError(
-            f"config.sliding_window={max(spec.windows)}: max_model_len={max_model_len} is more, "
-            "and attention has no windows yet"
-        )
 
 
 def choose_device(config: WorkerSettings, rank: int) -> torch.device:

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from saqqara.compression.layers import Layers
-
 from .spans import spans
 
 Ints = NDArray[np.int64]
@@ -36,10 +34,10 @@ class Rings:
     """
 
     def __init__(self, windows: Sequence[int], num_slots: int) -> None:
-        layers = Layers(tuple(windows))
-        self.window = layers.window
-        self.windowed: Ints = np.array(layers.local_layers, dtype=np.int64)
-        self.others: Ints = np.array(layers.global_layers, dtype=np.int64)
+        self.window = max(windows)
+        assert {*windows} <= {0, self.window}, f"windows of different size: {windows}"
+        self.windowed: Ints = np.flatnonzero(windows)
+        self.others: Ints = np.flatnonzero(np.array(windows) == 0)
         self.seen: Ints = np.zeros(num_slots, dtype=np.int64)
         self._caps = np.array(windows, dtype=np.int32)[:, None]  # [L, 1]
         self._is_windowed = self._caps > 0
