@@ -18,7 +18,8 @@ from .attention.base import AttentionBackend, get_backend
 from .footprint import Footprint, stages_under
 from .mesh.layout import HeadShard, MeshLayout, head_shard
 from .mesh.mesh import Mesh
-from .models.decoder import Decoder, choose_linear_backend
+from .models.choice import choose_linear_backend
+from .models.decoder import Decoder
 from .models.spec import ModelSpec, load_spec
 from .models.weights import open_weights
 
@@ -77,13 +78,14 @@ class Part:
     ) -> "Part":
         """Meet the other ranks and load the weights; arguments and errors as `Worker`'s."""
         spec = load_spec(config.model)
+        max_model_len = config.max_model_len or spec.max_position
+        _check_served(spec, max_model_len)
         device = choose_device(config, rank)
         dtype, dtype_reason = choose_dtype(config, device)
         backend, attention_reason = get_backend(config.attention_backend, device, dtype)
         linear_backend, linear_reason = choose_linear_backend(
-            config.linear_backend, device, dtype, backend.name
+            config.linear_backend, device, dtype, backend.name, spec
         )
-        max_model_len = config.max_model_len or spec.max_position
         size = layout.tensor_size
         all_heads = [
             head_shard(spec.num_query_heads, spec.num_kv_heads, size, t) for t in range(size)
@@ -152,6 +154,20 @@ class Part:
         `are_parts` is as for `Mesh.gather_heads`.
         """
         return self.mesh.gather_heads(x, self.kv_heads_of_ranks, are_parts=are_parts)
+
+
+def _check_served(spec: ModelSpec, max_model_len: int) -> None:
+    """Raise for what attention does not do yet."""
+    if spec.attention_softcap:
+        raise ValueError(
+            f"config.attn_logit_softcapping={spec.attention_softcap:g}: attention does not cap "
+            "scores yet"
+        )
+    if spec.windows and max_model_len > max(spec.windows):
+        raise ValueError(
+            f"config.sliding_window={max(spec.windows)}: max_model_len={max_model_len} is more, "
+            "and attention has no windows yet"
+        )
 
 
 def choose_device(config: WorkerSettings, rank: int) -> torch.device:

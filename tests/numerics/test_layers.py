@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -16,10 +17,10 @@ from saqqara.workers.mesh.layout import vocab_shard
 from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.models.embedding import LMHead, VocabEmbedding, read_vocab_rows
 from saqqara.workers.models.linear import Linear, column_parallel, row_parallel
-from saqqara.workers.models.norm import rms_norm
+from saqqara.workers.models.norm import read_norm, rms_norm
 from saqqara.workers.models.rotary import RotaryTable, inverse_frequencies, rotate
 from saqqara.workers.models.spec import ModelSpec
-from saqqara.workers.models.weights import DummyWeights
+from saqqara.workers.models.weights import DummyWeights, WeightSource
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -42,6 +43,38 @@ def test_rms_norm_is_that_of_transformers(dtype: torch.dtype, module: Any) -> No
         rms_norm(x, oracle.weight, 1e-5), oracle(x), rtol=tolerance, atol=tolerance
     )
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_a_gemma_norm_multiplies_in_fp32(dtype: torch.dtype) -> None:
+    """Its checkpoints hold weights - 1; a product that is cast first is another in half of all."""
+    x = (randn(7, 3, 64) * 5).to(dtype)
+    oracle = Gemma3RMSNorm(64, eps=1e-5).to(dtype)
+    oracle.weight.copy_(randn(64, seed=1))
+    source = OneTensor({"norm": (64,)}, dtype, "cpu")
+    source.tensor = oracle.weight
+    weight = read_norm(source, "norm", 1.0)
+    assert weight.dtype == torch.float32
+    got, expected = rms_norm(x, weight, 1e-5), oracle(x)
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    else:  # but for the order in which squares are summed, which rounds one in many otherwise
+        assert (got != expected).float().mean() < 0.01
+
+
+class OneTensor(WeightSource):
+    """A checkpoint of one tensor."""
+
+    tensor: torch.Tensor
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _copy_slice(
+        self, out: torch.Tensor, name: str, shape: tuple[int, ...], rows: range, cols: range
+    ) -> None:
+        out.copy_(self.tensor)
 
 
 ROPES: dict[str, dict[str, Any]] = {

@@ -8,6 +8,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -38,7 +40,16 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+_GEMMA = {**_SIZES, "num_hidden_layers": 5, "num_attention_heads": 6, "query_pre_attn_scalar": 24}
+
 CONFIGS: dict[str, Any] = {
+    "gemma2": Gemma2Config(
+        **_GEMMA, sliding_window=512, attn_logit_softcapping=None, final_logit_softcapping=9.0
+    ),
+    "gemma3": Gemma3TextConfig(
+        **{**_GEMMA, "tie_word_embeddings": True, "sliding_window": 512},
+        layer_types=[("sliding" if n % 3 else "full") + "_attention" for n in range(5)],
+    ),
     "llama-gqa": LlamaConfig(**_SIZES),
     "llama-mha": LlamaConfig(**{**_SIZES, "num_key_value_heads": 6}),
     "llama-mqa": LlamaConfig(**{**_SIZES, "num_key_value_heads": 1}),
@@ -72,5 +83,7 @@ def save_tiny(
             if "norm" in parameter_name or parameter_name.endswith("bias"):
                 # Fresh models have ones and zeros here, which would hide a mistake.
                 parameter.uniform_(0.5, 1.5)
+                if "norm" in parameter_name and "gemma" in config.model_type:
+                    parameter -= 1  # which is added to it again
     model.save_pretrained(folder)
     return model

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from .rope_spec import RopeSpec
+from .reading.rope_spec import RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
@@ -53,6 +53,11 @@ class RotaryTable:
         angles = positions[:, None] * inverse_frequencies(rope, head_dim)
         self.cos = angles.cos().to(device)
         self.sin = angles.sin().to(device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of cosines and sines."""
+        return self.cos.nbytes + self.sin.nbytes
 
     def lookup(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors of `rotate` for positions int64 [T]: (cos, cos) and (-sin, sin), [T, 1, D]."""

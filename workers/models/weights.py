@@ -59,7 +59,10 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             shapes[f"{name}.weight"] = (rows, columns)
             if has_bias:
                 shapes[f"{name}.bias"] = (rows,)
-        for part in (names.attention_norm, names.mlp_norm):
+        norms = [names.attention_norm, names.mlp_norm]
+        if spec.post_norms:
+            norms += [names.attention_post_norm, names.mlp_post_norm]
+        for part in norms:
             shapes[names.of_layer(layer, part)] = (E,)
         if spec.qk_norm:
             for part in (names.query_norm, names.key_norm):
@@ -88,7 +91,8 @@ def open_weights(
         ValueError: no such model, no safetensors in it, or an unknown `load_format`.
     """
     if load_format == "dummy":
-        return DummyWeights(weight_shapes(spec), dtype, device, seed, total_bytes)
+        norm = 1 - spec.norm_offset
+        return DummyWeights(weight_shapes(spec), dtype, device, seed, total_bytes, norm)
     if load_format != "safetensors":
         raise ValueError(f"load_format={load_format!r} is unknown; it is 'safetensors' or 'dummy'")
     return SafetensorsWeights(whole_folder(model), weight_shapes(spec), dtype, device, total_bytes)
@@ -290,7 +294,7 @@ class SafetensorsWeights(WeightSource):
 
 
 class DummyWeights(WeightSource):
-    """Random weights: normal with standard deviation 0.02, norms one.
+    """Random weights: normal with standard deviation 0.02, norms `norm`.
 
     Numbers depend on (seed, tensor name, place in the full tensor) and on the kind of device, not
     on the slice: every sharding sees the same model.
@@ -303,9 +307,11 @@ class DummyWeights(WeightSource):
         device: torch.device | str = "cpu",
         seed: int = 0,
         total_bytes: int | None = None,
+        norm: float = 1.0,
     ) -> None:
         super().__init__(shapes, dtype, device, total_bytes)
         self.seed = seed
+        self.norm = norm
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -314,7 +320,7 @@ class DummyWeights(WeightSource):
         self, out: torch.Tensor, name: str, shape: tuple[int, ...], rows: range, cols: range
     ) -> None:
         if name.endswith("norm.weight"):
-            out.fill_(1)
+            out.fill_(self.norm)
             return
         block = max(1, _DUMMY_BLOCK_ELEMENTS // math.prod(shape[1:]))
         for start in range(rows.start - rows.start % block, rows.stop, block):
