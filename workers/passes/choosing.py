@@ -120,7 +120,7 @@ class Choosing:
             return None, None
         spec, held = self._part.spec, self._shard.slots[slot]
         masses = prompt_mass(self._part, prompt, lse) if sums_mass(held.retention) else None
-        rows = held.retention.row_tokens(held.prompt_tokens, spec.num_layers, spec.num_kv_heads)
+        rows = held.retention.row_tokens(held.prompt_tokens, spec.layers, spec.num_kv_heads)
         if rows[layer].min() == len(prompt.k):
             return None, masses
         observation = observe_prompt(
