@@ -135,9 +135,9 @@ class Prefill:
 
     def _lengths(self, leaders: Iterable[int], layer: int) -> list[int]:
         """How many tokens of each prompt enter a layer."""
-        num_layers = self._part.spec.num_layers
+        layers = self._part.spec.layers
         held = [self._shard.slots[slot] for slot in leaders]
-        return [s.retention.entering_tokens(s.prompt_tokens, num_layers)[layer] for s in held]
+        return [s.retention.entering_tokens(s.prompt_tokens, layers)[layer] for s in held]
 
     def _through_layers(self, layers: range, parked: ParkedPrefill, finals: Finals) -> None:
         if self._native is not None and self._native.takes(parked):
@@ -390,7 +390,7 @@ class Prefill:
         """
         spec, held = self._part.spec, self._shard.slots[slot]
         masses = prompt_mass(self._part, prompt, lse) if sums_mass(held.retention) else None
-        rows = held.retention.row_tokens(held.prompt_tokens, spec.num_layers, spec.num_kv_heads)
+        rows = held.retention.row_tokens(held.prompt_tokens, spec.layers, spec.num_kv_heads)
         if rows[layer].min() == len(prompt.k):
             return None, masses
         observation = observe_prompt(

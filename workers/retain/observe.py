@@ -111,7 +111,7 @@ def _observation(
     """What needs other ranks is asked for over the mesh."""
     return Observation(
         layer=layer,
-        num_layers=part.spec.num_layers,
+        layers=part.spec.layers,
         prompt_tokens=len(keys),
         keys=keys,
         values=values,
