@@ -3,6 +3,7 @@
 Shapes: H local kv heads, m any columns.
 """
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,8 +21,11 @@ from .mesh.layout import HeadShard, MeshLayout, head_shard
 from .mesh.mesh import Mesh
 from .models.choice import choose_linear_backend
 from .models.decoder import Decoder
+from .models.rotary import length_note
 from .models.spec import ModelSpec, load_spec
 from .models.weights import open_weights
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {
     "float32": torch.float32,
@@ -79,6 +83,8 @@ class Part:
         """Meet the other ranks and load the weights; arguments and errors as `Worker`'s."""
         spec = load_spec(config.model)
         max_model_len = config.max_model_len or spec.max_position
+        if rank == 0 and (note := length_note(spec.rope, max_model_len)) is not None:
+            logger.info(note)
         device = choose_device(config, rank)
         dtype, dtype_reason = choose_dtype(config, device)
         backend, attention_reason = get_backend(

@@ -12,8 +12,10 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 VOCAB = 199
@@ -40,6 +42,15 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+_ROPE = {"rope_theta": 10000.0, "factor": 4.0}
+_YARN = {**_ROPE, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+_LONGROPE = {  # of 12 of 16 channels
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + n / 9 for n in range(6)],
+    "long_factor": [2.0 + n for n in range(6)],
+}
 _GEMMA = {**_SIZES, "num_hidden_layers": 5, "num_attention_heads": 6, "query_pre_attn_scalar": 24}
 
 CONFIGS: dict[str, Any] = {
@@ -56,7 +67,18 @@ CONFIGS: dict[str, Any] = {
     "llama-tied": LlamaConfig(**{**_SIZES, "tie_word_embeddings": True}),
     "llama-bias": LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True),
     "llama-rope3": LlamaConfig(**_SIZES, rope_parameters=_LLAMA3),
+    "llama-linear": LlamaConfig(**_SIZES, rope_parameters={**_ROPE, "rope_type": "linear"}),
+    "llama-dynamic": LlamaConfig(**_SIZES, rope_parameters={**_ROPE, "rope_type": "dynamic"}),
+    "llama-yarn": LlamaConfig(**_SIZES, rope_parameters=_YARN),
     "mistral": MistralConfig(**_SIZES, sliding_window=6),
+    "phi3": Phi3Config(**_SIZES, pad_token_id=0),
+    "phi3-longrope": Phi3Config(
+        **{**_SIZES, "hidden_size": 96},
+        pad_token_id=0,
+        original_max_position_embeddings=128,
+        rope_parameters=_LONGROPE,
+    ),
+    "smollm3": SmolLM3Config(**_SIZES, no_rope_layer_interval=2, pad_token_id=0),
     "qwen2": Qwen2Config(**_SIZES),
     "qwen3": Qwen3Config(**_SIZES),
 }
