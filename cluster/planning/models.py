@@ -8,8 +8,10 @@ from typing import Any
 
 from saqqara.configs.names import closest
 from saqqara.configs.yaml_files import CONFIG_DIR
+from saqqara.workers.models.reading.families import FAMILIES
+from saqqara.workers.models.reading.fields import check_whole
 from saqqara.workers.models.source import described_folder, local_folder
-from saqqara.workers.models.spec import ModelSpec, check_whole
+from saqqara.workers.models.spec import ModelSpec
 
 MODEL_DIR = CONFIG_DIR / "models"
 _NEEDED = (
@@ -93,7 +95,9 @@ def _read(name: str, file: Path) -> PlannedModel:
 def _spec(values: dict[str, Any], file: Path) -> ModelSpec:
     """What `load_spec` reads with transformers, which loads torch, from the same file."""
     dtype = values.get("dtype") or values.get("torch_dtype")
+    family = FAMILIES.get(values["model_type"])
     defaults = {"hidden_act": "silu", "tie_word_embeddings": False}
+    defaults |= family.defaults if family else {}
     try:
         return ModelSpec.from_hf(SimpleNamespace(**{**defaults, **values, "dtype": dtype}))
     except ValueError as error:

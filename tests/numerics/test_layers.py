@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -16,10 +17,10 @@ from saqqara.workers.mesh.layout import vocab_shard
 from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.models.embedding import LMHead, VocabEmbedding, read_vocab_rows
 from saqqara.workers.models.linear import Linear, column_parallel, row_parallel
-from saqqara.workers.models.norm import rms_norm
+from saqqara.workers.models.norm import read_norm, rms_norm
 from saqqara.workers.models.rotary import RotaryTable, inverse_frequencies, rotate
 from saqqara.workers.models.spec import ModelSpec
-from saqqara.workers.models.weights import DummyWeights
+from saqqara.workers.models.weights import DummyWeights, WeightSource
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -44,6 +45,38 @@ def test_rms_norm_is_that_of_transformers(dtype: torch.dtype, module: Any) -> No
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_a_gemma_norm_multiplies_in_fp32(dtype: torch.dtype) -> None:
+    """Its checkpoints hold weights - 1; a product that is cast first is another in half of all."""
+    x = (randn(7, 3, 64) * 5).to(dtype)
+    oracle = Gemma3RMSNorm(64, eps=1e-5).to(dtype)
+    oracle.weight.copy_(randn(64, seed=1))
+    source = OneTensor({"norm": (64,)}, dtype, "cpu")
+    source.tensor = oracle.weight
+    weight = read_norm(source, "norm", 1.0)
+    assert weight.dtype == torch.float32
+    got, expected = rms_norm(x, weight, 1e-5), oracle(x)
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    else:  # but for the order in which squares are summed, which rounds one in many otherwise
+        assert (got != expected).float().mean() < 0.01
+
+
+class OneTensor(WeightSource):
+    """A checkpoint of one tensor."""
+
+    tensor: torch.Tensor
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _copy_slice(
+        self, out: torch.Tensor, name: str, shape: tuple[int, ...], rows: range, cols: range
+    ) -> None:
+        out.copy_(self.tensor)
+
+
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
     "theta": {"rope_type": "default", "rope_theta": 1000000.0},
@@ -64,37 +97,75 @@ ROPES: dict[str, dict[str, Any]] = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 4096,
+    },
+    "yarn-scaled": {
+        "rope_type": "yarn",
+        "rope_theta": 1000000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 4096,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.3,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "truncate": False,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 4096,
+        "short_factor": 1.5,
+        "long_factor": 3.5,
+    },
 }
+# Lengths within and beyond those that the model was first trained with.
+_ONE_LENGTH = [(name, 16384) for name in ROPES if name not in ("dynamic", "longrope")]
+_LENGTHS = [("dynamic", 16384), ("dynamic", 30000), ("longrope", 4096), ("longrope", 16384)]
 
 
-@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize(("name", "length"), _ONE_LENGTH + _LENGTHS)
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
-def test_rotary_is_that_of_transformers(name: str, head_dim: int) -> None:
-    """Frequencies, and rotated queries and keys at far and unordered positions."""
+def test_rotary_is_that_of_transformers(name: str, length: int, head_dim: int) -> None:
+    """Frequencies, and rotated queries and keys at far and unordered positions.
+
+    Where frequencies depend on a text's length, the engine's longest is what counts.
+    """
+    settings = dict(ROPES[name])
+    for key in {"short_factor", "long_factor"} & settings.keys():
+        settings[key] = [settings[key] + n / 7 for n in range(head_dim // 2)]
     config = LlamaConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=head_dim,
         max_position_embeddings=16384,
-        rope_parameters=dict(ROPES[name]),
+        rope_parameters=settings,
     )
     oracle = LlamaRotaryEmbedding(config)
     rope = ModelSpec.from_hf(config).rope
-    torch.testing.assert_close(
-        inverse_frequencies(rope, head_dim), oracle.inv_freq, rtol=1e-7, atol=0
-    )
-    positions = torch.tensor([0, 1, 2, 5000, 16383, 7, 7])
+    positions = torch.tensor([0, 1, 2, length // 3, length - 1, 7, 7])
     q, k = randn(7, 4, head_dim), randn(7, 2, head_dim, seed=1)
-    table = RotaryTable(rope, head_dim, 16384)
+    table = RotaryTable(rope, head_dim, length)
     looked_up = table.lookup(positions)
     # Transformers wants [batch, heads, tokens, D].
     cos, sin = oracle(q, positions[None])
+    torch.testing.assert_close(
+        inverse_frequencies(rope, head_dim, length), oracle.inv_freq, rtol=3e-7, atol=0
+    )
+    # A base that is computed in fp32 there moves a frequency by a rounding, far angles by more.
+    tolerance = 5e-5 if (name, length) == ("dynamic", 30000) else 1e-6
     expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
     for x, oracle_rotated in zip((q, k), expected, strict=True):
         rotated = rotate(x, *looked_up)
         assert rotated.is_contiguous()
-        torch.testing.assert_close(rotated, oracle_rotated[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            rotated, oracle_rotated[0].transpose(0, 1), rtol=tolerance, atol=tolerance
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

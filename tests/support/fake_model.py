@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saqqara.cluster.sampling import SamplingParams
-from saqqara.workers.models.rope_spec import RopeSpec
+from saqqara.workers.models.reading.rope_spec import RopeSpec
 from saqqara.workers.models.spec import ModelSpec
 
 from .fake_replica import next_token

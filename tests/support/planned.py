@@ -79,14 +79,14 @@ def planned_bytes(config: EngineConfig, layout: MeshLayout) -> list[Bytes]:
 def real_bytes(worker: Worker) -> Bytes:
     """What a rank that has started holds: its own arrays, counted."""
     shard, info = worker._shard, worker.info
-    table, rotary = shard.kv.table, shard.part.decoder.rotary
+    table, rotaries = shard.kv.table, shard.part.decoder.tables
     pool = shard.kv.pool
     assert info.memory.pool_bytes == pool.k_pages.nbytes + pool.v_pages.nbytes
     return Bytes(
         weights=info.memory.weight_bytes,
         pool=info.memory.pool_bytes,
         num_pages=info.num_pages,
-        tables=table.num_bytes + rotary.cos.nbytes + rotary.sin.nbytes,
+        tables=table.num_bytes + sum(rotary.num_bytes for rotary in rotaries),
         layers=(info.start_layer, info.stop_layer),
         kv_heads=(info.start_head, info.stop_head),
     )

@@ -45,13 +45,15 @@ _WORKERS = {
     "workers/kv": _below("workers", "workers/kernels"),
     "workers/attention": _below("workers", "workers/kv", "workers/kernels", "workers/native"),
     "workers/gguf": _below("workers", "configs"),
+    "workers/models/reading": _below(),
     "workers/models": _below("workers", "workers/kernels", "workers/mesh", "workers/native")
-    | {"workers/gguf", "compression", "configs"},
+    | {"workers/models/reading", "workers/gguf", "compression", "configs"},
+    "workers/models/counting": _below("workers/mesh", "workers/models"),
     "workers/grammar": _below("workers", "workers/models"),
     "workers/state": _below("workers", "compression", "configs"),
 }
 _WORKERS["workers/footprint.py"] = _below(
-    "workers", "workers/mesh", "workers/models", "compression"
+    "workers", "workers/mesh", "workers/models", "workers/models/counting", "compression"
 )
 _PART = _below("workers", "workers/attention", "workers/mesh", "workers/models", "configs")
 _PART |= {"workers/footprint.py", "compression"}
@@ -91,7 +93,7 @@ ROOMS = {
     | {"cluster/scheduling", "cluster/recovery", "cluster/live", "cluster/structured"}
     | {"workers/worker.py"},
     "cluster/planning": _below("cluster/scheduling", "compression", "configs", "workers")
-    | {"workers/footprint.py", "workers/mesh", "workers/models"},
+    | {"workers/footprint.py", "workers/mesh", "workers/models", "workers/models/reading"},
     "cluster/simulation": _below("cluster/planning", "cluster/scheduling", "compression")
     | {"configs", "cluster", "cluster/recovery", "workers", "workers/footprint.py", "workers/mesh"},
     "cluster/openai/formats": _BASE,

@@ -1,152 +1,226 @@
-"""From a GGUF file to a plain safetensors folder: Llama with a byte-level BPE vocabulary.
+"""From a GGUF file to a plain safetensors folder, tensor by tensor.
 
-`gguf` alone reads it: transformers' own reader wants accelerate, parses the file three times and
-ignores the name of the pre-tokenizer. Anything that this does not know is refused by name.
+Anything that this does not know is refused by name. Tensors are written while they are dequantised,
+so no more than a piece of one lies in memory.
 """
 
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .architectures import Architecture, architecture_of, make_config
+from .file import GgufFile, StoredTensor
+from .vocabulary import make_tokenizer
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
-    from gguf import GGUFReader
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig
 
-# llama.cpp's names of tensors, and transformers'.
-OUTER_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+Progress = Callable[[str], object]
+_PIECE_NUMBERS = 8 << 20  # 32 MiB as float32
+_SAY_EVERY = 10  # percent
+_NAMES = {"float32": "F32", "bfloat16": "BF16"}
+_HEADER_ALIGNMENT = 8
 
 
-def convert(file: Path, folder: Path) -> None:
-    """Write config, generation config, bfloat16 weights and tokenizer of `file` into `folder`.
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """One tensor of the folder: where it comes from, and how it changes on the way.
+
+    `pairs` are the heads whose rows are stored for the rotation of neighbours, or 0; `offset` is
+    taken from the numbers.
+    """
+
+    name: str
+    stored: StoredTensor
+    dtype: str
+    pairs: int
+    offset: float
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.stored.shape) * (4 if self.dtype == "float32" else 2)
+
+
+class Conversion:
+    """What becomes of a file: checked as a whole before anything is written.
+
+    Matrices become bfloat16, or float32 where all of them are stored as such. Norms that an offset
+    was added to (Gemma's +1) lose it again in float32, and are stored as float32 only where
+    bfloat16 would not hold what is left.
 
     Raises:
         ValueError: the file holds another kind of model, tensor or tokenizer.
     """
-    from gguf import GGUFReader
-    from safetensors.torch import save_file
-    from transformers import GenerationConfig
 
-    reader = GGUFReader(file)
-    config = _config(reader)
-    config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    save_file(_weights(reader, config), folder / "model.safetensors", metadata={"format": "pt"})
-    _tokenizer(reader).save_pretrained(folder)
+    def __init__(self, file: GgufFile) -> None:
+        self._file = file
+        architecture = architecture_of(file)
+        self.dtype = _matrix_dtype(file)
+        self.config = make_config(file, self.dtype)
+        self._targets = [*_targets(file, architecture, self.config, self.dtype)]
+        _check_shapes(self._targets, self.config)
+        self._tokenizer = make_tokenizer(file)
 
+    @property
+    def num_bytes(self) -> int:
+        """About what the folder takes of a disk."""
+        vocabulary = 128 * len(self._tokenizer)  # with its merges, as JSON
+        return sum(target.num_bytes for target in self._targets) + vocabulary
 
-def _field(reader: "GGUFReader", name: str) -> Any:
-    field = reader.get_field(name)
-    if field is None:
-        raise ValueError(f"GGUF: it has no field {name!r}")
-    return field.contents()
+    def write(self, folder: Path, say: Progress) -> None:
+        """Write config, generation config, weights and tokenizer into `folder`."""
+        from transformers import GenerationConfig
 
+        self.config.save_pretrained(folder)
+        GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+        self._write_weights(folder / "model.safetensors", say)
 
-def _expect(reader: "GGUFReader", name: str, expected: object) -> None:
-    found = _field(reader, name)
-    if found != expected:
-        raise ValueError(f"GGUF: {name} is {found!r}; only {expected!r} is read")
-
-
-def _config(reader: "GGUFReader") -> "LlamaConfig":
-    from transformers import LlamaConfig
-
-    _expect(reader, "general.architecture", "llama")
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-        hidden_size=_field(reader, "llama.embedding_length"),
-        intermediate_size=_field(reader, "llama.feed_forward_length"),
-        num_hidden_layers=_field(reader, "llama.block_count"),
-        num_attention_heads=_field(reader, "llama.attention.head_count"),
-        num_key_value_heads=_field(reader, "llama.attention.head_count_kv"),
-        head_dim=_field(reader, "llama.rope.dimension_count"),
-        max_position_embeddings=_field(reader, "llama.context_length"),
-        vocab_size=_field(reader, "llama.vocab_size"),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": _field(reader, "llama.rope.freq_base"),
-        },
-        # Stored as float32: 1e-05 comes back as 9.999999747378752e-06.
-        rms_norm_eps=float(f"{_field(reader, 'llama.attention.layer_norm_rms_epsilon'):.6g}"),
-        tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
-        bos_token_id=_field(reader, "tokenizer.ggml.bos_token_id"),
-        eos_token_id=_field(reader, "tokenizer.ggml.eos_token_id"),
-        pad_token_id=_field(reader, "tokenizer.ggml.padding_token_id"),
-    )
+    def _write_weights(self, path: Path, say: Progress) -> None:
+        total = sum(target.num_bytes for target in self._targets)
+        done, said = 0, 0
+        with path.open("wb") as out:
+            out.write(_header(self._targets))
+            for target in self._targets:
+                for piece in _pieces(self._file, target):
+                    done += out.write(piece)
+                    if (percent := 100 * done // total) >= said + _SAY_EVERY:
+                        said = percent
+                        say(f"dequantised {percent}% of {total / 1e6:,.0f} MB")
 
 
-def _weights(reader: "GGUFReader", config: "LlamaConfig") -> dict[str, "torch.Tensor"]:
-    """Every tensor, dequantised, as [out, in] or [size], under the name transformers has for it."""
+def convert(path: Path, folder: Path, say: Progress | None = None) -> None:
+    """Write the model of a GGUF file into `folder` as a Hugging Face folder.
+
+    Raises:
+        ValueError: the file holds another kind of model, tensor or tokenizer.
+    """
+    Conversion(GgufFile(path)).write(folder, say or (lambda _: None))
+
+
+def _matrix_dtype(file: GgufFile) -> str:
+    kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    return "float32" if kinds == {"F32"} else "bfloat16"
+
+
+def _targets(
+    file: GgufFile, architecture: Architecture, config: "PreTrainedConfig", dtype: str
+) -> Iterator[_Target]:
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for stored in file.tensors.values():
+        if stored.name == "rope_freqs.weight":  # in the config
+            continue
+        name, kind = architecture.weight_name(stored.name)
+        _check_readable(file, stored)
+        offset = architecture.norm_offset if kind.endswith("norm") else 0.0
+        pairs = heads.get(kind, 0) if architecture.pairs_rotated else 0
+        precise = offset and not _held_by_bfloat16(_numbers(file.rows(stored), stored) - offset)
+        yield _Target(name, stored, "float32" if precise else dtype, pairs, offset)
+
+
+def _check_readable(file: GgufFile, stored: StoredTensor) -> None:
+    try:
+        _numbers(file.rows(stored)[:1], stored)
+    except NotImplementedError:
+        raise ValueError(
+            f"GGUF: tensor {stored.name!r} is of type {stored.kind}, which gguf cannot dequantise"
+        ) from None
+
+
+def _check_shapes(targets: list[_Target], config: "PreTrainedConfig") -> None:
+    """Every weight of the model must be there, in its shape, and no other."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    found = {target.name: target.stored.shape for target in targets}
+    for name in expected.keys() | found.keys():
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"GGUF: its fields imply {expected.get(name, 'nothing')} as the shape of "
+                f"{name!r}; the file has {found.get(name, 'nothing')}"
+            )
+
+
+def _held_by_bfloat16(numbers: "np.ndarray") -> bool:
+    """Whether nothing is lost but float32's own rounding where an offset of 1 was added."""
     import numpy as np
     import torch
-    from gguf import dequantize
 
-    # q and k are stored for rotation of neighbours; here the halves of a head are rotated.
-    rotated_heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    weights = {}
-    for tensor in reader.tensors:
-        name, kind = _weight_name(tensor.name)
-        values = np.array(dequantize(tensor.data, tensor.tensor_type))
-        if kind in rotated_heads:
-            pairs = values.reshape(rotated_heads[kind], -1, 2, values.shape[1])
-            values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
-        weights[name] = torch.from_numpy(values).to(torch.bfloat16)
-    return weights
+    rounded = torch.from_numpy(numbers).to(torch.bfloat16).to(torch.float32).numpy()
+    ulp = np.spacing(np.maximum(np.abs(numbers), 1.0).astype(np.float32))
+    return bool((np.abs(rounded - numbers) <= ulp).all())
 
 
-def _weight_name(stored: str) -> tuple[str, str]:
-    """The name of a tensor in transformers, and its kind: the part of `stored` without a layer."""
-    match stored.split("."):
-        case [kind, "weight"] if kind in OUTER_NAMES:
-            return f"{OUTER_NAMES[kind]}.weight", kind
-        case ["blk", layer, kind, "weight"] if kind in LAYER_NAMES:
-            return f"model.layers.{layer}.{LAYER_NAMES[kind]}.weight", kind
-    raise ValueError(f"GGUF: no model of this kind has a tensor {stored!r}")
+def _header(targets: list[_Target]) -> bytes:
+    """Of a safetensors file: the length, then JSON that says where each tensor lies."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for target in targets:
+        entries[target.name] = {
+            "dtype": _NAMES[target.dtype],
+            "shape": list(target.stored.shape),
+            "data_offsets": [start, start + target.num_bytes],
+        }
+        start += target.num_bytes
+    text = json.dumps(entries, allow_nan=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
-def _tokenizer(reader: "GGUFReader") -> "PreTrainedTokenizerFast":
-    from gguf import TokenType
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def _pieces(file: GgufFile, target: _Target) -> Iterator[bytes]:
+    import torch
 
-    _expect(reader, "tokenizer.ggml.model", "gpt2")
-    _expect(reader, "tokenizer.ggml.pre", "smollm")
-    _expect(reader, "tokenizer.ggml.add_bos_token", False)
-    tokens: list[str] = _field(reader, "tokenizer.ggml.tokens")
-    kinds = _field(reader, "tokenizer.ggml.token_type")
-    merges = [tuple(pair.split(" ")) for pair in _field(reader, "tokenizer.ggml.merges")]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    # "smollm": digits one by one, before the byte-level rule.
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=tokens[_field(reader, "tokenizer.ggml.bos_token_id")],
-        eos_token=tokens[_field(reader, "tokenizer.ggml.eos_token_id")],
-        unk_token=tokens[_field(reader, "tokenizer.ggml.unknown_token_id")],
-        pad_token=tokens[_field(reader, "tokenizer.ggml.padding_token_id")],
-        chat_template=_field(reader, "tokenizer.chat_template"),
-        model_max_length=_field(reader, "llama.context_length"),
-    )
+    rows = file.rows(target.stored)
+    if target.pairs:
+        rows = _halves_apart(rows, target)
+    step = max(_PIECE_NUMBERS // target.stored.shape[-1], 1)
+    for first in range(0, len(rows), step):
+        numbers = _numbers(rows[first : first + step], target.stored) - target.offset
+        piece = torch.from_numpy(numbers).to(getattr(torch, target.dtype))
+        yield _bytes(piece)
+
+
+def _bytes(tensor: "torch.Tensor") -> bytes:
+    import torch
+
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _halves_apart(rows: "np.ndarray", target: _Target) -> "np.ndarray":
+    """Rows 0, 2, 4, ... of each head before rows 1, 3, 5, ...; of a bias, its numbers."""
+    import numpy as np
+
+    if len(target.stored.shape) == 1:
+        rows = rows.reshape(target.stored.shape[0], -1)
+    pairs = rows.reshape(target.pairs, -1, 2, rows.shape[1]).swapaxes(1, 2)
+    apart = np.ascontiguousarray(pairs)
+    return apart.reshape(1, -1) if len(target.stored.shape) == 1 else apart.reshape(rows.shape)
+
+
+def _numbers(rows: "np.ndarray", stored: StoredTensor) -> "np.ndarray":
+    """Stored rows as float32 [rows, numbers of a row]."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, dequantize
+
+    kind = GGMLQuantizationType[stored.kind]
+    if stored.kind in ("F32", "F16"):
+        rows = rows.view(np.float32 if stored.kind == "F32" else np.float16)
+    numbers = dequantize(rows, kind).astype(np.float32)
+    return np.ascontiguousarray(numbers.reshape(len(rows), stored.shape[-1]))

@@ -1,1 +1,1 @@
-"""Models: their sizes, families, weights and the one decoder; imports `mesh` and `native`."""
+"""Models: their sizes, weights and the one decoder; imports `reading`, `mesh` and `native`."""

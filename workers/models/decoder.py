@@ -8,19 +8,18 @@ Shapes: T packed tokens, S sampled positions, E hidden size, V vocabulary.
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from saqqara.workers.mesh.layout import HeadShard, VocabShard, intermediate_shard, vocab_shard
 from saqqara.workers.mesh.mesh import Mesh
 
-from .embedding import LMHead, VocabEmbedding, read_vocab_rows
+from .embedding import LMHead, ScaledEmbedding, VocabEmbedding, read_vocab_rows
 from .layer import Layer, LayerWeights, Places, TorchLayer, TritonLayer
-from .linear import Linear, column_parallel, row_parallel
-from .norm import rms_norm
-from .rotary import RotaryTable
+from .linear import Linear, column_parallel, in_order, reordered, row_parallel
+from .norm import read_norm, rms_norm
+from .rotary import RotaryTable, channel_order
 from .spec import ModelSpec
-from .weights import WeightSource
+from .weights import Rows, WeightSource, attention_rows, mlp_rows
 
 
 class End(Protocol):
@@ -39,39 +38,12 @@ class End(Protocol):
         ...
 
 
-def choose_linear_backend(
-    name: str, device: torch.device, dtype: torch.dtype, attention_backend: str
-) -> tuple[str, str]:
-    """What computes the linear layers, `native`, `triton` or `torch`, and why.
-
-    With the attention backend `triton`, which has made sure that its kernels run here, other
-    kernels of the same kind take what lies between the products.
-
-    Raises:
-        ValueError: `native` is asked for and cannot be had.
-    """
-    if name == "torch":
-        return "torch", "as set"
-    if name == "auto" and attention_backend == "triton":
-        return "triton", "auto: torch's products, fused kernels between them"
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        reason: str | None = f"it is for bfloat16 on a CPU, not {str(dtype)[6:]} on {device.type}"
-    else:
-        from saqqara.workers.native.build import unavailable_reason
-
-        reason = unavailable_reason()
-    if reason is None:
-        return "native", "as set" if name == "native" else "auto: packed weights, fused layers"
-    if name == "native":
-        raise ValueError(f"linear_backend='native' cannot be had here: {reason}")
-    return "torch", f"auto: no native kernels ({reason})"
-
-
 class Decoder:
     """Layers `[start_layer, stop_layer)` on one rank, with embedding and head at the ends.
 
     Attributes:
         layers: this rank's layers, `layers[i]` being layer `start_layer + i` of the model.
+        tables: rotary tables of all kinds that these layers need.
         embedding: on the first stage, token ids [T] -> hidden [T, E].
         head: on the last stage, hidden [S, E] -> logits fp32 [S, vocab_size].
     """
@@ -90,7 +62,11 @@ class Decoder:
         self.mesh = mesh
         self.start_layer = layer_range.start
         self.stop_layer = layer_range.stop
-        self.rotary = RotaryTable(spec.rope, spec.head_dim, max_position, source.device)
+        ropes = [spec.rope_of(layer) for layer in layer_range]
+        self._ropes = tuple(dict.fromkeys(ropes))
+        self.tables = tuple(
+            RotaryTable(rope, spec.head_dim, max_position, source.device) for rope in self._ropes
+        )
         self._native = linear_backend == "native"
         self._triton = linear_backend == "triton"
         self._rms_norm = rms_norm
@@ -99,37 +75,41 @@ class Decoder:
 
             self._rms_norm = norm.rms_norm
         self.layers = tuple(
-            self._compute(_load_layer(spec, mesh, heads, source, layer)) for layer in layer_range
+            self._compute(_load_layer(spec, mesh, heads, source, layer), self._ropes.index(rope))
+            for layer, rope in zip(layer_range, ropes, strict=True)
         )
-        self.embedding: End | None = None
-        self.head: End | None = None
         self.final_norm: Tensor | None = None
         if mesh.is_last_stage:
-            self.final_norm = source.read(spec.family_flags.names.final_norm)
-        self._load_ends(source)
+            name = spec.family_flags.names.final_norm
+            self.final_norm = read_norm(source, name, spec.norm_offset)
+        self.head, embedding = self._load_ends(source)
+        if embedding is not None and spec.embedding_scale != 1:
+            embedding = ScaledEmbedding.of(embedding, spec.embedding_scale, source.dtype)
+        self.embedding = embedding
 
-    def _compute(self, weights: LayerWeights) -> Layer:
+    def _compute(self, weights: LayerWeights, table: int) -> Layer:
         if self._native:
             from .native_layer import NativeLayer
 
-            return NativeLayer(weights, self.rotary, self.mesh)
+            return NativeLayer(weights, self.tables[table], self.mesh)
         if self._triton:
-            return TritonLayer(weights, self.rotary, self.mesh)
-        return TorchLayer(weights, self.mesh)
+            return TritonLayer(weights, self.tables[table], self.mesh)
+        return TorchLayer(weights, self.mesh, table)
 
-    def _load_ends(self, source: WeightSource) -> None:
-        """Read embedding and head where this rank has them; a tied weight is read once."""
+    def _load_ends(self, source: WeightSource) -> tuple[End | None, End | None]:
+        """Head and embedding, where this rank has them; a tied weight is read once."""
         spec, mesh, names = self.spec, self.mesh, self.spec.family_flags.names
         vocab = vocab_shard(spec.vocab_size, mesh.layout.tensor_size, mesh.tensor_rank)
+        head: End | None = None
         if mesh.is_last_stage:
             name = names.embedding if spec.tie_embeddings else names.head
-            weight = read_vocab_rows(source, name, vocab)
-            self.head, tied = self._make_head(weight, vocab)
+            head, tied = self._make_head(read_vocab_rows(source, name, vocab), vocab)
             if mesh.is_first_stage and spec.tie_embeddings:
-                self.embedding = tied
-        if mesh.is_first_stage and self.embedding is None:
-            weight = read_vocab_rows(source, names.embedding, vocab)
-            self.embedding = VocabEmbedding(weight, vocab, mesh)
+                return head, tied
+        if not mesh.is_first_stage:
+            return head, None
+        weight = read_vocab_rows(source, names.embedding, vocab)
+        return head, VocabEmbedding(weight, vocab, mesh)
 
     def _make_head(self, weight: Tensor, vocab: VocabShard) -> tuple[End, End]:
         """The head, and an embedding that shares its weight."""
@@ -150,15 +130,20 @@ class Decoder:
     def places(self, positions_T: Tensor) -> Places:
         """Positions int64 [T], with what the layers need to rotate queries and keys there."""
         looks_up = self._native or self._triton
-        return Places(positions_T, None if looks_up else self.rotary.lookup(positions_T))
+        if looks_up:
+            return Places(positions_T)
+        return Places(positions_T, tuple(table.lookup(positions_T) for table in self.tables))
 
     def logits(self, hidden_SE: Tensor) -> Tensor:
         """Logits, fp32 [S, V], of the last layer's hidden states (last stage only)."""
         assert self.head is not None
         assert self.final_norm is not None
-        if self._native:
-            return self.head(hidden_SE)  # which normalises in the same call
-        return self.head(self._rms_norm(hidden_SE, self.final_norm, self.spec.rms_norm_eps))
+        if not self._native:  # whose head normalises in the same call
+            hidden_SE = self._rms_norm(hidden_SE, self.final_norm, self.spec.rms_norm_eps)
+        logits_SV = self.head(hidden_SE)
+        if cap := self.spec.logit_softcap:
+            return logits_SV.div(cap).tanh_().mul_(cap)
+        return logits_SV
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on this rank."""
@@ -178,27 +163,39 @@ def _load_layer(
     def name(part: str) -> str:
         return names.of_layer(layer, part)
 
-    def by_columns(*parts: tuple[str, range], has_bias: bool) -> Linear:
-        return column_parallel(source, [(name(part), rows) for part, rows in parts], has_bias)
+    def norm(part: str) -> Tensor:
+        return read_norm(source, name(part), spec.norm_offset)
+
+    def by_columns(*parts: tuple[Rows, range], has_bias: bool) -> Linear:
+        held = [part.of(rows) for part, rows in parts]
+        return column_parallel(source, [(name(part), rows) for part, rows in held], has_bias)
 
     def by_rows(part: str, columns: range, has_bias: bool) -> Linear:
         return row_parallel(source, name(part), columns, has_bias, mesh.tensor_rank)
 
+    def of_heads(part: str) -> Tensor | None:
+        return in_order(norm(part), order) if spec.qk_norm else None
+
+    order = channel_order(spec.rope_of(layer), dim)
+    rows = zip(attention_rows(spec), (query, kv, kv), strict=True)
     return LayerWeights(
         num_query_heads=len(heads.query),
         num_kv_heads=len(heads.kv),
         head_dim=dim,
         eps=spec.rms_norm_eps,
-        attention_norm=source.read(name(names.attention_norm)),
-        qkv=by_columns(
-            (names.query, query), (names.key, kv), (names.value, kv), has_bias=spec.qkv_bias
+        attention_norm=norm(names.attention_norm),
+        qkv=reordered(
+            by_columns(*rows, has_bias=spec.qkv_bias), len(heads.query) + len(heads.kv), order
         ),
-        query_norm=source.read(name(names.query_norm)) if spec.qk_norm else None,
-        key_norm=source.read(name(names.key_norm)) if spec.qk_norm else None,
+        query_norm=of_heads(names.query_norm),
+        key_norm=of_heads(names.key_norm),
         output=by_rows(names.output, query, spec.output_bias),
-        mlp_norm=source.read(name(names.mlp_norm)),
-        gate_up=by_columns((names.gate, inner), (names.up, inner), has_bias=spec.mlp_bias),
+        mlp_norm=norm(names.mlp_norm),
+        gate_up=by_columns(*((part, inner) for part in mlp_rows(spec)), has_bias=spec.mlp_bias),
         down=by_rows(names.down, inner, spec.mlp_bias),
+        attention_post_norm=norm(names.attention_post_norm) if spec.post_norms else None,
+        mlp_post_norm=norm(names.mlp_post_norm) if spec.post_norms else None,
+        activation=spec.activation,
     )
 
 

@@ -1,6 +1,8 @@
 """The two ends of the model, both cut by vocabulary rows: token embedding and LM head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import embedding, linear
@@ -38,6 +40,24 @@ class VocabEmbedding:
         local = (token_ids - self.shard.start).masked_fill_(foreign, 0)
         hidden = embedding(local, self.weight).masked_fill_(foreign[:, None], 0)
         return self.mesh.all_reduce(hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledEmbedding:
+    """An embedding whose hidden states are multiplied by a factor, rounded to their dtype."""
+
+    embedding: Callable[[torch.Tensor], torch.Tensor]
+    factor: float
+    num_bytes: int
+
+    @classmethod
+    def of(cls, embedding: Any, factor: float, dtype: torch.dtype) -> "ScaledEmbedding":
+        """That embedding, scaled; the factor is rounded as transformers rounds it."""
+        return cls(embedding, float(torch.tensor(factor).to(dtype)), embedding.num_bytes)
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids int64 [T] -> hidden states [T, E]."""
+        return self.embedding(token_ids).mul_(self.factor)
 
 
 @dataclass(slots=True)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from saqqara.workers.mesh.mesh import Mesh
 
 from .linear import Linear
 from .norm import rms_norm
+from .reading.fields import Activation
 from .rotary import RotaryTable, rotate
 
 if TYPE_CHECKING:
@@ -25,21 +26,21 @@ if TYPE_CHECKING:
 class Places(NamedTuple):
     """Where tokens stand: positions int64 [T], and for layers that want them the angles there.
 
-    `angles` are what `RotaryTable.lookup` gives, fp32 [T, 1, D] each.
+    `angles` are what `RotaryTable.lookup` gives, fp32 [T, 1, D] each, by the decoder's tables.
     """
 
     positions_T: Tensor
-    angles: tuple[Tensor, Tensor] | None = None
+    angles: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def of(self, tokens: slice) -> "Places":
         """The places of some of the tokens."""
-        angles = self.angles and (self.angles[0][tokens], self.angles[1][tokens])
+        angles = tuple((cos[tokens], sin[tokens]) for cos, sin in self.angles)
         return Places(self.positions_T[tokens], angles)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return self.positions_T.nbytes + sum(angle.nbytes for angle in self.angles or ())
+        return self.positions_T.nbytes + sum(cos.nbytes + sin.nbytes for cos, sin in self.angles)
 
 
 class QKV(NamedTuple):
@@ -59,7 +60,7 @@ class LayerWeights:
     """Weights of one layer's shard.
 
     `qkv` maps E to (Hq + 2 H) D, `gate_up` E to 2 F; `output` and `down` give partial sums that
-    are reduced over the tensor group.
+    are reduced over the tensor group. The norms behind them are there in some families only.
     """
 
     num_query_heads: int
@@ -74,11 +75,17 @@ class LayerWeights:
     mlp_norm: Tensor
     gate_up: Linear
     down: Linear
+    attention_post_norm: Tensor | None = None
+    mlp_post_norm: Tensor | None = None
+    activation: Activation = "silu"
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all weights."""
-        norms = (self.attention_norm, self.mlp_norm, self.query_norm, self.key_norm)
+        norms = (
+            *(self.attention_norm, self.attention_post_norm, self.query_norm, self.key_norm),
+            *(self.mlp_norm, self.mlp_post_norm),
+        )
         linears = (self.qkv, self.output, self.gate_up, self.down)
         return sum(n.nbytes for n in norms if n is not None) + sum(x.num_bytes for x in linears)
 
@@ -122,11 +129,18 @@ class Layer(Protocol):
 
 
 class TorchLayer:
-    """Computes a layer with torch, on any device and in any dtype."""
+    """Computes a layer with torch, on any device and in any dtype.
 
-    def __init__(self, weights: LayerWeights, mesh: Mesh) -> None:
+    Args:
+        weights: of the layer.
+        mesh: this rank's place.
+        table: which of the decoder's rotary tables is the layer's.
+    """
+
+    def __init__(self, weights: LayerWeights, mesh: Mesh, table: int = 0) -> None:
         self._weights = weights
         self._mesh = mesh
+        self._table = table
 
     @property
     def num_bytes(self) -> int:
@@ -136,14 +150,14 @@ class TorchLayer:
     def project(self, hidden_TE: Tensor, places: Places, out: QKV | None = None) -> QKV:
         """See `Layer.project`."""
         w = self._weights
-        assert places.angles is not None
+        angles = places.angles[self._table]
         qkv = w.qkv(rms_norm(hidden_TE, w.attention_norm, w.eps))
         qkv = qkv.view(-1, w.num_query_heads + 2 * w.num_kv_heads, w.head_dim)
         values = w.num_query_heads + w.num_kv_heads
         q, k, v = qkv[:, : w.num_query_heads], qkv[:, w.num_query_heads : values], qkv[:, values:]
         if w.query_norm is not None and w.key_norm is not None:
             q, k = rms_norm(q, w.query_norm, w.eps), rms_norm(k, w.key_norm, w.eps)
-        rotated = QKV(rotate(q, *places.angles), rotate(k, *places.angles), v)
+        rotated = QKV(rotate(q, *angles), rotate(k, *angles), v)
         if out is None:
             return rotated
         for target, source in zip(out, rotated, strict=True):
@@ -164,9 +178,10 @@ class TorchLayer:
         """See `Layer.finish`."""
         w = self._weights
         attended = attended_THD.reshape(attended_THD.shape[0], -1)
-        hidden = self._mesh.all_reduce(w.output(attended), residual=hidden_TE)
+        hidden = self._add(w.output(attended), w.attention_post_norm, hidden_TE)
         gate, up = w.gate_up(rms_norm(hidden, w.mlp_norm, w.eps)).chunk(2, dim=-1)
-        return self._mesh.all_reduce(w.down(silu(gate).mul_(up)), residual=hidden, out=out)
+        activated = silu(gate) if w.activation == "silu" else gelu(gate, approximate="tanh")
+        return self._add(w.down(activated.mul_(up)), w.mlp_post_norm, hidden, out)
 
     def activation_bytes_per_token(self, itemsize: int) -> int:
         """See `Layer.activation_bytes_per_token`."""
@@ -175,6 +190,15 @@ class TorchLayer:
         project = hidden + 2 * w.qkv.weight.shape[0]  # normed + fused + rotated
         finish = 3 * hidden + 2 * w.gate_up.weight.shape[0]  # hidden, sum, normed + gate-up, act
         return max(project, finish) * itemsize
+
+    def _add(
+        self, partial: Tensor, norm: Tensor | None, residual: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """The ranks' sum, normalised if there is a norm, plus what was there before."""
+        if norm is None:
+            return self._mesh.all_reduce(partial, residual=residual, out=out)
+        normed = rms_norm(self._mesh.all_reduce(partial), norm, self._weights.eps)
+        return torch.add(normed, residual, out=out)
 
 
 class TritonLayer:

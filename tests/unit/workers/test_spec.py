@@ -8,17 +8,22 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
-from saqqara.workers.models.families import FAMILIES
-from saqqara.workers.models.rope_spec import RopeSpec
+from saqqara.workers.models.reading.families import FAMILIES
+from saqqara.workers.models.reading.rope_spec import UNROTATED, RopeSpec
 from saqqara.workers.models.spec import ModelSpec, load_spec
 from saqqara.workers.models.weights import weight_shapes
 
@@ -41,7 +46,7 @@ LLAMA3 = {
 }
 
 
-def tiny(kind: Callable[..., PreTrainedConfig] = LlamaConfig, **settings: Any) -> PreTrainedConfig:
+def tiny(kind: Callable[..., Any] = LlamaConfig, **settings: Any) -> Any:
     return kind(**{**TINY, **settings})
 
 
@@ -70,13 +75,18 @@ def test_a_spec_says_what_the_config_says() -> None:
     assert spec.kv_bytes_per_token(torch.float32) == 3 * 2 * 2 * 8 * 4
 
 
+UNTIED = {"head_dim": 8, "tie_word_embeddings": False}
 FLAGS = {
     "llama": (tiny(), (False, False, False, False)),
     "llama-bias": (tiny(attention_bias=True), (True, True, False, False)),
     "llama-mlp-bias": (tiny(mlp_bias=True), (False, False, True, False)),
     "mistral": (tiny(MistralConfig, sliding_window=None), (False, False, False, False)),
+    "phi3": (tiny(Phi3Config, pad_token_id=0), (False, False, False, False)),
+    "smollm3": (tiny(SmolLM3Config, pad_token_id=0, **UNTIED), (False, False, False, False)),
     "qwen2": (tiny(Qwen2Config), (True, False, False, False)),
     "qwen3": (tiny(Qwen3Config), (False, False, False, True)),
+    "gemma2": (tiny(Gemma2Config, **UNTIED), (False, False, False, False)),
+    "gemma3_text": (tiny(Gemma3TextConfig, **UNTIED), (False, False, False, True)),
     "qwen3-bias": (tiny(Qwen3Config, attention_bias=True), (True, True, False, True)),
 }
 
@@ -148,8 +158,8 @@ class _OldConfig:
     tie_word_embeddings = False
     eos_token_id = 2
 
-    def __init__(self) -> None:
-        self.__dict__.update(TINY)
+    def __init__(self, **settings: Any) -> None:
+        self.__dict__.update({**TINY, **settings})
 
 
 def test_rope_of_older_config_objects() -> None:
@@ -157,35 +167,39 @@ def test_rope_of_older_config_objects() -> None:
     assert rope == RopeSpec(theta=1e6, kind="linear", factor=4.0)
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tiny(rope_parameters={**YARN, "original_max_position_embeddings": 128}),
-         r"rope_parameters\['rope_type'\]='yarn'.*default, linear, llama3"),
-        (lambda: tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-         "'dynamic'"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": "proportional"}),
+         r"rope_scaling\['rope_type'\]='proportional'.*supported: default, linear, dynamic, yarn"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": "yarn", "factor": -2}),
+         r"rope_scaling\['factor'\] must be above 0, not -2"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": "linear"}), r"\['factor'\] is missing"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": "su", "short_factor": [1.0] * 3}),
+         r"rope_scaling\['short_factor'\] must be 4 numbers above 0"),
+        (lambda: tiny(_OldConfig, model_type="smollm3", no_rope_layers=[1, 1]),
+         "config.no_rope_layers has 2 entries for 3 layers"),
         (lambda: tiny(rope_parameters={"rope_type": "default", "rope_theta": 1e4,
                                        "partial_rotary_factor": 0.5}),
          "partial_rotary_factor=0.5"),
-        (lambda: tiny(MistralConfig, sliding_window=256), "config.sliding_window=256"),
-        (lambda: tiny(Qwen2Config, use_sliding_window=True, sliding_window=64, max_window_layers=1),
-         "config.sliding_window=64"),
-        (lambda: tiny(hidden_act="gelu"), "config.hidden_act='gelu'"),
+        (lambda: tiny(sliding_window=64), "config.sliding_window=64: .*'llama' have none"),
+        (lambda: tiny(MistralConfig, layer_types=["full_attention"] * 3), "config.layer_types"),
+        (lambda: tiny(hidden_act="gelu"), "config.hidden_act='gelu'.*silu, gelu_pytorch_tanh"),
+        (lambda: tiny(Gemma2Config, use_bidirectional_attention=True),
+         "config.use_bidirectional_attention=True is not supported; only False"),
+        (lambda: tiny(Gemma3TextConfig, attn_logit_softcapping=50.0),
+         "config.attn_logit_softcapping=50.0 is not supported; only None"),
+        (lambda: Gemma3Config(), "model_type='gemma3' is not supported .with images.*gemma3_"),
         (lambda: tiny(quantization_config={"quant_method": "awq"}), "config.quantization_config"),
         (lambda: tiny(num_key_value_heads=4), "config.num_key_value_heads=4"),
-        (lambda: tiny(MixtralConfig), "config.model_type='mixtral'.*llama, mistral, qwen2, qwen3"),
+        (lambda: tiny(MixtralConfig), "config.model_type='mixtral'.*llama, mistral, "),
         (lambda: GPT2Config(), "config.model_type='gpt2'"),
         (lambda: tiny(num_local_experts=8), "config.num_local_experts=8"),
         (lambda: tiny(Qwen2Config, layer_types=["full_attention"] * 2 + ["linear_attention"]),
          "config.layer_types"),
     ],
 )  # fmt: skip
-def test_what_is_not_supported_is_refused_by_name(
-    make: Callable[[], PreTrainedConfig], message: str
-) -> None:
+def test_what_is_not_supported_is_refused_by_name(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelSpec.from_hf(make())
 
@@ -193,6 +207,57 @@ def test_what_is_not_supported_is_refused_by_name(
 def test_a_window_that_is_never_reached_or_switched_off_is_fine() -> None:
     ModelSpec.from_hf(tiny(MistralConfig, sliding_window=512))
     ModelSpec.from_hf(tiny(Qwen2Config, use_sliding_window=False, sliding_window=64))
+
+
+SEEING_64 = {"head_dim": 8, "sliding_window": 64}
+
+
+def windows_of(kind: Callable[..., PreTrainedConfig], **settings: Any) -> tuple[int, ...]:
+    return ModelSpec.from_hf(tiny(kind, **{**SEEING_64, **settings})).windows
+
+
+def test_windows_are_those_of_the_layers_that_have_them() -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    assert windows_of(MistralConfig) == (64, 64, 64)
+    assert windows_of(Qwen2Config, use_sliding_window=True, max_window_layers=2) == (0, 0, 64)
+    assert windows_of(Qwen2Config, use_sliding_window=True, layer_types=kinds) == (0, 64, 0)
+    assert windows_of(Gemma2Config) == (64, 0, 64)
+    assert windows_of(Gemma3TextConfig, sliding_window_pattern=2) == (64, 0, 64)
+    assert windows_of(Gemma3TextConfig, layer_types=kinds) == (0, 64, 0)
+    assert windows_of(Gemma2Config, sliding_window=512) == ()
+    # Where layers with a window rotate otherwise, they stay apart.
+    assert windows_of(Gemma3TextConfig, sliding_window=512, layer_types=kinds) == (0, 512, 0)
+
+
+def test_gemma_says_how_it_differs() -> None:
+    spec = ModelSpec.from_hf(
+        tiny(Gemma3TextConfig, head_dim=8, query_pre_attn_scalar=16, sliding_window=64,
+             rope_theta=1e6, rope_local_base_freq=1e4, sliding_window_pattern=3)
+    )  # fmt: skip
+    assert (spec.activation, spec.norm_offset, spec.post_norms) == ("gelu_tanh", 1.0, True)
+    assert spec.embedding_scale == 48**0.5
+    assert spec.attention_scale == 0.25
+    assert [spec.rope_of(layer).theta for layer in range(3)] == [1e4, 1e4, 1e6]
+    caps = ModelSpec.from_hf(tiny(Gemma2Config, head_dim=8))
+    assert (caps.attention_softcap, caps.logit_softcap) == (50.0, 30.0)
+    assert caps.local_rope is None
+
+
+def test_layers_without_rope_are_those_that_are_marked() -> None:
+    spec = ModelSpec.from_hf(tiny(SmolLM3Config, pad_token_id=0, no_rope_layers=[1, 0, 1]))
+    assert [spec.rope_of(layer) for layer in range(3)] == [spec.rope, UNROTATED, spec.rope]
+    old = ModelSpec.from_hf(tiny(_OldConfig, model_type="smollm3", no_rope_layer_interval=3))
+    assert old.unrotated_layers == (2,)
+    windows = {"use_sliding_window": True, "sliding_window": 64}
+    old = ModelSpec.from_hf(tiny(_OldConfig, model_type="smollm3", num_hidden_layers=5, **windows))
+    assert old.windows == (0, 0, 0, 64, 0)
+
+
+def test_a_dynamic_rope_lets_texts_grow() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    spec = ModelSpec.from_hf(tiny(rope_parameters=rope))
+    assert (spec.max_position, spec.longest) == (512, 1024)
+    assert ModelSpec.from_hf(tiny()).longest == 512
 
 
 def test_load_spec_prefers_the_end_tokens_of_the_generation_config(tmp_path: Path) -> None:
@@ -229,7 +294,7 @@ def test_load_spec_names_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
         load_spec(tmp_path)
     for config in ('{"model_type": "no-such-model"}', '{"model_type": "gpt2"}', "{}"):
         (tmp_path / "config.json").write_text(config)
-        with pytest.raises(ValueError, match=r"supported: llama, mistral, qwen2, qwen3$"):
+        with pytest.raises(ValueError, match=rf"supported: {', '.join(sorted(FAMILIES))}$"):
             load_spec(tmp_path)
     tiny().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text("[")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from saqqara.workers import safetensors_file
 from saqqara.workers.models import weights
-from saqqara.workers.models.rope_spec import RopeSpec
+from saqqara.workers.models.reading.rope_spec import RopeSpec
 from saqqara.workers.models.spec import ModelSpec
 from saqqara.workers.models.weights import (
     DummyWeights,

@@ -1,0 +1,59 @@
+"""What computes the layers of a model: native CPU kernels, Triton's, or torch, and why."""
+
+import torch
+
+from .spec import ModelSpec
+
+
+def choose_linear_backend(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention_backend: str,
+    spec: ModelSpec,
+) -> tuple[str, str]:
+    """What computes the linear layers, `native`, `triton` or `torch`, and why.
+
+    With the attention backend `triton`, which has made sure that its kernels run here, other
+    kernels of the same kind take what lies between the products.
+
+    Raises:
+        ValueError: `native` is asked for and cannot be had.
+    """
+    if name == "torch":
+        return "torch", "as set"
+    if name == "auto" and attention_backend == "triton":
+        if (missing := why_not_triton(spec)) is not None:
+            return "torch", f"auto: no Triton kernels ({missing})"
+        return "triton", "auto: torch's products, fused kernels between them"
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        reason: str | None = f"it is for bfloat16 on a CPU, not {str(dtype)[6:]} on {device.type}"
+    elif (reason := why_not_native(spec)) is None:
+        from saqqara.workers.native.build import unavailable_reason
+
+        reason = unavailable_reason()
+    if reason is None:
+        return "native", "as set" if name == "native" else "auto: packed weights, fused layers"
+    if name == "native":
+        raise ValueError(f"linear_backend='native' cannot be had here: {reason}")
+    return "torch", f"auto: no native kernels ({reason})"
+
+
+def why_not_native(spec: ModelSpec) -> str | None:
+    """Why the native CPU kernels do not serve a model's layers; None: they do."""
+    return _unserved(spec)
+
+
+def why_not_triton(spec: ModelSpec) -> str | None:
+    """Why the Triton kernels between a layer's products do not serve a model; None: they do."""
+    return _unserved(spec)
+
+
+def _unserved(spec: ModelSpec) -> str | None:
+    """The first thing that only torch's layers do."""
+    only_torch = {
+        f"activation {spec.activation}": spec.activation != "silu",
+        f"norm weights + {spec.norm_offset:g}": spec.norm_offset != 0,
+        "norms behind attention and MLP": spec.post_norms,
+    }
+    return next((f"not for {what}" for what, is_so in only_torch.items() if is_so), None)

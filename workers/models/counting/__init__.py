@@ -1,0 +1,1 @@
+"""How many weights a rank has, by arithmetic alone; imports `models` and `mesh`."""
