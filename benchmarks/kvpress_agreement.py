@@ -119,7 +119,7 @@ def observe(retention: Retention, keys: Tensor, queries: Tensor) -> Observation:
     scale = head_dim**-0.5
     return Observation(
         layer=0,
-        num_layers=1,
+        layers=1,
         prompt_tokens=num_tokens,
         keys=keys,
         values=keys,

@@ -8,7 +8,7 @@ from saqqara.cluster.engine.client import EngineClient, EngineDescription, Local
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
-from saqqara.workers.plan import WorkerInfo, WorkerMemory
+from saqqara.workers.plan import WorkerInfo, WorkerMemory, layers_of
 
 from .failover import FailoverClient
 from .long_wait import LongWait
@@ -94,9 +94,8 @@ def _beside_the_pool(memory: WorkerMemory) -> str:
 def sequences_that_fit(engine: EngineDescription, num_tokens: int) -> int:
     """How many prompts of this length the page pools hold at once, under the engine's retention."""
     retention = Retention.parse(engine.config.retention, engine.config.budget)
-    num_layers = max(w.stop_layer for w in engine.workers)
     num_heads = max(w.stop_head for w in engine.workers)
-    kept_LH = retention.row_tokens(num_tokens, num_layers, num_heads)
+    kept_LH = retention.row_tokens(num_tokens, layers_of(engine.workers), num_heads)
     fits = []
     for w in engine.workers:
         own = kept_LH[w.start_layer : w.stop_layer, w.start_head : w.stop_head]

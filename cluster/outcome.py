@@ -20,8 +20,10 @@ class KVUsage:
     """Keys and values at the end of a sequence: what was kept, and what full retention would keep.
 
     `kept_tokens` are summed over the rows, so over all layers and kv heads of the model; bytes are
-    those of these tokens, without what is left empty in their pages. `kept_tokens_by_layer` has the
-    same tokens, the lowest layer first; it is empty where nothing was prefilled.
+    those of these tokens, without what is left empty in their pages. Layers with sliding-window
+    attention are none of them: they keep their window in any case, in `local_bytes`.
+    `kept_tokens_by_layer` has the tokens of all layers, the lowest first; it is empty where nothing
+    was prefilled.
     """
 
     kept_tokens: int = 0
@@ -29,6 +31,7 @@ class KVUsage:
     kept_bytes: int = 0
     full_bytes: int = 0
     kept_tokens_by_layer: tuple[int, ...] = ()
+    local_bytes: int = 0
 
     def __add__(self, other: "KVUsage") -> "KVUsage":
         """Of several sequences together."""
@@ -38,6 +41,7 @@ class KVUsage:
             self.kept_bytes + other.kept_bytes,
             self.full_bytes + other.full_bytes,
             _added(self.kept_tokens_by_layer, other.kept_tokens_by_layer),
+            self.local_bytes + other.local_bytes,
         )
 
 

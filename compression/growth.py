@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decode import DecodeStage, TrimStage
+from .layers import Layers
 from .propagate import Propagate, part_of
 from .retention import Retention
 
@@ -215,12 +216,14 @@ def cycle_of(retention: Retention, prompt_tokens: int, page_tokens: int) -> Cycl
     return Cycle(grace, retention.decode.slack_pages * page_tokens)
 
 
-def trimmed_rows(retention: Retention, prompt_tokens: int, num_layers: int) -> TrimmedRows | None:
+def trimmed_rows(
+    retention: Retention, prompt_tokens: int, layers: Layers | int
+) -> TrimmedRows | None:
     """The rows, after prefill, of a sequence that is trimmed; None where none are."""
     if not isinstance(retention.decode, TrimStage):
         return None
     assert retention.propagate is not None, "checked by Retention"
-    stored = retention.entering_tokens(prompt_tokens, num_layers)
+    stored = retention.entering_tokens(prompt_tokens, layers)
     return TrimmedRows(retention.decode, retention.propagate, prompt_tokens, stored)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .layers import Layers
+
 
 @dataclass(slots=True, eq=False)
 class Observation:
@@ -18,7 +20,7 @@ class Observation:
 
     Attributes:
         layer: layer number in the whole model, from 0.
-        num_layers: layers of the whole model.
+        layers: of the whole model; a number of them: all are global. Only these are observed.
         prompt_tokens: n, the prompt's length, or how many of its tokens entered the layer.
         keys: [n, H, D], rotated at their positions.
         values: [n, H, D].
@@ -41,7 +43,7 @@ class Observation:
     """
 
     layer: int
-    num_layers: int
+    layers: Layers | int
     prompt_tokens: int
     keys: Tensor
     values: Tensor
@@ -58,7 +60,7 @@ class Observation:
     masses: Tensor | None = None
 
     def __post_init__(self) -> None:
-        assert 0 <= self.layer < self.num_layers
+        assert 0 <= self.layer < len(Layers.of(self.layers))
         assert self.keys.shape[:2] == (self.prompt_tokens, len(self.heads))
 
     @property

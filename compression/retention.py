@@ -2,8 +2,9 @@
 
 `compression/` says what to keep of a prompt and of what is decoded, and imports nothing of ours but
 `configs`. From the bottom: `bounds`, `head_profile`, `scores`, `shapes`, `propagate`, `decode` (the
-parts of a setting), `spelling` (how people write it), this file (the value, and how many tokens it
-keeps), `growth` (how many while decoding), `methods` (the list for people). None of these imports
+parts of a setting), `layers` (a budget spread over those of a model), `spelling` (how people write
+it), this file (the value, and how many tokens it keeps), `growth` (how many while decoding),
+`methods` (the list for people). None of these imports
 torch. With tensors: `observation` (what may be looked at), `scoring` (tensors in, scores out) and
 `selecting` (scores in, positions out).
 """
@@ -22,10 +23,11 @@ from saqqara.configs.shown import shown
 from . import spelling
 from .bounds import BOUNDS, check, check_kind
 from .decode import AnyDecodeStage, DecodeStage, TrimStage
+from .layers import Budget, Layers, over_layers, over_rows
 from .profiles.head_profile import HeadProfile
 from .propagate import Propagate
 from .scores import SCORES, Score
-from .shapes import MEANS, SHAPES, UNIFORM, Allowance, LayerShape, Profile, RowShape, Shape, settle
+from .shapes import MEANS, SHAPES, UNIFORM, LayerShape, Profile, RowShape, Shape
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Retention:
     included: `budget` tokens, or the `share` of the prompt rounded to nearest (halves up), which is
     fixed by the original prompt and raised to `window + sinks + 1`. Over all L layers exactly
     L * B tokens per kv head are kept. A prompt of at most B tokens is kept whole.
+
+    Where some layers see a window of tokens only (`Layers`), all of this is about the others, the
+    global layers: L counts them, and shapes number them as if they were the whole model. Layer
+    numbers in settings are those of the model. A local layer keeps its window, whatever the budget.
 
     With `propagate` only some tokens enter the upper layers (`Propagate.survivors`). Without a
     score a layer keeps what entered it. With a score it keeps the smaller of what entered it and
@@ -290,111 +296,99 @@ class Retention:
         rounded = math.floor(spelling.exact_share(self.share) * prompt_tokens + Fraction(1, 2))
         return max(rounded, self._least_budget)
 
-    def layer_tokens(self, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
+    def layer_tokens(self, prompt_tokens: int, layers: Layers | int) -> tuple[int, ...]:
         """Count the prompt tokens that each layer keeps per kv head (the mean, where ragged).
 
         Not for shapes that have a budget for each head (`RowShape`): see `row_tokens`.
 
-        They sum to exactly `num_layers * budget_tokens(prompt_tokens)`, and each is at least
-        `window + sinks` and at most the prompt, or the whole prompt. With `propagate` each is at
-        most what enters the layer: the smaller of the two, so the sum may be smaller.
+        Those of the L global layers sum to exactly `L * budget_tokens(prompt_tokens)`, and each is
+        at least `window + sinks` and at most the prompt, or the whole prompt. With `propagate` each
+        is at most what enters the layer: the smaller of the two, so the sum may be smaller. A local
+        layer keeps the last tokens of the prompt, as many as its window has.
+
+        Args:
+            prompt_tokens: length of the prompt.
+            layers: of the model; a number of them: all are global.
 
         Raises:
-            ValueError: `skip_layers` or `propagate.layer` names no layer of the model, or
-                `skip_layers` takes more than the budget.
+            ValueError: `skip_layers` or `propagate.layer` names no layer of the model, or a local
+                one; `skip_layers` takes more than the budget; there is a budget, but no global
+                layer, or `propagate`, and a local layer.
         """
-        return _layer_tokens(self, prompt_tokens, num_layers)
+        return _layer_tokens(self, prompt_tokens, Layers.of(layers))
 
-    def entering_tokens(self, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
+    def entering_tokens(self, prompt_tokens: int, layers: Layers | int) -> tuple[int, ...]:
         """Count the tokens of such a prompt that prefill takes through each layer.
 
         Raises:
-            ValueError: `propagate.layer` names no layer of the model.
+            ValueError: `propagate.layer` names no layer of the model, or the model has layers with
+                a window: which tokens survive within it cannot be told from numbers of tokens.
         """
+        layers = Layers.of(layers)
         if self.propagate is None:
-            return (prompt_tokens,) * num_layers
-        return self.propagate.survivors(prompt_tokens, num_layers)
+            return (prompt_tokens,) * len(layers)
+        if layers.local_layers:
+            raise ValueError(
+                f"propagate: {self.method!r} drops hidden states, which a model with "
+                f"sliding-window attention does not allow ({len(layers.local_layers)} of its "
+                f"{len(layers)} layers see a window of {layers.window} tokens); choose a retention "
+                "that does not propagate, such as recommended-adaptive, snapkv or pyramidkv"
+            )
+        return self.propagate.survivors(prompt_tokens, len(layers))
 
-    def row_tokens(self, prompt_tokens: int, num_layers: int, num_heads: int) -> np.ndarray:
+    def row_tokens(self, prompt_tokens: int, layers: Layers | int, num_heads: int) -> np.ndarray:
         """Count the prompt tokens that each row keeps; the layer's mean where ragged.
 
-        They sum to exactly `num_layers * num_heads * budget_tokens(prompt_tokens)`.
+        Those of the L global layers sum to exactly `L * num_heads * budget_tokens(prompt_tokens)`.
 
         Returns:
-            int32 [num_layers, num_heads], read-only.
+            int32 [layers, num_heads], read-only.
 
         Raises:
             ValueError: as `layer_tokens`; `profile` is of another model.
         """
-        return _row_tokens(self, prompt_tokens, num_layers, num_heads)
+        return _row_tokens(self, prompt_tokens, Layers.of(layers), num_heads)
 
 
 @lru_cache(maxsize=8192)
-def _layer_tokens(retention: Retention, prompt_tokens: int, num_layers: int) -> tuple[int, ...]:
+def _layer_tokens(retention: Retention, prompt_tokens: int, layers: Layers) -> tuple[int, ...]:
     """`Retention.layer_tokens`, cached: scheduler and workers ask for the same prompts again."""
-    entering = retention.entering_tokens(prompt_tokens, num_layers)
-    layers, total = _shared_budget(retention, prompt_tokens, num_layers)
-    if not layers:
-        return entering
+    most = _most_tokens(retention, prompt_tokens, layers)
+    if retention.score is None:
+        return most
     assert isinstance(retention.shape, LayerShape), f"shape {retention.shape.name!r} has rows"
-    allowance = _allowance(retention, Fraction(total, len(layers)), prompt_tokens)
-    targets = retention.shape.targets(allowance, len(layers))
-    counts = [prompt_tokens] * num_layers
-    settled = settle(targets, total, allowance.floor, prompt_tokens)
-    for layer, count in zip(layers, settled, strict=True):
-        counts[layer] = count
-    return tuple(map(min, counts, entering))
+    counts = over_layers(retention.shape, _budget(retention, prompt_tokens), layers)
+    return tuple(map(min, counts, most))
 
 
 @lru_cache(maxsize=8192)
 def _row_tokens(
-    retention: Retention, prompt_tokens: int, num_layers: int, num_heads: int
+    retention: Retention, prompt_tokens: int, layers: Layers, num_heads: int
 ) -> np.ndarray:
     """`Retention.row_tokens`, cached as `_layer_tokens`."""
     if not isinstance(retention.shape, RowShape):
-        layers = np.array(retention.layer_tokens(prompt_tokens, num_layers), dtype=np.int32)
-        return np.broadcast_to(layers[:, None], (num_layers, num_heads))
+        kept = np.array(retention.layer_tokens(prompt_tokens, layers), dtype=np.int32)
+        return np.broadcast_to(kept[:, None], (len(layers), num_heads))
 
-    weights = retention.shape.weights(num_layers, num_heads)
-    shared, total = _shared_budget(retention, prompt_tokens, num_layers)
-    rows = np.full((num_layers, num_heads), prompt_tokens, dtype=np.int32)
-    if shared:
-        allowance = _allowance(retention, Fraction(total, len(shared)), prompt_tokens)
-        targets = retention.shape.targets(allowance, [weights[layer] for layer in shared])
-        counts = settle(targets, total * num_heads, allowance.floor, prompt_tokens)
-        rows[shared] = np.reshape(counts, (len(shared), num_heads))
-    entering = np.array(retention.entering_tokens(prompt_tokens, num_layers), dtype=np.int32)
-    np.minimum(rows, entering[:, None], out=rows)
+    most = np.array(_most_tokens(retention, prompt_tokens, layers), dtype=np.int32)
+    counts = over_rows(retention.shape, _budget(retention, prompt_tokens), layers, num_heads)
+    rows = np.minimum(np.array(counts, dtype=np.int32), most[:, None])
     rows.setflags(write=False)
     return rows
 
 
-def _allowance(retention: Retention, mean: Fraction, prompt_tokens: int) -> Allowance:
-    return Allowance(mean, retention.window, retention.sinks, prompt_tokens)
+def _most_tokens(retention: Retention, prompt_tokens: int, layers: Layers) -> tuple[int, ...]:
+    """What enters each layer, and no more than a local layer's window."""
+    entering = retention.entering_tokens(prompt_tokens, layers)
+    pairs = zip(entering, layers.windows, strict=True)
+    return tuple(min(tokens, window) if window else tokens for tokens, window in pairs)
 
 
-def _shared_budget(
-    retention: Retention, prompt_tokens: int, num_layers: int
-) -> tuple[list[int], int]:
-    """The layers that drop tokens, and what they keep together per kv head; none: all keep all."""
-    skipped = retention.skip_layers
-    if skipped and skipped[-1] >= num_layers:
-        raise ValueError(
-            f"skip_layers: {skipped[-1]} is no layer of this model, which has layers 0 to "
-            f"{num_layers - 1}"
-        )
-    budget = retention.budget_tokens(prompt_tokens)
-    if budget == prompt_tokens:
-        return [], 0
-
-    layers = [layer for layer in range(num_layers) if layer not in skipped]
-    total = num_layers * budget - len(skipped) * prompt_tokens
-    floor = retention.window + retention.sinks
-    if not layers or total < len(layers) * floor:
-        least = math.ceil((len(skipped) * prompt_tokens + len(layers) * floor) / num_layers)
-        raise ValueError(
-            f"skip_layers: {len(skipped)} of {num_layers} layers keep all {prompt_tokens} tokens, "
-            f"which with the window and sinks of the others is more than budget {budget} allows; "
-            f"it takes a budget of at least {least}"
-        )
-    return layers, total
+def _budget(retention: Retention, prompt_tokens: int) -> Budget:
+    return Budget(
+        retention.budget_tokens(prompt_tokens),
+        retention.window,
+        retention.sinks,
+        retention.skip_layers,
+        prompt_tokens,
+    )

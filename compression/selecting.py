@@ -33,7 +33,7 @@ def select(retention: Retention, observation: Observation) -> Tensor | list[Tens
     num_tokens, heads = observation.prompt_tokens, observation.heads
     assert isinstance(heads, range), "a prompt is observed with all of the rank's heads"
     rows = retention.row_tokens(
-        observation.original_tokens, observation.num_layers, observation.num_heads
+        observation.original_tokens, observation.layers, observation.num_heads
     )
     keep = [int(count) for count in rows[observation.layer]]
     if min(keep) == num_tokens:

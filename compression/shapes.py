@@ -251,6 +251,8 @@ class Profile(RowShape):
     ) -> list[Fraction]:
         """One per row, layer by layer."""
         flat = [weight for layer in weights for weight in layer]
+        if not any(flat):  # what was measured is of other layers
+            return [allowance.mean] * len(flat)
         total = allowance.mean * len(flat)
         window, floor, cap = allowance.window, allowance.floor, allowance.prompt_tokens
         equal = window + (allowance.mean - window) * (1 - 1 / Fraction(str(self.head_beta)))

@@ -69,24 +69,31 @@ def with_full(settings: Iterable[Retention]) -> tuple[Retention, ...]:
 def kept_share(setting: Retention, prompt_tokens: Sequence[int], spec: ModelSpec) -> float:
     """Share of the prompts' keys and values that a setting keeps (expected, where ragged).
 
+    It is of the layers that see all tokens; 1 where none does.
+
     Args:
         setting: the retention.
         prompt_tokens: length of each prompt.
         spec: of the model.
     """
+    layers = list(spec.layers.global_layers)
     kept = sum(
-        int(setting.row_tokens(n, spec.num_layers, spec.num_kv_heads).sum(dtype="int64"))
+        int(setting.row_tokens(n, spec.layers, spec.num_kv_heads)[layers].sum(dtype="int64"))
         for n in prompt_tokens
     )
-    return kept / (sum(prompt_tokens) * spec.num_layers * spec.num_kv_heads)
+    full = sum(prompt_tokens) * len(layers) * spec.num_kv_heads
+    return kept / full if full else 1.0
 
 
 def full_bytes(prompt_tokens: int, spec: ModelSpec, dtype: str) -> int:
-    """Bytes of a prompt's keys and values with full retention; `auto` is the checkpoint's dtype."""
+    """Bytes of a prompt's keys and values in global layers with full retention.
+
+    `dtype` `auto` is the checkpoint's.
+    """
     return (
         2  # key + value
         * prompt_tokens
-        * spec.num_layers
+        * len(spec.layers.global_layers)
         * spec.num_kv_heads
         * spec.head_dim
         * _DTYPE_BYTES[spec.dtype if dtype == "auto" else dtype]

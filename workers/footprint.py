@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saqqara.compression.decode import DecodeStage
-from saqqara.compression.growth import (
-    most_ring_size,
-    remembers_normalisers,
-    sums_mass,
-)
+from saqqara.compression.growth import most_ring_size, remembers_normalisers, sums_mass
 from saqqara.compression.retention import Retention
 
 from .fixed_sizes import (
@@ -91,8 +87,8 @@ def stage_costs(spec: ModelSpec, retention: Retention) -> StageCosts | None:
     """
     num_layers = spec.num_layers
     try:
-        entering = retention.entering_tokens(_BALANCED_TOKENS, num_layers)
-        rows = retention.row_tokens(_BALANCED_TOKENS, num_layers, spec.num_kv_heads)
+        entering = retention.entering_tokens(_BALANCED_TOKENS, spec.layers)
+        rows = retention.row_tokens(_BALANCED_TOKENS, spec.layers, spec.num_kv_heads)
     except ValueError:
         return None
     kept = rows.sum(axis=1).tolist()
@@ -216,7 +212,8 @@ class Footprint(RankWeights):
         if sums_mass(retention):
             assert isinstance(retention.decode, DecodeStage)
             spec = self.spec
-            rows = retention.row_tokens(max_model_len, spec.num_layers, spec.num_kv_heads)
+            rows = retention.row_tokens(max_model_len, spec.layers, spec.num_kv_heads)
+            rows = rows[list(spec.layers.global_layers)]
             slack = retention.decode.slack_pages * page_tokens
             slot_bytes += SUM_BYTES * self.num_rows * (int(rows.max()) + slack)
         return max_num_seqs * slot_bytes
@@ -308,12 +305,15 @@ class Footprint(RankWeights):
         `with_mirror`: the tables of `table_bytes` with mirrored pages lie in these bytes, too.
         """
         rows, pages_per_row = max_num_seqs * self.num_rows, -(-max_model_len // page_tokens)
+        windows = [self.spec.layers.windows[layer] or max_model_len for layer in self.layers]
+        of_slot = sum(-(-min(tokens, max_model_len) // page_tokens) for tokens in windows)
+        most = max_num_seqs * len(self.heads.kv) * of_slot
         page_bytes = self.page_bytes(page_tokens)
         if not with_mirror:
-            return min(int(pool_bytes // page_bytes), rows * pages_per_row)
+            return min(int(pool_bytes // page_bytes), most)
         left = pool_bytes - rows * (_PLACE_BYTES + _ENTRY_BYTES)
         pages = pages_beside_tables(left, page_bytes, _ENTRY_BYTES, rows, pages_per_row)
-        return min(pages, rows * pages_per_row)
+        return min(pages, most)
 
 
 def replica_rows(footprints: "tuple[Footprint, ...]") -> int:

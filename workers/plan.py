@@ -4,11 +4,13 @@ A `StepPlan` says what all workers of a replica do in one step, in the order *fr
 decode*. A `StepResult` is what one worker reports back.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from saqqara.compression.layers import Layers
 from saqqara.compression.retention import Retention
 
 FaultCode = Literal["computation_failed", "constraint_failed"]
@@ -274,7 +276,8 @@ class WorkerInfo:
     Layers are `[start_layer, stop_layer)`, kv heads `[start_head, stop_head)` of the whole model.
     `ring_query_bytes` and `ring_normaliser_bytes` are those of one token whose queries (and their
     normalisers) are remembered for cuts while decoding, in all of its layers; how many tokens that
-    is depends on `max_model_len`, too. The last two are what the worker was sized for.
+    is depends on `max_model_len`, too. The two after them are what the worker was sized for.
+    `windows` are those of all layers of the model, as `Layers` has them; () if none has one.
     """
 
     rank: int
@@ -303,3 +306,9 @@ class WorkerInfo:
     ring_normaliser_bytes: int = 0
     max_num_seqs: int = 64
     max_prefill_tokens: int = 2048
+    windows: tuple[int, ...] = ()
+
+
+def layers_of(workers: Sequence[WorkerInfo]) -> Layers:
+    """All layers of the model that these workers hold, by what they see."""
+    return Layers(workers[0].windows or (0,) * max(worker.stop_layer for worker in workers))

@@ -79,13 +79,14 @@ class Shard:
             kernels=True if uses_kernels else None,
             mirrored=True if uses_kernels else None,
             mirror_entries=part.footprint.mirror_entries(holdings.num_pages, *part.sizes),
+            windows=part.windows,
         )
         self.slots = SlotTable(config.max_num_seqs, part.max_model_len + 1)
         self.device_slots = None
         if part.samples_on_device:
             sizes = (config.max_num_seqs, part.max_model_len + 1, part.spec.vocab_size)
             self.device_slots = DeviceSlots(*sizes, device)
-        self.retained = Retained(part.spec.num_layers, (num_layers, num_heads), config.page_tokens)
+        self.retained = Retained(part.spec.layers, (num_layers, num_heads), config.page_tokens)
         self.rings = QueryRings(
             config.max_num_seqs, num_layers, len(part.heads.query), head_dim, part.dtype, device
         )
@@ -128,6 +129,7 @@ class Shard:
             pid=pid,
             log_file=log_file,
             max_model_len=part.max_model_len,
+            windows=part.spec.windows,
             ring_query_bytes=part.footprint.ring_query_bytes(),
             ring_normaliser_bytes=part.footprint.ring_normaliser_bytes(),
             max_num_seqs=part.config.max_num_seqs,
@@ -187,11 +189,11 @@ class Shard:
 
     def _plan_rows(self, retention: Retention, prompt_tokens: int) -> None:
         """Work out all numbers of tokens that follow from a retention and a prompt's length."""
-        spec, num_layers = self.part.spec, self.part.spec.num_layers
-        retention.entering_tokens(prompt_tokens, num_layers)
-        retention.row_tokens(prompt_tokens, num_layers, spec.num_kv_heads)
+        spec, layers = self.part.spec, self.part.spec.layers
+        retention.entering_tokens(prompt_tokens, layers)
+        retention.row_tokens(prompt_tokens, layers, spec.num_kv_heads)
         cycle_of(retention, prompt_tokens, self.part.config.page_tokens)
-        trimmed_rows(retention, prompt_tokens, num_layers)
+        trimmed_rows(retention, prompt_tokens, layers)
 
     def free(self, slot: int) -> None:
         """Take back a slot and all its pages."""

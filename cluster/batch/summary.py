@@ -146,7 +146,9 @@ def _cost_rows(summary: BatchSummary) -> list[str]:
 def _kept(report: EngineReport) -> str:
     kept, full = report.kv_kept_bytes_peak, report.kv_full_bytes_peak
     share = f" ({kept / full:.1%})" if full else ""
-    return f"{kept / MIB:.1f} of {full / MIB:.1f} MiB{share}"
+    local = report.kv_local_bytes_peak
+    windows = f", and {local / MIB:.1f} MiB of local layers" if local else ""
+    return f"{kept / MIB:.1f} of {full / MIB:.1f} MiB{share}{windows}"
 
 
 def _recoveries(report: EngineReport) -> str:

@@ -91,7 +91,7 @@ def question_of(flags: PlanFlags) -> Question:
     if flags.dtype not in DTYPES:
         raise ValueError(f"dtype: {flags.dtype!r} is none; {did_you_mean(flags.dtype, DTYPES)}")
     retention = Retention.parse(from_yaml(flags.retention), from_yaml(flags.budget))
-    most = model.spec.max_position
+    most = model.spec.longest
     if flags.max_model_len is not None and flags.max_model_len > most:
         raise ValueError(
             f"max_model_len={flags.max_model_len} is more than the model's context of {most} tokens"

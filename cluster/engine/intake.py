@@ -12,6 +12,7 @@ from saqqara.cluster.request import Prompt, Request
 from saqqara.cluster.sampling import SamplingParams, derived_seed, scoring_params
 from saqqara.cluster.scheduling.sequence import TokenRequest
 from saqqara.compression.growth import num_ring_queries
+from saqqara.compression.layers import Layers
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import MAX_TIMEOUT_SECONDS
 from saqqara.configs.shown import shown
@@ -30,13 +31,13 @@ class RetentionLimits:
     """What retentions may ask of one engine.
 
     Attributes:
-        num_layers: of the model.
+        layers: of the model.
         num_query_heads: of each of its layers.
         num_kv_heads: of each of its layers.
         max_ring_queries: of one sequence that a worker may remember while it decodes.
     """
 
-    num_layers: int
+    layers: Layers
     num_query_heads: int
     num_kv_heads: int
     max_ring_queries: int
@@ -56,7 +57,7 @@ class RetentionLimits:
         """
         most = min(_share_in_queries(worker, spec, max_num_seqs) for worker in workers)
         most = max(most, num_ring_queries(own), _MIN_RING_QUERIES)
-        return cls(spec.num_layers, spec.num_query_heads, spec.num_kv_heads, most)
+        return cls(spec.layers, spec.num_query_heads, spec.num_kv_heads, most)
 
     def check(self, retention: Retention) -> None:
         """Raise a ValueError that names the setting which this engine cannot meet."""
@@ -66,10 +67,10 @@ class RetentionLimits:
             raise ValueError(f"retention: {error}") from None
 
     def _check(self, retention: Retention) -> None:
-        retention.entering_tokens(1, self.num_layers)
-        retention.row_tokens(1, self.num_layers, self.num_kv_heads)
+        retention.entering_tokens(1, self.layers)
+        retention.row_tokens(1, self.layers, self.num_kv_heads)
         if retention.profile is not None:
-            retention.profile.check(self.num_layers, self.num_query_heads)
+            retention.profile.check(len(self.layers), self.num_query_heads)
         if num_ring_queries(retention) > self.max_ring_queries:
             raise ValueError(
                 f"window: with decode, workers remember the queries of the last {retention.window} "

@@ -23,10 +23,10 @@ def check_fits(config: EngineConfig, spec: ModelSpec) -> None:
         spec.head_layers,
         config.layer_split,
     )
-    if config.max_model_len is not None and config.max_model_len > spec.max_position:
+    if config.max_model_len is not None and config.max_model_len > spec.longest:
         raise ValueError(
             f"max_model_len={config.max_model_len} is more than the model's context of "
-            f"{spec.max_position} tokens"
+            f"{spec.longest} tokens"
         )
 
 

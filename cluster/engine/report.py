@@ -103,10 +103,13 @@ class EngineReport(BaseModel):
         phase_seconds: the same for every phase that workers report.
         kv_kept_bytes_peak: most bytes of pages that sequences held at one moment, on all workers.
         kv_full_bytes_peak: what full retention would have held at that same moment.
+        kv_local_bytes_peak: what layers with sliding-window attention held then, whatever the
+            retention; the two above are of the other layers.
         kv_ring_bytes_peak: most bytes of queries (and, for PyramidInfer's published stage, their
             normalisers) that sequences remembered at one moment to cut by while decoding. They lie
             beside the pages and are no part of `kv_kept_bytes_peak`.
-        kept_tokens_by_layer, dropped_tokens_by_layer: over all prefills, summed over kv heads.
+        kept_tokens_by_layer, dropped_tokens_by_layer: over all prefills, summed over kv heads. A
+            layer with sliding-window attention keeps its window and drops nothing.
         pages_leaked: pages that are not free although no sequence is left; None while busy.
         prefill_kv_bytes_peak, prefill_activation_bytes_peak, resident_bytes_peak: since start-up,
             summed over workers.
@@ -136,6 +139,7 @@ class EngineReport(BaseModel):
     e2e_latency: Latency
     kv_kept_bytes_peak: int
     kv_full_bytes_peak: int
+    kv_local_bytes_peak: int = 0
     kv_ring_bytes_peak: int
     kept_tokens_by_layer: tuple[int, ...]
     dropped_tokens_by_layer: tuple[int, ...]

@@ -16,7 +16,7 @@ from saqqara.cluster.scheduling.ledger import Pyramid, Usage
 from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.scheduling.sequence import Sequence
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.plan import StepResult, WorkerInfo
+from saqqara.workers.plan import StepResult, WorkerInfo, layers_of
 
 from .metrics import Metrics, Sink
 from .output import Choice, RequestState
@@ -59,14 +59,14 @@ class EngineStats:
         self._step_tokens = self._step_generated = 0
         self._is_ready = True
         self.set_workers(workers)
-        self._prefilled = Pyramid(0, np.zeros(self._num_layers), 0)
+        self._prefilled = Pyramid(0, np.zeros(len(self._layers)), 0, self._layers)
         self.reset()
         self._set_ready(True)
         self._show_cache_config()
 
     def set_workers(self, workers: Many[WorkerInfo]) -> None:
         """The engine runs on these workers from now on; their pools are empty."""
-        self._num_layers = max(w.stop_layer for w in workers)
+        self._layers = layers_of(workers)
         self._ranks.replace(workers)
         self._usage = Usage(0, 0)
 
@@ -83,8 +83,8 @@ class EngineStats:
         self._usage_peak = Usage(0, 0)
         self._running_peak = 0
         self._ring_bytes_peak = 0
-        self._kept_L = np.zeros(self._num_layers, dtype=np.int64)
-        self._dropped_L = np.zeros(self._num_layers, dtype=np.int64)
+        self._kept_L = np.zeros(len(self._layers), dtype=np.int64)
+        self._dropped_L = np.zeros(len(self._layers), dtype=np.int64)
         self._first_time: float | None = None
         self._last_time: float | None = None
 
@@ -143,7 +143,8 @@ class EngineStats:
         """A prompt is through all layers; `kept_LH` are its kept tokens per row."""
         kept_L = kept_LH.sum(axis=1, dtype=np.int64)
         dropped_L = prompt_tokens * kept_LH.shape[1] - kept_L
-        self._prefilled = Pyramid(1, kept_L / kept_LH.shape[1], prompt_tokens)
+        dropped_L[list(self._layers.local_layers)] = 0
+        self._prefilled = Pyramid(1, kept_L / kept_LH.shape[1], prompt_tokens, self._layers)
         self._kept_L += kept_L
         self._dropped_L += dropped_L
         nothing = np.zeros_like(kept_L)
@@ -188,8 +189,8 @@ class EngineStats:
         self._last_time = now
         self._usage = usage
         self._ring_bytes_peak = max(self._ring_bytes_peak, usage.ring_bytes)
-        if usage.kept_bytes > self._usage_peak.kept_bytes or (
-            usage.kept_bytes == self._usage_peak.kept_bytes
+        if usage.held_bytes > self._usage_peak.held_bytes or (
+            usage.held_bytes == self._usage_peak.held_bytes
             and usage.full_bytes > self._usage_peak.full_bytes
         ):
             self._usage_peak = usage
@@ -218,6 +219,7 @@ class EngineStats:
             "vllm:kv_cache_usage_perc": self._ranks.used_share,
             "saqqara:kv_kept_bytes": self._usage.kept_bytes,
             "saqqara:kv_full_bytes": self._usage.full_bytes,
+            "saqqara:kv_local_bytes": self._usage.local_bytes,
             "saqqara:kv_kept_bytes_peak": self._usage_peak.kept_bytes,
             "saqqara:kv_full_bytes_peak": self._usage_peak.full_bytes,
         }
@@ -231,7 +233,9 @@ class EngineStats:
         self._metrics.set("vllm:num_requests_waiting_by_reason", num_wanting, "capacity")
         self._publish_workers()
         for method, (kept_L, dropped_L) in self._unpublished.items():
-            for layer in range(self._num_layers):
+            for layer in self._layers.local_layers:
+                self._metrics.inc("saqqara:local_tokens", int(kept_L[layer]), str(layer))
+            for layer in self._layers.global_layers:
                 labels = (str(layer), method)
                 self._metrics.inc("saqqara:kept_tokens", int(kept_L[layer]), *labels)
                 self._metrics.inc("saqqara:dropped_tokens", int(dropped_L[layer]), *labels)
@@ -343,6 +347,7 @@ class EngineStats:
             e2e_latency=self._e2e.summary(),
             kv_kept_bytes_peak=self._usage_peak.kept_bytes,
             kv_full_bytes_peak=self._usage_peak.full_bytes,
+            kv_local_bytes_peak=self._usage_peak.local_bytes,
             kv_ring_bytes_peak=self._ring_bytes_peak,
             kept_tokens_by_layer=tuple(self._kept_L.tolist()),
             dropped_tokens_by_layer=tuple(self._dropped_L.tolist()),

@@ -146,12 +146,14 @@ def _kv_cache(shown: Shown) -> KvState:
         num_pages=sum(seen.worker.num_pages for seen in shown.ranks),
         pages_free=sum(seen.pages_free for seen in shown.ranks),
         usage=shown.used_share,
-        kept_tokens=float(pyramid.kept_L.mean()) * pyramid.num_sequences,
+        kept_tokens=pyramid.mean_kept * pyramid.num_sequences,
         full_tokens=pyramid.full_tokens,
         kept_bytes=shown.usage.kept_bytes,
         full_bytes=shown.usage.full_bytes,
         kept_bytes_peak=shown.usage_peak.kept_bytes,
         full_bytes_peak=shown.usage_peak.full_bytes,
+        local_bytes=shown.usage.local_bytes,
+        local_bytes_peak=shown.usage_peak.local_bytes,
     )
 
 
@@ -163,6 +165,7 @@ def _pyramid(shown: Shown) -> PyramidState:
         num_sequences=pyramid.num_sequences,
         kept_tokens=pyramid.kept_L.tolist(),
         full_tokens=pyramid.full_tokens / max(pyramid.num_sequences, 1),
+        windows=list(pyramid.layers.windows) if pyramid.layers.window else [],
     )
 
 

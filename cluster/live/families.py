@@ -190,8 +190,17 @@ METRICS: tuple[MetricSpec, ...] = (
         "Prompt tokens dropped after prefill, summed over kv heads.",
         labels=("layer", "method"),
     ),
+    MetricSpec(
+        "saqqara:local_tokens",
+        "counter",
+        "Prompt tokens in the windows of local layers after prefill, summed over kv heads.",
+        labels=("layer",),
+    ),
     MetricSpec("saqqara:kv_kept_bytes", "gauge", "Bytes of KV pages that sequences hold."),
     MetricSpec("saqqara:kv_full_bytes", "gauge", "Bytes they would hold under full retention."),
+    MetricSpec(
+        "saqqara:kv_local_bytes", "gauge", "Bytes of KV pages that local layers hold besides."
+    ),
     MetricSpec("saqqara:kv_kept_bytes_peak", "gauge", "Most bytes of KV pages held at once."),
     MetricSpec(
         "saqqara:kv_full_bytes_peak", "gauge", "What full retention would have held at that moment."

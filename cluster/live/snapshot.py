@@ -43,7 +43,8 @@ class KvState(_Frozen):
     """Pages of all ranks, and what sequences hold of them against what `full` would hold.
 
     Tokens are those of the context: `full_tokens` is the length of all sequences together, and
-    `kept_tokens` the mean over layers and kv heads of what is kept of it.
+    `kept_tokens` the mean over layers and kv heads of what is kept of it. Layers with
+    sliding-window attention are none of them; what these hold are the local bytes.
     """
 
     page_tokens: int
@@ -56,6 +57,8 @@ class KvState(_Frozen):
     full_bytes: int
     kept_bytes_peak: int
     full_bytes_peak: int
+    local_bytes: int = 0
+    local_bytes_peak: int = 0
 
 
 class PyramidState(_Frozen):
@@ -68,6 +71,11 @@ class PyramidState(_Frozen):
     num_sequences: int = Field(description="Sequences that the means are over.")
     kept_tokens: list[float] = Field(description="By layer, the lowest first.")
     full_tokens: float = Field(description="What each layer would hold under full retention.")
+    windows: list[int] = Field(
+        [],
+        description="By layer, the window of sliding-window attention, which is all that it holds; "
+        "0: none. Empty where no layer has one.",
+    )
 
 
 class RankState(_Frozen):

@@ -156,10 +156,11 @@ class CostModel:
             tokens = entering[number]
             is_last = number == spec.num_layers - 1
             products: float = tokens * active
-            pairs = tokens * tokens / 2
+            window = spec.layers.windows[number]
+            pairs = _pairs(tokens, window)
             if is_last:  # queries and MLP only where the next token comes from
                 products = tokens * in_front + num_prompts * (active - in_front)
-                pairs = tokens * num_prompts
+                pairs = (min(tokens, window) if window else tokens) * num_prompts
             rows = tokens / share
             linear += self._product(2 * products, share * layer * size, rows)
             attention += self._limit(4 * pairs * len(heads.query) * spec.head_dim, 0.0)
@@ -254,3 +255,10 @@ class CostModel:
             return 1.0
         missed = math.pow(1 - model.experts_per_token / model.num_experts, num_tokens)
         return model.num_experts * (1 - missed)
+
+
+def _pairs(num_tokens: float, window: int) -> float:
+    """Queries times the keys that each sees: all before it, or those of its window (0: none)."""
+    alike = max(num_tokens - window, 0.0) if window else 0.0
+    growing = num_tokens - alike
+    return growing * growing / 2 + alike * window

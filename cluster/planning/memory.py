@@ -297,6 +297,7 @@ def worker_info(
         hostname=nothing,
         pid=0,
         max_model_len=max_model_len,
+        windows=rank.spec.windows,
         ring_query_bytes=rank.ring_query_bytes(),
         ring_normaliser_bytes=rank.ring_normaliser_bytes(),
     )

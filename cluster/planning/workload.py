@@ -28,7 +28,7 @@ class Workload:
 
     def entering_tokens(self, spec: ModelSpec) -> tuple[int, ...]:
         """Tokens of a prompt that enter each layer."""
-        return self.retention.entering_tokens(self.prompt_tokens, spec.num_layers)
+        return self.retention.entering_tokens(self.prompt_tokens, spec.layers)
 
     def attended_tokens(self, spec: ModelSpec, page_tokens: int) -> NDArray[np.float64]:
         """Tokens that a decode step reads of each row, mean over an answer, float64 [L, H].
@@ -36,8 +36,8 @@ class Workload:
         A step that cuts rows reads them before it does.
         """
         retention, prompt, fed = self.retention, self.prompt_tokens, self.fed_tokens
-        kept_LH = retention.row_tokens(prompt, spec.num_layers, spec.num_kv_heads)
-        trimmed = trimmed_rows(retention, prompt, spec.num_layers)
+        kept_LH = retention.row_tokens(prompt, spec.layers, spec.num_kv_heads)
+        trimmed = trimmed_rows(retention, prompt, spec.layers)
         if fed == 0:
             return kept_LH.astype(np.float64)
         if trimmed is not None:
@@ -47,7 +47,10 @@ class Workload:
                 trimmed.feed(1)
             return np.broadcast_to(sums_L[:, None] / fed, kept_LH.shape)
         before = np.arange(fed, dtype=np.int64)
+        local = np.minimum(prompt + before + 1, spec.layers.window).mean()
         cycle = cycle_of(retention, prompt, page_tokens)
         if cycle is not None:
             before = grown(before, np.int64(cycle.grace), np.int64(cycle.slack))
-        return kept_LH + float((before + 1).mean())
+        attended_LH = kept_LH + float((before + 1).mean())
+        attended_LH[list(spec.layers.local_layers)] = local
+        return attended_LH

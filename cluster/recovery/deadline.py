@@ -15,6 +15,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
+from saqqara.compression.layers import Layers
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import PrefillGroup, StepPlan
 
@@ -36,11 +37,11 @@ class Workload:
     """Turns plans into features; it remembers the prompts of the slots that are in use.
 
     Args:
-        num_layers: of the model.
+        layers: of the model; a number of them: all see all tokens.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        self._num_layers = num_layers
+    def __init__(self, layers: Layers | int) -> None:
+        self._layers = layers
         self._entering: dict[int, Sequence[int]] = {}  # tokens by layer, of what is computed
 
     def features(self, plan: StepPlan) -> Features:
@@ -60,7 +61,7 @@ class Workload:
         )
 
     def _tokens(self, retention: Retention, prompt_tokens: int) -> Sequence[int]:
-        return retention.entering_tokens(prompt_tokens, self._num_layers)
+        return retention.entering_tokens(prompt_tokens, self._layers)
 
     def _prefill(self, group: PrefillGroup) -> tuple[int, int]:
         layers = slice(group.start_layer, group.stop_layer)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from saqqara.cluster.errors import WorkerDiedError
-from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
+from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo, layers_of
 
 from .clock import Clock
 from .deadline import Features, StepDeadline, Workload, together
@@ -49,10 +49,10 @@ class Flights:
 
     def __init__(self, workers: Sequence[WorkerInfo], clock: Clock) -> None:
         self._clock = clock
-        self._num_layers = max(worker.stop_layer for worker in workers)
+        self._layers = layers_of(workers)
         self._deadline = StepDeadline(compiles=any(worker.device != "cpu" for worker in workers))
         self._flights: deque[Flight] = deque()
-        self._workload = Workload(self._num_layers)
+        self._workload = Workload(self._layers)
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -87,7 +87,7 @@ class Flights:
     def drop(self) -> None:
         """Forget all plans: whatever still comes of them is stale. The workers start anew."""
         self._flights.clear()
-        self._workload = Workload(self._num_layers)
+        self._workload = Workload(self._layers)
         self._deadline.restart()
 
     def _await(self, flight: Flight, runner: Runner) -> None:

@@ -18,9 +18,26 @@ from saqqara.compression.growth import (
     trimmed_rows,
 )
 from saqqara.compression.retention import Retention
-from saqqara.workers.plan import WorkerInfo
+from saqqara.workers.plan import WorkerInfo, layers_of
 
 Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRows:
+    """Rows of layers that see a window: they grow by an entry per fed token until it is full.
+
+    `rows` int64 [W]; `tokens` that each holds after prefill; `window`, the most it ever holds.
+    """
+
+    rows: Ints
+    tokens: int
+    window: int
+
+    def pages(self, fed_tokens: int, page_tokens: int) -> Ints:
+        """Pages, int64 [W], once so many tokens are fed after the prompt."""
+        pages: Ints = self.rows * -(-min(self.tokens + fed_tokens, self.window) // page_tokens)
+        return pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +45,24 @@ class TabulatedGrowth:
     """Rows that grow together, one entry per fed token; with a `cycle` they shrink together, too.
 
     `base` int64 [W] pages after prefill; `crossings` int64 [W, P] pages that the first k < P tokens
-    after the prompt add; `rows` int64 [W] rows, each of which takes a page more every P tokens.
+    after the prompt add; `rows` int64 [W] rows, each of which takes a page more every P tokens. All
+    of these are of global layers; `local` has the rows of the others.
     """
 
     base: Ints
     crossings: Ints
     rows: Ints
+    local: LocalRows
     cycle: Cycle | None = None
 
     def most(self, num_tokens: int) -> Ints:
         """The most pages, int64 [W], while so many tokens are fed after the prompt."""
+        page_tokens = self.crossings.shape[1]
+        need = self.local.pages(num_tokens, page_tokens)
         if self.cycle is not None:
             num_tokens = min(num_tokens, self.cycle.most)
-        num_pages, rest = divmod(num_tokens, self.crossings.shape[1])
-        need: Ints = self.base + num_pages * self.rows + self.crossings[:, rest]
+        num_pages, rest = divmod(num_tokens, page_tokens)
+        need += self.base + num_pages * self.rows + self.crossings[:, rest]
         return need
 
 
@@ -109,10 +130,10 @@ class Demand:
 
 def demand_of(retention: Retention, prompt_tokens: int, workers: Sequence[WorkerInfo]) -> Demand:
     """The demand of a prompt of this length."""
-    num_layers = max(w.stop_layer for w in workers)
+    layers = layers_of(workers)
     num_heads = max(w.stop_head for w in workers)
-    rows = retention.row_tokens(prompt_tokens, num_layers, num_heads)
-    trimmed = trimmed_rows(retention, prompt_tokens, num_layers)
+    rows = retention.row_tokens(prompt_tokens, layers, num_heads)
+    trimmed = trimmed_rows(retention, prompt_tokens, layers)
     growth: TabulatedGrowth | TrimmedGrowth
     if trimmed is not None:
         growth = TrimmedGrowth(trimmed, workers)
@@ -137,11 +158,12 @@ def _tabulated(
     rows: NDArray[np.int32],
     workers: Sequence[WorkerInfo],
 ) -> TabulatedGrowth:
-    page_tokens = workers[0].page_tokens
+    page_tokens, window = workers[0].page_tokens, layers_of(workers).window
     base = np.zeros(len(workers), dtype=np.int64)
     crossings = np.zeros((len(workers), page_tokens), dtype=np.int64)
-    for rank, worker in enumerate(workers):
+    for rank, (worker, sees_all) in enumerate(zip(workers, global_layers(workers), strict=True)):
         mine = rows[worker.start_layer : worker.stop_layer, worker.start_head : worker.stop_head]
+        mine = mine[sees_all]
         base[rank], crossings[rank] = tabulate(mine, page_tokens)
         if retention.ragged and retention.drops(prompt_tokens):
             # Heads may divide a layer's tokens in any way: at most one part-filled page each.
@@ -149,13 +171,28 @@ def _tabulated(
             most = mine.size * -(-prompt_tokens // page_tokens)
             base[rank] = min(int(per_layer.sum()), most)
     cycle = cycle_of(retention, prompt_tokens, page_tokens)
-    return TabulatedGrowth(base, crossings, rows_per_worker(workers), cycle)
+    rows_W = global_rows(workers)
+    local = LocalRows(rows_per_worker(workers) - rows_W, min(prompt_tokens, window), window)
+    return TabulatedGrowth(base, crossings, rows_W, local, cycle)
 
 
 def rows_per_worker(workers: Sequence[WorkerInfo]) -> Ints:
     """Rows that one sequence has on each worker, int64 [W]."""
     rows = [(w.stop_layer - w.start_layer) * (w.stop_head - w.start_head) for w in workers]
     return np.array(rows, dtype=np.int64)
+
+
+def global_rows(workers: Sequence[WorkerInfo]) -> Ints:
+    """Of them, those of layers that see all tokens, int64 [W]."""
+    pairs = zip(workers, global_layers(workers), strict=True)
+    rows = [int(sees_all.sum()) * (w.stop_head - w.start_head) for w, sees_all in pairs]
+    return np.array(rows, dtype=np.int64)
+
+
+def global_layers(workers: Sequence[WorkerInfo]) -> list[NDArray[np.bool_]]:
+    """Which of its own layers see all tokens, for each worker, bool [L]."""
+    sees_all = np.array(layers_of(workers).windows) == 0
+    return [sees_all[w.start_layer : w.stop_layer] for w in workers]
 
 
 def _ring_bytes(

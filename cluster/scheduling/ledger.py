@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saqqara.cluster.outcome import KVUsage
+from saqqara.compression.layers import Layers
 from saqqara.compression.retention import Retention
-from saqqara.workers.plan import WorkerInfo
+from saqqara.workers.plan import WorkerInfo, layers_of
 
-from .demand import Demand, Ints, demand_of, rows_per_worker
+from .demand import Demand, Ints, demand_of, global_rows, rows_per_worker
 from .pages import SlotPages
 
 _MAX_DEMANDS = 4096
@@ -29,12 +30,20 @@ _MAX_DEMANDS = 4096
 class Usage:
     """Bytes of the pages that prefilled sequences hold, and what full retention would hold.
 
-    `ring_bytes` are those of the queries, and their normalisers, that all sequences remember.
+    Both are of the layers that see all tokens; `local_bytes` are those of the pages that layers
+    with a window hold, in any case. `ring_bytes` are those of the queries, and their normalisers,
+    that all sequences remember.
     """
 
     kept_bytes: int
     full_bytes: int
     ring_bytes: int = 0
+    local_bytes: int = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all pages."""
+        return self.kept_bytes + self.local_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +54,19 @@ class Pyramid:
         num_sequences: sequences that the means are over.
         kept_L: mean tokens kept by layer, over sequences and kv heads, float64 [L].
         full_tokens: length of all of them together.
+        layers: of the model.
     """
 
     num_sequences: int
     kept_L: NDArray[np.float64]
     full_tokens: int
+    layers: Layers
+
+    @property
+    def mean_kept(self) -> float:
+        """Mean tokens kept in a layer that sees all; 0 where none does."""
+        kept = self.kept_L[list(self.layers.global_layers)]
+        return float(kept.mean()) if len(kept) else 0.0
 
 
 class Ledger:
@@ -66,15 +83,16 @@ class Ledger:
         assert len({w.page_tokens for w in workers}) == 1, "workers disagree on page_tokens"
         self.workers = tuple(workers)
         self.page_tokens = workers[0].page_tokens
-        self.num_layers = max(w.stop_layer for w in workers)
+        self.layers = layers_of(workers)
+        self.num_layers = len(self.layers)
         self.num_heads = max(w.stop_head for w in workers)
         num_workers = len(workers)
         self.num_pages = np.array([w.num_pages for w in workers], dtype=np.int64)
         self._page_bytes = np.array([w.page_bytes for w in workers], dtype=np.int64)
-        self._rows_W = rows_per_worker(workers)
+        self._rows_W, self._global_rows_W = rows_per_worker(workers), global_rows(workers)
         self.free = self.num_pages.copy()
 
-        self._pages = SlotPages(num_slots, num_workers, self.page_tokens)
+        self._pages = SlotPages(num_slots, workers)
         self._kept_SLH = np.zeros((num_slots, self.num_layers, self.num_heads), dtype=np.int32)
         self._tokens_S = np.zeros(num_slots, dtype=np.int64)  # of the prompt, and fed since
         self._prompt_S = np.zeros(num_slots, dtype=np.int64)
@@ -197,14 +215,20 @@ class Ledger:
         Its prefill has ended. Every row of the model counts once, however many ranks hold it, and
         tokens count, not pages.
         """
-        num_rows = self.num_layers * self.num_heads
+        layers, length = self.layers, int(self._prompt_S[slot]) + fed_tokens
         grown_L = np.broadcast_to(self._pages.grown(slot, fed_tokens), self.num_layers)
         kept_L = self._kept_SLH[slot].sum(axis=1) + grown_L * self.num_heads
-        kept = int(kept_L.sum())
-        full = (self._prompt_S[slot] + fed_tokens) * num_rows
+        kept_L[list(layers.local_layers)] = layers.local_tokens(length) * self.num_heads
+        kept = int(kept_L[list(layers.global_layers)].sum())
+        full = length * len(layers.global_layers) * self.num_heads
         token_bytes = self.workers[0].page_bytes // self.page_tokens
         return KVUsage(
-            kept, int(full), kept * token_bytes, int(full) * token_bytes, tuple(kept_L.tolist())
+            kept_tokens=kept,
+            full_tokens=full,
+            kept_bytes=kept * token_bytes,
+            full_bytes=full * token_bytes,
+            kept_tokens_by_layer=tuple(kept_L.tolist()),
+            local_bytes=(int(kept_L.sum()) - kept) * token_bytes,
         )
 
     def usage(self) -> Usage:
@@ -215,24 +239,25 @@ class Ledger:
         """
         slots = np.flatnonzero(self._held_S)
         exact_NW = self._exact_SW[slots]
-        kept_NW = self._pages.held(slots)
+        local_NW = self._pages.held_locally(slots)
+        kept_NW = self._pages.held(slots) - local_NW
         pages_N = -(-self._tokens_S[slots] // self.page_tokens)
-        full_NW = pages_N[:, None] * (self._rows_W * ~self._refused_SW[slots])
-        kept_W = (kept_NW * exact_NW).sum(axis=0)
-        full_W = (full_NW * exact_NW).sum(axis=0)
-        return Usage(
-            int(kept_W @ self._page_bytes),
-            int(full_W @ self._page_bytes),
-            int(self._ring_bytes_SW.sum()),
+        full_NW = pages_N[:, None] * (self._global_rows_W * ~self._refused_SW[slots])
+        kept, full, local = (
+            int((pages_NW * exact_NW).sum(axis=0) @ self._page_bytes)
+            for pages_NW in (kept_NW, full_NW, local_NW)
         )
+        return Usage(kept, full, int(self._ring_bytes_SW.sum()), local)
 
     def pyramid(self) -> Pyramid:
         """What sequences keep by layer, of those whose prefill has ended on every worker."""
         slots = np.flatnonzero(self._held_S & self._exact_SW.all(axis=1))
         if len(slots) == 0:
-            return Pyramid(0, np.zeros(self.num_layers), 0)
+            return Pyramid(0, np.zeros(self.num_layers), 0, self.layers)
+        tokens_N, layers = self._tokens_S[slots], self.layers
         kept_NL = self._pages.kept_now(slots, self._kept_SLH[slots].mean(axis=2))
-        return Pyramid(len(slots), kept_NL.mean(axis=0), int(self._tokens_S[slots].sum()))
+        kept_NL[:, list(layers.local_layers)] = np.minimum(tokens_N, layers.window)[:, None]
+        return Pyramid(len(slots), kept_NL.mean(axis=0), int(tokens_N.sum()), layers)
 
     def allocated(self) -> Ints:
         """Pages that each worker holds once the planned steps have run, int64 [W].

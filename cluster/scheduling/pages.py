@@ -12,19 +12,22 @@ tokens rows have *grown* by. Rows that PyramidInfer's generation stage trims do 
 their pages are counted one sequence at a time (`TrimmedPages`). `SlotPages` has both behind one
 face; whoever asks need not know which rows a slot has.
 
-A step that compacts appends first, so it is charged what it holds at its peak.
+Rows of local layers hold what was kept and fed, up to their window: their pages are counted beside
+the table. A step that compacts appends first, so it is charged what it holds at its peak.
 
 Shapes: S slots, L layers, H kv heads, W workers, P page_tokens, N slots of a step.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saqqara.compression.growth import Cycle, grown
+from saqqara.workers.plan import WorkerInfo
 
-from .demand import Demand, Ints, TabulatedGrowth, TrimmedGrowth, tabulate
+from .demand import Demand, Ints, TabulatedGrowth, TrimmedGrowth, global_layers, tabulate
 
 
 class PageCounts(Protocol):
@@ -65,7 +68,7 @@ class PageCounts(Protocol):
     def grown(self, slot: int, fed_tokens: int) -> Ints:
         """Tokens by which rows outgrow what prefill kept, once so many are fed.
 
-        Int64 [L], or [] where it is the same in all layers.
+        Int64 [L], or [] where it is the same in all global layers; local ones hold their window.
         """
         ...
 
@@ -73,9 +76,9 @@ class PageCounts(Protocol):
 class SlotPages:
     """The pages of all slots, whatever their rows do; see `PageCounts`."""
 
-    def __init__(self, num_slots: int, num_workers: int, page_tokens: int) -> None:
-        self._tabulated = TabulatedPages(num_slots, num_workers, page_tokens)
-        self._trimmed = TrimmedPages(num_workers)
+    def __init__(self, num_slots: int, workers: Sequence[WorkerInfo]) -> None:
+        self._tabulated = TabulatedPages(num_slots, workers)
+        self._trimmed = TrimmedPages(len(workers))
 
     def open(self, slot: int, demand: Demand, reserve_tokens: int) -> None:
         """Start with a prompt's expected pages, and those of so many tokens to be replayed."""
@@ -125,8 +128,12 @@ class SlotPages:
         """See `PageCounts`."""
         return self._of(slot).grown(slot, fed_tokens)
 
+    def held_locally(self, slots: Ints) -> Ints:
+        """Of the pages that are `held`, those of local layers, int64 [N, W]."""
+        return self._tabulated.held_locally(slots)
+
     def kept_now(self, slots: Ints, prefilled_NL: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Mean tokens that rows of each layer hold, [N, L], of what prefill left of them [N, L]."""
+        """Mean tokens that rows of global layers hold, of what prefill left of them [N, L]."""
         kept_NL = prefilled_NL + self._tabulated.grown_by(slots)[:, None]
         return self._trimmed.replaced(slots, kept_NL) if self._trimmed else kept_NL
 
@@ -137,8 +144,13 @@ class SlotPages:
 class TabulatedPages:
     """Slots whose rows grow, and with a cycle shrink, together; see `PageCounts`."""
 
-    def __init__(self, num_slots: int, num_workers: int, page_tokens: int) -> None:
+    def __init__(self, num_slots: int, workers: Sequence[WorkerInfo]) -> None:
+        num_workers, page_tokens = len(workers), workers[0].page_tokens
         self._page_tokens = page_tokens
+        self._global_layers = global_layers(workers)
+        self._window = 0
+        self._local_tokens_S = np.zeros(num_slots, dtype=np.int64)  # after prefill, of a local row
+        self._local_rows_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
         self._fed_S = np.zeros(num_slots, dtype=np.int64)
         self._reserved_S = np.zeros(num_slots, dtype=np.int64)
         self._grace_S = np.zeros(num_slots, dtype=np.int64)
@@ -157,25 +169,30 @@ class TabulatedPages:
         self._base_SW[slot] = growth.base
         self._rows_SW[slot] = growth.rows
         self._crossings_SPW[slot] = growth.crossings.T
+        self._window = growth.local.window
+        self._local_tokens_S[slot] = growth.local.tokens
+        self._local_rows_SW[slot] = growth.local.rows
 
     def close(self, slot: int) -> None:
         """See `PageCounts`."""
         self._num_cyclic -= int(self._slack_S[slot] > 0)
         for counts_S in (self._fed_S, self._reserved_S, self._grace_S, self._slack_S):
             counts_S[slot] = 0
-        for pages_S in (self._base_SW, self._rows_SW, self._crossings_SPW):
+        for pages_S in (self._base_SW, self._rows_SW, self._crossings_SPW, self._local_rows_SW):
             pages_S[slot] = 0
 
     def set_kept(self, slot: int, rank: int, counts: NDArray[np.int32]) -> None:
         """See `PageCounts`."""
-        table = tabulate(counts, self._page_tokens)
+        sees_all = self._global_layers[rank]
+        local = counts[~sees_all]
+        assert (local == self._local_tokens_S[slot]).all(), f"slot {slot}: {local}"
+        table = tabulate(counts[sees_all], self._page_tokens)
         self._base_SW[slot, rank], self._crossings_SPW[slot, :, rank] = table
 
     def refuse(self, slot: int, rank: int) -> None:
         """See `PageCounts`."""
-        self._base_SW[slot, rank] = 0
-        self._rows_SW[slot, rank] = 0
-        self._crossings_SPW[slot, :, rank] = 0
+        for pages_S in (self._base_SW, self._rows_SW, self._local_rows_SW, self._crossings_SPW):
+            pages_S[slot, ..., rank] = 0
 
     def feed(self, slots: Ints, num_tokens: Ints) -> Ints:
         """See `PageCounts`."""
@@ -191,17 +208,25 @@ class TabulatedPages:
 
     def held(self, slots: Ints) -> Ints:
         """See `PageCounts`."""
-        return self._pages(slots, self._grown(slots, self._fed_S[slots]))
+        fed = self._fed_S[slots]
+        return self._pages(slots, self._grown(slots, fed), fed)
+
+    def held_locally(self, slots: Ints) -> Ints:
+        """See `SlotPages`."""
+        return self._local_pages(slots, self._fed_S[slots])
 
     def charged(self, slots: Ints) -> Ints:
         """See `PageCounts`."""
-        return self._pages(slots, self._charged_tokens(slots, self._fed_S[slots]))
+        fed = self._fed_S[slots]
+        local = np.maximum(self._reserved_S[slots], fed)
+        return self._pages(slots, self._charged_tokens(slots, fed), local)
 
     def peak(self, slots: Ints, num_tokens: Ints) -> Ints:
         """See `PageCounts`."""
         fed = self._fed_S[slots]
         growth = self._grown(slots, fed) + num_tokens
-        return self._pages(slots, np.maximum(growth, self._charged_tokens(slots, fed)))
+        local = np.maximum(self._reserved_S[slots], fed + num_tokens)
+        return self._pages(slots, np.maximum(growth, self._charged_tokens(slots, fed)), local)
 
     def room(self, slot: int) -> int | None:
         """See `PageCounts`."""
@@ -236,12 +261,19 @@ class TabulatedPages:
         charged: Ints = np.where(fed_tokens < reserved, np.minimum(reserved, most), held)
         return charged
 
-    def _pages(self, slots: Ints, grown_tokens: Ints) -> Ints:
-        """Pages, int64 [N, W], of slots [N] whose rows grew by these numbers of tokens [N]."""
+    def _pages(self, slots: Ints, grown_tokens: Ints, fed_tokens: Ints) -> Ints:
+        """Pages, int64 [N, W], of slots [N] whose global rows grew so much [N], of what was fed."""
         cycles_N: Ints = grown_tokens // self._page_tokens
         rest_N: Ints = grown_tokens - cycles_N * self._page_tokens
         pages: Ints = self._base_SW[slots] + cycles_N[:, None] * self._rows_SW[slots]
-        return pages + self._crossings_SPW[slots, rest_N]
+        pages += self._crossings_SPW[slots, rest_N]
+        return pages + self._local_pages(slots, fed_tokens) if self._window else pages
+
+    def _local_pages(self, slots: Ints, fed_tokens: Ints) -> Ints:
+        """Pages, int64 [N, W], of the local rows of slots [N] that were fed so many tokens [N]."""
+        tokens_N = np.minimum(self._local_tokens_S[slots] + fed_tokens, self._window)
+        pages: Ints = -(-tokens_N // self._page_tokens)[:, None] * self._local_rows_SW[slots]
+        return pages
 
 
 class TrimmedPages:

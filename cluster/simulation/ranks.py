@@ -25,6 +25,7 @@ from saqqara.workers.plan import (
     StepPlan,
     StepResult,
     WorkerInfo,
+    layers_of,
 )
 
 Ints = NDArray[np.int64]
@@ -73,7 +74,7 @@ class Ranks:
 
     def start(self) -> None:
         """Begin with nothing."""
-        self._books = SlotPages(self._max_num_seqs, len(self._workers), self._page_tokens)
+        self._books = SlotPages(self._max_num_seqs, self._workers)
         self._held_W: Ints = np.zeros(len(self._workers), dtype=np.int64)
         self._held_SW: Ints = np.zeros((self._max_num_seqs, len(self._workers)), dtype=np.int64)
         self._new: dict[int, NewSequence] = {}
@@ -153,7 +154,7 @@ class Ranks:
         return self._prompt(new.retention, new.prompt_tokens)
 
     def _prompt_of(self, retention: Retention, prompt_tokens: int) -> _Prompt:
-        rows = retention.row_tokens(prompt_tokens, self._num_layers, self._num_heads)
+        rows = retention.row_tokens(prompt_tokens, layers_of(self._workers), self._num_heads)
         counts = tuple(
             np.ascontiguousarray(
                 rows[w.start_layer : w.stop_layer, w.start_head : w.stop_head], dtype=np.int32

@@ -72,7 +72,7 @@ class StepTimes:
         layout = memory.ranks[0].layout
         self.num_stages = layout.pipeline_size
         self._stage_of_kind = [layout.pipeline_rank(rank.rank) for rank in self._kinds]
-        self._rows_W = np.array([rank.num_rows for rank in self._ranks], dtype=np.int64)
+        self._rows_W, self._local_rows_W = _rows(memory.ranks)
         num_ranks = len(self._ranks)
         self._prompt_S = np.zeros(max_num_seqs, dtype=np.int64)
         self._grace_S = np.zeros(max_num_seqs, dtype=np.int64)
@@ -119,9 +119,10 @@ class StepTimes:
     def _reads_of(
         self, retention: Retention, prompt: int
     ) -> "tuple[NDArray[np.int64], _TrimmedReads | None]":
-        """Tokens that the rows of each rank keep of a prompt, int64 [W]; how they are trimmed."""
+        """Tokens that each rank's global rows keep of a prompt, int64 [W]; how they are trimmed."""
         spec = self._spec
-        kept_LH = retention.row_tokens(prompt, spec.num_layers, spec.num_kv_heads)
+        kept_LH = retention.row_tokens(prompt, spec.layers, spec.num_kv_heads).copy()
+        kept_LH[list(spec.layers.local_layers)] = 0
         kept_W = np.array(
             [
                 kept_LH[r.layers.start : r.layers.stop, r.heads.kv.start : r.heads.kv.stop].sum()
@@ -129,7 +130,7 @@ class StepTimes:
             ],
             dtype=np.int64,
         )
-        rows = trimmed_rows(retention, prompt, spec.num_layers)
+        rows = trimmed_rows(retention, prompt, spec.layers)
         if rows is None:
             return kept_W, None
         layers = np.arange(spec.num_layers)
@@ -146,6 +147,8 @@ class StepTimes:
         fed = items[:, 1] - self._prompt_S[slots] + num_tokens // 2
         growth = grown(fed, self._grace_S[slots], self._slack_S[slots]) + 1
         reads_NW = self._kept_SW[slots] + growth[:, None] * self._rows_W
+        local_N = np.minimum(self._prompt_S[slots] + fed + 1, self._spec.layers.window)
+        reads_NW += local_N[:, None] * self._local_rows_W
         if self._trimmed:
             for place, slot in enumerate(slots.tolist()):
                 if slot in self._trimmed:
@@ -182,8 +185,8 @@ class StepTimes:
         self, leaders: tuple[tuple[Retention, int], ...]
     ) -> tuple[list[float], NDArray[np.int64]]:
         """Of a whole group: seconds of each stage, and tokens that enter each layer, int64 [L]."""
-        num_layers = self._spec.num_layers
-        entering = [of.entering_tokens(prompt, num_layers) for of, prompt in leaders]
+        layers = self._spec.layers
+        entering = [of.entering_tokens(prompt, layers) for of, prompt in leaders]
         per_kind = [self._cost.group_seconds(rank, entering) for rank in self._kinds]
         return self._by_stage(per_kind), np.array(entering, dtype=np.int64).sum(axis=0)
 
@@ -193,6 +196,14 @@ class StepTimes:
         for stage, seconds in zip(self._stage_of_kind, per_kind, strict=True):
             seconds_S[stage] = max(seconds_S[stage], seconds)
         return seconds_S
+
+
+def _rows(ranks: Sequence[Footprint]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of a sequence on each rank, int64 [W]: of global layers, and of local ones."""
+    windows = ranks[0].spec.layers.windows
+    local = [len(r.heads.kv) * sum(windows[layer] > 0 for layer in r.layers) for r in ranks]
+    local_W = np.array(local, dtype=np.int64)
+    return np.array([rank.num_rows for rank in ranks], dtype=np.int64) - local_W, local_W
 
 
 def _kinds(ranks: Sequence[Footprint]) -> tuple[list[Footprint], list[int]]:

@@ -149,7 +149,7 @@ def pyramid(settings: Sequence[Retention], prompt_tokens: int, spec: ModelSpec) 
     """Kept tokens by layer and kv head, one panel for each setting (expected, where ragged)."""
     figure, panels = _panels(len(settings), width=2.9, height=3.4)
     for panel, setting in zip(panels, settings, strict=False):
-        kept = setting.row_tokens(prompt_tokens, spec.num_layers, spec.num_kv_heads)
+        kept = setting.row_tokens(prompt_tokens, spec.layers, spec.num_kv_heads)
         image = panel.imshow(kept, aspect="auto", origin="lower", vmin=0, vmax=prompt_tokens)
         figure.colorbar(image, ax=panel)
         panel.set_title(f"{setting.label}: {kept.mean():.0f} of {prompt_tokens}", fontsize=9)

@@ -66,6 +66,7 @@ def make_workers(
     stages: Sequence[int] = (4,),
     head_ranges: Sequence[tuple[int, int]] = ((0, 2),),
     page_tokens: int = 4,
+    windows: tuple[int, ...] = (),
 ) -> list[WorkerInfo]:
     """One worker per stage and head range; `stages` are layers per stage, `num_pages` is each's."""
     workers: list[WorkerInfo] = []
@@ -94,6 +95,7 @@ def make_workers(
                     memory=WorkerMemory(),
                     hostname="localhost",
                     pid=0,
+                    windows=windows,
                 )
             )
         start_layer += num_layers
@@ -187,6 +189,7 @@ class FakeReplica:
         self.slots: dict[int, FakeSlot] = {}
         self.num_layers = max(w.stop_layer for w in workers)
         self.num_heads = max(w.stop_head for w in workers)
+        self.windows = workers[0].windows or (0,) * self.num_layers
         self.stages = sorted({(w.start_layer, w.stop_layer) for w in workers})
         self.num_integrity_checks = 0
         self.is_shut_down = False
@@ -356,7 +359,12 @@ class FakeReplica:
     def _counts(self, new: NewSequence, layer: int) -> list[int]:
         """Tokens that each head of a layer keeps of the prompt."""
         retention: Retention = new.retention
-        rows = retention.row_tokens(new.prompt_tokens, self.num_layers, self.num_heads)[layer]
+        if self.windows[layer]:
+            return [min(new.prompt_tokens, self.windows[layer])] * self.num_heads
+        numbers = [number for number, window in enumerate(self.windows) if not window]
+        # Only for such shapes as do not name layers: the global ones as if they were all.
+        globally = retention.row_tokens(new.prompt_tokens, len(numbers), self.num_heads)
+        rows = globally[numbers.index(layer)]
         if not retention.ragged:
             return [int(n) for n in rows]
         seed = f"{new.token_ids[: 4 * new.prompt_tokens].hex()}/{layer}"
@@ -388,7 +396,10 @@ class FakeReplica:
         held.fed += item.num_tokens
         assert held.fed <= len(held.tokens), "a token is fed before it is known"
         for worker in self.fakes:
-            more = dict.fromkeys(worker.rows.get(item.slot, {}), item.num_tokens)
+            more = {
+                (layer, head): min(item.num_tokens, (self.windows[layer] or 10**9) - length)
+                for (layer, head), length in worker.rows.get(item.slot, {}).items()
+            }
             worker.try_add(item.slot, more)
 
     def _compact(self, item: DecodeItem) -> None:
@@ -410,7 +421,8 @@ class FakeReplica:
         if grown == most:
             for worker in self.fakes:
                 rows = worker.rows.get(item.slot, {})
-                rows.update({row: length - slack for row, length in rows.items()})
+                cut = {row: n - slack for row, n in rows.items() if not self.windows[row[0]]}
+                rows.update(cut)
 
     def _read_out(
         self, plan: StepPlan, ended: list[int]

@@ -11,7 +11,7 @@ from saqqara.compression.layers import Layers
 from .reading import fields
 from .reading.families import FAMILIES, Family, get_family
 from .reading.fields import Activation
-from .reading.rope_spec import RopeSpec, read_ropes
+from .reading.rope_spec import UNROTATED, RopeSpec, read_ropes, unrotated_layers
 from .reading.windows import read_windows
 from .source import described_folder
 
@@ -123,7 +123,7 @@ class ModelSpec:
             )
         if eos_token_ids is None:
             eos_token_ids = _token_ids(getattr(config, "eos_token_id", None))
-        rope, local_rope = read_ropes(config, two=family.two_ropes)
+        rope, local_rope = read_ropes(config, two=family.two_ropes, partial=family.partial_rotary)
         return cls(
             family=config.model_type,
             vocab_size=config.vocab_size,
@@ -157,6 +157,7 @@ class ModelSpec:
                 keeps_long=family.two_ropes,
             ),
             local_rope=local_rope,
+            unrotated_layers=unrotated_layers(config) if family.has_unrotated_layers else (),
         )
 
     @property
@@ -165,12 +166,20 @@ class ModelSpec:
         return get_family(self.family)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest text: `max_position`, unless rotary settings stretch that."""
+        is_stretched = self.rope.kind == "dynamic"
+        return int(self.max_position * self.rope.factor) if is_stretched else self.max_position
+
+    @property
     def layers(self) -> Layers:
         """The layers as retention sees them."""
         return Layers(self.windows or (0,) * self.num_layers)
 
     def rope_of(self, layer: int) -> RopeSpec:
         """Rotary settings of a layer."""
+        if layer in self.unrotated_layers:
+            return UNROTATED
         is_local = bool(self.windows) and self.windows[layer] > 0
         return self.local_rope if is_local and self.local_rope is not None else self.rope
 

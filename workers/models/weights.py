@@ -10,10 +10,11 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
@@ -38,39 +39,78 @@ _DUMMY_STD = 0.02
 _DUMMY_BLOCK_ELEMENTS = 1 << 22
 
 
+class Rows(NamedTuple):
+    """Output rows of a projection: those from `first` on of a tensor, which may hold several."""
+
+    name: str
+    first: int
+    size: int
+
+    def of(self, rows: range) -> tuple[str, range]:
+        """The tensor, and the rows in it of some of the projection's."""
+        return self.name, range(self.first + rows.start, self.first + rows.stop)
+
+
+def attention_rows(spec: ModelSpec) -> tuple[Rows, ...]:
+    """Queries, keys and values of a layer."""
+    names, D = spec.family_flags.names, spec.head_dim
+    q_size, kv_size = spec.num_query_heads * D, spec.num_kv_heads * D
+    return _rows((names.query, names.key, names.value), (q_size, kv_size, kv_size), names.qkv)
+
+
+def mlp_rows(spec: ModelSpec) -> tuple[Rows, ...]:
+    """Gate and up of a plain MLP."""
+    names, size = spec.family_flags.names, spec.intermediate_size
+    return _rows((names.gate, names.up), (size, size), names.gate_up)
+
+
+def _rows(names: Sequence[str], sizes: Sequence[int], joined: str) -> tuple[Rows, ...]:
+    """Projections by themselves, or one below the other in the tensor `joined`."""
+    if not joined:
+        return tuple(Rows(name, 0, size) for name, size in zip(names, sizes, strict=True))
+    firsts = (0, *accumulate(sizes))
+    return tuple(Rows(joined, first, size) for first, size in zip(firsts, sizes, strict=False))
+
+
 def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of `spec` must hold."""
     names = spec.family_flags.names
-    E, D = spec.hidden_size, spec.head_dim
-    q_size, kv_size = spec.num_query_heads * D, spec.num_kv_heads * D
-    projections = {
-        names.query: (q_size, E, spec.qkv_bias),
-        names.key: (kv_size, E, spec.qkv_bias),
-        names.value: (kv_size, E, spec.qkv_bias),
-        names.output: (E, q_size, spec.output_bias),
-        names.gate: (spec.intermediate_size, E, spec.mlp_bias),
-        names.up: (spec.intermediate_size, E, spec.mlp_bias),
-        names.down: (E, spec.intermediate_size, spec.mlp_bias),
-    }
-    shapes: dict[str, tuple[int, ...]] = {names.embedding: (spec.vocab_size, E)}
+    shapes: dict[str, tuple[int, ...]] = {names.embedding: (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_layers):
-        for part, (rows, columns, has_bias) in projections.items():
-            name = names.of_layer(layer, part)
-            shapes[f"{name}.weight"] = (rows, columns)
-            if has_bias:
-                shapes[f"{name}.bias"] = (rows,)
-        norms = [names.attention_norm, names.mlp_norm]
-        if spec.post_norms:
-            norms += [names.attention_post_norm, names.mlp_post_norm]
-        for part in norms:
-            shapes[names.of_layer(layer, part)] = (E,)
-        if spec.qk_norm:
-            for part in (names.query_norm, names.key_norm):
-                shapes[names.of_layer(layer, part)] = (D,)
-    shapes[names.final_norm] = (E,)
+        for part, shape in _layer_shapes(spec):
+            shapes[names.of_layer(layer, part)] = shape
+    shapes[names.final_norm] = (spec.hidden_size,)
     if not spec.tie_embeddings:
-        shapes[names.head] = (spec.vocab_size, E)
+        shapes[names.head] = (spec.vocab_size, spec.hidden_size)
     return shapes
+
+
+def _layer_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name, within its layer, and shape of every tensor of a layer."""
+    names, E, D = spec.family_flags.names, spec.hidden_size, spec.head_dim
+    columns: dict[str, tuple[int, bool]] = {}
+    for rows in attention_rows(spec):
+        columns[rows.name] = (rows.first + rows.size, spec.qkv_bias)
+    for rows in mlp_rows(spec):
+        columns[rows.name] = (rows.first + rows.size, spec.mlp_bias)
+    for name, (count, has_bias) in columns.items():
+        yield from _linear_shapes(name, count, E, has_bias)
+    yield from _linear_shapes(names.output, E, spec.num_query_heads * D, spec.output_bias)
+    yield from _linear_shapes(names.down, E, spec.intermediate_size, spec.mlp_bias)
+    norms = [names.attention_norm, names.mlp_norm]
+    if spec.post_norms:
+        norms += [names.attention_post_norm, names.mlp_post_norm]
+    yield from ((norm, (E,)) for norm in norms)
+    if spec.qk_norm:
+        yield from ((norm, (D,)) for norm in (names.query_norm, names.key_norm))
+
+
+def _linear_shapes(
+    name: str, rows: int, columns: int, has_bias: bool
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (rows, columns)
+    if has_bias:
+        yield f"{name}.bias", (rows,)
 
 
 def open_weights(

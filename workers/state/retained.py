@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saqqara.compression.growth import Cycle, TrimmedRows, cycle_of, trimmed_rows
+from saqqara.compression.layers import Layers
 from saqqara.workers.plan import NewSequence
 
 
@@ -11,7 +12,7 @@ class Retained:
     """The slots whose rows are cut while they decode.
 
     Args:
-        num_layers: layers of the whole model.
+        layers: of the whole model; a number of them: all see all tokens.
         local_shape: this rank's layers and kv heads.
         page_tokens: tokens of one page.
 
@@ -22,11 +23,13 @@ class Retained:
             [local layers, local kv heads].
     """
 
-    def __init__(self, num_layers: int, local_shape: tuple[int, int], page_tokens: int) -> None:
+    def __init__(
+        self, layers: Layers | int, local_shape: tuple[int, int], page_tokens: int
+    ) -> None:
         self.cycles: dict[int, Cycle] = {}
         self.trimmed: dict[int, TrimmedRows] = {}
         self.after_prefill: dict[int, NDArray[np.int32]] = {}
-        self._num_layers = num_layers
+        self._layers = layers
         self._local_shape = local_shape
         self._page_tokens = page_tokens
 
@@ -39,7 +42,7 @@ class Retained:
         if cycle is not None:
             self.cycles[new.slot] = cycle
             self.after_prefill[new.slot] = np.zeros(self._local_shape, dtype=np.int32)
-        trimmed = trimmed_rows(new.retention, new.prompt_tokens, self._num_layers)
+        trimmed = trimmed_rows(new.retention, new.prompt_tokens, self._layers)
         if trimmed is not None:
             self.trimmed[new.slot] = trimmed
 

@@ -23,6 +23,7 @@ class KvCache(Reply):
     kept_bytes: Count
     full_bytes: Count
     kept_tokens_by_layer: list[Count]
+    local_bytes: Count
 
 
 class TopLogprob(Reply):

@@ -103,7 +103,7 @@ def observe(
     keys = prompt.keys[:, heads.start : heads.stop]
     return Observation(
         layer=layer,
-        num_layers=num_layers,
+        layers=num_layers,
         prompt_tokens=prompt.num_tokens,
         keys=keys,
         values=prompt.values[:, heads.start : heads.stop],

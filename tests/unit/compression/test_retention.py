@@ -46,7 +46,7 @@ def test_a_name_and_a_budget_are_all_it_takes() -> None:
     assert (retention.score, retention.shape) == (SnapKV(), Pyramid(beta=20))
     assert (retention.budget, retention.window, retention.sinks) == (256, 32, 4)
     assert retention.label == "pyramidkv@256"
-    assert sum(retention.layer_tokens(prompt_tokens=2000, num_layers=30)) == 30 * 256
+    assert sum(retention.layer_tokens(prompt_tokens=2000, layers=30)) == 30 * 256
 
 
 def test_every_preset_is_known_by_its_file_name() -> None:

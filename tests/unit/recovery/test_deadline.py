@@ -21,7 +21,7 @@ from saqqara.workers.plan import DecodeItem, PrefillGroup, StepPlan
 
 
 def test_the_work_of_a_plan_is_prefill_by_layers_and_decode_by_positions() -> None:
-    workload = Workload(num_layers=10)
+    workload = Workload(layers=10)
     first = StepPlan(
         0,
         new=(new_sequence(0, list(range(6))), new_sequence(1, list(range(4)))),
@@ -40,7 +40,7 @@ def test_who_shares_a_prefill_is_no_work() -> None:
     leader = new_sequence(0, list(range(6)))
     follower = new_sequence(1, list(range(6)), shares_prefill_with=0)
     plan = StepPlan(0, new=(leader, follower), prefill=(PrefillGroup((0, 1), 0, 1),))
-    assert Workload(num_layers=4).features(plan) == (1, 6, 36, 0, 0)
+    assert Workload(layers=4).features(plan) == (1, 6, 36, 0, 0)
 
 
 def test_a_first_step_of_its_sort_may_take_long_and_then_the_floor_holds() -> None:

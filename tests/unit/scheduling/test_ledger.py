@@ -17,6 +17,18 @@ PYRAMID = Retention.parse({"method": "pyramidkv", "budget": 12, "window": 3, "si
 RAGGED = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
 
 
+KINDS = {
+    "plain": Retention(),
+    "dropped": PYRAMID,
+    "cyclic": Retention.parse(
+        {"method": "snapkv", "budget": 10, "window": 3, "sinks": 1, "decode": {"slack_pages": 1}}
+    ),
+    "trimmed": Retention.parse(
+        {"method": "pyramidinfer", "min_context": 8, "decode": {"trigger": "stored", "exceed": 5}}
+    ),
+}
+
+
 def pages_of(rows: np.ndarray, worker: WorkerInfo) -> int:
     """Pages of a worker's part of rows [L, H], counted one by one."""
     total = 0
@@ -151,6 +163,66 @@ def test_a_refused_slot_holds_nothing_on_that_worker() -> None:
     assert ledger.free.tolist() == [100, 100]
 
 
+LOCAL = 6  # the window of the first, second and fourth layer of five
+LOCAL_WORKERS = make_workers(
+    10_000,
+    stages=(3, 2),
+    head_ranges=((0, 2), (2, 3)),
+    page_tokens=4,
+    windows=(LOCAL, LOCAL, 0, LOCAL, 0),
+)
+
+
+@given(
+    kind=st.sampled_from(["plain", "dropped", "cyclic"]),
+    prompt_tokens=st.integers(1, 40),
+    reserved=st.integers(0, 12),
+    steps=st.lists(st.integers(1, 6), max_size=12),
+)
+def test_local_layers_hold_their_window_whatever_the_others_do(
+    kind: str, prompt_tokens: int, reserved: int, steps: list[int]
+) -> None:
+    """Pages, bytes and tokens of rows that are counted one by one."""
+    retention, ledger = KINDS[kind], Ledger(LOCAL_WORKERS, 2)
+    rows = np.full((5, 3), min(prompt_tokens, LOCAL), dtype=np.int32)
+    rows[[2, 4]] = retention.row_tokens(prompt_tokens, 2, 3)
+    demand = ledger.demand(retention, prompt_tokens)
+    assert (demand.rows == rows).all()
+    ledger.admit(1, demand, prompt_tokens, reserved)
+    ledger.advance_prefill([1], 5)
+    for w in LOCAL_WORKERS:
+        mine = rows[w.start_layer : w.stop_layer, w.start_head : w.stop_head]
+        ledger.set_kept(1, w.rank, np.ascontiguousarray(mine).tobytes())
+    slack, fed = 4 if kind == "cyclic" else 0, 0
+    most = max(10 - prompt_tokens, 0) + slack
+    for step in steps:
+        for _ in range(min(step, ledger.room(1) or step)):
+            fed += 1
+            cost = ledger.append_cost(np.array([1]), np.array([1]))
+            ledger.append(np.array([1]), np.array([1]), cost)
+            rows[[2, 4]] += 1
+            ledger.settle()
+            if slack and int(rows[2, 0] - ledger.kept_of_prompt(1)[2, 0]) == most:
+                rows[[2, 4]] -= slack
+            rows[[0, 1, 3]] = min(prompt_tokens + fed, LOCAL)
+            held = [pages_of(rows, w) for w in LOCAL_WORKERS]
+            assert ledger.allocated().tolist() == held
+            if fed >= reserved:
+                assert ledger.free.tolist() == [10_000 - pages for pages in held]
+            assert demand.most(max(fed, reserved)).tolist() >= held
+    used, globally = ledger.usage(), np.where([[0], [0], [1], [0], [1]], rows, 0)
+    assert used.held_bytes == PAGE_BYTES * sum(pages_of(rows, w) for w in LOCAL_WORKERS)
+    assert used.kept_bytes == PAGE_BYTES * sum(pages_of(globally, w) for w in LOCAL_WORKERS)
+    kept = ledger.kept(1, fed)
+    assert kept.kept_tokens_by_layer == tuple(rows.sum(axis=1).tolist())
+    assert (kept.kept_tokens, kept.full_tokens) == (globally.sum(), 6 * (prompt_tokens + fed))
+    assert kept.local_bytes == (rows.sum() - globally.sum()) * (PAGE_BYTES // 4)
+    assert ledger.pyramid().kept_L.tolist() == rows.mean(axis=1).tolist()
+    assert ledger.pyramid().mean_kept == globally[[2, 4]].mean()
+    ledger.release(1)
+    assert (ledger.free == 10_000).all()
+
+
 def test_a_step_of_a_large_model_costs_well_under_a_millisecond() -> None:
     ledger = Ledger(make_workers(10**8, stages=(80,), head_ranges=((0, 8),), page_tokens=16), 256)
     demand = ledger.demand(Retention(), 1000)
@@ -163,18 +235,6 @@ def test_a_step_of_a_large_model_costs_well_under_a_millisecond() -> None:
         ledger.append(slots, ones)
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 1e-3  # some 0.03 ms; the best of 20, because the machine is shared
-
-
-KINDS = {
-    "plain": Retention(),
-    "dropped": PYRAMID,
-    "cyclic": Retention.parse(
-        {"method": "snapkv", "budget": 10, "window": 3, "sinks": 1, "decode": {"slack_pages": 1}}
-    ),
-    "trimmed": Retention.parse(
-        {"method": "pyramidinfer", "min_context": 8, "decode": {"trigger": "stored", "exceed": 5}}
-    ),
-}
 
 
 @given(

@@ -654,6 +654,12 @@ class Setting:
     quantum: int | None
     max_prefill_tokens: int
     max_num_seqs: int
+    window: int = 0
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Every third layer sees all tokens."""
+        return tuple(self.window * (layer % 3 != 2) for layer in range(sum(self.stages)))
 
 
 def run_random(setting: Setting, num_requests: int) -> tuple[Run, list[Sequence]]:
@@ -664,6 +670,7 @@ def run_random(setting: Setting, num_requests: int) -> tuple[Run, list[Sequence]
             setting.pages_per_row * most_rows,
             stages=setting.stages,
             head_ranges=setting.head_ranges,
+            windows=setting.windows,
         ),
         lookahead=setting.lookahead,
         prefill_quantum=setting.quantum,
@@ -699,6 +706,7 @@ settings_of_runs = st.builds(
     quantum=st.sampled_from([None, 1, 60]),
     max_prefill_tokens=st.sampled_from([1, 64, 1000]),
     max_num_seqs=st.sampled_from([1, 4, 16]),
+    window=st.sampled_from([0, 0, 3, 16, 40]),
 )
 
 

@@ -15,13 +15,15 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from saqqara.workers.models.reading.families import FAMILIES
-from saqqara.workers.models.reading.rope_spec import RopeSpec
+from saqqara.workers.models.reading.rope_spec import UNROTATED, RopeSpec
 from saqqara.workers.models.spec import ModelSpec, load_spec
 from saqqara.workers.models.weights import weight_shapes
 
@@ -44,7 +46,7 @@ LLAMA3 = {
 }
 
 
-def tiny(kind: Callable[..., PreTrainedConfig] = LlamaConfig, **settings: Any) -> PreTrainedConfig:
+def tiny(kind: Callable[..., Any] = LlamaConfig, **settings: Any) -> Any:
     return kind(**{**TINY, **settings})
 
 
@@ -79,6 +81,8 @@ FLAGS = {
     "llama-bias": (tiny(attention_bias=True), (True, True, False, False)),
     "llama-mlp-bias": (tiny(mlp_bias=True), (False, False, True, False)),
     "mistral": (tiny(MistralConfig, sliding_window=None), (False, False, False, False)),
+    "phi3": (tiny(Phi3Config, pad_token_id=0), (False, False, False, False)),
+    "smollm3": (tiny(SmolLM3Config, pad_token_id=0, **UNTIED), (False, False, False, False)),
     "qwen2": (tiny(Qwen2Config), (True, False, False, False)),
     "qwen3": (tiny(Qwen3Config), (False, False, False, True)),
     "gemma2": (tiny(Gemma2Config, **UNTIED), (False, False, False, False)),
@@ -154,8 +158,8 @@ class _OldConfig:
     tie_word_embeddings = False
     eos_token_id = 2
 
-    def __init__(self) -> None:
-        self.__dict__.update(TINY)
+    def __init__(self, **settings: Any) -> None:
+        self.__dict__.update({**TINY, **settings})
 
 
 def test_rope_of_older_config_objects() -> None:
@@ -163,16 +167,18 @@ def test_rope_of_older_config_objects() -> None:
     assert rope == RopeSpec(theta=1e6, kind="linear", factor=4.0)
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tiny(rope_parameters={**YARN, "original_max_position_embeddings": 128}),
-         r"rope_parameters\['rope_type'\]='yarn'.*default, linear, llama3"),
-        (lambda: tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-         "'dynamic'"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": "proportional"}),
+         r"rope_scaling\['rope_type'\]='proportional'.*supported: default, linear, dynamic, yarn"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": "yarn", "factor": -2}),
+         r"rope_scaling\['factor'\] must be above 0, not -2"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": "linear"}), r"\['factor'\] is missing"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": "su", "short_factor": [1.0] * 3}),
+         r"rope_scaling\['short_factor'\] must be 4 numbers above 0"),
+        (lambda: tiny(_OldConfig, model_type="smollm3", no_rope_layers=[1, 1]),
+         "config.no_rope_layers has 2 entries for 3 layers"),
         (lambda: tiny(rope_parameters={"rope_type": "default", "rope_theta": 1e4,
                                        "partial_rotary_factor": 0.5}),
          "partial_rotary_factor=0.5"),
@@ -193,9 +199,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
          "config.layer_types"),
     ],
 )  # fmt: skip
-def test_what_is_not_supported_is_refused_by_name(
-    make: Callable[[], PreTrainedConfig], message: str
-) -> None:
+def test_what_is_not_supported_is_refused_by_name(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelSpec.from_hf(make())
 
@@ -237,6 +241,23 @@ def test_gemma_says_how_it_differs() -> None:
     caps = ModelSpec.from_hf(tiny(Gemma2Config, head_dim=8))
     assert (caps.attention_softcap, caps.logit_softcap) == (50.0, 30.0)
     assert caps.local_rope is None
+
+
+def test_layers_without_rope_are_those_that_are_marked() -> None:
+    spec = ModelSpec.from_hf(tiny(SmolLM3Config, pad_token_id=0, no_rope_layers=[1, 0, 1]))
+    assert [spec.rope_of(layer) for layer in range(3)] == [spec.rope, UNROTATED, spec.rope]
+    old = ModelSpec.from_hf(tiny(_OldConfig, model_type="smollm3", no_rope_layer_interval=3))
+    assert old.unrotated_layers == (2,)
+    windows = {"use_sliding_window": True, "sliding_window": 64}
+    old = ModelSpec.from_hf(tiny(_OldConfig, model_type="smollm3", num_hidden_layers=5, **windows))
+    assert old.windows == (0, 0, 0, 64, 0)
+
+
+def test_a_dynamic_rope_lets_texts_grow() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    spec = ModelSpec.from_hf(tiny(rope_parameters=rope))
+    assert (spec.max_position, spec.longest) == (512, 1024)
+    assert ModelSpec.from_hf(tiny()).longest == 512
 
 
 def test_load_spec_prefers_the_end_tokens_of_the_generation_config(tmp_path: Path) -> None:

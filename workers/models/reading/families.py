@@ -12,6 +12,7 @@ from .windows import (
     even_layers,
     every_layer,
     past_max_window_layers,
+    unrotated_with_window,
 )
 
 
@@ -36,6 +37,8 @@ class WeightNames:
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    qkv: str = ""  # in place of query, key and value, which lie in it one below the other
+    gate_up: str = ""  # in place of gate and up
 
     def of_layer(self, layer: int, part: str) -> str:
         """The full name of `part` (one of the names above) in layer `layer`."""
@@ -61,6 +64,8 @@ class Family:
         local: which layers have the window of `sliding_window`; None: none can.
         has_layer_types: whether `layer_types` says which layers have it.
         two_ropes: whether layers with the window have rotary settings of their own.
+        partial_rotary: whether a share of a head's channels may be rotated.
+        has_unrotated_layers: whether some layers rotate nothing.
         fixed: fields that may have one value only, besides null.
         defaults: of fields that a config file may leave out, where ours are others.
     """
@@ -79,6 +84,8 @@ class Family:
     local: Local | None = None
     has_layer_types: bool = False
     two_ropes: bool = False
+    partial_rotary: bool = False
+    has_unrotated_layers: bool = False
     fixed: Mapping[str, object] = field(default_factory=dict)
     defaults: Mapping[str, object] = field(default_factory=dict)
 
@@ -131,13 +138,34 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _GEMMA3,
     "llama": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
     "mistral": Family(local=every_layer, defaults={"sliding_window": 4096}),
-    "qwen2": Family(qkv_bias=True, local=past_max_window_layers, has_layer_types=True),
+    "phi3": Family(
+        names=WeightNames(qkv="self_attn.qkv_proj", gate_up="mlp.gate_up_proj"),
+        local=every_layer,
+        partial_rotary=True,
+        defaults={"original_max_position_embeddings": 4096},
+    ),
+    "qwen2": Family(
+        qkv_bias=True,
+        local=past_max_window_layers,
+        has_layer_types=True,
+        defaults={"sliding_window": 4096, "max_window_layers": 28},
+    ),
     "qwen3": Family(
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         qk_norm=True,
         local=past_max_window_layers,
         has_layer_types=True,
+        defaults={"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "smollm3": Family(
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        local=unrotated_with_window,
+        has_layer_types=True,
+        has_unrotated_layers=True,
+        defaults={"tie_word_embeddings": True, "rope_theta": 2e6},
     ),
 }
 _CLOSE = {"gemma3": "with images; only its text model, gemma3_text, is"}
