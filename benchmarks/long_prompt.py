@@ -12,7 +12,8 @@ kept pages     pages in use once the prompt is through
 prefill KV     peak of keys and values held by the prompt: kept pages and one layer at full length
 activations    peak of all else that prefill holds by its own count (hidden states, queries, MLP)
 resident       by how much the process's peak resident memory exceeds what it held before the model
-               was loaded; the allocator's scrap is in it
+               was loaded. Large blocks go back to the system when freed (MALLOC_MMAP_THRESHOLD_,
+               which else grows as a process runs), so that little of it is the allocator's scrap
 
 The last row is what the deeper model takes more, and `explained` how much of the resident memory's
 difference weights and kept pages make up.
@@ -20,6 +21,7 @@ difference weights and kept pages make up.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -42,6 +44,7 @@ from saqqara.workers.plan import DecodeItem, NewSequence, PrefillGroup, Sampling
 from saqqara.workers.worker import Worker
 
 MIB, VOCAB, DECODED, SEED = 2**20, 1024, 8, 0
+MMAP_THRESHOLD = 2**18  # bytes from which on a block is one of its own
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,11 @@ class Peak:
 def config(num_layers: int, num_tokens: int) -> LlamaConfig:
     """A narrow Llama of so many layers."""
     return LlamaConfig(
-        hidden_size=256,
-        intermediate_size=704,
+        hidden_size=128,
+        intermediate_size=352,
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         vocab_size=VOCAB,
         max_position_embeddings=num_tokens + DECODED,
         dtype="bfloat16",
@@ -117,7 +120,8 @@ def in_own_process(num_layers: int, options: argparse.Namespace) -> Peak:
     """`measure` in a fresh process, so that no depth sees another's memory."""
     command = [sys.executable, __file__, "--only", str(num_layers), "--tokens", str(options.tokens)]
     command += ["--retention", options.retention, "--budget", options.budget]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     return Peak(**json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -4,7 +4,7 @@ from long_prompt import measure, summary
 
 from saqqara.compression.retention import Retention
 
-TOKENS, BUDGET, PAGE, ROW_TOKEN_BYTES, HEADS = 300, 64, 16, 2 * 64 * 2, 2
+TOKENS, BUDGET, PAGE, ROW_TOKEN_BYTES, HEADS = 300, 64, 16, 2 * 64 * 2, 1
 
 
 def test_a_deeper_model_takes_more_weights_and_kept_pages() -> None:
