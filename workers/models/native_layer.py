@@ -102,7 +102,7 @@ class NativeLayer:
         if norm is None:
             self._mesh.all_reduce(partial, residual=residual, out=out)
         else:
-            summed = self._mesh.all_reduce(partial)
+            summed = self._mesh.all_reduce(partial, out=torch.empty_like(partial))
             torch.add(rms_norm(summed, norm.weight, norm.eps), residual, out=out)
 
     def activation_bytes_per_token(self, itemsize: int) -> int:
