@@ -118,7 +118,7 @@ def test_a_product_that_copies_its_weights_takes_in_few_at_a_time_and_then_multi
     copying = replace(plain, device=replace(plain.device, product_bandwidth=5e11))
     one, two, ten = (copying.decode_seconds(rank, rows, 0) for rows in (1, 2, 10))
     assert one == plain.decode_seconds(rank, 1, 0)
-    weights = LAYERS * (rank.attention_numbers + rank.mlp_numbers) + rank.head_numbers
+    weights = LAYERS * (rank.attention_numbers + rank.plain_mlp_numbers) + rank.head_numbers
     assert two == pytest.approx(2 * weights / 5e11 + 2 * 2 * weights / 1e14)
     assert ten - two == pytest.approx(2 * 8 * weights / 1e14)
     # Half of the sequences at once is far from half of the time, unless it is one of two.
