@@ -129,7 +129,7 @@ def test_experts_are_read_as_tokens_choose_them() -> None:
     mixtral = model_of("mixtral-8x7b")
     [rank] = Footprint.of_ranks(mixtral.spec, DTYPES["bfloat16"], MeshLayout())
     cost = CostModel(mixtral, replace(GPU, flops=1e21), IDEAL)
-    around = LAYERS * rank.attention_numbers + rank.head_numbers
+    around = LAYERS * (rank.attention_numbers + 8 * E) + rank.head_numbers  # with the router
     for num_seqs, experts in ((1, 2), (2, 8 * (1 - (3 / 4) ** 2)), (1000, 8)):
         read = around + LAYERS * experts * 3 * E * F
         assert cost.decode_seconds(rank, num_seqs, 0) == pytest.approx(2 * read / 1e12)
