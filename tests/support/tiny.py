@@ -59,10 +59,10 @@ _GEMMA = {**_SIZES, "num_hidden_layers": 5, "num_attention_heads": 6, "query_pre
 
 CONFIGS: dict[str, Any] = {
     "gemma2": Gemma2Config(
-        **_GEMMA, sliding_window=512, attn_logit_softcapping=None, final_logit_softcapping=9.0
+        **_GEMMA, sliding_window=9, attn_logit_softcapping=2.0, final_logit_softcapping=9.0
     ),
     "gemma3": Gemma3TextConfig(
-        **{**_GEMMA, "tie_word_embeddings": True, "sliding_window": 512},
+        **{**_GEMMA, "tie_word_embeddings": True, "sliding_window": 12},
         layer_types=[("sliding" if n % 3 else "full") + "_attention" for n in range(5)],
     ),
     "llama-gqa": LlamaConfig(**_SIZES),
@@ -74,8 +74,8 @@ CONFIGS: dict[str, Any] = {
     "llama-linear": LlamaConfig(**_SIZES, rope_parameters={**_ROPE, "rope_type": "linear"}),
     "llama-dynamic": LlamaConfig(**_SIZES, rope_parameters={**_ROPE, "rope_type": "dynamic"}),
     "llama-yarn": LlamaConfig(**_SIZES, rope_parameters=_YARN),
-    "mistral": MistralConfig(**_SIZES, sliding_window=None),
-    "mixtral": MixtralConfig(**_SIZES, num_local_experts=5),
+    "mistral": MistralConfig(**_SIZES, sliding_window=6),
+    "mixtral": MixtralConfig(**_SIZES, num_local_experts=5, sliding_window=20),
     "phi3": Phi3Config(**_SIZES, pad_token_id=0),
     "phi3-longrope": Phi3Config(
         **{**_SIZES, "hidden_size": 96},
@@ -108,7 +108,9 @@ def save_tiny(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
         tokenizer.save_pretrained(folder)
         config.vocab_size = len(tokenizer)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # The others of transformers do not cap scores.
+    settings = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(config, **settings).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name or parameter_name.endswith("bias"):

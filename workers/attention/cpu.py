@@ -87,7 +87,9 @@ class CpuAttention:
 
     name = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, softcap: float = 0.0) -> None:
+        assert softcap == 0, "checked by get_backend"
+        self.softcap = softcap
         self._attend = build.function("saqqara_attend", (POINTER(_Attend),))
         self._decode = build.function("saqqara_decode", (POINTER(_Decode),))
         self._mass = build.function("saqqara_mass", (POINTER(_Mass),))
@@ -100,8 +102,10 @@ class CpuAttention:
         cu_q: CuSeqlens,
         cu_k: CuSeqlens,
         scale: float,
+        window: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Causal attention of the last queries of each sequence over its keys."""
+        assert window == 0, "checked by get_backend"
         lengths = zip(cu_q.lengths, cu_k.lengths, strict=True)
         assert all(queries <= keys for queries, keys in lengths), "more queries than keys"
         lse = torch.empty(q.shape[:2])
