@@ -188,8 +188,8 @@ _UNAVAILABLE = {  # name: the module whose `unavailable_reason(device, dtype)` s
     "triton": "triton",
 }
 
-_SOFTCAPPED = {"reference", "torch"}  # names of backends that cap scores
-_WINDOWED = {"reference", "torch"}  # names of backends whose prefill takes a window
+_SOFTCAPPED = {"reference", "torch", "cpu"}  # names of backends that cap scores
+_WINDOWED = {"reference", "torch", "cpu"}  # names of backends whose prefill takes a window
 
 
 def get_backend(

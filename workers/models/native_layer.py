@@ -100,9 +100,10 @@ class NativeLayer:
         return max(self._projection.qkv.num_outputs + gate_up.num_inputs, finish) * itemsize
 
 
-def step_layers(layers: Iterable[Layer], scale: float) -> StepLayers:
+def step_layers(layers: Iterable[Layer], scale: float, softcap: float) -> StepLayers:
     """Layers, all of them native, for calls that go through several; see `StepLayers`."""
-    return StepLayers([layer.ends for layer in layers if isinstance(layer, NativeLayer)], scale)
+    ends = [layer.ends for layer in layers if isinstance(layer, NativeLayer)]
+    return StepLayers(ends, scale, softcap)
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def _scoring(
             ScoreKind.WINDOW,
             divisor=places.shape[1] * part.spec.group_size,
             scale=part.scale,
+            softcap=part.backend.softcap,
             window=retention.window,
             kernel_size=score.kernel_size,
             pooling=score.pooling,
