@@ -41,8 +41,9 @@ class NativeLayer:
         )
         self._output = PackedLinear(w.output.weight, w.output.bias)
         mlp_norm = RMSNorm(w.mlp_norm, w.eps)
-        gate_up = PackedLinear(w.gate_up.weight, w.gate_up.bias, mlp_norm, gated=True)
-        self._mlp = Mlp(gate_up, PackedLinear(w.down.weight, w.down.bias))
+        of_gates, down = w.mlp
+        gate_up = PackedLinear(of_gates.weight, of_gates.bias, mlp_norm, gated=True)
+        self._mlp = Mlp(gate_up, PackedLinear(down.weight, down.bias))
         self._finish = Finish(self._output, self._mlp)
 
     @property
