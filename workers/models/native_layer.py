@@ -45,8 +45,9 @@ class NativeLayer:
             norm(w.key_norm),
         )
         self._output = PackedLinear(w.output.weight, w.output.bias)
-        gate_up = PackedLinear(w.gate_up.weight, w.gate_up.bias, norm(w.mlp_norm), w.activation)
-        self._mlp = Mlp(gate_up, PackedLinear(w.down.weight, w.down.bias))
+        of_gates, down = w.mlp
+        gate_up = PackedLinear(of_gates.weight, of_gates.bias, norm(w.mlp_norm), w.activation)
+        self._mlp = Mlp(gate_up, PackedLinear(down.weight, down.bias))
         self._after = (norm(w.attention_post_norm), norm(w.mlp_post_norm))
         self._finish = Finish(self._output, self._mlp, *self._after)
 
