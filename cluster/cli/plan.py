@@ -131,7 +131,6 @@ def as_data(question: Question, flags: PlanFlags, plans: Sequence[LayoutPlan]) -
     """The plan as JSON values."""
     return {
         "model": flags.model,
-        "note": question.model.note,
         "gpu": asdict(question.device),
         "num_gpus": question.num_gpus,
         "num_nodes": question.num_nodes,
@@ -168,7 +167,7 @@ def print_plans(question: Question, flags: PlanFlags, plans: Sequence[LayoutPlan
     for each in plans:
         if each.why_not is not None:
             typer.echo(f"{_name(each)} cannot serve: {each.why_not}")
-    if served and question.model.note is None:
+    if served:
         typer.echo(f"To run it: {_command(flags, served[0])}")
         if flags.model in known_models():
             typer.echo(f"FOLDER: a folder or hub id of {flags.model}'s weights.")
@@ -240,8 +239,6 @@ def _notes(question: Question, flags: PlanFlags) -> list[str]:
             "Rates are a roofline with assumed factors; --calibrate RUN.json fits them to a run "
             "(saqqara bench throughput --json). Activations and driver are estimates, too."
         )
-    if question.model.note is not None:
-        notes.append(f"{flags.model}: {question.model.note}")
     return notes
 
 

@@ -16,7 +16,7 @@ from support.plans import new_sequence, prefill_plan
 from support.tiny import VOCAB, save_tiny
 
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.plan import DecodeItem, SampledToken, SamplingSpec, StepPlan
+from saqqara.workers.plan import DecodeItem, PrefillGroup, SampledToken, SamplingSpec, StepPlan
 from saqqara.workers.worker import Worker
 
 ALL_LOGPROBS = SamplingSpec(temperature=0.0, num_logprobs=VOCAB)
@@ -97,3 +97,117 @@ def test_scores_past_the_window(windowed: tuple[Any, Path]) -> None:
     table = following_logits(model, context + continuation[:-1], len(continuation)).log_softmax(-1)
     expected = table.gather(1, torch.tensor(continuation)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(got), expected, atol=TOLERANCE, rtol=0)
+
+
+class Texts:
+    """Scored texts on a worker: where each stands, and what it scored on the way."""
+
+    def __init__(self, worker: Worker, model: Any, texts: list[list[int]]) -> None:
+        self.worker, self.texts = worker, texts
+        self.at = dict.fromkeys(range(len(texts)), 0)  # tokens that are fed; 0: not admitted
+        self.step = 0
+        self.expected = []
+        for text in texts:
+            table = following_logits(model, text[:-1], len(text) - 1).log_softmax(-1)
+            self.expected.append(table.gather(1, torch.tensor(text[1:])[:, None])[:, 0])
+        self.shared: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def execute(self, **parts: Any) -> None:
+        """One step; what it scored is right, and rows hold what they should."""
+        self.step += 1
+        starts = {item.slot: item.position for item in parts.get("decode", ())}
+        starts |= {new.slot: new.prompt_tokens - 1 for new in parts.get("new", ())}
+        result = self.worker.execute(StepPlan(self.step, **parts))
+        assert result.refused == ()
+        self.worker.check_integrity()
+        for scored in result.scored:
+            start = starts[scored.slot]
+            wanted = self.expected[scored.slot][start : start + len(scored.logprobs)]
+            got = torch.tensor(scored.logprobs)
+            torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=0)
+
+    def admit(self, slot: int, prompt_tokens: int) -> None:
+        text = self.texts[slot]
+        new = new_sequence(slot, text[:prompt_tokens], text[prompt_tokens:], score=True)
+        self.execute(new=(new,), prefill=(PrefillGroup((slot,), 0, self.worker.spec.num_layers),))
+        self.at[slot] = prompt_tokens
+
+    def feed(self, counts: dict[int, int]) -> None:
+        items = tuple(DecodeItem(s, self.at[s], n, sample=False) for s, n in counts.items())
+        self.execute(decode=items)
+        for slot, count in counts.items():
+            self.at[slot] += count
+
+    def fork(self, slot: int, target: int) -> None:
+        """Share a slot's pages; the copy stays as it is whatever happens to the slot."""
+        kv = self.worker.kv
+        self.unfork(target)
+        kv.fork(slot, target)
+        rows = np.ndindex(kv.num_layers, kv.num_heads)
+        self.shared = {(target, *row): torch.cat(kv.read(target, *row), dim=1) for row in rows}
+
+    def unfork(self, target: int) -> None:
+        for row, stored in self.shared.items():
+            assert torch.equal(torch.cat(self.worker.kv.read(*row), dim=1), stored)
+        self.shared = {}
+        self.worker.kv.free(target)
+
+    def check_lengths(self) -> None:
+        """Rows with a window never take more pages than it, the others one token for each fed."""
+        windows = np.array(self.worker.spec.layers.windows)[:, None]
+        for slot, at in self.at.items():
+            held = np.where(windows, np.minimum(windows, at), at)
+            assert (self.worker.kv.kept(slot) == held).all()
+            pages = -(-held // PAGE_TOKENS) * self.worker.spec.num_kv_heads
+            assert self.worker.kv.pages_of(slot) == pages.sum()
+
+
+def test_random_steps(windowed: tuple[Any, Path]) -> None:
+    """Single tokens, chunks, preemptions and shared pages, in any order."""
+    model, folder = windowed
+    rng = np.random.default_rng(2)
+    texts = [rng.integers(3, VOCAB, 70).tolist() for _ in range(3)]
+    run = Texts(make_worker(folder), model, texts)
+    spare = len(texts)
+    for _ in range(60):
+        waiting = [slot for slot, at in run.at.items() if at == 0]
+        running = [slot for slot, at in run.at.items() if at]
+        draw = rng.random()
+        if waiting and (draw < 0.4 or not running):
+            run.admit(int(rng.choice(waiting)), int(rng.integers(1, 40)))
+        elif draw < 0.5:  # preempted; it will start anew
+            slot = int(rng.choice(running))
+            run.execute(free=(slot,))
+            run.at[slot] = 0
+        elif draw < 0.6:
+            run.fork(int(rng.choice(running)), spare)
+        else:
+            left = {slot: len(texts[slot]) - 1 - run.at[slot] for slot in running}
+            counts = {s: min(n, int(rng.choice([1, 1, 1, 2, 7, 15]))) for s, n in left.items()}
+            run.feed({slot: count for slot, count in counts.items() if count})
+        run.check_lengths()
+    run.unfork(spare)
+    run.execute(free=tuple(slot for slot, at in run.at.items() if at))
+    assert run.worker.kv.pages_free == run.worker.kv.num_pages
+
+
+def test_the_pool_holds_windows_not_texts(tmp_path: Path) -> None:
+    """A long prompt takes the pages of its global layers; a local one takes a window's."""
+    save_tiny("gemma2", tmp_path)
+    worker = make_worker(tmp_path, kv_memory_gib=0.05)
+    [window] = {*worker.spec.windows} - {0}
+    num_local, num_global = 3, 2
+    prompt = np.random.default_rng(0).integers(3, VOCAB, 480).tolist()
+    worker.execute(prefill_plan(worker, [new_sequence(0, prompt)]))
+    of_local, of_global = -(-window // PAGE_TOKENS), len(prompt) // PAGE_TOKENS
+    for step in range(PAGE_TOKENS):
+        worker.execute(StepPlan(step + 1, decode=(DecodeItem(0, len(prompt) + step),)))
+        heads = worker.spec.num_kv_heads
+        held = worker.kv.num_pages - worker.kv.pages_free
+        assert held == heads * (num_local * of_local + num_global * (of_global + 1))
+    # The peak is all fresh keys and values of a layer, and what was kept before it.
+    peak = worker.execute(StepPlan(9, free=(0,))).memory.prefill_kv_bytes_peak
+    row_bytes = 2 * worker.spec.head_dim * 4
+    fresh = len(prompt) * heads * row_bytes
+    pages = heads * (num_local * of_local + num_global * of_global) * PAGE_TOKENS * row_bytes
+    assert peak == fresh + pages

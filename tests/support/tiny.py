@@ -12,9 +12,12 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -42,6 +45,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+_EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 _ROPE = {"rope_theta": 10000.0, "factor": 4.0}
 _YARN = {**_ROPE, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
 _LONGROPE = {  # of 12 of 16 channels
@@ -71,6 +75,8 @@ CONFIGS: dict[str, Any] = {
     "llama-dynamic": LlamaConfig(**_SIZES, rope_parameters={**_ROPE, "rope_type": "dynamic"}),
     "llama-yarn": LlamaConfig(**_SIZES, rope_parameters=_YARN),
     "mistral": MistralConfig(**_SIZES, sliding_window=6),
+    "mistral-plain": MistralConfig(**_SIZES, sliding_window=None),
+    "mixtral": MixtralConfig(**_SIZES, num_local_experts=5),
     "phi3": Phi3Config(**_SIZES, pad_token_id=0),
     "phi3-longrope": Phi3Config(
         **{**_SIZES, "hidden_size": 96},
@@ -78,8 +84,12 @@ CONFIGS: dict[str, Any] = {
         original_max_position_embeddings=128,
         rope_parameters=_LONGROPE,
     ),
+    "qwen2-moe": Qwen2MoeConfig(
+        **_SIZES, **_EXPERTS, shared_expert_intermediate_size=88, decoder_sparse_step=2
+    ),
+    "qwen3-moe": Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=True, mlp_only_layers=[1]),
     "smollm3": SmolLM3Config(**_SIZES, no_rope_layer_interval=2, pad_token_id=0),
-    "qwen2": Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "qwen2": Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=9, max_window_layers=2),
     "qwen3": Qwen3Config(**_SIZES),
 }
 
@@ -95,6 +105,8 @@ def save_tiny(
     config = copy.deepcopy(CONFIGS[name])
     if num_layers is not None:
         config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
     if tokenizer_of is not None:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
         tokenizer.save_pretrained(folder)

@@ -14,6 +14,7 @@ from saqqara.workers.mesh.layout import HeadShard, VocabShard, intermediate_shar
 from saqqara.workers.mesh.mesh import Mesh
 
 from .embedding import LMHead, ScaledEmbedding, VocabEmbedding, read_vocab_rows
+from .experts import load_experts
 from .layer import Layer, LayerWeights, Places, TorchLayer, TritonLayer
 from .linear import Linear, column_parallel, in_order, reordered, row_parallel
 from .norm import read_norm, rms_norm
@@ -158,7 +159,6 @@ def _load_layer(
     names, dim = spec.family_flags.names, spec.head_dim
     query = range(heads.query.start * dim, heads.query.stop * dim)
     kv = range(heads.kv.start * dim, heads.kv.stop * dim)
-    inner = intermediate_shard(spec.intermediate_size, mesh.layout.tensor_size, mesh.tensor_rank)
 
     def name(part: str) -> str:
         return names.of_layer(layer, part)
@@ -176,6 +176,15 @@ def _load_layer(
     def of_heads(part: str) -> Tensor | None:
         return in_order(norm(part), order) if spec.qk_norm else None
 
+    gate_up = down = experts = None
+    if spec.has_experts(layer):
+        experts = load_experts(spec, mesh, source, layer)
+    else:
+        inner = intermediate_shard(
+            spec.intermediate_size, mesh.layout.tensor_size, mesh.tensor_rank
+        )
+        gate_up = by_columns(*((part, inner) for part in mlp_rows(spec)), has_bias=spec.mlp_bias)
+        down = by_rows(names.down, inner, spec.mlp_bias)
     order = channel_order(spec.rope_of(layer), dim)
     rows = zip(attention_rows(spec), (query, kv, kv), strict=True)
     return LayerWeights(
@@ -191,11 +200,12 @@ def _load_layer(
         key_norm=of_heads(names.key_norm),
         output=by_rows(names.output, query, spec.output_bias),
         mlp_norm=norm(names.mlp_norm),
-        gate_up=by_columns(*((part, inner) for part in mlp_rows(spec)), has_bias=spec.mlp_bias),
-        down=by_rows(names.down, inner, spec.mlp_bias),
+        gate_up=gate_up,
+        down=down,
         attention_post_norm=norm(names.attention_post_norm) if spec.post_norms else None,
         mlp_post_norm=norm(names.mlp_post_norm) if spec.post_norms else None,
         activation=spec.activation,
+        experts=experts,
     )
 
 

@@ -60,6 +60,8 @@ def _compact(shard: Shard, group: list[_Firing]) -> None:
     places: then those of one length are.
     """
     retention, layers = group[0].retention, shard.kv.rings.others.tolist()
+    if not layers:
+        return  # this stage has none but with a window
     if _asks_ranks(shard, retention) or _counts_compactions(retention):
         for index in layers:
             _compact_layer(shard, index, group)

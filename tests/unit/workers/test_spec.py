@@ -1,6 +1,7 @@
 """ModelSpec from Hugging Face configs: what is read, and what is refused by name."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
 from saqqara.workers.models.reading.families import FAMILIES
 from saqqara.workers.models.reading.rope_spec import UNROTATED, RopeSpec
-from saqqara.workers.models.spec import ModelSpec, load_spec
+from saqqara.workers.models.spec import ExpertSpec, ModelSpec, load_spec
 from saqqara.workers.models.weights import weight_shapes
 
 TINY: dict[str, Any] = {
@@ -76,11 +79,20 @@ def test_a_spec_says_what_the_config_says() -> None:
 
 
 UNTIED = {"head_dim": 8, "tie_word_embeddings": False}
+SEVEN = {
+    "num_experts": 7,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "decoder_sparse_step": 2,
+}
 FLAGS = {
     "llama": (tiny(), (False, False, False, False)),
     "llama-bias": (tiny(attention_bias=True), (True, True, False, False)),
     "llama-mlp-bias": (tiny(mlp_bias=True), (False, False, True, False)),
     "mistral": (tiny(MistralConfig, sliding_window=None), (False, False, False, False)),
+    "mixtral": (tiny(MixtralConfig, num_local_experts=3), (False, False, False, False)),
+    "qwen2_moe": (tiny(Qwen2MoeConfig, **SEVEN), (True, False, False, False)),
+    "qwen3_moe": (tiny(Qwen3MoeConfig, head_dim=8, **SEVEN), (False, False, False, True)),
     "phi3": (tiny(Phi3Config, pad_token_id=0), (False, False, False, False)),
     "smollm3": (tiny(SmolLM3Config, pad_token_id=0, **UNTIED), (False, False, False, False)),
     "qwen2": (tiny(Qwen2Config), (True, False, False, False)),
@@ -101,24 +113,48 @@ def test_flags_and_weights_match_the_transformers_model(name: str) -> None:
     assert (spec.qkv_bias, spec.output_bias, spec.mlp_bias, spec.qk_norm) == flags
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert weight_shapes(spec) == {key: tuple(w.shape) for key, w in model.state_dict().items()}
+    shapes = {key: tuple(w.shape) for key, w in model.state_dict().items()}
+    if spec.experts is None:
+        assert weight_shapes(spec) == shapes
+    else:  # which transformers joins when it loads them; how they are named, loading them shows
+        assert sum(map(math.prod, weight_shapes(spec).values())) == model.num_parameters()
+        assert {n for n in weight_shapes(spec) if "moe" not in n and "mlp" not in n} <= {*shapes}
 
 
 def test_every_family_is_tested() -> None:
     assert {config.model_type for config, _ in FLAGS.values()} == set(FAMILIES)
 
 
-def test_parameter_counts_match_the_transformers_model() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny(tie_word_embeddings=True),
+        tiny(),
+        tiny(MixtralConfig),
+        tiny(Qwen2MoeConfig, **SEVEN, qkv_bias=False),
+    ],
+    ids=["tied", "untied", "experts", "shared"],
+)
+def test_parameter_counts_match_the_transformers_model(config: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    for tied in (True, False):
-        config = tiny(tie_word_embeddings=tied)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        norms = (2 * 3 + 1) * 48
-        spec = ModelSpec.from_hf(config)
-        assert spec.num_parameters + norms == model.num_parameters()
-        assert spec.head_layers == pytest.approx(spec.head_parameters / spec.layer_parameters)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    norms = (2 * 3 + 1) * 48
+    spec = ModelSpec.from_hf(config)
+    assert spec.num_parameters + norms == model.num_parameters()
+    assert spec.head_layers == pytest.approx(spec.head_parameters / spec.layer_parameters)
+
+
+def test_a_token_goes_through_some_of_the_experts() -> None:
+    spec = ModelSpec.from_hf(tiny(Qwen2MoeConfig, **SEVEN))
+    assert spec.experts == ExpertSpec(7, 2, 40, 5632, normalised=False, layers=(1,))
+    unused = 5 * 3 * 40 * 48
+    assert [spec.parameters_of(n) - spec.parameters_of(n, used=True) for n in range(3)] == [
+        *(0, unused, 0)
+    ]
+    used = sum(spec.parameters_of(n, used=True) for n in range(3))
+    assert spec.layer_parameters == used // 3
 
 
 def test_head_dim_may_differ_from_hidden_size_over_heads() -> None:
@@ -192,9 +228,10 @@ def test_rope_of_older_config_objects() -> None:
         (lambda: Gemma3Config(), "model_type='gemma3' is not supported .with images.*gemma3_"),
         (lambda: tiny(quantization_config={"quant_method": "awq"}), "config.quantization_config"),
         (lambda: tiny(num_key_value_heads=4), "config.num_key_value_heads=4"),
-        (lambda: tiny(MixtralConfig), "config.model_type='mixtral'.*llama, mistral, "),
+        (lambda: tiny(MixtralConfig, num_experts_per_tok=9), "num_experts_per_tok must be .* 8,"),
+        (lambda: tiny(Qwen2MoeConfig, moe_intermediate_size=0), "config.moe_intermediate_size"),
         (lambda: GPT2Config(), "config.model_type='gpt2'"),
-        (lambda: tiny(num_local_experts=8), "config.num_local_experts=8"),
+        (lambda: tiny(num_local_experts=8), "num_local_experts=8: models of type .llama. have"),
         (lambda: tiny(Qwen2Config, layer_types=["full_attention"] * 2 + ["linear_attention"]),
          "config.layer_types"),
     ],

@@ -37,6 +37,12 @@ def past_max_window_layers(config: Any, layer: int) -> bool:
     return layer >= int(getattr(config, "max_window_layers", None) or 0)
 
 
+def even_below_max_window_layers(config: Any, layer: int) -> bool:
+    """Every second layer below number `max_window_layers`, where `use_sliding_window` is set."""
+    below = layer < int(getattr(config, "max_window_layers", None) or 0)
+    return uses_window(config, layer) and below and even_layers(config, layer)
+
+
 def unrotated_with_window(config: Any, layer: int) -> bool:
     """Layers without rotary embedding, where `use_sliding_window` is set."""
     return uses_window(config, layer) and layer in unrotated_layers(config)
