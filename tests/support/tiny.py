@@ -105,6 +105,8 @@ def save_tiny(
     config = copy.deepcopy(CONFIGS[name])
     if num_layers is not None:
         config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
     if tokenizer_of is not None:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
         tokenizer.save_pretrained(folder)
