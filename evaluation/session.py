@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from saqqara import LLM, Retention, SamplingParams
 from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.cluster.presets import ModelPresets, with_profile
 from saqqara.cluster.request import RequestOutput, ScoreOutput
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
@@ -34,9 +35,10 @@ class Session:
     """
 
     def __init__(self, config: EngineConfig, retentions: Sequence[Retention]) -> None:
+        self.config = config = with_profile(config)
+        self._presets = ModelPresets.of(config)
         own = Retention.parse(config.retention, config.budget)
-        self.config = config
-        self.retentions = with_full([own, *retentions])
+        self.retentions = with_full(map(self._presets.resolve, [own, *retentions]))
         self.spec = load_spec(config.model)
         self.tokenizer = Tokenizer.load(config.tokenizer or config.model)
         self._llm: LLM | None = None
@@ -55,7 +57,7 @@ class Session:
         """
         view = copy(self)
         view._llm = self.llm
-        view.retentions = with_full(retentions)
+        view.retentions = with_full(map(self._presets.resolve, retentions))
         return view
 
     def answers(

@@ -18,6 +18,7 @@ from saqqara.cluster.planning.models import known_models, model_of
 from saqqara.cluster.planning.planner import DTYPES, LayoutPlan, Question, plan
 from saqqara.cluster.planning.plots import check_plot_file, curve, draw, save
 from saqqara.cluster.planning.workload import Workload
+from saqqara.cluster.presets import ModelPresets
 from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text
 from saqqara.configs.names import did_you_mean
@@ -91,6 +92,7 @@ def question_of(flags: PlanFlags) -> Question:
     if flags.dtype not in DTYPES:
         raise ValueError(f"dtype: {flags.dtype!r} is none; {did_you_mean(flags.dtype, DTYPES)}")
     retention = Retention.parse(from_yaml(flags.retention), from_yaml(flags.budget))
+    retention = ModelPresets(flags.model).resolve(retention)
     most = model.spec.max_position
     if flags.max_model_len is not None and flags.max_model_len > most:
         raise ValueError(
