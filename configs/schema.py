@@ -27,7 +27,7 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field(
-        description="Folder, or hub id (ORG/NAME or ORG/NAME@REVISION), of a Llama-class model."
+        description="Folder, GGUF file, or hub id (ORG/NAME or ORG/NAME@REVISION) of a model."
     )
     tokenizer: str | None = Field(None, description="Folder or hub id; default: the model's own.")
     load_format: Literal["safetensors", "dummy"] = Field(

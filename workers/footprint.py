@@ -25,10 +25,9 @@ from .mesh.layout import (
     MeshLayout,
     StageCosts,
     head_shard,
-    intermediate_shard,
     layer_split,
 )
-from .models.counting.rank_weights import RankWeights
+from .models.counting.rank_weights import RankWeights, check_channels
 from .models.spec import ItemSize, ModelSpec
 
 GIB = 1024**3
@@ -92,10 +91,11 @@ def stage_costs(spec: ModelSpec, retention: Retention) -> StageCosts | None:
     except ValueError:
         return None
     kept = rows.sum(axis=1).tolist()
-    if len(set(kept)) == 1 and len(set(entering)) == 1:
+    weights = [spec.parameters_of(layer) for layer in range(num_layers)]
+    if all(len(set(of_layers)) == 1 for of_layers in (kept, entering, weights)):
         return None
     of_a_token = _BALANCED_SEQS * 2 * spec.head_dim  # in a row: keys and values
-    numbers = [spec.layer_parameters + of_a_token * tokens for tokens in kept]
+    numbers = [weight + of_a_token * tokens for weight, tokens in zip(weights, kept, strict=True)]
     mean_numbers, mean_entering = sum(numbers) / num_layers, sum(entering) / num_layers
     num_bytes = tuple(each / mean_numbers for each in numbers)
     return StageCosts(
@@ -130,7 +130,7 @@ class Footprint(RankWeights):
         stages = stage_layers(spec, layout.pipeline_size, split, retention)
         size = layout.tensor_size
         heads = [head_shard(spec.num_query_heads, spec.num_kv_heads, size, t) for t in range(size)]
-        intermediate_shard(spec.intermediate_size, size, 0)
+        check_channels(spec, size)
         return tuple(
             cls(
                 spec,

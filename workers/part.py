@@ -3,6 +3,7 @@
 Shapes: H local kv heads, m any columns.
 """
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,8 +21,11 @@ from .mesh.layout import HeadShard, MeshLayout, head_shard
 from .mesh.mesh import Mesh
 from .models.choice import choose_linear_backend
 from .models.decoder import Decoder
+from .models.rotary import length_note
 from .models.spec import ModelSpec, load_spec
 from .models.weights import open_weights
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {
     "float32": torch.float32,
@@ -79,10 +83,17 @@ class Part:
         """Meet the other ranks and load the weights; arguments and errors as `Worker`'s."""
         spec = load_spec(config.model)
         max_model_len = config.max_model_len or spec.max_position
-        _check_served(spec, max_model_len)
+        if rank == 0 and (note := length_note(spec.rope, max_model_len)) is not None:
+            logger.info(note)
         device = choose_device(config, rank)
         dtype, dtype_reason = choose_dtype(config, device)
-        backend, attention_reason = get_backend(config.attention_backend, device, dtype)
+        backend, attention_reason = get_backend(
+            config.attention_backend,
+            device,
+            dtype,
+            spec.attention_softcap,
+            windowed=spec.layers.window > 0,
+        )
         linear_backend, linear_reason = choose_linear_backend(
             config.linear_backend, device, dtype, backend.name, spec
         )
@@ -123,6 +134,11 @@ class Part:
         return self.spec.attention_scale
 
     @cached_property
+    def windows(self) -> tuple[int, ...]:
+        """How many tokens a token sees in each of this rank's layers, itself included; 0: all."""
+        return self.spec.layers.windows[self.layers.start : self.layers.stop]
+
+    @cached_property
     def footprint(self) -> Footprint:
         """This part in numbers."""
         mesh = self.mesh
@@ -154,20 +170,6 @@ class Part:
         `are_parts` is as for `Mesh.gather_heads`.
         """
         return self.mesh.gather_heads(x, self.kv_heads_of_ranks, are_parts=are_parts)
-
-
-def _check_served(spec: ModelSpec, max_model_len: int) -> None:
-    """Raise for what attention does not do yet."""
-    if spec.attention_softcap:
-        raise ValueError(
-            f"config.attn_logit_softcapping={spec.attention_softcap:g}: attention does not cap "
-            "scores yet"
-        )
-    if spec.windows and max_model_len > max(spec.windows):
-        raise ValueError(
-            f"config.sliding_window={max(spec.windows)}: max_model_len={max_model_len} is more, "
-            "and attention has no windows yet"
-        )
 
 
 def choose_device(config: WorkerSettings, rank: int) -> torch.device:

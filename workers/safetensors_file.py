@@ -1,12 +1,14 @@
-"""One safetensors file, copied piece by piece to where its numbers belong.
+"""One safetensors file, copied piece by piece to where its numbers belong, with progress.
 
 The file is read, not mapped: pages of a mapped file count as the process's memory until it is
 unmapped, and what a rank reads of a large checkpoint is soon more than the machine has.
 """
 
 import json
+import logging
 import os
 import struct
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+logger = logging.getLogger(__name__)
+
 _PIECE_BYTES = 4 << 20  # enough for a disk to be read at its speed
 _LENGTH = struct.Struct("<Q")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _MOST_ITEMSIZE = 4
+_LOG_SECONDS = 4.0  # between lines about what has been read
+_BAR_LENGTH = 20
+_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +131,29 @@ class SafetensorsFile:
             if count == 0:
                 raise ValueError(f"model: {self.path} ends too early; is it still being written?")
             left, offset = left[count:], offset + count
+
+
+class LoadProgress:
+    """Logs a bar of how much has been read, every few seconds; `total_bytes` None: not known."""
+
+    def __init__(self, total_bytes: int | None) -> None:
+        self._total_bytes = total_bytes
+        self._num_bytes = 0
+        self._logged = time.monotonic()
+
+    def note(self, part: torch.Tensor) -> None:
+        """One more tensor, or this rank's part of it, is read."""
+        self._num_bytes += part.numel() * part.element_size()
+        now = time.monotonic()
+        if now - self._logged >= _LOG_SECONDS:
+            self._logged = now
+            logger.info("weights: %s", loaded_bar(self._num_bytes, self._total_bytes))
+
+
+def loaded_bar(num_bytes: int, total_bytes: int | None) -> str:
+    """How much is loaded, such as `[#####---------------] 4.2 of 16.9 GiB`."""
+    if total_bytes is None:
+        return f"{num_bytes / _GIB:.1f} GiB read so far"
+    filled = min(_BAR_LENGTH * num_bytes // max(total_bytes, 1), _BAR_LENGTH)
+    bar = "#" * filled + "-" * (_BAR_LENGTH - filled)
+    return f"[{bar}] {num_bytes / _GIB:.1f} of {total_bytes / _GIB:.1f} GiB"

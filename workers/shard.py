@@ -79,6 +79,7 @@ class Shard:
             kernels=True if uses_kernels else None,
             mirrored=True if uses_kernels else None,
             mirror_entries=part.footprint.mirror_entries(holdings.num_pages, *part.sizes),
+            windows=part.windows,
         )
         self.slots = SlotTable(config.max_num_seqs, part.max_model_len + 1)
         self.device_slots = None

@@ -153,7 +153,8 @@ def largest_step(part: Part) -> int:
     lengths = [length] * (tokens // length) + ([tokens % length] if tokens % length else [])
     places = part.decoder.places(to_device(np.arange(tokens) % length, part.device))
     cu = CuSeqlens.of(lengths, part.device)
-    layer = part.decoder.layers[0]
+    layers = part.decoder.layers  # of which some may be wider than others
+    layer = max(layers, key=lambda each: each.activation_bytes_per_token(part.dtype.itemsize))
     q, k, v = layer.project(hidden_TE, places)
     attended, lse = part.backend.prefill(q, k, v, cu, cu, part.scale)
     window = slice(max(length - _WINDOW_QUERIES, 0), length)

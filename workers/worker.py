@@ -269,7 +269,7 @@ class Worker:
             each local kv head in order. Cuts while decoding do not change them.
         """
         watched: dict[tuple[int, int], list[Tensor]] = {}
-        self._prefill.watched = watched
+        self._prefill.choosing.watched = watched
         return watched
 
     def check_integrity(self) -> None:

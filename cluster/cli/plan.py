@@ -93,7 +93,7 @@ def question_of(flags: PlanFlags) -> Question:
         raise ValueError(f"dtype: {flags.dtype!r} is none; {did_you_mean(flags.dtype, DTYPES)}")
     retention = Retention.parse(from_yaml(flags.retention), from_yaml(flags.budget))
     retention = ModelPresets(flags.model).resolve(retention)
-    most = model.spec.max_position
+    most = model.spec.longest
     if flags.max_model_len is not None and flags.max_model_len > most:
         raise ValueError(
             f"max_model_len={flags.max_model_len} is more than the model's context of {most} tokens"
@@ -133,7 +133,6 @@ def as_data(question: Question, flags: PlanFlags, plans: Sequence[LayoutPlan]) -
     """The plan as JSON values."""
     return {
         "model": flags.model,
-        "note": question.model.note,
         "gpu": asdict(question.device),
         "num_gpus": question.num_gpus,
         "num_nodes": question.num_nodes,
@@ -170,7 +169,7 @@ def print_plans(question: Question, flags: PlanFlags, plans: Sequence[LayoutPlan
     for each in plans:
         if each.why_not is not None:
             typer.echo(f"{_name(each)} cannot serve: {each.why_not}")
-    if served and question.model.note is None:
+    if served:
         typer.echo(f"To run it: {_command(flags, served[0])}")
         if flags.model in known_models():
             typer.echo(f"FOLDER: a folder or hub id of {flags.model}'s weights.")
@@ -242,8 +241,6 @@ def _notes(question: Question, flags: PlanFlags) -> list[str]:
             "Rates are a roofline with assumed factors; --calibrate RUN.json fits them to a run "
             "(saqqara bench throughput --json). Activations and driver are estimates, too."
         )
-    if question.model.note is not None:
-        notes.append(f"{flags.model}: {question.model.note}")
     return notes
 
 

@@ -190,7 +190,6 @@ def _as_data(flags: SimulateFlags, asked: _Asked, found: Mapping[str, Measured])
     question, layout = asked.first.question, asked.first.layout
     return {
         "model": flags.planned.model,
-        "note": question.model.note,
         "gpu": asdict(question.device),
         "num_gpus": question.num_gpus,
         "num_nodes": question.num_nodes,
@@ -243,8 +242,6 @@ def _print(
         typer.echo(
             "Steps take what a roofline with assumed factors says; --calibrate RUN.json fits it."
         )
-    if (note := asked.first.question.model.note) is not None:
-        typer.echo(f"{flags.planned.model}: {note}")
 
 
 def _column(asked: _Asked, deployment: Deployment, found: Summary) -> dict[str, str]:

@@ -4,7 +4,8 @@ import logging
 
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
-from saqqara.workers.mesh.layout import head_shard, intermediate_shard, layer_split
+from saqqara.workers.mesh.layout import head_shard, layer_split
+from saqqara.workers.models.counting.rank_weights import check_channels
 from saqqara.workers.models.source import local_folder
 from saqqara.workers.models.spec import ModelSpec, load_spec
 
@@ -17,7 +18,7 @@ def check_fits(config: EngineConfig, spec: ModelSpec) -> None:
     """Raise a ValueError that names the setting which this model cannot meet."""
     tensor_size = config.tensor_parallel_size
     head_shard(spec.num_query_heads, spec.num_kv_heads, tensor_size, 0)
-    intermediate_shard(spec.intermediate_size, tensor_size, 0)
+    check_channels(spec, tensor_size)
     layer_split(
         spec.num_layers,
         config.pipeline_parallel_size,
@@ -29,10 +30,10 @@ def check_fits(config: EngineConfig, spec: ModelSpec) -> None:
             Retention.parse(config.retention, config.budget).entering_tokens(1, spec.layers)
         except ValueError as error:
             raise ValueError(f"retention: {error}") from None
-    if config.max_model_len is not None and config.max_model_len > spec.max_position:
+    if config.max_model_len is not None and config.max_model_len > spec.longest:
         raise ValueError(
             f"max_model_len={config.max_model_len} is more than the model's context of "
-            f"{spec.max_position} tokens"
+            f"{spec.longest} tokens"
         )
 
 

@@ -12,7 +12,6 @@ On a GPU kernels are launched while others run, so a step takes as long as the l
 and launching; one rank alone replays a recorded step and launches nothing.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -148,8 +147,8 @@ class CostModel:
         size = rank.dtype.itemsize
         tokens_in = entering[0]
         share = min(1.0, tokens_in / group_tokens)
-        layer = rank.attention_numbers + self._experts(tokens_in / share) * rank.mlp_numbers
-        active = rank.attention_numbers + self.model.experts_per_token * rank.mlp_numbers
+        layer = rank.attention_numbers + rank.mean_mlp_numbers(tokens_in / share)
+        active = rank.attention_numbers + rank.mean_mlp_numbers()
         in_front = (len(heads.query) + 2 * len(heads.kv)) * spec.head_dim * spec.hidden_size
         linear = attention = exchanged = 0.0
         for number in rank.layers:
@@ -177,9 +176,8 @@ class CostModel:
     def decode_terms(self, rank: Footprint, num_seqs: float, attended_tokens: float) -> Terms:
         """The limits of a step; arguments as of `decode_seconds`."""
         spec, size, num_layers = rank.spec, rank.dtype.itemsize, len(rank.layers)
-        model, mlp = self.model, rank.mlp_numbers
-        read = num_layers * (rank.attention_numbers + self._experts(num_seqs) * mlp)
-        used = num_layers * (rank.attention_numbers + model.experts_per_token * mlp)
+        read = num_layers * (rank.attention_numbers + rank.mean_mlp_numbers(num_seqs))
+        used = num_layers * (rank.attention_numbers + rank.mean_mlp_numbers())
         if rank.is_last_stage:
             read, used = read + rank.head_numbers, used + rank.head_numbers
         linear = self._product(2 * num_seqs * used, read * size, num_seqs)
@@ -247,14 +245,6 @@ class CostModel:
         """Seconds of `rows` times weights, on the device's part that is this rank's."""
         share = self.device.share_of(self.ranks_on_node)
         return self.device.product_seconds(products, num_bytes, rows) / share
-
-    def _experts(self, num_tokens: float) -> float:
-        """MLPs of a layer of which some token makes use, if all are as likely."""
-        model = self.model
-        if model.num_experts == 1:
-            return 1.0
-        missed = math.pow(1 - model.experts_per_token / model.num_experts, num_tokens)
-        return model.num_experts * (1 - missed)
 
 
 def _pairs(num_tokens: float, window: int) -> float:

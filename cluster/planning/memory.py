@@ -179,7 +179,7 @@ class ReplicaMemory:
             layers=(rank.layers.start, rank.layers.stop),
             kv_heads=(rank.heads.kv.start, rank.heads.kv.stop),
             num_pages=0,
-            weight_bytes=weight_bytes(rank, self.model),
+            weight_bytes=rank.weight_bytes(),
             pool_bytes=0,
             activation_bytes=temporary_bytes(rank, sizes, max_num_seqs, is_gpu)
             + (rank.graph_bytes(*counts[:2], self.workload.retention) if is_gpu else 0),
@@ -208,15 +208,6 @@ class ReplicaMemory:
         if self.device.kind == "cuda":
             return sizes.memory_utilization * memory - others
         return min(_CPU_MAX_BYTES, _CPU_SHARE * memory) * of_replica
-
-
-def weight_bytes(rank: Footprint, model: PlannedModel) -> int:
-    """Bytes of a rank's weights; of a mixture of experts each rank has a part of all of them."""
-    more = model.num_experts - 1
-    numbers = more * rank.mlp_numbers
-    if more:
-        numbers += model.num_experts * model.spec.hidden_size  # what chooses among them
-    return rank.weight_bytes() + len(rank.layers) * numbers * rank.dtype.itemsize
 
 
 def temporary_bytes(rank: Footprint, sizes: EngineSizes, max_num_seqs: int, is_gpu: bool) -> int:

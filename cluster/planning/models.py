@@ -9,7 +9,6 @@ from typing import Any
 from saqqara.configs.names import closest
 from saqqara.configs.yaml_files import CONFIG_DIR
 from saqqara.workers.models.reading.families import FAMILIES
-from saqqara.workers.models.reading.fields import check_whole
 from saqqara.workers.models.source import described_folder, local_folder
 from saqqara.workers.models.spec import ModelSpec
 
@@ -18,33 +17,19 @@ _NEEDED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "max_position_embeddings", "rms_norm_eps"),
 )
-_MOST_EXPERTS = 10_000
-_EXPERTS, _EXPERTS_PER_TOKEN = "num_local_experts", "num_experts_per_tok"
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """Sizes of a model; with `num_experts` above 1 every MLP of `spec` is there so many times.
+    """Sizes of a model.
 
     Attributes:
         name: as the user wrote it.
-        num_experts: MLPs of a layer.
-        experts_per_token: how many of them a token goes through.
+        spec: what its config says.
     """
 
     name: str
     spec: ModelSpec
-    num_experts: int = 1
-    experts_per_token: int = 1
-
-    @property
-    def note(self) -> str | None:
-        """What to know before taking the figures at their word."""
-        if self.num_experts > 1:
-            return (
-                "mixture of experts: this engine does not run it; the figures are the plan's alone"
-            )
-        return None
 
 
 def known_models() -> list[str]:
@@ -78,18 +63,7 @@ def _read(name: str, file: Path) -> PlannedModel:
         raise ValueError(f"model: {file} has no model_type")
     if missing := [key for key in _NEEDED if values.get(key) is None]:
         raise ValueError(f"model: {file} lacks {', '.join(missing)}")
-    num_experts = 1
-    if values["model_type"] == "mixtral":
-        # Mistral's layers with several MLPs; the rest of its config is read as Mistral's.
-        num_experts = values.pop(_EXPERTS, 8)
-        values["model_type"] = "mistral"
-    experts_per_token = values.pop(_EXPERTS_PER_TOKEN, 2) if num_experts != 1 else 1
-    try:
-        check_whole(_EXPERTS, num_experts, _MOST_EXPERTS)
-        check_whole(_EXPERTS_PER_TOKEN, experts_per_token, num_experts)
-    except ValueError as error:
-        raise ValueError(f"model: {file}: {error}") from None
-    return PlannedModel(name, _spec(values, file), num_experts, experts_per_token)
+    return PlannedModel(name, _spec(values, file))
 
 
 def _spec(values: dict[str, Any], file: Path) -> ModelSpec:

@@ -212,7 +212,7 @@ def _kinds(ranks: Sequence[Footprint]) -> tuple[list[Footprint], list[int]]:
     examples: list[Footprint] = []
     kind_W: list[int] = []
     for rank in ranks:
-        numbers = (rank.attention_numbers, rank.mlp_numbers, rank.head_numbers)
+        numbers = (rank.attention_numbers, rank.mean_mlp_numbers(), rank.head_numbers)
         key = (rank.layers, len(rank.heads.query), len(rank.heads.kv), *numbers)
         if key not in kinds:
             kinds[key] = len(examples)

@@ -97,37 +97,75 @@ ROPES: dict[str, dict[str, Any]] = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 4096,
+    },
+    "yarn-scaled": {
+        "rope_type": "yarn",
+        "rope_theta": 1000000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 4096,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.3,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "truncate": False,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 4096,
+        "short_factor": 1.5,
+        "long_factor": 3.5,
+    },
 }
+# Lengths within and beyond those that the model was first trained with.
+_ONE_LENGTH = [(name, 16384) for name in ROPES if name not in ("dynamic", "longrope")]
+_LENGTHS = [("dynamic", 16384), ("dynamic", 30000), ("longrope", 4096), ("longrope", 16384)]
 
 
-@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize(("name", "length"), _ONE_LENGTH + _LENGTHS)
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
-def test_rotary_is_that_of_transformers(name: str, head_dim: int) -> None:
-    """Frequencies, and rotated queries and keys at far and unordered positions."""
+def test_rotary_is_that_of_transformers(name: str, length: int, head_dim: int) -> None:
+    """Frequencies, and rotated queries and keys at far and unordered positions.
+
+    Where frequencies depend on a text's length, the engine's longest is what counts.
+    """
+    settings = dict(ROPES[name])
+    for key in {"short_factor", "long_factor"} & settings.keys():
+        settings[key] = [settings[key] + n / 7 for n in range(head_dim // 2)]
     config = LlamaConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=head_dim,
         max_position_embeddings=16384,
-        rope_parameters=dict(ROPES[name]),
+        rope_parameters=settings,
     )
     oracle = LlamaRotaryEmbedding(config)
     rope = ModelSpec.from_hf(config).rope
-    torch.testing.assert_close(
-        inverse_frequencies(rope, head_dim), oracle.inv_freq, rtol=1e-7, atol=0
-    )
-    positions = torch.tensor([0, 1, 2, 5000, 16383, 7, 7])
+    positions = torch.tensor([0, 1, 2, length // 3, length - 1, 7, 7])
     q, k = randn(7, 4, head_dim), randn(7, 2, head_dim, seed=1)
-    table = RotaryTable(rope, head_dim, 16384)
+    table = RotaryTable(rope, head_dim, length)
     looked_up = table.lookup(positions)
     # Transformers wants [batch, heads, tokens, D].
     cos, sin = oracle(q, positions[None])
+    torch.testing.assert_close(
+        inverse_frequencies(rope, head_dim, length), oracle.inv_freq, rtol=3e-7, atol=0
+    )
+    # A base that is computed in fp32 there moves a frequency by a rounding, far angles by more.
+    tolerance = 5e-5 if (name, length) == ("dynamic", 30000) else 1e-6
     expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
     for x, oracle_rotated in zip((q, k), expected, strict=True):
         rotated = rotate(x, *looked_up)
         assert rotated.is_contiguous()
-        torch.testing.assert_close(rotated, oracle_rotated[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            rotated, oracle_rotated[0].transpose(0, 1), rtol=tolerance, atol=tolerance
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -39,7 +39,7 @@ _GEMMA = {
     **_SIZES,
     "vocab_size": len(PIECES),
     "tie_word_embeddings": True,
-    "sliding_window": 8,
+    "sliding_window": 24,
     "query_pre_attn_scalar": 16,
 }
 CONFIGS: dict[str, Any] = {

@@ -12,8 +12,13 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 VOCAB = 199
@@ -40,14 +45,24 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+_EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+_ROPE = {"rope_theta": 10000.0, "factor": 4.0}
+_YARN = {**_ROPE, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+_LONGROPE = {  # of 12 of 16 channels
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + n / 9 for n in range(6)],
+    "long_factor": [2.0 + n for n in range(6)],
+}
 _GEMMA = {**_SIZES, "num_hidden_layers": 5, "num_attention_heads": 6, "query_pre_attn_scalar": 24}
 
 CONFIGS: dict[str, Any] = {
     "gemma2": Gemma2Config(
-        **_GEMMA, sliding_window=512, attn_logit_softcapping=None, final_logit_softcapping=9.0
+        **_GEMMA, sliding_window=9, attn_logit_softcapping=2.0, final_logit_softcapping=9.0
     ),
     "gemma3": Gemma3TextConfig(
-        **{**_GEMMA, "tie_word_embeddings": True, "sliding_window": 512},
+        **{**_GEMMA, "tie_word_embeddings": True, "sliding_window": 12},
         layer_types=[("sliding" if n % 3 else "full") + "_attention" for n in range(5)],
     ),
     "llama-gqa": LlamaConfig(**_SIZES),
@@ -56,8 +71,24 @@ CONFIGS: dict[str, Any] = {
     "llama-tied": LlamaConfig(**{**_SIZES, "tie_word_embeddings": True}),
     "llama-bias": LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True),
     "llama-rope3": LlamaConfig(**_SIZES, rope_parameters=_LLAMA3),
-    "mistral": MistralConfig(**_SIZES, sliding_window=None),
-    "qwen2": Qwen2Config(**_SIZES),
+    "llama-linear": LlamaConfig(**_SIZES, rope_parameters={**_ROPE, "rope_type": "linear"}),
+    "llama-dynamic": LlamaConfig(**_SIZES, rope_parameters={**_ROPE, "rope_type": "dynamic"}),
+    "llama-yarn": LlamaConfig(**_SIZES, rope_parameters=_YARN),
+    "mistral": MistralConfig(**_SIZES, sliding_window=6),
+    "mixtral": MixtralConfig(**_SIZES, num_local_experts=5, sliding_window=20),
+    "phi3": Phi3Config(**_SIZES, pad_token_id=0),
+    "phi3-longrope": Phi3Config(
+        **{**_SIZES, "hidden_size": 96},
+        pad_token_id=0,
+        original_max_position_embeddings=128,
+        rope_parameters=_LONGROPE,
+    ),
+    "qwen2-moe": Qwen2MoeConfig(
+        **_SIZES, **_EXPERTS, shared_expert_intermediate_size=88, decoder_sparse_step=2
+    ),
+    "qwen3-moe": Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=True, mlp_only_layers=[1]),
+    "smollm3": SmolLM3Config(**_SIZES, no_rope_layer_interval=2, pad_token_id=0),
+    "qwen2": Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=9, max_window_layers=1),
     "qwen3": Qwen3Config(**_SIZES),
 }
 
@@ -77,7 +108,9 @@ def save_tiny(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
         tokenizer.save_pretrained(folder)
         config.vocab_size = len(tokenizer)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # The others of transformers do not cap scores.
+    settings = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(config, **settings).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name or parameter_name.endswith("bias"):

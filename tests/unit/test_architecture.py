@@ -75,7 +75,7 @@ _BASE = _below("configs", "compression", "cluster", "cluster/chat")
 _OPENAI = _below("cluster/openai", "cluster/openai/requests", "cluster/openai/tools")
 _OPENAI |= {"cluster/openai/responses"}
 # What says how large a model is and how it is divided: no tensors are made for it.
-_MODEL = _below("workers", "workers/models", "workers/mesh")
+_MODEL = _below("workers", "workers/models", "workers/models/counting", "workers/mesh")
 ROOMS = {
     "configs": _below(),
     "compression": _below("configs"),

@@ -35,7 +35,8 @@ class _Attend(Structure):
         *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride")),
         *((name, c_int) for name in ("num_sequences", "num_heads", "group", "dim")),
         *((name, c_int) for name in ("page_tokens", "max_pages", "is_bf16", "num_threads")),
-        ("scale", c_float),
+        ("window", c_int),
+        *((name, c_float) for name in ("scale", "softcap")),
     )
 
 
@@ -49,7 +50,7 @@ class _Decode(Structure):
         *((name, c_int) for name in ("num_sequences", "num_heads", "group", "dim")),
         *((name, c_int) for name in ("page_tokens", "max_pages", "max_length")),
         *((name, c_int) for name in ("is_bf16", "num_threads")),
-        ("scale", c_float),
+        *((name, c_float) for name in ("scale", "softcap")),
     )
 
 
@@ -61,7 +62,7 @@ class _Mass(Structure):
         *((name, c_int64) for name in ("q_stride", "k_stride")),
         *((name, c_int64) for name in ("num_queries", "num_keys", "num_columns")),
         *((name, c_int) for name in ("num_heads", "group", "dim", "is_bf16", "num_threads")),
-        ("scale", c_float),
+        *((name, c_float) for name in ("scale", "softcap")),
     )
 
 
@@ -87,7 +88,8 @@ class CpuAttention:
 
     name = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, softcap: float = 0.0) -> None:
+        self.softcap = softcap
         self._attend = build.function("saqqara_attend", (POINTER(_Attend),))
         self._decode = build.function("saqqara_decode", (POINTER(_Decode),))
         self._mass = build.function("saqqara_mass", (POINTER(_Mass),))
@@ -100,12 +102,13 @@ class CpuAttention:
         cu_q: CuSeqlens,
         cu_k: CuSeqlens,
         scale: float,
+        window: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Causal attention of the last queries of each sequence over its keys."""
         lengths = zip(cu_q.lengths, cu_k.lengths, strict=True)
         assert all(queries <= keys for queries, keys in lengths), "more queries than keys"
         lse = torch.empty(q.shape[:2])
-        out = self._attend_new(q, k, v, cu_q, cu_k, None, scale, lse)
+        out = self._attend_new(q, k, v, cu_q, cu_k, None, scale, lse, window)
         return out, lse
 
     def extend(
@@ -124,12 +127,14 @@ class CpuAttention:
         view: KVView | None,
         scale: float,
         lse: Tensor | None = None,
+        window: int = 0,
     ) -> Tensor:
         """Queries over the kept tokens of `view`, if there is one, and causally over k and v."""
         _check(scale, q, k, v)
         q, k, v = _heads_together(q), _heads_together(k), _heads_together(v)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        arguments = _attend_arguments(q, k, cu_q, cu_k, scale, lse)
+        arguments = self._arguments(q, k, cu_q, cu_k, scale, lse)
+        arguments.window = window
         arguments.v, arguments.v_stride, arguments.out = v.data_ptr(), v.stride(0), out.data_ptr()
         if view is not None:
             arguments.k_pages = build.pointer(view.k_pages, q.dtype)
@@ -189,6 +194,7 @@ class CpuAttention:
             is_bf16=q.dtype == torch.bfloat16,
             num_threads=torch.get_num_threads(),
             scale=scale,
+            softcap=self.softcap,
         )
         if mass is not None:
             weights = torch.empty(num_sequences, num_query_heads, view.max_length)
@@ -234,6 +240,7 @@ class CpuAttention:
             is_bf16=q.dtype == torch.bfloat16,
             num_threads=torch.get_num_threads(),
             scale=scale,
+            softcap=self.softcap,
         )
         if query_weights is not None:
             assert query_weights.shape == (num_queries,), query_weights.shape
@@ -251,32 +258,38 @@ class CpuAttention:
         """Of the last queries [w, Hq, D] of one sequence with keys [n, H, D]: float32 [w, Hq]."""
         cu_q, cu_k = (CuSeqlens.of([len(x)], q.device) for x in (q, k))
         lse = torch.empty(q.shape[:2])
-        self._attend(byref(_attend_arguments(q, k, cu_q, cu_k, scale, lse)))
+        self._attend(byref(self._arguments(q, k, cu_q, cu_k, scale, lse)))
         return lse
 
-
-def _attend_arguments(
-    q: Tensor, k: Tensor, cu_q: CuSeqlens, cu_k: CuSeqlens, scale: float, lse: Tensor | None
-) -> _Attend:
-    """Arguments without values and without pages: what makes the log-sum-exps only."""
-    (_, num_query_heads, dim), num_heads = q.shape, k.shape[1]
-    return _Attend(
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        lse=None if lse is None else lse.data_ptr(),
-        cu_q=build.pointer(cu_q.device, torch.int32),
-        cu_k=build.pointer(cu_k.device, torch.int32),
-        q_stride=q.stride(0),
-        k_stride=k.stride(0),
-        num_sequences=len(cu_q.host) - 1,
-        num_heads=num_heads,
-        group=num_query_heads // num_heads,
-        dim=dim,
-        page_tokens=1,
-        is_bf16=q.dtype == torch.bfloat16,
-        num_threads=torch.get_num_threads(),
-        scale=scale,
-    )
+    def _arguments(
+        self,
+        q: Tensor,
+        k: Tensor,
+        cu_q: CuSeqlens,
+        cu_k: CuSeqlens,
+        scale: float,
+        lse: Tensor | None,
+    ) -> _Attend:
+        """Arguments without values and without pages: what makes the log-sum-exps only."""
+        (_, num_query_heads, dim), num_heads = q.shape, k.shape[1]
+        return _Attend(
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            lse=None if lse is None else lse.data_ptr(),
+            cu_q=build.pointer(cu_q.device, torch.int32),
+            cu_k=build.pointer(cu_k.device, torch.int32),
+            q_stride=q.stride(0),
+            k_stride=k.stride(0),
+            num_sequences=len(cu_q.host) - 1,
+            num_heads=num_heads,
+            group=num_query_heads // num_heads,
+            dim=dim,
+            page_tokens=1,
+            is_bf16=q.dtype == torch.bfloat16,
+            num_threads=torch.get_num_threads(),
+            scale=scale,
+            softcap=self.softcap,
+        )
 
 
 def _check(scale: float, q: Tensor, *others: Tensor) -> None:

@@ -18,6 +18,9 @@ class ReferenceAttention:
 
     name = "reference"
 
+    def __init__(self, softcap: float = 0.0) -> None:
+        self.softcap = softcap
+
     def prefill(
         self,
         q: Tensor,
@@ -26,6 +29,7 @@ class ReferenceAttention:
         cu_q: CuSeqlens,
         cu_k: CuSeqlens,
         scale: float,
+        window: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Causal attention of the last queries of each sequence over its keys."""
         out = torch.empty_like(q)
@@ -35,11 +39,12 @@ class ReferenceAttention:
             first, last = cu_q.host[n], cu_q.host[n + 1]
             first_key, last_key = cu_k.host[n], cu_k.host[n + 1]
             for t in range(first, last):
-                seen = slice(first_key, last_key - (last - 1 - t))
+                own = last_key - (last - t)
+                seen = slice(max(first_key, own + 1 - window) if window else first_key, own + 1)
                 for head in range(q.shape[1]):
                     keys, values = k[seen, head // group], v[seen, head // group]
-                    out[t, head], _ = _attend(q[t, head], keys, values, scale)
-                    lse[t, head] = torch.logsumexp(_scores(q[t, head], keys, scale), dim=0)
+                    out[t, head], _ = self._attend(q[t, head], keys, values, scale)
+                    lse[t, head] = torch.logsumexp(self._scores(q[t, head], keys, scale), dim=0)
         return out, lse
 
     def decode(self, q: Tensor, view: KVView, scale: float) -> Tensor:
@@ -53,7 +58,7 @@ class ReferenceAttention:
         for n in range(q.shape[0]):
             for head in range(q.shape[1]):
                 k, _ = _row(view, n, head // group)
-                lse[n, head] = torch.logsumexp(_scores(q[n, head], k, scale), dim=0)
+                lse[n, head] = torch.logsumexp(self._scores(q[n, head], k, scale), dim=0)
         return self.decode(q, view, scale), lse
 
     def decode_and_mass(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
@@ -65,7 +70,7 @@ class ReferenceAttention:
         for n in range(num_sequences):
             for head in range(q.shape[1]):
                 k, v = _row(view, n, head // group)
-                out[n, head], weights = _attend(q[n, head], k, v, scale)
+                out[n, head], weights = self._attend(q[n, head], k, v, scale)
                 mass[n, head // group, : len(k)] += weights
         return out, mass
 
@@ -82,7 +87,7 @@ class ReferenceAttention:
                 for t in range(first, last):
                     keys = torch.cat([kept_k, k[first : t + 1, head // group]])
                     values = torch.cat([kept_v, v[first : t + 1, head // group]])
-                    out[t, head], _ = _attend(q[t, head], keys, values, scale)
+                    out[t, head], _ = self._attend(q[t, head], keys, values, scale)
         return out
 
     def mass(
@@ -104,9 +109,9 @@ class ReferenceAttention:
                 kv_head = head // (num_query_heads // num_heads)
                 keys = k[:seen, kv_head]
                 if lse is None:
-                    _, weights = _attend(q_window[i, head], keys, keys, scale)
+                    _, weights = self._attend(q_window[i, head], keys, keys, scale)
                 else:
-                    weights = torch.exp(_scores(q_window[i, head], keys, scale) - lse[i, head])
+                    weights = torch.exp(self._scores(q_window[i, head], keys, scale) - lse[i, head])
                 mass[kv_head, :seen] += (
                     weights if query_weights is None else query_weights[i] * weights
                 )
@@ -119,23 +124,24 @@ class ReferenceAttention:
         for i in range(num_queries):
             for head in range(q_window.shape[1]):
                 keys = k[: len(k) - num_queries + i + 1, head // group]
-                lse[i, head] = torch.logsumexp(_scores(q_window[i, head], keys, scale), dim=0)
+                lse[i, head] = torch.logsumexp(self._scores(q_window[i, head], keys, scale), dim=0)
         return lse
 
+    def _scores(self, q: Tensor, keys: Tensor, scale: float) -> Tensor:
+        """Scores of one query [D] over keys [m, D], float32 [m]."""
+        scores = (keys.float() * q.float()).sum(dim=-1) * scale
+        return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
 
-def _scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Scores of one query [D] over keys [m, D], float32 [m]."""
-    return (keys.float() * q.float()).sum(dim=-1) * scale
-
-
-def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One query [D] over keys and values [m, D]: the output [D] and the weights [m], float32."""
-    if len(keys) == 0:
-        return torch.zeros_like(q, dtype=torch.float32), torch.zeros(0, device=q.device)
-    scores = _scores(q, keys, scale)
-    exponentials = torch.exp(scores - scores.max())
-    weights = exponentials / exponentials.sum()
-    return (weights[:, None] * values.float()).sum(dim=0), weights
+    def _attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """One query [D] over keys and values [m, D]: output [D] and weights [m], float32."""
+        if len(keys) == 0:
+            return torch.zeros_like(q, dtype=torch.float32), torch.zeros(0, device=q.device)
+        scores = self._scores(q, keys, scale)
+        exponentials = torch.exp(scores - scores.max())
+        weights = exponentials / exponentials.sum()
+        return (weights[:, None] * values.float()).sum(dim=0), weights
 
 
 def _row(view: KVView, n: int, head: int) -> tuple[Tensor, Tensor]:

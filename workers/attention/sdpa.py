@@ -42,18 +42,20 @@ class TorchAttention:
 
     Args:
         tiling: sizes of the pieces of work; default: those measured for the device.
+        softcap: of the scores; 0: they have none.
     """
 
     name = "torch"
 
-    def __init__(self, tiling: Tiling | None = None) -> None:
+    def __init__(self, tiling: Tiling | None = None, softcap: float = 0.0) -> None:
+        self.softcap = softcap
         self._tiling = tiling
         self._workspaces: dict[torch.device, Workspace] = {}
 
     def _workspace(self, device: torch.device) -> Workspace:
         if device not in self._workspaces:
             tiling = self._tiling or (CPU_TILING if device.type == "cpu" else GPU_TILING)
-            self._workspaces[device] = Workspace(tiling, device)
+            self._workspaces[device] = Workspace(tiling, device, self.softcap)
         return self._workspaces[device]
 
     # -- fresh keys -------------------------------------------------------------------------
@@ -66,22 +68,27 @@ class TorchAttention:
         cu_q: CuSeqlens,
         cu_k: CuSeqlens,
         scale: float,
+        window: int = 0,
     ) -> tuple[Tensor, None]:
         """Causal attention of the last queries of each sequence over its keys."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for n in range(len(cu_q.host) - 1):
             queries = slice(cu_q.host[n], cu_q.host[n + 1])
             keys = slice(cu_k.host[n], cu_k.host[n + 1])
-            self._prefill_one(q[queries], k[keys], v[keys], scale, out[queries])
+            of_one = (q[queries], k[keys], v[keys])
+            self._prefill_one(*of_one, scale, out[queries], window)
         return out, None
 
-    def _prefill_one(self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+    def _prefill_one(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, window: int
+    ) -> None:
         """One sequence: q and out [M, Hq, D], k and v [n, H, D]."""
         num_queries, num_query_heads, dim = q.shape
         num_keys, num_heads, _ = k.shape
         assert num_queries <= num_keys, f"{num_queries} queries of {num_keys} tokens"
         tiled = q.device.type == "cpu" and tile_dtype(q.dtype, q.device) == torch.bfloat16
-        if num_queries == num_keys and not tiled:
+        window = 0 if num_keys <= window else window
+        if num_queries == num_keys and not (tiled or window or self.softcap):
             q_HMD, k_HSD, v_HSD = (x.transpose(0, 1) for x in (q, k, v))
             grouped = num_query_heads != num_heads
             attended = F.scaled_dot_product_attention(
@@ -97,7 +104,8 @@ class TorchAttention:
         shape = (num_queries, num_heads, num_query_heads // num_heads, dim)
         q_HMGD, out_HMGD = (x.view(shape).transpose(0, 1) for x in (q, out))
         work = self._workspace(q.device)
-        out_HMGD.copy_(attend(q_HMGD, k.transpose(0, 1), v.transpose(0, 1), scale, work))
+        k_HSD, v_HSD = k.transpose(0, 1), v.transpose(0, 1)
+        out_HMGD.copy_(attend(q_HMGD, k_HSD, v_HSD, scale, work, window=window))
 
     def mass(
         self,

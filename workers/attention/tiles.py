@@ -59,7 +59,7 @@ GPU_TILING = Tiling(
 
 @dataclass
 class Workspace:
-    """Tile sizes for a device, and on a CPU buffers that are used again and again.
+    """Tile sizes for a device, the cap of scores, and on a CPU buffers that are used again.
 
     Memory that the C library hands out anew must be paged in, which costs more than the
     attention that is computed in it; GPUs have an allocator that keeps memory.
@@ -67,6 +67,7 @@ class Workspace:
 
     tiling: Tiling
     device: torch.device
+    softcap: float = 0.0
     _buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -106,11 +107,15 @@ def attend(
     scale: float,
     work: Workspace,
     kept: NDArray[np.int32] | None = None,
+    window: int = 0,
 ) -> Tensor:
     """Causal attention of the last M of S tokens of each row, tile by tile; returns [R, M, G, D].
 
     With `kept` [R], the S - M tokens before the queries' own are only the first `kept[r]` in row r.
+    With a `window`, and without `kept`, each query sees so many tokens up to its own at most.
     """
+    assert not window or kept is None, "a window counts tokens that lie side by side"
+
     num_rows, num_queries, group, dim = q_RMGD.shape
     num_keys, dtype = k_RSD.shape[1], tile_dtype(q_RMGD.dtype, q_RMGD.device)
     out = torch.empty(q_RMGD.shape, dtype=q_RMGD.dtype, device=q_RMGD.device)
@@ -119,32 +124,39 @@ def attend(
         for row in range(num_rows):  # one row's tiles can leave out the keys they do not see
             one = slice(row, row + 1)
             length = None if kept is None else kept[one]
-            out[one] = attend(q_RMGD[one], k_RSD[one], v_RSD[one], scale, work, length)
+            of_row = (q_RMGD[one], k_RSD[one], v_RSD[one])
+            out[one] = attend(*of_row, scale, work, length, window)
         return out
     num_before = num_keys - num_queries
     k_RSD = work.packed("tile keys", k_RSD, dtype)
     v_RSD = work.packed("tile values", v_RSD, dtype)
     for start in range(0, num_queries, block):
         stop = min(start + block, num_queries)
-        seen = num_before + stop
+        first = max(0, num_before + start + 1 - window) if window else 0
+        seen = slice(first, num_before + stop)
         queries = q_RMGD[:, start:stop].reshape(num_rows, -1, dim).to(dtype)
-        scores = scaled_scores(queries, k_RSD[:, :seen], scale, work)
+        scores = scaled_scores(queries, k_RSD[:, seen], scale, work)
         if kept is not None:
             hide_padding(scores[..., :num_before], kept)
-        hide_later(scores, stop - start, num_before + start)
-        tile = weighted_values(softmax(scores), v_RSD[:, :seen])
+        hide_later(scores, stop - start, num_before + start - first)
+        if window:
+            hide_earlier(scores, stop - start, num_before + start - first, window)
+        tile = weighted_values(softmax(scores), v_RSD[:, seen])
         out[:, start:stop] = tile.view(num_rows, -1, group, dim)
     return out
 
 
 def scaled_scores(q_RMD: Tensor, k_RSD: Tensor, scale: float, work: Workspace) -> Tensor:
-    """Scaled scores [R, M, S], in the workspace."""
+    """Scaled scores [R, M, S], capped where the workspace says so; they are in the workspace."""
     num_rows, num_queries, _ = q_RMD.shape
     scores = work.take("scores", (num_rows, num_queries, k_RSD.shape[1]), q_RMD.dtype)
     if num_rows == 1:  # a plain matrix product is faster than a batch of one
         scores[0].addmm_(q_RMD[0], k_RSD[0].T, beta=0, alpha=scale)
     else:
         scores.baddbmm_(q_RMD, k_RSD.transpose(1, 2), beta=0, alpha=scale)
+    if work.softcap:
+        # In float32 throughout: rounded in between, large scores would lose their order.
+        scores.copy_(scores.float().div_(work.softcap).tanh_().mul_(work.softcap))
     return scores
 
 
@@ -182,6 +194,17 @@ def hide_later(scores: Tensor, num_queries: int, first_key: int) -> None:
     grouped = scores.view(num_rows, num_queries, -1, num_keys)[..., first_key:]
     bias = scores.new_full((num_queries, num_keys - first_key), -math.inf).triu_(1)
     grouped += bias[:, None]  # several times faster than to fill by a mask
+
+
+def hide_earlier(scores: Tensor, num_queries: int, first_key: int, window: int) -> None:
+    """Take keys before each query's window out of its softmax; else as `hide_later`."""
+    num_rows, _, num_keys = scores.shape
+    num_hidden = first_key + num_queries - window  # of the last query; the others hide fewer
+    if num_hidden <= 0:
+        return
+    grouped = scores.view(num_rows, num_queries, -1, num_keys)[..., :num_hidden]
+    bias = scores.new_full((num_queries, num_hidden), -math.inf).tril_(first_key - window)
+    grouped += bias[:, None]
 
 
 def group_rows(

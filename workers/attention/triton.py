@@ -51,7 +51,9 @@ class TritonAttention:
 
     name = "triton"
 
-    def __init__(self) -> None:
+    def __init__(self, softcap: float = 0.0) -> None:
+        assert softcap == 0, "checked by get_backend"
+        self.softcap = softcap
         from saqqara.workers.kernels import attend, decode, mass
 
         self._attend, self._decode, self._mass = attend, decode, mass
@@ -65,11 +67,13 @@ class TritonAttention:
         cu_q: CuSeqlens,
         cu_k: CuSeqlens,
         scale: float,
+        window: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """Causal attention of the last queries of each sequence over its keys.
 
         No normalisers: `mass` makes those of the few queries that it is asked for.
         """
+        assert window == 0, "checked by get_backend"
         if cu_q.host == cu_k.host:
             out = self._fresh(q, k, v, cu_k, scale)
         else:

@@ -96,7 +96,7 @@ class Conversion:
             for target in self._targets:
                 for piece in _pieces(self._file, target):
                     done += out.write(piece)
-                    if (percent := 100 * done // total) >= said + _SAY_EVERY:
+                    if (percent := 100 * done // total) >= said + _SAY_EVERY or done == total:
                         said = percent
                         say(f"dequantised {percent}% of {total / 1e6:,.0f} MB")
 

@@ -3,10 +3,11 @@
 import numpy as np
 
 from .pool import PagePool
+from .ring import Rings
 from .table import RowTable
 
 
-def check_integrity(table: RowTable, pool: PagePool) -> None:
+def check_integrity(table: RowTable, pool: PagePool, rings: Rings) -> None:
     """Check lengths, owners, reference counts, the free stack and the device's copies.
 
     Raises:
@@ -15,6 +16,10 @@ def check_integrity(table: RowTable, pool: PagePool) -> None:
     _require((table.kept >= 0).all(), "a row keeps fewer than 0 tokens")
     too_long = np.argwhere(table.kept > table.max_row_tokens)
     _require(not len(too_long), f"rows longer than {table.max_row_tokens}: {too_long[:5]}")
+    if rings.window:
+        held, full = table.kept[:, rings.windowed], np.minimum(rings.seen, rings.window)
+        unlike = np.argwhere((held != 0) & (held != full[:, None, None]))
+        _require(not len(unlike), f"rows with a window are no rings of {full}: {unlike[:5]}")
     owned = table.flat_pages[table.used_entries(table.first_entry, table.kept)]
     valid = (owned >= 0) & (owned < pool.num_pages)
     _require(valid.all(), f"page ids out of range: {owned[~valid][:5]}")

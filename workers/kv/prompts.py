@@ -4,7 +4,7 @@ Shapes: T packed tokens, N sequences, H kv heads, D head dim.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class PromptWrite:
         start: where the prompt begins among the packed tokens.
         num_tokens: of the prompt.
         indices: which of its tokens each head keeps, in order: int64 [H, keep], or one int64 tensor
-            per head; None for all.
+            per head; None for all, or as many of the last as the layer's window has.
     """
 
     slot: int
@@ -87,7 +87,11 @@ def write_layers(
     """
     table, (num_layers, num_tokens, num_heads, dim) = kv.table, k_LTHD.shape
     assert len(writes) == num_layers, (len(writes), num_layers)
-    flat = [(layer, write) for layer in range(num_layers) for write in writes[layer]]
+    flat = [
+        (layer, write)
+        for layer in range(num_layers)
+        for write in _as_stored(kv, first_layer + layer, writes[layer])
+    ]
     if not flat:
         return True
     counts_WH = np.stack([write.counts(num_heads) for _, write in flat])
@@ -107,11 +111,13 @@ def write_layers(
     for layer in np.unique(local_W).tolist():
         among = local_W == layer
         table.set_layer_kept(slots_W[among], layer, counts_WH[among])
+    for layer, write in flat:
+        kv.rings.start(first_layer + layer, write.slot, write.num_tokens)
     nth, row = padded(counts, needed * kv.page_tokens)
     chosen = np.concatenate([tokens for _, write in flat for tokens in _tokens(write, num_heads)])
-    write, head = row // num_heads, row % num_heads
-    token = starts_W[write] + chosen[(np.cumsum(counts) - counts)[row] + nth]
-    source = (layers_W[write] * num_tokens + token) * num_heads + head
+    of_write, head = row // num_heads, row % num_heads
+    token = starts_W[of_write] + chosen[(np.cumsum(counts) - counts)[row] + nth]
+    source = (layers_W[of_write] * num_tokens + token) * num_heads + head
     flat_k, flat_v = k_LTHD.view(-1, dim), v_LTHD.view(-1, dim)
     kv.fill_pages(pages, flat_k, flat_v, to_device(source, table.device))
     return True
@@ -124,6 +130,14 @@ def _tokens(write: PromptWrite, num_heads: int) -> list[NDArray[np.int64]]:
     return [head.numpy() for head in write.indices]
 
 
+def _as_stored(kv: KVStore, layer: int, writes: Sequence[PromptWrite]) -> Sequence[PromptWrite]:
+    """The writes with what rings keep of the prompts, in the order of their places."""
+    if layer not in kv.rings:
+        return writes
+    assert all(write.indices is None for write in writes), "what rows with a window keep is given"
+    return [replace(write, indices=kv.prompt_ring(write.num_tokens)) for write in writes]
+
+
 def _write_together(
     kv: KVStore,
     moves: KernelMoves,
@@ -133,6 +147,7 @@ def _write_together(
     writes: Sequence[PromptWrite],
 ) -> int:
     table, num_heads = kv.table, k.shape[1]
+    writes = _as_stored(kv, layer, writes)
     counts_NH = np.stack([write.counts(num_heads) for write in writes])
     needed_NH = table.num_pages(counts_NH)
     fits = np.cumsum(needed_NH.sum(axis=1, dtype=np.int64)) <= kv.pages_free
@@ -147,6 +162,8 @@ def _write_together(
     pages = kv.pool.allocate(int(needed.sum()))
     table.set_pages(spans(table.first_entry[slots, layer].reshape(-1), needed), pages)
     table.set_layer_kept(slots, layer, counts_NH)
+    for write in writes:
+        kv.rings.start(layer, write.slot, write.num_tokens)
     counts, heads = counts_NH.reshape(-1), np.tile(np.arange(num_heads), fitting)
     starts = np.repeat([write.start for write in writes], num_heads)
     is_whole = np.repeat([write.indices is None for write in writes], num_heads)

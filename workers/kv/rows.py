@@ -15,6 +15,7 @@ from saqqara.workers.transfer import to_device
 
 from .spans import spans
 from .store import KVStore
+from .view import AppendPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,40 @@ def read_places(kv: KVStore, rows: Rows, start: int, stop: int) -> Tensor:
     k = kv.pool.k_pages.index_select(0, pages.reshape(-1))
     k = k.view(len(kept), -1, k.shape[-1])
     return k[:, skipped : skipped + stop - start].contiguous()
+
+
+def rings_with_new(
+    kv: KVStore, plan: AppendPlan, layer: int, first: int, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, list[int]]:
+    """What rings held before a step, in the order of the text, with the step's tokens behind it.
+
+    Args:
+        kv: the store, before it has stored the new tokens in this layer.
+        plan: of the step.
+        layer: local layer with a window.
+        first: the sequences of the plan from this one on.
+        k: keys of their new tokens, [T, H, D].
+        v: values of these, [T, H, D].
+
+    Returns:
+        Keys and values, packed, [T + held, H, D] each, and how many each sequence has.
+    """
+    slots, num_new, device = plan.slots[first:], plan.num_new[first:], k.device
+    places, held = kv.rings.in_order(kv.rings.seen[slots] - num_new)
+    row = kv.table.first_entry[slots, layer].repeat(held, axis=0)  # [held, H]
+    column = places[:, None] // kv.page_tokens
+    refs = kv.table.flat_pages[row + column].astype(np.int64) * kv.page_tokens
+    refs += places[:, None] % kv.page_tokens
+    stored = to_device(refs.reshape(-1), device)
+    starts = np.cumsum(held + num_new) - held - num_new
+    of_held = to_device(spans(starts, held), device)
+    of_new = to_device(spans(starts + held, num_new), device)
+    packed = []
+    for new, tokens in ((k, kv.k_tokens), (v, kv.v_tokens)):
+        both = new.new_empty(len(places) + len(new), *new.shape[1:])
+        both.index_copy_(0, of_held, tokens.index_select(0, stored).view(-1, *new.shape[1:]))
+        packed.append(both.index_copy_(0, of_new, new))
+    return packed[0], packed[1], (held + num_new).tolist()
 
 
 def compact_rows(kv: KVStore, rows: Rows, indices: Tensor, num_fixed: int = 0) -> bool:

@@ -1,7 +1,8 @@
 """The KV store of one worker: write after prefill, append, view, fork, free.
 
 A page belongs to one row, a row is (slot, layer, kv head), and rows have any length. Positions
-here are places in storage (0 is the first token kept), not positions in the text.
+here are places in storage (0 is the first token kept), not positions in the text. Rows of layers
+with a window are rings of their last tokens (`ring.py`).
 
 Shapes: T new tokens of all sequences, N sequences, L local layers, H local kv heads, P pages,
 D head dim.
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from saqqara.workers.transfer import to_device
 
+from .appends import append_plan, shared_tails
 from .integrity import check_integrity
 from .moves import KernelMoves, kernels_can_move
 from .pool import PagePool
+from .ring import Rings
 from .spans import padded, spans
 from .table import RowTable
 from .view import AppendPlan, KVView
@@ -46,6 +49,8 @@ class KVStore:
             on a GPU, where they run.
         mirror_entries: entries of those copies, `mirror.num_entries`; default: of all rows at full
             length.
+        windows: of each layer, how many of the last tokens its rows hold; 0: all. Default: no layer
+            has one.
 
     Raises:
         ValueError: a size that is not positive, naming it.
@@ -65,6 +70,7 @@ class KVStore:
         mirrored: bool | None = None,
         kernels: bool | None = None,
         mirror_entries: int | None = None,
+        windows: Sequence[int] = (),
     ) -> None:
         self.num_layers = num_layers
         self.num_heads = num_heads
@@ -72,6 +78,7 @@ class KVStore:
         self.pool = PagePool(num_pages, page_tokens, head_dim, dtype, device)
         sizes = (num_slots, num_layers, num_heads, max_row_tokens, page_tokens)
         self.table = RowTable(*sizes, device, mirrored, mirror_entries)
+        self.rings = Rings(windows or (0,) * num_layers, num_slots)
         if kernels is None:
             kernels = device.type == "cuda" and kernels_can_move(device)
         self.moves = KernelMoves(self.pool, self.table) if kernels else None
@@ -120,13 +127,16 @@ class KVStore:
             k: keys of the whole prompt, [n, H, D].
             v: values, [n, H, D].
             indices: which tokens each head keeps, in order: int64 [H, keep], or one int64 tensor
-                per head; None for all.
+                per head; None for all, or as many of the last as the layer's window has.
 
         Returns:
             False if the pages do not suffice; then nothing was written for this layer.
         """
         table, device = self.table, self.table.device
         n, num_heads, dim = k.shape
+        if layer in self.rings:
+            assert indices is None, "what rows with a window keep is given"
+            indices = self.prompt_ring(n)
         assert not table.kept[slot, layer].any(), f"slot {slot}, layer {layer} is not empty"
         counts = np.full(num_heads, n, dtype=np.int32) if indices is None else _counts(indices)
         assert counts.max() <= table.max_row_tokens, (counts.max(), table.max_row_tokens)
@@ -137,6 +147,7 @@ class KVStore:
         pages = self.pool.allocate(total)
         table.set_pages(spans(table.first_entry[slot, layer], needed), pages)
         table.set_layer_kept(np.array([slot]), layer, counts[None])
+        self.rings.start(layer, slot, n)
         if self.moves is not None:
             chosen = None if indices is None else _concatenate(indices)
             heads = np.arange(num_heads)
@@ -151,6 +162,13 @@ class KVStore:
             source = token * num_heads + to_device(head, device)
         self.fill_pages(pages, k.reshape(-1, dim), v.reshape(-1, dim), source)
         return True
+
+    def prompt_ring(self, num_tokens: int) -> Tensor | None:
+        """Which tokens of a prompt rows with a window keep, by place, [H, W]; None for all."""
+        order = self.rings.prompt_order(num_tokens)
+        if order is None:
+            return None
+        return to_device(order, self.table.device).expand(self.num_heads, -1)
 
     # -- decode and extend ------------------------------------------------------------------
 
@@ -170,7 +188,9 @@ class KVStore:
             suffice.
         """
         grown = self._grow(slots, num_new)
-        return None if grown is None else self._append_plan(slots, num_new, *grown)
+        if grown is None:
+            return None
+        return append_plan(self.table, self.rings, slots, num_new, *grown)
 
     def grow(self, slots: NDArray[np.int64]) -> bool:
         """Reserve room for one new token of each slot, for a step that counts it on the device.
@@ -194,12 +214,16 @@ class KVStore:
         assert num_new.min() >= 1, num_new
         before = table.kept[slots]  # [N, L, H]
         after = before + num_new.astype(np.int32)[:, None, None]
+        if self.rings.window:
+            after = self.rings.capped(after)
         assert after.max() <= table.max_row_tokens, (after.max(), table.max_row_tokens)
         first = table.first_entry[slots]
         used = table.num_pages(before)
         needed = table.num_pages(after) - used
         num_needed = int(needed.sum())
-        tails = self._shared_tails(first, before) if pool.any_shared else None
+        tails = None
+        if pool.any_shared:
+            tails = shared_tails(table, pool, self.rings, slots, num_new, before)
         if num_needed + (0 if tails is None else len(tails)) > pool.num_free:
             return None
         if tails is not None:
@@ -217,54 +241,11 @@ class KVStore:
             table.set_kept(slots, after)
         else:
             assert table.mirror is not None, "host and device share the lengths"
+            assert not self.rings.window, "the device counts no rings"
             table.kept[slots] = after
+        if self.rings.window:
+            self.rings.seen[slots] += num_new
         return first, before, after
-
-    def _append_plan(
-        self,
-        slots: NDArray[np.int64],
-        num_new: NDArray[np.int64],
-        first: NDArray[np.int64],
-        before: NDArray[np.int32],
-        after: NDArray[np.int32],
-    ) -> AppendPlan:
-        position = before
-        if len(slots) < num_new.sum():
-            sequence = np.repeat(np.arange(len(slots)), num_new)
-            nth = spans(np.zeros(len(slots), dtype=np.int64), num_new).astype(np.int32)
-            first = first[sequence]
-            position = before[sequence] + nth[:, None, None]
-        page_tokens = np.int32(self.page_tokens)
-        column = position // page_tokens  # [T, L, H]
-        pages = self.table.flat_pages.take(first + column)
-        refs = pages * np.int64(page_tokens) + (position - column * page_tokens)
-        lengths = np.ascontiguousarray(after.transpose(1, 0, 2))
-        lengths_before = lengths - num_new.astype(np.int32)[:, None]
-        device = self.table.device
-        return AppendPlan(
-            slots=slots,
-            num_new=num_new,
-            refs=to_device(np.ascontiguousarray(refs.transpose(1, 0, 2)), device),
-            lengths=to_device(lengths, device),
-            max_lengths=tuple(lengths.reshape(len(lengths), -1).max(axis=1).tolist()),
-            max_lengths_before=tuple(lengths_before.reshape(len(lengths), -1).max(axis=1).tolist()),
-            device_slots=to_device(slots, device),
-            device_num_new=to_device(num_new.astype(np.int32)[:, None], device),
-        )
-
-    def _shared_tails(self, first: NDArray[np.int64], kept: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Entries of partly filled last pages that must be copied before rows append to them.
-
-        Where all rows that share a page are among these, one of them keeps it.
-        """
-        partial = kept % np.int32(self.page_tokens) != 0
-        entries = first[partial] + kept[partial] // np.int32(self.page_tokens)
-        pages = self.table.flat_pages[entries]
-        shared = self.pool.refcount[pages] > 1
-        entries, pages = entries[shared], pages[shared]
-        ids, where, count = np.unique(pages, return_index=True, return_counts=True)
-        keepers = where[count == self.pool.refcount[ids]]
-        return np.delete(entries, keepers)
 
     def _unshare(self, entries: NDArray[np.int64]) -> None:
         """Give these page table entries copies of their pages."""
@@ -279,11 +260,13 @@ class KVStore:
 
     def append(self, plan: AppendPlan, layer: int, k: Tensor, v: Tensor) -> None:
         """Store the new keys and values of one layer, [T, H, D] in the order of the plan."""
+        refs, dim = plan.refs[layer], k.shape[-1]
+        if plan.survivors is not None and layer in self.rings:
+            refs, k, v = (x.index_select(0, plan.survivors) for x in (refs, k, v))
         if self.moves is not None:
-            self.moves.append(k, v, plan.refs[layer])
+            self.moves.append(k, v, refs)
             return
-        dim = k.shape[-1]
-        refs = plan.refs[layer].view(-1)
+        refs = refs.view(-1)
         self.k_tokens.index_copy_(0, refs, k.reshape(-1, dim))
         self.v_tokens.index_copy_(0, refs, v.reshape(-1, dim))
 
@@ -305,8 +288,8 @@ class KVStore:
             plan, slots = plan_or_slots, plan_or_slots.device_slots
             lengths, max_length = plan.lengths[layer], plan.max_lengths[layer]
             if not include_new:
-                lengths = lengths - plan.device_num_new
-                max_length = plan.max_lengths_before[layer]
+                before = plan.before[layer]
+                lengths, max_length = to_device(before, self.table.device), int(before.max())
         else:
             slots = to_device(plan_or_slots, self.table.device)
             lengths = self.table.device_kept[:, layer].index_select(0, slots)
@@ -330,7 +313,7 @@ class KVStore:
         return self.view(plan, layer, include_new=False)
 
     def read(self, slot: int, layer: int, head: int) -> tuple[Tensor, Tensor]:
-        """Copies of the keys and values that one row keeps, [kept, D] each, in order."""
+        """Copies of the keys and values that one row keeps, [kept, D] each, the newest last."""
         kept = int(self.table.kept[slot, layer, head])
         row = np.array([slot]), layer, np.array([head])
         pages = self.table.row_pages(*row, -(-kept // self.page_tokens))[0]
@@ -338,6 +321,10 @@ class KVStore:
             x.index_select(0, pages).view(-1, x.shape[-1])[:kept]
             for x in (self.pool.k_pages, self.pool.v_pages)
         )
+        if layer in self.rings and kept:
+            places, _ = self.rings.in_order(self.rings.seen[[slot]])
+            at = to_device(places, self.table.device)
+            return k.index_select(0, at), v.index_select(0, at)
         return k, v
 
     # -- sharing, release -------------------------------------------------------------------
@@ -350,6 +337,7 @@ class KVStore:
         table = self.table
         assert not table.kept[target].any(), f"slot {target} is not empty"
         table.copy_slot(source, target)
+        self.rings.seen[target] = self.rings.seen[source]
         self.pool.share(self._pages(source))
 
     def free(self, slot: int) -> None:
@@ -357,6 +345,7 @@ class KVStore:
         self.pool.release(self._pages(slot))
         zeros = np.zeros((1, self.num_layers, self.num_heads), dtype=np.int32)
         self.table.set_kept(np.array([slot]), zeros)
+        self.rings.seen[slot] = 0
 
     def _pages(self, slot: int) -> NDArray[np.int32]:
         """Ids of all pages that a slot holds."""
@@ -378,7 +367,7 @@ class KVStore:
         Raises:
             AssertionError: what does not match.
         """
-        check_integrity(self.table, self.pool)
+        check_integrity(self.table, self.pool, self.rings)
 
 
 def _counts(indices: Tensor | Sequence[Tensor]) -> NDArray[np.int32]:

@@ -44,9 +44,10 @@ class AppendPlan:
         refs: int64 [L, T, H], flat targets `page * page_tokens + offset`.
         lengths: int32 [L, N, H], row lengths with the new tokens.
         max_lengths: the longest row of each layer, with the new tokens.
-        max_lengths_before: the same without them.
+        before: int32 [L, N, H], row lengths without the new tokens, on the host.
         device_slots: `slots` on the device.
-        device_num_new: int32 [N, 1], `num_new` on the device.
+        survivors: int64, those of the T tokens that rows with a window still hold after the step,
+            the others' refs there being -1; None: all.
     """
 
     slots: NDArray[np.int64]
@@ -54,6 +55,6 @@ class AppendPlan:
     refs: Tensor
     lengths: Tensor
     max_lengths: tuple[int, ...]
-    max_lengths_before: tuple[int, ...]
+    before: NDArray[np.int32]
     device_slots: Tensor
-    device_num_new: Tensor
+    survivors: Tensor | None = None

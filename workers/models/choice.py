@@ -55,5 +55,6 @@ def _unserved(spec: ModelSpec) -> str | None:
         f"activation {spec.activation}": spec.activation != "silu",
         f"norm weights + {spec.norm_offset:g}": spec.norm_offset != 0,
         "norms behind attention and MLP": spec.post_norms,
+        "a mixture of experts": spec.experts is not None,
     }
     return next((f"not for {what}" for what, is_so in only_torch.items() if is_so), None)

@@ -14,12 +14,13 @@ from saqqara.workers.mesh.layout import HeadShard, VocabShard, intermediate_shar
 from saqqara.workers.mesh.mesh import Mesh
 
 from .embedding import LMHead, ScaledEmbedding, VocabEmbedding, read_vocab_rows
+from .experts import load_experts
 from .layer import Layer, LayerWeights, Places, TorchLayer, TritonLayer
-from .linear import Linear, column_parallel, row_parallel
+from .linear import Linear, column_parallel, in_order, reordered, row_parallel
 from .norm import read_norm, rms_norm
-from .rotary import RotaryTable
+from .rotary import RotaryTable, channel_order
 from .spec import ModelSpec
-from .weights import WeightSource
+from .weights import Rows, WeightSource, attention_rows, mlp_rows
 
 
 class End(Protocol):
@@ -158,7 +159,6 @@ def _load_layer(
     names, dim = spec.family_flags.names, spec.head_dim
     query = range(heads.query.start * dim, heads.query.stop * dim)
     kv = range(heads.kv.start * dim, heads.kv.stop * dim)
-    inner = intermediate_shard(spec.intermediate_size, mesh.layout.tensor_size, mesh.tensor_rank)
 
     def name(part: str) -> str:
         return names.of_layer(layer, part)
@@ -166,30 +166,46 @@ def _load_layer(
     def norm(part: str) -> Tensor:
         return read_norm(source, name(part), spec.norm_offset)
 
-    def by_columns(*parts: tuple[str, range], has_bias: bool) -> Linear:
-        return column_parallel(source, [(name(part), rows) for part, rows in parts], has_bias)
+    def by_columns(*parts: tuple[Rows, range], has_bias: bool) -> Linear:
+        held = [part.of(rows) for part, rows in parts]
+        return column_parallel(source, [(name(part), rows) for part, rows in held], has_bias)
 
     def by_rows(part: str, columns: range, has_bias: bool) -> Linear:
         return row_parallel(source, name(part), columns, has_bias, mesh.tensor_rank)
 
+    def of_heads(part: str) -> Tensor | None:
+        return in_order(norm(part), order) if spec.qk_norm else None
+
+    gate_up = down = experts = None
+    if spec.has_experts(layer):
+        experts = load_experts(spec, mesh, source, layer)
+    else:
+        inner = intermediate_shard(
+            spec.intermediate_size, mesh.layout.tensor_size, mesh.tensor_rank
+        )
+        gate_up = by_columns(*((part, inner) for part in mlp_rows(spec)), has_bias=spec.mlp_bias)
+        down = by_rows(names.down, inner, spec.mlp_bias)
+    order = channel_order(spec.rope_of(layer), dim)
+    rows = zip(attention_rows(spec), (query, kv, kv), strict=True)
     return LayerWeights(
         num_query_heads=len(heads.query),
         num_kv_heads=len(heads.kv),
         head_dim=dim,
         eps=spec.rms_norm_eps,
         attention_norm=norm(names.attention_norm),
-        qkv=by_columns(
-            (names.query, query), (names.key, kv), (names.value, kv), has_bias=spec.qkv_bias
+        qkv=reordered(
+            by_columns(*rows, has_bias=spec.qkv_bias), len(heads.query) + len(heads.kv), order
         ),
-        query_norm=norm(names.query_norm) if spec.qk_norm else None,
-        key_norm=norm(names.key_norm) if spec.qk_norm else None,
+        query_norm=of_heads(names.query_norm),
+        key_norm=of_heads(names.key_norm),
         output=by_rows(names.output, query, spec.output_bias),
         mlp_norm=norm(names.mlp_norm),
-        gate_up=by_columns((names.gate, inner), (names.up, inner), has_bias=spec.mlp_bias),
-        down=by_rows(names.down, inner, spec.mlp_bias),
+        gate_up=gate_up,
+        down=down,
         attention_post_norm=norm(names.attention_post_norm) if spec.post_norms else None,
         mlp_post_norm=norm(names.mlp_post_norm) if spec.post_norms else None,
         activation=spec.activation,
+        experts=experts,
     )
 
 

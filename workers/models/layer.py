@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
 
 from saqqara.workers.mesh.mesh import Mesh
 
+from .experts import Experts, gated
 from .linear import Linear
 from .norm import rms_norm
 from .reading.fields import Activation
@@ -60,7 +60,8 @@ class LayerWeights:
     """Weights of one layer's shard.
 
     `qkv` maps E to (Hq + 2 H) D, `gate_up` E to 2 F; `output` and `down` give partial sums that
-    are reduced over the tensor group. The norms behind them are there in some families only.
+    are reduced over the tensor group. The norms behind them are there in some families only. A
+    layer with `experts` has them in place of `gate_up` and `down`.
     """
 
     num_query_heads: int
@@ -73,11 +74,19 @@ class LayerWeights:
     key_norm: Tensor | None
     output: Linear
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Linear | None
+    down: Linear | None
     attention_post_norm: Tensor | None = None
     mlp_post_norm: Tensor | None = None
     activation: Activation = "silu"
+    experts: Experts | None = None
+
+    @property
+    def mlp(self) -> tuple[Linear, Linear]:
+        """Gate and up, and down, of a layer that is known to have no experts."""
+        assert self.gate_up is not None
+        assert self.down is not None
+        return self.gate_up, self.down
 
     @property
     def num_bytes(self) -> int:
@@ -86,8 +95,9 @@ class LayerWeights:
             *(self.attention_norm, self.attention_post_norm, self.query_norm, self.key_norm),
             *(self.mlp_norm, self.mlp_post_norm),
         )
-        linears = (self.qkv, self.output, self.gate_up, self.down)
-        return sum(n.nbytes for n in norms if n is not None) + sum(x.num_bytes for x in linears)
+        parts = (self.qkv, self.output, self.gate_up, self.down, self.experts)
+        norm_bytes = sum(norm.nbytes for norm in norms if norm is not None)
+        return norm_bytes + sum(part.num_bytes for part in parts if part is not None)
 
 
 class Layer(Protocol):
@@ -179,16 +189,21 @@ class TorchLayer:
         w = self._weights
         attended = attended_THD.reshape(attended_THD.shape[0], -1)
         hidden = self._add(w.output(attended), w.attention_post_norm, hidden_TE)
-        gate, up = w.gate_up(rms_norm(hidden, w.mlp_norm, w.eps)).chunk(2, dim=-1)
-        activated = silu(gate) if w.activation == "silu" else gelu(gate, approximate="tanh")
-        return self._add(w.down(activated.mul_(up)), w.mlp_post_norm, hidden, out)
+        normed = rms_norm(hidden, w.mlp_norm, w.eps)
+        if w.experts is not None:
+            return self._add(w.experts(normed), w.mlp_post_norm, hidden, out)
+        gate_up, down = w.mlp
+        partial = down(gated(gate_up(normed), w.activation))
+        return self._add(partial, w.mlp_post_norm, hidden, out)
 
     def activation_bytes_per_token(self, itemsize: int) -> int:
         """See `Layer.activation_bytes_per_token`."""
         w = self._weights
         hidden = w.attention_norm.shape[0]
         project = hidden + 2 * w.qkv.weight.shape[0]  # normed + fused + rotated
-        finish = 3 * hidden + 2 * w.gate_up.weight.shape[0]  # hidden, sum, normed + gate-up, act
+        if w.experts is not None:
+            return max(project, 3 * hidden + w.experts.activation_numbers) * itemsize
+        finish = 3 * hidden + 2 * w.mlp[0].weight.shape[0]  # hidden, sum, normed + gate-up, act
         return max(project, finish) * itemsize
 
     def _add(
@@ -269,17 +284,18 @@ class TritonLayer:
         partial = mesh.all_reduce(w.output(attended_THD.flatten(1)))
         total = partial if out is None else out
         normed = self._norm.add_rms_norm(partial, hidden_TE, w.mlp_norm, w.eps, total)
-        activated = self._activation.silu_mul(w.gate_up(normed))
-        if mesh.layout.tensor_size == 1 and w.down.bias is None:
-            return torch.addmm(total, activated, w.down.weight.t(), out=total)
-        return total.add_(mesh.all_reduce(w.down(activated)))
+        gate_up, down = w.mlp
+        activated = self._activation.silu_mul(gate_up(normed))
+        if mesh.layout.tensor_size == 1 and down.bias is None:
+            return torch.addmm(total, activated, down.weight.t(), out=total)
+        return total.add_(mesh.all_reduce(down(activated)))
 
     def activation_bytes_per_token(self, itemsize: int) -> int:
         """See `Layer.activation_bytes_per_token`."""
         w = self._weights
         hidden = w.attention_norm.shape[0]
         project = hidden + w.qkv.weight.shape[0]  # normed, fused
-        finish = 2 * hidden + 3 * w.gate_up.weight.shape[0] // 2  # sum, normed, gate-up, activated
+        finish = 2 * hidden + 3 * w.mlp[0].weight.shape[0] // 2  # sum, normed, gate-up, activated
         return max(project, finish) * itemsize
 
     def _fused(self, hidden_TE: Tensor) -> Tensor:

@@ -56,3 +56,25 @@ def row_parallel(
     """
     weight = source.read(f"{name}.weight", cols=columns)
     return Linear(weight, source.read(f"{name}.bias") if has_bias and tensor_rank == 0 else None)
+
+
+def reordered(qkv: Linear, num_heads: int, order: torch.Tensor | None) -> Linear:
+    """The layer with the channels of its first heads (queries and keys) in another order.
+
+    Args:
+        qkv: weight [(num_heads + H) * D, E]; changed in place.
+        num_heads: of queries and keys.
+        order: int64 [D], as `channel_order` gives it; None: as they are.
+    """
+    if order is None:
+        return qkv
+    for tensor in (qkv.weight, qkv.bias):
+        if tensor is not None:
+            by_head = tensor[: num_heads * len(order)].view(num_heads, len(order), -1)
+            by_head.copy_(by_head[:, order.to(tensor.device)])
+    return qkv
+
+
+def in_order(weight: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """A norm of heads, [D], in the same order."""
+    return weight if order is None else weight[order.to(weight.device)]

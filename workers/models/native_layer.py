@@ -41,8 +41,9 @@ class NativeLayer:
         )
         self._output = PackedLinear(w.output.weight, w.output.bias)
         mlp_norm = RMSNorm(w.mlp_norm, w.eps)
-        gate_up = PackedLinear(w.gate_up.weight, w.gate_up.bias, mlp_norm, gated=True)
-        self._mlp = Mlp(gate_up, PackedLinear(w.down.weight, w.down.bias))
+        of_gates, down = w.mlp
+        gate_up = PackedLinear(of_gates.weight, of_gates.bias, mlp_norm, gated=True)
+        self._mlp = Mlp(gate_up, PackedLinear(down.weight, down.bias))
         self._finish = Finish(self._output, self._mlp)
 
     @property
@@ -99,9 +100,10 @@ class NativeLayer:
         return max(self._projection.qkv.num_outputs + gate_up.num_inputs, finish) * itemsize
 
 
-def step_layers(layers: Iterable[Layer], scale: float) -> StepLayers:
+def step_layers(layers: Iterable[Layer], scale: float, softcap: float) -> StepLayers:
     """Layers, all of them native, for calls that go through several; see `StepLayers`."""
-    return StepLayers([layer.ends for layer in layers if isinstance(layer, NativeLayer)], scale)
+    ends = [layer.ends for layer in layers if isinstance(layer, NativeLayer)]
+    return StepLayers(ends, scale, softcap)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
-"""Where a model is: a local folder, or a hub id whose files are fetched into the hub's cache.
+"""Where a model is: a local folder, a GGUF file, or a hub id.
 
-A hub id is `ORG/NAME`, or `ORG/NAME@REVISION` for a branch, tag or commit of it.
+A GGUF file stands for the folder that is made of it once, in this machine's cache. Files of a hub
+id are fetched into the hub's cache; it is `ORG/NAME`, or `ORG/NAME@REVISION` for a branch, tag or
+commit.
 """
 
 import os
 import re
 from functools import lru_cache
 from pathlib import Path
+
+from saqqara.workers.gguf.cached import converted_folder, is_gguf
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 _SMALL = ("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
@@ -16,20 +20,35 @@ _ALL = (*_SMALL, "*.safetensors")
 def local_folder(model: str | Path, what: str = "model") -> Path | None:
     """The folder that `model` names, or None for a hub id; `what` it is, for errors.
 
+    Of a GGUF file it is the folder in the cache, which the first call on a machine makes.
+
     Raises:
-        ValueError: neither an existing folder nor something that looks like a hub id.
+        ValueError: neither an existing folder, nor a GGUF file that is read, nor something that
+            looks like a hub id.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise ValueError(f"{what}: {folder} is a file; it needs the folder that holds config.json")
+        return _folder_of_file(folder, what)
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
         hint = " (a revision is for hub ids only)" if "@" in str(model) else ""
         raise ValueError(
             f"{what}: there is no folder {str(model)!r}, and it is no hub id (ORG/NAME){hint}"
         )
     return None
+
+
+def _folder_of_file(file: Path, what: str) -> Path:
+    if not is_gguf(file):
+        raise ValueError(
+            f"{what}: {file} is a file, and not a GGUF file; it needs one, or the folder that "
+            "holds config.json"
+        )
+    try:
+        return converted_folder(file)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def hub_parts(model: str) -> tuple[str, str | None]:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from saqqara.compression.layers import Layers
 
 from .reading import fields
+from .reading.experts import ExpertSpec as ExpertSpec
+from .reading.experts import read_experts
 from .reading.families import FAMILIES, Family, get_family
 from .reading.fields import Activation
-from .reading.rope_spec import RopeSpec, read_ropes
+from .reading.rope_spec import UNROTATED, RopeSpec, read_ropes, unrotated_layers
 from .reading.windows import read_windows
 from .source import described_folder
 
@@ -29,28 +31,6 @@ class ItemSize(Protocol):
     def itemsize(self) -> int:
         """Bytes of one number."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertSpec:
-    """Mixture of experts in place of the MLP of some layers.
-
-    Attributes:
-        num_experts: routed experts.
-        per_token: of them, how many each token goes through.
-        intermediate_size: of one routed expert.
-        shared_intermediate_size: of the shared expert, which all tokens go through and a sigmoid
-            of the hidden state weighs; 0: there is none.
-        normalised: whether the weights of a token's experts are made to sum to 1.
-        layers: numbers of the layers with experts, rising; the others have a plain MLP.
-    """
-
-    num_experts: int
-    per_token: int
-    intermediate_size: int
-    shared_intermediate_size: int
-    normalised: bool
-    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +103,7 @@ class ModelSpec:
             )
         if eos_token_ids is None:
             eos_token_ids = _token_ids(getattr(config, "eos_token_id", None))
-        rope, local_rope = read_ropes(config, two=family.two_ropes)
+        rope, local_rope = read_ropes(config, two=family.two_ropes, partial=family.partial_rotary)
         return cls(
             family=config.model_type,
             vocab_size=config.vocab_size,
@@ -157,6 +137,8 @@ class ModelSpec:
                 keeps_long=family.two_ropes,
             ),
             local_rope=local_rope,
+            experts=read_experts(config, family.experts),
+            unrotated_layers=unrotated_layers(config) if family.has_unrotated_layers else (),
         )
 
     @property
@@ -165,12 +147,20 @@ class ModelSpec:
         return get_family(self.family)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest text: `max_position`, unless rotary settings stretch that."""
+        is_stretched = self.rope.kind == "dynamic"
+        return int(self.max_position * self.rope.factor) if is_stretched else self.max_position
+
+    @property
     def layers(self) -> Layers:
         """The layers as retention sees them."""
         return Layers(self.windows or (0,) * self.num_layers)
 
     def rope_of(self, layer: int) -> RopeSpec:
         """Rotary settings of a layer."""
+        if layer in self.unrotated_layers:
+            return UNROTATED
         is_local = bool(self.windows) and self.windows[layer] > 0
         return self.local_rope if is_local and self.local_rope is not None else self.rope
 
@@ -184,9 +174,15 @@ class ModelSpec:
         """Query heads per kv head of the whole model."""
         return self.num_query_heads // self.num_kv_heads
 
-    @property
-    def layer_parameters(self) -> int:
-        """Weights of one decoder layer (biases and norms left out)."""
+    def has_experts(self, layer: int) -> bool:
+        """Whether a mixture of experts stands in place of the layer's MLP."""
+        return self.experts is not None and layer in self.experts.layers
+
+    def parameters_of(self, layer: int, *, used: bool = False) -> int:
+        """Weights of one decoder layer (biases and norms left out).
+
+        `used`: those that one token goes through.
+        """
         attention = (
             2  # q and o
             * self.num_query_heads
@@ -198,8 +194,19 @@ class ModelSpec:
             * self.head_dim
             * self.hidden_size
         )
-        mlp = 3 * self.intermediate_size * self.hidden_size  # gate, up, down
-        return attention + mlp
+        channels, others = self.intermediate_size, 0
+        if self.experts is not None and layer in self.experts.layers:
+            experts = self.experts
+            count = experts.per_token if used else experts.num_experts
+            channels = count * experts.intermediate_size + experts.shared_intermediate_size
+            others = experts.num_experts + (experts.shared_intermediate_size > 0)  # what weighs
+        return attention + (3 * channels + others) * self.hidden_size  # gate, up, down
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of a layer that a token goes through, the mean of all layers."""
+        layers = range(self.num_layers)
+        return sum(self.parameters_of(layer, used=True) for layer in layers) // self.num_layers
 
     @property
     def head_parameters(self) -> int:
@@ -215,7 +222,8 @@ class ModelSpec:
     def num_parameters(self) -> int:
         """Weights of the model (biases and norms left out)."""
         embeddings = 1 if self.tie_embeddings else 2
-        return self.num_layers * self.layer_parameters + embeddings * self.head_parameters
+        layers = sum(map(self.parameters_of, range(self.num_layers)))
+        return layers + embeddings * self.head_parameters
 
     def kv_bytes_per_row_token(self, dtype: ItemSize) -> int:
         """Bytes of one kept token in one row (one layer, one kv head)."""
@@ -318,9 +326,3 @@ def _check_supported(config: Any, family: Family) -> None:
     fields.check_fixed(config, family.fixed)
     for name in {_ATTENTION_CAP, _LOGIT_CAP} - family.softcaps:
         fields.check_fixed(config, {name: None})
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if getattr(config, name, None):
-            raise ValueError(
-                f"config.{name}={getattr(config, name)}: mixture of experts is not supported; "
-                "only dense MLPs"
-            )

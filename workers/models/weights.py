@@ -6,23 +6,20 @@ A `WeightSource` is a checkpoint in safetensors format (one file, or shards with
 
 import hashlib
 import json
-import logging
 import math
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
-from saqqara.workers.safetensors_file import SafetensorsFile, piece_buffer
+from saqqara.workers.safetensors_file import LoadProgress, SafetensorsFile, piece_buffer
 
 from .source import whole_folder
 from .spec import ModelSpec
-
-logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -30,47 +27,108 @@ _SINGLE = "model.safetensors"
 # Held by checkpoints, read by nobody: `lm_head.weight` where embeddings are tied (else it is read).
 _HARMLESS_ENDINGS = ("rotary_emb.inv_freq", "lm_head.weight")
 _NUM_LISTED = 5
-_LOG_SECONDS = 4.0  # between lines about what has been read
-_BAR_LENGTH = 20
-_GIB = 2**30
 
 _DUMMY_STD = 0.02
 _DUMMY_BLOCK_ELEMENTS = 1 << 22
 
 
+class Rows(NamedTuple):
+    """Output rows of a projection: those from `first` on of a tensor, which may hold several."""
+
+    name: str
+    first: int
+    size: int
+
+    def of(self, rows: range) -> tuple[str, range]:
+        """The tensor, and the rows in it of some of the projection's."""
+        return self.name, range(self.first + rows.start, self.first + rows.stop)
+
+
+def attention_rows(spec: ModelSpec) -> tuple[Rows, ...]:
+    """Queries, keys and values of a layer."""
+    names, D = spec.family_flags.names, spec.head_dim
+    q_size, kv_size = spec.num_query_heads * D, spec.num_kv_heads * D
+    return _rows((names.query, names.key, names.value), (q_size, kv_size, kv_size), names.qkv)
+
+
+def mlp_rows(spec: ModelSpec) -> tuple[Rows, ...]:
+    """Gate and up of a plain MLP."""
+    names, size = spec.family_flags.names, spec.intermediate_size
+    return _rows((names.gate, names.up), (size, size), names.gate_up)
+
+
+def _rows(names: Sequence[str], sizes: Sequence[int], joined: str) -> tuple[Rows, ...]:
+    """Projections by themselves, or one below the other in the tensor `joined`."""
+    if not joined:
+        return tuple(Rows(name, 0, size) for name, size in zip(names, sizes, strict=True))
+    firsts = (0, *accumulate(sizes))
+    return tuple(Rows(joined, first, size) for first, size in zip(firsts, sizes, strict=False))
+
+
 def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of `spec` must hold."""
     names = spec.family_flags.names
-    E, D = spec.hidden_size, spec.head_dim
-    q_size, kv_size = spec.num_query_heads * D, spec.num_kv_heads * D
-    projections = {
-        names.query: (q_size, E, spec.qkv_bias),
-        names.key: (kv_size, E, spec.qkv_bias),
-        names.value: (kv_size, E, spec.qkv_bias),
-        names.output: (E, q_size, spec.output_bias),
-        names.gate: (spec.intermediate_size, E, spec.mlp_bias),
-        names.up: (spec.intermediate_size, E, spec.mlp_bias),
-        names.down: (E, spec.intermediate_size, spec.mlp_bias),
-    }
-    shapes: dict[str, tuple[int, ...]] = {names.embedding: (spec.vocab_size, E)}
+    shapes: dict[str, tuple[int, ...]] = {names.embedding: (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_layers):
-        for part, (rows, columns, has_bias) in projections.items():
-            name = names.of_layer(layer, part)
-            shapes[f"{name}.weight"] = (rows, columns)
-            if has_bias:
-                shapes[f"{name}.bias"] = (rows,)
-        norms = [names.attention_norm, names.mlp_norm]
-        if spec.post_norms:
-            norms += [names.attention_post_norm, names.mlp_post_norm]
-        for part in norms:
-            shapes[names.of_layer(layer, part)] = (E,)
-        if spec.qk_norm:
-            for part in (names.query_norm, names.key_norm):
-                shapes[names.of_layer(layer, part)] = (D,)
-    shapes[names.final_norm] = (E,)
+        for part, shape in _layer_shapes(spec, layer):
+            shapes[names.of_layer(layer, part)] = shape
+    shapes[names.final_norm] = (spec.hidden_size,)
     if not spec.tie_embeddings:
-        shapes[names.head] = (spec.vocab_size, E)
+        shapes[names.head] = (spec.vocab_size, spec.hidden_size)
     return shapes
+
+
+def _layer_shapes(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name, within its layer, and shape of every tensor of a layer."""
+    names, E, D = spec.family_flags.names, spec.hidden_size, spec.head_dim
+    columns: dict[str, tuple[int, bool]] = {}
+    for rows in attention_rows(spec):
+        columns[rows.name] = (rows.first + rows.size, spec.qkv_bias)
+    if not spec.has_experts(layer):
+        for rows in mlp_rows(spec):
+            columns[rows.name] = (rows.first + rows.size, spec.mlp_bias)
+        yield from _linear_shapes(names.down, E, spec.intermediate_size, spec.mlp_bias)
+    for name, (count, has_bias) in columns.items():
+        yield from _linear_shapes(name, count, E, has_bias)
+    yield from _linear_shapes(names.output, E, spec.num_query_heads * D, spec.output_bias)
+    norms = [names.attention_norm, names.mlp_norm]
+    if spec.post_norms:
+        norms += [names.attention_post_norm, names.mlp_post_norm]
+    yield from ((norm, (E,)) for norm in norms)
+    if spec.qk_norm:
+        yield from ((norm, (D,)) for norm in (names.query_norm, names.key_norm))
+    if spec.has_experts(layer):
+        yield from _expert_shapes(spec)
+
+
+def _expert_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    names, experts, E = spec.family_flags.names, spec.experts, spec.hidden_size
+    assert experts is not None
+    yield from _linear_shapes(names.router, experts.num_experts, E, has_bias=False)
+    mlps = [
+        [
+            names.of_expert(n, part)
+            for part in (names.expert_gate, names.expert_up, names.expert_down)
+        ]
+        for n in range(experts.num_experts)
+    ]
+    sizes = [experts.intermediate_size] * len(mlps)
+    if shared := experts.shared_intermediate_size:
+        mlps.append([names.shared_gate, names.shared_up, names.shared_down])
+        sizes.append(shared)
+        yield from _linear_shapes(names.shared_share, 1, E, has_bias=False)
+    for (gate, up, down), size in zip(mlps, sizes, strict=True):
+        for part in (gate, up):
+            yield from _linear_shapes(part, size, E, has_bias=False)
+        yield from _linear_shapes(down, E, size, has_bias=False)
+
+
+def _linear_shapes(
+    name: str, rows: int, columns: int, has_bias: bool
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (rows, columns)
+    if has_bias:
+        yield f"{name}.bias", (rows,)
 
 
 def open_weights(
@@ -98,32 +156,6 @@ def open_weights(
     return SafetensorsWeights(whole_folder(model), weight_shapes(spec), dtype, device, total_bytes)
 
 
-class _Progress:
-    """Logs a bar of how much has been read, every few seconds; `total_bytes` None: not known."""
-
-    def __init__(self, total_bytes: int | None) -> None:
-        self._total_bytes = total_bytes
-        self._num_bytes = 0
-        self._logged = time.monotonic()
-
-    def note(self, part: torch.Tensor) -> None:
-        """One more tensor, or this rank's part of it, is read."""
-        self._num_bytes += part.numel() * part.element_size()
-        now = time.monotonic()
-        if now - self._logged >= _LOG_SECONDS:
-            self._logged = now
-            logger.info("weights: %s", loaded_bar(self._num_bytes, self._total_bytes))
-
-
-def loaded_bar(num_bytes: int, total_bytes: int | None) -> str:
-    """How much is loaded, such as `[#####---------------] 4.2 of 16.9 GiB`."""
-    if total_bytes is None:
-        return f"{num_bytes / _GIB:.1f} GiB read so far"
-    filled = min(_BAR_LENGTH * num_bytes // max(total_bytes, 1), _BAR_LENGTH)
-    bar = "#" * filled + "-" * (_BAR_LENGTH - filled)
-    return f"[{bar}] {num_bytes / _GIB:.1f} of {total_bytes / _GIB:.1f} GiB"
-
-
 class WeightSource(ABC):
     """Reads slices of named tensors, cast to `dtype` on `device`."""
 
@@ -137,7 +169,7 @@ class WeightSource(ABC):
         self.shapes = shapes
         self.dtype = dtype
         self.device = torch.device(device)
-        self._progress = _Progress(total_bytes)
+        self._progress = LoadProgress(total_bytes)
 
     def read(
         self,
@@ -177,6 +209,18 @@ class WeightSource(ABC):
         for name, rows in parts:
             self._copy(out[first : first + len(rows)], name, rows, None)
             first += len(rows)
+        return out
+
+    def read_stacked(self, names: Sequence[str], cols: range) -> torch.Tensor:
+        """Read columns of several tensors of one shape into one new tensor [names, rows, cols].
+
+        Raises:
+            ValueError: as `read`.
+        """
+        size = (len(names), self.shapes[names[0]][0], len(cols))
+        out = torch.empty(size, dtype=self.dtype, device=self.device)
+        for place, name in zip(out, names, strict=True):
+            self._copy(place, name, None, cols)
         return out
 
     def _copy(self, out: torch.Tensor, name: str, rows: range | None, cols: range | None) -> None:

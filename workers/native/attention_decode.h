@@ -36,7 +36,7 @@ struct DecodeArguments {
   int64_t q_stride;  // numbers between tokens
   int num_sequences, num_heads, group, dim, page_tokens, max_pages, max_length;
   int is_bf16, num_threads;
-  float scale;
+  float scale, softcap;  // a cap of 0: none
 };
 
 // What a part contributes to its row, for each of the G query heads.
@@ -233,6 +233,13 @@ void attend_heads(const DecodeArguments& a, const Part<typename T::Number>& part
   const auto score =
       words % kPatternWords == 0 ? score_part<T, HEADS, true> : score_part<T, HEADS, false>;
   score(part, queries, a.dim, scores);
+  if (const Softcap softcap(a.softcap, a.scale); softcap) {
+    for (int g = 0; g < HEADS; ++g) {
+      float* of_head = scores + g * kPartTokens;
+      for (int t = 0; t < part.count; t += kLanes)
+        _mm512_store_ps(of_head + t, softcap(_mm512_load_ps(of_head + t)));
+    }
+  }
   for (int g = 0; g < HEADS; ++g) {
     const int64_t row = part.row * a.group + first + g;
     float* copy = a.weights ? a.weights + row * a.max_length + part.first : nullptr;

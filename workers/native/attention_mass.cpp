@@ -23,7 +23,7 @@ struct Arguments {
   int64_t num_queries, num_keys, num_columns;
   int num_heads, group, dim;
   int is_bf16, num_threads;
-  float scale;
+  float scale, softcap;  // a cap of 0: none
 };
 
 // The query rows of one kv head, and some past the last that weigh 0, so that rows can be taken
@@ -74,6 +74,7 @@ void sum_block(const Arguments& a, int64_t head, int64_t first, const WindowRows
   const Number* const k = static_cast<const Number*>(a.k) + head * a.dim;
   pack_lanes<T, V>(Rows<const Number>{k, a.k_stride, 1, a.dim, a.num_keys}, first, keys);
   const __m512 factor = _mm512_set1_ps(a.scale * kLog2E);
+  const Softcap softcap(a.softcap, a.scale);
   __m512 total[V];
   for (int v = 0; v < V; ++v) total[v] = _mm512_setzero_ps();
   // Token t sees the keys before num_before + t + 1.
@@ -83,6 +84,7 @@ void sum_block(const Arguments& a, int64_t head, int64_t first, const WindowRows
   for (int64_t row = num_blind; row < window.count(); row += kRows) {
     __m512 scores[kRows][V], sum[V];
     score_block<T, V>(window.rows(row), keys, a.dim / T::kPerWord, scores);
+    if (softcap) cap_block<V>(softcap, scores);
     for (int v = 0; v < V; ++v) sum[v] = _mm512_setzero_ps();
     // Rows are summed block by block, for smaller errors of rounding.
 #pragma GCC unroll 16

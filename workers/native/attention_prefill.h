@@ -155,12 +155,13 @@ void store_lse(const __m512 (&maxima)[V], const __m512 (&sums)[V], const Rows<fl
 }
 
 // One tile: rows `first` to `first + 16 V` of a sequence, whose token t sees the keys before
-// num_before + t + 1. Without rows to write it makes no output, or no log-sum-exps.
+// num_before + t + 1, the last `window` of them if that is not 0. Without rows to write it makes no
+// output, or no log-sum-exps.
 template <class T, int V>
 void attend_tile(const Rows<const typename T::Number>& q, const Rows<typename T::Number>& out,
                  const Rows<float>& lse, int64_t first, const Tokens<typename T::Number>& keys,
-                 const Tokens<typename T::Number>& values, int64_t num_before, float factor,
-                 TileMemory& memory) {
+                 const Tokens<typename T::Number>& values, int64_t num_before, int window,
+                 float factor, const Softcap& softcap, TileMemory& memory) {
   pack_lanes<T, V>(q, first, memory.queries);
   alignas(64) int32_t limits[V * kLanes];
   row_limits<V>(q, first, num_before, limits);
@@ -170,11 +171,15 @@ void attend_tile(const Rows<const typename T::Number>& q, const Rows<typename T:
     row_sum[v] = _mm512_setzero_ps();
   }
   const int64_t num_keys = limits[V * kLanes - 1];
-  for (int64_t key = 0; key < num_keys; key += kTileKeys) {
+  // Windows of adjacent rows begin side by side, so every row sees a key of the first tile.
+  static_assert(kTileRows <= kTileKeys);
+  const int64_t first_key = window > 0 ? std::max(limits[0] - window, 0) : 0;
+  for (int64_t key = first_key; key < num_keys; key += kTileKeys) {
     const int count = static_cast<int>(std::min<int64_t>(kTileKeys, num_keys - key));
     __m512 tile_max[V], decay[V];
     const int padded =
-        score_tile<T, V>(keys, key, count, memory.queries, limits, memory.scores, tile_max);
+        score_tile<T, V>(keys, key, count, memory.queries, limits, window, softcap, memory.scores,
+                         tile_max);
     for (int v = 0; v < V; ++v) {
       const __m512 previous = row_max[v];
       row_max[v] = _mm512_max_ps(previous, _mm512_mul_ps(tile_max[v], _mm512_set1_ps(factor)));
@@ -184,8 +189,8 @@ void attend_tile(const Rows<const typename T::Number>& q, const Rows<typename T:
     weigh_tile<T, V>(memory.scores, padded, factor, row_max, row_sum);
     if (!out.first) continue;
     pack_values<T>(values, key, count, padded, memory.values);
-    add_values<T, V>(memory.scores, memory.values, padded, q.dim, key > 0 ? decay : nullptr,
-                     memory.out);
+    add_values<T, V>(memory.scores, memory.values, padded, q.dim,
+                     key > first_key ? decay : nullptr, memory.out);
   }
   if (lse.first) store_lse<V>(row_max, row_sum, lse, first);
   if (!out.first) return;
@@ -208,8 +213,8 @@ struct AttendArguments {
   const int32_t* kept;
   int64_t q_stride, k_stride, v_stride;  // numbers between tokens
   int num_sequences, num_heads, group, dim, page_tokens, max_pages;
-  int is_bf16, num_threads;
-  float scale;
+  int is_bf16, num_threads, window;  // a window of 0: all keys are seen
+  float scale, softcap;              // a cap of 0: none
 };
 
 // Attention cut into tiles, for threads to take as they come free. The tiles of one kv head follow
@@ -259,8 +264,8 @@ class Attending {
     const int64_t num_before = num_kept + num_fresh - num_queries(n);
     const int64_t first = tile * kTileRows;
     with_vectors(num_rows - first, [&](auto vectors) {
-      attend_tile<T, vectors>(q, out, lse, first, keys, values, num_before, a.scale * kLog2E,
-                              memory);
+      attend_tile<T, vectors>(q, out, lse, first, keys, values, num_before, a.window,
+                              a.scale * kLog2E, Softcap(a.softcap, a.scale), memory);
     });
   }
 

@@ -25,6 +25,30 @@ constexpr int kMaxDim = 256;
 template <int V>
 constexpr int kBlockRows = V == 1 ? 16 : 8;
 
+// How scores are capped (Gemma 2): cap * tanh(score * scale / cap), divided by the scale again, so
+// that what follows may take them for unscaled ones.
+class Softcap {
+ public:
+  // A cap of 0 is none.
+  Softcap(float cap, float scale)
+      : in_(cap > 0.0f ? 2.0f * kLog2E * scale / cap : 0.0f), out_(cap / scale) {}
+
+  explicit operator bool() const { return in_ > 0.0f; }
+
+  __m512 operator()(__m512 score) const {
+    const __m512 one = _mm512_set1_ps(1.0f), most = _mm512_set1_ps(kMost);
+    __m512 x = _mm512_mul_ps(score, _mm512_set1_ps(in_));  // tanh(y) of y = x / (2 log2(e))
+    x = _mm512_max_ps(_mm512_min_ps(x, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
+    const __m512 rest = _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(exp2(x), one));
+    return _mm512_mul_ps(_mm512_sub_ps(one, rest), _mm512_set1_ps(out_));
+  }
+
+ private:
+  static constexpr float kMost = 60.0f;  // where tanh is 1 in fp32
+
+  float in_, out_;
+};
+
 // Query rows of one sequence and kv head; or, as a group of 1, its keys.
 template <class Number>
 struct Rows {
@@ -125,6 +149,16 @@ template <class T, int V>
   }
 }
 
+template <int V>
+[[gnu::always_inline]] inline void cap_block(const Softcap& softcap,
+                                             __m512 (&scores)[kBlockRows<V>][V]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kBlockRows<V>; ++i) {
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) scores[i][v] = softcap(scores[i][v]);
+  }
+}
+
 // Limits of the rows `first` to `first + 16 V`: token t sees the keys before num_before + t + 1.
 // Rows beyond the last have its limit.
 template <int V, class Number>
@@ -136,20 +170,23 @@ void row_limits(const Rows<Number>& rows, int64_t first, int64_t num_before, int
 }
 
 // Scores keys `first` to `first + count`, to[key][row], up to whole blocks of keys, and sets
-// `maxima` to the largest of each row. Keys at or past a row's limit score kLowest. Returns the
-// keys scored.
+// `maxima` to the largest of each row. Keys at or past a row's limit, or more than `window` before
+// it unless that is 0, score kLowest. Returns the keys scored.
 template <class T, int V>
 int score_tile(const Tokens<typename T::Number>& keys, int64_t first, int count,
-               const uint32_t* queries, const int32_t* limits, float* to, __m512 (&maxima)[V]) {
+               const uint32_t* queries, const int32_t* limits, int window, const Softcap& softcap,
+               float* to, __m512 (&maxima)[V]) {
   const typename T::Number* rows[kTileKeys];
   keys.locate(first, count, rows);
   const int padded = ceil_div(count, kBlockRows<V>) * kBlockRows<V>;
   std::fill(rows + count, rows + padded, rows[count - 1]);
   const bool masked = first + padded > limits[0];  // the first row has the lowest limit
+  const bool windowed = window > 0 && first < limits[V * kLanes - 1] - window;
   for (int v = 0; v < V; ++v) maxima[v] = _mm512_set1_ps(kLowest);
   for (int b = 0; b < padded; b += kBlockRows<V>) {
     __m512 scores[kBlockRows<V>][V];
     score_block<T, V>(rows + b, queries, keys.dim / T::kPerWord, scores);
+    if (softcap) cap_block<V>(softcap, scores);
 #pragma GCC unroll 16
     for (int i = 0; i < kBlockRows<V>; ++i) {
       const __m512i key = _mm512_set1_epi32(static_cast<int>(first) + b + i);
@@ -158,6 +195,12 @@ int score_tile(const Tokens<typename T::Number>& keys, int64_t first, int count,
         if (masked) {
           const __m512i limit = _mm512_load_si512(limits + v * kLanes);
           const __mmask16 hidden = _mm512_cmple_epi32_mask(limit, key);
+          scores[i][v] = _mm512_mask_mov_ps(scores[i][v], hidden, _mm512_set1_ps(kLowest));
+        }
+        if (windowed) {
+          const __m512i limit = _mm512_load_si512(limits + v * kLanes);
+          const __m512i end = _mm512_add_epi32(key, _mm512_set1_epi32(window));
+          const __mmask16 hidden = _mm512_cmplt_epi32_mask(end, limit);
           scores[i][v] = _mm512_mask_mov_ps(scores[i][v], hidden, _mm512_set1_ps(kLowest));
         }
         maxima[v] = _mm512_max_ps(maxima[v], scores[i][v]);

@@ -44,7 +44,7 @@ struct Arguments {
   int64_t window;         // last tokens, that are not pooled
   int64_t kernel_size;
   float divisor;  // of sums
-  float scale;
+  float scale, softcap;  // of scores; a cap of 0: none
   int kind, is_max, is_bf16, num_threads;
 };
 
@@ -142,12 +142,13 @@ class Cutter {
     const auto count = [&](int64_t key) { return std::min<int64_t>(kTileKeys, row.length - key); };
 
     const __m512 factor = _mm512_set1_ps(a_.scale * kLog2E);
+    const Softcap softcap(a_.softcap, a_.scale);
     __m512 most[V], sum[V], log2_sum[V];
     for (int v = 0; v < V; ++v) most[v] = _mm512_set1_ps(kLowest);
     for (int v = 0; v < V; ++v) sum[v] = _mm512_setzero_ps();
     for (int64_t key = 0; key < row.length; key += kTileKeys) {
       __m512 maxima[V];
-      score_tile<T, V>(tokens, key, count(key), queries, limits, at(key), maxima);
+      score_tile<T, V>(tokens, key, count(key), queries, limits, 0, softcap, at(key), maxima);
       for (int v = 0; v < V; ++v) {
         const __m512 higher = _mm512_max_ps(most[v], maxima[v]);
         const __m512 shift = _mm512_mul_ps(higher, factor);
@@ -164,7 +165,8 @@ class Cutter {
     normalise<V>(most, sum, first, factor, log2_sum);
     for (int64_t key = 0; key < row.length; key += kTileKeys) {
       __m512 maxima[V];
-      if (!holds) score_tile<T, V>(tokens, key, count(key), queries, limits, tiles, maxima);
+      if (!holds)
+        score_tile<T, V>(tokens, key, count(key), queries, limits, 0, softcap, tiles, maxima);
       add_tile<V>(at(key), count(key), factor, log2_sum, &scores_[key]);
     }
   }

@@ -42,6 +42,7 @@ class Scoring:
         kind: by what.
         divisor: of the attention, which comes as a sum.
         scale: factor of attention scores.
+        softcap: their cap; 0: they have none.
         window: last tokens that are not pooled, with kind WINDOW.
         kernel_size: tokens that are pooled, at most `MAX_KERNEL_SIZE`.
         pooling: "max" or "avg".
@@ -53,6 +54,7 @@ class Scoring:
     kind: ScoreKind
     divisor: float = 1.0
     scale: float = 1.0
+    softcap: float = 0.0
     window: int = 0
     kernel_size: int = 1
     pooling: str = "max"
@@ -100,7 +102,7 @@ class _Compact(ctypes.Structure):
         *((name, c_int64) for name in ("num_rows", "page_tokens", "dim")),
         *((name, c_int64) for name in ("num_queries", "group", "query_stride")),
         *((name, c_int64) for name in ("window", "kernel_size")),
-        *((name, c_float) for name in ("divisor", "scale")),
+        *((name, c_float) for name in ("divisor", "scale", "softcap")),
         *((name, c_int) for name in ("kind", "is_max", "is_bf16", "num_threads")),
     )
 
@@ -145,6 +147,7 @@ def compact(
         kernel_size=scoring.kernel_size,
         divisor=scoring.divisor,
         scale=scoring.scale,
+        softcap=scoring.softcap,
         kind=scoring.kind,
         is_max=scoring.pooling == "max",
         is_bf16=dtype == torch.bfloat16,

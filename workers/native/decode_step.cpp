@@ -39,6 +39,7 @@ struct Step {
   int64_t max_pages;
   int64_t threads;
   float scale;
+  float softcap;
 };
 
 using Attention = Decoding<Bf16>;
@@ -63,6 +64,7 @@ DecodeArguments arguments_of(const Step& s, int64_t layer, bf16* q, bf16* attend
   a.group = static_cast<int>(p.query_heads / p.kv_heads);
   a.dim = static_cast<int>(p.head_dim);
   a.scale = s.scale;
+  a.softcap = s.softcap;
   return a;
 }
 

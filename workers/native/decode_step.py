@@ -28,7 +28,7 @@ class _Step(ctypes.Structure):
         *((name, c_void_p) for name in ("queries", "lse", "seconds")),
         *((name, c_int64) for name in ("num_layers", "rows", "page_tokens", "max_pages")),
         ("threads", c_int64),
-        ("scale", c_float),
+        *((name, c_float) for name in ("scale", "softcap")),
     )
 
 
@@ -102,6 +102,7 @@ class DecodeStep:
             page_tokens=pages.k_pages.shape[1],
             max_pages=table.shape[-1],
             scale=layers.scale,
+            softcap=layers.softcap,
         )
         self._shape = (len(layers), layers.num_kv_heads)
         self._num_query_heads, self._head_dim = layers.num_query_heads, dim

@@ -24,13 +24,14 @@ struct Step {
   bf16* hidden;              // [T, E], before the first layer, then after the last
   const int64_t* positions;  // [T]
   const int32_t* cu;         // [N + 1], where prompts begin
-  const int64_t* refs;       // [L, T, H], where keys and values go in the pages; or null
+  const int64_t* refs;       // [L, T, H], where keys and values go in the pages, or -1; or null
   bf16* k_pages;             // null where `refs` is
   bf16* v_pages;
   bf16* q;    // [L, T, Hq, D], rotated queries, or [T, Hq, D] of one layer after the other
   bf16* k;    // the same of rotated keys [.., T, H, D]
   bf16* v;    // and values
   float* lse;  // [L, T, Hq], receives the normalisers of the softmax; or null
+  const int32_t* windows;  // [L], how many of the last tokens a token sees; 0: all
   // What is wanted of the last layer, or null where that is all of it.
   const int32_t* wanted_cu;    // [N + 1], among the wanted rows
   const int64_t* wanted_rows;  // [R], the last ones of each prompt
@@ -43,6 +44,7 @@ struct Step {
   int64_t keeps_all;  // whether q, k and v have room for all layers
   int64_t threads;
   float scale;
+  float softcap;
 };
 
 using Attention = Attending<Bf16>;
@@ -83,17 +85,21 @@ AttendArguments arguments_of(const Step& s, int64_t layer, const Activations& x,
   a.group = static_cast<int>(p.query_heads / p.kv_heads);
   a.dim = static_cast<int>(p.head_dim);
   a.page_tokens = 1;
+  a.window = s.windows[layer];
   a.scale = s.scale;
+  a.softcap = s.softcap;
   return a;
 }
 
-// Copies this thread's part of fresh keys and values to their pages.
+// Copies this thread's part of fresh keys and values to their pages, but for what has left a window
+// by the end of its prompt.
 void store_pages(Team team, const Step& s, int64_t layer, const Fresh& fresh) {
   const Projection& p = *s.layers[layer].projection;
   const int64_t heads = s.rows * p.kv_heads;
   const int64_t* refs = s.refs + layer * heads;
   const auto [first, end] = team.share(heads);
   for (int64_t head = first; head < end; ++head) {
+    if (refs[head] < 0) continue;
     const int64_t from = head * p.head_dim, to = refs[head] * p.head_dim;
     std::memcpy(s.k_pages + to, fresh.k + from, p.head_dim * sizeof(bf16));
     std::memcpy(s.v_pages + to, fresh.v + from, p.head_dim * sizeof(bf16));

@@ -7,6 +7,7 @@ L layers of the call, E hidden size, Hq query heads, H kv heads, D head dim, P p
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 
@@ -23,11 +24,11 @@ class _Step(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("layers", "hidden", "positions", "cu", "refs")),
-        *((name, c_void_p) for name in ("k_pages", "v_pages", "q", "k", "v", "lse")),
+        *((name, c_void_p) for name in ("k_pages", "v_pages", "q", "k", "v", "lse", "windows")),
         *((name, c_void_p) for name in ("wanted_cu", "wanted_rows", "wanted", "seconds")),
         *((name, c_int64) for name in ("num_layers", "rows", "num_sequences", "num_wanted")),
         *((name, c_int64) for name in ("keeps_all", "threads")),
-        ("scale", c_float),
+        *((name, c_float) for name in ("scale", "softcap")),
     )
 
 
@@ -73,7 +74,7 @@ class PageWrites:
     Attributes:
         k_pages: bf16 [P, page_tokens, D].
         v_pages: the same of values.
-        refs: where they go, int64 [L, T, H], in tokens of the flat pool.
+        refs: where they go, int64 [L, T, H], in tokens of the flat pool; negative: nowhere.
     """
 
     k_pages: Tensor
@@ -101,10 +102,13 @@ class PrefillStep:
 
     Args:
         layers: all of them.
+        windows: in each, how many of the last tokens a token sees, itself included; 0: all.
     """
 
-    def __init__(self, layers: StepLayers) -> None:
+    def __init__(self, layers: StepLayers, windows: Sequence[int]) -> None:
+        assert len(windows) == len(layers), (windows, len(layers))
         self._layers = layers
+        self._windows = torch.tensor(windows, dtype=torch.int32)
         self._run = function("saqqara_prefill_step", (c_void_p,))
 
     def __call__(
@@ -145,6 +149,7 @@ class PrefillStep:
             k=bf16(fresh.k),
             v=bf16(fresh.v),
             lse=None if fresh.lse is None else pointer(fresh.lse, torch.float32),
+            windows=pointer(self._windows[layers.start :], torch.int32),
             seconds=ctypes.addressof(seconds) if timed else None,
             num_layers=len(layers),
             rows=num_tokens,
@@ -152,6 +157,7 @@ class PrefillStep:
             keeps_all=num_rooms == len(layers),
             threads=torch.get_num_threads(),
             scale=of.scale,
+            softcap=of.softcap,
         )
         if writes is not None:
             assert writes.refs.shape == (len(layers), num_tokens, of.num_kv_heads)

@@ -27,6 +27,7 @@ class StepLayers:
     Args:
         layers: the two ends of each, around attention.
         scale: factor of attention scores, positive.
+        softcap: their cap; 0: they have none.
 
     Attributes:
         num_query_heads: Hq.
@@ -34,17 +35,20 @@ class StepLayers:
         head_dim: D.
         hidden_size: E.
         scale: as given.
+        softcap: as given.
 
     Raises:
         NativeUnavailableError: this machine cannot run the kernels; with the reason.
     """
 
-    def __init__(self, layers: Sequence[tuple[Projection, Finish]], scale: float) -> None:
+    def __init__(
+        self, layers: Sequence[tuple[Projection, Finish]], scale: float, softcap: float = 0.0
+    ) -> None:
         assert scale > 0, f"the scale of the scores must be positive, not {scale}"
         first = layers[0][0]
         self.num_query_heads, self.num_kv_heads = first.num_query_heads, first.num_kv_heads
         self.head_dim, self.hidden_size = first.head_dim, first.qkv.num_inputs
-        self.scale = scale
+        self.scale, self.softcap = scale, softcap
         assert self.head_dim <= MAX_HEAD_DIM, f"head_dim {self.head_dim} is more than allowed"
         for projection, _ in layers:
             assert projection.num_kv_heads == self.num_kv_heads, projection.num_kv_heads

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saqqara.workers.attention.base import CuSeqlens
+from saqqara.workers.kv.rows import rings_with_new
 from saqqara.workers.kv.store import KVStore
 from saqqara.workers.kv.view import AppendPlan, KVView
 from saqqara.workers.models.layer import QKV, Layer, Places
@@ -151,23 +152,34 @@ class DecodeBatch:
         assert self.append is not None
         q, k, v = (x[self.rows] for x in qkv)
         kv, n = shard.kv, self.num_single
-        kv.append(self.append, index, k, v)
         parts = []
+        if self.cu is not None:  # before new tokens take the places of old ones in rings
+            parts.append(self._extend(shard, index, q[n:], k[n:], v[n:], self.cu))
+        kv.append(self.append, index, k, v)
         if n:
             view = _narrow(kv.decode_view(self.append, index), slice(0, n))
-            parts.append(self._decode(shard, index, q[:n], view))
-        if self.cu is not None:
-            view = _narrow(kv.extend_view(self.append, index), slice(n, None))
-            new = (q[n:], k[n:], v[n:])
-            parts.append(shard.part.backend.extend(*new, self.cu, view, shard.part.scale))
+            parts.insert(0, self._decode(shard, index, q[:n], view))
         return torch.cat(parts)
+
+    def _extend(
+        self, shard: Shard, index: int, q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens
+    ) -> Tensor:
+        """Attention of the sequences that feed several tokens, whose rows do not have them yet."""
+        assert self.append is not None
+        kv, part, first = shard.kv, shard.part, self.num_single
+        if index in kv.rings:
+            k, v, lengths = rings_with_new(kv, self.append, index, first, k, v)
+            cu_k = CuSeqlens.of(lengths, q.device)
+            return part.backend.prefill(q, k, v, cu, cu_k, part.scale, kv.rings.window)[0]
+        view = _narrow(kv.extend_view(self.append, index), slice(first, None))
+        return part.backend.extend(q, k, v, cu, view, part.scale)
 
     def _decode(self, shard: Shard, index: int, q: Tensor, view: KVView) -> Tensor:
         """Decode the single tokens, company by company.
 
         So nobody's output depends, not even in its rounding, on who else is in the batch.
         """
-        if not self.companies:
+        if not self.companies or index in shard.kv.rings:  # which nothing is cut from
             return shard.part.backend.decode(q, view, shard.part.scale)
         if self.companies[0].rows is None:
             return _attended(shard, index, q, view, self.companies[0])

@@ -34,7 +34,7 @@ class NativeDecode:
 
     def __init__(self, shard: Shard) -> None:
         part = shard.part
-        self._layers = step_layers(part.decoder.layers, part.scale)
+        self._layers = step_layers(part.decoder.layers, part.scale, part.backend.softcap)
         pool, table = shard.kv.pool, shard.kv.table
         pages = Pages(pool.k_pages, pool.v_pages, table.device_pages)
         self._shard = shard

@@ -74,8 +74,8 @@ class NativePrefill:
     def __init__(self, shard: Shard) -> None:
         part = shard.part
         self._shard, self._part = shard, part
-        self._layers = step_layers(part.decoder.layers, part.scale)
-        self._step = PrefillStep(self._layers)
+        self._layers = step_layers(part.decoder.layers, part.scale, part.backend.softcap)
+        self._step = PrefillStep(self._layers, part.windows)
         self._has_said_why = False
 
     @property

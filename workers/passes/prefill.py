@@ -14,24 +14,19 @@ from collections.abc import Iterable
 import numpy as np
 from torch import Tensor
 
-from saqqara.compression.growth import remembers_normalisers, sums_mass
-from saqqara.compression.retention import Retention
-from saqqara.compression.selecting import select
 from saqqara.workers.attention.base import CuSeqlens
 from saqqara.workers.kv.prompts import PromptWrite, write_layers, write_prompts
 from saqqara.workers.models.decoder import chunks
 from saqqara.workers.models.layer import QKV, Layer
 from saqqara.workers.plan import PrefillGroup, StepPlan
-from saqqara.workers.retain.observe import observe_prompt, prompt_mass
 from saqqara.workers.retain.propagate import PropagatingPrompt, surviving_rows
 from saqqara.workers.shard import Shard
 from saqqara.workers.transfer import to_device
 
 from . import native_prefill
+from .choosing import Choosing
 from .native_prefill import NativePrefill, Piece
 from .parked import Finals, ParkedPrefill, last_rows
-
-Selection = Tensor | list[Tensor] | None
 
 
 class Prefill:
@@ -43,7 +38,7 @@ class Prefill:
         self._native = native_prefill.make(shard)
         self._parked: dict[tuple[int, ...], ParkedPrefill] = {}
         self._layer_tokens = 0
-        self.watched: dict[tuple[int, int], list[Tensor]] | None = None  # `Worker.watch_positions`
+        self.choosing = Choosing(shard)
 
     @property
     def parked_bytes(self) -> int:
@@ -156,7 +151,7 @@ class Prefill:
         wanted = (
             parked.wanted(self._shard.slots) if layers.stop == self._part.spec.num_layers else None
         )
-        writes = native.reserve(layers, parked) if self.watched is None else None
+        writes = native.reserve(layers, parked) if self.choosing.watched is None else None
         for piece in native.run(layers, parked, writes, wanted):
             self._layer_tokens += parked.num_tokens * len(piece.layers)
             self._shard.meter.see_prefill(
@@ -171,11 +166,12 @@ class Prefill:
     def _layer(self, layer: int, parked: ParkedPrefill) -> None:
         """Replace the parked hidden states by those after `layer`; keep what retention selects."""
         part, timed = self._part, self._shard.clock.span
-        weights = part.decoder.layers[layer - part.layers.start]
+        local_layer = layer - part.layers.start
+        weights, window = part.decoder.layers[local_layer], part.windows[local_layer]
         with timed("project"):
             qkv = self._project(weights, parked)
         with timed("attention"):
-            attended, lse = part.backend.prefill(*qkv, parked.cu, parked.cu, part.scale)
+            attended, lse = part.backend.prefill(*qkv, parked.cu, parked.cu, part.scale, window)
         with timed("retain"):
             self._retain(layer, parked, qkv, lse)
         with timed("propagate"):
@@ -191,14 +187,12 @@ class Prefill:
     def _last_layer(self, parked: ParkedPrefill, finals: Finals) -> None:
         """The model's last layer: queries and MLP only where a token is sampled or scored."""
         part = self._part
-        layer = part.spec.num_layers - 1
-        weights = part.decoder.layers[layer - part.layers.start]
+        layer, weights = part.spec.num_layers - 1, part.decoder.layers[-1]
         qkv = self._project(weights, parked)
         wanted = parked.wanted(self._shard.slots)
         rows_R = last_rows(wanted, parked.cu)
-        attended = part.backend.prefill(qkv.q[rows_R], qkv.k, qkv.v, wanted, parked.cu, part.scale)[
-            0
-        ]
+        last = (qkv.q[rows_R], qkv.k, qkv.v, wanted, parked.cu)
+        attended = part.backend.prefill(*last, part.scale, part.windows[-1])[0]
         self._retain(layer, parked, qkv, None)
         del qkv
         hidden_RE = parked.hidden_TE[rows_R]
@@ -275,7 +269,7 @@ class Prefill:
 
         `lse` [T, Hq] is what prefill returned of all queries, None if it did not.
         """
-        writes = self._choose(layer, parked, qkv, lse)
+        writes = self.choosing.choose(layer, parked, qkv, lse)
         self._write(layer - self._part.layers.start, qkv, writes)
         # The pages just written and the layer's fresh keys and values exist side by side.
         self._shard.meter.see_prefill(self._kv_bytes(qkv), 0)
@@ -284,7 +278,8 @@ class Prefill:
         """`_retain` of several layers, written together where there are pages for all."""
         shard, first = self._shard, self._part.layers.start
         noted = [
-            (layer, qkv, self._choose(layer, parked, qkv, lse)) for layer, qkv, lse in piece.noted()
+            (layer, qkv, self.choosing.choose(layer, parked, qkv, lse))
+            for layer, qkv, lse in piece.noted()
         ]
         writes = [self._unrefused(writes) for _, _, writes in noted]
         _, k, v = piece.fresh
@@ -292,79 +287,6 @@ class Prefill:
             for layer, qkv, writes_of_layer in noted:
                 self._write(layer - first, qkv, writes_of_layer)
         shard.meter.see_prefill(self._kv_bytes(piece.fresh), 0)
-
-    def _choose(
-        self, layer: int, parked: ParkedPrefill, qkv: QKV, lse: Tensor | None
-    ) -> list[PromptWrite]:
-        """What each sequence's method keeps of this layer; see `_retain`."""
-        local_layer = layer - self._part.layers.start
-        writes: list[PromptWrite] = []
-        bounds = zip(parked.cu.host[:-1], parked.cu.host[1:], strict=True)
-        for family, (start, stop) in zip(parked.families.values(), bounds, strict=True):
-            prompt = qkv.of(slice(start, stop))
-            prompt_lse = None if lse is None else lse[start:stop]
-            chosen: dict[Retention, tuple[Selection, Tensor | None]] = {}
-            for slot in family:
-                held = self._shard.slots[slot]
-                self._remember_queries(local_layer, slot, prompt, prompt_lse)
-                # On every rank, refused or not: some scores are reduced over ranks.
-                if held.retention not in chosen:
-                    with self._shard.faults.blame([slot], "retention"):
-                        chosen[held.retention] = self._select(layer, slot, prompt, prompt_lse)
-                if held.retention not in chosen:
-                    continue
-                indices, masses = chosen[held.retention]
-                self._remember(local_layer, slot, len(prompt.k), indices, masses)
-                if self.watched is not None:
-                    entered = parked.places.positions_T[start:stop]
-                    self.watched[slot, layer] = self._positions(entered, indices)
-                writes.append(PromptWrite(slot, start, stop - start, indices))
-        return writes
-
-    def _positions(self, entered: Tensor, indices: Selection) -> list[Tensor]:
-        """Positions in the prompt that each local kv head keeps of those that entered a layer."""
-        if indices is None:
-            return [entered] * len(self._part.heads.kv)
-        return [entered[places] for places in indices]
-
-    def _remember_queries(
-        self, local_layer: int, slot: int, prompt: QKV, lse: Tensor | None
-    ) -> None:
-        """Begin the slot's ring, if it has one, with the prompt's last queries.
-
-        `lse` is as for `_retain`.
-        """
-        shard, held = self._shard, self._shard.slots[slot]
-        normalisers, queries = None, prompt.q
-        if remembers_normalisers(held.retention):
-            assert held.retention.propagate is not None
-            # Of adjacent tokens; those before them did not all enter the layer.
-            recent = held.retention.propagate.recent_tokens(held.prompt_tokens)
-            queries = queries[-recent:]
-            if lse is None:
-                normalisers = self._part.backend.normalisers(queries, prompt.k, self._part.scale)
-            else:
-                normalisers = lse[-recent:]
-        shard.rings.store(slot, local_layer, queries, held.prompt_tokens, normalisers)
-
-    def _remember(
-        self,
-        local_layer: int,
-        slot: int,
-        num_tokens: int,
-        indices: Selection,
-        masses: Tensor | None,
-    ) -> None:
-        """Note what compactions while decoding start from, on every rank, refused or not."""
-        shard = self._shard
-        if slot not in shard.retained.cycles:
-            return
-        counts = num_tokens if indices is None else [len(head) for head in indices]
-        shard.retained.after_prefill[slot][local_layer] = counts
-        if masses is not None:
-            room = self._part.max_model_len - shard.slots[slot].prompt_tokens
-            more = min(shard.retained.cycles[slot].most, room)
-            shard.sums.store(slot, local_layer, masses, indices, more)
 
     def _write(self, local_layer: int, qkv: QKV, writes: list[PromptWrite]) -> None:
         """Write the chosen tokens of one layer to pages; refuse slots for which there are too few.
@@ -380,20 +302,3 @@ class Prefill:
 
     def _unrefused(self, writes: list[PromptWrite]) -> list[PromptWrite]:
         return [write for write in writes if write.slot not in self._shard.faults.refused]
-
-    def _select(
-        self, layer: int, slot: int, prompt: QKV, lse: Tensor | None
-    ) -> tuple[Selection, Tensor | None]:
-        """Which of the tokens that entered each kv head keeps, or None for all; see `select`.
-
-        Where compactions will go by sums of attention, also what all of these tokens got, [H, n].
-        """
-        spec, held = self._part.spec, self._shard.slots[slot]
-        masses = prompt_mass(self._part, prompt, lse) if sums_mass(held.retention) else None
-        rows = held.retention.row_tokens(held.prompt_tokens, spec.layers, spec.num_kv_heads)
-        if rows[layer].min() == len(prompt.k):
-            return None, masses
-        observation = observe_prompt(
-            self._part, layer, prompt, lse, held.retention, held.prompt_tokens, masses
-        )
-        return select(held.retention, observation), masses

@@ -55,10 +55,13 @@ def compact_firing(shard: Shard, items: tuple[DecodeItem, ...]) -> None:
 def _compact(shard: Shard, group: list[_Firing]) -> None:
     """Compact sequences of one retention: in one native call, or layer by layer.
 
-    Within a layer all rows are compacted together, but where ranks are asked or scores depend on
+    Layers with a window are left out: what their rows hold is what its tokens see. Within a layer
+    all rows are compacted together, but where ranks are asked or scores depend on
     places: then those of one length are.
     """
-    retention, layers = group[0].retention, range(len(shard.part.layers))
+    retention, layers = group[0].retention, shard.kv.rings.others.tolist()
+    if not layers:
+        return  # this stage has none but with a window
     if _asks_ranks(shard, retention) or _counts_compactions(retention):
         for index in layers:
             _compact_layer(shard, index, group)

@@ -2,7 +2,7 @@
 
 What it keeps is what `compact.py` would keep, but for the rounding of scores.
 
-Shapes: N sequences, L local layers, H local kv heads, R = N * L * H rows.
+Shapes: N sequences, L local layers without a window, H local kv heads, R = N * L * H rows.
 """
 
 import numpy as np
@@ -35,7 +35,7 @@ def compacts_natively(shard: Shard, retention: Retention) -> bool:
 
 
 def compact_slots(shard: Shard, retention: Retention, slots: Ints, stops: Ints, slack: int) -> None:
-    """Cut `slack` tokens off every row of some slots; surplus pages are free at once.
+    """Cut `slack` tokens off every row without a window; surplus pages are free at once.
 
     Args:
         shard: no slot of it shares pages.
@@ -44,15 +44,16 @@ def compact_slots(shard: Shard, retention: Retention, slots: Ints, stops: Ints, 
         stops: the position after the last token of each, [N].
         slack: tokens that go.
     """
-    kv = shard.kv
-    length_NLH = kv.table.kept[slots].astype(np.int64)
+    kv, layers = shard.kv, shard.kv.rings.others
+    rows_of = np.ix_(slots, layers)
+    length_NLH = kv.table.kept[rows_of].astype(np.int64)
     keep_NLH = length_NLH - slack
     assert keep_NLH.min() >= 0, f"{slack} of {length_NLH.min()} tokens"
     scoring, first_query_LH, first_sum_NLH = _scoring(shard, retention, slots, stops)
     sinks, recent = certain_tokens(retention, keep_NLH)
     every = keep_NLH.shape
     rows = CutRows(
-        first_entry=kv.table.first_entry[slots].reshape(-1),
+        first_entry=kv.table.first_entry[rows_of].reshape(-1),
         length=length_NLH.reshape(-1),
         keep=keep_NLH.reshape(-1),
         sinks=sinks.reshape(-1),
@@ -64,7 +65,9 @@ def compact_slots(shard: Shard, retention: Retention, slots: Ints, stops: Ints, 
     heads, pool = shard.part.heads, kv.pool
     group = len(heads.query) // len(heads.kv)
     compact(pool.k_pages, pool.v_pages, kv.table.device_pages, rows, group, scoring)
-    shorten(kv, slots, keep_NLH.astype(np.int32))
+    keep = kv.table.kept[slots]
+    keep[:, layers] = keep_NLH
+    shorten(kv, slots, keep)
 
 
 def certain_tokens(retention: Retention, keep: Ints) -> tuple[Ints, Ints]:
@@ -86,8 +89,7 @@ def _scoring(
 ) -> tuple[Scoring, Ints, Ints]:
     """How rows are scored, and where their queries, [L, H], and sums, [N, L, H], begin."""
     part, score, nothing = shard.part, retention.score, np.zeros(1, dtype=np.int64)
-    num_layers, heads = len(part.layers), np.arange(len(part.heads.kv))
-    layers = np.arange(num_layers)[:, None]
+    layers, heads = shard.kv.rings.others[:, None], np.arange(len(part.heads.kv))
     if isinstance(score, SnapKV):
         queries, places = shard.rings.last(slots, stops)
         _, num_places, num_query_heads, dim = queries.shape
@@ -97,6 +99,7 @@ def _scoring(
             ScoreKind.WINDOW,
             divisor=places.shape[1] * part.spec.group_size,
             scale=part.scale,
+            softcap=part.backend.softcap,
             window=retention.window,
             kernel_size=score.kernel_size,
             pooling=score.pooling,

@@ -10,7 +10,9 @@ from torch import Tensor
 MASS_BYTES = 32 << 20  # bounds the fp32 attention weights of one piece of work
 
 
-def rows_mass(q: Tensor, k: Tensor, scale: float, num_before: Tensor | None = None) -> Tensor:
+def rows_mass(
+    q: Tensor, k: Tensor, scale: float, num_before: Tensor | None = None, softcap: float = 0.0
+) -> Tensor:
     """Attention mass as the backends' `mass`, for many rows at once.
 
     Args:
@@ -18,6 +20,7 @@ def rows_mass(q: Tensor, k: Tensor, scale: float, num_before: Tensor | None = No
         k: [n, R, D].
         scale: factor of the scores.
         num_before: so many keys of each row are nobody's and get nothing, [R]; None: all are keys.
+        softcap: of the scores; 0: they have none.
 
     Returns:
         float32 [R, n]: causal softmax attention, summed over the queries and the group.
@@ -33,11 +36,18 @@ def rows_mass(q: Tensor, k: Tensor, scale: float, num_before: Tensor | None = No
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
         scores = torch.bmm(q_RMD[rows].float(), k_RDN[rows].float()).mul_(scale)
+        _cap(scores, softcap)
         scores.masked_fill_(future, -torch.inf)
         if num_before is not None:
             scores.masked_fill_((position < num_before[rows, None])[:, None], -torch.inf)
         torch.sum(_softmax(scores), dim=1, out=mass[rows])
     return mass
+
+
+def _cap(scores: Tensor, softcap: float) -> None:
+    """Cap scores in place, as `AttentionBackend.softcap` says."""
+    if softcap:
+        scores.div_(softcap).tanh_().mul_(softcap)
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -52,7 +62,12 @@ def _softmax(scores: Tensor) -> Tensor:
 
 
 def remembered_mass(
-    q: Tensor, lse: Tensor, k: Tensor, scale: float, query_weights: Tensor
+    q: Tensor,
+    lse: Tensor,
+    k: Tensor,
+    scale: float,
+    query_weights: Tensor,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attention on keys that all of these queries saw, by the normalisers that it then had.
 
@@ -62,6 +77,7 @@ def remembered_mass(
         k: [N, H, C, D].
         scale: factor of the scores.
         query_weights: [w].
+        softcap: of the scores; 0: they have none.
 
     Returns:
         float32 [N, H, C], summed over the queries, with their weights, and over the group.
@@ -70,6 +86,7 @@ def remembered_mass(
     q_NHMD = q.view(num, num_queries, num_heads, -1, dim).transpose(1, 2).flatten(2, 3)
     lse_NHM = lse.view(num, num_queries, num_heads, -1).transpose(1, 2).flatten(2, 3)
     scores = torch.matmul(q_NHMD.float(), k.float().transpose(2, 3)).mul_(scale)
+    _cap(scores, softcap)
     weights = scores.sub_(lse_NHM[..., None]).exp_()
     group = weights.shape[2] // num_queries
     return (weights * query_weights.repeat_interleave(group)[:, None]).sum(dim=2)

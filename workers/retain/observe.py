@@ -83,7 +83,9 @@ def observe_rows(
         v_RND.transpose(0, 1),
         None if queries_RWGD is None else queries_RWGD.transpose(0, 1).flatten(1, 2),
         (part.heads.kv.start + heads).tolist(),
-        lambda queries, keys: rows_mass(queries, keys, part.scale, num_before),
+        lambda queries, keys: rows_mass(
+            queries, keys, part.scale, num_before, part.backend.softcap
+        ),
         masses_RN,
         compaction=compaction,
     )

@@ -139,7 +139,7 @@ def _recent_mass(shard: Shard, cut: _Cut) -> Tensor:
         at = (slots[some], layer, cut.stops[some], trim.num_queries)
         q, lse = shard.rings.read(*at), shard.rings.read_normalisers(*at)
         k = k_RCD.view(len(slots), num_heads, num_candidates, -1)[some]
-        mass[some] = remembered_mass(q, lse, k, part.scale, weights)
+        mass[some] = remembered_mass(q, lse, k, part.scale, weights, part.backend.softcap)
     if part.heads.replicated:
         mass = part.mesh.reduce_replicas(mass)
     return _mean_of_heads(part, mass / (trim.num_queries * part.spec.group_size))

@@ -144,6 +144,26 @@ def test_one_call_says_what_call_after_call_says(
     assert both_ways(worker, monkeypatch, sequences(retention, lengths)) == [LAYERS]
 
 
+def test_layers_with_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts shorter and longer than it; what is kept, cut and decoded is the same layer by layer.
+
+    Rows with a window have its tokens, and the others what their method says.
+    """
+    save_tiny("qwen2", tmp_path)
+    worker = make_worker(tmp_path)
+    native = worker._decode._native
+    assert native is not None
+    for retention in (None, SNAPKV, {"method": "h2o", "budget": 16, "decode": {"slack_pages": 1}}):
+        new = sequences(retention, (3, 50, 1, 17))
+        assert both_ways(worker, monkeypatch, new) == [LAYERS]
+        found = answers(worker, new)
+        monkeypatch.setattr(worker._decode, "_native", None)
+        assert_same(answers(worker, new), found)
+        monkeypatch.setattr(worker._decode, "_native", native)
+        counts = np.frombuffer(found[0][0].kept[1].counts, dtype=np.int32).reshape(LAYERS, -1)
+        assert counts.tolist() == [[50 if retention is None else 16] * 3, [9] * 3, [9] * 3]
+
+
 def test_prompts_that_are_scored_or_shared(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     scored = sequences(None, (20, 9), SAMPLING)
     prompt = scored[0].tokens().tolist()

@@ -232,10 +232,10 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     said = {
         "/no/such/folder": "model: there is no folder '/no/such/folder'",
         "nobody/nothing": "hf download nobody/nothing --local-dir FOLDER",
-        file: f"model: {file} is a file; it needs the folder",
+        file: f"model: {file} is a file, and not a GGUF file; it needs one",
         str(tmp_path / "no-config"): "has no config.json",
         str(tokenizer): "has no tokenizer (tokenizer.json)",
-        str(tmp_path / "gpt2"): "'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3",
+        str(tmp_path / "gpt2"): "'gpt2' is not supported; supported: gemma2, gemma3_text, llama, ",
     }
     for model, message in said.items():
         for command in (["generate", "hello"], ["eval", "needle"]):

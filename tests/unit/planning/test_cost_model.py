@@ -118,7 +118,7 @@ def test_a_product_that_copies_its_weights_takes_in_few_at_a_time_and_then_multi
     copying = replace(plain, device=replace(plain.device, product_bandwidth=5e11))
     one, two, ten = (copying.decode_seconds(rank, rows, 0) for rows in (1, 2, 10))
     assert one == plain.decode_seconds(rank, 1, 0)
-    weights = LAYERS * (rank.attention_numbers + rank.mlp_numbers) + rank.head_numbers
+    weights = LAYERS * (rank.attention_numbers + rank.plain_mlp_numbers) + rank.head_numbers
     assert two == pytest.approx(2 * weights / 5e11 + 2 * 2 * weights / 1e14)
     assert ten - two == pytest.approx(2 * 8 * weights / 1e14)
     # Half of the sequences at once is far from half of the time, unless it is one of two.
@@ -129,7 +129,7 @@ def test_experts_are_read_as_tokens_choose_them() -> None:
     mixtral = model_of("mixtral-8x7b")
     [rank] = Footprint.of_ranks(mixtral.spec, DTYPES["bfloat16"], MeshLayout())
     cost = CostModel(mixtral, replace(GPU, flops=1e21), IDEAL)
-    around = LAYERS * rank.attention_numbers + rank.head_numbers
+    around = LAYERS * (rank.attention_numbers + 8 * E) + rank.head_numbers  # with the router
     for num_seqs, experts in ((1, 2), (2, 8 * (1 - (3 / 4) ** 2)), (1000, 8)):
         read = around + LAYERS * experts * 3 * E * F
         assert cost.decode_seconds(rank, num_seqs, 0) == pytest.approx(2 * read / 1e12)

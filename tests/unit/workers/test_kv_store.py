@@ -7,6 +7,7 @@ exactly, and `check_integrity` runs after every operation.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saqqara.workers.kv.rows import Rows, compact_rows
+from saqqara.workers.kv.rows import Rows, compact_rows, rings_with_new
 from saqqara.workers.kv.store import KVStore
 from saqqara.workers.kv.view import AppendPlan
 
@@ -23,8 +24,8 @@ CPU = torch.device("cpu")
 HEAD_DIM = 2
 
 
-def make_store(**overrides: int | bool) -> KVStore:
-    sizes: dict[str, int | bool] = {
+def make_store(**overrides: Any) -> KVStore:
+    sizes: dict[str, Any] = {
         "num_layers": 2,
         "num_heads": 3,
         "num_slots": 4,
@@ -33,7 +34,7 @@ def make_store(**overrides: int | bool) -> KVStore:
         "max_row_tokens": 24,
         "head_dim": HEAD_DIM,
     } | overrides
-    return KVStore(**sizes, dtype=torch.float32, device=CPU)  # type: ignore[arg-type]
+    return KVStore(**sizes, dtype=torch.float32, device=CPU)
 
 
 def as_slots(*slots: int) -> np.ndarray:
@@ -72,7 +73,13 @@ class Model:
         for head, row in enumerate(self.heads(slot, layer)):
             kept = range(count) if indices is None else indices[head]
             row.extend(int(k[i, head, 0]) for i in kept)
+            self.forget(layer, row)
         return True
+
+    def forget(self, layer: int, row: list[int]) -> None:
+        """Drop what lies before the layer's window, if it has one."""
+        if layer in self.store.rings:
+            del row[: -self.store.rings.window]
 
     def append(self, slots: Sequence[int], num_new: Sequence[int]) -> AppendPlan | None:
         plan = self.store.begin_append(as_slots(*slots), as_slots(*num_new))
@@ -80,13 +87,25 @@ class Model:
             return None
         for layer in range(self.store.num_layers):
             k, v = self.fresh(sum(num_new))
+            if layer in self.store.rings:
+                self.check_rings(plan, layer, k, v)
             self.store.append(plan, layer, k, v)
             first = 0
             for slot, count in zip(slots, num_new, strict=True):
                 for head, row in enumerate(self.heads(slot, layer)):
                     row.extend(int(i) for i in k[first : first + count, head, 0])
+                    self.forget(layer, row)
                 first += count
         return plan
+
+    def check_rings(self, plan: AppendPlan, layer: int, k: Tensor, v: Tensor) -> None:
+        """What new tokens look back at is what the rows hold so far, then the tokens themselves."""
+        keys, values, lengths = rings_with_new(self.store, plan, layer, 0, k, v)
+        assert torch.equal(values, -keys)
+        new, both = torch.split(k, plan.num_new.tolist()), torch.split(keys, lengths)
+        for slot, of_slot, tokens in zip(plan.slots, both, new, strict=True):
+            for head, row in enumerate(self.heads(int(slot), layer)):
+                assert of_slot[:, head, 0].tolist() == row + tokens[:, head, 0].tolist()
 
     def compact(self, slot: int, layer: int, indices: dict[int, list[int]]) -> bool:
         """Compact the rows of some heads, of one length, each to equally many tokens."""
@@ -127,7 +146,7 @@ class Model:
     def snapshot(self) -> tuple[object, ...]:
         """Everything that a refused operation must leave as it was."""
         store = self.store
-        tables = store.table.kept.tobytes(), store.table.pages.tobytes()
+        tables = [x.tobytes() for x in (store.table.kept, store.table.pages, store.rings.seen)]
         return *tables, store.pool.refcount.tobytes(), store.pool.free_pages.tobytes()
 
 
@@ -240,6 +259,40 @@ def test_forks_share_pages_until_they_append() -> None:
     model.free(0)
     model.check()
     assert store.pages_of(1) == store.num_pages - store.pages_free == 2
+
+
+def test_a_ring_holds_the_last_tokens_and_no_more_pages() -> None:
+    """The token at position p lies at place p mod W, through prompts, single and many tokens."""
+    model = Model(make_store(num_layers=2, num_heads=1, windows=(6, 0), max_row_tokens=64))
+    store = model.store
+    model.write(0, 0, 15, None)
+    model.write(0, 1, 15, [[3, 14]])
+    model.write(1, 0, 4, None)
+    model.write(1, 1, 4, None)
+    model.check()
+    for new in ([1, 1], [1, 1], [3, 5], [1, 14], [7, 1]):
+        model.append([0, 1], new)
+        model.check()
+        assert store.kept(0)[0].tolist() == [6]
+        assert store.pages_of(0) == 2 + -(-store.kept(0)[1, 0] // 4)
+    seen = int(store.rings.seen[0])
+    assert seen == 15 + 13
+    page = store.table.pages[0, 0, 0]
+    for at, number in zip(range(seen - 6, seen), model.rows[0, 0, 0], strict=True):
+        place = at % 6
+        assert store.k_tokens[page[place // 4] * 4 + place % 4, 0] == number
+
+
+def test_overwriting_in_a_shared_ring_copies_the_page_first() -> None:
+    model = Model(make_store(num_layers=1, num_heads=1, num_pages=5, windows=(8,)))
+    model.write(0, 0, 9, None)  # the next goes to place 1, in the first of two full pages
+    model.fork(0, 1)
+    assert model.append([1], [2])
+    model.check()
+    assert model.store.pages_free == 2
+    assert model.append([0, 1], [9, 1])  # the first is its own by now, the second is copied once
+    model.check()
+    assert model.store.pages_free == 1
 
 
 def test_forks_that_append_together_need_one_copy_less() -> None:
@@ -391,6 +444,7 @@ def test_random_operations(data: st.DataObject) -> None:
             page_tokens=data.draw(st.integers(1, 5)),
             num_pages=data.draw(st.integers(12, 80)),
             mirrored=data.draw(st.booleans()),
+            windows=data.draw(st.sampled_from([(), (0, 3), (7, 0)])),
         )
     )
     store = model.store
@@ -410,6 +464,7 @@ def test_random_operations(data: st.DataObject) -> None:
                     continue
                 count = data.draw(st.integers(1, limit))
                 indices = data.draw(st.none() | subsets([count] * store.num_heads))
+                indices = None if layer in store.rings else indices
                 done = model.write(slot, layer, count, indices)
             case "append":
                 growing = data.draw(st.lists(st.sampled_from(slots), min_size=1, unique=True))
@@ -421,7 +476,8 @@ def test_random_operations(data: st.DataObject) -> None:
                     continue
                 done = model.append(growing, new) is not None
             case "compact":
-                slot, layer = data.draw(st.sampled_from(slots)), data.draw(st.integers(0, 1))
+                slot = data.draw(st.sampled_from(slots))
+                layer = data.draw(st.sampled_from(store.rings.others.tolist()))
                 lengths = [len(row) for row in model.heads(slot, layer)]
                 heads = [h for h, n in enumerate(lengths) if n == lengths[0]]
                 chosen = data.draw(subsets([lengths[0]] * len(heads), alike=True))

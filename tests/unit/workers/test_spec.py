@@ -1,6 +1,7 @@
 """ModelSpec from Hugging Face configs: what is read, and what is refused by name."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,18 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from saqqara.workers.models.reading.families import FAMILIES
-from saqqara.workers.models.reading.rope_spec import RopeSpec
-from saqqara.workers.models.spec import ModelSpec, load_spec
+from saqqara.workers.models.reading.rope_spec import UNROTATED, RopeSpec
+from saqqara.workers.models.spec import ExpertSpec, ModelSpec, load_spec
 from saqqara.workers.models.weights import weight_shapes
 
 TINY: dict[str, Any] = {
@@ -44,7 +49,7 @@ LLAMA3 = {
 }
 
 
-def tiny(kind: Callable[..., PreTrainedConfig] = LlamaConfig, **settings: Any) -> PreTrainedConfig:
+def tiny(kind: Callable[..., Any] = LlamaConfig, **settings: Any) -> Any:
     return kind(**{**TINY, **settings})
 
 
@@ -74,11 +79,22 @@ def test_a_spec_says_what_the_config_says() -> None:
 
 
 UNTIED = {"head_dim": 8, "tie_word_embeddings": False}
+SEVEN = {
+    "num_experts": 7,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "decoder_sparse_step": 2,
+}
 FLAGS = {
     "llama": (tiny(), (False, False, False, False)),
     "llama-bias": (tiny(attention_bias=True), (True, True, False, False)),
     "llama-mlp-bias": (tiny(mlp_bias=True), (False, False, True, False)),
     "mistral": (tiny(MistralConfig, sliding_window=None), (False, False, False, False)),
+    "mixtral": (tiny(MixtralConfig, num_local_experts=3), (False, False, False, False)),
+    "qwen2_moe": (tiny(Qwen2MoeConfig, **SEVEN), (True, False, False, False)),
+    "qwen3_moe": (tiny(Qwen3MoeConfig, head_dim=8, **SEVEN), (False, False, False, True)),
+    "phi3": (tiny(Phi3Config, pad_token_id=0), (False, False, False, False)),
+    "smollm3": (tiny(SmolLM3Config, pad_token_id=0, **UNTIED), (False, False, False, False)),
     "qwen2": (tiny(Qwen2Config), (True, False, False, False)),
     "qwen3": (tiny(Qwen3Config), (False, False, False, True)),
     "gemma2": (tiny(Gemma2Config, **UNTIED), (False, False, False, False)),
@@ -97,24 +113,48 @@ def test_flags_and_weights_match_the_transformers_model(name: str) -> None:
     assert (spec.qkv_bias, spec.output_bias, spec.mlp_bias, spec.qk_norm) == flags
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert weight_shapes(spec) == {key: tuple(w.shape) for key, w in model.state_dict().items()}
+    shapes = {key: tuple(w.shape) for key, w in model.state_dict().items()}
+    if spec.experts is None:
+        assert weight_shapes(spec) == shapes
+    else:  # which transformers joins when it loads them; how they are named, loading them shows
+        assert sum(map(math.prod, weight_shapes(spec).values())) == model.num_parameters()
+        assert {n for n in weight_shapes(spec) if "moe" not in n and "mlp" not in n} <= {*shapes}
 
 
 def test_every_family_is_tested() -> None:
     assert {config.model_type for config, _ in FLAGS.values()} == set(FAMILIES)
 
 
-def test_parameter_counts_match_the_transformers_model() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny(tie_word_embeddings=True),
+        tiny(),
+        tiny(MixtralConfig),
+        tiny(Qwen2MoeConfig, **SEVEN, qkv_bias=False),
+    ],
+    ids=["tied", "untied", "experts", "shared"],
+)
+def test_parameter_counts_match_the_transformers_model(config: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    for tied in (True, False):
-        config = tiny(tie_word_embeddings=tied)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        norms = (2 * 3 + 1) * 48
-        spec = ModelSpec.from_hf(config)
-        assert spec.num_parameters + norms == model.num_parameters()
-        assert spec.head_layers == pytest.approx(spec.head_parameters / spec.layer_parameters)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    norms = (2 * 3 + 1) * 48
+    spec = ModelSpec.from_hf(config)
+    assert spec.num_parameters + norms == model.num_parameters()
+    assert spec.head_layers == pytest.approx(spec.head_parameters / spec.layer_parameters)
+
+
+def test_a_token_goes_through_some_of_the_experts() -> None:
+    spec = ModelSpec.from_hf(tiny(Qwen2MoeConfig, **SEVEN))
+    assert spec.experts == ExpertSpec(7, 2, 40, 5632, normalised=False, layers=(1,))
+    unused = 5 * 3 * 40 * 48
+    assert [spec.parameters_of(n) - spec.parameters_of(n, used=True) for n in range(3)] == [
+        *(0, unused, 0)
+    ]
+    used = sum(spec.parameters_of(n, used=True) for n in range(3))
+    assert spec.layer_parameters == used // 3
 
 
 def test_head_dim_may_differ_from_hidden_size_over_heads() -> None:
@@ -154,8 +194,8 @@ class _OldConfig:
     tie_word_embeddings = False
     eos_token_id = 2
 
-    def __init__(self) -> None:
-        self.__dict__.update(TINY)
+    def __init__(self, **settings: Any) -> None:
+        self.__dict__.update({**TINY, **settings})
 
 
 def test_rope_of_older_config_objects() -> None:
@@ -163,16 +203,18 @@ def test_rope_of_older_config_objects() -> None:
     assert rope == RopeSpec(theta=1e6, kind="linear", factor=4.0)
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tiny(rope_parameters={**YARN, "original_max_position_embeddings": 128}),
-         r"rope_parameters\['rope_type'\]='yarn'.*default, linear, llama3"),
-        (lambda: tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-         "'dynamic'"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": "proportional"}),
+         r"rope_scaling\['rope_type'\]='proportional'.*supported: default, linear, dynamic, yarn"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": "yarn", "factor": -2}),
+         r"rope_scaling\['factor'\] must be above 0, not -2"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": "linear"}), r"\['factor'\] is missing"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": "su", "short_factor": [1.0] * 3}),
+         r"rope_scaling\['short_factor'\] must be 4 numbers above 0"),
+        (lambda: tiny(_OldConfig, model_type="smollm3", no_rope_layers=[1, 1]),
+         "config.no_rope_layers has 2 entries for 3 layers"),
         (lambda: tiny(rope_parameters={"rope_type": "default", "rope_theta": 1e4,
                                        "partial_rotary_factor": 0.5}),
          "partial_rotary_factor=0.5"),
@@ -186,16 +228,15 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
         (lambda: Gemma3Config(), "model_type='gemma3' is not supported .with images.*gemma3_"),
         (lambda: tiny(quantization_config={"quant_method": "awq"}), "config.quantization_config"),
         (lambda: tiny(num_key_value_heads=4), "config.num_key_value_heads=4"),
-        (lambda: tiny(MixtralConfig), "config.model_type='mixtral'.*llama, mistral, "),
+        (lambda: tiny(MixtralConfig, num_experts_per_tok=9), "num_experts_per_tok must be .* 8,"),
+        (lambda: tiny(Qwen2MoeConfig, moe_intermediate_size=0), "config.moe_intermediate_size"),
         (lambda: GPT2Config(), "config.model_type='gpt2'"),
-        (lambda: tiny(num_local_experts=8), "config.num_local_experts=8"),
+        (lambda: tiny(num_local_experts=8), "num_local_experts=8: models of type .llama. have"),
         (lambda: tiny(Qwen2Config, layer_types=["full_attention"] * 2 + ["linear_attention"]),
          "config.layer_types"),
     ],
 )  # fmt: skip
-def test_what_is_not_supported_is_refused_by_name(
-    make: Callable[[], PreTrainedConfig], message: str
-) -> None:
+def test_what_is_not_supported_is_refused_by_name(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelSpec.from_hf(make())
 
@@ -237,6 +278,23 @@ def test_gemma_says_how_it_differs() -> None:
     caps = ModelSpec.from_hf(tiny(Gemma2Config, head_dim=8))
     assert (caps.attention_softcap, caps.logit_softcap) == (50.0, 30.0)
     assert caps.local_rope is None
+
+
+def test_layers_without_rope_are_those_that_are_marked() -> None:
+    spec = ModelSpec.from_hf(tiny(SmolLM3Config, pad_token_id=0, no_rope_layers=[1, 0, 1]))
+    assert [spec.rope_of(layer) for layer in range(3)] == [spec.rope, UNROTATED, spec.rope]
+    old = ModelSpec.from_hf(tiny(_OldConfig, model_type="smollm3", no_rope_layer_interval=3))
+    assert old.unrotated_layers == (2,)
+    windows = {"use_sliding_window": True, "sliding_window": 64}
+    old = ModelSpec.from_hf(tiny(_OldConfig, model_type="smollm3", num_hidden_layers=5, **windows))
+    assert old.windows == (0, 0, 0, 64, 0)
+
+
+def test_a_dynamic_rope_lets_texts_grow() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    spec = ModelSpec.from_hf(tiny(rope_parameters=rope))
+    assert (spec.max_position, spec.longest) == (512, 1024)
+    assert ModelSpec.from_hf(tiny()).longest == 512
 
 
 def test_load_spec_prefers_the_end_tokens_of_the_generation_config(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_a_slice_is_the_same_in_whatever_pieces_it_is_read(
 def test_the_log_has_a_bar_of_what_is_read(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, single: Path
 ) -> None:
-    monkeypatch.setattr(weights, "_LOG_SECONDS", 0.0)
+    monkeypatch.setattr(safetensors_file, "_LOG_SECONDS", 0.0)
     sizes = [4 * math.prod(shape) for shape in SHAPES.values()]
     with caplog.at_level("INFO"), open_weights(single, SPEC, total_bytes=sum(sizes)) as source:
         for name in SHAPES:
@@ -155,7 +155,10 @@ def test_the_log_has_a_bar_of_what_is_read(
     bars = [message.split()[1] for message in caplog.messages]
     filled = [20 * sum(sizes[: count + 1]) // sum(sizes) for count in range(len(sizes))]
     assert bars == [f"[{'#' * length}{'-' * (20 - length)}]" for length in filled]
-    assert weights.loaded_bar(3 * 2**30, 12 * 2**30) == "[#####---------------] 3.0 of 12.0 GiB"
+    assert (
+        safetensors_file.loaded_bar(3 * 2**30, 12 * 2**30)
+        == "[#####---------------] 3.0 of 12.0 GiB"
+    )
 
 
 def test_what_was_read_does_not_change_with_the_file(

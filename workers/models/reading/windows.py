@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .fields import check_whole
+from .rope_spec import unrotated_layers
 
 Local = Callable[[Any, int], bool]  # of a config and a layer's number: whether it has the window
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -34,6 +35,17 @@ def past_max_window_layers(config: Any, layer: int) -> bool:
     if not uses_window(config, layer):
         return False
     return layer >= int(getattr(config, "max_window_layers", None) or 0)
+
+
+def even_below_max_window_layers(config: Any, layer: int) -> bool:
+    """Every second layer below number `max_window_layers`, where `use_sliding_window` is set."""
+    below = layer < int(getattr(config, "max_window_layers", None) or 0)
+    return uses_window(config, layer) and below and even_layers(config, layer)
+
+
+def unrotated_with_window(config: Any, layer: int) -> bool:
+    """Layers without rotary embedding, where `use_sliding_window` is set."""
+    return uses_window(config, layer) and layer in unrotated_layers(config)
 
 
 def uses_window(config: Any, layer: int) -> bool:

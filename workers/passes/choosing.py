@@ -1,0 +1,129 @@
+"""What each sequence's retention keeps of a prompt in one layer, and what is noted for later cuts.
+
+Shapes: T packed tokens, n tokens of one prompt, Hq local query heads, H local kv heads.
+"""
+
+from torch import Tensor
+
+from saqqara.compression.growth import remembers_normalisers, sums_mass
+from saqqara.compression.retention import Retention
+from saqqara.compression.selecting import select
+from saqqara.workers.kv.prompts import PromptWrite
+from saqqara.workers.models.layer import QKV
+from saqqara.workers.retain.observe import observe_prompt, prompt_mass
+from saqqara.workers.shard import Shard
+
+from .parked import ParkedPrefill
+
+Selection = Tensor | list[Tensor] | None
+
+
+class Choosing:
+    """Chooses for the sequences of a shard, layer by layer.
+
+    Attributes:
+        watched: what `Worker.watch_positions` returned; None: nobody watches.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._part = shard.part
+        self.watched: dict[tuple[int, int], list[Tensor]] | None = None
+
+    def choose(
+        self, layer: int, parked: ParkedPrefill, qkv: QKV, lse: Tensor | None
+    ) -> list[PromptWrite]:
+        """What each sequence's method keeps of this layer.
+
+        `lse` [T, Hq] is what prefill returned of all queries, None if it did not.
+        """
+        local_layer = layer - self._part.layers.start
+        writes: list[PromptWrite] = []
+        bounds = zip(parked.cu.host[:-1], parked.cu.host[1:], strict=True)
+        for family, (start, stop) in zip(parked.families.values(), bounds, strict=True):
+            prompt = qkv.of(slice(start, stop))
+            prompt_lse = None if lse is None else lse[start:stop]
+            chosen: dict[Retention, tuple[Selection, Tensor | None]] = {}
+            for slot in family:
+                held = self._shard.slots[slot]
+                self._remember_queries(local_layer, slot, prompt, prompt_lse)
+                # On every rank, refused or not: some scores are reduced over ranks.
+                if held.retention not in chosen:
+                    with self._shard.faults.blame([slot], "retention"):
+                        chosen[held.retention] = self._select(layer, slot, prompt, prompt_lse)
+                if held.retention not in chosen:
+                    continue
+                indices, masses = chosen[held.retention]
+                self._remember(local_layer, slot, len(prompt.k), indices, masses)
+                if self.watched is not None:
+                    entered = parked.places.positions_T[start:stop]
+                    self.watched[slot, layer] = self._positions(local_layer, entered, indices)
+                writes.append(PromptWrite(slot, start, stop - start, indices))
+        return writes
+
+    def _positions(self, local_layer: int, entered: Tensor, indices: Selection) -> list[Tensor]:
+        """Positions in the prompt that each local kv head keeps of those that entered a layer."""
+        if indices is None:
+            entered = entered[-self._part.windows[local_layer] :]
+            return [entered] * len(self._part.heads.kv)
+        return [entered[places] for places in indices]
+
+    def _remember_queries(
+        self, local_layer: int, slot: int, prompt: QKV, lse: Tensor | None
+    ) -> None:
+        """Begin the slot's ring, if it has one, with the prompt's last queries.
+
+        `lse` is as for `choose`.
+        """
+        shard, held = self._shard, self._shard.slots[slot]
+        normalisers, queries = None, prompt.q
+        if remembers_normalisers(held.retention):
+            assert held.retention.propagate is not None
+            # Of adjacent tokens; those before them did not all enter the layer.
+            recent = held.retention.propagate.recent_tokens(held.prompt_tokens)
+            queries = queries[-recent:]
+            if lse is None:
+                normalisers = self._part.backend.normalisers(queries, prompt.k, self._part.scale)
+            else:
+                normalisers = lse[-recent:]
+        shard.rings.store(slot, local_layer, queries, held.prompt_tokens, normalisers)
+
+    def _remember(
+        self,
+        local_layer: int,
+        slot: int,
+        num_tokens: int,
+        indices: Selection,
+        masses: Tensor | None,
+    ) -> None:
+        """Note what compactions while decoding start from, on every rank, refused or not."""
+        shard = self._shard
+        if slot not in shard.retained.cycles:
+            return
+        num_tokens = min(num_tokens, self._part.windows[local_layer] or num_tokens)
+        counts = num_tokens if indices is None else [len(head) for head in indices]
+        shard.retained.after_prefill[slot][local_layer] = counts
+        if masses is not None:
+            room = self._part.max_model_len - shard.slots[slot].prompt_tokens
+            more = min(shard.retained.cycles[slot].most, room)
+            shard.sums.store(slot, local_layer, masses, indices, more)
+
+    def _select(
+        self, layer: int, slot: int, prompt: QKV, lse: Tensor | None
+    ) -> tuple[Selection, Tensor | None]:
+        """Which of the tokens that entered each kv head keeps, or None for all; see `select`.
+
+        Where compactions will go by sums of attention, also what all of these tokens got, [H, n]. A
+        layer with a window keeps what is in it, and is never compacted.
+        """
+        if self._part.spec.layers.windows[layer]:
+            return None, None
+        spec, held = self._part.spec, self._shard.slots[slot]
+        masses = prompt_mass(self._part, prompt, lse) if sums_mass(held.retention) else None
+        rows = held.retention.row_tokens(held.prompt_tokens, spec.layers, spec.num_kv_heads)
+        if rows[layer].min() == len(prompt.k):
+            return None, masses
+        observation = observe_prompt(
+            self._part, layer, prompt, lse, held.retention, held.prompt_tokens, masses
+        )
+        return select(held.retention, observation), masses
