@@ -10,14 +10,16 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saqqara.compression.profiles.fingerprint import weights_digest
 from saqqara.compression.profiles.head_profile import AUTO, HeadProfile
 from saqqara.compression.profiles.store import ProfileStore
 from saqqara.compression.retention import Retention
-from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.source import cached_folder, local_folder, whole_folder
+
+if TYPE_CHECKING:  # a plan goes without it
+    from saqqara.configs.schema import EngineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class ModelPresets:
         self._has_warned = False
 
     @classmethod
-    def of(cls, config: EngineConfig) -> "ModelPresets":
+    def of(cls, config: "EngineConfig") -> "ModelPresets":
         """Those of an engine's model."""
         is_here = config.executor == "local"  # so the weights will be
         return cls(config.model, config.load_format, config.profile_dir, may_fetch=is_here)
@@ -142,7 +144,7 @@ class ModelPresets:
         return Retention.parse({"method": INSTEAD, "budget": preset["budget"], **departs})
 
 
-def with_profile(config: EngineConfig) -> EngineConfig:
+def with_profile(config: "EngineConfig") -> "EngineConfig":
     """The settings of an engine, its own retention resolved; before its ranks start.
 
     Raises:

@@ -96,8 +96,8 @@ class Propagate:
             check("propagate.layer", self.layer)
         elif self.layer != AUTO and not BOUNDS["propagate.keep"].accepts(self.layer):
             raise ValueError(
-                "propagate.layer: must be a layer from 0, a part of the layers above 0 and below "
-                f"1, or 'auto' (that of the model's profile), not {shown(self.layer)}"
+                "propagate.layer: must be a layer from 0, or a part of the layers above 0 and "
+                f"below 1, not {shown(self.layer)}; 'auto' is that of the model's profile"
             )
         check_choice("propagate.pooling", self.pooling, POOLINGS)
 

@@ -146,8 +146,8 @@ class Retention:
             )
         if isinstance(self.shape, Profile) and self.shape.profile is None:
             raise ValueError(
-                f"profile: {self.method!r} needs the path of a JSON file with scores of all query "
-                "heads, {'layer-head': [scores]}, or 'auto': what `saqqara eval calibrate` stored"
+                f"profile: {self.method!r} needs the path of a JSON file with measured scores of "
+                "all query heads, {'layer-head': [scores]}, or 'auto': what calibration stored"
             )
 
     def _check_decode(self, score: Score) -> None:

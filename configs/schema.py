@@ -96,8 +96,7 @@ class EngineConfig(BaseModel):
 
     profile_dir: str | None = Field(
         None,
-        description="Folder of the profiles that `saqqara eval calibrate` measured, which "
-        "`recommended` looks its model up in; default: <cache>/profiles.",
+        description="Profiles of `saqqara eval calibrate`; default: <cache>/profiles.",
     )
 
     tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "qwen3_coder"] = (

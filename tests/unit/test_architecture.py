@@ -121,6 +121,7 @@ ROOMS = {
     | {"cluster/engine", "cluster/live", "cluster/recovery"}
     | {"workers/process.py", "workers/worker.py"},
     # The doors: an engine in this process or on Ray, Python's, and an earlier place of Serve's.
+    "cluster/presets.py": _BASE | {"workers/models"},
     "cluster/failover.py": _BASE | {"cluster/engine", "cluster/recovery"},
     "cluster/launch.py": _BASE
     | _MODEL
