@@ -95,8 +95,7 @@ class EngineConfig(BaseModel):
     )
 
     profile_dir: str | None = Field(
-        None,
-        description="Profiles of `saqqara eval calibrate`; default: <cache>/profiles.",
+        None, description="Profiles of `saqqara eval calibrate`; default: <cache>/profiles."
     )
 
     tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "qwen3_coder"] = (

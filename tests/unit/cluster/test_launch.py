@@ -11,8 +11,8 @@ from saqqara.configs.schema import EngineConfig
 
 def describe(num_pages: int, **settings: Any) -> EngineDescription:
     """An engine of 2 stages with 2 layers of 2 kv heads each."""
-    config = EngineConfig(model="m", max_model_len=64, **settings)
     windows = settings.pop("windows", ())
+    config = EngineConfig(model="m", max_model_len=64, **settings)
     workers = tuple(make_workers(num_pages, stages=(2, 2), windows=windows))
     return EngineDescription(config, workers, "/logs", "127.0.0.1:1234", 1.5)
 
