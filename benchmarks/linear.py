@@ -67,7 +67,7 @@ def make_layer(table: RotaryTable, seed: int) -> Layer:
         name: PackedLinear(
             weight,
             norm=RMSNorm(norm, EPS) if name in ("qkv", "gate_up") else None,
-            gated=name == "gate_up",
+            gated="silu" if name == "gate_up" else None,
         )
         for name, weight in raw.items()
     }

@@ -75,7 +75,8 @@ CONFIGS: dict[str, Any] = {
     "llama-dynamic": LlamaConfig(**_SIZES, rope_parameters={**_ROPE, "rope_type": "dynamic"}),
     "llama-yarn": LlamaConfig(**_SIZES, rope_parameters=_YARN),
     "mistral": MistralConfig(**_SIZES, sliding_window=6),
-    "mixtral": MixtralConfig(**_SIZES, num_local_experts=5, sliding_window=20),
+    "mistral-plain": MistralConfig(**_SIZES, sliding_window=None),
+    "mixtral": MixtralConfig(**_SIZES, num_local_experts=5),
     "phi3": Phi3Config(**_SIZES, pad_token_id=0),
     "phi3-longrope": Phi3Config(
         **{**_SIZES, "hidden_size": 96},
@@ -88,7 +89,7 @@ CONFIGS: dict[str, Any] = {
     ),
     "qwen3-moe": Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=True, mlp_only_layers=[1]),
     "smollm3": SmolLM3Config(**_SIZES, no_rope_layer_interval=2, pad_token_id=0),
-    "qwen2": Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "qwen2": Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=9, max_window_layers=2),
     "qwen3": Qwen3Config(**_SIZES),
 }
 
@@ -104,6 +105,8 @@ def save_tiny(
     config = copy.deepcopy(CONFIGS[name])
     if num_layers is not None:
         config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
     if tokenizer_of is not None:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
         tokenizer.save_pretrained(folder)

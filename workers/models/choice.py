@@ -41,16 +41,11 @@ def choose_linear_backend(
 
 def why_not_native(spec: ModelSpec) -> str | None:
     """Why the native CPU kernels do not serve a model's layers; None: they do."""
-    return _unserved(spec)
+    return None if spec.experts is None else "not for mixtures of experts"
 
 
 def why_not_triton(spec: ModelSpec) -> str | None:
     """Why the Triton kernels between a layer's products do not serve a model; None: they do."""
-    return _unserved(spec)
-
-
-def _unserved(spec: ModelSpec) -> str | None:
-    """The first thing that only torch's layers do."""
     only_torch = {
         f"activation {spec.activation}": spec.activation != "silu",
         f"norm weights + {spec.norm_offset:g}": spec.norm_offset != 0,

@@ -19,6 +19,7 @@ from saqqara.workers.native.linear import PackedLinear, RMSNorm
 from saqqara.workers.native.step_layers import StepLayers
 
 from .layer import QKV, Layer, LayerWeights, Places
+from .norm import rms_norm
 from .rotary import RotaryTable
 
 
@@ -27,6 +28,10 @@ class NativeLayer:
 
     def __init__(self, weights: LayerWeights, rotary: RotaryTable, mesh: Mesh) -> None:
         w = weights
+
+        def norm(weight: Tensor | None) -> RMSNorm | None:
+            return None if weight is None else RMSNorm(weight, w.eps)
+
         self._mesh = mesh
         self._shapes = [(n, w.head_dim) for n in (w.num_query_heads, w.num_kv_heads)]
         qkv = PackedLinear(w.qkv.weight, w.qkv.bias, RMSNorm(w.attention_norm, w.eps))
@@ -36,15 +41,15 @@ class NativeLayer:
             w.num_kv_heads,
             rotary.cos,
             rotary.sin,
-            w.query_norm,
-            w.key_norm,
+            norm(w.query_norm),
+            norm(w.key_norm),
         )
         self._output = PackedLinear(w.output.weight, w.output.bias)
-        mlp_norm = RMSNorm(w.mlp_norm, w.eps)
         of_gates, down = w.mlp
-        gate_up = PackedLinear(of_gates.weight, of_gates.bias, mlp_norm, gated=True)
+        gate_up = PackedLinear(of_gates.weight, of_gates.bias, norm(w.mlp_norm), w.activation)
         self._mlp = Mlp(gate_up, PackedLinear(down.weight, down.bias))
-        self._finish = Finish(self._output, self._mlp)
+        self._after = (norm(w.attention_post_norm), norm(w.mlp_post_norm))
+        self._finish = Finish(self._output, self._mlp, *self._after)
 
     @property
     def num_bytes(self) -> int:
@@ -87,11 +92,19 @@ class NativeLayer:
 
     def _finish_piece(self, hidden: Tensor, attended: Tensor, out: Tensor) -> None:
         """`finish` between the sums over ranks; the kernels write parts of sums where they go."""
-        mesh = self._mesh
-        partial = self._output(attended, out=mesh.partial_like(out))
-        mesh.all_reduce(partial, residual=hidden, out=out)
-        partial = self._mlp(out, out=mesh.partial_like(out))
-        mesh.all_reduce(partial, residual=out, out=out)
+        after_attention, after_mlp = self._after
+        partial = self._output(attended, out=self._mesh.partial_like(out))
+        self._add(partial, after_attention, hidden, out)
+        partial = self._mlp(out, out=self._mesh.partial_like(out))
+        self._add(partial, after_mlp, out, out)
+
+    def _add(self, partial: Tensor, norm: RMSNorm | None, residual: Tensor, out: Tensor) -> None:
+        """The ranks' sum, normalised if there is a norm, plus what was there before."""
+        if norm is None:
+            self._mesh.all_reduce(partial, residual=residual, out=out)
+        else:
+            summed = self._mesh.all_reduce(partial, out=torch.empty_like(partial))
+            torch.add(rms_norm(summed, norm.weight, norm.eps), residual, out=out)
 
     def activation_bytes_per_token(self, itemsize: int) -> int:
         """See `Layer.activation_bytes_per_token`."""

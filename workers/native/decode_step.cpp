@@ -98,7 +98,7 @@ void run_layers(Team team, const Step& s, Activations x, bf16* q, std::deque<Att
     watch.lap(0);
     Attention& attention = attentions[layer];
     attention.attend(team, memory, storage);
-    wait_ahead(team, arrived, (layer + 1) * team.size, *weights.output);
+    wait_ahead(team, arrived, (layer + 1) * team.size, *weights.finish->output);
     team.barrier();
     attention.merge(team, memory);
     team.barrier();

@@ -13,23 +13,30 @@ namespace {
 // From hidden states to rotated queries and keys, and values.
 struct Projection {
   Matrix qkv;
-  const bf16* norm;
-  const bf16* query_norm;  // [D], or null
-  const bf16* key_norm;    // [D], or null
-  const float* cos;        // [positions, D/2]
-  const float* sin;        // [positions, D/2]
+  Norm norm;
+  Norm query_norm;   // of a head, if there is one
+  Norm key_norm;     // the same
+  const float* cos;  // [positions, D/2]
+  const float* sin;  // [positions, D/2]
   int64_t query_heads;
   int64_t kv_heads;
   int64_t head_dim;
-  float eps;
 };
 
 // From the hidden states after attention to those after the MLP.
 struct Mlp {
   Matrix gate_up;
   Matrix down;
-  const bf16* norm;
-  float eps;
+  Norm norm;
+};
+
+// From the output of attention to the hidden states after the layer. Norms may stand behind
+// attention and the MLP, before their results are added.
+struct Finish {
+  const Matrix* output;
+  const Mlp* mlp;
+  Norm after_attention;
+  Norm after_mlp;
 };
 
 // ---- what becomes of the sums -------------------------------------------------------------------
@@ -68,32 +75,34 @@ auto to_fp32(const Matrix& w, float* y) {
   };
 }
 
-// y = silu(gate) * up.
+// y = silu(gate) * up, or the same with GELU.
 auto to_gated(const Matrix& w, bf16* y) {
   return [=, &w](int64_t row, int64_t rows, int64_t panel, const float* sums) {
     const __mmask16 lanes = first_lanes(w.outputs - panel * kLanes);
     for (int64_t r = 0; r < rows; ++r) {
       const __m512 gate = biased(w, panel, 0, sums + r * kPanel);
       const __m512 up = biased(w, panel, 1, sums + r * kPanel);
-      store(y + (row + r) * w.outputs + panel * kLanes, lanes, _mm512_mul_ps(silu(gate), up));
+      const __m512 opened = w.gated == kGeluTanh ? gelu_tanh(gate) : silu(gate);
+      store(y + (row + r) * w.outputs + panel * kLanes, lanes, _mm512_mul_ps(opened, up));
     }
   };
 }
 
 // ---- rotary embedding ---------------------------------------------------------------------------
 
-// One head, normalised first if `norm`; x = (a, b) becomes (a cos - b sin, b cos + a sin).
-void rotate_head(const bf16* x, const bf16* norm, float eps, const float* cos, const float* sin,
-                 int64_t dim, bf16* y) {
+// One head, normalised first if there is a norm; x = (a, b) becomes (a cos - b sin, b cos + a sin).
+void rotate_head(const bf16* x, const Norm& norm, const float* cos, const float* sin, int64_t dim,
+                 bf16* y) {
   const int64_t half = dim / 2;
-  const float scale = norm == nullptr ? 1.0f : inverse_rms(x, dim, eps);
+  const bool has_norm = norm.weight != nullptr;
+  const float scale = has_norm ? inverse_rms(x, dim, norm.eps) : 1.0f;
   for (int64_t i = 0; i < half; i += kLanes) {
     const __mmask16 lanes = first_lanes(half - i);
     __m512 a = load(x + i, lanes);
     __m512 b = load(x + half + i, lanes);
-    if (norm != nullptr) {
-      a = normalized(a, norm + i, scale, lanes);
-      b = normalized(b, norm + half + i, scale, lanes);
+    if (has_norm) {
+      a = normalized(a, norm, i, scale, lanes);
+      b = normalized(b, norm, half + i, scale, lanes);
     }
     const __m512 c = _mm512_maskz_loadu_ps(lanes, cos + i);
     const __m512 s = _mm512_maskz_loadu_ps(lanes, sin + i);
@@ -126,14 +135,14 @@ void rotate(Team team, const Projection& p, const bf16* qkv, int64_t first_row, 
     const float* sin = p.sin + to.positions[token] * (dim / 2);
     if (head < p.query_heads) {
       bf16* y = to.q + (token * p.query_heads + head) * dim;
-      rotate_head(x, p.query_norm, p.eps, cos, sin, dim, y);
+      rotate_head(x, p.query_norm, cos, sin, dim, y);
       continue;
     }
     const int64_t kv_head = (head - p.query_heads) % p.kv_heads;
     const int64_t row = token * p.kv_heads + kv_head;
     const int64_t target = (to.refs == nullptr ? row : to.refs[row]) * dim;
     if (head < p.query_heads + p.kv_heads)
-      rotate_head(x, p.key_norm, p.eps, cos, sin, dim, to.k + target);
+      rotate_head(x, p.key_norm, cos, sin, dim, to.k + target);
     else
       std::memcpy(to.v + target, x, dim * sizeof(bf16));
   }
@@ -143,17 +152,24 @@ void rotate(Team team, const Projection& p, const bf16* qkv, int64_t first_row, 
 
 int64_t mlp_scratch(const Mlp& mlp) { return mlp.gate_up.inputs + mlp.gate_up.outputs; }
 
-// y = down(silu(gate) * up) of the normed x, plus the residual where there is one.
-void run_mlp(Team team, const Mlp& mlp, const bf16* x, const bf16* residual, int64_t rows,
-             bf16* y, bf16* scratch) {
+// y = down(gate * up) of the normed x, plus the residual where there is one; normalised before that
+// if there is a norm `after`.
+void run_mlp(Team team, const Mlp& mlp, const Norm& after, const bf16* x, const bf16* residual,
+             int64_t rows, bf16* y, bf16* scratch) {
   bf16* normed = scratch;
   bf16* activated = scratch + rows * mlp.gate_up.inputs;
-  normalize(team, x, mlp.norm, mlp.eps, rows, mlp.gate_up.inputs, normed);
+  normalize(team, x, mlp.norm, rows, mlp.gate_up.inputs, normed);
   team.barrier();
   multiply(team, mlp.gate_up, normed, rows, first_weights(team, mlp.down),
            to_gated(mlp.gate_up, activated));
   team.barrier();
-  multiply(team, mlp.down, activated, rows, nullptr, to_bf16(mlp.down, residual, y));
+  if (after.weight == nullptr) {
+    multiply(team, mlp.down, activated, rows, nullptr, to_bf16(mlp.down, residual, y));
+    return;
+  }
+  multiply(team, mlp.down, activated, rows, nullptr, to_bf16(mlp.down, nullptr, normed));
+  team.barrier();
+  normalize(team, normed, after, rows, mlp.down.outputs, y, residual);
 }
 
 }  // namespace

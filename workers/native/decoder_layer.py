@@ -15,28 +15,27 @@ Shapes: T tokens, E hidden size, F intermediate size, Hq query heads, H kv heads
 import ctypes
 import functools
 from collections.abc import Callable
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .build import function, pointer
-from .linear import Matrix, PackedLinear, bf16, optional_bf16
+from .linear import NORM, Matrix, NativeNorm, PackedLinear, RMSNorm, bf16, optional_bf16
 
 
 class _Projection(ctypes.Structure):
     _fields_ = (
         ("qkv", Matrix),
-        ("norm", c_void_p),
-        ("query_norm", c_void_p),
-        ("key_norm", c_void_p),
+        ("norm", NORM),
+        ("query_norm", NORM),
+        ("key_norm", NORM),
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("query_heads", c_int64),
         ("kv_heads", c_int64),
         ("head_dim", c_int64),
-        ("eps", c_float),
     )
 
 
@@ -44,8 +43,16 @@ class _Mlp(ctypes.Structure):
     _fields_ = (
         ("gate_up", Matrix),
         ("down", Matrix),
-        ("norm", c_void_p),
-        ("eps", c_float),
+        ("norm", NORM),
+    )
+
+
+class _Finish(ctypes.Structure):
+    _fields_ = (
+        ("output", c_void_p),
+        ("mlp", c_void_p),
+        ("after_attention", NORM),
+        ("after_mlp", NORM),
     )
 
 
@@ -57,7 +64,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rotate": (_LAYER, _TENSOR, _COUNT, *5 * (_TENSOR,), _COUNT),
     "project": (_LAYER, _TENSOR, _COUNT, *5 * (_TENSOR,), _COUNT),
     "mlp": (_LAYER, _TENSOR, _TENSOR, _COUNT, _TENSOR, _COUNT),
-    "finish": (_LAYER, _LAYER, _TENSOR, _TENSOR, _COUNT, _TENSOR, _COUNT),
+    "finish": (_LAYER, _TENSOR, _TENSOR, _COUNT, _TENSOR, _COUNT),
 }
 
 
@@ -75,7 +82,7 @@ class Projection:
         num_kv_heads: H.
         cos: fp32 [positions, D/2], as in `RotaryTable`.
         sin: as `cos`.
-        query_norm: bf16 [D], the weight of a norm of each query head (Qwen3), or None.
+        query_norm: a norm of each query head (Qwen3), weight [D], or None.
         key_norm: the same for keys; both or none.
     """
 
@@ -86,26 +93,25 @@ class Projection:
         num_kv_heads: int,
         cos: Tensor,
         sin: Tensor,
-        query_norm: Tensor | None = None,
-        key_norm: Tensor | None = None,
+        query_norm: RMSNorm | None = None,
+        key_norm: RMSNorm | None = None,
     ) -> None:
         assert qkv.norm is not None, "the projection starts with a norm"
         num_heads = num_query_heads + 2 * num_kv_heads
         assert qkv.num_outputs == num_heads * 2 * cos.shape[-1], (qkv.num_outputs, cos.shape)
         assert (query_norm is None) == (key_norm is None), "norms of queries and keys come together"
         self.qkv = qkv
-        self._tensors = (cos, sin, query_norm, key_norm)  # keeps what the structure points to
+        norms = NativeNorm(query_norm), NativeNorm(key_norm)
+        self._kept = (cos, sin, *norms)  # what the structure points to
         self._projection = _Projection(
             qkv.matrix,
-            bf16(qkv.norm.weight),
-            optional_bf16(query_norm),
-            optional_bf16(key_norm),
+            qkv.native_norm.structure,
+            *(norm.structure for norm in norms),
             pointer(cos, torch.float32),
             pointer(sin, torch.float32),
             num_query_heads,
             num_kv_heads,
             2 * cos.shape[-1],
-            qkv.norm.eps,
         )
         self.num_query_heads = num_query_heads
         self.num_kv_heads = num_kv_heads
@@ -176,7 +182,7 @@ class Projection:
 
 
 class Mlp:
-    """Norm, gate and up, `silu(gate) * up`, down.
+    """Norm, gate and up, the gate's activation times up, down.
 
     Args:
         gate_up: gated, with its norm; E -> F.
@@ -189,7 +195,7 @@ class Mlp:
         assert gate_up.num_outputs == down.num_inputs, (gate_up.num_outputs, down.num_inputs)
         self.gate_up = gate_up
         self.down = down
-        self._mlp = _Mlp(gate_up.matrix, down.matrix, bf16(gate_up.norm.weight), gate_up.norm.eps)
+        self._mlp = _Mlp(gate_up.matrix, down.matrix, gate_up.native_norm.structure)
         self.address = ctypes.addressof(self._mlp)
         self._run = _kernel("mlp")
 
@@ -217,17 +223,30 @@ class Finish:
     Args:
         output: the output projection, Hq D -> E.
         mlp: what follows.
+        after_attention: norm of the projection's result before it is added, or None.
+        after_mlp: the same of the MLP's.
     """
 
-    def __init__(self, output: PackedLinear, mlp: Mlp) -> None:
+    def __init__(
+        self,
+        output: PackedLinear,
+        mlp: Mlp,
+        after_attention: RMSNorm | None = None,
+        after_mlp: RMSNorm | None = None,
+    ) -> None:
         assert output.num_outputs == mlp.gate_up.num_inputs, output.num_outputs
         self.output = output
         self.mlp = mlp
-        self.output_address = ctypes.addressof(output.matrix)
+        norms = NativeNorm(after_attention), NativeNorm(after_mlp)
+        self._norms = norms  # what the structure points to
+        self._finish = _Finish(
+            ctypes.addressof(output.matrix), mlp.address, *(norm.structure for norm in norms)
+        )
+        self.address = ctypes.addressof(self._finish)
         self._run = _kernel("finish")
 
     def __call__(self, hidden: Tensor, attended: Tensor, out: Tensor | None = None) -> Tensor:
-        """`x + mlp(x)` for `x = hidden + output(attended)`.
+        """`x + mlp(x)` for `x = hidden + output(attended)`, each through its norm if it has one.
 
         Args:
             hidden: before the layer, bf16 [T, E].
@@ -238,8 +257,7 @@ class Finish:
             out = torch.empty_like(hidden)
         assert attended.numel() == hidden.shape[0] * self.output.num_inputs, attended.shape
         self._run(
-            self.output_address,
-            self.mlp.address,
+            self.address,
             bf16(attended),
             bf16(hidden),
             hidden.shape[0],

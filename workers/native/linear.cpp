@@ -51,15 +51,15 @@ void saqqara_rows(const Matrix* w, const int64_t* ids, int64_t count, bf16* y,
   }
 }
 
-// y [rows, outputs] of x [rows, inputs], which is normalised first if `norm`: silu(gate) * up in
+// y [rows, outputs] of x [rows, inputs], which is normalised first if there is a norm: gate * up in
 // bf16 for a gated matrix, else the product in fp32 if `wide`, else in bf16 plus the residual.
-void saqqara_linear(const Matrix* w, const bf16* norm, float eps, const bf16* x,
-                    int64_t rows, const bf16* residual, void* y, int64_t wide, int64_t threads) {
-  for_rows(rows, norm == nullptr ? 0 : w->inputs, threads,
+void saqqara_linear(const Matrix* w, const Norm* norm, const bf16* x, int64_t rows,
+                    const bf16* residual, void* y, int64_t wide, int64_t threads) {
+  for_rows(rows, norm->weight == nullptr ? 0 : w->inputs, threads,
            [=](Team team, int64_t first, int64_t count, bf16* scratch) {
              const bf16* input = x + first * w->inputs;
-             if (norm != nullptr) {
-               normalize(team, input, norm, eps, count, w->inputs, scratch);
+             if (norm->weight != nullptr) {
+               normalize(team, input, *norm, count, w->inputs, scratch);
                team.barrier();
                input = scratch;
              }
@@ -93,7 +93,7 @@ void saqqara_project(const Projection* p, const bf16* x, int64_t rows,
   for_rows(rows, hidden + p->qkv.outputs, threads,
            [=](Team team, int64_t first, int64_t count, bf16* scratch) {
              bf16* qkv = scratch + count * hidden;
-             normalize(team, x + first * hidden, p->norm, p->eps, count, hidden, scratch);
+             normalize(team, x + first * hidden, p->norm, count, hidden, scratch);
              team.barrier();
              multiply(team, p->qkv, scratch, count, nullptr, to_bf16(p->qkv, nullptr, qkv));
              team.barrier();
@@ -108,23 +108,29 @@ void saqqara_mlp(const Mlp* mlp, const bf16* x, const bf16* residual, int64_t ro
   for_rows(rows, mlp_scratch(*mlp), threads,
            [=](Team team, int64_t first, int64_t count, bf16* scratch) {
              const int64_t at = first * hidden;
-             run_mlp(team, *mlp, x + at, residual == nullptr ? nullptr : residual + at, count,
-                     y + at, scratch);
+             run_mlp(team, *mlp, Norm{}, x + at, residual == nullptr ? nullptr : residual + at,
+                     count, y + at, scratch);
            });
 }
 
 // Output projection, residual, and the MLP with its norm and residual: y [rows, E] of attended
 // [rows, Hq D] and x [rows, E]; y may be x.
-void saqqara_finish(const Matrix* output, const Mlp* mlp, const bf16* attended,
-                    const bf16* x, int64_t rows, bf16* y, int64_t threads) {
-  const int64_t hidden = mlp->down.outputs;
-  for_rows(rows, mlp_scratch(*mlp), threads,
-           [=](Team team, int64_t first, int64_t count, bf16* scratch) {
+void saqqara_finish(const Finish* finish, const bf16* attended, const bf16* x, int64_t rows,
+                    bf16* y, int64_t threads) {
+  const Matrix& output = *finish->output;
+  const Mlp& mlp = *finish->mlp;
+  const int64_t hidden = mlp.down.outputs;
+  const bool is_added = finish->after_attention.weight == nullptr;  // by the product
+  for_rows(rows, mlp_scratch(mlp), threads,
+           [&](Team team, int64_t first, int64_t count, bf16* scratch) {
              const int64_t at = first * hidden;
-             multiply(team, *output, attended + first * output->inputs, count,
-                      first_weights(team, mlp->gate_up), to_bf16(*output, x + at, y + at));
+             multiply(team, output, attended + first * output.inputs, count,
+                      first_weights(team, mlp.gate_up),
+                      to_bf16(output, is_added ? x + at : nullptr, is_added ? y + at : scratch));
              team.barrier();
-             run_mlp(team, *mlp, y + at, y + at, count, y + at, scratch);
+             if (!is_added)
+               normalize(team, scratch, finish->after_attention, count, hidden, y + at, x + at);
+             run_mlp(team, mlp, finish->after_mlp, y + at, y + at, count, y + at, scratch);
            });
 }
 

@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from .build import function, pointer
 # A panel in linear.cpp: so many columns, in so many vectors; a gated layer has 16 gates and 16 ups.
 _PANEL_COLUMNS = 32
 _PANEL_VECTORS = 2
+Gate = Literal["silu", "gelu_tanh"]
+_GATES: dict[Gate | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}  # `Gate` in linear_product.h
 
 
 class Matrix(ctypes.Structure):
@@ -47,7 +49,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack": (_MATRIX, _TENSOR, _TENSOR, _COUNT),
     "rows": (_MATRIX, _TENSOR, _COUNT, _TENSOR, _COUNT),
     "linear": (
-        *(_MATRIX, _TENSOR, c_float),  # matrix, norm, eps
+        *(_MATRIX, c_void_p),  # matrix, norm
         *(_TENSOR, _COUNT, _TENSOR, _TENSOR),  # x, rows, residual, y
         *(_COUNT, _COUNT),  # wide, threads
     ),
@@ -69,12 +71,36 @@ def optional_bf16(tensor: Tensor | None) -> int | None:
     return None if tensor is None else bf16(tensor)
 
 
+class _Norm(ctypes.Structure):
+    """`Norm` of linear_product.h."""
+
+    _fields_ = (("weight", c_void_p), ("is_wide", c_int64), ("eps", c_float))
+
+
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
-    """The norm in front of a layer; weight [E]."""
+    """A norm; weight [E] in bf16, or in fp32 where nothing is rounded before it (see `norm.py`)."""
 
     weight: Tensor
     eps: float
+
+
+class NativeNorm:
+    """A norm as the kernels take it, or none.
+
+    Attributes:
+        structure: `Norm` of linear_product.h; it points to what this object keeps.
+    """
+
+    def __init__(self, norm: RMSNorm | None) -> None:
+        self._weight = None if norm is None else norm.weight.float().contiguous()
+        self.structure = _Norm(None, False, 0.0)
+        if norm is not None and self._weight is not None:
+            is_wide = norm.weight.dtype == torch.float32
+            self.structure = _Norm(pointer(self._weight, torch.float32), is_wide, norm.eps)
+
+
+NORM: type[ctypes.Structure] = _Norm
 
 
 class PackedLinear:
@@ -84,7 +110,7 @@ class PackedLinear:
         weight: bf16 [out, in]; if gated, [2 F, in]: all gate rows, then all up rows. Not kept.
         bias: [out], [2 F] if gated, or None.
         norm: applied to the input first, or None.
-        gated: the output is `silu(gate) * up`, [T, F].
+        gated: what opens the gate, if there is one: the output is `gated(gate) * up`, [T, F].
 
     Raises:
         NativeUnavailableError: this machine cannot run the kernels; with the reason.
@@ -95,10 +121,10 @@ class PackedLinear:
         weight: Tensor,
         bias: Tensor | None = None,
         norm: RMSNorm | None = None,
-        gated: bool = False,
+        gated: Gate | None = None,
     ) -> None:
         columns, self.num_inputs = weight.shape
-        assert columns % 2 == 0 or not gated, f"{columns} gate and up rows"
+        assert columns % 2 == 0 or gated is None, f"{columns} gate and up rows"
         self.num_outputs = columns // 2 if gated else columns
         self.norm = norm
         per_panel = _PANEL_COLUMNS // (_PANEL_VECTORS if gated else 1)
@@ -118,11 +144,11 @@ class PackedLinear:
             None if self._bias is None else self._bias.data_ptr(),
             self.num_inputs,
             self.num_outputs,
-            gated,
+            _GATES[gated],
         )
         self._address = ctypes.addressof(self.matrix)
-        self._norm = None if norm is None else bf16(norm.weight)
-        self._eps = 0.0 if norm is None else norm.eps
+        self.native_norm = NativeNorm(norm)
+        self._norm = ctypes.addressof(self.native_norm.structure)
         self._run = _kernel("linear")
         _kernel("pack")(
             self._address,
@@ -185,7 +211,6 @@ class PackedLinear:
         self._run(
             self._address,
             self._norm,
-            self._eps,
             bf16(x),
             rows,
             optional_bf16(residual),

@@ -22,14 +22,25 @@ namespace {
 
 using bf16 = uint16_t;
 
+// What a gated layer does to its gate.
+enum Gate : int64_t { kNone = 0, kSilu = 1, kGeluTanh = 2 };
+
 // A packed linear layer. A gated one has a column of gate and one of up for each of its outputs
-// and yields silu(gate) * up.
+// and yields silu(gate) * up, or the same with GELU.
 struct Matrix {
   const bf16* panels;
   const float* bias;  // in the order of the panels, or null
   int64_t inputs;
   int64_t outputs;
-  int64_t gated;
+  int64_t gated;  // a `Gate`
+};
+
+// An RMS norm; no weight: there is none. A wide one is rounded after its weight only (Gemma), any
+// other also before it (Llama).
+struct Norm {
+  const float* weight;
+  int64_t is_wide;
+  float eps;
 };
 
 // A panel holds 32 columns of a product: for each pair of inputs, 32 pairs of weights, which is
@@ -112,6 +123,15 @@ __m512 silu(__m512 x) {
   return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
+// x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3): GELU by tanh.
+__m512 gelu_tanh(__m512 x) {
+  const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+  const __m512 inner = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
+  const __m512 exponent = _mm512_mul_ps(inner, _mm512_set1_ps(-2.0f * 0.7978845608f * kLog2E));
+  const __m512 e = exp2(_mm512_min_ps(exponent, _mm512_set1_ps(126.0f)));
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+}
+
 // ---- RMS norm -----------------------------------------------------------------------------------
 
 float inverse_rms(const bf16* x, int64_t dim, float eps) {
@@ -123,21 +143,25 @@ float inverse_rms(const bf16* x, int64_t dim, float eps) {
   return 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / static_cast<float>(dim) + eps);
 }
 
-// 16 normalised elements, rounded as layers/norm.py does: after the scale and after the weight.
-__m512 normalized(__m512 x, const bf16* weight, float scale, __mmask16 lanes) {
-  const __m512 scaled = rounded(_mm512_mul_ps(x, _mm512_set1_ps(scale)));
-  return rounded(_mm512_mul_ps(scaled, load(weight, lanes)));
+// 16 normalised elements from the `i`-th on, rounded as models/norm.py does.
+__m512 normalized(__m512 x, const Norm& norm, int64_t i, float scale, __mmask16 lanes) {
+  __m512 scaled = _mm512_mul_ps(x, _mm512_set1_ps(scale));
+  if (!norm.is_wide) scaled = rounded(scaled);
+  return rounded(_mm512_mul_ps(scaled, _mm512_maskz_loadu_ps(lanes, norm.weight + i)));
 }
 
-void normalize(Team team, const bf16* x, const bf16* weight, float eps, int64_t rows, int64_t dim,
-               bf16* y) {
+// y = norm(x), plus the residual where there is one; y may be either of them.
+void normalize(Team team, const bf16* x, const Norm& norm, int64_t rows, int64_t dim, bf16* y,
+               const bf16* residual = nullptr) {
   const auto [begin, end] = team.share(rows);
   for (int64_t row = begin; row < end; ++row) {
-    const float scale = inverse_rms(x + row * dim, dim, eps);
+    const float scale = inverse_rms(x + row * dim, dim, norm.eps);
     for (int64_t i = 0; i < dim; i += kLanes) {
+      const int64_t at = row * dim + i;
       const __mmask16 lanes = first_lanes(dim - i);
-      const __m512 part = load(x + row * dim + i, lanes);
-      store(y + row * dim + i, lanes, normalized(part, weight + i, scale, lanes));
+      __m512 part = normalized(load(x + at, lanes), norm, i, scale, lanes);
+      if (residual != nullptr) part = _mm512_add_ps(part, load(residual + at, lanes));
+      store(y + at, lanes, part);
     }
   }
 }

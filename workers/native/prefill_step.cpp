@@ -142,7 +142,7 @@ void run_layers(Team team, const Step& s, Activations x, bf16* wanted_q,
     for (int64_t tile; (tile = next.fetch_add(1) - taken) < attention.num_tiles();)
       attention.attend(tile, memory);
     taken += attention.num_tiles() + team.size;
-    wait_ahead(team, arrived, (layer + 1) * team.size, *weights.output);
+    wait_ahead(team, arrived, (layer + 1) * team.size, *weights.finish->output);
     team.barrier();
     watch.lap(1);
     const bool is_last = layer + 1 == s.num_layers;

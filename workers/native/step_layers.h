@@ -23,8 +23,7 @@ constexpr int64_t kWaitBytes = 256 << 10;
 // As `_Layer` in step_layers.py.
 struct StepLayer {
   const Projection* projection;
-  const Matrix* output;
-  const Mlp* mlp;
+  const Finish* finish;
 };
 
 // Activations of all rows.
@@ -41,7 +40,7 @@ struct Activations {
     const int64_t queries = p.query_heads * p.head_dim;
     Activations x{};
     x.normed = scratch.reserve(
-        rows * (p.qkv.inputs + p.qkv.outputs + queries + layer.mlp->gate_up.outputs));
+        rows * (p.qkv.inputs + p.qkv.outputs + queries + layer.finish->mlp->gate_up.outputs));
     x.qkv = x.normed + rows * p.qkv.inputs;
     x.attended = x.qkv + rows * p.qkv.outputs;
     x.activated = x.attended + rows * queries;
@@ -74,13 +73,13 @@ class Stopwatch {
 };
 
 // hidden [rows, dim] normalised, for all threads, which have met.
-const bf16* normalize_rows(Team team, const bf16* hidden, const bf16* norm, float eps, int64_t rows,
+const bf16* normalize_rows(Team team, const bf16* hidden, const Norm& norm, int64_t rows,
                            int64_t dim, const Activations& x) {
   if (rows <= kOwnRows) {
-    normalize(Team{0, 1}, hidden, norm, eps, rows, dim, x.own);
+    normalize(Team{0, 1}, hidden, norm, rows, dim, x.own);
     return x.own;
   }
-  normalize(team, hidden, norm, eps, rows, dim, x.normed);
+  normalize(team, hidden, norm, rows, dim, x.normed);
   team.barrier();
   return x.normed;
 }
@@ -89,11 +88,25 @@ const bf16* normalize_rows(Team team, const bf16* hidden, const bf16* norm, floa
 void project(Team team, const StepLayer& layer, const bf16* hidden, int64_t rows,
              const Activations& x, const Targets& to) {
   const Projection& p = *layer.projection;
-  const bf16* normed = normalize_rows(team, hidden, p.norm, p.eps, rows, p.qkv.inputs, x);
-  multiply(team, p.qkv, normed, rows, first_weights(team, *layer.output),
+  const bf16* normed = normalize_rows(team, hidden, p.norm, rows, p.qkv.inputs, x);
+  multiply(team, p.qkv, normed, rows, first_weights(team, *layer.finish->output),
            to_bf16(p.qkv, nullptr, x.qkv));
   team.barrier();
   rotate(team, p, x.qkv, 0, rows, to);
+  team.barrier();
+}
+
+// Adds a product to hidden [rows, E], through a norm if there is one. The threads meet before they
+// go on.
+void add_product(Team team, const Matrix& w, const bf16* from, const Norm& after, const bf16* next,
+                 bf16* hidden, int64_t rows, const Activations& x) {
+  if (after.weight == nullptr) {
+    multiply(team, w, from, rows, next, to_bf16(w, hidden, hidden));
+  } else {
+    multiply(team, w, from, rows, next, to_bf16(w, nullptr, x.normed));
+    team.barrier();
+    normalize(team, x.normed, after, rows, w.outputs, hidden, hidden);
+  }
   team.barrier();
 }
 
@@ -101,19 +114,16 @@ void project(Team team, const StepLayer& layer, const bf16* hidden, int64_t rows
 // [rows, E], in place. `next` is the layer that follows, or null.
 void finish(Team team, const StepLayer& layer, const StepLayer* next, bf16* hidden, int64_t rows,
             const Activations& x) {
-  const auto [projection, output, mlp] = layer;
-  multiply(team, *output, x.attended, rows, first_weights(team, mlp->gate_up),
-           to_bf16(*output, hidden, hidden));
-  team.barrier();
-  const bf16* normed =
-      normalize_rows(team, hidden, mlp->norm, mlp->eps, rows, mlp->gate_up.inputs, x);
+  const auto [output, mlp, after_attention, after_mlp] = *layer.finish;
+  add_product(team, *output, x.attended, after_attention, first_weights(team, mlp->gate_up), hidden,
+              rows, x);
+  const bf16* normed = normalize_rows(team, hidden, mlp->norm, rows, mlp->gate_up.inputs, x);
   multiply(team, mlp->gate_up, normed, rows, first_weights(team, mlp->down),
            to_gated(mlp->gate_up, x.activated));
   team.barrier();
-  multiply(team, mlp->down, x.activated, rows,
-           next == nullptr ? nullptr : first_weights(team, next->projection->qkv),
-           to_bf16(mlp->down, hidden, hidden));
-  team.barrier();
+  add_product(team, mlp->down, x.activated, after_mlp,
+              next == nullptr ? nullptr : first_weights(team, next->projection->qkv), hidden, rows,
+              x);
 }
 
 // Says that this thread has attended, and reads weights ahead until the others have: parts of

@@ -18,7 +18,7 @@ Seconds = c_double * len(PARTS)
 class _Layer(ctypes.Structure):
     """`StepLayer` of step_layers.h."""
 
-    _fields_ = (("projection", c_void_p), ("output", c_void_p), ("mlp", c_void_p))
+    _fields_ = (("projection", c_void_p), ("finish", c_void_p))
 
 
 class StepLayers:
@@ -55,10 +55,7 @@ class StepLayers:
             assert projection.head_dim == self.head_dim, projection.head_dim
         self._kept = layers  # what the addresses point to
         self._layers = (_Layer * len(layers))(
-            *(
-                _Layer(projection.address, finish.output_address, finish.mlp.address)
-                for projection, finish in layers
-            )
+            *(_Layer(projection.address, finish.address) for projection, finish in layers)
         )
         self._rows = function("saqqara_step_rows", (c_int64,), c_int64)
 

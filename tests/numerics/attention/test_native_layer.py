@@ -1,6 +1,7 @@
 """The native linear kernels against torch in bf16, a whole worker at a time, for every family."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -17,8 +18,8 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh import shared_memory
 from saqqara.workers.mesh.layout import MeshLayout
-from saqqara.workers.models.choice import why_not_native
-from saqqara.workers.models.spec import ModelSpec
+from saqqara.workers.models.choice import choose_linear_backend, why_not_native
+from saqqara.workers.models.spec import ExpertSpec, ModelSpec
 from saqqara.workers.native.build import unavailable_reason
 from saqqara.workers.passes.decode_batch import DecodeBatch
 from saqqara.workers.plan import DecodeItem, SampledToken, SamplingSpec, StepPlan, StepResult
@@ -160,9 +161,10 @@ def _logprobs_of_rank(folder: Path, rank: int, stores: Sequence[Store]) -> Any:
     return found
 
 
-def test_two_ranks_are_as_close_to_fp32_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
+def test_two_ranks_are_as_close_to_fp32_as_one(name: str, tmp_path: Path) -> None:
     """Each rank's part of a sum is rounded to bf16 once more than in one rank."""
-    save_tiny("llama-gqa", tmp_path)
+    save_tiny(name, tmp_path)
     exact = logprobs(make_worker(tmp_path, "torch", dtype="float32"))
     alone = (logprobs(make_worker(tmp_path, "native")) - exact).abs().mean()
     found, _ = run_ranks(partial(_logprobs_of_rank, tmp_path), 2)
@@ -176,8 +178,14 @@ def test_native_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
         make_worker(tmp_path, "native", dtype="float32")
 
 
-def test_a_model_that_native_kernels_do_not_serve_says_why(tmp_path: Path) -> None:
-    save_tiny("gemma3", tmp_path)
-    with pytest.raises(ValueError, match=r"linear_backend=.native.*not for activation gelu_tanh"):
-        make_worker(tmp_path, "native")
-    assert "gelu_tanh" in make_worker(tmp_path, "auto").info.linear_reason
+def test_a_model_that_native_kernels_do_not_serve_says_why() -> None:
+    spec = replace(
+        ModelSpec.from_hf(CONFIGS["llama-gqa"]), experts=ExpertSpec(4, 2, 8, 0, True, ())
+    )
+    place = (torch.device("cpu"), torch.bfloat16, "cpu", spec)
+    assert choose_linear_backend("auto", *place) == (
+        "torch",
+        "auto: no native kernels (not for mixtures of experts)",
+    )
+    with pytest.raises(ValueError, match=r"linear_backend=.native.*not for mixtures of experts"):
+        choose_linear_backend("native", *place)

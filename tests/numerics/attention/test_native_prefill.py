@@ -144,13 +144,16 @@ def test_one_call_says_what_call_after_call_says(
     assert both_ways(worker, monkeypatch, sequences(retention, lengths)) == [LAYERS]
 
 
-def test_layers_with_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gemma3"])
+def test_layers_with_a_window(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts shorter and longer than it; what is kept, cut and decoded is the same layer by layer.
 
-    Rows with a window have its tokens, and the others what their method says.
+    Rows with a window have its tokens, and the others what their method says. Gemma's layers also
+    have caps of scores and norms behind attention and MLP, and rotate by two tables.
     """
-    save_tiny("qwen2", tmp_path)
+    save_tiny(name, tmp_path, num_layers=LAYERS)
     worker = make_worker(tmp_path)
+    spec = worker.spec
     native = worker._decode._native
     assert native is not None
     for retention in (None, SNAPKV, {"method": "h2o", "budget": 16, "decode": {"slack_pages": 1}}):
@@ -160,8 +163,10 @@ def test_layers_with_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(worker._decode, "_native", None)
         assert_same(answers(worker, new), found)
         monkeypatch.setattr(worker._decode, "_native", native)
-        counts = np.frombuffer(found[0][0].kept[1].counts, dtype=np.int32).reshape(LAYERS, -1)
-        assert counts.tolist() == [[50 if retention is None else 16] * 3, [9] * 3, [9] * 3]
+        counts = np.frombuffer(found[0][0].kept[1].counts, dtype=np.int32)
+        kept = 50 if retention is None else 16
+        expected = [[window or kept] * spec.num_kv_heads for window in spec.layers.windows]
+        assert counts.reshape(LAYERS, -1).tolist() == expected
 
 
 def test_prompts_that_are_scored_or_shared(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
