@@ -83,7 +83,7 @@ def main() -> None:
         every_slot = torch.ones(5, 1 + first, heads, dtype=torch.int32)
         work.lengthen(every_slot, slots, every_slot[0] if case.window else None)
         listed = work.list_work(every_slot, slots, max_length)[0]
-        cap = {"softcap": case.softcap}
+        cap: dict[str, Any] = {"softcap": case.softcap}
         decode.decode(q, in_slots, 0.1, work=listed, **cap)
         decode.decode(q, rows, 0.1, return_mass=True, **cap)
         decode.decode(q, rows, 0.1, lse=torch.zeros(tokens, heads * case.group), **cap)
