@@ -92,7 +92,6 @@ class Part:
             device,
             dtype,
             spec.attention_softcap,
-            windowed=spec.layers.window > 0,
         )
         linear_backend, linear_reason = choose_linear_backend(
             config.linear_backend, device, dtype, backend.name, spec

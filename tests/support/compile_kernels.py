@@ -33,9 +33,11 @@ class Case(NamedTuple):
     group: int
     dtype: torch.dtype = torch.bfloat16
     has_norms: bool = False
+    window: int = 0
+    softcap: float = 0.0
 
 
-CASES = [Case(128, 8, has_norms=True)]
+CASES = [Case(128, 8, has_norms=True), Case(256, 4, window=5, softcap=30.0)]
 ALL_CASES = [Case(dim, group) for dim in (64, 128, 256) for group in (1, 4, 8)]
 ALL_CASES += [Case(dim, 4, torch.float32, has_norms=True) for dim in (64, 128)]
 MAX_SHARED_BYTES = 227 << 10  # of one program, at compute capability 9.0
@@ -75,19 +77,22 @@ def main() -> None:
         slots = torch.arange(1 + tokens)[first : first + tokens]
         begins = torch.zeros(tokens + 1, heads, dtype=torch.int64)[first : first + tokens]
         in_slots = decode.PagedRows(
-            k_pages, v_pages, table.view(-1), lengths, max_length, slots, begins
+            k_pages, v_pages, table.view(-1), lengths, max_length, slots, begins, case.window
         )
         rows = decode.PagedRows(k_pages, v_pages, table, lengths, max_length)
         every_slot = torch.ones(5, 1 + first, heads, dtype=torch.int32)
-        work.lengthen(every_slot, slots)
-        decode.decode(q, in_slots, 0.1, work=work.list_work(every_slot, slots, max_length)[0])
-        decode.decode(q, rows, 0.1, return_mass=True)
-        decode.decode(q, rows, 0.1, lse=torch.zeros(tokens, heads * case.group))
+        work.lengthen(every_slot, slots, every_slot[0] if case.window else None)
+        listed = work.list_work(every_slot, slots, max_length)[0]
+        cap: dict[str, Any] = {"softcap": case.softcap}
+        decode.decode(q, in_slots, 0.1, work=listed, **cap)
+        decode.decode(q, rows, 0.1, return_mass=True, **cap)
+        decode.decode(q, rows, 0.1, lse=torch.zeros(tokens, heads * case.group), **cap)
         ends = CuSeqlens.of([max_length] * tokens, k.device)
         fresh = zeros(ends.host[-1], heads, dim)
-        decode.decode(q, rows_of_prompts(fresh, fresh, ends), 0.1)
-        attend.attend(q, k, k, cu, cu, 64, 0.1, rows)
-        mass.mass(q, k, cu, cu, 64, max_length, 0.1, torch.ones(tokens))
+        decode.decode(q, rows_of_prompts(fresh, fresh, ends, case.window), 0.1)
+        attend.attend(q, k, k, cu, cu, 64, 0.1, rows, **cap)
+        attend.attend(q, k, k, cu, cu, 64, 0.1, window=case.window, **cap)
+        mass.mass(q, k, cu, cu, 64, max_length, 0.1, torch.ones(tokens), **cap)
         jobs, some = torch.zeros(3, 5, dtype=torch.int64), numbers[first:]
         pages.fill_pages(k, k, k_pages, v_pages, jobs, some)
         stored = k_pages.view(-1, dim), v_pages.view(-1, dim)

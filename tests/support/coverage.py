@@ -30,7 +30,7 @@ SHOWN = {
     "mixtral": "5 experts, 2 for a token",
     "phi3": "joined weights",
     "phi3-longrope": "rope `longrope` of 12 of 16 channels (Phi-3 and Phi-4)",
-    "qwen2": "biases of q, k and v, a window from the third layer on",
+    "qwen2": "biases of q, k and v, a window but in the first layer",
     "qwen2-moe": "7 experts and a shared one in every second layer",
     "qwen3": "norms of queries and keys",
     "qwen3-moe": "7 experts, 3 for a token, in all layers but one",

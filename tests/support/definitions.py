@@ -129,7 +129,9 @@ def _ends(rules: "Rules", n: int) -> tuple[Fraction, Fraction]:
 
 
 def pyramid(rules: "Rules", n: int, num_layers: int, num_heads: int) -> list[list[Fraction]]:
-    """PyramidKV: linear in the layer."""
+    """PyramidKV: linear in the layer; one layer has its budget."""
+    if num_layers == 1:
+        return evenly(rules, n, num_layers, num_heads)
     high, low = _ends(rules, n)
     parts = [Fraction(layer, num_layers - 1) for layer in range(num_layers)]
     return [[rules.window + high - part * (high - low)] * num_heads for part in parts]

@@ -89,7 +89,7 @@ CONFIGS: dict[str, Any] = {
     ),
     "qwen3-moe": Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=True, mlp_only_layers=[1]),
     "smollm3": SmolLM3Config(**_SIZES, no_rope_layer_interval=2, pad_token_id=0),
-    "qwen2": Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=9, max_window_layers=2),
+    "qwen2": Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=9, max_window_layers=1),
     "qwen3": Qwen3Config(**_SIZES),
 }
 

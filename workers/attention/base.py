@@ -188,17 +188,9 @@ _UNAVAILABLE = {  # name: the module whose `unavailable_reason(device, dtype)` s
     "triton": "triton",
 }
 
-_SOFTCAPPED = {"reference", "torch", "cpu"}  # names of backends that cap scores
-_WINDOWED = {"reference", "torch", "cpu"}  # names of backends whose prefill takes a window
-
 
 def get_backend(
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    softcap: float = 0.0,
-    *,
-    windowed: bool = False,
+    name: str, device: torch.device, dtype: torch.dtype, softcap: float = 0.0
 ) -> tuple[AttentionBackend, str]:
     """The attention backend of a name, and why it is this one.
 
@@ -207,19 +199,18 @@ def get_backend(
         device: where queries and pages live.
         dtype: of queries, keys and values.
         softcap: of the scores; see `AttentionBackend`.
-        windowed: whether some layer of the model has a window.
 
     Raises:
         ValueError: no backend has this name, or this machine cannot run it.
     """
     if name == "auto":
-        chosen, reason = _choose(device, dtype, softcap, windowed)
+        chosen, reason = _choose(device, dtype)
     else:
         chosen, reason = name, f"attention_backend={name!r}"
     if chosen not in _BACKENDS:
         known = ", ".join(["auto", *_BACKENDS])
         raise ValueError(f"attention_backend: no backend {name!r}; known: {known}")
-    if (missing := _unavailable(chosen, device, dtype, softcap, windowed)) is not None:
+    if (missing := _unavailable(chosen, device, dtype)) is not None:
         raise ValueError(f"attention_backend={chosen!r} cannot be had here: {missing}")
     module, class_name = _BACKENDS[chosen]
     backend_class = getattr(importlib.import_module(f".{module}", __package__), class_name)
@@ -227,31 +218,23 @@ def get_backend(
     return backend, reason
 
 
-def _choose(
-    device: torch.device, dtype: torch.dtype, softcap: float, windowed: bool
-) -> tuple[str, str]:
+def _choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     name = str(dtype).removeprefix("torch.")
     if device.type == "cpu" and dtype == torch.bfloat16:
-        missing = _unavailable("cpu", device, dtype, softcap, windowed)
+        missing = _unavailable("cpu", device, dtype)
         if missing is None:
             return "cpu", "auto: native kernels for bfloat16"
         return "torch", f"auto: no native kernels ({missing})"
     if device.type == "cuda":
-        missing = _unavailable("triton", device, dtype, softcap, windowed)
+        missing = _unavailable("triton", device, dtype)
         if missing is None:
             return "triton", f"auto: {name} on a GPU"
         return "torch", f"auto: no Triton kernels ({missing})"
     return "torch", f"auto: {name} on {device.type}"
 
 
-def _unavailable(
-    name: str, device: torch.device, dtype: torch.dtype, softcap: float, windowed: bool
-) -> str | None:
-    """Why a backend cannot compute this on this machine, or None if it can."""
-    if softcap and name not in _SOFTCAPPED:
-        return f"it has no soft-cap of attention scores ({softcap:g})"
-    if windowed and name not in _WINDOWED:
-        return "it has no sliding windows"
+def _unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this machine cannot run a backend, or None if it can."""
     if name not in _UNAVAILABLE:
         return None
     module = importlib.import_module(f".{_UNAVAILABLE[name]}", __package__)

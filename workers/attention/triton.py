@@ -1,5 +1,7 @@
 """Attention in Triton kernels for GPUs: paged decode, extension and masses; flash for prompts.
 
+Prompts longer than a layer's window, or with capped scores, go through the kernel of extension.
+
 Scores, softmax and sums are float32. The softmax weights are rounded to the dtype of the values
 before they meet them, as in flash attention; masses use the unrounded weights.
 
@@ -10,7 +12,7 @@ Shapes: T packed tokens, N sequences, Hq local query heads, H local kv heads, D 
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,7 +54,6 @@ class TritonAttention:
     name = "triton"
 
     def __init__(self, softcap: float = 0.0) -> None:
-        assert softcap == 0, "checked by get_backend"
         self.softcap = softcap
         from saqqara.workers.kernels import attend, decode, mass
 
@@ -73,36 +74,38 @@ class TritonAttention:
 
         No normalisers: `mass` makes those of the few queries that it is asked for.
         """
-        assert window == 0, "checked by get_backend"
-        if cu_q.host == cu_k.host:
-            out = self._fresh(q, k, v, cu_k, scale)
-        else:
-            lengths = zip(cu_q.lengths, cu_k.lengths, strict=True)
-            assert all(queries <= keys for queries, keys in lengths), "more queries than keys"
-            if cu_q.lengths == (1,) * len(cu_q.lengths):
-                return self._decode.decode(q, rows_of_prompts(k, v, cu_k), scale)[0], None
-            out = self._attend.attend(q, k, v, cu_q.device, cu_k.device, cu_q.max_len, scale)
-        return out, None
+        window = 0 if cu_k.max_len <= window else window
+        if cu_q.host == cu_k.host and not (window or self.softcap):
+            return self._fresh(q, k, v, cu_k, scale), None
+        lengths = zip(cu_q.lengths, cu_k.lengths, strict=True)
+        assert all(queries <= keys for queries, keys in lengths), "more queries than keys"
+        if cu_q.lengths == (1,) * len(cu_q.lengths):
+            return self._decode_rows(q, rows_of_prompts(k, v, cu_k, window), scale)[0], None
+        bounds = (cu_q.device, cu_k.device, cu_q.max_len)
+        return self._attend.attend(
+            q, k, v, *bounds, scale, window=window, softcap=self.softcap
+        ), None
 
     def extend(
         self, q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, view: KVView, scale: float
     ) -> Tensor:
         """Attention of new tokens over what their rows keep, then over the new ones up to each."""
         rows = None if view.max_length == 0 else self._rows(view)
-        return self._attend.attend(q, k, v, cu.device, cu.device, cu.max_len, scale, rows)
+        bounds = (cu.device, cu.device, cu.max_len)
+        return self._attend.attend(q, k, v, *bounds, scale, rows, softcap=self.softcap)
 
     def decode(self, q: Tensor, view: KVView, scale: float) -> Tensor:
         """Attention of one query per sequence over what its rows keep, read once from the pages."""
-        return self._decode.decode(q, self._rows(view), scale)[0]
+        return self._decode_rows(q, self._rows(view), scale)[0]
 
     def decode_and_lse(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
         """`decode`, and the normaliser of each query's softmax."""
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        return self._decode.decode(q, self._rows(view), scale, lse=lse)[0], lse
+        return self._decode_rows(q, self._rows(view), scale, lse=lse)[0], lse
 
     def decode_and_mass(self, q: Tensor, view: KVView, scale: float) -> tuple[Tensor, Tensor]:
         """`decode`, and the attention that every kept token got."""
-        out, mass = self._decode.decode(q, self._rows(view), scale, return_mass=True)
+        out, mass = self._decode_rows(q, self._rows(view), scale, return_mass=True)
         assert mass is not None, "asked for"
         return out, mass
 
@@ -117,11 +120,18 @@ class TritonAttention:
     ) -> Tensor:
         """Attention that each key gets from the last queries, summed over them and the group."""
         bounds = _bounds_of_one(q_window, k)
-        return self._mass.mass(q_window, k, *bounds, scale, query_weights, lse)[:, :num_columns]
+        weighing = (query_weights, lse, self.softcap)
+        return self._mass.mass(q_window, k, *bounds, scale, *weighing)[:, :num_columns]
 
     def normalisers(self, q_window: Tensor, k: Tensor, scale: float) -> Tensor:
         """The normalisers of the last queries of one sequence."""
-        return self._mass.log_sum_exps(q_window, k, *_bounds_of_one(q_window, k), scale)
+        bounds = _bounds_of_one(q_window, k)
+        return self._mass.log_sum_exps(q_window, k, *bounds, scale, self.softcap)
+
+    def _decode_rows(
+        self, q: Tensor, rows: "PagedRows", scale: float, **wanted: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._decode.decode(q, rows, scale, softcap=self.softcap, **wanted)
 
     def _rows(self, view: KVView) -> "PagedRows":
         return self._decode.PagedRows(
@@ -129,21 +139,26 @@ class TritonAttention:
         )
 
 
-def rows_of_prompts(k: Tensor, v: Tensor, cu: CuSeqlens) -> "PagedRows":
+def rows_of_prompts(k: Tensor, v: Tensor, cu: CuSeqlens, window: int = 0) -> "PagedRows":
     """Fresh keys and values as rows in pages of one token, so that they are cut by their length.
 
-    One query to a prompt would otherwise leave all of its keys to one program.
+    One query to a prompt would otherwise leave all of its keys to one program. With a window rows
+    are the last so many tokens at most.
     """
     from saqqara.workers.kernels.decode import PagedRows
 
     num_heads, dim = k.shape[1:]
-    places = torch.arange(cu.max_len, dtype=torch.int32, device=k.device)
-    tokens_NS = (cu.device[:-1, None] + places).clamp_(max=cu.host[-1] - 1)
+    longest, lengths_N, starts_N = cu.max_len, cu.device.diff(), cu.device[:-1]
+    if window:
+        longest, lengths_N = min(longest, window), lengths_N.clamp(max=window)
+        starts_N = cu.device[1:] - lengths_N
+    places = torch.arange(longest, dtype=torch.int32, device=k.device)
+    tokens_NS = (starts_N[:, None] + places).clamp_(max=cu.host[-1] - 1)
     heads_H = torch.arange(num_heads, dtype=torch.int32, device=k.device)
     table_NHS = tokens_NS[:, None] * num_heads + heads_H[:, None]
-    lengths_NH = cu.device.diff()[:, None].expand(-1, num_heads)
+    lengths_NH = lengths_N[:, None].expand(-1, num_heads)
     k_pages, v_pages = (x.reshape(-1, 1, dim) for x in (k, v))
-    return PagedRows(k_pages, v_pages, table_NHS, lengths_NH, cu.max_len)
+    return PagedRows(k_pages, v_pages, table_NHS, lengths_NH, longest)
 
 
 def _bounds_of_one(q_window: Tensor, k: Tensor) -> tuple[Tensor, Tensor, int, int]:

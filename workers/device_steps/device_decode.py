@@ -1,11 +1,12 @@
 """Decode steps whose every input is a tensor on the device, replayed as CUDA graphs.
 
 A step of one new token per sequence reads which slots take part, and where, from one small tensor;
-their tokens from `DeviceSlots`, and lengths, which it counts up itself, and pages from the store's
-device tables. The kernels find each new token's place by themselves. So one recorded graph per
-batch size serves every step, and the host only says who takes part. Batches are padded up to the
-next size of a ladder; a padding row has slot -1, stores nothing and attends to nothing. So does the
-row of a slot that this rank has refused, since the other ranks count on the batch's size.
+their tokens from `DeviceSlots`, and lengths, which it counts up itself (those of rings up to their
+window), and pages from the store's device tables. The kernels find each new token's place by
+themselves. So one recorded graph per batch size serves every step, and the host only says who takes
+part. Batches are padded up to the next size of a ladder; a padding row has slot -1, stores nothing
+and attends to nothing. So does the row of a slot that this rank has refused, since the other ranks
+count on the batch's size.
 
 Where rows are cut while their sequences decode, a step also notes the queries, and their
 normalisers, that cuts will look at. A cut itself comes after the step.
@@ -82,6 +83,7 @@ class DeviceDecode:
         assert len(self._layers) == len(layers), "the step is one of Triton's kernels throughout"
         self._graphs = graphs
         assert shard.kv.table.mirror is not None, "the device's lengths are its own to change"
+        self._caps = _caps(shard)
         self._sizes = graph_sizes(shard.part.config.max_num_seqs)
         queries, normalisers = sizing.noted_in_steps(shard.part)
         self._recorded_kind = Kind(queries + normalisers)
@@ -227,7 +229,7 @@ class DeviceDecode:
             hidden = decoder.embedding(self._slots.feed(slots, positions))
         assert hidden is not None, "a later stage gets hidden states"
         places = decoder.places(positions)
-        self._work.lengthen(table.device_kept, held)
+        self._work.lengthen(table.device_kept, held, self._caps)
         work = self._work.list_work(table.device_kept, held, longest)
         for index, layer in enumerate(self._layers):
             rows = self._kernel.PagedRows(
@@ -238,6 +240,7 @@ class DeviceDecode:
                 longest,
                 held,
                 table.mirror.first[:, index],
+                self._part.windows[index],
             )
             q = layer.project_append_rows(hidden, places, rows)
             lse = None
@@ -245,9 +248,20 @@ class DeviceDecode:
                 notes.queries[index, : len(q)].copy_(q)
             if notes.normalisers is not None:
                 lse = notes.normalisers[index, : len(q)]
-            attended, _ = self._kernel.decode(q, rows, scale, lse=lse, work=work[index])
+            attended, _ = self._kernel.decode(
+                q, rows, scale, lse=lse, work=work[index], softcap=self._part.backend.softcap
+            )
             hidden = layer.finish(hidden, attended, out=hidden)
         return hidden
+
+
+def _caps(shard: Shard) -> Tensor | None:
+    """What the rows of each layer never outgrow, int32 [L, H]; None without windows."""
+    windows, table = shard.part.windows, shard.kv.table
+    if not any(windows):
+        return None
+    caps = np.array([window or table.max_row_tokens for window in windows], dtype=np.int32)
+    return to_device(caps.repeat(shard.kv.num_heads).reshape(len(caps), -1), shard.part.device)
 
 
 def _padding(size: int) -> NDArray[np.int64]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from saqqara.workers.fixed_sizes import MAX_SPLITS, SPLIT_TOKENS, most_splits
 
 from .launch import LOG2_E, check, dense, padded
+from .softcap import capped
 from .work import WorkList, num_programs, num_splits_of
 
 BLOCK_TOKENS = 64
@@ -50,6 +51,8 @@ class PagedRows:
             sequence (zeros come out). None: entry n is sequence n.
         first: int64 [N or S, H], where the entries of each row begin in `page_table`; None where
             that has a place for every row.
+        window: the rows are rings of so many tokens, the one at position p at place p mod window;
+            0: they are in order.
     """
 
     k_pages: Tensor
@@ -59,6 +62,7 @@ class PagedRows:
     max_length: int
     slots: Tensor | None = None
     first: Tensor | None = None
+    window: int = 0
 
     @property
     def begins(self) -> Tensor:
@@ -96,9 +100,10 @@ def entries_of(
 
 @triton.jit
 def _attend_stored(
-    q_GD, k_pages, v_pages, table_row, scores_row, start, stop, scale, best, total, acc,
+    q_GD, k_pages, v_pages, table_row, scores_row, start, stop, scale, cap, best, total, acc,
     of_group, of_dim, d,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SCORES: tl.constexpr,
+    HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """Attend to the stored tokens `[start, stop)` of a row, block by block."""
     for first in range(start, stop, BLOCK_T):
@@ -108,6 +113,7 @@ def _attend_stored(
         refs = (pages * PAGE + t % PAGE)[:, None] * D + d[None, :]
         k_TD = tl.load(k_pages + refs, mask=valid[:, None] & of_dim[None, :], other=0.0)
         s_GT = tl.dot(q_GD, tl.trans(k_TD), input_precision="ieee") * scale
+        s_GT = capped(s_GT, cap, HAS_CAP)
         s_GT = tl.where(valid[None, :], s_GT, float("-inf"))
         if HAS_SCORES:
             tl.store(
@@ -129,12 +135,12 @@ def _attend_part(
     row, split, q, out, parts, parts_lse, lse, scores,
     k_pages, v_pages, page_table, first, lengths, slots,
     q_stride_n, q_stride_h, table_stride_n, table_stride_h, length_stride_n, length_stride_h,
-    scores_stride, H, scale,
+    scores_stride, H, scale, cap,
     G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr,
-    HAS_SCORES: tl.constexpr, HAS_LSE: tl.constexpr,
+    HAS_SCORES: tl.constexpr, HAS_LSE: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """One part of one row; scores in units of log 2.
 
@@ -169,8 +175,8 @@ def _attend_part(
         total = tl.zeros([BLOCK_G], tl.float32)
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
         best, total, acc = _attend_stored(
-            q_GD, k_pages, v_pages, table_row, scores_row, start, stop, scale, best, total, acc,
-            of_group, of_dim, d, D, PAGE, BLOCK_T, HAS_SCORES,
+            q_GD, k_pages, v_pages, table_row, scores_row, start, stop, scale, cap,
+            best, total, acc, of_group, of_dim, d, D, PAGE, BLOCK_T, HAS_SCORES, HAS_CAP,
         )  # fmt: skip
 
         some = total > 0.0
@@ -192,12 +198,12 @@ def _decode_kernel(
     q, out, parts, parts_lse, lse, scores,
     k_pages, v_pages, page_table, first, lengths, slots, work, num_work, splits,
     q_stride_n, q_stride_h, table_stride_n, table_stride_h, length_stride_n, length_stride_h,
-    scores_stride, H, scale,
+    scores_stride, H, scale, cap,
     G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_WORK: tl.constexpr,
-    HAS_SCORES: tl.constexpr, HAS_LSE: tl.constexpr,
+    HAS_SCORES: tl.constexpr, HAS_LSE: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """One part of one row; with a list of the parts, as many programs as are launched share it."""
     program = tl.program_id(0)
@@ -213,8 +219,8 @@ def _decode_kernel(
             row, split, q, out, parts, parts_lse, lse, scores,
             k_pages, v_pages, page_table, first, lengths, slots, q_stride_n, q_stride_h,
             table_stride_n, table_stride_h, length_stride_n, length_stride_h,
-            scores_stride, H, scale, G, D, PAGE, BLOCK_G, BLOCK_D, BLOCK_T,
-            SPLIT_TOKENS, MAX_SPLITS, HAS_SLOTS, HAS_FIRST, HAS_SCORES, HAS_LSE,
+            scores_stride, H, scale, cap, G, D, PAGE, BLOCK_G, BLOCK_D, BLOCK_T,
+            SPLIT_TOKENS, MAX_SPLITS, HAS_SLOTS, HAS_FIRST, HAS_SCORES, HAS_LSE, HAS_CAP,
         )  # fmt: skip
 
 
@@ -276,6 +282,7 @@ def decode(
     lse: Tensor | None = None,
     split_tokens: int = SPLIT_TOKENS,
     work: WorkList | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one query per sequence over its rows.
 
@@ -289,6 +296,7 @@ def decode(
         split_tokens: a row is cut into parts of about this many tokens, at most 32.
         work: the parts of these rows, cut alike; None: the launch has as many programs as parts of
             rows that are all of `rows.max_length`.
+        softcap: of the scores; 0: they have none.
 
     Returns:
         [N, H G, D] and, with `return_mass`, float32 [N, H, max_length]: summed over the group, 0
@@ -326,8 +334,9 @@ def decode(
         q, out, parts, parts_lse, lse, scores, rows.k_pages, rows.v_pages,
         rows.page_table, rows.begins, rows.lengths, slots, *listed, splits,
         *q.stride()[:2], *rows.begins.stride()[:2], *rows.lengths.stride(), width, num_heads,
-        scale * LOG2_E, PAGE=rows.page_tokens, BLOCK_G=block_g, BLOCK_T=BLOCK_TOKENS,
-        HAS_FIRST=rows.first is not None, HAS_WORK=work is not None, HAS_SCORES=return_mass,
+        scale * LOG2_E, softcap * LOG2_E, HAS_CAP=softcap > 0, PAGE=rows.page_tokens,
+        BLOCK_G=block_g, BLOCK_T=BLOCK_TOKENS, HAS_FIRST=rows.first is not None,
+        HAS_WORK=work is not None, HAS_SCORES=return_mass,
         num_warps=4, num_stages=3, **sizes, **dims, **cuts,
     )  # fmt: skip
     if splits > 1:

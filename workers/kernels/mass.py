@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import LOG2_E, block_side, check, dense, padded
+from .softcap import capped
 
 _SPLIT_KEYS = 1024
 _MAX_SPLITS = 16
@@ -22,8 +23,8 @@ _MAX_SPLITS = 16
 @triton.jit(do_not_specialize=["splits", "num_tokens"])
 def _queries_kernel(
     q, k, lse, cu_q, cu_k, num_tokens, splits,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, scale,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, scale, cap,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HAS_CAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Natural log-sum-exp of a block of queries over one part of the keys; -inf where it has none.
@@ -59,6 +60,7 @@ def _queries_kernel(
         within = (t < num_k)[:, None] & (d < D)[None, :]
         k_ND = tl.load(k + places + d[None, :], mask=within, other=0.0)
         s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale
+        s_MN = capped(s_MN, cap, HAS_CAP)
         seen = (t[None, :] <= before + i[:, None]) & (t < num_k)[None, :]
         s_MN = tl.where(seen, s_MN, float("-inf"))
         higher = tl.maximum(best, tl.max(s_MN, axis=1))
@@ -74,8 +76,9 @@ def _queries_kernel(
 @triton.jit(do_not_specialize=["num_keys"])
 def _keys_kernel(
     q, k, lse, weights, mass, cu_q, cu_k, num_keys,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, scale,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, scale, cap,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Weights that a block of keys gets from all queries that see it; `mass` is [H, Tk]."""
@@ -107,6 +110,7 @@ def _keys_kernel(
         )  # fmt: skip
         log = tl.load(lse + tokens * H * G + heads, mask=real, other=0.0) * 1.4426950408889634
         s_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee") * scale
+        s_NM = capped(s_NM, cap, HAS_CAP)
         seen = (t[:, None] <= before + i[None, :]) & real[None, :]
         p_NM = tl.where(seen, tl.exp2(s_NM - log[None, :]), 0.0)
         if HAS_WEIGHTS:
@@ -125,6 +129,7 @@ def mass(
     scale: float,
     query_weights: Tensor | None = None,
     lse: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attention that each key gets from the last queries of its sequence.
 
@@ -138,6 +143,7 @@ def mass(
         scale: factor of the scores.
         query_weights: float32 [Tq], a factor for each query; None: 1.
         lse: float32 [Tq, H G], the log-sum-exp of each query's scores; None: computed first.
+        softcap: of the scores; 0: they have none.
 
     Returns:
         float32 [H, Tk]: causal softmax attention, summed over the queries and the group.
@@ -154,18 +160,26 @@ def mass(
     sizes = {"H": num_heads, "G": group, "D": dim, "BLOCK_D": padded(dim)}
     blocks = {"BLOCK_M": min(side, padded(max_q * group)), "BLOCK_N": side}
     if lse is None:
-        lse = log_sum_exps(q, k, cu_q, cu_k, max_q, max_k, scale)
+        lse = log_sum_exps(q, k, cu_q, cu_k, max_q, max_k, scale, softcap)
     lse = lse.contiguous()
     weights = lse if query_weights is None else query_weights.float().contiguous()
     _keys_kernel[-(-max_k // side), num_heads, num_sequences](
         q, k, lse, weights, result, cu_q, cu_k, num_keys, *strides, scale * LOG2_E,
-        HAS_WEIGHTS=query_weights is not None, num_warps=4, num_stages=2, **sizes, **blocks,
+        softcap * LOG2_E, HAS_WEIGHTS=query_weights is not None, HAS_CAP=softcap > 0,
+        num_warps=4, num_stages=2, **sizes, **blocks,
     )  # fmt: skip
     return result
 
 
 def log_sum_exps(
-    q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    softcap: float = 0.0,
 ) -> Tensor:
     """The normalisers of causal softmax attention; arguments as `mass`.
 
@@ -184,7 +198,7 @@ def log_sum_exps(
     parts = q.new_empty(splits, num_queries, num_query_heads, dtype=torch.float32)
     _queries_kernel[query_blocks * splits, num_heads, num_sequences](
         q, k, parts, cu_q, cu_k, num_queries, splits, *q.stride()[:2], *k.stride()[:2],
-        scale * LOG2_E, H=num_heads, G=group, D=dim, BLOCK_D=padded(dim), BLOCK_M=block,
-        BLOCK_N=side, num_warps=4, num_stages=2,
+        scale * LOG2_E, softcap * LOG2_E, H=num_heads, G=group, D=dim, HAS_CAP=softcap > 0,
+        BLOCK_D=padded(dim), BLOCK_M=block, BLOCK_N=side, num_warps=4, num_stages=2,
     )  # fmt: skip
     return parts[0] if splits == 1 else parts.logsumexp(dim=0)

@@ -65,15 +65,17 @@ def _heads(
 
 @triton.jit
 def _last_places(
-    tokens, real, head, page_table, table_first, lengths, slots,
+    tokens, real, head, position, window, page_table, table_first, lengths, slots,
     table_stride_n, table_stride_h, length_stride_n, length_stride_h,
-    PAGE: tl.constexpr, HAS_FIRST: tl.constexpr,
+    PAGE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Which stored token each new one becomes, counted over all pages; negative for none."""
     slot = tl.load(slots + tokens, mask=real, other=-1).to(tl.int64)
     of_row = lengths + slot * length_stride_n + head * length_stride_h
     length = tl.load(of_row, mask=slot >= 0, other=0)
     last = tl.maximum(length - 1, 0)
+    if HAS_WINDOW:
+        last = (position % window).to(tl.int32)
     begin = entries_of(slot, head, table_first, table_stride_n, table_stride_h, HAS_FIRST)
     page = tl.load(page_table + begin + last // PAGE, mask=length > 0, other=0).to(tl.int64)
     return tl.where(length > 0, page * PAGE + last % PAGE, -1)
@@ -82,6 +84,7 @@ def _last_places(
 @triton.jit(
     do_not_specialize=[
         *("table_stride_n", "table_stride_h", "length_stride_n", "length_stride_h", "num_tokens"),
+        "window",
     ],
     do_not_specialize_on_alignment=[
         *("positions", "refs", "page_table", "table_first", "lengths", "slots"),
@@ -91,10 +94,10 @@ def _rotate_kernel(
     qkv, q, k, v, positions, cos, sin, query_norm, key_norm, refs,
     page_table, table_first, lengths, slots,
     num_tokens, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    table_stride_n, table_stride_h, length_stride_n, length_stride_h, eps,
+    table_stride_n, table_stride_h, length_stride_n, length_stride_h, window, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NORMS: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_WINDOW: tl.constexpr,
     TO: tl.constexpr, IN_PLACE: tl.constexpr, TENSORS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One kv head of a few tokens, with the query heads of its group."""
@@ -131,8 +134,9 @@ def _rotate_kernel(
         else:
             if TO == ROWS:
                 places = _last_places(
-                    t, real, head, page_table, table_first, lengths, slots, table_stride_n,
-                    table_stride_h, length_stride_n, length_stride_h, PAGE, HAS_FIRST,
+                    t, real, head, position, window, page_table, table_first, lengths, slots,
+                    table_stride_n, table_stride_h, length_stride_n, length_stride_h,
+                    PAGE, HAS_FIRST, HAS_WINDOW,
                 )  # fmt: skip
             else:
                 places = tl.load(refs + t * H + head, mask=real, other=-1)
@@ -208,6 +212,8 @@ def rotate_append_rows(
 ) -> Tensor:
     """`rotate_append`, to the last place of rows; what has a negative slot is not stored.
 
+    In a ring that is the place of the token's position.
+
     Args:
         qkv: [T, Hq + 2 H, D], contiguous: queries, keys, values.
         num_kv_heads: H.
@@ -254,16 +260,17 @@ def _launch(
         assert rows.page_table.stride(-1) == 1, "the page table of a row must lie together"
         table = (rows.page_table, rows.begins, rows.lengths, rows.slots)
         row_strides = (*rows.begins.stride()[:2], *rows.lengths.stride())
+    window = 0 if rows is None else rows.window
     in_pages = to in (_REFS, _ROWS)
     strides = (0,) * 4 if in_pages else (*k.stride()[:2], *v.stride()[:2])
     block_m, block_d = padded(_BLOCK_TOKENS * group, 1), padded(dim // 2, 1)
     _rotate_kernel[-(-num_tokens // _BLOCK_TOKENS), num_kv_heads](
         qkv, q, k, v, rotation.positions, rotation.cos, rotation.sin, *norms,
         unused if refs is None else refs, *table,
-        num_tokens, *q.stride()[:2], *strides, *row_strides, rotation.eps,
+        num_tokens, *q.stride()[:2], *strides, *row_strides, window, rotation.eps,
         H=num_kv_heads, G=group, D=dim, PAGE=1 if rows is None else rows.page_tokens,
         BLOCK_T=_BLOCK_TOKENS, BLOCK_M=block_m, BLOCK_D=block_d, HAS_NORMS=has_norms,
-        HAS_FIRST=rows is not None and rows.first is not None,
+        HAS_FIRST=rows is not None and rows.first is not None, HAS_WINDOW=window > 0,
         TO=to, IN_PLACE=_IN_PLACE, TENSORS=_TENSORS, ROWS=_ROWS,
         num_warps=min(4, max(1, block_m * block_d // 512)),
     )  # fmt: skip

@@ -81,28 +81,35 @@ def _list_kernel(
     do_not_specialize=["num_rows", "stride_s"],
     do_not_specialize_on_alignment=["lengths", "slots"],
 )
-def _lengthen_kernel(lengths, slots, num_rows, stride_s, BLOCK_R: tl.constexpr):
+def _lengthen_kernel(
+    lengths, slots, caps, num_rows, stride_s, BLOCK_R: tl.constexpr, HAS_CAPS: tl.constexpr
+):  # fmt: skip
     """The rows of one sequence."""
     slot = tl.load(slots + tl.program_id(0)).to(tl.int64)
     for first in range(0, num_rows, BLOCK_R):
         row = first + tl.arange(0, BLOCK_R)
         of_slot = (row < num_rows) & (slot >= 0)
         place = lengths + slot * stride_s + row
-        tl.store(place, tl.load(place, mask=of_slot, other=0) + 1, mask=of_slot)
+        length = tl.load(place, mask=of_slot, other=0) + 1
+        if HAS_CAPS:
+            length = tl.minimum(length, tl.load(caps + row, mask=of_slot, other=0))
+        tl.store(place, length, mask=of_slot)
 
 
-def lengthen(lengths: Tensor, slots: Tensor) -> None:
+def lengthen(lengths: Tensor, slots: Tensor, caps: Tensor | None = None) -> None:
     """Count a new token in every row of some sequences.
 
     Args:
         lengths: int32 [S, L, H], contiguous, tokens of each row; those of `slots` grow by 1.
         slots: int64 [N], contiguous, different ones; negative: no sequence.
+        caps: int32 [L, H], contiguous, what rows never outgrow; None: they all grow.
     """
     assert lengths.is_contiguous(), "the rows of a slot must lie together"
     if len(slots):
         _lengthen_kernel[(len(slots),)](
-            lengths, slots, lengths[0].numel(), lengths.stride(0), BLOCK_R=_BLOCK_ROWS
-        )
+            lengths, slots, lengths if caps is None else caps, lengths[0].numel(),
+            lengths.stride(0), BLOCK_R=_BLOCK_ROWS, HAS_CAPS=caps is not None,
+        )  # fmt: skip
 
 
 def list_work(

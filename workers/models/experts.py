@@ -105,26 +105,34 @@ class Experts:
 
     def _multiply(self, x: Tensor, counts_N: Tensor) -> Tensor:
         """Each expert's MLP of its own tokens; x [T K, E] by expert."""
-        if self._is_grouped:
-            ends = counts_N.cumsum(0, dtype=torch.int32)
-            inner = gated(grouped_mm(x, self.gate_up.transpose(1, 2), offs=ends), self.activation)
-            return grouped_mm(inner, self.down.transpose(1, 2), offs=ends)
-        out, start = torch.empty_like(x), 0
-        for expert, count in enumerate(counts_N.tolist()):
-            if count:
-                rows = slice(start, start + count)
-                inner = gated(linear(x[rows], self.gate_up[expert]), self.activation)
-                torch.mm(inner, self.down[expert].t(), out=out[rows])
-                start += count
-        return out
+        products = grouped_products if self._is_grouped else separate_products
+        return products(self, x, counts_N)
 
     @cached_property
     def _is_grouped(self) -> bool:
         """Whether torch multiplies all groups in one kernel, and the host waits for no counts."""
-        is_even = all(
-            w.shape[-1] * w.itemsize % _STRIDE_BYTES == 0 for w in (self.gate_up, self.down)
-        )
+        widths = (self.gate_up.shape[-1], self.down.shape[-1])
+        is_even = all(width * self.down.itemsize % _STRIDE_BYTES == 0 for width in widths)
         return self.gate_up.is_cuda and self.gate_up.dtype == torch.bfloat16 and is_even
+
+
+def grouped_products(experts: Experts, x: Tensor, counts_N: Tensor) -> Tensor:
+    """All experts' MLPs in two products of groups; x [T K, E] by expert, so many rows of each."""
+    ends = counts_N.cumsum(0, dtype=torch.int32)
+    inner = gated(grouped_mm(x, experts.gate_up.transpose(1, 2), offs=ends), experts.activation)
+    return grouped_mm(inner, experts.down.transpose(1, 2), offs=ends)
+
+
+def separate_products(experts: Experts, x: Tensor, counts_N: Tensor) -> Tensor:
+    """The same, with two products for each expert that has rows."""
+    out, start = torch.empty_like(x), 0
+    for expert, count in enumerate(counts_N.tolist()):
+        if count:
+            rows = slice(start, start + count)
+            inner = gated(linear(x[rows], experts.gate_up[expert]), experts.activation)
+            torch.mm(inner, experts.down[expert].t(), out=out[rows])
+            start += count
+    return out
 
 
 def load_experts(spec: ModelSpec, mesh: Mesh, source: WeightSource, layer: int) -> Experts:

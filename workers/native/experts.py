@@ -95,7 +95,8 @@ class NativeExperts:
     def num_bytes(self) -> int:
         """Bytes of the packed weights."""
         mlps = (*self._experts, *(() if self._shared is None else (self._shared,)))
-        return self._router.num_bytes + sum(mlp.num_bytes for mlp in mlps)
+        total: int = self._router.num_bytes + sum(mlp.num_bytes for mlp in mlps)
+        return total
 
     @property
     def num_inputs(self) -> int:

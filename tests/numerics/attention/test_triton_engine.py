@@ -112,6 +112,15 @@ def test_tokens_are_those_of_the_torch_backend(method: Retention, tmp_path: Path
     assert [len(tokens) for tokens in expected] == [5, 4, 4]
 
 
+@interpreted
+def test_rings_are_counted_on_the_device(tmp_path: Path) -> None:
+    """Rows with a window of 9: rings that are full from the start, and one that is not."""
+    save_tiny("qwen2", tmp_path)
+    cut = {"score": "snapkv", "window": 4, "budget": 12, "decode": {"slack_pages": 1}}
+    for method in (Retention(), Retention.parse(cut)):
+        assert greedy(tmp_path, "triton", method) == greedy(tmp_path, "torch", method)
+
+
 def _step_of(folder: Path, max_num_seqs: int) -> DeviceDecode:
     config = EngineConfig(
         model=str(folder),
