@@ -1,14 +1,17 @@
 """What computes the layers of a model: native CPU kernels, Triton's, or torch, and why."""
 
-import torch
+from typing import TYPE_CHECKING
 
 from .spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
 
 
 def choose_linear_backend(
     name: str,
-    device: torch.device,
-    dtype: torch.dtype,
+    device: "torch.device",
+    dtype: "torch.dtype",
     attention_backend: str,
     spec: ModelSpec,
 ) -> tuple[str, str]:
@@ -27,7 +30,7 @@ def choose_linear_backend(
         if (missing := why_not_triton(spec)) is not None:
             return "torch", f"auto: no Triton kernels ({missing})"
         return "triton", "auto: torch's products, fused kernels between them"
-    if device.type != "cpu" or dtype != torch.bfloat16:
+    if device.type != "cpu" or str(dtype) != "torch.bfloat16":
         reason: str | None = f"it is for bfloat16 on a CPU, not {str(dtype)[6:]} on {device.type}"
     else:
         from saqqara.workers.native.build import unavailable_reason
