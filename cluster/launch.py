@@ -5,6 +5,7 @@ import logging
 import numpy as np
 
 from saqqara.cluster.engine.client import EngineClient, EngineDescription, LocalClient
+from saqqara.cluster.presets import INSTEAD, ModelPresets
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
@@ -35,8 +36,12 @@ def launch(config: EngineConfig) -> EngineClient:
 
         with LongWait("connecting to Ray and starting its processes"):
             client = start_controller(config)
-    for line in start_lines(client.describe()):
+    engine = client.describe()
+    for line in start_lines(engine):
         logger.info("%s", line)
+    asked = Retention.parse(config.retention, config.budget)
+    if config.executor == "ray" and asked.needs_profile and _method(engine.config) == INSTEAD:
+        logger.warning("%s", ModelPresets.of(config).note("the controller's host has no profile"))
     return client
 
 
@@ -60,11 +65,30 @@ def start_lines(engine: EngineDescription) -> list[str]:
         f"retention {retention.method}: the pool holds {sequences_that_fit(engine, num_tokens)} "
         f"prompts of {num_tokens} tokens at once; max_num_seqs={config.max_num_seqs}"
     )
+    lines += _local_line(engine)
     if engine.log_dir is not None:
         lines.append(f"logs of the ranks: {engine.log_dir}")
     if engine.metrics_address is not None:
         lines.append(f"metrics: http://{engine.metrics_address}/metrics")
     return lines
+
+
+def _method(config: EngineConfig) -> str:
+    return Retention.parse(config.retention, config.budget).method
+
+
+def _local_line(engine: EngineDescription) -> list[str]:
+    """What layers with a window hold of a sequence, whatever the retention, if there are any."""
+    layers, worker = layers_of(engine.workers), engine.workers[0]
+    if not layers.local_layers:
+        return []
+    num_heads = max(w.stop_head for w in engine.workers)
+    pages = len(layers.local_layers) * num_heads * -(-layers.window // worker.page_tokens)
+    return [
+        f"budgets are of the {len(layers.global_layers)} layers that see all tokens; the other "
+        f"{len(layers.local_layers)} hold a window of {layers.window} tokens, at most "
+        f"{pages * worker.page_bytes / MIB:.1f} MiB a sequence"
+    ]
 
 
 def _worker_line(w: WorkerInfo) -> str:

@@ -3,9 +3,10 @@
 All of it follows from the presets, scores and shapes, so a new method describes itself here.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from .profiles.head_profile import AUTO
 from .propagate import Propagate
 from .scores import SCORES, Score
 from .shapes import SHAPES, Shape
@@ -89,8 +90,9 @@ def _profile(preset: dict[str, Any]) -> list[str]:
     if preset["shape"] != "profile":
         return []
     measured = "a profile of the model (saqqara eval calibrate)"
-    own = preset.get("profile")
-    return [measured if own is None else f"{measured}; it has that of {own}"]
+    if preset.get("profile") == AUTO:
+        return [f"{measured}, which it finds; else it is recommended-adaptive"]
+    return [measured]
 
 
 def _observes(score: type[Score], preset: dict[str, Any]) -> str:
@@ -111,6 +113,8 @@ def _passes(propagate: Propagate) -> str:
 
 
 def _saves(propagate: Propagate) -> str:
+    if propagate.layer == AUTO:
+        propagate = replace(propagate, layer=0.5)  # about where models look facts up
     entering = propagate.survivors(EXAMPLE_TOKENS, EXAMPLE_LAYERS)
     share = sum(entering) / (EXAMPLE_TOKENS * EXAMPLE_LAYERS)
     example = f"{EXAMPLE_TOKENS} tokens, {EXAMPLE_LAYERS} layers"

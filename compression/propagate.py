@@ -14,6 +14,7 @@ from typing import Any
 from saqqara.configs.shown import shown
 
 from .bounds import BOUNDS, POOLINGS, check, check_choice
+from .profiles.head_profile import AUTO
 
 KINDS = {
     "pyramidinfer": (
@@ -55,7 +56,8 @@ class Propagate:
         distance_weight: weight of the last query, the first of the recent ones having 1
             (pyramidinfer).
         layer: the layer that selects, from 0; or the part of the layers that see the whole prompt,
-            in (0, 1), the last of which selects (once).
+            in (0, 1), the last of which selects; or "auto": the one that the model's profile
+            names, which an engine looks up (once).
         keep: part of the prompt that goes on, window and sinks included, in (0, 1) (once).
         window: last tokens, always kept, whose queries score the others (once).
         kernel_size: tokens that the score is pooled over, odd (once).
@@ -72,7 +74,7 @@ class Propagate:
     recent_ratio: float = 0.2
     min_context: int = 64
     distance_weight: float = 1.2
-    layer: int | float = 0.5
+    layer: int | float | str = 0.5
     keep: float = 0.2
     window: int = 32
     kernel_size: int = 7
@@ -92,10 +94,10 @@ class Propagate:
         check("propagate.min_context", self.min_context, least=least)
         if type(self.layer) is int:
             check("propagate.layer", self.layer)
-        elif not BOUNDS["propagate.keep"].accepts(self.layer):
+        elif self.layer != AUTO and not BOUNDS["propagate.keep"].accepts(self.layer):
             raise ValueError(
                 "propagate.layer: must be a layer from 0, or a part of the layers above 0 and "
-                f"below 1, not {shown(self.layer)}"
+                f"below 1, not {shown(self.layer)}; 'auto' is that of the model's profile"
             )
         check_choice("propagate.pooling", self.pooling, POOLINGS)
 
@@ -178,13 +180,18 @@ class Propagate:
         return self.rho + (1 - self.rho) * (math.cos(math.pi * layer / num_layers) + 1) / 2
 
     def _selecting_layer(self, num_layers: int) -> int:
-        if type(self.layer) is int:
+        if isinstance(self.layer, int):
             if self.layer >= num_layers:
                 raise ValueError(
                     f"propagate.layer: {self.layer} is no layer of this model, which has layers 0 "
                     f"to {num_layers - 1}"
                 )
             return self.layer
+        if isinstance(self.layer, str):
+            raise ValueError(
+                "propagate.layer: 'auto' stands for what the profile of a model says, which an "
+                "engine looks up; none is known here"
+            )
         return max(1, part_of(self.layer, num_layers)) - 1
 
 

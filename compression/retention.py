@@ -24,7 +24,7 @@ from . import spelling
 from .bounds import BOUNDS, check, check_kind
 from .decode import AnyDecodeStage, DecodeStage, TrimStage
 from .layers import Budget, Layers, over_layers, over_rows
-from .profiles.head_profile import HeadProfile
+from .profiles.head_profile import AUTO, HeadProfile
 from .propagate import Propagate
 from .scores import SCORES, Score
 from .shapes import MEANS, SHAPES, UNIFORM, LayerShape, Profile, RowShape, Shape
@@ -144,10 +144,10 @@ class Retention:
             raise ValueError(
                 f"window: must be {fixed} for score {score.name!r}, not {shown(self.window)}"
             )
-        if isinstance(self.shape, Profile) and not isinstance(self.profile, HeadProfile):
+        if isinstance(self.shape, Profile) and self.shape.profile is None:
             raise ValueError(
                 f"profile: {self.method!r} needs the path of a JSON file with measured scores of "
-                "the model's query heads, {'layer-head': [scores]}"
+                "all query heads, {'layer-head': [scores]}, or 'auto': what calibration stored"
             )
 
     def _check_decode(self, score: Score) -> None:
@@ -254,8 +254,14 @@ class Retention:
 
     @property
     def profile(self) -> HeadProfile | None:
-        """The measured heads that the shape goes by; None where it goes by none."""
-        return self.shape.profile if isinstance(self.shape, Profile) else None
+        """The measured heads that the shape goes by; None where it goes by none, or by `auto`."""
+        return self.shape.measured if isinstance(self.shape, Profile) else None
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether something of it stands for what was measured of a model (`auto`)."""
+        of_shape = isinstance(self.shape, Profile) and self.shape.profile == AUTO
+        return of_shape or (self.propagate is not None and self.propagate.layer == AUTO)
 
     @property
     def ragged(self) -> bool:

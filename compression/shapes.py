@@ -18,7 +18,7 @@ from typing import ClassVar
 from saqqara.configs.shown import shown
 
 from .bounds import check
-from .profiles.head_profile import HeadProfile
+from .profiles.head_profile import AUTO, HeadProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,8 @@ class Profile(RowShape):
     more.
 
     Attributes:
-        profile: measured scores of the model's heads; `Retention` asks for them.
+        profile: measured scores of the model's heads; `Retention` asks for them. "auto": those
+            that an engine finds for its model.
         head_beta: at least 1: all but the head_beta-th part of the budget besides the window is
             divided equally.
     """
@@ -235,16 +236,29 @@ class Profile(RowShape):
     name: ClassVar[str] = "profile"
     spreads: ClassVar[str] = "more in heads that were measured to matter"
 
-    profile: HeadProfile | None = None
+    profile: HeadProfile | str | None = None
     head_beta: float = 1.01
 
     def __post_init__(self) -> None:
         check("head_beta", self.head_beta)
+        if not isinstance(self.profile, HeadProfile | None) and self.profile != AUTO:
+            raise ValueError(
+                f"profile: must be a HeadProfile or {AUTO!r}, not {shown(self.profile)}"
+            )
+
+    @property
+    def measured(self) -> HeadProfile | None:
+        """The measured scores, where they are known."""
+        return self.profile if isinstance(self.profile, HeadProfile) else None
 
     def weights(self, num_layers: int, num_heads: int) -> Sequence[Sequence[Fraction]]:
         """The measured scores of all layers' kv heads; ValueError: they are of another model."""
-        assert self.profile is not None, "checked by Retention"
-        return self.profile.weights(num_layers, num_heads)
+        if self.measured is None:
+            raise ValueError(
+                "profile: 'auto' stands for the measured profile of a model, which an engine looks "
+                "up; none is known here"
+            )
+        return self.measured.weights(num_layers, num_heads)
 
     def targets(
         self, allowance: Allowance, weights: Sequence[Sequence[Fraction]]

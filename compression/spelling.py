@@ -6,7 +6,7 @@ and, beside them, the settings of both. Here it is read, written and named.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
@@ -18,7 +18,7 @@ from saqqara.configs.shown import shown
 from saqqara.configs.yaml_files import CONFIG_DIR, load_yaml
 
 from .decode import DecodeStage, TrimStage, parse_decode_stage
-from .profiles.head_profile import HeadProfile
+from .profiles.head_profile import AUTO, HeadProfile
 from .propagate import KINDS, Propagate, in_label
 from .scores import SCORES, Score, score_kind
 from .shapes import MEANS, SHAPES, Adaptive, Shape, mean_kind, shape_kind
@@ -204,8 +204,9 @@ def _read_values(settings: Flat) -> Flat:
     values = dict(settings)
     if "budget" in values:
         values |= _read_budget(values["budget"])
-    if values.get("profile") is not None:
-        values["profile"] = HeadProfile.read(values["profile"])
+    profile = values.get("profile")
+    if not (profile is None or profile == AUTO or isinstance(profile, HeadProfile)):
+        values["profile"] = HeadProfile.read(profile)
     if "decode" in values:
         values["decode"] = parse_decode_stage(values["decode"], has_score=True)
     if isinstance(values.get("skip_layers"), list):
@@ -316,8 +317,16 @@ def label(flat: Flat) -> str:
 def _departures(flat: Flat) -> Iterator[tuple[str, Any]]:
     """The settings that are not the preset's or, where it has none, the defaults."""
     kinds = Kinds(flat["score"], flat["shape"], flat.get("mean", "uniform"))
-    usual: Mapping[str, Any] = kinds.defaults | _read_values(presets().get(flat["method"], {}))
+    usual: Flat = kinds.defaults | _read_values(presets().get(flat["method"], {}))
+    if usual.get("profile") == AUTO and _of_model(flat) is not None:
+        usual["profile"] = flat["profile"]
     return ((name, flat[name]) for name in IN_LABELS if name in flat and flat[name] != usual[name])
+
+
+def _of_model(flat: Flat) -> HeadProfile | None:
+    """The profile that an engine found for its model."""
+    profile = flat.get("profile")
+    return profile if isinstance(profile, HeadProfile) and profile.of_model else None
 
 
 def _in_label(value: Any) -> Any:
@@ -335,6 +344,9 @@ def _propagate_label(flat: Flat) -> str:
         return ""
     own = presets().get(flat["method"], {}).get("propagate")
     usual = None if own is None else Propagate.parse(own)
+    profile = _of_model(flat)
+    if usual is not None and usual.layer == AUTO and profile is not None:
+        usual = replace(usual, layer=profile.propagate_layer or 0)
     departures = propagate.departures(usual)
     named = "score" not in flat or (usual is not None and not departures)
     return departures if named else f"+{propagate.kind}{departures}"

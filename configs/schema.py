@@ -94,6 +94,10 @@ class EngineConfig(BaseModel):
         None, description="Mean kept tokens per layer and kv head, or a share such as '25%'."
     )
 
+    profile_dir: str | None = Field(
+        None, description="Profiles of `saqqara eval calibrate`; default: <cache>/profiles."
+    )
+
     tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "qwen3_coder"] = (
         Field(
             "auto",
@@ -134,7 +138,7 @@ class EngineConfig(BaseModel):
         None, description="Folder of the per-rank logs; default: <cache>/logs/<start time>."
     )
 
-    @field_validator("model", "tokenizer", "retention", "log_dir", mode="before")
+    @field_validator("model", "tokenizer", "retention", "log_dir", "profile_dir", mode="before")
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
         if value == "":

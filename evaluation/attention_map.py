@@ -9,6 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from saqqara.cluster.presets import ModelPresets
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.source import whole_folder
@@ -64,6 +65,7 @@ def attention_maps(
         layers = sorted({round(i * (num_layers - 1) / 3) for i in range(4)})
     if not layers or not all(0 <= layer < num_layers for layer in layers):
         raise ValueError(f"layers: must be of 0 to {num_layers - 1}, not {list(layers)}")
+    settings = [*map(ModelPresets.of(config).resolve, settings)]
     kept = kept_positions(config, prompt, settings)
     labels = [setting.label for setting in settings]
     maps = _eager_attention(config.model, prompt, layers, spec.num_kv_heads)

@@ -230,15 +230,19 @@ def attention(
 @evaluation.command()
 @eval_settings
 def calibrate(
-    out: Annotated[Path, typer.Option(metavar="PROFILE.json", help="Write the profile here.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PROFILE.json", help="Write the profile here, not into the store."),
+    ] = None,
     context_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each context.")] = 2048,
     num_samples: Annotated[int, typer.Option(min=1, help="Contexts of each kind.")] = 8,
     *,
     text: SourceText,
     settings: Settings,
 ) -> None:
-    """Measure how much a model needs each kv head, for budgets by head (`recommended`)."""
-    from .calibrate import Calibration, write_profile
+    """Measure how much a model needs each kv head, once, for `recommended` to find."""
+    from .calibrate import Calibration
+    from .calibrated import calibrate_model
 
     calibration = Calibration(
         context_tokens=context_tokens,
@@ -247,9 +251,9 @@ def calibrate(
         haystack=text.haystack,
         split=text.half,
     )
-    check_output_file(out, "out")
-    write_profile(calibration.run(settings.config), out)
-    typer.echo(out)
+    if out is not None:
+        check_output_file(out, "out")
+    typer.echo(calibrate_model(calibration, settings.config, out))
 
 
 @evaluation.command()

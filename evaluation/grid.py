@@ -90,10 +90,20 @@ def full_bytes(prompt_tokens: int, spec: ModelSpec, dtype: str) -> int:
 
     `dtype` `auto` is the checkpoint's.
     """
+    return _row_bytes(prompt_tokens * len(spec.layers.global_layers), spec, dtype)
+
+
+def local_bytes(prompt_tokens: int, spec: ModelSpec, dtype: str) -> int:
+    """Bytes of a prompt's keys and values in layers with a window, which all settings keep."""
+    tokens = spec.layers.local_tokens(prompt_tokens) * len(spec.layers.local_layers)
+    return _row_bytes(tokens, spec, dtype)
+
+
+def _row_bytes(num_tokens: int, spec: ModelSpec, dtype: str) -> int:
+    """Bytes of so many tokens in one layer each, all kv heads."""
     return (
         2  # key + value
-        * prompt_tokens
-        * len(spec.layers.global_layers)
+        * num_tokens
         * spec.num_kv_heads
         * spec.head_dim
         * _DTYPE_BYTES[spec.dtype if dtype == "auto" else dtype]

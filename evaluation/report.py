@@ -134,6 +134,8 @@ def merge(parts: Sequence[Result]) -> Result:
         },
         full_kv_bytes=sum(n * part.full_kv_bytes for n, part in zip(counts, parts, strict=True))
         / sum(counts),
+        local_kv_bytes=sum(n * part.local_kv_bytes for n, part in zip(counts, parts, strict=True))
+        / sum(counts),
         outcomes=tuple(outcomes),
     )
 

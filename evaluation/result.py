@@ -44,6 +44,8 @@ class Result:
         kept_shares: by label, the share of the prompts' keys and values that is kept: expected
             tokens, not counting that pages are filled up.
         full_kv_bytes: mean bytes of a prompt's keys and values under full retention.
+        local_kv_bytes: what layers with sliding-window attention hold besides, under every setting;
+            shares and the bytes above are of the other layers.
         outcomes: by prompt, then by setting; settings that were added later come after those.
     """
 
@@ -54,6 +56,7 @@ class Result:
     kept_shares: Mapping[str, float]
     full_kv_bytes: float
     outcomes: tuple[Outcome, ...]
+    local_kv_bytes: float = 0.0
 
     @property
     def labels(self) -> list[str]:

@@ -7,11 +7,12 @@ from typing import Any, Self
 
 from saqqara import LLM, Retention, SamplingParams
 from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.cluster.presets import ModelPresets, with_profile
 from saqqara.cluster.request import RequestOutput, ScoreOutput
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 
-from .grid import full_bytes, kept_share, with_full
+from .grid import full_bytes, kept_share, local_bytes, with_full
 from .result import Outcome, Result
 
 TokenIds = Sequence[int]
@@ -34,9 +35,10 @@ class Session:
     """
 
     def __init__(self, config: EngineConfig, retentions: Sequence[Retention]) -> None:
+        self.config = config = with_profile(config)
+        self._presets = ModelPresets.of(config)
         own = Retention.parse(config.retention, config.budget)
-        self.config = config
-        self.retentions = with_full([own, *retentions])
+        self.retentions = with_full(map(self._presets.resolve, [own, *retentions]))
         self.spec = load_spec(config.model)
         self.tokenizer = Tokenizer.load(config.tokenizer or config.model)
         self._llm: LLM | None = None
@@ -55,7 +57,7 @@ class Session:
         """
         view = copy(self)
         view._llm = self.llm
-        view.retentions = with_full(retentions)
+        view.retentions = with_full(map(self._presets.resolve, retentions))
         return view
 
     def answers(
@@ -126,11 +128,15 @@ class Session:
     def result(self, task: str, settings: Mapping[str, Any], outcomes: list[Outcome]) -> Result:
         """A task's outcomes (at least one) with what they were made with."""
         lengths = [o.prompt_tokens for o in outcomes if o.retention == "full"]
-        num_bytes = sum(full_bytes(n, self.spec, self.config.dtype) for n in lengths)
+        full, local = (
+            sum(count(n, self.spec, self.config.dtype) for n in lengths) / len(lengths)
+            for count in (full_bytes, local_bytes)
+        )
         return Result(
             **self.identity(task, settings),
             kept_shares={one.label: kept_share(one, lengths, self.spec) for one in self.retentions},
-            full_kv_bytes=num_bytes / len(lengths),
+            full_kv_bytes=full,
+            local_kv_bytes=local,
             outcomes=tuple(outcomes),
         )
 

@@ -1,18 +1,19 @@
 """What the results of a batch job depend on, so that a resumed job cannot mix two kinds of results.
 
 A model is told by its content, never by its path or by times, which differ on another machine:
-config, tokenizer and templates by their hash, weights by the headers of their files and by blocks
-of every tensor. That reads 12 KiB a tensor, some ten megabytes of a 140 GB checkpoint; weights that
-differ in other places only are taken for the same.
+config, tokenizer and templates by their hash, weights by their fingerprint
+(`compression/profiles/fingerprint.py`).
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from saqqara.cluster.presets import with_profile
 from saqqara.cluster.sampling import SamplingParams
+from saqqara.compression.profiles.fingerprint import DIGEST_CHARACTERS, weights_digest
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.source import described_folder, local_folder
@@ -26,6 +27,7 @@ NEUTRAL_SETTINGS = frozenset(
         *("linear_chunk_tokens", "page_tokens", "kv_memory_gib", "memory_utilization"),
         *("cuda_graphs", "tensor_parallel_size", "pipeline_parallel_size", "layer_split"),
         *("executor", "num_threads", "warmup", "check_integrity", "metrics_port", "log_dir"),
+        "profile_dir",  # a profile that is found there counts itself
     }
 )
 _INPUT = ("input_sha256", "input")  # of the one file, and of each of several
@@ -33,9 +35,6 @@ _NEVER_MIXED = (*_INPUT, "output_format", "prompt_column")  # where rows are, an
 _MOST_SHOWN = 5
 _RESOLVED = ("model", "tokenizer", "retention", "budget")
 _CONTENT = ("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*/*.jinja")
-_BLOCK_BYTES = 4096
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_DIGEST_CHARACTERS = 32
 
 
 def fingerprint(
@@ -52,7 +51,8 @@ def fingerprint(
     Raises:
         ValueError: the model cannot be read.
     """
-    retention = Retention.parse(config.retention, config.budget)
+    found = with_profile(config)  # another profile keeps other tokens
+    retention = Retention.parse(found.retention, found.budget)
     settings: dict[str, Any] = {"input_sha256": input_sha256, **written}
     counting = EngineConfig.model_fields.keys() - NEUTRAL_SETTINGS - set(_RESOLVED)
     settings |= {name: getattr(config, name) for name in counting}
@@ -126,7 +126,7 @@ def _model(name: str, model: str, weights: bool) -> dict[str, Any]:
     files = {file for pattern in _CONTENT for file in folder.glob(pattern) if file.is_file()}
     try:
         found = {
-            f"{name}/{file.relative_to(folder).as_posix()}": _short(_file_hash(file))
+            f"{name}/{file.relative_to(folder).as_posix()}": _file_hash(file)[:DIGEST_CHARACTERS]
             for file in sorted(files)
         }
         if weights:
@@ -147,34 +147,3 @@ def _commits(model: str) -> set[str]:
 def _file_hash(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def weights_digest(folder: Path) -> str:
-    """A digest of all safetensors files of a folder: names, headers, and blocks of each tensor."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with file.open("rb", buffering=0) as opened:
-            length = min(int.from_bytes(opened.read(8), "little"), _MAX_HEADER_BYTES)
-            header = opened.read(length)
-            digest.update(header)
-            for start in _block_starts(header):
-                opened.seek(8 + length + start)
-                digest.update(opened.read(_BLOCK_BYTES))
-    return _short(digest.hexdigest())
-
-
-def _block_starts(header: bytes) -> Iterator[int]:
-    """Where to look into the data: start, middle and end of each tensor."""
-    try:
-        tensors = json.loads(header).items()
-        spans = [item["data_offsets"] for name, item in tensors if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return  # a broken file, which the engine refuses in its own words
-    for start, stop in spans:
-        last = max(start, stop - _BLOCK_BYTES)
-        yield from dict.fromkeys((start, (start + last) // 2, last))
-
-
-def _short(digest: str) -> str:
-    return digest[:_DIGEST_CHARACTERS]

@@ -56,6 +56,6 @@ def _notes() -> list[str]:
         "number of tokens per layer and kv head, or a share of the prompt: --budget 25%.",
         f"Any score goes with any shape as <score>-<shape>: {', '.join(SCORES)}; "
         f"{', '.join(SHAPES)} (tova with the first three).",
-        "A profile takes some minutes: saqqara eval calibrate --model FOLDER --out profile.json; "
-        "without one take recommended-adaptive.",
+        "A profile takes some minutes, once per model: saqqara eval calibrate --model FOLDER; the "
+        "recommended presets find it from then on, and are recommended-adaptive without one.",
     ]

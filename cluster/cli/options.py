@@ -45,7 +45,7 @@ PANELS = {
         "cuda_graphs",
     ),
     "Chats": ("tool_call_parser", "reasoning_parser"),
-    "Retention": ("retention", "budget"),
+    "Retention": ("retention", "budget", "profile_dir"),
     "Memory and scheduling": (
         *("kv_memory_gib", "memory_utilization", "page_tokens", "max_num_seqs"),
         *("max_prefill_tokens", "prefill_quantum", "max_extend_tokens", "linear_chunk_tokens"),

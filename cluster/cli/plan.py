@@ -18,6 +18,7 @@ from saqqara.cluster.planning.models import known_models, model_of
 from saqqara.cluster.planning.planner import DTYPES, LayoutPlan, Question, plan
 from saqqara.cluster.planning.plots import check_plot_file, curve, draw, save
 from saqqara.cluster.planning.workload import Workload
+from saqqara.cluster.presets import ModelPresets
 from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text
 from saqqara.configs.names import did_you_mean
@@ -91,6 +92,7 @@ def question_of(flags: PlanFlags) -> Question:
     if flags.dtype not in DTYPES:
         raise ValueError(f"dtype: {flags.dtype!r} is none; {did_you_mean(flags.dtype, DTYPES)}")
     retention = Retention.parse(from_yaml(flags.retention), from_yaml(flags.budget))
+    retention = ModelPresets(flags.model).resolve(retention)
     most = model.spec.longest
     if flags.max_model_len is not None and flags.max_model_len > most:
         raise ValueError(
@@ -171,6 +173,7 @@ def print_plans(question: Question, flags: PlanFlags, plans: Sequence[LayoutPlan
         typer.echo(f"To run it: {_command(flags, served[0])}")
         if flags.model in known_models():
             typer.echo(f"FOLDER: a folder or hub id of {flags.model}'s weights.")
+    typer.echo(_kinds_of_layers(question), nl=False)
     for note in _notes(question, flags):
         typer.echo(note)
 
@@ -240,6 +243,21 @@ def _notes(question: Question, flags: PlanFlags) -> list[str]:
             "(saqqara bench throughput --json). Activations and driver are estimates, too."
         )
     return notes
+
+
+def _kinds_of_layers(question: Question) -> str:
+    """A line on what layers with a window hold beside the budget; "" without any."""
+    layers, spec = question.model.spec.layers, question.model.spec
+    if not layers.local_layers:
+        return ""
+    tokens = layers.local_tokens(question.workload.prompt_tokens + question.workload.fed_tokens)
+    row_bytes = spec.kv_bytes_per_row_token(question.dtype)
+    local = tokens * len(layers.local_layers) * spec.num_kv_heads * row_bytes
+    return (
+        f"Budgets are of the {len(layers.global_layers)} layers that see all tokens; the other "
+        f"{len(layers.local_layers)} hold a window of {layers.window} tokens, "
+        f"{local / 2**20:.1f} MiB a sequence.\n"
+    )
 
 
 def _question(question: Question, flags: PlanFlags) -> str:

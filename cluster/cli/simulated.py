@@ -16,6 +16,7 @@ from rich.table import Table
 from saqqara.cluster.planning.planner import Question
 from saqqara.cluster.planning.plots import check_plot_file, save
 from saqqara.cluster.planning.workload import Workload
+from saqqara.cluster.presets import ModelPresets
 from saqqara.cluster.simulation.arrivals import Lengths, Trace, drawn_trace, read_trace
 from saqqara.cluster.simulation.deployment import Deployment, simulate
 from saqqara.cluster.simulation.faults import Fault, FaultRates, outages, read_faults
@@ -109,15 +110,15 @@ def _asked(flags: SimulateFlags) -> _Asked:
     trace.check_lengths(question.sizes.max_model_len)
     deployments = {question.workload.retention.label: first}
     if flags.against is not None:
-        other = _against(flags.against)
+        other = _against(flags.against, planned.model)
         deployments[other.label] = first.under(other)
     objective = Objective(flags.slo_ttft, flags.slo_itl)
     return _Asked(deployments, trace, _faults(flags, first, float(trace.seconds[-1])), objective)
 
 
-def _against(text: str) -> Retention:
+def _against(text: str, model: str) -> Retention:
     try:
-        return Retention.parse(from_yaml(text))
+        return ModelPresets(model).resolve(Retention.parse(from_yaml(text)))
     except ValueError as error:
         raise ValueError(f"against: {error}") from None
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from saqqara.cluster.errors import ContextLengthError
+from saqqara.cluster.presets import with_profile
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
@@ -124,6 +125,7 @@ class LocalClient:
         started = time.monotonic()
         spec = load_spec(config.model)  # first, since it says best what is wrong with a folder
         check_fits(config, spec)
+        config = with_profile(config)
         tokenizer = Tokenizer.load(config.tokenizer or config.model)
         executor = executor or LocalExecutor(config)
         try:

@@ -11,6 +11,7 @@ from saqqara.cluster.errors import WorkerDiedError
 from saqqara.cluster.live.board import Board
 from saqqara.cluster.live.snapshot import LiveStats
 from saqqara.cluster.outcome import ErrorCode
+from saqqara.cluster.presets import ModelPresets, with_profile
 from saqqara.cluster.recovery.attempts import Attempts, RecoveryLimits
 from saqqara.cluster.recovery.clock import Clock
 from saqqara.cluster.recovery.expiry import Expiry
@@ -86,7 +87,7 @@ class Engine:
         check_fits(config, spec)
         if lookahead is None:
             lookahead = 1 if all(w.device == "cpu" for w in executor.workers) else 2
-        self.config = config = config.settled(executor.workers)
+        self.config = config = with_profile(config.settled(executor.workers))
         self.retention = Retention.parse(config.retention, config.budget)
         self.metrics = PrometheusSink(model_name or config.model)
         self.scheduler = Scheduler(
@@ -106,8 +107,6 @@ class Engine:
         self._executor = executor
         self._tokenizer = tokenizer
         self.vocab_size = spec.vocab_size
-        fitting = RetentionLimits.of(spec, executor.workers, config.max_num_seqs, self.retention)
-        fitting.check(self.retention)
         self._eos_token_ids = known_eos(spec, tokenizer)
         self._intake = Intake(
             tokenizer,
@@ -115,7 +114,8 @@ class Engine:
             eos_token_ids=self._eos_token_ids,
             max_model_len=self.scheduler.max_model_len,
             retention=self.retention,
-            limits=fitting,
+            limits=RetentionLimits.of(spec, executor.workers, config.max_num_seqs, self.retention),
+            presets=ModelPresets.of(config),
             seed=config.seed,
         )
         self._states: dict[str, RequestState] = {}

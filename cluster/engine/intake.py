@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from saqqara.cluster.outcome import check_room
+from saqqara.cluster.presets import ModelPresets
 from saqqara.cluster.request import Prompt, Request
 from saqqara.cluster.sampling import SamplingParams, derived_seed, scoring_params
 from saqqara.cluster.scheduling.sequence import TokenRequest
@@ -54,10 +55,15 @@ class RetentionLimits:
 
         Rings lie outside the page pool, so a sequence may take as much for its ring as its share of
         the pool is.
+
+        Raises:
+            ValueError: the model cannot have `own`.
         """
         most = min(_share_in_queries(worker, spec, max_num_seqs) for worker in workers)
         most = max(most, num_ring_queries(own), _MIN_RING_QUERIES)
-        return cls(spec.layers, spec.num_query_heads, spec.num_kv_heads, most)
+        limits = cls(spec.layers, spec.num_query_heads, spec.num_kv_heads, most)
+        limits.check(own)
+        return limits
 
     def check(self, retention: Retention) -> None:
         """Raise a ValueError that names the setting which this engine cannot meet."""
@@ -65,6 +71,14 @@ class RetentionLimits:
             self._check(retention)
         except ValueError as error:
             raise ValueError(f"retention: {error}") from None
+
+    def check_propagates(self, retention: Retention) -> None:
+        """Raise a ValueError where it propagates, and the model has layers with a window."""
+        if self.layers.local_layers:
+            try:
+                retention.entering_tokens(1, self.layers)
+            except ValueError as error:
+                raise ValueError(f"retention: {error}") from None
 
     def _check(self, retention: Retention) -> None:
         retention.entering_tokens(1, self.layers)
@@ -95,6 +109,7 @@ class Intake:
         max_model_len: most tokens of a sequence, prompt and output together.
         retention: for requests that do not say.
         limits: what their retentions may ask for.
+        presets: fill in what their retentions leave to a profile of the model.
         seed: seeds the requests that bring no seed of their own.
     """
 
@@ -107,6 +122,7 @@ class Intake:
         max_model_len: int,
         retention: Retention,
         limits: RetentionLimits,
+        presets: ModelPresets,
         seed: int,
     ) -> None:
         self._tokenizer = tokenizer
@@ -115,6 +131,7 @@ class Intake:
         self._max_model_len = max_model_len
         self._own_retention = retention
         self._limits = limits
+        self._presets = presets
         self._seed = seed
 
     def read(self, request: Request) -> TokenRequest:
@@ -205,6 +222,8 @@ class Intake:
             return self._own_retention
         given = self._own_retention if request.retention is None else request.retention
         retention = Retention.parse(given, request.budget)
+        self._limits.check_propagates(retention)
+        retention = self._presets.resolve(retention)
         self._limits.check(retention)
         return retention
 

@@ -2,6 +2,7 @@
 
 import logging
 
+from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import head_shard, layer_split
 from saqqara.workers.models.counting.rank_weights import check_channels
@@ -24,6 +25,11 @@ def check_fits(config: EngineConfig, spec: ModelSpec) -> None:
         spec.head_layers,
         config.layer_split,
     )
+    if spec.layers.local_layers:  # what can be said before a profile is looked up
+        try:
+            Retention.parse(config.retention, config.budget).entering_tokens(1, spec.layers)
+        except ValueError as error:
+            raise ValueError(f"retention: {error}") from None
     if config.max_model_len is not None and config.max_model_len > spec.longest:
         raise ValueError(
             f"max_model_len={config.max_model_len} is more than the model's context of "

@@ -23,6 +23,7 @@ from saqqara.cluster.engine.client import EngineDescription, LocalClient, Reject
 from saqqara.cluster.engine.model_fit import check_fits, check_fits_if_local
 from saqqara.cluster.engine.report import BatchRows, EngineReport
 from saqqara.cluster.errors import ControllerLostError, EngineDeadError, WorkerDiedError
+from saqqara.cluster.presets import with_profile
 from saqqara.cluster.recovery.pulse import Pulse, PulseAddress, PulseMonitor
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
 from saqqara.configs.schema import EngineConfig
@@ -200,6 +201,7 @@ class Controller:
     def start(self) -> EngineDescription:
         """Start the ranks and the engine."""
         check_fits(self._config, load_spec(self._config.model))
+        self._config = with_profile(self._config)
         executor = self._executor = RayExecutor(
             self._config,
             placement=self._placement,

@@ -27,6 +27,7 @@ from saqqara.cluster.engine.executor import Executor, LocalExecutor
 from saqqara.cluster.engine.model_fit import check_fits, check_fits_if_local
 from saqqara.cluster.engine.report import EngineReport
 from saqqara.cluster.engine.tokenizer import Tokenizer
+from saqqara.cluster.presets import with_profile
 from saqqara.cluster.server.api_keys import ApiKeys
 from saqqara.cluster.server.app import make_app
 from saqqara.cluster.server.generation import Generation
@@ -256,14 +257,14 @@ def plan_replica(config: ServeConfig, engine: EngineConfig, keys: ApiKeys) -> Re
 
 def _start(plan: ReplicaPlan) -> Generation:
     """The engine of a replica, ready for requests."""
-    config = plan.engine
-    tokenizer = config.tokenizer or config.model
+    tokenizer = plan.engine.tokenizer or plan.engine.model
     name = plan.config.model_loading_config.model_id
-    spec = load_spec(config.model)  # first, since it says best what is wrong with a folder
-    check_fits(config, spec)
+    spec = load_spec(plan.engine.model)  # first, since it says best what is wrong with a folder
+    check_fits(plan.engine, spec)
+    config = with_profile(plan.engine)
     engine = Engine(
         config,
-        _executor(plan),
+        _executor(replace(plan, engine=config)),
         Tokenizer.load(tokenizer, plan.chat_template),
         spec,
         sinks=[RaySink(name)],

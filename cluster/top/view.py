@@ -134,7 +134,8 @@ def _queue(stats: LiveStats, look: Look) -> Text:
 
 def _kv_cache(stats: LiveStats, look: Look) -> list[Text]:
     kv = stats.kv_cache
-    told = f"{size(kv.kept_bytes)} of {size(kv.full_bytes)} full"
+    local = f" + {size(kv.local_bytes)} local" if kv.local_bytes else ""
+    told = f"{size(kv.kept_bytes)} of {size(kv.full_bytes)} full{local}"
     part = kv.kept_bytes / kv.full_bytes if kv.full_bytes else 0.0
     bar = min(look.width - _LABEL - len(told) - 12, _MOST_BAR // 2)
     first = [_label("KV kept")]

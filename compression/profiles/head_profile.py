@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from os import PathLike
@@ -19,6 +19,7 @@ from saqqara.configs.yaml_files import CONFIG_DIR
 SCORE = Bound(0, MAX_SCORE)
 KEY = re.compile(r"(0|[1-9][0-9]{0,4})-(0|[1-9][0-9]{0,4})")
 MAX_FILE_BYTES = 64 * 2**20
+AUTO = "auto"  # in place of what was measured of a model: an engine looks it up
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class HeadProfile:
     Attributes:
         scores: [layers][query heads], from 0 to `bounds.MAX_SCORE`, not all 0. They need not sum to
             one.
+        propagate_layer: the layer whose last queries look facts up, where a `propagate` stage of
+            kind `once` selects; None: not measured.
+        of_model: whether it was found in the profile store, by the model's weights.
         digest: short name of these scores, for labels.
 
     Raises:
@@ -37,6 +41,8 @@ class HeadProfile:
     """
 
     scores: tuple[tuple[float, ...], ...]
+    propagate_layer: int | None = None
+    of_model: bool = field(default=False, compare=False)
     digest: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -64,12 +70,14 @@ class HeadProfile:
             source: name of a profile in `configs/profiles/`; path of a JSON file; or its content:
                 {"layer-head": [scores]} with layers and query heads counted from 0, every head of
                 every layer present. A head's scores (say, one per measured prompt) are averaged.
+                Or a mapping that holds this as `profile`, with what else was measured beside it:
+                an entry of the profile store.
 
         Raises:
             ValueError: not that; names the file and the key.
         """
         if isinstance(source, Mapping):
-            return cls(_table("profile", source))
+            return cls._of("profile", source)
         if not isinstance(source, str | PathLike):
             raise ValueError(
                 "profile: must be the path of a JSON file {'layer-head': [scores]}, not "
@@ -90,14 +98,36 @@ class HeadProfile:
             raise ValueError(f"{name}: is not JSON ({error})") from error
         if not isinstance(content, Mapping):
             raise ValueError(f"{name}: must hold an object {{'layer-head': [scores]}}")
-        return cls(_table(name, content))
+        return replace(cls._of(name, content), of_model=False)
 
-    def to_dict(self) -> dict[str, list[float]]:
+    @classmethod
+    def _of(cls, name: str, content: Mapping[Any, Any]) -> Self:
+        if "profile" not in content:
+            return cls(_table(name, content))
+        if not isinstance(content["profile"], Mapping):
+            raise ValueError(f"{name}: 'profile' must be an object {{'layer-head': [scores]}}")
+        layer, of_model = content.get("propagate_layer"), content.get("of_model", False)
+        scores = _table(name, content["profile"])
+        if layer is not None and (type(layer) is not int or not 0 <= layer < len(scores)):
+            raise ValueError(
+                f"{name}: propagate_layer must be one of its {len(scores)} layers, counted from 0, "
+                f"not {shown(layer)}"
+            )
+        return cls(scores, layer, of_model is True)
+
+    def to_dict(self) -> dict[str, Any]:
         """The content of a file that reads back as this profile."""
-        return {
+        table = {
             f"{layer}-{head}": [score]
             for layer, heads in enumerate(self.scores)
             for head, score in enumerate(heads)
+        }
+        if self.propagate_layer is None and not self.of_model:
+            return table
+        return {
+            "propagate_layer": self.propagate_layer,
+            "of_model": self.of_model,
+            "profile": table,
         }
 
     def check(self, num_layers: int, num_query_heads: int) -> None:

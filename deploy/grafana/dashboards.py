@@ -235,6 +235,7 @@ def memory() -> Any:
                         "bytes",
                         Query(total("saqqara:kv_kept_bytes"), "kept"),
                         Query(total("saqqara:kv_full_bytes"), "full"),
+                        Query(total("saqqara:kv_local_bytes"), "windows of local layers"),
                     ),
                     graph(
                         "Prompt tokens kept",

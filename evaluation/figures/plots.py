@@ -152,7 +152,9 @@ def pyramid(settings: Sequence[Retention], prompt_tokens: int, spec: ModelSpec) 
         kept = setting.row_tokens(prompt_tokens, spec.layers, spec.num_kv_heads)
         image = panel.imshow(kept, aspect="auto", origin="lower", vmin=0, vmax=prompt_tokens)
         figure.colorbar(image, ax=panel)
-        panel.set_title(f"{setting.label}: {kept.mean():.0f} of {prompt_tokens}", fontsize=9)
+        shared = kept[list(spec.layers.global_layers)]  # the others hold their window
+        mean = shared.mean() if len(shared) else kept.mean()
+        panel.set_title(f"{setting.label}: {mean:.0f} of {prompt_tokens}", fontsize=9)
         panel.set_xlabel("kv head")
         panel.set_ylabel("layer")
     return figure

@@ -85,11 +85,15 @@ def main_figure(row: Row) -> tuple[str, Estimate, str]:
 
 
 def overall_cells(result: Result) -> list[list[str]]:
-    """Header and rows: every setting with its kept bytes and all figures over all prompts."""
+    """Header and rows: every setting with its kept bytes and all figures over all prompts.
+
+    Where some layers hold a window in any case, their bytes stand beside those that are kept.
+    """
     rows = summarise(result)
+    local = f" + {result.local_kv_bytes / MIB:.1f}" if result.local_kv_bytes else ""
     cells = [["retention", "kept", "KV per prompt", "prompts", *rows[0].figures]]
     for row in rows:
-        size = f"{result.full_kv_bytes * row.kept_share / MIB:.1f} MiB"
+        size = f"{result.full_kv_bytes * row.kept_share / MIB:.1f}{local} MiB"
         num = next(iter(row.figures.values()))[0].num_samples
         values = [estimate.text(form) for estimate, form in row.figures.values()]
         cells.append([row.retention, f"{row.kept_share:.1%}", size, str(num), *values])

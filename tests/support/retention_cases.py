@@ -9,6 +9,7 @@ of what is said for each setting that departs. Where a change is meant:
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,8 @@ def cases(name: str) -> dict[str, list[dict[str, Any]]]:
     own: dict[str, Any] = {"method": name}
     if not name.startswith(("full", "pyramidinfer")):
         own["budget"] = "25%"
-    if name == "headkv" or name.endswith("profile"):
-        own["profile"] = PROFILE
+    if name in ("headkv", "recommended", "recommended-fast") or name.endswith("profile"):
+        own["profile"] = PROFILE  # without it two of them have that of an engine's model
     found = {"bare": [{"method": name}], "itself": [own]}
     for setting, values in DEPARTURES.items():
         found[setting] = [own | {setting: value} for value in values]
@@ -132,19 +133,22 @@ def line(given: dict[str, Any]) -> str:
 
 
 def _counts(retention: Retention, prompt_tokens: int) -> list[Any]:
-    try:
-        rows = retention.row_tokens(prompt_tokens, LAYERS, HEADS).tolist()
-    except ValueError as error:
-        rows = str(error)
     return [
-        rows,
+        _count(lambda: retention.row_tokens(prompt_tokens, LAYERS, HEADS).tolist()),
         retention.ragged,
-        retention.entering_tokens(prompt_tokens, LAYERS),
+        _count(lambda: retention.entering_tokens(prompt_tokens, LAYERS)),
         retention.budget_tokens(prompt_tokens),
         retention.budget_of(prompt_tokens),
         retention.num_window_queries(prompt_tokens),
         retention.recent_tokens(prompt_tokens),
     ]
+
+
+def _count(count: Callable[[], Any]) -> Any:
+    try:
+        return count()
+    except ValueError as error:
+        return str(error)
 
 
 def _digest(text: str) -> str:

@@ -71,6 +71,8 @@ _WORKERS["workers/device_steps"] = frozenset({*_WORKERS}) - {"workers/process.py
 _WORKERS["workers/passes"] = frozenset({*_WORKERS, "compression"}) - {"workers/process.py"}
 _WORKERS["workers/worker.py"] = frozenset({*_WORKERS, "compression", "configs"})
 _BASE = _below("configs", "compression", "cluster", "cluster/chat")
+_PRESETS = _BASE | {"workers/models"}
+_BASE |= {"cluster/presets.py"}
 # The dialect of OpenAI's API, room by room, for those who speak it: server and batch lines.
 _OPENAI = _below("cluster/openai", "cluster/openai/requests", "cluster/openai/tools")
 _OPENAI |= {"cluster/openai/responses"}
@@ -121,6 +123,7 @@ ROOMS = {
     | {"cluster/engine", "cluster/live", "cluster/recovery"}
     | {"workers/process.py", "workers/worker.py"},
     # The doors: an engine in this process or on Ray, Python's, and an earlier place of Serve's.
+    "cluster/presets.py": _PRESETS,
     "cluster/failover.py": _BASE | {"cluster/engine", "cluster/recovery"},
     "cluster/launch.py": _BASE
     | _MODEL

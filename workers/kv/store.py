@@ -287,7 +287,7 @@ class KVStore:
             plan, slots = plan_or_slots, plan_or_slots.device_slots
             lengths, max_length = plan.lengths[layer], plan.max_lengths[layer]
             if not include_new:
-                before = plan.before[layer]
+                before = np.ascontiguousarray(plan.before[layer])  # a step of rows is transposed
                 lengths, max_length = to_device(before, self.table.device), int(before.max())
         else:
             slots = to_device(plan_or_slots, self.table.device)

@@ -75,6 +75,19 @@ def whole_folder(model: str | Path, what: str = "model") -> Path:
     return local_folder(model, what) or _fetched(str(model), _ALL, what)
 
 
+def cached_folder(model: str) -> Path | None:
+    """The folder of a hub id's files in the hub's cache, or None; nothing is fetched."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, revision = hub_parts(model)
+    try:
+        found = snapshot_download(repository, revision=revision, local_files_only=True)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    return Path(found)
+
+
 @lru_cache(maxsize=16)  # one look at the hub, however often a process asks
 def _fetched(model: str, patterns: tuple[str, ...], what: str) -> Path:
     """The files of a hub id in the cache; what is there is enough where the hub is not."""

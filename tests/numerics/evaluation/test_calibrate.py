@@ -1,6 +1,8 @@
 """Calibration finds which heads a model needs: a head whose output goes nowhere matters nothing."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,9 @@ import pytest
 import torch
 from support.tiny import save_tiny
 
+from saqqara.cluster.presets import ModelPresets
+from saqqara.compression.layers import Layers
+from saqqara.compression.profiles.fingerprint import weights_digest
 from saqqara.compression.profiles.head_profile import HeadProfile
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
@@ -16,8 +21,8 @@ from saqqara.evaluation.calibrate import (
     combine,
     importances,
     without_row,
-    write_profile,
 )
+from saqqara.evaluation.calibrated import calibrate_model
 from saqqara.evaluation.session import Session
 from saqqara.evaluation.tasks.divergence import TOP_TOKENS, divergence
 
@@ -34,9 +39,8 @@ def test_a_mute_head_has_no_importance(tmp_path: Path, demo_model: Path) -> None
     model.save_pretrained(tmp_path)
     generator = np.random.default_rng(0)
     contexts, continuations = (generator.integers(0, 999, (2, n)).tolist() for n in (420, 8))
-    cuts = [
-        without_row(row, NUM_LAYERS, NUM_HEADS, GROUP, 420) for row in range(NUM_LAYERS * NUM_HEADS)
-    ]
+    rows = np.ndindex(NUM_LAYERS, NUM_HEADS)
+    cuts = [without_row(row, NUM_LAYERS, NUM_HEADS, GROUP, 420) for row in rows]
     config = EngineConfig(model=str(tmp_path), dtype="float32", kv_memory_gib=0.1, max_num_seqs=16)
     with Session(config, cuts) as session:
         found = importances(session, contexts, continuations).reshape(NUM_LAYERS, NUM_HEADS)
@@ -45,11 +49,41 @@ def test_a_mute_head_has_no_importance(tmp_path: Path, demo_model: Path) -> None
     assert found.min() > 1e-6
 
 
-@pytest.mark.parametrize("row", [0, 5, 89])
-def test_one_row_is_cut_and_the_others_are_whole(row: int) -> None:
-    kept = without_row(row, 30, 3, 3, 2048).row_tokens(2048, 30, 3).reshape(-1)
+@pytest.mark.parametrize("row", [(0, 0), (1, 2), (29, 2)])
+def test_one_row_is_cut_and_the_others_are_whole(row: tuple[int, int]) -> None:
+    kept = without_row(row, 30, 3, 3, 2048).row_tokens(2048, 30, 3).copy()
     assert 102 <= kept[row] < 102 + 90  # the 20th part, and what makes the mean an integer
-    assert (np.delete(kept, row) == 2048).all()
+    kept[row] = 2048
+    assert (kept == 2048).all()
+
+
+def test_of_local_layers_only_the_windows_stay_whatever_is_cut() -> None:
+    layers = Layers((512, 0, 512, 0))
+    kept = without_row((3, 1), layers, 2, 2, 2048).row_tokens(2048, layers, 2)
+    assert kept[:3].tolist() == [[512, 512], [2048, 2048], [512, 512]]
+    assert kept[3, 0] == 2048
+    assert 102 <= kept[3, 1] < 102 + 4
+
+
+def test_a_calibrated_model_is_found_by_its_weights(tmp_path: Path, demo_model: Path) -> None:
+    """From `saqqara eval calibrate` to `recommended`, on a copy of the model in another folder."""
+    folder, store = tmp_path / "tiny", tmp_path / "store"
+    save_tiny("llama-gqa", folder, tokenizer_of=demo_model)
+    config = EngineConfig(
+        model=str(folder), dtype="float32", kv_memory_gib=0.1, profile_dir=str(store)
+    )
+    calibration = Calibration(context_tokens=420, continuation_tokens=4, num_samples=1)
+    file = calibrate_model(calibration, config, None)
+    assert file.parent == store
+    stored = json.loads(file.read_text())
+    assert stored["measured"]["model"] == "tiny"
+    assert stored["fingerprint"] == weights_digest(folder) == file.stem
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    found = ModelPresets(str(copied), profile_dir=str(store)).resolve(
+        Retention.parse("recommended", "25%")
+    )
+    assert found.profile == HeadProfile.read(file)
+    assert found.label == "recommended@25%"
 
 
 def test_divergence_tells_apart_what_both_list() -> None:
@@ -84,15 +118,13 @@ def test_both_kinds_count_by_their_shares() -> None:
     assert combine(10 * texts, needles) == pytest.approx(combined)
 
 
-def test_a_written_profile_reads_back(tmp_path: Path) -> None:
-    profile = HeadProfile(((0.25, 0.5), (0.125, 0.0625)))
-    write_profile(profile, tmp_path / "new" / "profile.json")
-    assert HeadProfile.read(tmp_path / "new" / "profile.json") == profile
-
-
-def test_the_shipped_profile_is_found_by_its_name() -> None:
-    retention = Retention.parse("recommended", "25%")
+def test_the_shipped_profile_is_found_by_the_demo_models_weights(demo_model: Path) -> None:
+    presets = ModelPresets(str(demo_model))
+    retention = presets.resolve(Retention.parse("recommended", "25%"))
     assert retention.profile == HeadProfile.read("SmolLM2-135M-Instruct")
+    fast = presets.resolve(Retention.parse("recommended-fast", "25%"))
+    assert fast.propagate is not None
+    assert (fast.propagate.layer, fast.label) == (15, "recommended-fast@25%")
     kept = retention.row_tokens(2048, 30, 3)
     assert kept.sum() == 30 * 3 * 512
     assert kept.max() > 4 * kept.min()

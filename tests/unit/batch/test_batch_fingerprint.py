@@ -21,12 +21,12 @@ from saqqara.cluster.batch.fingerprint import (
     NEUTRAL_SETTINGS,
     differences,
     fingerprint,
-    weights_digest,
 )
 from saqqara.cluster.batch.job import run_batch
 from saqqara.cluster.engine.client import EngineDescription
 from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.sampling import SamplingParams
+from saqqara.compression.profiles.fingerprint import weights_digest
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import WorkerInfo, WorkerMemory
 

@@ -38,7 +38,7 @@ def test_rows_follow_from_presets_scores_and_shapes() -> None:
     assert "mean of 15 neighbours" in row("recommended-adaptive").keeps
     assert row("recommended-adaptive").needs == "a budget"
     assert row("headkv").needs.endswith("a profile of the model (saqqara eval calibrate)")
-    assert row("recommended").needs.endswith("it has that of SmolLM2-135M-Instruct")
+    assert row("recommended").needs.endswith("which it finds; else it is recommended-adaptive")
     assert row("fastkv").costs.endswith(
         "saves prefill: 60% of the tokens x layers are computed (4096 tokens, 32 layers)"
     )

@@ -11,8 +11,9 @@ from saqqara.configs.schema import EngineConfig
 
 def describe(num_pages: int, **settings: Any) -> EngineDescription:
     """An engine of 2 stages with 2 layers of 2 kv heads each."""
+    windows = settings.pop("windows", ())
     config = EngineConfig(model="m", max_model_len=64, **settings)
-    workers = tuple(make_workers(num_pages, stages=(2, 2)))
+    workers = tuple(make_workers(num_pages, stages=(2, 2), windows=windows))
     return EngineDescription(config, workers, "/logs", "127.0.0.1:1234", 1.5)
 
 
@@ -33,3 +34,11 @@ def test_the_start_up_log_names_every_rank() -> None:
     assert "100 pages" in text
     assert "prompts of 64 tokens at once" in text
     assert "http://127.0.0.1:1234/metrics" in text
+
+
+def test_windows_of_local_layers_are_told_beside_the_budget() -> None:
+    text = "\n".join(start_lines(describe(10_000, windows=(10, 10, 10, 0))))
+    # 3 layers x 2 kv heads x 3 pages of 4 tokens, of 1 KiB each
+    assert "of the 1 layers that see all tokens; the other 3 hold a window of 10 tokens" in text
+    assert f"at most {18 * 1024 / 2**20:.1f} MiB a sequence" in text
+    assert "window of" not in "\n".join(start_lines(describe(100)))
