@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from harness.peer_models import NAMES, peer_model
 from harness.peer_process import EngineFailedError, EngineProcess, EngineSpec
 from harness.peer_report import Sample, plot, summarise, tables
 
@@ -32,7 +33,6 @@ from saqqara.configs.json_text import json_text
 from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.speed import throughput
-from saqqara.workers.gguf.demo import fetch_demo_model
 
 RUNNERS = Path(__file__).resolve().parent / "peer_runners"
 WARM_UP_TOKENS = 4
@@ -305,7 +305,11 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="local folder; default: the demo model")
+    parser.add_argument(
+        "--model",
+        default=NAMES[0],
+        help=f"local folder, or {', '.join(NAMES)}; default: {NAMES[0]}",
+    )
     parser.add_argument(
         "--workloads", default="W1,W2,W3,W4", help="names (race, too), or such as 2x64+8"
     )
@@ -337,7 +341,7 @@ def main() -> int:
     """Measure and report; 0 when every engine that is there has answered."""
     parser = arguments()
     given = parser.parse_args()
-    model = given.model or str(fetch_demo_model(progress=say))
+    model = peer_model(given.model, say)
     peers_dir = (given.peers_dir or cache_dir() / "peers").absolute()
     try:
         workloads = parse_workloads(given.workloads)

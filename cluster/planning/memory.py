@@ -14,6 +14,7 @@ from saqqara.cluster.scheduling.demand import Demand, demand_of
 from saqqara.cluster.scheduling.seats import WATERMARK
 from saqqara.configs.worker_settings import MAX_NUM_SEQS
 from saqqara.workers.footprint import GIB, Footprint, replica_rows
+from saqqara.workers.models.choice import why_not_triton
 from saqqara.workers.plan import WorkerInfo, WorkerMemory
 
 from .devices import Device
@@ -168,10 +169,11 @@ class ReplicaMemory:
 
     def _rank(self, rank: Footprint, max_num_seqs: int) -> RankMemory:
         sizes, is_gpu = self.sizes, self.device.kind == "cuda"
+        is_fused = is_gpu and why_not_triton(rank.spec) is None
         counts = (max_num_seqs, sizes.max_model_len, sizes.page_tokens)
         alone = rank.layout.world_size == 1
         fixed = rank.rotary_bytes(sizes.max_model_len)
-        if is_gpu:  # which samples
+        if is_fused:  # and samples on the device
             fixed += rank.slot_bytes(max_num_seqs, sizes.max_model_len)
         held = RankMemory(
             rank=rank.rank,
@@ -181,8 +183,8 @@ class ReplicaMemory:
             num_pages=0,
             weight_bytes=rank.weight_bytes(),
             pool_bytes=0,
-            activation_bytes=temporary_bytes(rank, sizes, max_num_seqs, is_gpu)
-            + (rank.graph_bytes(*counts[:2], self.workload.retention) if is_gpu else 0),
+            activation_bytes=temporary_bytes(rank, sizes, max_num_seqs, is_fused)
+            + (rank.graph_bytes(*counts[:2], self.workload.retention) if is_fused else 0),
             table_bytes=fixed,
             remembered_bytes=rank.rings_and_sums_bytes(self.workload.retention, *counts),
             reserved_bytes=(CONTEXT_BYTES + (0 if alone else NCCL_BYTES)) if is_gpu else 0,
@@ -210,11 +212,11 @@ class ReplicaMemory:
         return min(_CPU_MAX_BYTES, _CPU_SHARE * memory) * of_replica
 
 
-def temporary_bytes(rank: Footprint, sizes: EngineSizes, max_num_seqs: int, is_gpu: bool) -> int:
+def temporary_bytes(rank: Footprint, sizes: EngineSizes, max_num_seqs: int, is_fused: bool) -> int:
     """Bytes that a step takes at most: its activations, or what sampling takes after them."""
     hidden = sizes.max_prefill_tokens * rank.spec.hidden_size * rank.dtype.itemsize
-    sampling = rank.sampler_bytes(max_num_seqs, sizes.max_model_len, on_device=is_gpu)
-    of_layer = gpu_step_bytes if is_gpu else step_bytes
+    sampling = rank.sampler_bytes(max_num_seqs, sizes.max_model_len, on_device=is_fused)
+    of_layer = gpu_step_bytes if is_fused else step_bytes
     return max(of_layer(rank, sizes, max_num_seqs), sampling + 3 * hidden)
 
 
@@ -245,13 +247,17 @@ def step_bytes(rank: Footprint, sizes: EngineSizes, max_num_seqs: int) -> int:
     queries, rows = len(rank.heads.query), len(rank.heads.query) + 2 * len(rank.heads.kv)
     hidden = spec.hidden_size * size
     fused, own = rows * spec.head_dim * size, queries * spec.head_dim * size
-    angles = 2 * spec.head_dim * _FLOAT_BYTES
+    kinds = len({spec.rope_of(layer) for layer in rank.layers})
+    angles = kinds * 2 * spec.head_dim * _FLOAT_BYTES
     rotation = 2 * queries * spec.head_dim * _FLOAT_BYTES + own  # product, sum, swapped halves
     project = tokens * (fused + angles + max(hidden, rotation))
     rotated = own + len(rank.heads.kv) * spec.head_dim * size  # beside the fused product
     attended = tokens * (fused + rotated + own + queries * _FLOAT_BYTES + angles)
     chunk = min(tokens, sizes.linear_chunk_tokens)
-    finish = chunk * (3 * hidden + 3 * rank.num_channels * size)  # gate and up, and what they make
+    mlp = 3 * rank.num_channels * size  # gate and up, and what they make
+    if spec.experts is not None:  # a copy of the token for each expert, and what comes of it, wide
+        mlp += spec.experts.per_token * (2 * hidden + spec.hidden_size * _FLOAT_BYTES)
+    finish = chunk * (3 * hidden + mlp)
     logits = 0
     if rank.is_last_stage:
         copies = size + (_FLOAT_BYTES if size < _FLOAT_BYTES else 0)

@@ -15,9 +15,11 @@ from torch import Tensor
 from saqqara.workers.mesh.layout import VocabShard
 from saqqara.workers.mesh.mesh import Mesh
 from saqqara.workers.native.decoder_layer import Finish, Mlp, Projection
+from saqqara.workers.native.experts import NativeExperts, PackedMlp
 from saqqara.workers.native.linear import PackedLinear, RMSNorm
 from saqqara.workers.native.step_layers import StepLayers
 
+from .experts import Experts
 from .layer import QKV, Layer, LayerWeights, Places
 from .norm import rms_norm
 from .rotary import RotaryTable
@@ -45,17 +47,15 @@ class NativeLayer:
             norm(w.key_norm),
         )
         self._output = PackedLinear(w.output.weight, w.output.bias)
-        of_gates, down = w.mlp
-        gate_up = PackedLinear(of_gates.weight, of_gates.bias, norm(w.mlp_norm), w.activation)
-        self._mlp = Mlp(gate_up, PackedLinear(down.weight, down.bias))
+        self._mlp = _pack_mlp(w) if w.experts is None else _pack_experts(w, w.experts)
         self._after = (norm(w.attention_post_norm), norm(w.mlp_post_norm))
         self._finish = Finish(self._output, self._mlp, *self._after)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed weights."""
-        linears = (self._projection.qkv, self._output, self._mlp.gate_up, self._mlp.down)
-        return sum(linear.num_bytes for linear in linears)
+        parts = (self._projection.qkv, self._output, self._mlp)
+        return sum(part.num_bytes for part in parts)
 
     @property
     def ends(self) -> tuple[Projection, Finish]:
@@ -108,9 +108,37 @@ class NativeLayer:
 
     def activation_bytes_per_token(self, itemsize: int) -> int:
         """See `Layer.activation_bytes_per_token`."""
-        gate_up = self._mlp.gate_up
-        finish = 2 * gate_up.num_inputs + gate_up.num_outputs  # hidden, normed + activated
-        return max(self._projection.qkv.num_outputs + gate_up.num_inputs, finish) * itemsize
+        hidden = self._mlp.num_inputs
+        finish = hidden + self._mlp.activation_numbers
+        return max(self._projection.qkv.num_outputs + hidden, finish) * itemsize
+
+
+def _pack_mlp(w: LayerWeights) -> Mlp:
+    of_gates, down = w.mlp
+    norm = RMSNorm(w.mlp_norm, w.eps)
+    gate_up = PackedLinear(of_gates.weight, of_gates.bias, norm, w.activation)
+    return Mlp(gate_up, PackedLinear(down.weight, down.bias))
+
+
+def _pack_experts(w: LayerWeights, experts: Experts) -> NativeExperts:
+    """An expert after another; the gate of the shared one becomes the router's last row."""
+
+    def packed(gate_up: Tensor, down: Tensor) -> PackedMlp:
+        return PackedMlp(PackedLinear(gate_up, gated=w.activation), PackedLinear(down))
+
+    router, shared = experts.router, experts.shared
+    mlp = None
+    if shared is not None:
+        mlp = packed(shared.gate_up.weight, shared.down.weight)
+        router = torch.cat((router, shared.gate))
+    return NativeExperts(
+        RMSNorm(w.mlp_norm, w.eps),
+        router,
+        [packed(*pair) for pair in zip(experts.gate_up, experts.down, strict=True)],
+        mlp,
+        experts.per_token,
+        experts.normalised,
+    )
 
 
 def step_layers(layers: Iterable[Layer], scale: float, softcap: float) -> StepLayers:

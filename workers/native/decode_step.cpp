@@ -130,7 +130,8 @@ void saqqara_decode_step(const Step* step) {
   static thread_local Attention::Memory kept;
   Attention::Memory& memory = kept;  // of the calling thread, for all
   const Projection& p = *step->layers[0].projection;
-  const Activations x = Activations::reserve(scratch, step->layers[0], step->rows);
+  const Activations x =
+      Activations::reserve(scratch, step->layers, step->num_layers, step->rows);
   bf16* q = queries.reserve(step->rows * p.query_heads * p.head_dim);
   std::deque<Attention> attentions;
   for (int64_t layer = 0; layer < step->num_layers; ++layer)

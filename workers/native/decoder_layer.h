@@ -30,11 +30,14 @@ struct Mlp {
   Norm norm;
 };
 
+struct Experts;
+
 // From the output of attention to the hidden states after the layer. Norms may stand behind
 // attention and the MLP, before their results are added.
 struct Finish {
   const Matrix* output;
-  const Mlp* mlp;
+  const Mlp* mlp;          // or null, and
+  const Experts* experts;  // experts in its place, behind which there is no norm
   Norm after_attention;
   Norm after_mlp;
 };

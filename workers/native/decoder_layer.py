@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .build import function, pointer
+from .experts import NativeExperts
 from .linear import NORM, Matrix, NativeNorm, PackedLinear, RMSNorm, bf16, optional_bf16
 
 
@@ -51,6 +52,7 @@ class _Finish(ctypes.Structure):
     _fields_ = (
         ("output", c_void_p),
         ("mlp", c_void_p),
+        ("experts", c_void_p),
         ("after_attention", NORM),
         ("after_mlp", NORM),
     )
@@ -195,9 +197,20 @@ class Mlp:
         assert gate_up.num_outputs == down.num_inputs, (gate_up.num_outputs, down.num_inputs)
         self.gate_up = gate_up
         self.down = down
+        self.num_inputs = gate_up.num_inputs
         self._mlp = _Mlp(gate_up.matrix, down.matrix, gate_up.native_norm.structure)
         self.address = ctypes.addressof(self._mlp)
         self._run = _kernel("mlp")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return self.gate_up.num_bytes + self.down.num_bytes
+
+    @property
+    def activation_numbers(self) -> int:
+        """Numbers of the temporaries, per token: normed and activated."""
+        return self.gate_up.num_inputs + self.gate_up.num_outputs
 
     def __call__(
         self, hidden: Tensor, out: Tensor | None = None, residual: Tensor | None = None
@@ -222,7 +235,7 @@ class Finish:
 
     Args:
         output: the output projection, Hq D -> E.
-        mlp: what follows.
+        mlp: what follows, an MLP or experts; no norm stands behind experts.
         after_attention: norm of the projection's result before it is added, or None.
         after_mlp: the same of the MLP's.
     """
@@ -230,17 +243,22 @@ class Finish:
     def __init__(
         self,
         output: PackedLinear,
-        mlp: Mlp,
+        mlp: Mlp | NativeExperts,
         after_attention: RMSNorm | None = None,
         after_mlp: RMSNorm | None = None,
     ) -> None:
-        assert output.num_outputs == mlp.gate_up.num_inputs, output.num_outputs
+        assert output.num_outputs == mlp.num_inputs, (output.num_outputs, mlp.num_inputs)
+        has_experts = isinstance(mlp, NativeExperts)
+        assert not has_experts or after_attention is after_mlp is None, "a norm behind experts"
         self.output = output
         self.mlp = mlp
         norms = NativeNorm(after_attention), NativeNorm(after_mlp)
         self._norms = norms  # what the structure points to
         self._finish = _Finish(
-            ctypes.addressof(output.matrix), mlp.address, *(norm.structure for norm in norms)
+            ctypes.addressof(output.matrix),
+            None if has_experts else mlp.address,
+            mlp.address if has_experts else None,
+            *(norm.structure for norm in norms),
         )
         self.address = ctypes.addressof(self._finish)
         self._run = _kernel("finish")

@@ -8,7 +8,7 @@
 // GCC takes the undefined operands inside its own intrinsics for a mistake (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
-#include "decoder_layer.h"
+#include "experts.h"
 
 using namespace saqqara;
 
@@ -113,11 +113,36 @@ void saqqara_mlp(const Mlp* mlp, const bf16* x, const bf16* residual, int64_t ro
            });
 }
 
+// The experts with the norm in front of them: y [rows, E] of x [rows, E], plus the residual where
+// there is one; y may be either. All threads share the products: an expert has few tokens.
+void saqqara_experts(const Experts* experts, const bf16* x, const bf16* residual, int64_t rows,
+                     bf16* y, int64_t threads) {
+  thread_local Scratch memory;
+  if (rows == 0) return;
+  const ExpertRoom room = ExpertRoom::reserve(memory, *experts, rows);
+#pragma omp parallel num_threads(threads)
+  run_experts(Team{omp_get_thread_num(), omp_get_num_threads()}, *experts, x, residual, rows, y,
+              room);
+}
+
 // Output projection, residual, and the MLP with its norm and residual: y [rows, E] of attended
 // [rows, Hq D] and x [rows, E]; y may be x.
 void saqqara_finish(const Finish* finish, const bf16* attended, const bf16* x, int64_t rows,
                     bf16* y, int64_t threads) {
   const Matrix& output = *finish->output;
+  if (finish->experts != nullptr) {
+    thread_local Scratch memory;
+    if (rows == 0) return;
+    const ExpertRoom room = ExpertRoom::reserve(memory, *finish->experts, rows);
+#pragma omp parallel num_threads(threads)
+    {
+      const Team team{omp_get_thread_num(), omp_get_num_threads()};
+      multiply(team, output, attended, rows, nullptr, to_bf16(output, x, y));
+      team.barrier();
+      run_experts(team, *finish->experts, y, y, rows, y, room);
+    }
+    return;
+  }
   const Mlp& mlp = *finish->mlp;
   const int64_t hidden = mlp.down.outputs;
   const bool is_added = finish->after_attention.weight == nullptr;  // by the product

@@ -161,7 +161,8 @@ extern "C" void saqqara_prefill_step(const saqqara::Step* step) {
   thread_local Scratch scratch;
   thread_local Scratch queries;
   const Projection& p = *step->layers[0].projection;
-  const Activations x = Activations::reserve(scratch, step->layers[0], step->rows);
+  const Activations x =
+      Activations::reserve(scratch, step->layers, step->num_layers, step->rows);
   bf16* wanted_q = queries.reserve(step->num_wanted * p.query_heads * p.head_dim);
   std::deque<Attention> attentions;
   for (int64_t layer = 0; layer < step->num_layers; ++layer)

@@ -9,7 +9,7 @@
 #include <atomic>
 #include <chrono>
 
-#include "decoder_layer.h"
+#include "experts.h"
 
 namespace saqqara {
 namespace {
@@ -33,17 +33,30 @@ struct Activations {
   bf16* attended;   // [T, Hq, D]
   bf16* activated;  // [T, F]
   bf16* own;        // [kOwnRows, E], this thread's
+  bf16* experts;    // an `ExpertRoom`, in layers that have experts
 
-  // Of so many rows; `own` is left to each thread.
-  static Activations reserve(Scratch& scratch, const StepLayer& layer, int64_t rows) {
-    const Projection& p = *layer.projection;
+  // Of so many rows of layers of one shape, some of which may have experts; `own` is left to each
+  // thread.
+  static Activations reserve(Scratch& scratch, const StepLayer* layers, int64_t num_layers,
+                             int64_t rows) {
+    const Projection& p = *layers[0].projection;
     const int64_t queries = p.query_heads * p.head_dim;
+    int64_t activated = 0, room = 0;
+    for (int64_t layer = 0; layer < num_layers; ++layer) {
+      const Finish& finish = *layers[layer].finish;
+      if (finish.experts != nullptr)
+        room = std::max(room, ExpertRoom{}.lay_out(*finish.experts, rows, nullptr));
+      else
+        activated = std::max(activated, finish.mlp->gate_up.outputs);
+    }
+    const int64_t dense = rows * (p.qkv.inputs + p.qkv.outputs + queries + activated);
+    const int64_t aligned = ceil_div(dense, kPanel) * kPanel;
     Activations x{};
-    x.normed = scratch.reserve(
-        rows * (p.qkv.inputs + p.qkv.outputs + queries + layer.finish->mlp->gate_up.outputs));
+    x.normed = scratch.reserve(aligned + room);
     x.qkv = x.normed + rows * p.qkv.inputs;
     x.attended = x.qkv + rows * p.qkv.outputs;
     x.activated = x.attended + rows * queries;
+    x.experts = x.normed + aligned;
     return x;
   }
 };
@@ -110,11 +123,24 @@ void add_product(Team team, const Matrix& w, const bf16* from, const Norm& after
   team.barrier();
 }
 
+// Output projection, residual, and experts with their norm and residual, as `finish`.
+void finish_experts(Team team, const Finish& finish, bf16* hidden, int64_t rows,
+                    const Activations& x) {
+  const Experts& experts = *finish.experts;
+  add_product(team, *finish.output, x.attended, finish.after_attention,
+              first_weights(team, experts.router), hidden, rows, x);
+  ExpertRoom room{};
+  room.lay_out(experts, rows, x.experts);
+  run_experts(team, experts, hidden, hidden, rows, hidden, room);
+  team.barrier();
+}
+
 // Output projection, residual, and the MLP with its norm and residual: of `x.attended` and hidden
 // [rows, E], in place. `next` is the layer that follows, or null.
 void finish(Team team, const StepLayer& layer, const StepLayer* next, bf16* hidden, int64_t rows,
             const Activations& x) {
-  const auto [output, mlp, after_attention, after_mlp] = *layer.finish;
+  const auto [output, mlp, experts, after_attention, after_mlp] = *layer.finish;
+  if (experts != nullptr) return finish_experts(team, *layer.finish, hidden, rows, x);
   add_product(team, *output, x.attended, after_attention, first_weights(team, mlp->gate_up), hidden,
               rows, x);
   const bf16* normed = normalize_rows(team, hidden, mlp->norm, rows, mlp->gate_up.inputs, x);

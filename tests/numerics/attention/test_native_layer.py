@@ -1,7 +1,6 @@
 """The native linear kernels against torch in bf16, a whole worker at a time, for every family."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -18,8 +17,6 @@ from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh import shared_memory
 from saqqara.workers.mesh.layout import MeshLayout
-from saqqara.workers.models.choice import choose_linear_backend, why_not_native
-from saqqara.workers.models.spec import ExpertSpec, ModelSpec
 from saqqara.workers.native.build import unavailable_reason
 from saqqara.workers.passes.decode_batch import DecodeBatch
 from saqqara.workers.plan import DecodeItem, SampledToken, SamplingSpec, StepPlan, StepResult
@@ -64,10 +61,7 @@ def logprobs(worker: Worker) -> torch.Tensor:
     return torch.stack([row(tokens[0]) for tokens in outputs])
 
 
-SERVED = [name for name in CONFIGS if why_not_native(ModelSpec.from_hf(CONFIGS[name])) is None]
-
-
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", [*CONFIGS])
 def test_as_close_to_fp32_as_torch_is(name: str, tmp_path: Path) -> None:
     """bf16 rounds at other places in the two, so each is held against fp32, not to the other."""
     save_tiny(name, tmp_path)
@@ -77,8 +71,9 @@ def test_as_close_to_fp32_as_torch_is(name: str, tmp_path: Path) -> None:
     assert native_error < 1.5 * torch_error + 1e-3, (native_error, torch_error)
 
 
-def test_batched_says_what_alone_says(tmp_path: Path) -> None:
-    save_tiny("llama-gqa", tmp_path)
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2-moe"])
+def test_batched_says_what_alone_says(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
     worker = make_worker(tmp_path, "native")
     together = run_greedy(worker, prompts(), 6)
     alone = [run_greedy(worker, [prompt], 6)[0] for prompt in prompts()]
@@ -112,7 +107,7 @@ def answers(worker: Worker, prompts: list[list[int]], num_steps: int) -> list[St
 
 @pytest.mark.parametrize(
     ("name", "num_prompts", "page_tokens"),
-    [("llama-bias", 6, 16), ("llama-mqa", 2, 8), ("qwen3", 1, 16)],
+    [("llama-bias", 6, 16), ("llama-mqa", 2, 8), ("qwen2-moe", 1, 16), ("qwen3-moe", 6, 8)],
 )
 def test_one_call_says_what_call_after_call_says(
     name: str, num_prompts: int, page_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -161,7 +156,7 @@ def _logprobs_of_rank(folder: Path, rank: int, stores: Sequence[Store]) -> Any:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "qwen2-moe"])
 def test_two_ranks_are_as_close_to_fp32_as_one(name: str, tmp_path: Path) -> None:
     """Each rank's part of a sum is rounded to bf16 once more than in one rank."""
     save_tiny(name, tmp_path)
@@ -176,16 +171,3 @@ def test_native_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
     save_tiny("llama-gqa", tmp_path)
     with pytest.raises(ValueError, match=r"linear_backend=.native.*float32"):
         make_worker(tmp_path, "native", dtype="float32")
-
-
-def test_a_model_that_native_kernels_do_not_serve_says_why() -> None:
-    spec = replace(
-        ModelSpec.from_hf(CONFIGS["llama-gqa"]), experts=ExpertSpec(4, 2, 8, 0, True, ())
-    )
-    place = (torch.device("cpu"), torch.bfloat16, "cpu", spec)
-    assert choose_linear_backend("auto", *place) == (
-        "torch",
-        "auto: no native kernels (not for mixtures of experts)",
-    )
-    with pytest.raises(ValueError, match=r"linear_backend=.native.*not for mixtures of experts"):
-        choose_linear_backend("native", *place)

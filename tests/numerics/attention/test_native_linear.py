@@ -253,6 +253,7 @@ def test_finish_is_its_parts(rows: int) -> None:
     hidden, attended = randn(rows, 80), randn(rows, 5, 16, seed=9)
     middle = finish.output(attended.view(rows, 80), residual=hidden)
     mlp = finish.mlp
+    assert isinstance(mlp, Mlp)
     expected = mlp.down(mlp.gate_up(middle), residual=middle)
     assert torch.equal(mlp(middle, residual=middle), expected)
     assert torch.equal(finish(hidden, attended), expected)
