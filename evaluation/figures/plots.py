@@ -10,6 +10,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from saqqara.compression.retention import Retention
@@ -19,7 +20,7 @@ from saqqara.workers.models.spec import ModelSpec
 from .summary import main_figure, summarise
 
 SUFFIXES = (".png", ".svg", ".pdf")
-MANY_SERIES = 10  # more have their legend beside the picture
+MANY_SERIES = 4  # more have their legend beside the picture, where it hides no point
 MARKS, LINES = "osD^", ("-", "--", ":", "-.")
 LARGEST_LISTS = ("tab10", "tab20")  # colours that were chosen to be told apart, the fewest first
 COLUMNS = 3
@@ -157,6 +158,7 @@ def pyramid(settings: Sequence[Retention], prompt_tokens: int, spec: ModelSpec) 
         panel.set_title(f"{setting.label}: {mean:.0f} of {prompt_tokens}", fontsize=9)
         panel.set_xlabel("kv head")
         panel.set_ylabel("layer")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
 
 
