@@ -6,9 +6,10 @@ engine looks it up and sends it along with the retention, so all ranks have the 
 on their machines. Where there is none, both are `recommended-adaptive`, and say so.
 """
 
+import json
 import logging
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ class ModelPresets:
         self._load_format = load_format
         self._store = ProfileStore(profile_dir)
         self._has_warned = False
+        self._known = lru_cache(maxsize=64)(self._resolved)  # one value for like requests
 
     @classmethod
     def of(cls, config: "EngineConfig") -> "ModelPresets":
@@ -76,8 +78,9 @@ class ModelPresets:
             ValueError: there is none, and the retention cannot do without one; names the command
                 that measures it.
         """
-        if not retention.needs_profile:
-            return retention
+        return self._known(retention) if retention.needs_profile else retention
+
+    def _resolved(self, retention: Retention) -> Retention:
         given = retention.profile  # by its path, in place of what is stored
         found = Found(given) if given is not None else self.found
         propagate, profile = retention.propagate, found.profile
@@ -106,6 +109,8 @@ class ModelPresets:
             return Found(None, f"there are no weights of {self._model} on this host to tell it by")
         try:
             profile = self._store.find(weights_digest(folder))
+            if profile is not None:
+                _check_heads(profile, folder)
         except (ValueError, OSError) as error:
             return Found(None, f"its entry is damaged: {error}")
         why_not = f"{self._store.folder} has no profile of {self._model}"
@@ -142,6 +147,15 @@ class ModelPresets:
             self._has_warned = True
             logger.warning("%s", self.note(why_not))
         return Retention.parse({"method": INSTEAD, "budget": preset["budget"], **departs})
+
+
+def _check_heads(profile: HeadProfile, folder: Path) -> None:
+    """Raise a ValueError unless the profile has the layers and heads of the model's config."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    layers, heads = (config.get(f"num_{name}") for name in ("hidden_layers", "attention_heads"))
+    if layers is not None and heads is not None:
+        profile.check(layers, heads)
 
 
 def with_profile(config: "EngineConfig") -> "EngineConfig":

@@ -127,3 +127,23 @@ def test_rows_of_different_lengths_share_a_small_pool(method: str, model: Path) 
                 prompt_token_ids=[prompts[number]], sampling_params=sampling[number]
             )
             assert list(alone.outputs[0].token_ids) == got[number]
+
+
+def test_layers_with_a_window_share_a_small_pool(demo_model: Path, tmp_path: Path) -> None:
+    """Resumed past the window in chunks, beside rows that are cut; the ledger counts the same."""
+    save_tiny("gemma2", tmp_path, tokenizer_of=demo_model)
+    retention = {"method": "snapkv", "window": 8, "budget": BUDGET, "decode": {"slack_pages": 2}}
+    prompts, sampling = requests()
+    prompts, sampling = prompts[:16], sampling[:16]
+    pool_gib = 450 * PAGE_TOKENS * ROW_BYTES / 1024**3
+    for method in (retention, "full"):
+        settings = {"retention": method, "max_num_seqs": 16}
+        with make_llm(tmp_path, kv_memory_gib=pool_gib, **settings) as llm:
+            outputs = llm.generate(prompt_token_ids=prompts, sampling_params=sampling)
+            report = llm.report()
+        assert report.num_preemptions > 0
+        assert report.pages_leaked == 0
+        with make_llm(tmp_path, retention=method, max_num_seqs=1) as llm:
+            for number in (1, 2, 15):
+                alone, got = llm.generate([prompts[number]], sampling[number])[0], outputs[number]
+                assert alone.outputs[0].token_ids == got.outputs[0].token_ids

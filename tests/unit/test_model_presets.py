@@ -100,6 +100,18 @@ def test_a_damaged_entry_costs_a_warning_that_names_it(
     assert f"its entry is damaged: profile: {file}" in caplog.text
 
 
+def test_an_entry_of_another_shape_is_damaged_too(
+    model: Path, store: ProfileStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    (model / "config.json").write_text(json.dumps(config))
+    assert presets(model, store).resolve(RECOMMENDED).profile == PROFILE
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with caplog.at_level(logging.WARNING):
+        assert presets(model, store).resolve(RECOMMENDED).method == "recommended-adaptive"
+    assert "its entry is damaged: profile: has 2 layers of 2 query heads" in caplog.text
+
+
 def test_a_profile_by_its_path_counts_and_brings_its_layer(
     model: Path, store: ProfileStore, tmp_path: Path
 ) -> None:

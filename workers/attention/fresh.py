@@ -3,6 +3,7 @@
 Shapes: T packed tokens, N sequences, Hq query heads, H kv heads, D head dim.
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -19,13 +20,16 @@ from .sdpa import TorchAttention
 
 logger = logging.getLogger(__name__)
 
-Fresh = Callable[[Tensor, Tensor, Tensor, CuSeqlens, float], Tensor]
+# Of q, k, v, where prompts begin, scale, window and soft-cap of scores; the last two 0 for none.
+Fresh = Callable[[Tensor, Tensor, Tensor, CuSeqlens, float, int, float], Tensor]
 
 _HALF = (torch.bfloat16, torch.float16)
 _DIM_MULTIPLE = 8  # of flash attention's kernels
 _MAX_DIM = 256
 _PLAIN = "torch SDPA, one sequence at a time"
+_OURS = "our kernel of extension"
 _PROBED_TOKENS = (33, 20)
+_PROBED_WINDOW = 7
 _PROBE_TOLERANCE = 2**-5  # of outputs below 1 in 16 bits
 # What a kernel raises that lacks a head_dim, a group, an argument or its own library.
 _REFUSALS = (ImportError, AttributeError, TypeError, ValueError, RuntimeError)
@@ -40,32 +44,44 @@ class Kind:
     num_queries: int
     num_heads: int
     head_dim: int
+    windowed: bool = False
+    softcap: float = 0.0
 
 
 class FreshAttention:
     """Attention of packed prompts, q [T, Hq, D] over k and v [T, H, D].
 
-    The kernel is chosen, and logged with the reason, when the first prompt comes.
+    The kernel is chosen, and logged with the reason, when the first prompt comes; and once more for
+    prompts longer than a window.
+
+    Args:
+        softcap: of the scores; 0: they have none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, softcap: float = 0.0) -> None:
+        self._softcap = softcap
         self._chosen: dict[Kind, Fresh] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, scale: float) -> Tensor:
-        """[T, Hq, D], of the queries' dtype."""
-        kind = Kind(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2])
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, scale: float, window: int = 0
+    ) -> Tensor:
+        """[T, Hq, D], of the queries' dtype; `window` as for `AttentionBackend.prefill`."""
+        heads = (q.shape[1], k.shape[1], q.shape[2])
+        kind = Kind(q.device, q.dtype, *heads, window > 0, self._softcap)
         if kind not in self._chosen:
             name, fresh, reason = choose(kind)
-            logger.info("prefill attention: %s (%s)", name, reason)
+            what = "prefill attention of windows" if window else "prefill attention"
+            logger.info("%s: %s (%s)", what, name, reason)
             self._chosen[kind] = fresh
-        return self._chosen[kind](q, k, v, cu, scale)
+        return self._chosen[kind](q, k, v, cu, scale, window, self._softcap)
 
 
 def choose(kind: Kind) -> tuple[str, Fresh, str]:
     """Name of the kernel to take, the kernel, and why it is this one and none before it."""
+    last = (_OURS, _ours) if kind.windowed or kind.softcap else (_PLAIN, _sdpa())
     reason = _no_flash(kind)
     if reason is not None:
-        return _PLAIN, _sdpa(), reason
+        return *last, reason
     passed_over: list[str] = []
     for name, make in _CANDIDATES.items():
         problem = "it does not fit this GPU" if name in _unfit(kind) else None
@@ -78,7 +94,7 @@ def choose(kind: Kind) -> tuple[str, Fresh, str]:
         if problem is None:
             return name, fresh, "; ".join(["auto: it computes right", *passed_over])
         passed_over.append(f"not {name}: {problem}")
-    return _PLAIN, _sdpa(), "; ".join(["auto", *passed_over])
+    return *last, "; ".join(["auto", *passed_over])
 
 
 def _no_flash(kind: Kind) -> str | None:
@@ -111,9 +127,19 @@ def _flash_2() -> Fresh:
 
 
 def _flash(function: Callable[..., Any]) -> Fresh:
-    def fresh(q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, scale: float) -> Tensor:
+    def fresh(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: CuSeqlens,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:
         bounds = (cu.device, cu.device, cu.max_len, cu.max_len)
-        out = function(q, k, v, *bounds, softmax_scale=scale, causal=True)
+        more: dict[str, Any] = {"window_size": (window - 1, 0)} if window else {}
+        more |= {"softcap": softcap} if softcap else {}
+        out = function(q, k, v, *bounds, softmax_scale=scale, causal=True, **more)
         first: Tensor = out[0] if isinstance(out, tuple) else out  # some versions add normalisers
         return first
 
@@ -125,7 +151,17 @@ def _cudnn() -> Fresh:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    def fresh(q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, scale: float) -> Tensor:
+    def fresh(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: CuSeqlens,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        if window or softcap:
+            raise ValueError("it has neither windows nor capped scores")
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         is_grouped = q.shape[1] != k.shape[1]
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -155,12 +191,22 @@ def _torch_varlen() -> Fresh:
         raise ImportError("this torch's varlen_attn is not causal or not scaled")
     # Before torch 2.12 there is no such flag, and groups of query heads need none.
     grouped = {"enable_gqa": True} if "enable_gqa" in parameters else {}
-    causal = {"window_size": (-1, 0)}  # everything before, nothing after
     call: Callable[..., Any] = varlen_attn
 
-    def fresh(q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, scale: float) -> Tensor:
+    def fresh(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: CuSeqlens,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        if softcap:
+            raise ValueError("it has no capped scores")
         bounds = (cu.device, cu.device, cu.max_len, cu.max_len)
-        out: Tensor = call(q, k, v, *bounds, scale=scale, **causal, **grouped)
+        causal = (window - 1, 0)  # so many before, or all: -1; nothing after
+        out: Tensor = call(q, k, v, *bounds, scale=scale, window_size=causal, **grouped)
         return out
 
     return fresh
@@ -188,8 +234,9 @@ def _problem(fresh: Fresh, kind: Kind) -> str | None:
 
     q, k, v = tensor(kind.num_queries), tensor(kind.num_heads), tensor(kind.num_heads)
     cu, scale = CuSeqlens.of(_PROBED_TOKENS, kind.device), dim**-0.5
-    expected = _sdpa()(q.float(), k.float(), v.float(), cu, scale)
-    deviation = float((fresh(q, k, v, cu, scale).float() - expected).abs().max())
+    how = (cu, scale, _PROBED_WINDOW if kind.windowed else 0, kind.softcap)
+    expected = _sdpa()(q.float(), k.float(), v.float(), *how)
+    deviation = float((fresh(q, k, v, *how).float() - expected).abs().max())
     if deviation <= _PROBE_TOLERANCE * max(1.0, float(expected.abs().max())):
         return None
     return f"its outputs are {deviation:.2g} off"
@@ -202,9 +249,32 @@ def _first_line(error: BaseException) -> str:
 
 
 def _sdpa() -> Fresh:
-    torch_attention = TorchAttention()
+    backend = functools.cache(lambda softcap: TorchAttention(softcap=softcap))
 
-    def fresh(q: Tensor, k: Tensor, v: Tensor, cu: CuSeqlens, scale: float) -> Tensor:
-        return torch_attention.prefill(q, k, v, cu, cu, scale)[0]
+    def fresh(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: CuSeqlens,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        return backend(softcap).prefill(q, k, v, cu, cu, scale, window)[0]
 
     return fresh
+
+
+def _ours(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: CuSeqlens,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    from saqqara.workers.kernels.attend import attend
+
+    bounds = (cu.device, cu.device, cu.max_len)
+    return attend(q, k, v, *bounds, scale, window=window, softcap=softcap)

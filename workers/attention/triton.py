@@ -1,7 +1,5 @@
 """Attention in Triton kernels for GPUs: paged decode, extension and masses; flash for prompts.
 
-Prompts longer than a layer's window, or with capped scores, go through the kernel of extension.
-
 Scores, softmax and sums are float32. The softmax weights are rounded to the dtype of the values
 before they meet them, as in flash attention; masses use the unrounded weights.
 
@@ -58,7 +56,7 @@ class TritonAttention:
         from saqqara.workers.kernels import attend, decode, mass
 
         self._attend, self._decode, self._mass = attend, decode, mass
-        self._fresh = FreshAttention()
+        self._fresh = FreshAttention(softcap)
 
     def prefill(
         self,
@@ -75,8 +73,8 @@ class TritonAttention:
         No normalisers: `mass` makes those of the few queries that it is asked for.
         """
         window = 0 if cu_k.max_len <= window else window
-        if cu_q.host == cu_k.host and not (window or self.softcap):
-            return self._fresh(q, k, v, cu_k, scale), None
+        if cu_q.host == cu_k.host:
+            return self._fresh(q, k, v, cu_k, scale, window), None
         lengths = zip(cu_q.lengths, cu_k.lengths, strict=True)
         assert all(queries <= keys for queries, keys in lengths), "more queries than keys"
         if cu_q.lengths == (1,) * len(cu_q.lengths):

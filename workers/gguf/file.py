@@ -1,9 +1,9 @@
 """A GGUF file, opened: its fields, and its tensors as they are stored.
 
 The format: magic, version, counts, key-value pairs, descriptions of tensors, padding, numbers
-(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). The header is read here in one pass;
-`gguf`'s own reader takes seconds for a vocabulary of 256 Ki tokens, and every rank opens the file.
-What the numbers mean is left to `gguf`.
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). The header is read here in one pass:
+`gguf`'s own reader checks no length against the file, so that a list that claims 2^60 numbers keeps
+it busy for ever. What the numbers mean is left to `gguf`.
 """
 
 import math

@@ -87,7 +87,7 @@ class Experts:
         sorted_out = self._multiply(x_TE[order // self.per_token], counts_N)
         out = torch.empty_like(sorted_out)
         out[order] = sorted_out
-        out_TKE = out.view(*weights_TK.shape, -1)
+        out_TKE = out.view(*weights_TK.shape, x_TE.shape[1])
         total = torch.einsum("tke,tk->te", out_TKE.float(), weights_TK).to(x_TE.dtype)
         shared = self.shared
         if shared is None:
@@ -105,7 +105,7 @@ class Experts:
 
     def _multiply(self, x: Tensor, counts_N: Tensor) -> Tensor:
         """Each expert's MLP of its own tokens; x [T K, E] by expert."""
-        products = grouped_products if self._is_grouped else separate_products
+        products = grouped_products if self._is_grouped and len(x) else separate_products
         return products(self, x, counts_N)
 
     @cached_property

@@ -149,9 +149,16 @@ class ModelSpec:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text: `max_position`, unless rotary settings stretch that."""
-        is_stretched = self.rope.kind == "dynamic"
-        return int(self.max_position * self.rope.factor) if is_stretched else self.max_position
+        """Tokens of the longest text: `max_position`, unless rotary settings stretch that.
+
+        Configs with `linear` or `dynamic` scaling hold the length without it, those with `yarn`
+        either.
+        """
+        if self.rope.kind in ("linear", "dynamic"):
+            return int(self.max_position * self.rope.factor)
+        if self.rope.kind == "yarn":
+            return max(self.max_position, int(self.rope.original_max_position * self.rope.factor))
+        return self.max_position
 
     @property
     def layers(self) -> Layers:

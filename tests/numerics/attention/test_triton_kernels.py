@@ -209,14 +209,14 @@ def test_prefill_kernels_are_tried_in_order_and_once(
 ) -> None:
     """One that refuses the heads' grouping, or computes something else, is passed over."""
     calls: list[str] = []
-    right = fresh._sdpa()
+    right: Any = fresh._sdpa()
 
     def kernel(name: str, error: Exception | None = None, factor: float = 1.0) -> fresh.Fresh:
         def attend(*args: Any) -> torch.Tensor:
             calls.append(name)
             if error is not None:
                 raise error
-            return factor * right(*args)
+            return torch.as_tensor(factor * right(*args))
 
         return attend
 
@@ -238,6 +238,41 @@ def test_prefill_kernels_are_tried_in_order_and_once(
     [message] = [record.getMessage() for record in caplog.records]
     assert message.startswith("prefill attention: taken (auto: it computes right; not absent: No")
     assert "not no groups: num_heads must match; not wrong: its outputs are" in message
+
+
+def test_a_kernel_that_forgets_windows_or_caps_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Flash attention is told both; what computes something else is not taken."""
+    right: Any = fresh._sdpa()
+    told: list[Any] = []
+
+    def function(q: Any, k: Any, v: Any, *bounds: Any, **how: Any) -> torch.Tensor:
+        told.append((how["window_size"], how["softcap"]))
+        cu = CuSeqlens.of(bounds[0].diff().tolist(), CPU)
+        window = how["window_size"][0] + 1
+        return torch.as_tensor(right(q, k, v, cu, how["softmax_scale"], window, how["softcap"]))
+
+    candidates = {
+        "no windows": lambda: lambda *args: right(*args[:5], 0, args[6]),
+        "no caps": lambda: lambda *args: right(*args[:6], 0.0),
+        "taken": lambda: fresh._flash(function),
+    }
+    monkeypatch.setattr(fresh, "_CANDIDATES", candidates)
+    monkeypatch.setattr(fresh, "_no_flash", lambda _: None)
+    attention, cu = fresh.FreshAttention(softcap=0.5), CuSeqlens.of([3, 9], CPU)
+    q, k = torch.randn(12, 4, 16), torch.randn(12, 2, 16)
+    with caplog.at_level("INFO"):
+        out = attention(q, k, k, cu, 0.25, 4)
+    torch.testing.assert_close(out, right(q, k, k, cu, 0.25, 4, 0.5))
+    assert told == [((6, 0), 0.5), ((3, 0), 0.5)]
+    [message] = [record.getMessage() for record in caplog.records]
+    assert message.startswith("prefill attention of windows: taken")
+    assert "not no windows: its outputs are" in message
+    assert "not no caps: its outputs are" in message
+    monkeypatch.setattr(fresh, "_CANDIDATES", {})
+    name, _, _ = fresh.choose(fresh.Kind(CPU, torch.float32, 2, 1, 64, windowed=True))
+    assert name == "our kernel of extension"
 
 
 def test_without_kernels_prompts_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ def test_each_token_goes_through_its_best_experts(name: str) -> None:
             out += mlp / (1 + (-(shared.gate.double() @ x)).exp())
         expected.append(out.float())
     torch.testing.assert_close(experts(x_TE), torch.stack(expected), rtol=1e-4, atol=1e-4)
+    assert experts(x_TE[:0]).shape == (0, x_TE.shape[1])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,7 @@
 """Settings that a model or a machine cannot meet are refused before any rank starts."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,11 +11,16 @@ from pydantic.fields import FieldInfo
 from support.byte_llama import save_tiny_llama
 
 from saqqara.cluster.engine.client import LocalClient
+from saqqara.cluster.engine.intake import RetentionLimits
+from saqqara.cluster.engine.model_fit import check_fits
 from saqqara.cluster.on_ray.controller import start_controller
 from saqqara.cluster.settings import engine_config
+from saqqara.compression.layers import Layers
+from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.host_memory import total_bytes
 from saqqara.workers.mesh.layout import MeshLayout
+from saqqara.workers.models.spec import load_spec
 from saqqara.workers.process import THREADS_PER_CORE, check_threads
 from saqqara.workers.worker import Worker
 
@@ -106,3 +112,28 @@ def test_a_worker_leaves_its_process_as_it_is(model: Path) -> None:
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("retention", ["recommended-fast", "fastkv", "pyramidinfer"])
+def test_what_drops_hidden_states_is_refused_where_layers_have_windows(
+    model: Path, retention: str
+) -> None:
+    """Before anything starts, and before a profile is looked up; for each request, too."""
+    spec = replace(load_spec(model), windows=(8, 8, 8, 0))
+    budget = None if retention == "pyramidinfer" else 64
+    config = EngineConfig(model=str(model), retention=retention, budget=budget)
+    message = r"^retention: propagate: .* .3 of its 4 layers see a window of 8 tokens"
+    with pytest.raises(ValueError, match=message):
+        check_fits(config, spec)
+    limits = RetentionLimits(spec.layers, spec.num_query_heads, spec.num_kv_heads, 64)
+    with pytest.raises(ValueError, match=message):
+        limits.check_propagates(Retention.parse(retention, budget))
+    check_fits(config, load_spec(model))
+
+
+def test_a_budget_is_refused_where_no_layer_sees_all(model: Path) -> None:
+    layers = Layers((8,) * 4)
+    limits = RetentionLimits(layers, 4, 4, 64)
+    limits.check(Retention())
+    with pytest.raises(ValueError, match=r"^retention: budget: every layer of this model sees a"):
+        limits.check(Retention.parse("snapkv", 64))

@@ -1,6 +1,7 @@
 """Quality figures: grids of settings, intervals, metrics and tables, by hand-computed values."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,14 @@ from saqqara.compression.retention import Retention
 from saqqara.evaluation.figures.interval import bootstrapped, proportion
 from saqqara.evaluation.figures.plots import distinct_colours
 from saqqara.evaluation.figures.summary import group_cells, overall_cells, summarise
-from saqqara.evaluation.grid import full_bytes, kept_share, parse_grid, parse_setting, with_full
+from saqqara.evaluation.grid import (
+    full_bytes,
+    kept_share,
+    local_bytes,
+    parse_grid,
+    parse_setting,
+    with_full,
+)
 from saqqara.evaluation.result import Outcome, Result
 from saqqara.evaluation.tasks import text_metrics as metrics
 from saqqara.workers.models.spec import load_spec
@@ -68,6 +76,10 @@ def test_kept_shares_are_those_of_the_budgets(tmp_path: Path) -> None:
     # 25% of 100 is raised to the window, the sinks and one more: 37; 25% of 300 is 75.
     assert kept_share(Retention.parse("pyramidkv", "25%"), [100, 300], spec) == 112 / 400
     assert full_bytes(10, spec, "float32") == 2 * 10 * 3 * 3 * 16 * 4
+    windowed = replace(spec, windows=(6, 0, 6))
+    assert kept_share(Retention.parse("pyramidkv", "25%"), [100, 300], windowed) == 112 / 400
+    assert full_bytes(10, windowed, "float32") == 2 * 10 * 1 * 3 * 16 * 4
+    assert local_bytes(10, windowed, "float32") == 2 * 6 * 2 * 3 * 16 * 4
     assert full_bytes(10, spec, "bfloat16") == 2 * 10 * 3 * 3 * 16 * 2
 
 
@@ -184,6 +196,8 @@ def test_tables_split_by_group_and_sum_up() -> None:
     assert full[:4] == ["full", "100.0%", "4.0 MiB", "3"]
     assert full[4].startswith("66.7% [")
     assert snapkv[:4] == ["snapkv@64", "50.0%", "2.0 MiB", "3"]
+    windowed = replace(result, local_kv_bytes=3 * 2**20)  # what local layers hold stands beside
+    assert overall_cells(windowed)[2][1:3] == ["50.0%", "2.0 + 3.0 MiB"]
     cells = group_cells(result)
     assert cells[0] == ["retention", "a", "b"]
     assert [cell.split()[0] for cell in cells[2]] == ["snapkv@64", "50.0%", "0.0%"]

@@ -86,6 +86,7 @@ class PaperAttention:
     """Allocates what the kernels of a GPU return."""
 
     name = "triton"
+    softcap = 0.0
 
     def prefill(self, q: Tensor, *_: Any) -> tuple[Tensor, None]:
         normalisers = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)

@@ -106,6 +106,10 @@ def test_what_it_does_not_know_is_refused(
         (b"GGUF" + struct.pack("<I", 1) + bytes(64), "is of version 1"),
         (b"GGUF" + struct.pack(">I", 3) + bytes(64), "is in big-endian order"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "ends within its header"),
+        (
+            b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"a", 9, 0, 1 << 60),  # a list of bytes
+            "ends within its header",
+        ),
     ],
 )
 def test_another_file_is_refused(data: bytes, message: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from saqqara.cluster.sampling import MAX_TEMPERATURE, PENALTY_RANGE, SamplingPar
 from saqqara.workers.plan import SamplingSpec
 from saqqara.workers.sampling import sampler
 from saqqara.workers.sampling.noise import gumbel, noise_keys
-from saqqara.workers.sampling.sampler import TokenHistory, sample
+from saqqara.workers.sampling.sampler import TokenHistory, largest, sample
 
 Array = NDArray[np.float64]
 
@@ -439,3 +439,18 @@ def test_any_valid_parameters_give_a_token_or_an_error(rows: Any, data: st.DataO
             banned = {*spec.blocked_token_ids, *(word[-1] for word in spec.bad_words)}
             left = (set(allowed.tolist()) or set(range(SMALL_VOCAB))) - banned
             assert all(logits[row, token] == -math.inf for token in left)
+
+
+@pytest.mark.parametrize("width", [1, 1024, 1025, 1536, 5000])
+def test_the_largest_is_found_as_torch_finds_it(width: int) -> None:
+    """The first of equals, and NaN before all; also in the last logits, which fill no round."""
+    logits = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+    logits[0, -1] = 99
+    logits[1, [width // 3, width // 2]] = 50
+    logits[2, width // 2] = torch.nan
+    logits[3] = -torch.inf
+    best, tokens = largest(logits)
+    expected = logits.max(dim=-1)
+    torch.testing.assert_close(best, expected.values, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(tokens, expected.indices)
+    assert largest(logits[:0])[1].shape == (0,)

@@ -302,11 +302,22 @@ def test_layers_without_rope_are_those_that_are_marked() -> None:
     assert old.windows == (0, 0, 0, 64, 0)
 
 
-def test_a_dynamic_rope_lets_texts_grow() -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    spec = ModelSpec.from_hf(tiny(rope_parameters=rope))
-    assert (spec.max_position, spec.longest) == (512, 1024)
-    assert ModelSpec.from_hf(tiny()).longest == 512
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({}, 512),
+        ({"type": "dynamic", "factor": 2.0}, 1024),
+        ({"type": "linear", "factor": 4.0}, 2048),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}, 512),
+    ],
+    ids=str,
+)
+def test_rotary_settings_say_how_long_texts_may_be(rope: dict[str, Any], longest: int) -> None:
+    """Configs with `yarn` hold the longer length, or that of the first training."""
+    spec = ModelSpec.from_hf(tiny(_OldConfig, rope_scaling=rope))
+    assert (spec.max_position, spec.longest) == (512, longest)
 
 
 def test_load_spec_prefers_the_end_tokens_of_the_generation_config(tmp_path: Path) -> None:
