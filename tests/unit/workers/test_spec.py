@@ -350,7 +350,7 @@ def test_load_spec_names_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file"):
         load_spec(tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
-    with pytest.raises(ValueError, match="config.hidden_size must be"):
+    with pytest.raises(ValueError, match=r"config\.hidden_size must be"):
         load_spec(tmp_path)
     for config in ('{"model_type": "no-such-model"}', '{"model_type": "gpt2"}', "{}"):
         (tmp_path / "config.json").write_text(config)
