@@ -121,6 +121,18 @@ def test_another_file_is_refused(data: bytes, message: str, tmp_path: Path) -> N
         convert(tmp_path / "model.gguf", tmp_path)
 
 
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_gguf(file, make_model("llama"))
+    whole, name = bytearray(file.read_bytes()), b"blk.1.ffn_down.weight"
+    at = whole.index(name) + len(name) + 4 + 2 * 8 + 4  # behind dimensions and type: the offset
+    (offset,) = struct.unpack_from("<Q", whole, at)
+    struct.pack_into("<Q", whole, at, offset - 32)
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"'blk\.1\.ffn_down\.weight' of .* overlap"):
+        convert(file, tmp_path)
+
+
 def test_a_file_that_is_cut_off_is_refused_wherever_it_ends(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     write_gguf(file, make_model("llama"))
