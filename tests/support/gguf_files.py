@@ -108,8 +108,8 @@ def write_gguf(file: Path, model: Any, **changes: Any) -> None:
     """Write a model of `make_model`; `changes` depart from what is right.
 
     They are `architecture`, `tokenizer`, `pre`, `fields` (key -> number or text, None: leave it
-    out), `own` (pieces that are the user's), `tensor` (name of one more) and `quantised` (type of
-    all matrices).
+    out), `own` (pieces that are the user's), `merges` (of the byte level), `tensor` (name of one
+    more) and `quantised` (type of all matrices).
     """
     config = model.config
     kind = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
@@ -191,7 +191,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, config: Any, changes: dict[str, Any
     if pieces:
         writer.add_token_scores([-float(i) for i in range(len(tokens))])
     else:
-        writer.add_token_merges(MERGES)
+        writer.add_token_merges(changes.get("merges", MERGES))
 
 
 def _kind(token: str, own: set[str]) -> gguf.TokenType:

@@ -135,7 +135,7 @@ def make_config(file: GgufFile, dtype: str) -> "PreTrainedConfig":
         "dtype": dtype,
         "hidden_size": hidden,
         "intermediate_size": _whole(file, f"{name}.feed_forward_length"),
-        "num_hidden_layers": _whole(file, f"{name}.block_count"),
+        "num_hidden_layers": _num_layers(file, name),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
@@ -162,9 +162,17 @@ def _whole(file: GgufFile, key: str) -> int:
     value = file.field(key)
     if isinstance(value, list) and len(set(value)) == 1:
         value = value[0]  # per layer, all the same
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"GGUF: {key} is {value!r:.80}; only one whole number is read")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"GGUF: {key} is {value!r:.80}; only one whole number above 0 is read")
     return value
+
+
+def _num_layers(file: GgufFile, name: str) -> int:
+    """Every layer has tensors, so a number that is no layers' is told before they are made."""
+    key = f"{name}.block_count"
+    if (count := _whole(file, key)) > len(file.tensors):
+        raise ValueError(f"GGUF: {key} is {count}, and there are {len(file.tensors)} tensors")
+    return count
 
 
 def _kv_heads(file: GgufFile, name: str) -> int:

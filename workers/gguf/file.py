@@ -6,6 +6,7 @@ The format: magic, version, counts, key-value pairs, descriptions of tensors, pa
 it busy for ever. What the numbers mean is left to `gguf`.
 """
 
+import itertools
 import math
 import mmap
 import struct
@@ -52,7 +53,8 @@ class GgufFile:
 
     Raises:
         ValueError: it is no GGUF file, it is of another version or byte order, it is one of several
-            pieces, it ends too early, or a tensor is of a type that `gguf` does not know.
+            pieces, it ends too early, tensors overlap, or one is of a type that `gguf` does not
+            know.
     """
 
     def __init__(self, path: Path) -> None:
@@ -171,3 +173,10 @@ def _check_whole(
         raise ValueError(
             f"GGUF: {path} has {size:,} bytes and needs {needed:,}: it is cut off; fetch it again"
         )
+    in_order = sorted(tensors.values(), key=lambda tensor: tensor.start)
+    for first, second in itertools.pairwise(in_order):
+        if first.start + first.num_bytes > second.start:
+            raise ValueError(
+                f"GGUF: tensors {first.name!r} and {second.name!r} of {path} overlap: it is "
+                "damaged; fetch it again"
+            )

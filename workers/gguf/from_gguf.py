@@ -68,10 +68,19 @@ class Conversion:
         self._file = file
         architecture = architecture_of(file)
         self.dtype = _matrix_dtype(file)
-        self.config = make_config(file, self.dtype)
-        self._targets = [*_targets(file, architecture, self.config, self.dtype)]
-        _check_shapes(self._targets, self.config)
-        self._tokenizer = make_tokenizer(file)
+        try:
+            self.config = make_config(file, self.dtype)
+            self._targets = [*_targets(file, architecture, self.config, self.dtype)]
+            _check_shapes(self._targets, self.config)
+            self._tokenizer = make_tokenizer(file)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever transformers or tokenizers stumbles over
+            why = " ".join(str(error).split())  # in one line
+            raise ValueError(
+                f"GGUF: {file.path}: its fields make no model or tokenizer "
+                f"({type(error).__name__}: {why:.300})"
+            ) from error
 
     @property
     def num_bytes(self) -> int:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")  # of weights; they are cast when read
 _ATTENTION_CAP, _LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 
 
@@ -265,8 +266,14 @@ def load_spec(model: str | Path) -> ModelSpec:
     _check_family(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"model: cannot read the config of {str(model)!r}: {error}") from error
+    except Exception as error:  # whatever transformers stumbles over in a damaged config
+        kind = (
+            ""
+            if isinstance(error, ValueError | OSError | StrictDataclassError)
+            else f"{type(error).__name__}: "
+        )
+        why = kind + " ".join(str(error).split())  # in one line
+        raise ValueError(f"model: cannot read the config of {str(model)!r}: {why:.500}") from error
     return ModelSpec.from_hf(config, _generation_eos(folder))
 
 
@@ -274,7 +281,8 @@ def _check_family(folder: Path) -> None:
     """Say what is supported before transformers says what it does not know.
 
     Raises:
-        ValueError: no `config.json` that can be read, or a model of no supported family.
+        ValueError: no `config.json` that can be read, a model of no supported family, or a size
+            that is none.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -292,6 +300,7 @@ def _check_family(folder: Path) -> None:
         )
     try:
         get_family(model_type)
+        fields.check_stated(config)
     except ValueError as error:
         raise ValueError(f"model: {folder}: {error}") from None
 
@@ -318,7 +327,10 @@ def _flag(flag: bool | str, config: Any) -> bool:
 
 
 def _dtype_name(dtype: "torch.dtype | str | None") -> str:
-    return "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"config.dtype={name!r:.80} is not supported; one of {', '.join(_DTYPES)}")
+    return name
 
 
 def _query_scale(config: Any, family: Family) -> float | None:

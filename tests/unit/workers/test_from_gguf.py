@@ -79,6 +79,9 @@ def test_norms_stay_float32_where_bfloat16_would_lose_something(
         ({"fields": {"llama.expert_count": 8}}, "llama.expert_count is 8: of GGUF files"),
         ({"fields": {"llama.block_count": None}}, "it has no field 'llama.block_count'"),
         ({"fields": {"llama.block_count": 3}}, "imply .* as the shape of .*layers.2.*; .* nothing"),
+        ({"fields": {"llama.block_count": 1 << 31}}, "block_count is 2147483648, and there are 21"),
+        ({"fields": {"llama.attention.head_count_kv": 0}}, "only one whole number above 0 is read"),
+        ({"merges": ["a ß"]}, "its fields make no model or tokenizer"),
         ({"fields": {"llama.attention.value_length": 8}}, "value_length is 8; only 16 is read"),
         ({"fields": {"llama.rope.scaling.type": "longrope"}}, "'longrope'; those read are none"),
         ({"fields": {"split.count": 3}}, "is one of 3 pieces; join them first"),
@@ -116,6 +119,18 @@ def test_another_file_is_refused(data: bytes, message: str, tmp_path: Path) -> N
     (tmp_path / "model.gguf").write_bytes(data)
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "model.gguf", tmp_path)
+
+
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_gguf(file, make_model("llama"))
+    whole, name = bytearray(file.read_bytes()), b"blk.1.ffn_down.weight"
+    at = whole.index(name) + len(name) + 4 + 2 * 8 + 4  # behind dimensions and type: the offset
+    (offset,) = struct.unpack_from("<Q", whole, at)
+    struct.pack_into("<Q", whole, at, offset - 32)
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"'blk\.1\.ffn_down\.weight' of .* overlap"):
+        convert(file, tmp_path)
 
 
 def test_a_file_that_is_cut_off_is_refused_wherever_it_ends(tmp_path: Path) -> None:

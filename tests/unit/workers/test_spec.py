@@ -231,6 +231,18 @@ def test_rope_of_older_config_objects() -> None:
         (lambda: tiny(MixtralConfig, num_experts_per_tok=9), "num_experts_per_tok must be .* 8,"),
         (lambda: tiny(Qwen2MoeConfig, moe_intermediate_size=0), "config.moe_intermediate_size"),
         (lambda: GPT2Config(), "config.model_type='gpt2'"),
+        (lambda: tiny(_OldConfig, model_type=["llama"]), "config.model_type=.'llama'. is not"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": ["yarn"]}), "='?.'yarn'. is not"),
+        (lambda: tiny(rope_parameters={"rope_type": "default", "rope_theta": 1.0}),
+         r"rope_parameters\['rope_theta'\] must be above 1, not 1.0"),
+        (lambda: tiny(MistralConfig, sliding_window=0), "config.sliding_window must be .* not 0"),
+        (lambda: tiny(Qwen2Config, use_sliding_window=True, sliding_window=-4),
+         "config.sliding_window must be .* not -4"),
+        (lambda: tiny(Qwen2MoeConfig, num_experts=0), "config.num_experts must be .* not 0"),
+        (lambda: tiny(dtype="int8"), "config.dtype='int8' is not supported; one of float32, bfl"),
+        (lambda: tiny(_OldConfig, rope_scaling={"type": "su", "factor": 4.0},
+                      original_max_position_embeddings=1),
+         "config.original_max_position_embeddings must be above 1"),
         (lambda: tiny(num_local_experts=8), "num_local_experts=8: models of type .llama. have"),
         (lambda: tiny(Qwen2Config, layer_types=["full_attention"] * 2 + ["linear_attention"]),
          "config.layer_types"),
@@ -338,7 +350,7 @@ def test_load_spec_names_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file"):
         load_spec(tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
-    with pytest.raises(ValueError, match="cannot read the config"):
+    with pytest.raises(ValueError, match=r"config\.hidden_size must be"):
         load_spec(tmp_path)
     for config in ('{"model_type": "no-such-model"}', '{"model_type": "gpt2"}', "{}"):
         (tmp_path / "config.json").write_text(config)
@@ -348,6 +360,36 @@ def test_load_spec_names_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("[")
     with pytest.raises(ValueError, match=r"cannot read .*generation_config\.json"):
         load_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "message"),
+    [
+        ("llama", {"num_attention_heads": 0}, "config.num_attention_heads must be .* not 0$"),
+        ("llama", {"hidden_size": "wide"}, "config.hidden_size must be .* not 'wide'$"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "config.sliding_window_pattern must be"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "config.no_rope_layer_interval must be"),
+        ("llama", {"rope_parameters": [1]}, "config.rope_parameters must be an object"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": 3, "sliding_attention": {}}},
+         "config.rope_parameters.'full_attention'. must be an object"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0,
+                                    "original_max_position_embeddings": 0}},
+         "config.original_max_position_embeddings must be"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": "8"}},
+         "config.rope_scaling.'beta_fast'. must be a number above 0, not '8'"),
+        ("qwen3", {"layer_types": 7}, "config.layer_types must be a list"),
+        ("mistral", {"sliding_window": "12"}, "sliding_window.* expected int"),
+        ("llama", {"dtype": "banana"}, "AttributeError: .*'banana'"),
+    ],
+)  # fmt: skip
+def test_a_config_that_lies_is_refused_in_one_line(
+    model_type: str, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = {"model_type": model_type, **TINY, **settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as raised:
+        load_spec(tmp_path)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_config_never_runs_code_of_its_own(tmp_path: Path) -> None:

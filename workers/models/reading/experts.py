@@ -82,9 +82,9 @@ def read_experts(config: Any, fields: ExpertFields | None) -> ExpertSpec | None:
 def _number_of_experts(config: Any) -> tuple[str, Any]:
     """The field, and what it says; it has had several names."""
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if value := getattr(config, name, None):
+        if (value := getattr(config, name, None)) is not None:
             return name, value
-    return "num_local_experts", getattr(config, "num_local_experts", None)
+    return "num_local_experts", None
 
 
 def _size(config: Any, name: str, most: int) -> int:

@@ -242,11 +242,11 @@ def get_family(model_type: str) -> Family:
     Raises:
         ValueError: the family is not supported.
     """
-    family = FAMILIES.get(model_type)
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        note = f" ({_CLOSE[model_type]})" if model_type in _CLOSE else ""
+        note = f" ({close})" if (close := _CLOSE.get(str(model_type))) else ""
         raise ValueError(
-            f"config.model_type={model_type!r} is not supported{note}; "
+            f"config.model_type={model_type!r:.80} is not supported{note}; "
             f"supported: {', '.join(sorted(FAMILIES))}"
         )
     return family

@@ -18,6 +18,15 @@ _MOST = {
     "max_position_embeddings": 1_000_000_000,
 }
 
+# Beside them, layers after which a pattern repeats.
+_STEPS = dict.fromkeys(
+    ("sliding_window_pattern", "_sliding_window_pattern", "no_rope_layer_interval"), 10_000
+)
+_ROPE_NUMBERS = frozenset(
+    {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"}
+)
+_ORIGINAL = "original_max_position_embeddings"
+
 
 def check_whole(name: str, value: object, most: int) -> None:
     """Raise a ValueError unless a config's value is a whole number from 1 to `most`."""
@@ -36,6 +45,45 @@ def check_sizes(config: Any) -> None:
     eps = getattr(config, "rms_norm_eps", None)
     if not is_number(eps) or eps < 0:
         raise ValueError(f"config.rms_norm_eps must be a number from 0 on, not {eps!r:.80}")
+
+
+def check_stated(config: Mapping[str, Any]) -> None:
+    """Check what a `config.json` says before anything divides by it; null and missing pass.
+
+    Raises:
+        ValueError: a size is none, or rotary settings are no object; names the field.
+    """
+    for name, most in (_MOST | _STEPS).items():
+        if config.get(name) is not None:
+            check_whole(name, config[name], most)
+    for field in ("rope_parameters", "rope_scaling"):
+        ropes = config.get(field)
+        if ropes is None:
+            continue
+        if not isinstance(ropes, Mapping):
+            raise ValueError(f"config.{field} must be an object, not {ropes!r:.80}")
+        for name in ("full_attention", "sliding_attention"):
+            if ropes.get(name) is not None and not isinstance(ropes[name], Mapping):
+                raise ValueError(f"config.{field}[{name!r}] must be an object")
+        _check_rope(f"config.{field}", ropes)
+        for name, rope in ropes.items():
+            if isinstance(rope, Mapping):
+                _check_rope(f"config.{field}[{name!r}]", rope)
+    kinds = config.get("layer_types")
+    if kinds is not None and not (
+        isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
+    ):
+        raise ValueError(
+            f"config.layer_types must be a list of one kind a layer, not {kinds!r:.80}"
+        )
+
+
+def _check_rope(field: str, rope: Mapping[str, Any]) -> None:
+    if rope.get(_ORIGINAL) is not None:
+        check_whole(_ORIGINAL, rope[_ORIGINAL], _MOST["max_position_embeddings"])
+    for name in _ROPE_NUMBERS & rope.keys():
+        if rope[name] is not None and not is_number(rope[name]):
+            raise ValueError(f"{field}[{name!r}] must be a number above 0, not {rope[name]!r:.80}")
 
 
 def is_number(value: object) -> TypeGuard[float]:

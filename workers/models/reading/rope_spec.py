@@ -118,15 +118,18 @@ class _Reader:
     def read(self, default_theta: float, *, partial: bool) -> RopeSpec:
         parameters = self._parameters
         named = parameters.get("rope_type") or parameters.get("type") or "default"
-        kind = _ALIASES.get(named, named)
+        kind = _ALIASES.get(str(named), named)
         if kind not in ROPE_KINDS:
             raise ValueError(
                 f"{self._field}['rope_type']={named!r} is not supported; "
                 f"supported: {', '.join(ROPE_KINDS)}"
             )
         of_kind = getattr(self, f"_{kind}")() if kind != "default" else {}
+        theta = self._number("rope_theta", default_theta)
+        if theta <= 1:  # frequencies would not fall, and yarn divides by its logarithm
+            raise ValueError(f"{self._field}['rope_theta'] must be above 1, not {theta!r}")
         return RopeSpec(
-            theta=self._number("rope_theta", default_theta),
+            theta=theta,
             kind=kind,
             rotary_share=self._share(partial=partial),
             **of_kind,
@@ -164,6 +167,8 @@ class _Reader:
 
     def _longrope(self) -> dict[str, Any]:
         factor, original = self._stretch()
+        if original == 1:
+            raise ValueError("config.original_max_position_embeddings must be above 1, not 1")
         attention = 1.0
         if factor > 1:
             attention = math.sqrt(1 + math.log(factor) / math.log(original))

@@ -70,7 +70,9 @@ def read_windows(
         ValueError: a layer of another kind, or a window that is no number; names the field.
     """
     count, longest = config.num_hidden_layers, config.max_position_embeddings
-    window = getattr(config, "sliding_window", None) or None
+    window = getattr(config, "sliding_window", None)
+    if window is not None and not _is_off(config):
+        check_whole("sliding_window", window, _MOST_TOKENS)
     by_rule = [local is not None and window is not None and local(config, n) for n in range(count)]
     is_local = _by_layer_types(config, by_rule, window, is_free=has_layer_types)
     if local is None and window is not None and not _is_off(config) and window < longest:
@@ -79,7 +81,6 @@ def read_windows(
         )
     if window is None or not any(is_local):
         return ()
-    check_whole("sliding_window", window, _MOST_TOKENS)
     if window >= longest and not keeps_long:
         return ()
     return tuple(int(window) if each else 0 for each in is_local)
