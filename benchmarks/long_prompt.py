@@ -130,7 +130,8 @@ def summary(shallow: Peak, deep: Peak) -> dict[str, Any]:
     names = ("weights", "kept_pages", "prefill_kv", "activations", "resident")
     more = {name: getattr(deep, name) - getattr(shallow, name) for name in names}
     explained = more["weights"] + more["kept_pages"]
-    return {"more": more, "explained": explained, "share": explained / more["resident"]}
+    share = explained / more["resident"] if more["resident"] else None
+    return {"more": more, "explained": explained, "share": share}
 
 
 def table(peaks: list[Peak], found: dict[str, Any], title: str) -> Table:
@@ -163,10 +164,8 @@ def main() -> None:
     peaks = [in_own_process(depth, options) for depth in options.layers]
     found = summary(*peaks)
     print_table(table(peaks, found, f"{options.tokens:,} tokens, {retention.label}, MiB"))
-    print(
-        f"weights and kept pages explain {found['explained'] / MIB:,.1f} MiB, "
-        f"{found['share']:.0%} of the difference of resident memory"
-    )
+    share = "" if found["share"] is None else f", {found['share']:.0%} of the resident difference"
+    print(f"weights and kept pages explain {found['explained'] / MIB:,.1f} MiB{share}")
     if options.json is not None:
         options.json.write_text(
             json_text({"peaks": [asdict(peak) for peak in peaks], **found}), encoding="utf-8"
