@@ -15,8 +15,8 @@ resident       by how much the process's peak resident memory exceeds what it he
                was loaded. Large blocks go back to the system when freed (MALLOC_MMAP_THRESHOLD_,
                which else grows as a process runs), so that little of it is the allocator's scrap
 
-The last row is what the deeper model takes more, and `explained` how much of the resident memory's
-difference weights and kept pages make up.
+The last row is what the deeper model takes more; the line below it, how much of that is weights and
+kept pages. Resident memory tells no less than some MiB: small blocks come from what the process had.
 """
 
 import argparse
@@ -126,12 +126,11 @@ def in_own_process(num_layers: int, options: argparse.Namespace) -> Peak:
 
 
 def summary(shallow: Peak, deep: Peak) -> dict[str, Any]:
-    """What the deeper model takes more, in bytes, and how much of it has a name."""
+    """What the deeper model takes more, in bytes, and how much of it is weights and pages."""
     names = ("weights", "kept_pages", "prefill_kv", "activations", "resident")
     more = {name: getattr(deep, name) - getattr(shallow, name) for name in names}
     explained = more["weights"] + more["kept_pages"]
-    share = explained / more["resident"] if more["resident"] else None
-    return {"more": more, "explained": explained, "share": share}
+    return {"more": more, "explained": explained}
 
 
 def table(peaks: list[Peak], found: dict[str, Any], title: str) -> Table:
@@ -164,8 +163,10 @@ def main() -> None:
     peaks = [in_own_process(depth, options) for depth in options.layers]
     found = summary(*peaks)
     print_table(table(peaks, found, f"{options.tokens:,} tokens, {retention.label}, MiB"))
-    share = "" if found["share"] is None else f", {found['share']:.0%} of the resident difference"
-    print(f"weights and kept pages explain {found['explained'] / MIB:,.1f} MiB{share}")
+    more = found["more"]["resident"] / MIB
+    print(
+        f"resident {more:,.1f} MiB more; weights and pages {found['explained'] / MIB:,.1f} MiB more"
+    )
     if options.json is not None:
         options.json.write_text(
             json_text({"peaks": [asdict(peak) for peak in peaks], **found}), encoding="utf-8"
