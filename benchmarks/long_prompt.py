@@ -16,7 +16,7 @@ resident       by how much the process's peak resident memory exceeds what it he
                which else grows as a process runs), so that little of it is the allocator's scrap
 
 The last row is what the deeper model takes more; the line below it, how much of that is weights and
-kept pages. Resident memory tells no less than some MiB: small blocks come from what the process had.
+kept pages. Resident memory tells no less than some MiB: small blocks come from what there is.
 """
 
 import argparse
