@@ -140,7 +140,7 @@ def test_ranks_of_a_70b_topology_say_what_one_process_says_and_hold_what_was_pla
     by_rank = run_ranks(partial(_run, folder), 8, len(LAYOUTS), timeout_seconds=1200)
     alone = by_rank[0][0].sampled
     assert len(alone) == NUM_TOKENS * len(RETENTIONS)
-    assert len({token for _, token in alone}) > NUM_TOKENS  # it does not say one word for ever
+    assert len({token for _, token in alone}) > 2 * len(RETENTIONS)  # none says one word for ever
     for number, layout in enumerate(LAYOUTS):
         ran = [by_rank[rank][number] for rank in range(layout.world_size)]
         assert [one.held for one in ran] == planned_bytes(_config(folder, layout), layout)

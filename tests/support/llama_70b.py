@@ -42,7 +42,7 @@ def write(folder: Path, seed: int = 0, **sizes: int) -> Path:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     shapes = weight_shapes(model_of(str(folder)).spec)
     generator = torch.Generator().manual_seed(seed)
-    names = list(shapes)
+    names = sorted(shapes)  # so that the numbers do not go by the order in which shapes are told
     weight_map: dict[str, str] = {}
     for number in range(_FILES):
         file = f"model-{number + 1:05}-of-{_FILES:05}.safetensors"
