@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # a plan goes without it
 logger = logging.getLogger(__name__)
 
 INSTEAD = "recommended-adaptive"
+_CALIBRATE = "saqqara eval calibrate"  # to clients without the model, whose path is the server's
 _ADAPTIVE = ("recommended", "recommended-fast")
 _SHARED = ("window", "sinks", "skip_layers", "kernel_size", "pooling", "decode")
 """The settings that the one takes and the others, too."""
@@ -106,14 +107,14 @@ class ModelPresets:
         except ValueError:  # who loads it says what is wrong with it
             folder = None
         if folder is None or not any(folder.glob("*.safetensors")):
-            return Found(None, f"there are no weights of {self._model} on this host to tell it by")
+            return Found(None, "the model's weights, which tell it, are not on this host")
         try:
             profile = self._store.find(weights_digest(folder))
             if profile is not None:
                 _check_heads(profile, folder)
         except (ValueError, OSError) as error:
             return Found(None, f"its entry is damaged: {error}")
-        why_not = f"{self._store.folder} has no profile of {self._model}"
+        why_not = "the profile store has none of this model"
         return Found(profile, "" if profile is not None else why_not)
 
     def note(self, why_not: str) -> str:
@@ -126,13 +127,13 @@ class ModelPresets:
     @property
     def command(self) -> str:
         """What measures the profile of the model."""
-        return f"saqqara eval calibrate --model {self._model}"
+        return f"{_CALIBRATE} --model {self._model}"
 
     def _without(self, retention: Retention, why_not: str) -> Retention:
         """What stands in for it, with all that was set by hand."""
         if retention.method not in _ADAPTIVE:
             raise ValueError(
-                f"profile: {why_not}; {retention.method} needs one: `{self.command}` measures it"
+                f"profile: {why_not}; {retention.method} needs one: `{_CALIBRATE}` measures it"
             )
         preset = Retention.parse(retention.method, retention.to_dict()["budget"]).to_dict()
         departs: dict[str, Any] = {
@@ -141,7 +142,7 @@ class ModelPresets:
         if unfit := sorted(departs.keys() - {*_SHARED}):
             raise ValueError(
                 f"{unfit[0]}: is about {retention.method} with a profile of the model, but "
-                f"{why_not}; `{self.command}` measures one"
+                f"{why_not}; `{_CALIBRATE}` measures one"
             )
         if not self._has_warned:
             self._has_warned = True

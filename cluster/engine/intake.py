@@ -223,7 +223,10 @@ class Intake:
         given = self._own_retention if request.retention is None else request.retention
         retention = Retention.parse(given, request.budget)
         self._limits.check_propagates(retention)
-        retention = self._presets.resolve(retention)
+        try:
+            retention = self._presets.resolve(retention)
+        except ValueError as error:
+            raise ValueError(f"retention: {error}") from None
         self._limits.check(retention)
         return retention
 

@@ -84,7 +84,7 @@ def test_what_was_set_by_hand_stays_or_is_refused(model: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"head_beta: is about recommended with .* calibrate"):
         without.resolve(steep)
     asked = Retention.parse({"method": "headkv", "budget": 64, "profile": "auto"})
-    with pytest.raises(ValueError, match=r"profile: .* has no profile of .*headkv needs one"):
+    with pytest.raises(ValueError, match=r"profile: the profile store has none .*headkv needs one"):
         without.resolve(asked)
 
 

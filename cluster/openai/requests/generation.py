@@ -13,6 +13,7 @@ from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.fields import IdleFields, StreamOptions
 from saqqara.cluster.openai.shown import Shown
 from saqqara.cluster.sampling import FEW_ENTRIES, FailFastList, SamplingParams
+from saqqara.compression.profiles.head_profile import AUTO
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import ServerLimits
 from saqqara.configs.yaml_files import CONFIG_DIR
@@ -127,11 +128,11 @@ class GenerationRequest(StructureFields, IdleFields):
         profile = self.retention.get("profile") if isinstance(self.retention, dict) else None
         if profile is None or isinstance(profile, dict):
             return
-        shipped = {file.stem for file in (CONFIG_DIR / "profiles").glob("*.json")}
-        if not isinstance(profile, str) or profile not in shipped:
+        named = [AUTO, *sorted(file.stem for file in (CONFIG_DIR / "profiles").glob("*.json"))]
+        if not isinstance(profile, str) or profile not in named:
             raise ApiError(
                 400,
-                f"retention: profile must be one of {sorted(shipped)} or the measured scores",
+                f"retention: profile must be one of {named} or the measured scores",
                 "retention",
                 "invalid_value",
             )

@@ -604,3 +604,18 @@ def test_a_server_may_bound_how_far_ahead_requests_go() -> None:
     with pytest.raises(ApiError, match="at least 0 here, not -1") as caught:
         ask(-1)
     assert (caught.value.param, caught.value.code) == ("priority", "limit_exceeded")
+
+
+@pytest.mark.parametrize("named", ["auto", "SmolLM2-135M-Instruct", {"0-0": [1.0]}])
+def test_a_client_may_name_the_profile_that_was_measured(named: Any) -> None:
+    retention = {"method": "headkv", "budget": "25%", "profile": named}
+    fields = {"model": "m", "prompt": "x", "retention": retention}
+    CompletionRequest.model_validate(fields).check_profile()
+
+
+def test_a_client_may_name_no_file() -> None:
+    retention = {"method": "headkv", "budget": "25%", "profile": "/etc/passwd"}
+    fields = {"model": "m", "prompt": "x", "retention": retention}
+    request = CompletionRequest.model_validate(fields)
+    with pytest.raises(ApiError, match=r"profile must be one of \['auto', 'SmolLM2-135M-Instruct'"):
+        request.check_profile()
