@@ -6,8 +6,7 @@ from numbers import Integral
 from typing import Any
 
 from saqqara.compression.retention import Retention
-from saqqara.configs.budget import budget_mistake
-from saqqara.configs.shown import shown
+from saqqara.configs.shown import budget_mistake, shown
 
 from .chat import check_messages
 from .request import Prompt, Request, RetentionSpec

@@ -12,9 +12,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from saqqara.configs.budget import budget_mistake
 from saqqara.configs.names import closest
-from saqqara.configs.shown import shown
+from saqqara.configs.shown import budget_mistake, shown
 from saqqara.configs.yaml_files import CONFIG_DIR, load_yaml
 
 from .decode import DecodeStage, TrimStage, parse_decode_stage

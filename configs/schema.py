@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .autoscaling import AutoscalingConfig
-from .budget import budget_mistake
 from .hosts import check_host_pattern
+from .reuse import ReuseConfig
+from .shown import budget_mistake
 from .step_limits import ON_CPU, OPEN, Limited
 from .worker_settings import MAX_NUM_SEQS, WorkerSettings
 
@@ -21,7 +22,7 @@ MAX_TIMEOUT_SECONDS = 30 * 24 * 3600.0
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", re.IGNORECASE)
 
 
-class EngineConfig(BaseModel):
+class EngineConfig(ReuseConfig):
     """Settings of one engine replica. Sizes are per replica unless the name says otherwise."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -93,7 +94,6 @@ class EngineConfig(BaseModel):
     budget: int | str | None = Field(
         None, description="Mean kept tokens per layer and kv head, or a share such as '25%'."
     )
-
     profile_dir: str | None = Field(
         None, description="Profiles of `saqqara eval calibrate`; default: <cache>/profiles."
     )

@@ -1,7 +1,7 @@
 """The wire format between scheduler and workers: small, frozen, picklable, no tensors.
 
-A `StepPlan` says what all workers of a replica do in one step, in the order *free, new, prefill,
-decode*. A `StepResult` is what one worker reports back.
+A `StepPlan` says what all workers of a replica do in one step, in the order *park, free, evict,
+drop, offload, new, prefill, decode*. A `StepResult` is what one worker reports back.
 """
 
 from collections.abc import Sequence
@@ -68,6 +68,39 @@ class SamplingSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class CachedPrefix:
+    """What a prompt has to do with blocks: full keys and values of its first tokens.
+
+    A block has those of `page_tokens` adjacent tokens before retention, on each worker one page for
+    each of its rows, local layers' too. Ids are given by the scheduler; the prompt's first tokens
+    are those of `cached`, block after block, and after them come those of `stored`. Tokens of
+    `cached` are not computed: prefill begins behind them. `stored` are filled by this prefill, take
+    their pages when the sequence takes its slot, and can be used by later plans once its prefill
+    has ended.
+
+    With `is_shared` rows of layers that see all tokens keep the whole prompt, and hold the pages of
+    `cached` themselves instead of copies of them.
+    """
+
+    cached: tuple[int, ...] = ()
+    stored: tuple[int, ...] = ()
+    is_shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Parking:
+    """A slot's sequence leaves it, and what its rows hold stays, as `parked_id`.
+
+    All that is remembered of it stays, too: rings, sums, and how often its rows were cut. With
+    `to_host` that is in the host's memory, and its pages are free; else in its pages.
+    """
+
+    slot: int
+    parked_id: int
+    to_host: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class NewSequence:
     """A sequence that takes a slot.
 
@@ -79,6 +112,11 @@ class NewSequence:
     With `shares_prefill_with` the sequence has the same prompt, and the same propagation, as the
     sequence of that slot, its leader, which precedes it among the new ones and in its prefill
     group. It is not computed again, but retained by its own method: it takes pages only.
+
+    With `resumes` its rows begin as those of that parked id, which is no more then, with
+    `resumed_tokens` of its tokens fed. If these are fewer than the prompt's, the rest of the prompt
+    goes through a prefill group, over what the rows hold, and retention chooses again among both;
+    else its next tokens are fed by decode items. It has no `prefix` then, and shares no prefill.
     """
 
     slot: int
@@ -88,6 +126,9 @@ class NewSequence:
     retention: Retention
     score: bool = False
     shares_prefill_with: int | None = None
+    prefix: CachedPrefix | None = None
+    resumes: int | None = None
+    resumed_tokens: int = 0
 
     def tokens(self) -> np.ndarray:
         """The known tokens, int32 [n]."""
@@ -125,10 +166,19 @@ class DecodeItem:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step of a replica; the same object goes to every worker."""
+    """One step of a replica; the same object goes to every worker.
+
+    `evict` are blocks, `drop` parked ids whose pages or memory are given up; a worker that has none
+    of that id, because it refused the slot that it was to come from, passes over it. `offload` are
+    parked ids that move from their pages to the host's memory.
+    """
 
     step: int
+    park: tuple[Parking, ...] = ()
     free: tuple[int, ...] = ()
+    evict: tuple[int, ...] = ()
+    drop: tuple[int, ...] = ()
+    offload: tuple[int, ...] = ()
     new: tuple[NewSequence, ...] = ()
     prefill: tuple[PrefillGroup, ...] = ()
     decode: tuple[DecodeItem, ...] = ()

@@ -25,6 +25,7 @@ from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.settings import engine_config, read_config_file, sampling_params
 from saqqara.compression.retention import Retention
 from saqqara.configs import vllm_names
+from saqqara.configs.reuse import ReuseConfig
 from saqqara.configs.schema import EngineConfig
 from saqqara.configs.shown import shown
 from saqqara.configs.yaml_files import parse_yaml
@@ -50,6 +51,7 @@ PANELS = {
         *("kv_memory_gib", "memory_utilization", "page_tokens", "max_num_seqs"),
         *("max_prefill_tokens", "prefill_quantum", "max_extend_tokens", "linear_chunk_tokens"),
     ),
+    "Memory used again": tuple(ReuseConfig.model_fields),
     "Processes": (
         *("executor", "tensor_parallel_size", "pipeline_parallel_size", "layer_split"),
         "num_threads",
@@ -91,7 +93,9 @@ def with_settings(
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command).parameters
-        fields = {n: f for n, f in EngineConfig.model_fields.items() if n not in without}
+        known = EngineConfig.model_fields
+        ordered = sorted(known, key=ReuseConfig.model_fields.__contains__)  # inherited ones last
+        fields = {name: known[name] for name in ordered if name not in without}
         flags = [_config_flag(), *_flags(fields, ENGINE_PREFIX, "Engine")]
         names = [name for name in vllm_names.ALL if name not in own]
         flags += [_vllm_flag(name) for name in names]

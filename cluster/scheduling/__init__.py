@@ -1,1 +1,1 @@
-"""Who runs in the next step, in integers. No torch, no Ray, no clock; imports no other room."""
+"""Who runs in the next step, in integers. No torch, no Ray, no clock; imports `reuse`."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from saqqara.workers.plan import DecodeItem, NewSequence, PrefillGroup, StepPlan
+from saqqara.workers.plan import DecodeItem, NewSequence, Parking, PrefillGroup, StepPlan
 
 from .sequence import Sequence
 
@@ -11,7 +11,11 @@ from .sequence import Sequence
 class Draft:
     """A plan in the making and, once it is made, what must be known to absorb its results."""
 
+    park: list[Parking] = field(default_factory=list)
     free: list[int] = field(default_factory=list)
+    evict: list[int] = field(default_factory=list)
+    drop: list[int] = field(default_factory=list)
+    offload: list[int] = field(default_factory=list)
     new: list[NewSequence] = field(default_factory=list)
     prefill: list[PrefillGroup] = field(default_factory=list)
     decode: list[DecodeItem] = field(default_factory=list)
@@ -33,13 +37,18 @@ class Draft:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is to be done."""
-        return not (self.free or self.new or self.prefill or self.decode)
+        before = self.park or self.free or self.evict or self.drop or self.offload
+        return not (before or self.new or self.prefill or self.decode)
 
     def plan(self, step: int) -> StepPlan:
         """The plan, as the workers get it."""
         return StepPlan(
             step=step,
+            park=tuple(self.park),
             free=tuple(self.free),
+            evict=tuple(self.evict),
+            drop=tuple(self.drop),
+            offload=tuple(self.offload),
             new=tuple(self.new),
             prefill=tuple(self.prefill),
             decode=tuple(self.decode),

@@ -103,6 +103,7 @@ class Ledger:
         self._refused_SW = np.zeros((num_slots, num_workers), dtype=np.bool_)
         self._ring_bytes_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
         self._returned_W = np.zeros(num_workers, dtype=np.int64)  # by compactions of this plan
+        self._set_aside_W = np.zeros(num_workers, dtype=np.int64)  # held by no slot
         self._demands: dict[tuple[Retention, int], Demand] = {}
 
     @property
@@ -144,6 +145,17 @@ class Ledger:
             flags[slot] = False
         for counts in (self._tokens_S, self._layers_S, self._ring_bytes_SW, self._kept_SLH):
             counts[slot] = 0
+
+    def set_aside(self, pages_W: Ints) -> None:
+        """Charge pages that no slot holds: blocks of prefixes, and parked rows."""
+        self.free -= pages_W
+        self._set_aside_W += pages_W
+
+    def take_back(self, pages_W: Ints) -> None:
+        """Give back what `set_aside` has charged; the plan in the making frees it."""
+        self.free += pages_W
+        self._set_aside_W -= pages_W
+        assert self._set_aside_W.min() >= 0, f"given back twice: {self._set_aside_W.tolist()}"
 
     def advance_prefill(self, slots: Sequence[int], stop_layer: int) -> None:
         """Note that the layers below `stop_layer` of these slots are prefilled."""
@@ -268,7 +280,7 @@ class Ledger:
         if self._refused_SW.any():
             return np.full(len(self.workers), -1, dtype=np.int64)
         ended_SW = self._layers_S[slots, None] >= [w.stop_layer for w in self.workers]
-        pages_W: Ints = (self._pages.held(slots) * ended_SW).sum(axis=0)
+        pages_W: Ints = (self._pages.held(slots) * ended_SW).sum(axis=0) + self._set_aside_W
         for slot in slots[~ended_SW.all(axis=1)]:
             for rank, worker in enumerate(self.workers):
                 stop_layer = int(self._layers_S[slot])

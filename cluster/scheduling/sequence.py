@@ -43,7 +43,8 @@ class TokenRequest:
     only what ends the output matters here. `prompt` is the text, if there was one.
     A lower `priority` goes first; among equal ones owners have their turns, and those of one owner
     go in order of arrival. `visible_token_ids` are the special tokens that stay in the answer's
-    text.
+    text. Prefixes are shared among requests of one owner with one `cache_salt`. With a
+    `conversation_id`, which is the owner's, what it keeps stays for the next turn.
     """
 
     request_id: str
@@ -57,6 +58,8 @@ class TokenRequest:
     prompt: str | None = None
     owner: str = ""
     visible_token_ids: frozenset[int] = frozenset()
+    cache_salt: str = ""
+    conversation_id: str | None = None
 
     @property
     def is_score(self) -> bool:

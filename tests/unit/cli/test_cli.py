@@ -294,7 +294,7 @@ def test_the_help_has_its_flags_under_headings() -> None:
     headings = [line[:-1] for line in text.splitlines() if line.endswith(":") and line[0] != " "]
     assert headings == [
         *("Arguments", "Options", "Model", "Memory and scheduling", "Retention"),
-        *("Chats", "Processes", "Engine", "Sampling"),
+        *("Chats", "Processes", "Engine", "Memory used again", "Sampling"),
     ]
     assert text.index("\nRetention:") < text.index("--budget") < text.index("\nProcesses:")
 

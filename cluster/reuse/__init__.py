@@ -1,0 +1,1 @@
+"""What of earlier requests is kept for later ones, in integers; imports no other room."""

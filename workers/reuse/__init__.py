@@ -1,0 +1,1 @@
+"""Keys and values that no slot holds: blocks of prefixes, parked rows; imports `kv`, `state`."""
