@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence as Many
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason, check_room
+from saqqara.cluster.reuse.cached import CachedPrefixes
 from saqqara.workers.plan import SamplingSpec, StepPlan, StepResult, WorkerInfo
 
 from .decode import DecodePlanner
@@ -115,7 +116,7 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no sequence is left, no plan executing, and no slot or block still to be freed."""
+        """Whether no sequence is left, no plan executing, no slot or block still to be freed."""
         seats = self._roster.seats
         is_empty = seats.is_empty and not seats.cached.has_evicted
         return is_empty and not (self.num_waiting or self._flights)
@@ -167,9 +168,9 @@ class Scheduler:
         sequence.block_keys = self._newest[1]
 
     @property
-    def num_cached_blocks(self) -> int:
-        """Blocks of cached prefixes that have pages."""
-        return self._roster.seats.cached.num_blocks
+    def prefixes(self) -> CachedPrefixes:
+        """Cached prefixes of prompts."""
+        return self._roster.seats.cached
 
     def reset_prefix_cache(self) -> bool:
         """Give up all cached prefixes that nobody uses, by the next plan; whether none is left."""
