@@ -212,9 +212,7 @@ def alone(folder: Path) -> dict[str, tuple[Layers, Outcome]]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(
-    folder: Path, alone: dict[str, tuple[Layers, Outcome]]
-) -> dict[str, list[Outcome]]:
+def outcomes(folder: Path, alone: dict[str, tuple[Layers, Outcome]]) -> dict[str, list[Outcome]]:
     """What both ranks of every case end with; one pair of processes runs all cases."""
     known = {name: outcome.tokens for name, (_, outcome) in alone.items()}
     by_rank = run_ranks(partial(_run_rank, folder, known), 2, num_stores=len(CASES))

@@ -97,9 +97,7 @@ class ParkedSequences:
         sums: the same.
     """
 
-    def __init__(
-        self, kv: KVStore, retained: Retained, rings: QueryRings, sums: MassSums
-    ) -> None:
+    def __init__(self, kv: KVStore, retained: Retained, rings: QueryRings, sums: MassSums) -> None:
         self._kv, self._retained, self._rings, self._sums = kv, retained, rings, sums
         self._parked: dict[int, ParkedSequence] = {}
 
