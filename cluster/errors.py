@@ -11,6 +11,10 @@ class ContextLengthError(ValueError):
     """A prompt, or what is to come after it, has no room in the context."""
 
 
+class ConversationBusyError(ValueError):
+    """A conversation has a turn that has not ended: its next one can go on from its end alone."""
+
+
 class EngineDeadError(RuntimeError):
     """The engine has failed or was shut down; the message and `__cause__` say why."""
 

@@ -25,6 +25,7 @@ from .prompts import (
     is_single,
     one_conversation,
     one_prompt,
+    with_memory,
     with_settings,
     with_turns,
 )
@@ -119,6 +120,7 @@ class LLM:
         budget: Budget | Sequence[Budget | None] | None = None,
         priority: int | Sequence[int] = 0,
         timeout_seconds: float | None = None,
+        cache_salt: str = "",
     ) -> list[RequestOutput]:
         """Complete prompts; the results come in the order of the prompts.
 
@@ -133,6 +135,7 @@ class LLM:
             priority: a lower one goes first; for all prompts or one for each.
             timeout_seconds: after which a prompt's output ends with what it has and the
                 `error_code` `deadline_exceeded`; default: never.
+            cache_salt: cached prefixes are shared only among requests with the same one.
 
         Raises:
             ValueError: a prompt or setting is wrong; names the prompt's index.
@@ -146,6 +149,7 @@ class LLM:
             for i, prompt in enumerate(as_list(given, "prompts"))
         ]
         requests = with_turns(requests, priority, timeout_seconds)
+        requests = with_memory(requests, cache_salt)
         return self._generate(requests, "prompts", sampling_params, retention, budget, use_tqdm)
 
     def chat(
@@ -163,6 +167,8 @@ class LLM:
         budget: Budget | Sequence[Budget | None] | None = None,
         priority: int | Sequence[int] = 0,
         timeout_seconds: float | None = None,
+        cache_salt: str = "",
+        session: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations, with the model's chat template.
 
@@ -181,6 +187,10 @@ class LLM:
             budget: as for `generate`.
             priority: as for `generate`.
             timeout_seconds: as for `generate`.
+            cache_salt: as for `generate`.
+            session: a name for the conversation, or one for each: what is kept of it stays for the
+                next call with this name, which computes only what is new if its messages begin with
+                the earlier ones and the answer. See `end_conversation`.
 
         Raises:
             ValueError: a conversation or setting is wrong; names the conversation's index.
@@ -206,6 +216,7 @@ class LLM:
             for i, given in enumerate(several)
         ]
         requests = with_turns(requests, priority, timeout_seconds)
+        requests = with_memory(requests, cache_salt, session)
         return self._generate(requests, "messages", sampling_params, retention, budget, use_tqdm)
 
     @overload

@@ -107,6 +107,27 @@ def with_turns(
     ]
 
 
+def with_memory(
+    requests: list[Request], cache_salt: str, session: str | Sequence[str | None] | None = None
+) -> list[Request]:
+    """The requests with who may share their prefixes, and the conversations that they go on.
+
+    Raises:
+        ValueError: one conversation has two turns in one call.
+    """
+    sessions = one_each(session, str, len(requests), "session")
+    named = [one for one in sessions if one is not None]
+    if len(set(named)) < len(named):
+        raise ValueError(
+            "session: turns of one conversation come one after the other; give each "
+            "conversation of a call another one"
+        )
+    return [
+        replace(request, cache_salt=cache_salt, conversation_id=sessions[i])
+        for i, request in enumerate(requests)
+    ]
+
+
 def with_settings(
     requests: list[Request],
     sampling_params: SamplingParams | Sequence[SamplingParams] | None,

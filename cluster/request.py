@@ -1,11 +1,13 @@
 """A request as it travels from a front end to its engine, and what comes back."""
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from saqqara.compression.retention import Retention
+from saqqara.configs.shown import shown
 
 from .chat import ChatOptions
 from .outcome import ErrorCode, FinishReason, KVUsage
@@ -13,6 +15,8 @@ from .sampling import SamplingParams
 
 Prompt = str | Sequence[int]
 RetentionSpec = str | Mapping[str, Any] | Retention
+MAX_SALT_CHARS = 256
+CONVERSATION_ID = r"^[A-Za-z0-9_.:-]{1,128}$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,11 @@ class Request:
         score_continuation: text (without special tokens) or token ids. With it nothing is
             generated: its tokens are scored after the prompt, whose keys and values are retained
             first, and the result is a `ScoreOutput`.
+        cache_salt: text of at most `MAX_SALT_CHARS`; cached prefixes are shared only among requests
+            of one owner with one salt.
+        conversation_id: the conversation whose next turn it is, its owner's own: what earlier turns
+            kept is used again as far as the prompt begins with them, and what this one keeps stays
+            for the next. One turn of a conversation runs at a time, with one prompt and one choice.
         token_by_token: feed the continuation in the decode steps that generating it would take, not
             in pieces.
         stream: its unfinished outputs are wanted, too.
@@ -55,6 +64,8 @@ class Request:
     budget: int | str | None = None
     priority: int = 0
     owner: str = ""
+    cache_salt: str = ""
+    conversation_id: str | None = None
     timeout_seconds: float | None = None
     score_continuation: Prompt | None = None
     token_by_token: bool = False
@@ -64,6 +75,55 @@ class Request:
     echo: bool = False
     must_fit: bool = False
     visible_tokens: Sequence[str] = ()
+
+
+def check_reuse(request: Request) -> None:
+    """Raise a ValueError, naming the field, where a request cannot use memory as it says."""
+    check_cache_salt(request.cache_salt)
+    conversation_id = request.conversation_id
+    if conversation_id is None:
+        return
+    check_conversation_id(conversation_id)
+    sampling = request.sampling_params
+    if request.score_continuation is not None:
+        raise ValueError("conversation_id: a continuation is scored without a conversation")
+    if sampling.n > 1:
+        raise ValueError(
+            f"conversation_id: a turn has one choice, not n={sampling.n}: the next turn goes on "
+            "from it"
+        )
+    if sampling.prompt_logprobs is not None:
+        raise ValueError(
+            "conversation_id: a turn has no prompt_logprobs: what earlier turns have computed is "
+            "not computed again"
+        )
+
+
+def check_cache_salt(salt: object) -> None:
+    """Raise a ValueError unless it is a text of at most `MAX_SALT_CHARS`, none included."""
+    if not isinstance(salt, str) or len(salt) > MAX_SALT_CHARS or not _is_text(salt):
+        raise ValueError(
+            f"cache_salt: must be a text of at most {MAX_SALT_CHARS} characters, not {shown(salt)}"
+        )
+
+
+def check_conversation_id(conversation_id: object) -> None:
+    """Raise a ValueError unless it may be the id of a conversation."""
+    given = conversation_id if isinstance(conversation_id, str) else ""
+    if re.fullmatch(CONVERSATION_ID[1:-1], given) is None:
+        raise ValueError(
+            "conversation_id: must be 1 to 128 letters, digits, '_', '.', ':' or '-', not "
+            f"{shown(conversation_id)}"
+        )
+
+
+def _is_text(given: str) -> bool:
+    """Whether it can be written: half of a surrogate pair cannot."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

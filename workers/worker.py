@@ -221,6 +221,7 @@ class Worker:
             shard.free(slot)
             if self._head is not None:
                 self._head.close(slot)
+        shard.blocks.evict(plan.evict)
         already_refused = frozenset(shard.faults.refused)
         for parked_id in plan.drop:
             shard.parked.drop(parked_id)

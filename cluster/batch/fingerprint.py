@@ -15,6 +15,7 @@ from saqqara.cluster.presets import with_profile
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.compression.profiles.fingerprint import DIGEST_CHARACTERS, weights_digest
 from saqqara.compression.retention import Retention
+from saqqara.configs.reuse import ReuseConfig
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.source import described_folder, local_folder
 from saqqara.workers.plan import WorkerInfo
@@ -27,6 +28,7 @@ NEUTRAL_SETTINGS = frozenset(
         *("linear_chunk_tokens", "page_tokens", "kv_memory_gib", "memory_utilization"),
         *("cuda_graphs", "tensor_parallel_size", "pipeline_parallel_size", "layer_split"),
         *("executor", "num_threads", "warmup", "check_integrity", "metrics_port", "log_dir"),
+        *ReuseConfig.model_fields,  # what is computed once answers as what is computed twice
         "profile_dir",  # a profile that is found there counts itself
     }
 )

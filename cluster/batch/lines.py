@@ -15,6 +15,7 @@ from saqqara.cluster.chat import check_messages
 from saqqara.cluster.openai.batches import (
     CHAT_URL,
     COMPLETIONS_URL,
+    check_no_turn,
     check_not_streamed,
     read_custom_id,
     read_url_and_body,
@@ -160,6 +161,7 @@ class RowParser:
         if not self.ignore_model:
             check_model(request.model, self._model_names())
         check_not_streamed(request.stream, "a batch job")
+        check_no_turn(request.conversation_id)
         request.check_limits(LIMITS)
         request.check_profile()
         sampling = request.sampling_params(self.sampling)
@@ -169,6 +171,7 @@ class RowParser:
             sampling_params=sampling,
             retention=retention,
             priority=request.priority or 0,
+            cache_salt=request.cache_salt or "",
             timeout_seconds=request.timeout_seconds,
             echo=request.shown.echo,
             must_fit=True,

@@ -27,17 +27,15 @@ from saqqara.cluster.scheduling.events import (
     Preempted,
     Prefilled,
 )
-from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.structured.preparation import Preparation
 from saqqara.compression.retention import Retention
-from saqqara.configs.quantum import prefill_quantum
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import ModelSpec
 
 from .executor import Executor
 from .intake import Intake, RetentionLimits
 from .metrics import PrometheusSink, Sink
-from .model_fit import check_fits, known_eos
+from .model_fit import check_fits, known_eos, scheduler_of
 from .output import Choice, RequestState
 from .report import BatchRows, EngineReport
 from .stats import EngineStats
@@ -85,25 +83,10 @@ class Engine:
         clock: Clock | None = None,
     ) -> None:
         check_fits(config, spec)
-        if lookahead is None:
-            lookahead = 1 if all(w.device == "cpu" for w in executor.workers) else 2
         self.config = config = with_profile(config.settled(executor.workers))
         self.retention = Retention.parse(config.retention, config.budget)
         self.metrics = PrometheusSink(model_name or config.model)
-        self.scheduler = Scheduler(
-            executor.workers,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=config.max_model_len or spec.max_position,
-            max_prefill_tokens=config.max_prefill_tokens,
-            prefill_quantum=prefill_quantum(
-                config.prefill_quantum,
-                executor.workers[0].device,
-                config.tensor_parallel_size,
-                spec.layer_parameters,
-            ),
-            max_extend_tokens=config.max_extend_tokens,
-            lookahead=lookahead,
-        )
+        self.scheduler = scheduler_of(config, spec, executor.workers, lookahead)
         self._executor = executor
         self._tokenizer = tokenizer
         self.vocab_size = spec.vocab_size

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from saqqara.cluster.outcome import check_room
 from saqqara.cluster.presets import ModelPresets
-from saqqara.cluster.request import Prompt, Request
+from saqqara.cluster.request import Prompt, Request, check_reuse
 from saqqara.cluster.sampling import SamplingParams, derived_seed, scoring_params
 from saqqara.cluster.scheduling.sequence import TokenRequest
 from saqqara.compression.growth import num_ring_queries
@@ -140,6 +140,7 @@ class Intake:
         Raises:
             ValueError: it cannot be served; names the field.
         """
+        check_reuse(request)
         continuation = request.score_continuation
         if continuation is None:
             sampling = request.sampling_params
@@ -163,6 +164,8 @@ class Intake:
             retention=retention,
             priority=request.priority,
             owner=request.owner,
+            cache_salt=request.cache_salt,
+            conversation_id=request.conversation_id,
             score_continuation=scored,
             token_by_token=request.token_by_token,
             prompt=self._text(request, prompt_token_ids),

@@ -1,13 +1,17 @@
 """Whether a model can be cut as the settings say, and what else its config tells before a start."""
 
 import logging
+from collections.abc import Sequence
 
+from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.compression.retention import Retention
+from saqqara.configs.quantum import prefill_quantum
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import head_shard, layer_split
 from saqqara.workers.models.counting.rank_weights import check_channels
 from saqqara.workers.models.source import local_folder
 from saqqara.workers.models.spec import ModelSpec, load_spec
+from saqqara.workers.plan import WorkerInfo
 
 from .tokenizer import Tokenizer
 
@@ -45,6 +49,31 @@ def check_fits_if_local(config: EngineConfig) -> None:
         return
     if is_local:
         check_fits(config, load_spec(config.model))
+
+
+def scheduler_of(
+    config: EngineConfig,
+    spec: ModelSpec,
+    workers: Sequence[WorkerInfo],
+    lookahead: int | None = None,
+) -> Scheduler:
+    """The scheduler of an engine with these settings; see `Engine` for `lookahead`."""
+    if lookahead is None:
+        lookahead = 1 if all(w.device == "cpu" for w in workers) else 2
+    return Scheduler(
+        workers,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len or spec.max_position,
+        max_prefill_tokens=config.max_prefill_tokens,
+        prefill_quantum=prefill_quantum(
+            config.prefill_quantum,
+            workers[0].device,
+            config.tensor_parallel_size,
+            spec.layer_parameters,
+        ),
+        max_extend_tokens=config.max_extend_tokens,
+        lookahead=lookahead,
+    )
 
 
 def known_eos(spec: ModelSpec, tokenizer: Tokenizer) -> tuple[int, ...]:

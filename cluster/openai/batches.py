@@ -119,5 +119,15 @@ def check_not_streamed(stream: Any, what: str) -> None:
         raise _invalid(f"stream must be false: {what} writes whole answers", "stream")
 
 
+def check_no_turn(conversation_id: Any) -> None:
+    """Raise an `ApiError` if a line names a conversation: its turns have an order, lines none."""
+    if conversation_id is not None:
+        message = (
+            "conversation_id: the lines of a batch have no order, so none is a turn of a "
+            "conversation; leave it out"
+        )
+        raise _invalid(message, "conversation_id")
+
+
 def _invalid(message: str, field: str) -> ApiError:
     return ApiError(400, message, field, "invalid_value")

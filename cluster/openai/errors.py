@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from saqqara.cluster.errors import ContextLengthError
+from saqqara.cluster.errors import ContextLengthError, ConversationBusyError
 from saqqara.cluster.sampling import SamplingParams
 
 _WANTED = {
@@ -20,7 +20,7 @@ _FIELD = re.compile(r"[a-z_]+(\[\d+\])*(\.[a-z_]+(\[\d+\])*)*")
 _FIELDS = {
     *SamplingParams.model_fields,
     *("prompt", "prompt_token_ids", "messages", "retention", "budget", "priority"),
-    "timeout_seconds",
+    *("timeout_seconds", "cache_salt", "conversation_id", "n", "prompt_logprobs"),
     *("stream_options", "max_completion_tokens", "top_logprobs"),
     *("tools", "tool_choice", "functions"),
     *("continue_final_message", "chat_template_kwargs", "best_of", "echo", "chat_template"),
@@ -83,6 +83,8 @@ class ApiError(Exception):
         """
         if isinstance(error, ContextLengthError):
             return cls.rejected(str(error), is_too_long=True)
+        if isinstance(error, ConversationBusyError):
+            return cls(409, str(error), "conversation_id", "conversation_busy")
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False)[0]
             param = _param(first["loc"]) if given is None else _path(first["loc"], given)

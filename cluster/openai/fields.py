@@ -22,7 +22,7 @@ MAX_DEPTH = 16
 MAX_MEMBERS = 1024
 _NO_BEAMS = "there is no beam search here"
 _TEXT_ONLY = "models here read and write text alone"
-_NO_CACHE = "nothing is kept between requests here"
+_NO_STORE = "no answers are stored here"
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
@@ -107,7 +107,7 @@ class IdleFields(BaseModel):
     session_id: str | None = None
 
     # OpenAI's.
-    store: Annotated[Any, only(False, why=_NO_CACHE)] = None
+    store: Annotated[Any, only(False, why=_NO_STORE)] = None
     moderation: Annotated[Any, only(why="nothing is moderated here")] = None
 
     # vLLM's.
@@ -117,7 +117,6 @@ class IdleFields(BaseModel):
     spaces_between_special_tokens: bool | None = None  # only tokenizers in Python heed it
     detokenize: Annotated[Any, only(True, why="answers are text")] = None
     logits_processors: Annotated[Any, only(why="clients bring no code")] = None
-    cache_salt: Annotated[Any, only(why=_NO_CACHE)] = None
     kv_transfer_params: Annotated[Any, only(why="keys and values stay in their engine")] = None
     request_id: Annotated[Any, only(why="answers get their id here")] = None
     ec_transfer_params: Annotated[Any, only(why=_TEXT_ONLY)] = None

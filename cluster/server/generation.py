@@ -60,7 +60,7 @@ class Job:
 
     `names` are what the client calls the engine's fields; `texts` what prompts were made of.
     `answers` says how the answers to a chat are read, and `visible_tokens` which special tokens
-    that needs.
+    that needs. `cache_salt` and `conversation_id` are those of a `Request`.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -73,6 +73,8 @@ class Job:
     shown: Shown = ANSWER_ONLY
     answers: AnswerFormat = PLAIN
     visible_tokens: tuple[str, ...] = ()
+    cache_salt: str = ""
+    conversation_id: str | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -212,6 +214,8 @@ class Generation:
             request.shown,
             answers,
             visible,
+            request.cache_salt or "",
+            request.conversation_id,
         )
         self._check_lengths(job)
         self._check_logprobs(job)
@@ -368,6 +372,8 @@ class Generation:
             retention=job.retention,
             priority=job.priority,
             owner=job.caller.owner,
+            cache_salt=job.cache_salt,
+            conversation_id=job.conversation_id,
             timeout_seconds=_seconds_until(job.caller.deadline),
             stream=stream,
             prompt_text=job.texts[place] if job.shown.echo else None,

@@ -73,4 +73,10 @@ class CompletionRequest(GenerationRequest, IdleCompletionFields):
         if isinstance(prompts[0], int):
             return [prompts]
         check_limit("prompt", len(prompts), max_prompts, " prompts")
+        if len(prompts) > 1 and self.conversation_id is not None:
+            message = (
+                f"prompt: a turn of a conversation has one prompt, not {len(prompts)}; leave out "
+                "conversation_id"
+            )
+            raise ApiError(400, message, "prompt", "invalid_value")
         return prompts

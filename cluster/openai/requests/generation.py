@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.fields import IdleFields, StreamOptions
 from saqqara.cluster.openai.shown import Shown
+from saqqara.cluster.request import CONVERSATION_ID, MAX_SALT_CHARS
 from saqqara.cluster.sampling import FEW_ENTRIES, FailFastList, SamplingParams
 from saqqara.compression.profiles.head_profile import AUTO
 from saqqara.compression.retention import Retention
@@ -68,6 +69,8 @@ class GenerationRequest(StructureFields, IdleFields):
     return_tokens_as_token_ids: bool | None = None
     retention: str | dict[str, Any] | None = None
     budget: int | str | None = None
+    cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARS)] | None = None
+    conversation_id: Annotated[str, Field(pattern=CONVERSATION_ID)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     timeout_seconds: Annotated[float, Field(gt=0)] | None = None
 
@@ -86,6 +89,23 @@ class GenerationRequest(StructureFields, IdleFields):
                 raise ValueError(f"best_of must be at least n={self.n or 1}, not {self.best_of}")
             if self.stream and self.best_of > (self.n or 1):
                 raise ValueError("best_of cannot be streamed: the best is known at the end")
+        return self
+
+    @model_validator(mode="after")
+    def _check_turn(self) -> Self:
+        if self.conversation_id is None:
+            return self
+        for field in ("n", "best_of"):
+            if (getattr(self, field) or 1) > 1:
+                raise ValueError(
+                    f"{field}: a turn of a conversation has one choice: the next goes on from it; "
+                    "leave out conversation_id"
+                )
+        if self.num_prompt_logprobs is not None:
+            raise ValueError(
+                f"{self.names.get('prompt_logprobs', 'prompt_logprobs')}: a turn of a conversation "
+                "does not compute its whole prompt; leave out conversation_id"
+            )
         return self
 
     @property

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from saqqara.cluster.openai.errors import ApiError
 from saqqara.cluster.openai.fields import SmallObject, only
 from saqqara.cluster.openai.requests import ChatRequest, read_request
+from saqqara.cluster.request import MAX_SALT_CHARS
 from saqqara.cluster.sampling import FailFastList
 
 from .conversation import messages_of, without_oldest
@@ -41,6 +42,7 @@ _SAME = (
     *("model", "stream", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "min_tokens"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos"),
     *("chat_template_kwargs", "retention", "budget", "priority", "timeout_seconds", "user"),
+    "cache_salt",
     *(
         "safety_identifier",
         "service_tier",
@@ -113,6 +115,7 @@ class ResponseRequest(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
     retention: str | dict[str, Any] | None = None
     budget: int | str | None = None
+    cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARS)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     timeout_seconds: Annotated[float, Field(gt=0)] | None = None
 

@@ -16,7 +16,7 @@ from saqqara.cluster.batch_store.outputs import finish_batch, record
 from saqqara.cluster.batch_store.progress import LineResult
 from saqqara.cluster.batch_store.records import LineError, NotFoundError, StoredFile, Usage
 from saqqara.cluster.batch_store.store import Store
-from saqqara.cluster.openai.batches import check_not_streamed
+from saqqara.cluster.openai.batches import check_no_turn, check_not_streamed
 from saqqara.cluster.openai.errors import ApiError
 
 from .answers import Answers, LineAnswer
@@ -191,6 +191,7 @@ class BatchRun:
     async def _answer(self, line: InputLine) -> LineAnswer:
         try:
             check_not_streamed(line.body.get("stream"), "a batch")
+            check_no_turn(line.body.get("conversation_id"))
         except ApiError as error:
             return LineAnswer(error.status, error.body)
         seconds = FIRST_RETRY_SECONDS

@@ -18,6 +18,7 @@ _OPEN = (403,)
 _KEY = (401, *_OPEN)
 _BODY = (400, *_KEY, 404, 408, 413, 415, 503)
 _ANSWERS = (*_BODY, 429, 500)
+_TURNS = (*_ANSWERS, 409)  # of a conversation, one at a time
 _STORED = (*_KEY, 404, 503)
 _LISTED = (400, *_STORED)
 
@@ -48,8 +49,8 @@ class Replies:
 
 
 REPLIES: Mapping[tuple[str, str], Replies] = {
-    ("POST", "/v1/chat/completions"): Replies(ChatCompletion, _ANSWERS, ChatCompletionChunk),
-    ("POST", "/v1/completions"): Replies(Completion, _ANSWERS, CompletionChunk),
+    ("POST", "/v1/chat/completions"): Replies(ChatCompletion, _TURNS, ChatCompletionChunk),
+    ("POST", "/v1/completions"): Replies(Completion, _TURNS, CompletionChunk),
     ("POST", "/v1/responses"): Replies(ResponseObject, _ANSWERS, ResponseEvent, None),
     ("GET", "/v1/responses/{response_id}"): Replies(None, (*_KEY, 404), is_found=False),
     ("DELETE", "/v1/responses/{response_id}"): Replies(None, (*_KEY, 404), is_found=False),

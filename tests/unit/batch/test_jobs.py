@@ -175,6 +175,7 @@ HELLO = [{"role": "user", "content": "hello"}]
         ({**WRAPPED, "method": "GET", "body": {}}, "method", "POST"),
         ({**WRAPPED, "body": {"prompt": "x", "suffix": "y"}}, "suffix", "not supported"),
         ({**WRAPPED, "body": {"prompt": "x", "stream": True}}, "stream", "false"),
+        ({"prompt": "x", "conversation_id": "a"}, "conversation_id", "order"),
         ({**WRAPPED, "body": {"prompt": "x", "model": "gpt"}}, "model", "models/fake"),
         ({**WRAPPED, "body": {"messages": HELLO}}, "prompt", "required"),
         ({**CHAT, "body": {"messages": HELLO, "top_logprobs": 2}}, "top_logprobs", "logprobs"),

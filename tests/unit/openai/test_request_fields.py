@@ -203,7 +203,16 @@ CASES: dict[str, Case] = {
         continue_final_message=True,
     ),
     "no head of an answer": chat(add_generation_prompt=False),
+    "a salt": completion(cache_salt="mine"),
     # Refused.
+    "a long salt": wrong(chat(cache_salt="x" * 257), "cache_salt"),
+    "a conversation with a blank": wrong(chat(conversation_id="a b"), "conversation_id"),
+    "two choices of a turn": wrong(chat(conversation_id="a", n=2), "n"),
+    "the best turn": wrong(chat(conversation_id="a", best_of=2), "best_of"),
+    "logprobs of a turn's prompt": wrong(
+        chat(conversation_id="a", prompt_logprobs=1), "prompt_logprobs"
+    ),
+    "an echo of a turn": wrong(completion(conversation_id="a", echo=True, logprobs=1), "echo"),
     "both bounds": wrong(chat(max_completion_tokens=4), "max_tokens"),
     "a bound beyond the context": wrong(
         chat(max_tokens=CONTEXT), "max_tokens", "context_length_exceeded"

@@ -61,6 +61,7 @@ async def test_a_bad_line_costs_that_line_and_goes_to_the_error_file(
             "unknown": completion_line("unknown", nonsense=1),
             "model": completion_line("model", model="other"),
             "stream": completion_line("stream", stream=True),
+            "conversation_id": completion_line("conversation_id", conversation_id="a"),
             "long": completion_line("long", "x" * 5000),
             "priority": completion_line("priority", priority="high"),
         }

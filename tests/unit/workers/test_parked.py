@@ -1,7 +1,6 @@
 """Sequences that leave their slots come back bit for bit, from pages and from the host's memory."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,7 @@ def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def sequences(worker: Worker) -> list[Any]:
     rng = np.random.default_rng(0)
-    found = []
+    found: list[Any] = []
     for method, num_tokens in METHODS.values():
         prompt = (3 + rng.integers(0, VOCAB - 3, num_tokens)).tolist()
         retention = Retention.parse(method)
