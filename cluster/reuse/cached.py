@@ -16,8 +16,6 @@ from saqqara.workers.plan import CachedPrefix
 from .limits import keeps_whole_prompt, why_not_reused
 from .prefixes import NOTHING, Block, Found, Prefixes, block_keys
 
-SHARES = False
-
 logger = logging.getLogger(__name__)
 
 Ints = NDArray[np.int64]
@@ -152,7 +150,7 @@ class CachedPrefixes:
     def use(self, found: Found, retention: Retention, prompt_tokens: int) -> Use:
         """Pin what was found for a sequence that is to take a slot."""
         self._prefixes.pin(found.blocks)
-        is_shared = SHARES and bool(found.blocks) and keeps_whole_prompt(retention, prompt_tokens)
+        is_shared = bool(found.blocks) and keeps_whole_prompt(retention, prompt_tokens)
         return Use(found.blocks, is_shared=is_shared)
 
     def undo(self, use: Use) -> None:
