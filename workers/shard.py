@@ -25,6 +25,7 @@ from .clock import Event, StepClock
 from .kv.store import KVStore
 from .part import Part
 from .plan import NewSequence, WorkerInfo, WorkerMemory
+from .reuse.blocks import Blocks
 from .sizing import size_pool
 from .state.device_slots import DeviceSlots
 from .state.faults import Faults
@@ -47,6 +48,7 @@ class Shard:
     Attributes:
         part: what is fixed.
         kv: keys and values.
+        blocks: those of prompts' first tokens, before retention, for later prompts.
         slots: tokens and settings of each sequence.
         device_slots: the same as the device knows them, where it samples; else None.
         retained: which rows are cut while they decode, and when.
@@ -81,6 +83,7 @@ class Shard:
             mirror_entries=part.footprint.mirror_entries(holdings.num_pages, *part.sizes),
             windows=part.windows,
         )
+        self.blocks = Blocks(self.kv)
         self.slots = SlotTable(config.max_num_seqs, part.max_model_len + 1)
         self.device_slots = None
         if part.samples_on_device:
@@ -140,7 +143,8 @@ class Shard:
         """Give a free slot to a sequence.
 
         One that this model cannot serve is at fault; a sequence that it can takes part in its place
-        (with token 0 for what is no token, and nothing dropped), of which nothing is kept.
+        (with token 0 for what is no token, and nothing dropped), of which nothing is kept. If the
+        blocks that it is to store find too few pages, it is refused, and they are not here.
         """
         message = self._fault_of(new)
         if message is not None:
@@ -148,6 +152,8 @@ class Shard:
         self.slots.add(new)
         if message is not None:
             self.faults.add(new.slot, message)
+        elif new.prefix is not None and not self.blocks.take(new.prefix.stored):
+            self.refuse(new.slot)
         if self.device_slots is not None:
             self.device_slots.open(new)
         self.retained.add(new)

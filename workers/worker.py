@@ -1,6 +1,6 @@
 """One rank of a replica: executes step plans on its shard.
 
-A plan is executed in the order *free, new, prefill, decode*; then the last stage samples.
+A plan is executed in the order *free, evict, new, prefill, decode*; then the last stage samples.
 
 Shapes: T packed tokens, E hidden size.
 """
@@ -216,6 +216,7 @@ class Worker:
             shard.free(slot)
             if self._head is not None:
                 self._head.close(slot)
+        shard.blocks.evict(plan.evict)
         already_refused = frozenset(shard.faults.refused)
         for new in plan.new:
             shard.add(new)

@@ -15,7 +15,7 @@ from support.tiny import VOCAB, save_tiny
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import MeshLayout, head_shard
-from saqqara.workers.plan import DecodeItem, NewSequence, PrefillGroup, StepPlan
+from saqqara.workers.plan import CachedPrefix, DecodeItem, NewSequence, PrefillGroup, StepPlan
 from saqqara.workers.worker import Worker
 
 LAYERS, HEADS, NUM_TOKENS = 6, 3, 4
@@ -73,6 +73,30 @@ def make_scored() -> list[NewSequence]:
     ]
 
 
+def hit_plans(splits: list[int]) -> list[StepPlan]:
+    """A prompt fills 15 blocks and goes; others begin with 10, none and 15 of them."""
+    storer = replace(new_sequence(3, prompts()[0]), prefix=CachedPrefix(stored=tuple(range(15))))
+    new = make_hits()
+    for number, num_blocks in ((0, 10), (2, 15)):
+        new[number] = replace(new[number], prefix=CachedPrefix(tuple(range(num_blocks))))
+    group = PrefillGroup((3,), 0, LAYERS)
+    first = StepPlan(0, new=(storer,), prefill=(group,))
+    plans = [first, StepPlan(0, free=(3,)), *make_plans(new, splits)]
+    plans.append(StepPlan(0, evict=tuple(range(15))))
+    return [replace(plan, step=step) for step, plan in enumerate(plans)]
+
+
+def make_hits() -> list[NewSequence]:
+    """What begins like the first prompt, and leaves 8 tokens or more."""
+    first, short, other = prompts()
+    retentions = [SNAPKV, SNAPKV, Retention.parse({"method": "adakv", "budget": 20, "window": 8})]
+    texts = [first[:48], short, first[:60] + other[:8]]
+    return [
+        new_sequence(s, t, retention=r)
+        for s, (t, r) in enumerate(zip(texts, retentions, strict=True))
+    ]
+
+
 # 3 kv heads on 2 ranks are 2 + 1; on 4 ranks one is shared by two.
 CASES = {
     "pp2": (MeshLayout(pipeline_size=2), [2, 3], make_new(PYRAMID)),
@@ -85,6 +109,12 @@ CASES = {
         make_scored(),
     ),
     "shared-pp2": (MeshLayout(pipeline_size=2), [1, 3], make_shared()),
+}
+
+
+HIT_CASES = {
+    "hit-pp2": (MeshLayout(pipeline_size=2), [2]),
+    "hit-tp2": (MeshLayout(tensor_size=2), []),
 }
 
 
@@ -128,6 +158,8 @@ def runs(folder: Path) -> dict[str, list[RankRun]]:
         for name, (layout, splits, new) in CASES.items()
     }
     stages = MeshLayout(pipeline_size=2)
+    for name, (layout, splits) in HIT_CASES.items():
+        jobs[name] = Job(make_config(folder, layout), layout, hit_plans(splits))
     jobs["one-token"] = Job(make_config(folder, stages), stages, one_token_plans())
     return dict(zip(jobs, run_on_ranks(list(jobs.values())), strict=True))
 
@@ -163,6 +195,23 @@ def test_ranks_together_score_prompts_as_one_does(
             np.testing.assert_allclose(*numbers, atol=1e-4)  # sums over ranks round otherwise
     assert len(by_rank[2][0].top_ids) == 4 * 3 * (first.prompt_tokens - 1)
     assert by_rank[2][1].top_ids == b""
+
+
+@pytest.mark.parametrize("case", HIT_CASES)
+def test_ranks_reuse_a_prefix_as_one_computes_it(
+    case: str, folder: Path, runs: dict[str, list[RankRun]]
+) -> None:
+    alone = Worker.local(make_config(folder, MeshLayout()).for_worker())
+    got = sampled_tokens(runs[case])
+    for new in make_hits():
+        prompt, retention = new.tokens().tolist(), new.retention
+        [expected] = run_greedy(alone, [prompt], NUM_TOKENS, retention=retention)
+        assert [t.token_id for t in got[new.slot]] == [t.token_id for t in expected]
+    for run in runs[case]:
+        stored = run.results[0].prefill_layer_tokens // len(prompts()[0])
+        computed = sum(result.prefill_layer_tokens for result in run.results[1:])
+        assert computed == stored * (8 + 9 + 8)
+        assert run.results[-1].pages_free == run.num_pages
 
 
 @pytest.mark.parametrize("case", CASES)

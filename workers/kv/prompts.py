@@ -25,15 +25,23 @@ class PromptWrite:
     Attributes:
         slot: the slot; its rows in this layer must be empty.
         start: where the prompt begins among the packed tokens.
-        num_tokens: of the prompt.
+        num_tokens: of the prompt that are packed: all, or in a layer with a window the last ones,
+            no fewer than are kept.
         indices: which of its tokens each head keeps, in order: int64 [H, keep], or one int64 tensor
             per head; None for all, or as many of the last as the layer's window has.
+        num_before: tokens of the prompt that are not packed.
     """
 
     slot: int
     start: int
     num_tokens: int
     indices: Tensor | Sequence[Tensor] | None
+    num_before: int = 0
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the whole prompt."""
+        return self.num_before + self.num_tokens
 
     def counts(self, num_heads: int) -> NDArray[np.int32]:
         """How many tokens each head keeps, [H]."""
@@ -61,7 +69,8 @@ def write_prompts(
         return _write_together(kv, kv.moves, layer, k, v, writes)
     for done, write in enumerate(writes):
         prompt = slice(write.start, write.start + write.num_tokens)
-        if not kv.write(write.slot, layer, k[prompt], v[prompt], write.indices):
+        of_prompt = (k[prompt], v[prompt], write.indices, write.num_before)
+        if not kv.write(write.slot, layer, *of_prompt):
             return done
     return len(writes)
 
@@ -112,7 +121,7 @@ def write_layers(
         among = local_W == layer
         table.set_layer_kept(slots_W[among], layer, counts_WH[among])
     for layer, write in flat:
-        kv.rings.start(first_layer + layer, write.slot, write.num_tokens)
+        kv.rings.start(first_layer + layer, write.slot, write.seen)
     nth, row = padded(counts, needed * kv.page_tokens)
     chosen = np.concatenate([tokens for _, write in flat for tokens in _tokens(write, num_heads)])
     of_write, head = row // num_heads, row % num_heads
@@ -135,7 +144,9 @@ def _as_stored(kv: KVStore, layer: int, writes: Sequence[PromptWrite]) -> Sequen
     if layer not in kv.rings:
         return writes
     assert all(write.indices is None for write in writes), "what rows with a window keep is given"
-    return [replace(write, indices=kv.prompt_ring(write.num_tokens)) for write in writes]
+    return [
+        replace(write, indices=kv.prompt_ring(write.seen, write.num_before)) for write in writes
+    ]
 
 
 def _write_together(
@@ -163,7 +174,7 @@ def _write_together(
     table.set_pages(spans(table.first_entry[slots, layer].reshape(-1), needed), pages)
     table.set_layer_kept(slots, layer, counts_NH)
     for write in writes:
-        kv.rings.start(layer, write.slot, write.num_tokens)
+        kv.rings.start(layer, write.slot, write.seen)
     counts, heads = counts_NH.reshape(-1), np.tile(np.arange(num_heads), fitting)
     starts = np.repeat([write.start for write in writes], num_heads)
     is_whole = np.repeat([write.indices is None for write in writes], num_heads)

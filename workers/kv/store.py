@@ -119,6 +119,7 @@ class KVStore:
         k: Tensor,
         v: Tensor,
         indices: Tensor | Sequence[Tensor] | None = None,
+        num_before: int = 0,
     ) -> bool:
         """Store the selected tokens of one layer, whose rows must be empty.
 
@@ -129,6 +130,7 @@ class KVStore:
             v: values, [n, H, D].
             indices: which tokens each head keeps, in order: int64 [H, keep], or one int64 tensor
                 per head; None for all, or as many of the last as the layer's window has.
+            num_before: in a layer with a window, the prompt has so many tokens before those.
 
         Returns:
             False if the pages do not suffice; then nothing was written for this layer.
@@ -137,7 +139,7 @@ class KVStore:
         n, num_heads, dim = k.shape
         if layer in self.rings:
             assert indices is None, "what rows with a window keep is given"
-            indices = self.prompt_ring(n)
+            indices = self.prompt_ring(num_before + n, num_before)
         assert not table.kept[slot, layer].any(), f"slot {slot}, layer {layer} is not empty"
         counts = np.full(num_heads, n, dtype=np.int32) if indices is None else _counts(indices)
         assert counts.max() <= table.max_row_tokens, (counts.max(), table.max_row_tokens)
@@ -148,7 +150,7 @@ class KVStore:
         pages = self.pool.allocate(total)
         table.set_pages(spans(table.first_entry[slot, layer], needed), pages)
         table.set_layer_kept(np.array([slot]), layer, counts[None])
-        self.rings.start(layer, slot, n)
+        self.rings.start(layer, slot, num_before + n)
         if self.moves is not None:
             chosen = None if indices is None else _concatenate(indices)
             heads = np.arange(num_heads)
@@ -164,12 +166,17 @@ class KVStore:
         self.fill_pages(pages, k.reshape(-1, dim), v.reshape(-1, dim), source)
         return True
 
-    def prompt_ring(self, num_tokens: int) -> Tensor | None:
-        """Which tokens of a prompt rows with a window keep, by place, [H, W]; None for all."""
+    def prompt_ring(self, num_tokens: int, num_before: int = 0) -> Tensor | None:
+        """Which tokens of a prompt rows with a window keep, by place, [H, W]; None for all.
+
+        They are counted from the token after `num_before`, which is one of them or before them.
+        """
         order = self.rings.prompt_order(num_tokens)
         if order is None:
+            assert num_before == 0, f"the window reaches to the first of {num_tokens} tokens"
             return None
-        return to_device(order, self.table.device).expand(self.num_heads, -1)
+        assert order.min() >= num_before, f"the first {num_before} of {num_tokens} are kept"
+        return to_device(order - num_before, self.table.device).expand(self.num_heads, -1)
 
     # -- decode and extend ------------------------------------------------------------------
 

@@ -1,8 +1,12 @@
 """What each sequence's retention keeps of a prompt in one layer, and what is noted for later cuts.
 
-Shapes: T packed tokens, n tokens of one prompt, Hq local query heads, H local kv heads.
+Shapes: T packed tokens that are computed, n tokens of one prompt, Hq local query heads, H local kv
+heads.
 """
 
+from itertools import pairwise
+
+import torch
 from torch import Tensor
 
 from saqqara.compression.growth import remembers_normalisers, sums_mass
@@ -14,6 +18,7 @@ from saqqara.workers.retain.observe import observe_prompt, prompt_mass
 from saqqara.workers.shard import Shard
 
 from .parked import ParkedPrefill
+from .prefixes import Keyed
 
 Selection = Tensor | list[Tensor] | None
 
@@ -31,7 +36,7 @@ class Choosing:
         self.watched: dict[tuple[int, int], list[Tensor]] | None = None
 
     def choose(
-        self, layer: int, parked: ParkedPrefill, qkv: QKV, lse: Tensor | None
+        self, layer: int, parked: ParkedPrefill, keyed: Keyed, lse: Tensor | None
     ) -> list[PromptWrite]:
         """What each sequence's method keeps of this layer.
 
@@ -39,10 +44,12 @@ class Choosing:
         """
         local_layer = layer - self._part.layers.start
         writes: list[PromptWrite] = []
-        bounds = zip(parked.cu.host[:-1], parked.cu.host[1:], strict=True)
-        for family, (start, stop) in zip(parked.families.values(), bounds, strict=True):
-            prompt = qkv.of(slice(start, stop))
-            prompt_lse = None if lse is None else lse[start:stop]
+        prompts = zip(keyed.prompts(), keyed.cu_k.host, keyed.num_before, strict=False)
+        bounds = pairwise(keyed.cu_q.host)
+        for family, (prompt, start, num_before), (first, last) in zip(
+            parked.families.values(), prompts, bounds, strict=True
+        ):
+            prompt_lse = None if lse is None else lse[first:last]
             chosen: dict[Retention, tuple[Selection, Tensor | None]] = {}
             for slot in family:
                 held = self._shard.slots[slot]
@@ -56,9 +63,9 @@ class Choosing:
                 indices, masses = chosen[held.retention]
                 self._remember(local_layer, slot, len(prompt.k), indices, masses)
                 if self.watched is not None:
-                    entered = parked.places.positions_T[start:stop]
+                    entered = _with_cached(parked.places.positions_T[first:last], len(prompt.k))
                     self.watched[slot, layer] = self._positions(local_layer, entered, indices)
-                writes.append(PromptWrite(slot, start, stop - start, indices))
+                writes.append(PromptWrite(slot, start, len(prompt.k), indices, num_before))
         return writes
 
     def _positions(self, local_layer: int, entered: Tensor, indices: Selection) -> list[Tensor]:
@@ -127,3 +134,13 @@ class Choosing:
             self._part, layer, prompt, lse, held.retention, held.prompt_tokens, masses
         )
         return select(held.retention, observation), masses
+
+
+def _with_cached(positions: Tensor, num_keys: int) -> Tensor:
+    """Positions of the tokens whose keys are there, int64 [n], from those that were computed."""
+    num_cached = num_keys - len(positions)
+    if not num_cached:
+        return positions
+    first = positions[0]  # cached tokens are adjacent, and are followed by it
+    places = torch.arange(-num_cached, 0, device=positions.device)
+    return torch.cat([first + places, positions])

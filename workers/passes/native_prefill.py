@@ -87,6 +87,8 @@ class NativePrefill:
         """Whether a group is short, and the same tokens go through all layers."""
         if parked.num_tokens > self.max_tokens:
             return False
+        if any(map(len, parked.cached)):
+            return False
         retentions = [self._shard.slots[slot].retention for slot in parked.slots]
         narrowing = [r.method for r in retentions if r.propagate is not None]
         if narrowing and not self._has_said_why:
@@ -114,7 +116,7 @@ class NativePrefill:
     def _keeps_all(self, slot: int) -> bool:
         """Whether a slot keeps its whole prompt, and its queries and masses are nobody's."""
         shard, held = self._shard, self._shard.slots[slot]
-        if slot in shard.faults.refused or slot in shard.retained.cycles:
+        if slot in shard.faults.refused or slot in shard.retained.cycles or held.prefix.stored:
             return False
         return shard.rings.size(slot) == 0 and not held.retention.drops(held.prompt_tokens)
 

@@ -1,11 +1,13 @@
 """What prefill holds between two layer ranges, and what it leaves after the last.
 
-Shapes: T packed tokens, R rows of them, n tokens of one prompt, E hidden size.
+Shapes: T packed tokens, R rows of them, n tokens of one prompt, E hidden size, L local layers, H
+local kv heads.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saqqara.workers.attention.base import CuSeqlens
@@ -19,13 +21,15 @@ class ParkedPrefill:
     """A prefill group between two layer ranges: hidden states [T, E] and where they stand.
 
     `families` has the slots by their leader. `cu` delimits each leader's tokens that are still on
-    their way, in the order of their positions.
+    their way, in the order of their positions; those of its cached blocks, which come before them,
+    are not among them. `cached` has the pages of these blocks, [blocks, L, H] of each leader.
     """
 
     families: dict[int, list[int]]
     hidden_TE: Tensor
     places: Places
     cu: CuSeqlens
+    cached: list[NDArray[np.int32]]
 
     @property
     def slots(self) -> list[int]:

@@ -3,7 +3,8 @@
 A prompt's keys and values exist at full length only while their layer is computed; then retention
 picks what is written to pages. Where a retention propagates, only the tokens that a layer selects
 go on to the next; they keep their positions. Sequences that share a prefill are computed once, as
-their leader, and retained each by its own method.
+their leader, and retained each by its own method. Of a prompt that begins with cached blocks only
+the tokens behind these go through the layers (`prefixes.py`).
 
 Shapes: T packed tokens, N sequences, E hidden size, Hq local query heads, H local kv heads,
 D head dim.
@@ -27,6 +28,7 @@ from . import native_prefill
 from .choosing import Choosing
 from .native_prefill import NativePrefill, Piece
 from .parked import Finals, ParkedPrefill, last_rows
+from .prefixes import Keyed, Prefixes
 
 
 class Prefill:
@@ -38,6 +40,7 @@ class Prefill:
         self._native = native_prefill.make(shard)
         self._parked: dict[tuple[int, ...], ParkedPrefill] = {}
         self._layer_tokens = 0
+        self._prefixes = Prefixes(shard)
         self.choosing = Choosing(shard)
 
     @property
@@ -92,7 +95,9 @@ class Prefill:
     def _embed(self, slots: tuple[int, ...]) -> ParkedPrefill:
         shard, part, families = self._shard, self._part, self._shard.slots.families(slots)
         assert part.decoder.embedding is not None
-        tokens = np.concatenate([shard.slots.prompt(slot) for slot in families])
+        tokens = np.concatenate(
+            [shard.slots.prompt(slot)[self._num_cached(slot) :] for slot in families]
+        )
         hidden_TE = part.decoder.embedding(to_device(tokens.astype(np.int64), part.device))
         return self._park(families, hidden_TE, self._all_positions(families), 0)
 
@@ -121,18 +126,28 @@ class Prefill:
         """The group as it enters a layer."""
         part = self._part
         cu = CuSeqlens.of(self._lengths(families, layer), part.device)
-        return ParkedPrefill(families, hidden_TE, part.decoder.places(positions_T), cu)
+        cached = [self._prefixes.cached_pages(slot) for slot in families]
+        return ParkedPrefill(families, hidden_TE, part.decoder.places(positions_T), cu, cached)
 
     def _all_positions(self, leaders: Iterable[int]) -> Tensor:
-        """Positions of whole prompts, int64 [T]."""
-        positions = np.concatenate([np.arange(n) for n in self._lengths(leaders, 0)])
-        return to_device(positions, self._part.device)
+        """Positions of all tokens of prompts that are computed, int64 [T]."""
+        starts = [self._num_cached(slot) for slot in leaders]
+        lengths = self._lengths(leaders, 0)
+        positions = [np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+        return to_device(np.concatenate(positions), self._part.device)
+
+    def _num_cached(self, leader: int) -> int:
+        """Tokens of a prompt that are not computed, because blocks have them."""
+        return len(self._shard.slots[leader].prefix.cached) * self._shard.kv.page_tokens
 
     def _lengths(self, leaders: Iterable[int], layer: int) -> list[int]:
-        """How many tokens of each prompt enter a layer."""
-        layers = self._part.spec.layers
-        held = [self._shard.slots[slot] for slot in leaders]
-        return [s.retention.entering_tokens(s.prompt_tokens, layers)[layer] for s in held]
+        """How many tokens of each prompt enter a layer to be computed."""
+        layers, slots = self._part.spec.layers, self._shard.slots
+        return [
+            slots[slot].retention.entering_tokens(slots[slot].prompt_tokens, layers)[layer]
+            - self._num_cached(slot)
+            for slot in leaders
+        ]
 
     def _through_layers(self, layers: range, parked: ParkedPrefill, finals: Finals) -> None:
         if self._native is not None and self._native.takes(parked):
@@ -170,10 +185,13 @@ class Prefill:
         weights, window = part.decoder.layers[local_layer], part.windows[local_layer]
         with timed("project"):
             qkv = self._project(weights, parked)
+            keyed = self._prefixes.before(local_layer, parked, qkv)
         with timed("attention"):
-            attended, lse = part.backend.prefill(*qkv, parked.cu, parked.cu, part.scale, window)
+            bounds = keyed.cu_q, keyed.cu_k
+            attended, lse = part.backend.prefill(*keyed.qkv, *bounds, part.scale, window)
         with timed("retain"):
-            self._retain(layer, parked, qkv, lse)
+            self._retain(layer, parked, qkv, keyed, lse)
+            del keyed
         with timed("propagate"):
             rows_T = self._propagate(layer, parked, qkv, lse)
         del qkv, lse
@@ -191,10 +209,11 @@ class Prefill:
         qkv = self._project(weights, parked)
         wanted = parked.wanted(self._shard.slots)
         rows_R = last_rows(wanted, parked.cu)
-        last = (qkv.q[rows_R], qkv.k, qkv.v, wanted, parked.cu)
+        keyed = self._prefixes.before(layer - part.layers.start, parked, qkv)
+        last = (qkv.q[rows_R], keyed.qkv.k, keyed.qkv.v, wanted, keyed.cu_k)
         attended = part.backend.prefill(*last, part.scale, part.windows[-1])[0]
-        self._retain(layer, parked, qkv, None)
-        del qkv
+        self._retain(layer, parked, qkv, keyed, None)
+        del qkv, keyed
         hidden_RE = parked.hidden_TE[rows_R]
         for chunk in chunks(len(hidden_RE), part.config.linear_chunk_tokens):
             weights.finish(hidden_RE[chunk], attended[chunk], out=hidden_RE[chunk])
@@ -258,29 +277,40 @@ class Prefill:
         )
         return qkv
 
-    def _kv_bytes(self, qkv: QKV) -> int:
-        """Bytes of the layer's fresh keys and values and of the pages of all prompts in prefill."""
+    def _kv_bytes(self, qkv: QKV, keyed: Keyed | None = None) -> int:
+        """Bytes of the layer's fresh keys and values and of the pages of all prompts in prefill.
+
+        With those of `keyed`, if they are copies.
+        """
         kv = self._shard.kv
         pages = sum(kv.pages_of(slot) for slots in self._parked for slot in slots)
-        return qkv.k.nbytes + qkv.v.nbytes + pages * kv.page_bytes
+        copied = 0
+        if keyed is not None and keyed.qkv is not qkv:
+            copied = keyed.qkv.k.nbytes + keyed.qkv.v.nbytes
+        return qkv.k.nbytes + qkv.v.nbytes + copied + pages * kv.page_bytes
 
-    def _retain(self, layer: int, parked: ParkedPrefill, qkv: QKV, lse: Tensor | None) -> None:
-        """Write to pages what each sequence's retention method keeps of this layer.
+    def _retain(
+        self, layer: int, parked: ParkedPrefill, qkv: QKV, keyed: Keyed, lse: Tensor | None
+    ) -> None:
+        """Write to pages what each sequence's retention method keeps of this layer, and blocks.
 
         `lse` [T, Hq] is what prefill returned of all queries, None if it did not.
         """
-        writes = self.choosing.choose(layer, parked, qkv, lse)
-        self._write(layer - self._part.layers.start, qkv, writes)
+        local_layer = layer - self._part.layers.start
+        self._prefixes.store(local_layer, parked, qkv)
+        writes = self.choosing.choose(layer, parked, keyed, lse)
+        self._write(local_layer, keyed.qkv, writes)
         # The pages just written and the layer's fresh keys and values exist side by side.
-        self._shard.meter.see_prefill(self._kv_bytes(qkv), 0)
+        self._shard.meter.see_prefill(self._kv_bytes(qkv, keyed), 0)
 
     def _retain_piece(self, piece: Piece, parked: ParkedPrefill) -> None:
         """`_retain` of several layers, written together where there are pages for all."""
         shard, first = self._shard, self._part.layers.start
-        noted = [
-            (layer, qkv, self.choosing.choose(layer, parked, qkv, lse))
-            for layer, qkv, lse in piece.noted()
-        ]
+        noted = []
+        for layer, qkv, lse in piece.noted():
+            self._prefixes.store(layer - first, parked, qkv)
+            keyed = self._prefixes.before(layer - first, parked, qkv)
+            noted.append((layer, qkv, self.choosing.choose(layer, parked, keyed, lse)))
         writes = [self._unrefused(writes) for _, _, writes in noted]
         _, k, v = piece.fresh
         if not write_layers(shard.kv, piece.layers.start - first, k, v, writes):

@@ -24,6 +24,7 @@ def prompt_mass(part: Part, prompt: QKV, lse: Tensor | None) -> Tensor:
 
     `lse` is as for `observe_prompt`.
     """
+    assert len(prompt.q) == len(prompt.k), "queries of cached tokens are gone"
     return part.backend.mass(prompt.q, prompt.k, part.scale, lse=lse)
 
 
@@ -38,14 +39,17 @@ def observe_prompt(
 ) -> Observation:
     """The tokens of a prompt that entered one layer, for a retention that drops some of them.
 
-    `lse` [n, Hq] is what prefill returned of all queries, None if it did not; `original_tokens` is
-    the length of the whole prompt, and `masses` the `prompt_mass` of these tokens if known.
+    The queries are those of its last tokens, at least as many as the retention looks at. `lse` is
+    what prefill returned of them, [queries, Hq], None if it did not; `original_tokens` is the
+    length of the whole prompt, and `masses` the `prompt_mass` of these tokens if known.
     """
     num_tokens = len(prompt.k)
     num_queries = min(retention.num_window_queries(original_tokens), num_tokens)
+    before_window = len(prompt.q) - num_queries
+    assert before_window >= 0, f"{len(prompt.q)} tokens are computed, {num_queries} are looked at"
 
     def mass(queries: Tensor, keys: Tensor) -> Tensor:
-        window = None if lse is None else lse[num_tokens - num_queries :]
+        window = None if lse is None else lse[before_window:]
         return part.backend.mass(queries, keys, part.scale, lse=window)
 
     return _observation(
@@ -53,7 +57,7 @@ def observe_prompt(
         layer,
         prompt.k,
         prompt.v,
-        prompt.q[num_tokens - num_queries :] if num_queries else None,
+        prompt.q[before_window:] if num_queries else None,
         part.heads.kv,
         mass,
         masses,

@@ -6,7 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saqqara.compression.retention import Retention
-from saqqara.workers.plan import DecodeItem, NewSequence, PrefillGroup, SamplingSpec, StepPlan
+from saqqara.workers.plan import (
+    CachedPrefix,
+    DecodeItem,
+    NewSequence,
+    PrefillGroup,
+    SamplingSpec,
+    StepPlan,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +21,8 @@ class Slot:
     """The sequence that holds a slot. `ticket` tells it from earlier holders of the same slot.
 
     `leader` is the slot whose prompt is prefilled for it: its own, unless it shares a prefill.
+    What its prefill has of blocks and fills of them is in its `prefix`; of a follower only whether
+    its rows share pages counts, for its leader's is its own.
     """
 
     ticket: int
@@ -23,6 +32,7 @@ class Slot:
     retention: Retention
     score: bool
     leader: int
+    prefix: CachedPrefix
 
     @property
     def scores_prompt(self) -> bool:
@@ -79,6 +89,7 @@ class SlotTable:
             new.retention,
             new.score,
             leader,
+            new.prefix or CachedPrefix(),
         )
         self._next_ticket += 1
 
