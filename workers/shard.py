@@ -24,8 +24,9 @@ from saqqara.compression.retention import Retention
 from .clock import Event, StepClock
 from .kv.store import KVStore
 from .part import Part
-from .plan import NewSequence, WorkerInfo, WorkerMemory
+from .plan import NewSequence, Parking, WorkerInfo, WorkerMemory
 from .reuse.blocks import Blocks
+from .reuse.parked import ParkedSequences
 from .sizing import size_pool
 from .state.device_slots import DeviceSlots
 from .state.faults import Faults
@@ -54,6 +55,7 @@ class Shard:
         retained: which rows are cut while they decode, and when.
         rings: the last queries of sequences whose cuts look at them.
         sums: the attention that tokens got, of sequences whose cuts look at it.
+        parked: sequences that left their slots and may come back.
         faults: slots that were refused, and those of them whose sequences cannot go on.
         meter: peaks of memory.
         clock: time spent in the current step, by phase.
@@ -94,6 +96,8 @@ class Shard:
             config.max_num_seqs, num_layers, len(part.heads.query), head_dim, part.dtype, device
         )
         self.sums = MassSums(config.max_num_seqs, num_layers, num_heads, device)
+        self.parked = ParkedSequences(self.kv, self.retained, self.rings, self.sums)
+        self.kv.holders.append(self.parked.pages)
         self.faults = Faults(self.kv.free, is_alone=part.mesh.layout.tensor_size == 1)
         held = WorkerMemory(
             weight_bytes=part.decoder.weight_bytes(),
@@ -156,6 +160,22 @@ class Shard:
             self.refuse(new.slot)
         if self.device_slots is not None:
             self.device_slots.open(new)
+        if new.resumes is not None and message is None:
+            with self.clock.phase("resume"):
+                self._resume(new, new.resumes)
+        else:
+            self._remember(new)
+
+    def _resume(self, new: NewSequence, parked_id: int) -> None:
+        """Put a parked sequence into the slot; one with more of a prompt to come remembers anew."""
+        only_rows = new.resumed_tokens < new.prompt_tokens
+        if only_rows:
+            self._remember(new)
+        if not self.parked.resume(new.slot, parked_id, only_rows=only_rows):
+            self.refuse(new.slot)
+
+    def _remember(self, new: NewSequence) -> None:
+        """Get ready to note of a sequence what cutting its rows while it decodes will ask for."""
         self.retained.add(new)
         self.rings.open(
             new.slot,
@@ -200,6 +220,11 @@ class Shard:
         retention.row_tokens(prompt_tokens, layers, spec.num_kv_heads)
         cycle_of(retention, prompt_tokens, self.part.config.page_tokens)
         trimmed_rows(retention, prompt_tokens, layers)
+
+    def park(self, parking: Parking) -> None:
+        """Take a sequence out of its slot; of a slot that was refused nothing is left to park."""
+        if parking.slot not in self.faults.refused:
+            self.parked.park(parking.slot, parking.parked_id, parking.to_host)
 
     def free(self, slot: int) -> None:
         """Take back a slot and all its pages."""

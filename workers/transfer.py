@@ -20,6 +20,18 @@ def to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def to_host(x: Tensor) -> Tensor:
+    """The same numbers in the host's own memory, for `to(device, non_blocking=True)` later.
+
+    A GPU copies to page-locked memory when it gets there; only work on it may come behind that. On
+    a CPU it is the tensor itself, which nobody else may write to.
+    """
+    if x.device.type != "cuda":
+        return x.cpu()
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True)
 class HostCopy:
     """Numbers on their way to the host, as they were when the copy was begun.

@@ -1,6 +1,7 @@
 """One rank of a replica: executes step plans on its shard.
 
-A plan is executed in the order *free, evict, new, prefill, decode*; then the last stage samples.
+A plan is executed in the order *park, free, evict, drop, offload, new, prefill, decode*; then the
+last stage samples.
 
 Shapes: T packed tokens, E hidden size.
 """
@@ -211,6 +212,10 @@ class Worker:
 
     def _begin(self, plan: StepPlan) -> StepInFlight:
         shard = self._shard
+        if plan.park:
+            with shard.clock.phase("park"):
+                for parking in plan.park:
+                    shard.park(parking)
         for slot in plan.free:
             self._prefill.drop(slot)
             shard.free(slot)
@@ -218,6 +223,12 @@ class Worker:
                 self._head.close(slot)
         shard.blocks.evict(plan.evict)
         already_refused = frozenset(shard.faults.refused)
+        for parked_id in plan.drop:
+            shard.parked.drop(parked_id)
+        if plan.offload:
+            with shard.clock.phase("park"):
+                for parked_id in plan.offload:
+                    shard.parked.offload(parked_id)
         for new in plan.new:
             shard.add(new)
             if self._head is not None:

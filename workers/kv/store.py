@@ -345,17 +345,17 @@ class KVStore:
         assert not table.kept[target].any(), f"slot {target} is not empty"
         table.copy_slot(source, target)
         self.rings.seen[target] = self.rings.seen[source]
-        self.pool.share(self._pages(source))
+        self.pool.share(self.pages_of_rows(source))
 
     def free(self, slot: int) -> None:
         """Empty all rows of a slot."""
-        self.pool.release(self._pages(slot))
+        self.pool.release(self.pages_of_rows(slot))
         zeros = np.zeros((1, self.num_layers, self.num_heads), dtype=np.int32)
         self.table.set_kept(np.array([slot]), zeros)
         self.rings.seen[slot] = 0
 
-    def _pages(self, slot: int) -> NDArray[np.int32]:
-        """Ids of all pages that a slot holds."""
+    def pages_of_rows(self, slot: int) -> NDArray[np.int32]:
+        """Ids of all pages that a slot holds, one row after the other."""
         table = self.table
         return table.flat_pages[table.used_entries(table.first_entry[slot], table.kept[slot])]
 

@@ -1,11 +1,22 @@
 """When the rows of each slot are cut while its sequence decodes, and how long they then are."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from saqqara.compression.growth import Cycle, TrimmedRows, cycle_of, trimmed_rows
 from saqqara.compression.layers import Layers
 from saqqara.workers.plan import NewSequence
+
+
+@dataclass(frozen=True, slots=True)
+class RetainedSlot:
+    """How the rows of one sequence are cut; see `Retained`."""
+
+    cycle: Cycle | None
+    trimmed: TrimmedRows | None
+    after_prefill: NDArray[np.int32] | None
 
 
 class Retained:
@@ -45,6 +56,24 @@ class Retained:
         trimmed = trimmed_rows(new.retention, new.prompt_tokens, self._layers)
         if trimmed is not None:
             self.trimmed[new.slot] = trimmed
+
+    def copy_of(self, slot: int) -> RetainedSlot:
+        """What is known of a slot, as it is now."""
+        trimmed, after_prefill = self.trimmed.get(slot), self.after_prefill.get(slot)
+        return RetainedSlot(
+            self.cycles.get(slot),
+            None if trimmed is None else trimmed.copy(),
+            None if after_prefill is None else after_prefill.copy(),
+        )
+
+    def restore(self, slot: int, known: RetainedSlot) -> None:
+        """Go on in a slot with what was known of another."""
+        assert slot not in self, f"slot {slot} is not free"
+        if known.cycle is not None:
+            assert known.after_prefill is not None
+            self.cycles[slot], self.after_prefill[slot] = known.cycle, known.after_prefill.copy()
+        if known.trimmed is not None:
+            self.trimmed[slot] = known.trimmed.copy()
 
     def free(self, slot: int) -> None:
         """Forget a slot."""

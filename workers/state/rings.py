@@ -19,7 +19,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saqqara.workers.transfer import to_device
+from saqqara.workers.transfer import to_device, to_host
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """The contents of one ring, on the host.
+
+    Attributes:
+        queries: by place, [L, w, Hq, D].
+        normalisers: float32 [L, w, Hq], where it has them.
+    """
+
+    queries: Tensor
+    normalisers: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +112,31 @@ class QueryRings:
             self._buffer = self._empty
         if not self._normalised_S.any():
             self._lse = self._no_lse
+
+    def copy_of(self, slot: int) -> Ring | None:
+        """A copy of a slot's ring; None if it has none."""
+        if self._size_S[slot] == 0:
+            return None
+        places = self._places(slot)
+        normalisers = None
+        if self._normalised_S[slot]:
+            normalisers = to_host(self._lse[:, places].clone())
+        return Ring(to_host(self._buffer[:, places].clone()), normalisers)
+
+    def restore(self, slot: int, ring: Ring | None) -> None:
+        """Give a slot a ring with these contents, or none."""
+        if ring is None:
+            return
+        has_normalisers = ring.normalisers is not None
+        self.open(slot, ring.queries.shape[1], with_normalisers=has_normalisers)
+        places = self._places(slot)
+        self._buffer[:, places].copy_(ring.queries, non_blocking=True)
+        if ring.normalisers is not None:
+            self._lse[:, places].copy_(ring.normalisers, non_blocking=True)
+
+    def _places(self, slot: int) -> slice:
+        start = int(self._start_S[slot])
+        return slice(start, start + self.size(slot))
 
     def size(self, slot: int) -> int:
         """Queries of a slot's ring; 0 for none."""

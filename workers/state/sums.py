@@ -10,13 +10,27 @@ C places for sequences, W tokens of the longest row there may be.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saqqara.workers.transfer import to_device
+from saqqara.workers.transfer import to_device, to_host
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """The sums of one slot, on the host.
+
+    Attributes:
+        masses: float32 [L, H, tokens of its longest row].
+        most_tokens: tokens that a row of it may grow to.
+    """
+
+    masses: Tensor
+    most_tokens: int
 
 
 class MassSums:
@@ -37,6 +51,7 @@ class MassSums:
         self._empty = torch.empty(num_layers, 0, num_heads, 0, device=device)
         self._sums = self._empty  # [L, C, H, W]
         self._place_S: NDArray[np.int64] = np.full(num_slots, -1, dtype=np.int64)
+        self._most_S: NDArray[np.int64] = np.zeros(num_slots, dtype=np.int64)  # tokens of a row
         self._free_places: list[int] = []
         self._device = device
 
@@ -72,7 +87,7 @@ class MassSums:
             self._grow(places + more, self._sums.shape[3])
             self._free_places = list(range(places, places + more))[::-1]
         place = self._free_places.pop()
-        self._place_S[slot] = place
+        self._place_S[slot], self._most_S[slot] = place, 0
         self._sums[:, place] = 0
 
     def close(self, slot: int) -> None:
@@ -83,6 +98,24 @@ class MassSums:
         self._place_S[slot] = -1
         if self.num_open == 0:
             self._sums, self._free_places = self._empty, []
+
+    def copy_of(self, slot: int, num_tokens: int) -> Sums | None:
+        """A copy of a slot's sums, whose longest row has so many tokens; None if it has none."""
+        if self._place_S[slot] < 0:
+            return None
+        mine = self._sums[:, self._place_S[slot], :, :num_tokens]
+        return Sums(to_host(mine.clone()), int(self._most_S[slot]))
+
+    def restore(self, slot: int, sums: Sums | None) -> None:
+        """Give a slot these sums, or none."""
+        if sums is None:
+            return
+        self.open(slot)
+        num_tokens = sums.masses.shape[2]
+        self._most_S[slot] = sums.most_tokens
+        self._grow(self._sums.shape[1], max(sums.most_tokens, num_tokens))
+        mine = self._sums[:, self._place_S[slot], :, :num_tokens]
+        mine.copy_(sums.masses, non_blocking=True)
 
     def has(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these slots have sums, [N]."""
@@ -108,7 +141,8 @@ class MassSums:
         """
         kept = masses if indices is None else [m[i] for m, i in zip(masses, indices, strict=True)]
         longest = max(len(row) for row in kept)
-        self._grow(self._sums.shape[1], longest + more_tokens)
+        self._most_S[slot] = max(self._most_S[slot], longest + more_tokens)
+        self._grow(self._sums.shape[1], int(self._most_S[slot]))
         mine = self._sums[layer, self._place_S[slot]]
         for head, row in enumerate(kept):
             mine[head, : len(row)] = row
