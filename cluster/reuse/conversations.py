@@ -27,7 +27,7 @@ REASONS: dict[Anew, str] = {
     "retention": "it has another retention than the turn before",
     "method": "its retention chooses by what is no longer known of earlier tokens",
     "rows": "rows of one layer differ in length",
-    "lost": "what was kept is gone: for want of room, with its workers, or its turn did not end well",
+    "lost": "what was kept had to make room, or was lost with its workers or its turn",
 }
 
 
@@ -74,18 +74,21 @@ class Conversations:
     """The conversations of one replica.
 
     Args:
-        max_bytes: that they may have together.
+        max_bytes: that they may have together; 0: nothing is kept of any.
         max_seconds: without a turn, after which one is forgotten.
 
     Attributes:
         counts: see `Counts`.
+        max_bytes: as given.
+        now: the time, as it was told last.
         num_bytes: that they have together.
     """
 
     def __init__(self, max_bytes: int, max_seconds: float) -> None:
         self.counts = Counts()
         self.num_bytes = 0
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
+        self.now = 0.0
         self._max_seconds = max_seconds
         self._kept: OrderedDict[Key, Kept] = OrderedDict()  # used longest ago first
         self._busy: set[Key] = set()
@@ -131,10 +134,11 @@ class Conversations:
         One that is larger than all may be is among them.
         """
         assert key not in self._kept, f"conversation {key} is kept twice"
+        self._lost.pop(key, None)
         self._kept[key] = kept
         self.num_bytes += kept.num_bytes
         gone = []
-        while self.num_bytes > self._max_bytes:
+        while self.num_bytes > self.max_bytes:
             gone.append(self.drop_oldest())
         return gone
 
@@ -153,8 +157,12 @@ class Conversations:
             self._lost.popitem(last=False)
 
     def why_lost(self, key: Key) -> Anew | None:
-        """Why nothing is kept of what an earlier turn has left; told once."""
-        return self._lost.pop(key, None)
+        """Why nothing is kept of what an earlier turn has left."""
+        return self._lost.get(key)
+
+    def forget_why(self, key: Key) -> None:
+        """It was told."""
+        self._lost.pop(key, None)
 
     def next_expiry(self) -> float | None:
         """When the next one is to be forgotten; None: there is none."""
@@ -163,7 +171,8 @@ class Conversations:
         return next(iter(self._kept.values())).last_used + self._max_seconds
 
     def expire(self, now: float) -> list[Kept]:
-        """Forget those that had no turn for too long."""
+        """Forget those that had no turn for too long; `now` is the time, which only grows."""
+        self.now = now
         gone = []
         while (due := self.next_expiry()) is not None and due <= now:
             gone.append(self.take(next(iter(self._kept))))

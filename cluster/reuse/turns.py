@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saqqara.compression.retention import Retention
+from saqqara.workers.plan import Parking
 
 from .cached import CachedPrefixes, Pages
 from .conversations import REASONS, Anew, Conversations, Kept, Key, goes_on
@@ -29,6 +30,13 @@ class Resumption:
     kept: Kept
     num_tokens: int
 
+    @property
+    def rows(self) -> NDArray[np.int32]:
+        """Tokens that its rows begin with, int32 [L, H]."""
+        if self.kept.is_whole:
+            return np.minimum(self.kept.rows, np.int32(self.num_tokens))
+        return self.kept.rows
+
 
 class Turns:
     """What the conversations of a replica hold on its workers.
@@ -41,14 +49,13 @@ class Turns:
         cached: the blocks that their rows may share.
     """
 
-    def __init__(
-        self, conversations: Conversations, pages: Pages, cached: CachedPrefixes
-    ) -> None:
+    def __init__(self, conversations: Conversations, pages: Pages, cached: CachedPrefixes) -> None:
         conversations.forget_all()
         self.conversations = conversations
         self._pages = pages
         self._cached = cached
         self._dropped: list[int] = []
+        self._parked: list[Parking] = []
         self._held_W: Ints = np.zeros_like(pages.rows_per_worker)
 
     @property
@@ -65,6 +72,11 @@ class Turns:
         """Parked ids for the plan in the making to drop."""
         dropped, self._dropped = self._dropped, []
         return dropped
+
+    def take_parked(self) -> list[Parking]:
+        """Slots whose rows the plan in the making is to keep."""
+        parked, self._parked = self._parked, []
+        return parked
 
     def find(
         self, key: Key, prompt_token_ids: tuple[int, ...], retention: Retention
@@ -85,15 +97,26 @@ class Turns:
         return Resumption(key, kept, found)
 
     def begin(self, resumption: Resumption) -> None:
-        """A turn takes a slot, and its pages are charged there instead."""
+        """A turn is to take a slot, where the pages of its conversation are charged instead."""
         assert self.conversations.take(resumption.key) is resumption.kept
         self._take_back(resumption.kept)
+
+    def undo(self, resumption: Resumption) -> None:
+        """The turn takes no slot after all."""
+        kept = resumption.kept
+        self._set_aside(kept)
+        gone = self.conversations.keep(resumption.key, kept)
+        assert not gone, "it was there a moment ago"
+
+    def count(self, resumption: Resumption) -> None:
+        """A turn has taken a slot."""
         counts = self.conversations.counts
         counts.resumed += 1
         counts.resumed_tokens += resumption.num_tokens
 
     def begin_anew(self, key: Key, reason: Anew) -> None:
-        """A turn takes a slot, and is computed from its first token."""
+        """A turn has taken a slot, and is computed from its first token."""
+        self.conversations.forget_why(key)
         counts = self.conversations.counts.anew
         counts[reason] += 1
         if (counts[reason] & (counts[reason] - 1)) == 0:  # the 1st, 2nd, 4th, ... of this kind
@@ -101,10 +124,10 @@ class Turns:
         if self.conversations.get(key) is not None:
             self._give_up(self.conversations.take(key))
 
-    def keep(self, key: Key, kept: Kept) -> None:
+    def keep(self, key: Key, slot: int, kept: Kept) -> None:
         """A turn has ended well, and its slot is freed by the plan in the making."""
-        self._pages.set_aside(kept.pages)
-        self._held_W += kept.pages
+        self._set_aside(kept)
+        self._parked.append(Parking(slot, kept.parked_id, to_host=False))
         for gone in self.conversations.keep(key, kept):
             self._give_up(gone)
 
@@ -125,14 +148,28 @@ class Turns:
         """Give up conversations until so many pages are free, int64 [W], as far as that goes."""
         while len(self.conversations) and (need_W > self._pages.free).any():
             self._give_up(self.conversations.drop_oldest())
+            self._cached.give(need_W)  # what only its rows have shared
+
+    def reset(self) -> None:
+        """Give up all of them."""
+        while len(self.conversations):
+            self._give_up(self.conversations.drop_oldest())
+
+    def drop(self, resumption: Resumption) -> None:
+        """Have workers forget what they may still hold of a turn whose slot one has refused."""
+        self._dropped.append(resumption.kept.parked_id)
 
     def _give_up(self, kept: Kept) -> None:
         self._take_back(kept)
         self._cached.leave(kept.use)
         self._dropped.append(kept.parked_id)
 
+    def _set_aside(self, kept: Kept) -> None:
+        self._held_W = self._held_W + kept.pages
+        self._pages.set_aside(kept.pages)
+
     def _take_back(self, kept: Kept) -> None:
-        self._held_W -= kept.pages
+        self._held_W = self._held_W - kept.pages
         self._pages.take_back(kept.pages)
 
 
@@ -145,4 +182,9 @@ def why_not_resumed(retention: Retention, prompt_tokens: int) -> Anew | None:
     return None
 
 
-parked_ids = itertools.count(1)
+def next_parked_id() -> int:
+    """A number that nothing else of this process is parked under."""
+    return next(_PARKED_IDS)
+
+
+_PARKED_IDS = itertools.count(1)
