@@ -106,6 +106,7 @@ class Ledger:
         self._shared_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
         self._returned_W = np.zeros(num_workers, dtype=np.int64)  # by compactions of this plan
         self._set_aside_W = np.zeros(num_workers, dtype=np.int64)  # held by no slot
+        self._resumed: dict[int, NDArray[np.int32]] = {}  # rows [L, H] that slots began with
         self._demands: dict[tuple[Retention, int], Demand] = {}
 
     @property
@@ -151,11 +152,13 @@ class Ledger:
         prompt_tokens: int,
         reserve_tokens: int = 0,
         num_shared: int = 0,
+        held: NDArray[np.int32] | None = None,
     ) -> None:
         """Charge a slot its demand, and the pages of `reserve_tokens` that it will replay.
 
-        The first `num_shared` pages of each of its rows that see all tokens are those of blocks,
-        which are charged already.
+        Its rows may begin with what a conversation has `held`, int32 [L, H], until prefill is at
+        their layer. The first `num_shared` pages of each of its rows that see all tokens are those
+        of blocks, which are charged already.
         """
         assert not self._held_S[slot], f"slot {slot} is already charged"
         self._held_S[slot] = True
@@ -163,6 +166,8 @@ class Ledger:
         self._tokens_S[slot] = self._prompt_S[slot] = prompt_tokens
         self._ring_bytes_SW[slot] = demand.ring_bytes
         self._kept_SLH[slot] = demand.rows
+        if held is not None:
+            self._resumed[slot] = held
         self._shared_S[slot] = num_shared
         self._shared_SW[slot] = self.shared_pages(num_shared)
         self._pages.open(slot, demand, reserve_tokens)
@@ -178,6 +183,7 @@ class Ledger:
         for counts in (self._tokens_S, self._layers_S, self._ring_bytes_SW, self._kept_SLH):
             counts[slot] = 0
         self._shared_S[slot] = self._shared_SW[slot] = 0
+        self._resumed.pop(slot, None)
 
     def set_aside(self, pages_W: Ints) -> None:
         """Charge pages that no slot holds: blocks of prefixes, and parked rows."""
@@ -282,6 +288,23 @@ class Ledger:
             local_bytes=(int(kept_L.sum()) - kept) * token_bytes,
         )
 
+    def rows_of(self, slot: int, fed_tokens: int) -> NDArray[np.int32]:
+        """Tokens of each row, int32 [L, H], once so many are fed after a prefill that has ended."""
+        layers, length = self.layers, int(self._prompt_S[slot]) + fed_tokens
+        grown_L = np.broadcast_to(self._pages.grown(slot, fed_tokens), self.num_layers)
+        rows_LH: NDArray[np.int32] = self._kept_SLH[slot] + grown_L[:, None].astype(np.int32)
+        rows_LH[list(layers.local_layers)] = layers.local_tokens(length)
+        return rows_LH
+
+    def pages_of(self, slot: int) -> Ints:
+        """Pages, int64 [W], of a slot whose prefill has ended, but for those of blocks."""
+        pages: Ints = self._pages.held(np.array([slot]))[0] - self._shared_SW[slot]
+        return pages
+
+    def bytes_of(self, pages_W: Ints) -> int:
+        """Bytes of so many pages on each worker."""
+        return int(pages_W @ self._page_bytes)
+
     def usage(self) -> Usage:
         """Bytes held by sequences where their prefill has ended, against full retention's.
 
@@ -322,6 +345,8 @@ class Ledger:
         own_SW = self._pages.held(slots) - self._shared_SW[slots]
         pages_W: Ints = (own_SW * ended_SW).sum(axis=0) + self._set_aside_W
         for slot in slots[~ended_SW.all(axis=1)]:
+            if slot in self._resumed:
+                pages_W += self._not_redone(slot)
             for rank, worker in enumerate(self.workers):
                 stop_layer = int(self._layers_S[slot])
                 if not worker.start_layer < stop_layer < worker.stop_layer:
@@ -335,6 +360,17 @@ class Ledger:
                     sees_all_L = [not w for w in self.layers.windows]
                     num_rows = sum(sees_all_L[worker.start_layer : stop_layer]) * rows.shape[1]
                     pages_W[rank] += int(pages_L.sum()) - num_rows * int(self._shared_S[slot])
+        return pages_W
+
+    def _not_redone(self, slot: int) -> Ints:
+        """Pages, int64 [W], of a slot in layers where it has what its conversation had."""
+        held_LH, pages_W = self._resumed[slot], np.zeros(len(self.workers), dtype=np.int64)
+        sees_all_L = np.array(self.layers.windows) == 0
+        for rank, worker in enumerate(self.workers):
+            layers = slice(max(worker.start_layer, int(self._layers_S[slot])), worker.stop_layer)
+            rows = held_LH[layers, worker.start_head : worker.stop_head]
+            shared = int(sees_all_L[layers].sum()) * rows.shape[1] * int(self._shared_S[slot])
+            pages_W[rank] = int((-(-rows // self.page_tokens)).sum()) - shared
         return pages_W
 
     def verify(self, pages_free: Sequence[int]) -> None:

@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason, KVUsage
+from saqqara.cluster.reuse.conversations import Key as Conversation
+from saqqara.cluster.reuse.turns import Resumption
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import CachedPrefix, NewSequence, PromptScores, SamplingSpec
 
@@ -111,6 +113,7 @@ class Sequence:
     is_cut: bool = False  # tokens were chosen so that the answer is complete within max_tokens
     reuses_prefix: bool = True  # where its retention allows
     block_keys: tuple[bytes, ...] = ()  # of its prompt; none where it uses no blocks
+    resumption: Resumption | None = None  # of its conversation, while it has a slot by it
     discarding: bool = False  # a worker refused it: what is still in flight of it is void
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -149,6 +152,17 @@ class Sequence:
         return self.finish_reason == "stop" and is_end
 
     @property
+    def conversation(self) -> Conversation | None:
+        """The conversation whose turn it is; see `TokenRequest`."""
+        name = self.request.conversation_id
+        return None if name is None else (self.request.owner, name)
+
+    @property
+    def resumed_tokens(self) -> int:
+        """Tokens of its prompt that its conversation has, so that they are not computed."""
+        return 0 if self.resumption is None else self.resumption.num_tokens
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether its prefill is to give its prompt's tokens log-probabilities."""
         return self.spec.num_prompt_logprobs is not None and self.prompt_scores is None
@@ -184,6 +198,8 @@ class Sequence:
         Owners do not share, so that none can tell what another one asks.
         """
         ours, theirs = self.request, other.request
+        if ours.conversation_id is not None or theirs.conversation_id is not None:
+            return False  # it may go on from what its rows hold
         if (ours.owner, ours.cache_salt) != (theirs.owner, theirs.cache_salt):
             return False
         if ours.prompt_token_ids is not theirs.prompt_token_ids and (
@@ -210,4 +226,6 @@ class Sequence:
             score=self.is_score,
             shares_prefill_with=shares_prefill_with,
             prefix=prefix,
+            resumes=None if self.resumption is None else self.resumption.kept.parked_id,
+            resumed_tokens=self.resumed_tokens,
         )
