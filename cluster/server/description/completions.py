@@ -26,12 +26,19 @@ class PromptLogprob(Reply):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
+class PromptDetails(Reply):
+    """Of the prompts' tokens."""
+
+    cached_tokens: Count
+
+
 class Usage(Reply):
     """Tokens of the prompts, each once, and of all their choices."""
 
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
+    prompt_tokens_details: PromptDetails | None = None
     kv_cache: KvCache | None = None
 
 
