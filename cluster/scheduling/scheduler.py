@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence as Many
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason, check_room
+from saqqara.cluster.reuse.cached import CachedPrefixes
 from saqqara.cluster.reuse.conversations import Conversations
 from saqqara.workers.plan import SamplingSpec, StepPlan, StepResult, WorkerInfo
 
@@ -178,9 +179,9 @@ class Scheduler:
         sequence.block_keys = self._newest[1]
 
     @property
-    def num_cached_blocks(self) -> int:
-        """Blocks of cached prefixes that have pages."""
-        return self._roster.seats.cached.num_blocks
+    def prefixes(self) -> CachedPrefixes:
+        """Cached prefixes of prompts."""
+        return self._roster.seats.cached
 
     def end_conversation(self, owner: str, conversation_id: str) -> bool:
         """Give up what is kept of a conversation, by the next plan; whether there was anything.

@@ -103,7 +103,7 @@ class Talks:
         self.run()
         assert self.scheduler.is_idle
         assert len(self.replica.parked) == 0
-        if self.scheduler.num_cached_blocks:
+        if self.scheduler.prefixes.num_blocks:
             assert self.scheduler.reset_prefix_cache()
             self.run()
         assert all(worker.pages_free == worker.info.num_pages for worker in self.replica.fakes)

@@ -86,8 +86,8 @@ class Run:
                 break
         assert self.scheduler.is_idle
         assert not self.replica.slots
-        assert len(self.replica.blocks) == self.scheduler.num_cached_blocks
-        if self.scheduler.num_cached_blocks:
+        assert len(self.replica.blocks) == self.scheduler.prefixes.num_blocks
+        if self.scheduler.prefixes.num_blocks:
             assert self.scheduler.reset_prefix_cache()
             self.finish()
             return
