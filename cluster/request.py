@@ -196,8 +196,9 @@ class RequestOutput:
 
     `error` says why one finished with the reason `error`; `error_code` is a name for its kind.
     `prompt_logprobs` come, where they were asked for, with the first token; `kv_cache`, of all
-    completions together, when the request has finished. `num_cached_tokens` of the prompt were
-    cached, and `num_stored_tokens` of it are left for later ones; None and 0 before it has started.
+    completions together, when the request has finished. `num_cached_tokens` of the prompt's were
+    not computed for it: an earlier request, or another one of its conversation, has left them.
+    `num_stored_tokens` of it are left for later ones.
     """
 
     request_id: str
@@ -210,7 +211,7 @@ class RequestOutput:
     error_code: ErrorCode | None = None
     prompt_logprobs: PromptLogprobs | None = None
     kv_cache: KVUsage | None = None
-    num_cached_tokens: int | None = None
+    num_cached_tokens: int = 0
     num_stored_tokens: int = 0
 
 

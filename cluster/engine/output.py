@@ -327,7 +327,7 @@ class RequestState:
             error_code=None if failed is None else failed.error_code,
             prompt_logprobs=self._prompt_logprobs(),
             kv_cache=self._kv_cache() if self.is_finished else None,
-            num_cached_tokens=sequences[0].num_cached_tokens,
+            num_cached_tokens=max(s.num_cached_tokens for s in sequences),
             num_stored_tokens=max(s.num_stored_tokens for s in sequences),
         )
 

@@ -13,13 +13,14 @@ from saqqara.cluster.live.board import Board, Shown, Totals
 from saqqara.cluster.live.finished import FinishedRequest
 from saqqara.cluster.live.ranks import Ranks
 from saqqara.cluster.live.snapshot import PrefixState
+from saqqara.cluster.live.talks import ConversationCounts
 from saqqara.cluster.scheduling.ledger import Pyramid, Usage
 from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.scheduling.sequence import Sequence
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import StepResult, WorkerInfo, layers_of
 
-from .metrics import Metrics, Sink
+from .metrics import Metrics, Sink, cache_config_labels
 from .output import Choice, RequestState
 from .report import BatchRows, EngineReport, LatencyRecorder, WorkerReport
 
@@ -49,6 +50,7 @@ class EngineStats:
         self._config = config
         self._retention = retention
         self._board = board
+        self._talks = ConversationCounts()
         self._published_time = -_PUBLISH_SECONDS
         self._unpublished: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._ranks = Ranks(workers)
@@ -63,7 +65,8 @@ class EngineStats:
         self._prefilled = Pyramid(0, np.zeros(len(self._layers)), 0, self._layers)
         self.reset()
         self._set_ready(True)
-        self._show_cache_config()
+        labels = cache_config_labels(config, workers)
+        self._metrics.set("vllm:cache_config_info", 1, *labels)
 
     def set_workers(self, workers: Many[WorkerInfo]) -> None:
         """The engine runs on these workers from now on; their pools are empty."""
@@ -112,7 +115,7 @@ class EngineStats:
                 choice.has_started = True
                 state.scheduled_time = state.scheduled_time or now
                 asked = sequence.prompt_tokens
-                hit = asked if is_shared else sequence.num_cached_tokens or 0
+                hit = asked if is_shared else sequence.num_cached_tokens
                 self._count("prefix_query_tokens", "vllm:prefix_cache_queries", asked)
                 self._count("prefix_hit_tokens", "vllm:prefix_cache_hits", hit)
 
@@ -237,6 +240,7 @@ class EngineStats:
         num_wanting = scheduler.num_waiting - num_held_back
         self._metrics.set("vllm:num_requests_waiting_by_reason", num_wanting, "capacity")
         self._publish_workers()
+        self._publish_conversations(scheduler)
         for method, (kept_L, dropped_L) in self._unpublished.items():
             for layer in self._layers.local_layers:
                 self._metrics.inc("saqqara:local_tokens", int(kept_L[layer]), str(layer))
@@ -258,6 +262,12 @@ class EngineStats:
     @staticmethod
     def _prefix_bytes(scheduler: Scheduler) -> int:
         return scheduler.prefixes.num_blocks * scheduler.ledger.block_bytes
+
+    def _publish_conversations(self, scheduler: Scheduler) -> None:
+        for name, value in self._talks.gauges(scheduler.conversations).items():
+            self._metrics.set(name, value)
+        for name, added, labels in self._talks.added(scheduler.conversations):
+            self._metrics.inc(name, added, *labels)
 
     def _publish_workers(self) -> None:
         """Send what is known of each worker."""
@@ -328,20 +338,6 @@ class EngineStats:
             heads = f"{w.start_head}-{w.stop_head - 1}"
             labels = (str(w.rank), w.hostname, w.device, layers, heads)
             self._metrics.set("saqqara:worker_info", int(is_ready), *labels)
-
-    def _show_cache_config(self) -> None:
-        """Say how the cache is made, in vLLM's words; a block of its spans all layers and heads."""
-        workers = self._ranks.workers
-        rows = ((w.stop_layer - w.start_layer) * (w.stop_head - w.start_head) for w in workers)
-        pairs = zip(workers, rows, strict=True)
-        labels = (
-            str(workers[0].page_tokens),
-            workers[0].dtype,
-            str(self._config.prefix_caching),
-            str(self._config.memory_utilization),
-            str(min(worker.num_pages // num_rows for worker, num_rows in pairs)),
-        )
-        self._metrics.set("vllm:cache_config_info", 1, *labels)
 
     def _leaked(self, scheduler: Scheduler) -> int:
         """Pages in use although no sequence is left, and nothing is kept for later ones."""

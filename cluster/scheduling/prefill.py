@@ -150,12 +150,7 @@ class PrefillPlanner:
             cached_tokens.append(cached)
             prefix = use.prefix() if leader.resumption is None else None
             draft.new.append(leader.new_sequence(prefix=prefix))
-            if leader.num_cached_tokens is None:
-                leader.num_cached_tokens = cached
-                leader.num_stored_tokens = len(use.stored) * ledger.page_tokens
             for follower in followers:
-                if follower.num_cached_tokens is None:
-                    follower.num_cached_tokens = cached
                 prefix = self._roster.seats.use_of(follower.held_slot).prefix()
                 draft.new.append(follower.new_sequence(leader.held_slot, prefix))
         group = Group.of(families, cached_tokens, num_layers=self._stages[-1][1])

@@ -112,10 +112,10 @@ class Sequence:
     num_refusals: int = 0
     is_cut: bool = False  # tokens were chosen so that the answer is complete within max_tokens
     reuses_prefix: bool = True  # where its retention allows
-    num_cached_tokens: int | None = None  # of its prompt, when it first started
     num_stored_tokens: int = 0  # of its prompt, that its first prefill left in blocks
     block_keys: tuple[bytes, ...] = ()  # of its prompt; none where it uses no blocks
     resumption: Resumption | None = None  # of its conversation, while it has a slot by it
+    num_cached_tokens: int = 0  # of its prompt, that were not computed when it first had a slot
     discarding: bool = False  # a worker refused it: what is still in flight of it is void
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None

@@ -99,7 +99,7 @@ def usage(output: RequestOutput, num_thoughts: int) -> Json:
     return {
         "input_tokens": counted["prompt_tokens"],
         "input_tokens_details": {
-            "cached_tokens": output.num_cached_tokens or 0,
+            **counted["prompt_tokens_details"],
             "cache_write_tokens": output.num_stored_tokens,
         },
         "output_tokens": counted["completion_tokens"],

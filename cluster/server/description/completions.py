@@ -26,8 +26,8 @@ class PromptLogprob(Reply):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
-class PromptDetails(Reply):
-    """Of the prompts' tokens."""
+class PromptTokensDetails(Reply):
+    """Tokens of the prompts that were not computed: earlier requests have left them."""
 
     cached_tokens: Count
 
@@ -38,8 +38,16 @@ class Usage(Reply):
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
-    prompt_tokens_details: PromptDetails | None = None
+    prompt_tokens_details: PromptTokensDetails
     kv_cache: KvCache | None = None
+
+
+class EndedConversation(Reply):
+    """A conversation of which nothing is kept any more."""
+
+    id: str
+    object: Literal["conversation.deleted"]
+    deleted: Literal[True]
 
 
 class ChatLogprobs(Reply):
