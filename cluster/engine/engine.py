@@ -209,7 +209,7 @@ class Engine:
 
     def report(self) -> EngineReport:
         """Measurements since the start or the last `reset_stats`."""
-        return self._stats.report(is_idle=self.scheduler.is_idle)
+        return self._stats.report(self.scheduler)
 
     def live_stats(self) -> LiveStats:
         """What it does now; any thread may ask, whatever the engine is at."""

@@ -72,8 +72,17 @@ def scheduler_of(
             spec.layer_parameters,
         ),
         max_extend_tokens=config.max_extend_tokens,
+        prefix_bytes=prefix_bytes(config),
         lookahead=lookahead,
     )
+
+
+def prefix_bytes(config: EngineConfig) -> int | None:
+    """Most bytes of cached prefixes; None: half the pool."""
+    if not config.prefix_caching:
+        return 0
+    gib = config.prefix_cache_gib
+    return None if gib is None else int(gib * 2**30)
 
 
 def known_eos(spec: ModelSpec, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -216,7 +216,7 @@ class EngineStats:
         gauges = {
             "vllm:num_requests_running": num_running,
             "vllm:num_requests_waiting": scheduler.num_waiting,
-            "vllm:kv_cache_usage_perc": self._ranks.used_share,
+            "vllm:kv_cache_usage_perc": self._ranks.used_share(scheduler.prefixes.idle_pages),
             "saqqara:kv_kept_bytes": self._usage.kept_bytes,
             "saqqara:kv_full_bytes": self._usage.full_bytes,
             "saqqara:kv_local_bytes": self._usage.local_bytes,
@@ -224,7 +224,7 @@ class EngineStats:
             "saqqara:kv_full_bytes_peak": self._usage_peak.full_bytes,
         }
         if is_idle:
-            gauges["saqqara:pages_leaked"] = self._ranks.pages_in_use
+            gauges["saqqara:pages_leaked"] = self._leaked(scheduler)
         for name, value in gauges.items():
             self._metrics.set(name, value)
         num_held_back = scheduler.num_held_back
@@ -272,7 +272,7 @@ class EngineStats:
                 totals=self._board.count(totals),
                 usage=self._usage,
                 usage_peak=self._usage_peak,
-                used_share=self._ranks.used_share,
+                used_share=self._ranks.used_share(scheduler.prefixes.idle_pages),
                 pyramid=scheduler.ledger.pyramid(),
                 prefilled=self._prefilled,
                 ranks=self._ranks.seen(are_alive=self._is_ready),
@@ -318,7 +318,11 @@ class EngineStats:
         )
         self._metrics.set("vllm:cache_config_info", 1, *labels)
 
-    def report(self, *, is_idle: bool) -> EngineReport:
+    def _leaked(self, scheduler: Scheduler) -> int:
+        """Pages in use although no sequence is left, and nothing is kept for later ones."""
+        return self._ranks.pages_in_use - int(scheduler.ledger.num_set_aside.sum())
+
+    def report(self, scheduler: Scheduler) -> EngineReport:
         """All measurements since the last reset."""
         wall = 0.0
         if self._first_time is not None and self._last_time is not None:
@@ -351,7 +355,7 @@ class EngineStats:
             kv_ring_bytes_peak=self._ring_bytes_peak,
             kept_tokens_by_layer=tuple(self._kept_L.tolist()),
             dropped_tokens_by_layer=tuple(self._dropped_L.tolist()),
-            pages_leaked=self._ranks.pages_in_use if is_idle else None,
+            pages_leaked=self._leaked(scheduler) if scheduler.is_idle else None,
             prefill_kv_bytes_peak=sum(m.prefill_kv_bytes_peak for m in self._ranks.memory),
             prefill_activation_bytes_peak=sum(
                 m.prefill_activation_bytes_peak for m in self._ranks.memory

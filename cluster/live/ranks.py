@@ -4,6 +4,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from saqqara.workers.plan import StepResult, WorkerInfo, WorkerMemory
 
 
@@ -50,11 +53,13 @@ class Ranks:
         """Pages that are not free, of all ranks."""
         return sum(w.num_pages for w in self.workers) - sum(self.pages_free)
 
-    @property
-    def used_share(self) -> float:
-        """Share of the pages in use, of the rank with the least free."""
-        pairs = zip(self.pages_free, self.workers, strict=True)
-        return max(1 - free / worker.num_pages for free, worker in pairs)
+    def used_share(self, idle_pages: NDArray[np.int64]) -> float:
+        """Share of the pages in use, of the rank with the least free.
+
+        Those that hold what nobody uses now are as good as free: `idle_pages`, by rank.
+        """
+        free = np.array(self.pages_free) + idle_pages
+        return float((1 - free / [worker.num_pages for worker in self.workers]).max())
 
     def seconds(self, rank: int) -> Mapping[str, float]:
         """Seconds by phase of a rank since the engine's start."""

@@ -39,19 +39,26 @@ class DecodePlanner:
         if not chosen:
             return 0
         cost_NW = ledger.append_cost(_slots(chosen), num_tokens)
-        while chosen and (cost_NW.sum(axis=0) > ledger.free).any():
+        seats = self._roster.seats
+        while chosen and not seats.make_room(cost_NW.sum(axis=0)):
             victim = max(running.values(), key=lambda s: (not self._roster.may_run(s), *s.key))
             stays = np.array([s is not victim for s in chosen])
             if len(running) > 1:
                 self._roster.requeue(victim)
                 num_preempted += 1
+            elif seats.cached.is_filling:
+                pass  # it waits for blocks that are idle, or gone, in a moment
+            elif ledger.num_held == 1 and seats.use_of(victim.held_slot).cached:
+                victim.reuses_prefix = False  # the pool is large enough without blocks, or never
+                self._roster.requeue(victim)
+                num_preempted += 1
             elif ledger.num_held == 1:
                 need = ledger.num_pages - ledger.free + cost_NW.sum(axis=0)
-                self._roster.finish(victim, "error", error=self._roster.seats.too_large(need))
+                self._roster.finish(victim, "error", error=seats.too_large(need))
             # else it waits for the prompts in prefill, which will make room for it as they decode
             chosen = [s for s in chosen if s is not victim]
             num_tokens, cost_NW = num_tokens[stays], cost_NW[stays]
-            draft.free += self._roster.seats.release()
+            draft.free += seats.release()
         if chosen:
             ledger.append(_slots(chosen), num_tokens, cost_NW)
         for sequence, num in zip(chosen, num_tokens.tolist(), strict=True):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from saqqara.cluster.reuse.cached import Use
 from saqqara.workers.plan import DecodeItem, NewSequence, Parking, PrefillGroup, StepPlan
 
 from .sequence import Sequence
@@ -22,7 +23,9 @@ class Draft:
     sequences: dict[int, Sequence] = field(default_factory=dict)  # every slot it works on
     sampling: list[int] = field(default_factory=list)
     busy_stages: set[int] = field(default_factory=set)
-    num_held: int = 0
+    prefilling: dict[int, Use] = field(default_factory=dict)  # slots in prefill groups
+    through: list[int] = field(default_factory=list)  # of them, those whose prefill ends
+    has_pool_alone: bool = False  # one slot holds pages, and nothing else does
 
     def mention(self, slot: int, sequence: Sequence) -> None:
         """Note that the plan works on a sequence."""

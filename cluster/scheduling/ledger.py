@@ -102,6 +102,8 @@ class Ledger:
         self._exact_SW = np.zeros((num_slots, num_workers), dtype=np.bool_)
         self._refused_SW = np.zeros((num_slots, num_workers), dtype=np.bool_)
         self._ring_bytes_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
+        self._shared_S = np.zeros(num_slots, dtype=np.int64)  # pages of a global row, of blocks
+        self._shared_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
         self._returned_W = np.zeros(num_workers, dtype=np.int64)  # by compactions of this plan
         self._set_aside_W = np.zeros(num_workers, dtype=np.int64)  # held by no slot
         self._demands: dict[tuple[Retention, int], Demand] = {}
@@ -116,6 +118,18 @@ class Ledger:
         """Rows that one sequence has on each worker, int64 [W]."""
         return self._rows_W
 
+    def most_blocks(self, most_bytes: int | None) -> int:
+        """Blocks of prefixes that fit in so many bytes on all workers; None: in half the pool."""
+        if most_bytes is None:
+            most_bytes = int(self.num_pages @ self._page_bytes) // 2
+        fit = int((self.num_pages // self._rows_W).min())
+        return min(most_bytes // self.block_bytes, fit)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes that a block of a prefix takes on all workers."""
+        return int(self._rows_W @ self._page_bytes)
+
     def demand(self, retention: Retention, prompt_tokens: int) -> Demand:
         """What a prompt of this length is expected to need under this retention."""
         key = (retention, prompt_tokens)
@@ -125,14 +139,32 @@ class Ledger:
             self._demands[key] = demand_of(retention, prompt_tokens, self.workers)
         return self._demands[key]
 
-    def admit(self, slot: int, demand: Demand, prompt_tokens: int, reserve_tokens: int = 0) -> None:
-        """Charge a slot its demand, and the pages of `reserve_tokens` that it will replay."""
+    def shared_pages(self, num_shared: int) -> Ints:
+        """Pages, int64 [W], that a sequence holds of so many blocks without being charged."""
+        shared: Ints = num_shared * self._global_rows_W
+        return shared
+
+    def admit(
+        self,
+        slot: int,
+        demand: Demand,
+        prompt_tokens: int,
+        reserve_tokens: int = 0,
+        num_shared: int = 0,
+    ) -> None:
+        """Charge a slot its demand, and the pages of `reserve_tokens` that it will replay.
+
+        The first `num_shared` pages of each of its rows that see all tokens are those of blocks,
+        which are charged already.
+        """
         assert not self._held_S[slot], f"slot {slot} is already charged"
         self._held_S[slot] = True
         self._ragged_S[slot] = demand.ragged
         self._tokens_S[slot] = self._prompt_S[slot] = prompt_tokens
         self._ring_bytes_SW[slot] = demand.ring_bytes
         self._kept_SLH[slot] = demand.rows
+        self._shared_S[slot] = num_shared
+        self._shared_SW[slot] = self.shared_pages(num_shared)
         self._pages.open(slot, demand, reserve_tokens)
         self.free -= self._charged(slot)
 
@@ -145,6 +177,7 @@ class Ledger:
             flags[slot] = False
         for counts in (self._tokens_S, self._layers_S, self._ring_bytes_SW, self._kept_SLH):
             counts[slot] = 0
+        self._shared_S[slot] = self._shared_SW[slot] = 0
 
     def set_aside(self, pages_W: Ints) -> None:
         """Charge pages that no slot holds: blocks of prefixes, and parked rows."""
@@ -179,6 +212,7 @@ class Ledger:
         """Note that a worker refused this slot and holds nothing of it."""
         self.free[rank] += self._charged(slot)[rank]
         self._pages.refuse(slot, rank)
+        self._shared_SW[slot, rank] = 0
         self._refused_SW[slot, rank] = True
 
     def append_cost(self, slots: Ints, num_tokens: Ints) -> Ints:
@@ -202,6 +236,11 @@ class Ledger:
         assert self.free.min() >= 0, f"pages were promised twice: {self.free.tolist()} free"
         self._returned_W += self._pages.feed(slots, num_tokens)
         self._tokens_S[slots] += num_tokens
+
+    @property
+    def num_set_aside(self) -> Ints:
+        """Pages, int64 [W], that no slot holds."""
+        return self._set_aside_W.copy()
 
     def settle(self) -> None:
         """Give back what the compactions of the plan that is now complete return."""
@@ -280,7 +319,8 @@ class Ledger:
         if self._refused_SW.any():
             return np.full(len(self.workers), -1, dtype=np.int64)
         ended_SW = self._layers_S[slots, None] >= [w.stop_layer for w in self.workers]
-        pages_W: Ints = (self._pages.held(slots) * ended_SW).sum(axis=0) + self._set_aside_W
+        own_SW = self._pages.held(slots) - self._shared_SW[slots]
+        pages_W: Ints = (own_SW * ended_SW).sum(axis=0) + self._set_aside_W
         for slot in slots[~ended_SW.all(axis=1)]:
             for rank, worker in enumerate(self.workers):
                 stop_layer = int(self._layers_S[slot])
@@ -291,7 +331,10 @@ class Ledger:
                 elif pages_W[rank] >= 0:
                     heads = slice(worker.start_head, worker.stop_head)
                     rows = self._kept_SLH[slot, worker.start_layer : stop_layer, heads]
-                    pages_W[rank] += int((-(-rows // self.page_tokens)).sum())
+                    pages_L = (-(-rows // self.page_tokens)).sum(axis=1)
+                    sees_all_L = [not w for w in self.layers.windows]
+                    num_rows = sum(sees_all_L[worker.start_layer : stop_layer]) * rows.shape[1]
+                    pages_W[rank] += int(pages_L.sum()) - num_rows * int(self._shared_S[slot])
         return pages_W
 
     def verify(self, pages_free: Sequence[int]) -> None:
@@ -304,5 +347,5 @@ class Ledger:
             )
 
     def _charged(self, slot: int) -> Ints:
-        pages: Ints = self._pages.charged(np.array([slot]))[0]
+        pages: Ints = self._pages.charged(np.array([slot]))[0] - self._shared_SW[slot]
         return pages

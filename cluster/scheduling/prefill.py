@@ -4,6 +4,9 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from itertools import accumulate
 
+from saqqara.cluster.reuse.limits import least_computed_tokens
+from saqqara.cluster.reuse.prefixes import NOTHING, Found
+from saqqara.compression.retention import Retention
 from saqqara.workers.plan import PrefillGroup
 
 from .draft import Draft
@@ -17,7 +20,7 @@ class Group:
     """Prompts on their way through the layers; the next plan starts at `next_layer`.
 
     `layer_tokens` are the tokens computed in each layer: a prompt that several share counts once,
-    and propagation leaves fewer for the upper layers.
+    what is cached of it does not count, and propagation leaves fewer for the upper layers.
     """
 
     sequences: list[Sequence]
@@ -26,8 +29,13 @@ class Group:
     next_layer: int = 0
 
     @classmethod
-    def of(cls, families: Many[Many[Sequence]], num_layers: int) -> "Group":
-        """A group of seated sequences; the first of each family is computed for all of it."""
+    def of(
+        cls, families: Many[Many[Sequence]], cached_tokens: Many[int], num_layers: int
+    ) -> "Group":
+        """A group of seated sequences; the first of each family is computed for all of it.
+
+        Of each family's prompt so many `cached_tokens` are not computed.
+        """
         members = [sequence for family in families for sequence in family]
         slots = [sequence.slot for sequence in members if sequence.slot is not None]
         assert len(slots) == len(members), "a member has no slot"
@@ -35,7 +43,9 @@ class Group:
         entering = [
             s.request.retention.entering_tokens(s.prompt_tokens, num_layers) for s in leaders
         ]
-        return cls(members, tuple(slots), tuple(map(sum, zip(*entering, strict=True))))
+        num_cached = sum(cached_tokens)
+        computed = tuple(sum(tokens) - num_cached for tokens in zip(*entering, strict=True))
+        return cls(members, tuple(slots), computed)
 
     def stop_within(self, quantum: int) -> int:
         """Where a range of at most `quantum` layers x tokens stops; it has at least one layer."""
@@ -50,8 +60,9 @@ class PrefillPlanner:
         roster: the sequences.
         stages: layer ranges of the pipeline stages.
         max_num_seqs: slots.
-        max_prefill_tokens: prompt tokens of one group (a longer prompt goes alone).
+        max_prefill_tokens: prompt tokens computed in one group (a longer prompt goes alone).
         prefill_quantum: layers x tokens per plan while others decode; None: no bound.
+        max_model_len: most tokens of a sequence, prompt and output together.
     """
 
     def __init__(
@@ -62,7 +73,9 @@ class PrefillPlanner:
         max_num_seqs: int,
         max_prefill_tokens: int,
         prefill_quantum: int | None,
+        max_model_len: int,
     ) -> None:
+        self._max_model_len = max_model_len
         self._roster = roster
         self._stages = stages
         self._max_num_seqs = max_num_seqs
@@ -88,12 +101,15 @@ class PrefillPlanner:
         self._roster.ledger.advance_prefill(group.slots, stop_layer)
         for slot, sequence in zip(group.slots, group.sequences, strict=True):
             draft.mention(slot, sequence)
+            draft.prefilling[slot] = self._roster.seats.use_of(slot)
         if stop_layer == self._stages[-1][1]:
             self._end_group(draft, group)
 
     def _end_group(self, draft: Draft, group: Group) -> None:
         self._groups.remove(group)
+        draft.through += group.slots
         for slot, sequence in zip(group.slots, group.sequences, strict=True):
+            draft.prefilling[slot].is_through = True
             if sequence.is_finished or sequence.discarding:
                 self._leave_group(sequence)
                 continue
@@ -114,10 +130,12 @@ class PrefillPlanner:
         if 0 in draft.busy_stages or len(self._groups) >= len(self._stages):
             return
         while (head := self._roster.head) is not None and head.num_in_flight == 0:
-            families = self._form_group(head)
+            families = self._form_group()
             if families:
                 self._start_group(draft, families)
                 return
+            if self._roster.seats.cached.is_filling:
+                return  # blocks are ready, or idle, or gone, in a moment
             if self._roster.ledger.num_held > 0:
                 self._roster.make_way()
                 return
@@ -125,18 +143,23 @@ class PrefillPlanner:
             self._roster.finish(head, "error", error=self._roster.seats.too_large(need))
 
     def _start_group(self, draft: Draft, families: list[list[Sequence]]) -> None:
+        cached_tokens, ledger = [], self._roster.ledger
         for leader, *followers in families:
-            draft.new.append(leader.new_sequence())
-            draft.new += [s.new_sequence(shares_prefill_with=leader.held_slot) for s in followers]
-        group = Group.of(families, num_layers=self._stages[-1][1])
+            use = self._roster.seats.use_of(leader.held_slot)
+            cached_tokens.append(len(use.cached) * ledger.page_tokens)
+            draft.new.append(leader.new_sequence(prefix=use.prefix()))
+            for follower in followers:
+                prefix = self._roster.seats.use_of(follower.held_slot).prefix()
+                draft.new.append(follower.new_sequence(leader.held_slot, prefix))
+        group = Group.of(families, cached_tokens, num_layers=self._stages[-1][1])
         self._groups.append(group)
         self._plan_range(draft, group)
 
-    def _form_group(self, head: Sequence) -> list[list[Sequence]]:
+    def _form_group(self) -> list[list[Sequence]]:
         """Seat the head and, as far as there is room, those behind it with the same retention.
 
         Each brings along those that can share its prefill, whatever their retention; they cost
-        room, but no prefill.
+        room, but no prefill. Those whose next block is just being stored are passed by until then.
 
         Returns:
             families: a leader, which is computed, and its followers.
@@ -145,23 +168,44 @@ class PrefillPlanner:
         tokens_left = self._max_prefill_tokens
         front = self._roster.front(2 * self._max_num_seqs)
         shared = SharedPrompts(front)
+        like: Retention | None = None
         for sequence in front:
             is_seated = sequence.status is not Status.WAITING
-            is_like_head = sequence.request.retention == head.request.retention
+            is_like_head = like is None or sequence.request.retention == like
             if is_seated or not is_like_head or sequence.num_in_flight:
                 continue
-            if families and sequence.prompt_tokens > tokens_left:
+            followers = shared.followers(sequence)
+            found = self._find([sequence, *followers])
+            if found.is_coming:
+                continue
+            num_cached = len(found.blocks) * self._roster.ledger.page_tokens
+            computed = sequence.prompt_tokens - num_cached
+            if families and computed > tokens_left:
                 break
-            if not self._roster.seats.has_room(sequence):
+            if not self._roster.try_seat(sequence, found):
                 break
-            self._roster.seat(sequence)
             families.append([sequence])
-            tokens_left -= sequence.prompt_tokens
-            for follower in shared.followers(sequence):
-                if self._roster.seats.has_room(follower):
-                    self._roster.seat(follower)
+            like = sequence.request.retention
+            tokens_left -= computed
+            used = self._roster.seats.use_of(sequence.held_slot).cached
+            for follower in followers:
+                if self._roster.try_seat(follower, Found(used)):
                     families[-1].append(follower)
         return families
+
+    def _find(self, family: list[Sequence]) -> Found:
+        """Blocks for sequences that share a prefill: no more than each of them may use."""
+        if not _takes_part(family[0]):
+            return NOTHING
+        most = min(map(self._most_cached, family))
+        return self._roster.seats.cached.find(family[0].block_keys, most)
+
+    def _most_cached(self, sequence: Sequence) -> int:
+        """Tokens of its prompt that need not be computed."""
+        if not _takes_part(sequence):
+            return 0
+        retention, length = sequence.request.retention, sequence.prompt_tokens
+        return length - least_computed_tokens(retention, length, self._max_model_len)
 
     def _leave_group(self, sequence: Sequence) -> None:
         """Take the slot of a sequence that ended, or was refused, while its group was under way."""
@@ -169,3 +213,9 @@ class PrefillPlanner:
             self._roster.vacate(sequence)
         else:
             self._roster.requeue(sequence)
+
+
+def _takes_part(sequence: Sequence) -> bool:
+    """Whether its prefill may use cached blocks, and store others."""
+    is_hindered = sequence.scores_prompt or sequence.num_refusals > 0
+    return bool(sequence.block_keys) and sequence.reuses_prefix and not is_hindered

@@ -39,6 +39,15 @@ class Landing:
                 kept = ledger.kept_of_prompt(sequence.held_slot)
                 self._roster.events.append(Prefilled(sequence, kept))
 
+    def settle_blocks(self) -> None:
+        """What prefills stored can be used from now on, unless a worker refused them."""
+        cached, draft = self._roster.seats.cached, self._draft
+        for slot in self._refused:
+            if slot in draft.prefilling:
+                cached.doom(draft.prefilling[slot])
+        for slot in draft.through:
+            cached.settle(draft.prefilling[slot])
+
     def count_down(self) -> None:
         """The plan is no longer in flight."""
         for sequence in self._draft.sequences.values():
@@ -56,7 +65,7 @@ class Landing:
     def retry_refused(self) -> None:
         """Let sequences that a worker had no pages for try again."""
         for slot in self._refused:
-            self._refuse(self._draft.sequences[slot], alone=self._draft.num_held == 1)
+            self._refuse(self._draft.sequences[slot], alone=self._draft.has_pool_alone)
 
     def take_prompts(self) -> None:
         """Note the scores of prompts."""

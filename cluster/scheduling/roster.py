@@ -5,6 +5,7 @@ from collections.abc import Sequence as Many
 from itertools import islice
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason
+from saqqara.cluster.reuse.prefixes import NOTHING, Found, Prefixes
 from saqqara.workers.plan import WorkerInfo
 
 from .events import Event, Finished, Preempted
@@ -22,16 +23,26 @@ class Roster:
         waiting: sequences without a slot, in the order of their turns.
         running: those that decode, by arrival; the least recently planned first.
         seats: who holds which slot.
+        prefixes: which prefixes of prompts are cached, and what was seen of others.
         events: what happened and nobody has been told yet.
         alone: id of the one request that may run; None: all may.
+
+    Args:
+        workers: every rank's shard, by rank.
+        num_slots: of the replica.
+        prefix_bytes: most bytes of cached prefixes; None: half the pool, 0: none are cached.
     """
 
-    def __init__(self, workers: Many[WorkerInfo], num_slots: int) -> None:
+    def __init__(
+        self, workers: Many[WorkerInfo], num_slots: int, prefix_bytes: int | None = 0
+    ) -> None:
         self._num_slots = num_slots
+        self._prefix_bytes = prefix_bytes
+        self.prefixes = Prefixes()
         self.preparing = 0
         self.waiting = WaitingQueue()
         self.running: dict[int, Sequence] = {}
-        self.seats = Seats(workers, num_slots)
+        self.seats = Seats(workers, num_slots, self.prefixes, prefix_bytes)
         self.events: list[Event] = []
         self.alone: str | None = None
 
@@ -74,11 +85,18 @@ class Roster:
             sequence.status = Status.WAITING
             self.waiting.add(sequence)
 
-    def seat(self, sequence: Sequence) -> None:
-        """Give a waiting sequence a slot, for a prefill that starts in this plan."""
+    def try_seat(self, sequence: Sequence, found: Found = NOTHING) -> bool:
+        """Give a waiting sequence a slot, for a prefill that starts in this plan, if it can be.
+
+        Args:
+            sequence: that waits.
+            found: blocks of its prompt.
+        """
+        if not self.seats.try_take(sequence, found):
+            return False
         self.waiting.remove(sequence)
-        self.seats.take(sequence)
         sequence.status = Status.PREFILL
+        return True
 
     def run(self, sequence: Sequence) -> None:
         """Let a sequence decode whose prompt is through all layers."""
@@ -145,4 +163,4 @@ class Roster:
                 sequence.status = Status.WAITING
                 self.waiting.add(sequence)
         self.running = {}
-        self.seats = Seats(workers, self._num_slots)
+        self.seats = Seats(workers, self._num_slots, self.prefixes, self._prefix_bytes)

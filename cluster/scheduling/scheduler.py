@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence as Many
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason, check_room
+from saqqara.cluster.reuse.cached import CachedPrefixes
 from saqqara.workers.plan import SamplingSpec, StepPlan, StepResult, WorkerInfo
 
 from .decode import DecodePlanner
@@ -31,6 +32,7 @@ class Scheduler:
             prompt that several sequences share counts once.
         prefill_quantum: layers x tokens of prefill per step while others decode; None: no bound.
         max_extend_tokens: tokens replayed or scored per step, all sequences together.
+        prefix_bytes: most bytes of cached prefixes of prompts; None: half the pool, 0: no caching.
         lookahead: steps of a sequence that may be in flight. With 2 the results of a step are
             absorbed while the next one runs, and tokens that overran a stop are dropped: what
             engines need whose steps overlap with their controller's work.
@@ -45,6 +47,7 @@ class Scheduler:
         max_prefill_tokens: int = 8192,
         prefill_quantum: int | None = None,
         max_extend_tokens: int = 1024,
+        prefix_bytes: int | None = 0,
         lookahead: int = 1,
     ) -> None:
         if lookahead < 1:
@@ -56,8 +59,9 @@ class Scheduler:
         self.max_extend_tokens = max_extend_tokens
         self.lookahead = lookahead
         self._num_added = 0
+        self._newest: tuple[TokenRequest | None, tuple[bytes, ...]] = (None, ())
         self._next_step = 0
-        self._roster = Roster(workers, max_num_seqs)
+        self._roster = Roster(workers, max_num_seqs, prefix_bytes)
         self._start_with(workers)
 
     def _start_with(self, workers: Many[WorkerInfo]) -> None:
@@ -77,6 +81,7 @@ class Scheduler:
             max_num_seqs=self.max_num_seqs,
             max_prefill_tokens=self.max_prefill_tokens,
             prefill_quantum=self.prefill_quantum,
+            max_model_len=self.max_model_len,
         )
 
     @property
@@ -111,8 +116,10 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no sequence is left, no plan executing and no slot still to be freed."""
-        return self._roster.seats.is_empty and not (self.num_waiting or self._flights)
+        """Whether no sequence is left, no plan executing, no slot or block still to be freed."""
+        seats = self._roster.seats
+        is_empty = seats.is_empty and not seats.cached.has_evicted
+        return is_empty and not (self.num_waiting or self._flights)
 
     def add(
         self,
@@ -143,11 +150,31 @@ class Scheduler:
             max_output_tokens=most,
         )
         self._num_added += 1
+        self._note_prefix(sequence)
         if is_ready:
             self._roster.waiting.add(sequence)
         else:
             self._roster.prepare(sequence)
         return sequence
+
+    def _note_prefix(self, sequence: Sequence) -> None:
+        """Give a new sequence the keys of its prompt's blocks; a request's choices count once."""
+        request, cached = sequence.request, self._roster.seats.cached
+        if request is not self._newest[0]:
+            prompt, retention = request.prompt_token_ids, request.retention
+            keys = cached.keys(prompt, retention, request.owner, request.cache_salt)
+            cached.see(keys)
+            self._newest = request, keys
+        sequence.block_keys = self._newest[1]
+
+    @property
+    def prefixes(self) -> CachedPrefixes:
+        """Cached prefixes of prompts."""
+        return self._roster.seats.cached
+
+    def reset_prefix_cache(self) -> bool:
+        """Give up all cached prefixes that nobody uses, by the next plan; whether none is left."""
+        return self._roster.seats.cached.reset()
 
     def enqueue(self, sequence: Sequence, error: str | None = None) -> None:
         """Queue a sequence that was not ready when it was added, unless it has ended.
@@ -197,9 +224,10 @@ class Scheduler:
         if num_preempted == 0:
             self._prefill.admit(draft)
         self.ledger.settle()
+        draft.evict += self._roster.seats.cached.take_evicted()
         if draft.is_empty:
             return None
-        draft.num_held = self.ledger.num_held
+        draft.has_pool_alone = self.ledger.num_held == 1 and not self.ledger.num_set_aside.any()
         plan = draft.plan(self._next_step)
         self._next_step += 1
         self._flights.append((plan, draft))
@@ -219,6 +247,7 @@ class Scheduler:
         landing.note_pages()
         if not self._flights:
             self.ledger.verify([r.pages_free for r in sorted(results, key=lambda r: r.rank)])
+        landing.settle_blocks()
         landing.count_down()
         landing.end_faulty()
         landing.retry_refused()

@@ -6,6 +6,8 @@ from collections.abc import Sequence as Many
 
 import numpy as np
 
+from saqqara.cluster.reuse.cached import CachedPrefixes, Use
+from saqqara.cluster.reuse.prefixes import NOTHING, Found, Prefixes
 from saqqara.workers.plan import StepResult, WorkerInfo
 
 from .demand import Demand, Ints
@@ -20,10 +22,29 @@ class Seats:
 
     A slot that is vacated stays charged until `release` puts it into a plan: workers free slots at
     the start of a step, so from then on slot and pages can be given away.
+
+    Args:
+        workers: that hold nothing yet.
+        num_slots: of the replica.
+        prefixes: which prefixes of prompts are cached; none are any more.
+        prefix_bytes: most bytes of them; None: half the pool.
+
+    Attributes:
+        ledger: pages charged on every worker.
+        cached: prefixes in pages that nobody needs.
     """
 
-    def __init__(self, workers: Many[WorkerInfo], num_slots: int) -> None:
+    def __init__(
+        self,
+        workers: Many[WorkerInfo],
+        num_slots: int,
+        prefixes: Prefixes,
+        prefix_bytes: int | None = 0,
+    ) -> None:
         self.ledger = Ledger(workers, num_slots)
+        most = self.ledger.most_blocks(prefix_bytes)
+        self.cached = CachedPrefixes(prefixes, self.ledger, most, self.ledger.page_tokens)
+        self._uses: dict[int, Use] = {}
         self._holders: dict[int, Sequence] = {}
         self._vacated: list[int] = []
         self._free = list(range(num_slots))
@@ -43,28 +64,64 @@ class Seats:
         """Sequences that hold a slot or held one that is not released yet."""
         return self._holders.values()
 
-    def has_room(self, sequence: Sequence) -> bool:
-        """Whether there is a slot, and on every worker the pages expected, and some to spare."""
+    def make_room(self, need_W: Ints) -> bool:
+        """Have so many pages free on every worker, int64 [W]; False, and nothing goes, if not.
+
+        What nobody needs now goes first: blocks of prefixes that no sequence uses.
+        """
+        if (need_W > self.ledger.free + self.cached.idle_pages).any():
+            return False
+        self.cached.give(need_W)
+        return True
+
+    def try_take(self, sequence: Sequence, found: Found = NOTHING) -> bool:
+        """Give a sequence a slot, if there is one, and the pages expected, and some to spare.
+
+        It is charged what it is expected to need. Of its prompt it uses the blocks that were
+        `found`, and fills others, as far as there is room beyond that.
+        """
         if not self._free:
             return False
-        ledger = self.ledger
-        need = self.need(sequence, sequence.num_replay)
-        if ledger.num_held == 0:
-            spare = np.zeros_like(need)
-        elif sequence.num_preemptions == 0:
-            spare = ledger.num_pages // WATERMARK
-        else:
-            # Once more for nothing would cost a prefill: let all grow by a page per row first.
-            spare = (ledger.num_held + 1) * ledger.rows_per_worker + sequence.num_refusals * need
-        return bool((need + spare <= ledger.free).all())
+        if not self._try_take(sequence, found):
+            # Alone it may have the whole pool: blocks that it would use may not keep it waiting.
+            is_alone = self.ledger.num_held == 0 and bool(found.blocks)
+            return is_alone and self._try_take(sequence, NOTHING)
+        return True
 
-    def take(self, sequence: Sequence) -> None:
-        """Give a sequence a slot and charge what it is expected to need."""
+    def _try_take(self, sequence: Sequence, found: Found) -> bool:
+        ledger, request = self.ledger, sequence.request
+        if ledger.num_held == 0 and sequence.num_refusals:
+            self.cached.reset()  # it was refused beside them
+        use = self.cached.use(found, request.retention, sequence.prompt_tokens)
+        need_W = self.need(sequence, sequence.num_replay) - ledger.shared_pages(use.num_shared)
+        if not self.make_room(need_W + self._spare(sequence, need_W)):
+            self.cached.undo(use)
+            return False
         slot = heapq.heappop(self._free)
         demand = self._demand(sequence)
-        self.ledger.admit(slot, demand, sequence.prompt_tokens, sequence.num_replay)
+        replay, shared = sequence.num_replay, use.num_shared
+        ledger.admit(slot, demand, sequence.prompt_tokens, replay, shared)
+        growth_W = (ledger.num_held + 1) * ledger.rows_per_worker
+        self.cached.store(use, found, np.maximum(growth_W, ledger.num_pages // WATERMARK))
         self._holders[slot] = sequence
+        self._uses[slot] = use
         sequence.slot = slot
+        return True
+
+    def _spare(self, sequence: Sequence, need_W: Ints) -> Ints:
+        """Pages, int64 [W], that stay free beside what a newcomer needs."""
+        ledger = self.ledger
+        if ledger.num_held == 0:
+            return np.zeros_like(need_W)
+        if sequence.num_preemptions == 0:
+            return ledger.num_pages // WATERMARK
+        # Once more for nothing would cost a prefill: let all grow by a page per row first.
+        spare: Ints = (ledger.num_held + 1) * ledger.rows_per_worker
+        return spare + sequence.num_refusals * need_W
+
+    def use_of(self, slot: int) -> Use:
+        """What the sequence in a slot has to do with blocks."""
+        return self._uses[slot]
 
     def vacate(self, sequence: Sequence) -> None:
         """Take a sequence's slot away; the next plan frees it."""
@@ -76,6 +133,7 @@ class Seats:
         """Slots for the plan in the making to free; they and their pages can be used at once."""
         for slot in self._vacated:
             self.ledger.release(slot)
+            self.cached.leave(self._uses.pop(slot))
             del self._holders[slot]
             heapq.heappush(self._free, slot)
         released, self._vacated = self._vacated, []

@@ -9,7 +9,7 @@ import numpy as np
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason, KVUsage
 from saqqara.compression.retention import Retention
-from saqqara.workers.plan import NewSequence, PromptScores, SamplingSpec
+from saqqara.workers.plan import CachedPrefix, NewSequence, PromptScores, SamplingSpec
 
 Key = tuple[int, int, int]
 
@@ -109,6 +109,8 @@ class Sequence:
     num_preemptions: int = 0
     num_refusals: int = 0
     is_cut: bool = False  # tokens were chosen so that the answer is complete within max_tokens
+    reuses_prefix: bool = True  # where its retention allows
+    block_keys: tuple[bytes, ...] = ()  # of its prompt; none where it uses no blocks
     discarding: bool = False  # a worker refused it: what is still in flight of it is void
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -147,6 +149,11 @@ class Sequence:
         return self.finish_reason == "stop" and is_end
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether its prefill is to give its prompt's tokens log-probabilities."""
+        return self.spec.num_prompt_logprobs is not None and self.prompt_scores is None
+
+    @property
     def known_after_prompt(self) -> tuple[int, ...] | list[int]:
         """Tokens known to follow the prompt: the continuation, or those generated."""
         continuation = self.request.score_continuation
@@ -172,8 +179,13 @@ class Sequence:
         return not self.is_score and room > 0
 
     def can_share_prefill(self, other: "Sequence") -> bool:
-        """Whether prefill computes the same for both, however each of them is retained then."""
+        """Whether prefill computes the same for both, however each of them is retained then.
+
+        Owners do not share, so that none can tell what another one asks.
+        """
         ours, theirs = self.request, other.request
+        if (ours.owner, ours.cache_salt) != (theirs.owner, theirs.cache_salt):
+            return False
         if ours.prompt_token_ids is not theirs.prompt_token_ids and (
             self.prompt_hash != other.prompt_hash
             or ours.prompt_token_ids != theirs.prompt_token_ids
@@ -181,7 +193,9 @@ class Sequence:
             return False
         return ours.retention.propagate == theirs.retention.propagate
 
-    def new_sequence(self, shares_prefill_with: int | None = None) -> NewSequence:
+    def new_sequence(
+        self, shares_prefill_with: int | None = None, prefix: CachedPrefix | None = None
+    ) -> NewSequence:
         """What the workers are told when it takes its slot."""
         tokens = (*self.request.prompt_token_ids, *self.known_after_prompt)
         spec = self.spec
@@ -195,4 +209,5 @@ class Sequence:
             retention=self.request.retention,
             score=self.is_score,
             shares_prefill_with=shares_prefill_with,
+            prefix=prefix,
         )

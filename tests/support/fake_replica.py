@@ -35,6 +35,8 @@ from saqqara.workers.plan import (
     WorkerMemory,
 )
 
+from .fake_blocks import FakeBlocks
+
 PAGE_BYTES = 1024
 
 
@@ -130,15 +132,18 @@ class FakeWorker:
     info: WorkerInfo
     rows: dict[int, dict[tuple[int, int], int]] = field(default_factory=dict)
     refused: set[int] = field(default_factory=set)
+    shared: dict[int, dict[int, int]] = field(default_factory=dict)  # pages of a row, by layer
+    blocks: FakeBlocks | None = None
 
     @property
     def pages_free(self) -> int:
         held = (
-            -(-length // self.info.page_tokens)
-            for rows in self.rows.values()
-            for length in rows.values()
+            -(-length // self.info.page_tokens) - self.shared.get(slot, {}).get(row[0], 0)
+            for slot, rows in self.rows.items()
+            for row, length in rows.items()
         )
-        return self.info.num_pages - sum(held)
+        blocks = 0 if self.blocks is None else self.blocks.pages(self.info.rank)
+        return self.info.num_pages - sum(held) - blocks
 
     def give_up(self, slot: int) -> None:
         """Hold nothing of a slot any more."""
@@ -181,7 +186,8 @@ class FakeReplica:
         faults: Mapping[tuple[int, int], str] = MappingProxyType({}),
     ) -> None:
         self._infos = list(workers)
-        self.fakes = [FakeWorker(info) for info in workers]
+        self.blocks = FakeBlocks(workers)
+        self.fakes = [FakeWorker(info, blocks=self.blocks) for info in workers]
         self.vocab_size = vocab_size
         self.fail_at_step = fail_at_step
         self._faults = dict(faults)
@@ -243,12 +249,16 @@ class FakeReplica:
         before = [set(worker.refused) for worker in self.fakes]
         for slot in plan.free:
             self._free(slot)
+        self.blocks.evict(plan, self.slots, self.num_layers)
         for new in plan.new:
             assert new.slot not in self.slots, f"slot {new.slot} is taken"
             self.slots[new.slot] = FakeSlot(new, new.tokens().tolist())
             self._check_leader(new)
+            self._take_blocks(new)
         self._check_stages(plan.prefill)
         ended = [slot for group in plan.prefill for slot in self._prefill(group)]
+        for slot in ended:
+            self.blocks.fill(self.slots[slot].new, plan.step)
         kept = {worker.info.rank: self._kept(worker, plan.prefill) for worker in self.fakes}
         for item in plan.decode:
             self._decode(item)
@@ -294,7 +304,21 @@ class FakeReplica:
                 self.slots[other].group = tuple(s for s in held.group if s != slot)
         for worker in self.fakes:
             worker.rows.pop(slot, None)
+            worker.shared.pop(slot, None)
             worker.refused.discard(slot)
+
+    def _take_blocks(self, new: NewSequence) -> None:
+        leader = new if new.shares_prefill_with is None else self.slots[new.shares_prefill_with].new
+        for rank in self.blocks.take(new, leader, [w.pages_free for w in self.fakes]):
+            self.fakes[rank].refused.add(new.slot)
+        if new.prefix is not None and new.prefix.is_shared:
+            assert new.retention.budget_tokens(new.prompt_tokens) == new.prompt_tokens
+            assert new.retention.decode is None
+            pages = len(new.prefix.cached)
+            layers = (layer for layer, window in enumerate(self.windows) if not window)
+            shared = dict.fromkeys(layers, pages)
+            for worker in self.fakes:
+                worker.shared[new.slot] = shared
 
     def _check_stages(self, groups: tuple[PrefillGroup, ...]) -> None:
         used = []
@@ -316,9 +340,11 @@ class FakeReplica:
         assert {s.slot for s in self._leaders(group)} >= {
             self.slots[slot].new.shares_prefill_with for slot in group.slots
         } - {None}, "leaders are in the group"
-        self.prefilled_tokens += sum(s.prompt_tokens for s in self._leaders(group)) * (
-            group.stop_layer == self.num_layers
-        )
+        if group.stop_layer == self.num_layers:
+            page_tokens = self._infos[0].page_tokens
+            for new in self._leaders(group):
+                cached = len(new.prefix.cached) if new.prefix else 0
+                self.prefilled_tokens += new.prompt_tokens - cached * page_tokens
         for slot in group.slots:
             held = self.slots[slot]
             assert held.prefilled_layers == group.start_layer, "ranges follow each other"

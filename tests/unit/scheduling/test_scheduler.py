@@ -86,6 +86,11 @@ class Run:
                 break
         assert self.scheduler.is_idle
         assert not self.replica.slots
+        assert len(self.replica.blocks) == self.scheduler.prefixes.num_blocks
+        if self.scheduler.prefixes.num_blocks:
+            assert self.scheduler.reset_prefix_cache()
+            self.finish()
+            return
         assert all(w.pages_free == w.info.num_pages for w in self.replica.fakes)
         assert (self.scheduler.ledger.free == self.scheduler.ledger.num_pages).all()
 
@@ -157,6 +162,9 @@ def random_request(rng: random.Random, name: str, longest: int = 40) -> TokenReq
     prompt = [rng.randrange(128) for _ in range(rng.randint(1, longest))]
     if rng.random() < 0.3:
         prompt = [rng.randrange(3)] * 17  # one that others have, too
+    elif rng.random() < 0.5:  # prefixes that are shared, nested and diverge
+        kind = rng.choice([1, 1, 13])
+        prompt = [i // kind for i in range(rng.choice([12, 24, 30]))] + prompt[:14]
     retention = rng.choice([FULL, PYRAMID, RAGGED, ONCE, COMPACTED, COMPACTED_RAGGED])
     score = None
     if rng.random() < 0.2:
@@ -655,6 +663,8 @@ class Setting:
     max_prefill_tokens: int
     max_num_seqs: int
     window: int = 0
+    prefix_bytes: int | None = 0
+    is_rough: bool = False
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -677,19 +687,38 @@ def run_random(setting: Setting, num_requests: int) -> tuple[Run, list[Sequence]
         max_prefill_tokens=setting.max_prefill_tokens,
         max_num_seqs=setting.max_num_seqs,
         max_extend_tokens=7,
+        prefix_bytes=setting.prefix_bytes,
     )
     sequences: list[Sequence] = []
     while len(sequences) < num_requests:
         for _ in range(rng.randint(0, 4)):
             with suppress(ValueError):  # larger than the whole pool
                 sequences.append(add(run, random_request(rng, str(len(sequences)))))
+        if setting.is_rough:
+            be_rough(run, rng, sequences)
         run.step()
     run.finish()
     return run, sequences
 
 
+def be_rough(run: Run, rng: random.Random, sequences: list[Sequence]) -> None:
+    """Now and then a client goes, the cache is emptied, or all workers are lost."""
+    if sequences and rng.random() < 0.1:
+        run.scheduler.finish(rng.choice(sequences), "abort")
+    if rng.random() < 0.03:
+        run.scheduler.reset_prefix_cache()
+    if rng.random() < 0.02:
+        run.in_flight.clear()
+        hits = run.replica.blocks.num_hits
+        run.replica = FakeReplica(run.replica.workers)
+        run.replica.blocks.num_hits = hits
+        run.scheduler.restart(run.replica.workers)
+
+
 def check_all(sequences: list[Sequence]) -> None:
     for sequence in sequences:
+        if sequence.finish_reason == "abort":
+            continue
         if sequence.finish_reason == "error":
             assert "kv_memory_gib" in (sequence.error or "")
         else:
@@ -707,6 +736,8 @@ settings_of_runs = st.builds(
     max_prefill_tokens=st.sampled_from([1, 64, 1000]),
     max_num_seqs=st.sampled_from([1, 4, 16]),
     window=st.sampled_from([0, 0, 3, 16, 40]),
+    prefix_bytes=st.sampled_from([0, None, None, 200_000]),
+    is_rough=st.booleans(),
 )
 
 
@@ -720,8 +751,9 @@ def test_whatever_the_setting_every_request_gets_its_tokens(setting: Setting) ->
 @pytest.mark.parametrize("lookahead", [1, 2])
 @pytest.mark.parametrize("stages", [(4,), (2, 2), (2, 1, 1)])
 def test_two_hundred_requests_through_a_small_pool(stages: tuple[int, ...], lookahead: int) -> None:
-    setting = Setting(1, stages, ((0, 2),), 28, lookahead, 60, 64, 12)
+    setting = Setting(1, stages, ((0, 2),), 28, lookahead, 60, 64, 12, prefix_bytes=None)
     run, sequences = run_random(setting, num_requests=200)
     check_all(sequences)
     assert all(s.finish_reason != "error" for s in sequences)
     assert run.count(Preempted) > 10
+    assert run.replica.blocks.num_hits > 20

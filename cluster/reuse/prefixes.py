@@ -1,0 +1,181 @@
+"""Which prefixes of prompts are cached: hashes, counts and pins of blocks. Integers, no tensors.
+
+A block stands for `page_tokens` adjacent tokens of a prompt and all tokens before them, so blocks
+form chains from a prompt's start. Who may share them is part of every hash. Only what came twice
+is stored, and what was used longest ago goes first.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_SEEN = 2**17  # keys that are remembered for having been seen
+
+_MANY = 2  # a prefix that came so often is stored
+
+
+def block_keys(
+    token_ids: Sequence[int], page_tokens: int, owner: str = "", cache_salt: str = ""
+) -> tuple[bytes, ...]:
+    """A key for each full block of a prompt: a hash of its tokens, of those before it and the salt.
+
+    Owner and salt are told apart by their lengths, so no two pairs have the same keys.
+    """
+    key = hashlib.blake2b(digest_size=32)
+    for part in (owner, cache_salt):
+        data = part.encode("utf-8", "surrogatepass")
+        key.update(len(data).to_bytes(8) + data)
+    tokens = np.asarray(token_ids, dtype=np.int32).tobytes()
+    size, digest, keys = 4 * page_tokens, key.digest(), []
+    for start in range(0, len(tokens) - size + 1, size):
+        block = digest + tokens[start : start + size]
+        digest = hashlib.blake2b(block, digest_size=32).digest()
+        keys.append(digest)
+    return tuple(keys)
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """A block that has pages on every worker. Until it `is_ready` a prefill is still filling it."""
+
+    block_id: int
+    key: bytes
+    num_pins: int = 0
+    is_ready: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What there is for a prompt.
+
+    Attributes:
+        blocks: of its first tokens, that can be used.
+        is_coming: whether the block after these is being stored by another prefill.
+        storable: keys of the blocks after these that are worth to be stored.
+    """
+
+    blocks: tuple[Block, ...] = ()
+    is_coming: bool = False
+    storable: tuple[bytes, ...] = ()
+
+
+NOTHING = Found()
+
+
+@dataclass(slots=True, eq=False)
+class Counts:
+    """Blocks that were stored and given up since the start."""
+
+    stored: int = 0
+    evicted: int = 0
+
+
+class Prefixes:
+    """The blocks of one replica.
+
+    Blocks that nobody has pinned are idle, and can be evicted in the order in which they were last
+    used. Of a chain the last block counts as used first, and whoever uses a block uses those before
+    it: so the idle block that goes first never has another one behind it.
+    """
+
+    def __init__(self) -> None:
+        self.counts = Counts()
+        self._seen: OrderedDict[bytes, int] = OrderedDict()
+        self._next_id = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """No worker holds any block any more; what was seen stays known."""
+        self._blocks: dict[bytes, Block] = {}
+        self._idle: OrderedDict[Block, None] = OrderedDict()
+        self._num_held = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that have pages, whatever they are worth."""
+        return self._num_held
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks that could be evicted now."""
+        return len(self._idle)
+
+    def see(self, keys: Sequence[bytes]) -> None:
+        """A request has come with such a prompt."""
+        for key in reversed(keys):
+            self._seen[key] = min(self._seen.pop(key, 0) + 1, _MANY)
+        while len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
+
+    def find(self, keys: Sequence[bytes], most_blocks: int) -> Found:
+        """What there is for a prompt with these keys, of which so many blocks may be used."""
+        found: list[Block] = []
+        for key in keys:
+            block = self._blocks.get(key)
+            if block is None:
+                break
+            if len(found) == most_blocks:
+                return Found(tuple(found))
+            if not block.is_ready:
+                return Found(tuple(found), is_coming=True)
+            found.append(block)
+        num_worth = 0
+        for key in keys[len(found) :]:
+            if self._seen.get(key, 0) < _MANY:
+                break
+            num_worth += 1
+        return Found(tuple(found), storable=tuple(keys[len(found) : len(found) + num_worth]))
+
+    def store(self, keys: Sequence[bytes]) -> tuple[Block, ...]:
+        """Blocks for these keys, which a prefill is to fill."""
+        blocks = []
+        for key in keys:
+            assert key not in self._blocks, "a block is stored twice"
+            self._blocks[key] = block = Block(self._next_id, key)
+            blocks.append(block)
+            self._next_id += 1
+        self._num_held += len(blocks)
+        self.counts.stored += len(blocks)
+        return tuple(blocks)
+
+    def pin(self, blocks: Iterable[Block]) -> None:
+        """Keep blocks that are ready."""
+        for block in blocks:
+            self._idle.pop(block, None)
+            block.num_pins += 1
+
+    def unpin(self, blocks: Sequence[Block]) -> None:
+        """Undo one `pin` of the blocks of a chain, whose last one comes last."""
+        for block in reversed(blocks):
+            block.num_pins -= 1
+            assert block.num_pins >= 0, f"block {block.block_id} is unpinned twice"
+            if block.num_pins == 0:
+                self._idle[block] = None
+
+    def set_ready(self, blocks: Sequence[Block]) -> None:
+        """The blocks of a chain are filled on all workers."""
+        for block in reversed(blocks):
+            block.is_ready = True
+            self._idle[block] = None
+
+    def doom(self, blocks: Iterable[Block]) -> None:
+        """Blocks that are being filled will never be ready: nobody shall wait for them."""
+        for block in blocks:
+            if self._blocks.get(block.key) is block:
+                del self._blocks[block.key]
+
+    def drop(self, blocks: Sequence[Block]) -> list[int]:
+        """Give up blocks that are doomed; returns their ids."""
+        self._num_held -= len(blocks)
+        self.counts.evicted += len(blocks)
+        return [block.block_id for block in blocks]
+
+    def evict(self, num_blocks: int) -> list[int]:
+        """Give up so many of the idle blocks; returns their ids."""
+        gone = [self._idle.popitem(last=False)[0] for _ in range(num_blocks)]
+        for block in gone:
+            del self._blocks[block.key]
+        return self.drop(gone)
