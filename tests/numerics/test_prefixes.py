@@ -184,6 +184,54 @@ def test_only_what_follows_is_computed(runs: Runs) -> None:
     assert worker.kv.pages_free == before
 
 
+def test_kernels_read_blocks_and_share_their_pages(tmp_path: Path) -> None:
+    """In Triton's interpreter."""
+    pytest.importorskip("triton")
+    save_tiny("llama-gqa", tmp_path, num_layers=1)
+    prompt, snapkv = prompts()[0][:21], METHODS["snapkv"].retention("snapkv", PREFILL)
+    found = []
+    for backend in ("torch", "triton"):
+        made = Runs(make_worker(tmp_path, attention_backend=backend, warmup=False))
+        made.store(prompt, 3)
+        new = [new_sequence(s, prompt, sampling=ALL_LOGPROBS) for s in (HIT, MISS)]
+        new[0] = replace(new[0], prefix=CachedPrefix(BLOCKS[:3], is_shared=True))
+        new[1] = replace(new[1], prefix=CachedPrefix(BLOCKS[:3]), retention=snapkv)
+        found.append(made.run(new, steps=1))
+        assert made.worker.kv.num_pages - made.worker.kv.pages_free == 3 * made.worker.kv.num_heads
+    assert_alike(found[1], found[0])
+
+
+def test_rows_that_keep_all_share_the_pages(runs: Runs) -> None:
+    """They outlive the blocks, and are written by nobody."""
+    kv, own_blocks = runs.worker.kv, tuple(range(500, 506))
+    free, rows = kv.pages_free, kv.num_layers * kv.num_heads
+    expected = runs.run(make_new(FULL, cached=False))
+    new = make_new(FULL, cached=True)
+    for number in (0, 2):
+        prefix = replace(new[number].prefix or CachedPrefix(), is_shared=True)
+        new[number] = replace(new[number], prefix=prefix)
+    assert_alike(runs.run(new), expected)
+    assert kv.pages_free == free
+    # The same with blocks that go before the rows.
+    taken = replace(new_sequence(STORER, prompts()[0]), prefix=CachedPrefix(stored=own_blocks))
+    group = PrefillGroup((STORER,), 0, LAYERS)
+    runs.execute(new=(taken,), prefill=(group,))
+    runs.execute(free=(STORER,))
+    hit = replace(new[0], prefix=CachedPrefix(own_blocks, is_shared=True))
+    runs.execute(new=(hit,), prefill=(replace(group, slots=(HIT,)),))
+    assert kv.pages_free == free - rows * len(prompts()[1]) // PAGE
+    runs.execute(evict=own_blocks)
+    assert kv.pages_free == free - rows * len(prompts()[1]) // PAGE
+    step = runs.execute(decode=(DecodeItem(HIT, hit.prompt_tokens),))
+    [token] = [t for t in step.sampled if t.slot == HIT]
+    assert token.logprobs is not None
+    order = torch.tensor(token.logprobs.top_ids).argsort()
+    got = torch.tensor(token.logprobs.top_logprobs)[order]
+    torch.testing.assert_close(got, expected[HIT][-STEPS], atol=2e-4, rtol=1e-4)
+    runs.execute(free=(HIT,))
+    assert kv.pages_free == free
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "qwen3-moe", "qwen2-moe"])
 def test_windows_and_experts(family: str, tmp_path: Path) -> None:
     """Rings hold the same last tokens, with the prefix's among them, and go on from there."""

@@ -30,6 +30,8 @@ class PromptWrite:
         indices: which of its tokens each head keeps, in order: int64 [H, keep], or one int64 tensor
             per head; None for all, or as many of the last as the layer's window has.
         num_before: tokens of the prompt that are not packed.
+        shared: pages that have the prompt's first tokens, [pages, H]; the rows, which keep all
+            tokens, hold these themselves and only the other tokens are written. None: no such.
     """
 
     slot: int
@@ -37,6 +39,7 @@ class PromptWrite:
     num_tokens: int
     indices: Tensor | Sequence[Tensor] | None
     num_before: int = 0
+    shared: NDArray[np.int32] | None = None
 
     @property
     def seen(self) -> int:
@@ -65,14 +68,52 @@ def write_prompts(
     Returns:
         How many were written: all, or those before the first for which there are too few pages.
     """
-    if kv.moves is not None:
+    if kv.moves is not None and all(write.shared is None for write in writes):
         return _write_together(kv, kv.moves, layer, k, v, writes)
     for done, write in enumerate(writes):
         prompt = slice(write.start, write.start + write.num_tokens)
-        of_prompt = (k[prompt], v[prompt], write.indices, write.num_before)
-        if not kv.write(write.slot, layer, *of_prompt):
+        of_prompt = k[prompt], v[prompt]
+        if write.shared is not None:
+            fits = _write_rest(kv, layer, *of_prompt, write, write.shared)
+        else:
+            fits = kv.write(write.slot, layer, *of_prompt, write.indices, write.num_before)
+        if not fits:
             return done
     return len(writes)
+
+
+def _write_rest(
+    kv: KVStore,
+    layer: int,
+    k: Tensor,
+    v: Tensor,
+    write: PromptWrite,
+    shared: NDArray[np.int32],
+) -> bool:
+    """Store a whole prompt, k and v [n, H, D], behind pages that others have filled."""
+    table, pool, (num_tokens, num_heads, dim) = kv.table, kv.pool, k.shape
+    slot, front = np.array([write.slot]), len(shared)
+    assert layer not in kv.rings, "rings share no pages"
+    assert write.indices is None, "rows that share pages keep all tokens"
+    assert not table.kept[slot, layer].any(), f"slot {slot}, layer {layer} is not empty"
+    k, v = (x[front * kv.page_tokens :] for x in (k, v))
+    counts = np.full(num_heads, len(k), dtype=np.int32)
+    needed = table.num_pages(counts)
+    if needed.sum() > kv.pages_free:
+        return False
+    pages = pool.allocate(int(needed.sum()))
+    pool.share(shared.reshape(-1))
+    of_rows = np.concatenate([shared.T, pages.reshape(num_heads, -1)], axis=1)
+    table.set_pages(spans(table.first_entry[slot, layer][0], front + needed), of_rows.reshape(-1))
+    table.set_layer_kept(slot, layer, np.full((1, num_heads), num_tokens, dtype=np.int32))
+    if kv.moves is not None:
+        heads = np.arange(num_heads)
+        kv.moves.fill(pages, counts, heads, np.zeros_like(heads), k, v, None)
+        return True
+    nth, head = padded(counts, needed * kv.page_tokens)
+    source = to_device(nth * num_heads + head, table.device)
+    kv.fill_pages(pages, k.reshape(-1, dim), v.reshape(-1, dim), source)
+    return True
 
 
 def write_layers(
@@ -92,8 +133,11 @@ def write_layers(
         writes: of each layer, [L].
 
     Returns:
-        False, with nothing written, if there are too few pages for all.
+        False, with nothing written, if there are too few pages for all, or if rows are to share
+        pages.
     """
+    if any(write.shared is not None for of_layer in writes for write in of_layer):
+        return False
     table, (num_layers, num_tokens, num_heads, dim) = kv.table, k_LTHD.shape
     assert len(writes) == num_layers, (len(writes), num_layers)
     flat = [

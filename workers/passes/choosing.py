@@ -6,7 +6,9 @@ heads.
 
 from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saqqara.compression.growth import remembers_normalisers, sums_mass
@@ -46,8 +48,8 @@ class Choosing:
         writes: list[PromptWrite] = []
         prompts = zip(keyed.prompts(), keyed.cu_k.host, keyed.num_before, strict=False)
         bounds = pairwise(keyed.cu_q.host)
-        for family, (prompt, start, num_before), (first, last) in zip(
-            parked.families.values(), prompts, bounds, strict=True
+        for family, cached, (prompt, start, num_before), (first, last) in zip(
+            parked.families.values(), parked.cached, prompts, bounds, strict=True
         ):
             prompt_lse = None if lse is None else lse[first:last]
             chosen: dict[Retention, tuple[Selection, Tensor | None]] = {}
@@ -65,8 +67,25 @@ class Choosing:
                 if self.watched is not None:
                     entered = _with_cached(parked.places.positions_T[first:last], len(prompt.k))
                     self.watched[slot, layer] = self._positions(local_layer, entered, indices)
-                writes.append(PromptWrite(slot, start, len(prompt.k), indices, num_before))
+                shared = self._shared(local_layer, slot, cached)
+                assert shared is None or indices is None, (
+                    f"slot {slot} keeps not all that it shares"
+                )
+                writes.append(PromptWrite(slot, start, len(prompt.k), indices, num_before, shared))
         return writes
+
+    def _shared(
+        self, local_layer: int, slot: int, cached: NDArray[np.int32]
+    ) -> NDArray[np.int32] | None:
+        """Pages of blocks that a slot's rows hold themselves, [blocks, H]; None if they do not.
+
+        `cached` are those that its prompt begins with, [blocks, L, H].
+        """
+        held = self._shard.slots[slot]
+        if not (held.prefix.is_shared and len(cached)) or self._part.windows[local_layer]:
+            return None
+        assert slot not in self._shard.retained, f"rows of slot {slot} will be cut"
+        return cached[:, local_layer]
 
     def _positions(self, local_layer: int, entered: Tensor, indices: Selection) -> list[Tensor]:
         """Positions in the prompt that each local kv head keeps of those that entered a layer."""
