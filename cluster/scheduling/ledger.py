@@ -11,6 +11,7 @@ Shapes: S slots, L layers, H kv heads of the model, W workers, N slots of a step
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from saqqara.compression.layers import Layers
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import WorkerInfo, layers_of
 
-from .demand import Demand, Ints, demand_of, global_rows, rows_per_worker
+from .demand import Charge, Demand, Ints, demand_of, global_rows, rows_per_worker
 from .pages import SlotPages
 
 _MAX_DEMANDS = 4096
@@ -104,6 +105,11 @@ class Ledger:
         self._ring_bytes_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
         self._shared_S = np.zeros(num_slots, dtype=np.int64)  # pages of a global row, of blocks
         self._shared_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
+        self._by_slot: tuple[NDArray[Any], ...] = (
+            *(self._kept_SLH, self._tokens_S, self._prompt_S, self._layers_S, self._ring_bytes_SW),
+            *(self._held_S, self._ragged_S, self._exact_SW, self._refused_SW),
+            *(self._shared_S, self._shared_SW),
+        )
         self._returned_W = np.zeros(num_workers, dtype=np.int64)  # by compactions of this plan
         self._set_aside_W = np.zeros(num_workers, dtype=np.int64)  # held by no slot
         self._demands: dict[tuple[Retention, int], Demand] = {}
@@ -166,18 +172,28 @@ class Ledger:
         self._shared_S[slot] = num_shared
         self._shared_SW[slot] = self.shared_pages(num_shared)
         self._pages.open(slot, demand, reserve_tokens)
-        self.free -= self._charged(slot)
+        self.free -= self.charged(slot)
 
     def release(self, slot: int) -> None:
         """Give back all that a slot is charged."""
         assert self._held_S[slot], f"slot {slot} is not charged"
-        self.free += self._charged(slot)
+        self.free += self.charged(slot)
         self._pages.close(slot)
-        for flags in (self._held_S, self._ragged_S, self._refused_SW, self._exact_SW):
-            flags[slot] = False
-        for counts in (self._tokens_S, self._layers_S, self._ring_bytes_SW, self._kept_SLH):
-            counts[slot] = 0
-        self._shared_S[slot] = self._shared_SW[slot] = 0
+        for numbers in self._by_slot:
+            numbers[slot] = 0
+
+    def copy_of(self, slot: int) -> Charge:
+        """All that is known of a slot; `restore` charges another one the same."""
+        numbers = tuple(numbers[slot].copy() for numbers in self._by_slot)
+        return Charge(numbers, self._pages.copy_of(slot))
+
+    def restore(self, slot: int, charge: Charge) -> None:
+        """Charge a slot what another one was charged."""
+        assert not self._held_S[slot], f"slot {slot} is already charged"
+        for numbers, mine in zip(self._by_slot, charge.numbers, strict=True):
+            numbers[slot] = mine
+        self._pages.restore(slot, charge.pages)
+        self.free -= self.charged(slot)
 
     def set_aside(self, pages_W: Ints) -> None:
         """Charge pages that no slot holds: blocks of prefixes, and parked rows."""
@@ -203,14 +219,14 @@ class Ledger:
         counts = np.frombuffer(counts_bytes, dtype=np.int32).reshape(mine.shape)
         assert not self._exact_SW[slot, rank], f"worker {rank} reports slot {slot} twice"
         mine[...] = counts
-        self.free[rank] += self._charged(slot)[rank]
+        self.free[rank] += self.charged(slot)[rank]
         self._pages.set_kept(slot, rank, counts)
         self._exact_SW[slot, rank] = True
-        self.free[rank] -= self._charged(slot)[rank]
+        self.free[rank] -= self.charged(slot)[rank]
 
     def set_refused(self, slot: int, rank: int) -> None:
         """Note that a worker refused this slot and holds nothing of it."""
-        self.free[rank] += self._charged(slot)[rank]
+        self.free[rank] += self.charged(slot)[rank]
         self._pages.refuse(slot, rank)
         self._shared_SW[slot, rank] = 0
         self._refused_SW[slot, rank] = True
@@ -282,6 +298,11 @@ class Ledger:
             local_bytes=(int(kept_L.sum()) - kept) * token_bytes,
         )
 
+    def pages_of(self, slot: int) -> Ints:
+        """Pages, int64 [W], of a slot whose prefill has ended, but for those of blocks."""
+        pages: Ints = self._pages.held(np.array([slot]))[0] - self._shared_SW[slot]
+        return pages
+
     def usage(self) -> Usage:
         """Bytes held by sequences where their prefill has ended, against full retention's.
 
@@ -346,6 +367,7 @@ class Ledger:
                 f"worker {rank} has {free} free pages, the ledger says {expected}"
             )
 
-    def _charged(self, slot: int) -> Ints:
+    def charged(self, slot: int) -> Ints:
+        """Pages, int64 [W], that a slot is charged between plans, but for those of blocks."""
         pages: Ints = self._pages.charged(np.array([slot]))[0] - self._shared_SW[slot]
         return pages

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from itertools import islice
+from itertools import islice, takewhile
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason
+from saqqara.cluster.reuse.parked import Counts
 from saqqara.cluster.reuse.prefixes import NOTHING, Found, Prefixes
 from saqqara.workers.plan import WorkerInfo
 
@@ -24,6 +25,7 @@ class Roster:
         running: those that decode, by arrival; the least recently planned first.
         seats: who holds which slot.
         prefixes: which prefixes of prompts are cached, and what was seen of others.
+        parked: what has come of sequences that had to make room.
         events: what happened and nobody has been told yet.
         alone: id of the one request that may run; None: all may.
 
@@ -39,10 +41,11 @@ class Roster:
         self._num_slots = num_slots
         self._prefix_bytes = prefix_bytes
         self.prefixes = Prefixes()
+        self.parked = Counts()
         self.preparing = 0
         self.waiting = WaitingQueue()
         self.running: dict[int, Sequence] = {}
-        self.seats = Seats(workers, num_slots, self.prefixes, prefix_bytes)
+        self.seats = Seats(workers, num_slots, self.prefixes, prefix_bytes, self.parked)
         self.events: list[Event] = []
         self.alone: str | None = None
 
@@ -59,9 +62,12 @@ class Roster:
         return next(filter(self.may_run, self.waiting), None)
 
     def front(self, num_sequences: int) -> list[Sequence]:
-        """The first waiting sequences of those that may run, at most so many."""
+        """The first waiting sequences of those that may run, at most so many.
+
+        They are to be prefilled, so none whose rows are parked is among them, or before them.
+        """
         waiting = self.waiting if self.alone is None else filter(self.may_run, self.waiting)
-        return list(islice(waiting, num_sequences))
+        return list(islice(takewhile(lambda s: s.parked_id is None, waiting), num_sequences))
 
     def may_run(self, sequence: Sequence) -> bool:
         """Whether plans may start or feed a sequence; its slot it keeps in any case."""
@@ -98,6 +104,28 @@ class Roster:
         sequence.status = Status.PREFILL
         return True
 
+    def try_resume(self, sequence: Sequence) -> bool:
+        """Let a waiting sequence whose rows are parked go on decoding, if there is room."""
+        if not self.seats.try_resume(sequence):
+            return False
+        self.waiting.remove(sequence)
+        sequence.status = Status.RUNNING
+        self.running[sequence.arrival] = sequence
+        return True
+
+    def drop_parked(self, sequence: Sequence) -> None:
+        """Compute a waiting sequence again whose rows are parked, if they are."""
+        if sequence.parked_id is not None:
+            self.seats.drop(sequence)
+            sequence.position = 0
+
+    def drop_all_parked(self) -> bool:
+        """Compute all waiting sequences again; whether there was any whose rows were parked."""
+        parked = [sequence for sequence in self.waiting if sequence.parked_id is not None]
+        for sequence in parked:
+            self.drop_parked(sequence)
+        return bool(parked)
+
     def run(self, sequence: Sequence) -> None:
         """Let a sequence decode whose prompt is through all layers."""
         sequence.status = Status.RUNNING
@@ -122,6 +150,7 @@ class Roster:
         has_run = sequence.status is not Status.WAITING or sequence.num_preemptions > 0
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
+            self.seats.drop(sequence)
         elif sequence.status is Status.RUNNING:
             if self.ledger.is_exact(sequence.held_slot):
                 fed = max(len(sequence.known_after_prompt) - 1, 0)  # nothing follows the last one
@@ -143,10 +172,17 @@ class Roster:
         self.seats.vacate(sequence)
 
     def requeue(self, sequence: Sequence) -> None:
-        """Take a sequence's slot away and let it wait, with its tokens, for another."""
-        self.vacate(sequence)
+        """Take a sequence's slot away and let it wait, with its tokens, for another.
+
+        What its rows hold is parked, if that is known and there is room; else it is computed again.
+        """
+        is_whole = sequence.status is Status.RUNNING and not sequence.discarding
+        if is_whole and self.seats.park(sequence):
+            del self.running[sequence.arrival]
+        else:
+            self.vacate(sequence)
+            sequence.position = 0
         sequence.status = Status.WAITING
-        sequence.position = 0
         sequence.num_preemptions += 1
         sequence.discarding &= sequence.num_in_flight > 0
         self.waiting.add(sequence)
@@ -155,12 +191,14 @@ class Roster:
     def restart(self, workers: Many[WorkerInfo], in_flight: Iterable[Sequence]) -> None:
         """Take the slots of all away, `in_flight` and others; who is not finished waits again."""
         lost = {id(sequence): sequence for sequence in (*self.seats.holders, *in_flight)}
+        lost |= {id(s): s for s in self.waiting if s.parked_id is not None}
         for sequence in lost.values():
             sequence.num_in_flight = sequence.num_sampling = sequence.position = 0
             sequence.discarding = False
-            sequence.slot = None
+            sequence.slot = sequence.parked_id = sequence.resumed_id = None
             if sequence.status in (Status.PREFILL, Status.RUNNING):
                 sequence.status = Status.WAITING
                 self.waiting.add(sequence)
         self.running = {}
-        self.seats = Seats(workers, self._num_slots, self.prefixes, self._prefix_bytes)
+        kept = self.prefixes, self._prefix_bytes, self.parked
+        self.seats = Seats(workers, self._num_slots, *kept)

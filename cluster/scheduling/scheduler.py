@@ -9,6 +9,7 @@ from collections.abc import Sequence as Many
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason, check_room
 from saqqara.cluster.reuse.cached import CachedPrefixes
+from saqqara.cluster.reuse.parked import HostMemory
 from saqqara.workers.plan import SamplingSpec, StepPlan, StepResult, WorkerInfo
 
 from .decode import DecodePlanner
@@ -118,7 +119,7 @@ class Scheduler:
     def is_idle(self) -> bool:
         """Whether no sequence is left, no plan executing, no slot or block still to be freed."""
         seats = self._roster.seats
-        is_empty = seats.is_empty and not seats.cached.has_evicted
+        is_empty = seats.is_empty and not (seats.cached.has_evicted or seats.host.has_dropped)
         return is_empty and not (self.num_waiting or self._flights)
 
     def add(
@@ -166,6 +167,11 @@ class Scheduler:
             cached.see(keys)
             self._newest = request, keys
         sequence.block_keys = self._newest[1]
+
+    @property
+    def host_memory(self) -> HostMemory:
+        """What preempted sequences take of the host's memory, and what has come of them."""
+        return self._roster.seats.host
 
     @property
     def prefixes(self) -> CachedPrefixes:
@@ -218,13 +224,17 @@ class Scheduler:
             return None
         draft = Draft()
         self._prefill.abandon()
-        draft.free += self._roster.seats.release()
+        seats = self._roster.seats
+        seats.release(draft)
         num_preempted = self._decode.plan(draft)
         self._prefill.advance(draft)
         if num_preempted == 0:
+            self._decode.resume(draft)
             self._prefill.admit(draft)
         self.ledger.settle()
-        draft.evict += self._roster.seats.cached.take_evicted()
+        draft.evict += seats.cached.take_evicted()
+        draft.drop += seats.host.take_dropped()
+        seats.host.settle()
         if draft.is_empty:
             return None
         draft.has_pool_alone = self.ledger.num_held == 1 and not self.ledger.num_set_aside.any()

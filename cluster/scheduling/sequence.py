@@ -111,6 +111,8 @@ class Sequence:
     is_cut: bool = False  # tokens were chosen so that the answer is complete within max_tokens
     reuses_prefix: bool = True  # where its retention allows
     block_keys: tuple[bytes, ...] = ()  # of its prompt; none where it uses no blocks
+    parked_id: int | None = None  # of its rows, while it waits and they are kept
+    resumed_id: int | None = None  # that its rows came back from
     discarding: bool = False  # a worker refused it: what is still in flight of it is void
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -194,7 +196,10 @@ class Sequence:
         return ours.retention.propagate == theirs.retention.propagate
 
     def new_sequence(
-        self, shares_prefill_with: int | None = None, prefix: CachedPrefix | None = None
+        self,
+        shares_prefill_with: int | None = None,
+        prefix: CachedPrefix | None = None,
+        resumes: int | None = None,
     ) -> NewSequence:
         """What the workers are told when it takes its slot."""
         tokens = (*self.request.prompt_token_ids, *self.known_after_prompt)
@@ -210,4 +215,6 @@ class Sequence:
             score=self.is_score,
             shares_prefill_with=shares_prefill_with,
             prefix=prefix,
+            resumes=resumes,
+            resumed_tokens=0 if resumes is None else self.position,
         )

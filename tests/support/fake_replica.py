@@ -36,6 +36,7 @@ from saqqara.workers.plan import (
 )
 
 from .fake_blocks import FakeBlocks
+from .fake_parked import FakeParked
 
 PAGE_BYTES = 1024
 
@@ -69,8 +70,12 @@ def make_workers(
     head_ranges: Sequence[tuple[int, int]] = ((0, 2),),
     page_tokens: int = 4,
     windows: tuple[int, ...] = (),
+    host_pages: int = 0,
 ) -> list[WorkerInfo]:
-    """One worker per stage and head range; `stages` are layers per stage, `num_pages` is each's."""
+    """One worker per stage and head range; `stages` are layers per stage, `num_pages` is each's.
+
+    Each has room for `host_pages` more in the host's memory.
+    """
     workers: list[WorkerInfo] = []
     start_layer = 0
     for pipeline_rank, num_layers in enumerate(stages):
@@ -98,6 +103,7 @@ def make_workers(
                     hostname="localhost",
                     pid=0,
                     windows=windows,
+                    host_kv_bytes=host_pages * PAGE_BYTES,
                 )
             )
         start_layer += num_layers
@@ -188,6 +194,7 @@ class FakeReplica:
         self._infos = list(workers)
         self.blocks = FakeBlocks(workers)
         self.fakes = [FakeWorker(info, blocks=self.blocks) for info in workers]
+        self.parked = FakeParked()
         self.vocab_size = vocab_size
         self.fail_at_step = fail_at_step
         self._faults = dict(faults)
@@ -247,14 +254,23 @@ class FakeReplica:
         """Carry out a plan on every worker."""
         self.plans.append(plan)
         before = [set(worker.refused) for worker in self.fakes]
+        for parking in plan.park:
+            assert parking.slot in plan.free
+            self.parked.park(parking, self.slots, self.fakes, self.num_layers)
         for slot in plan.free:
             self._free(slot)
-        self.blocks.evict(plan, self.slots, self.num_layers)
+        others = {-n: s for n, s in self.parked.slots.items() if n not in plan.drop}
+        self.blocks.evict(plan, {**self.slots, **others}, self.num_layers)
+        self.parked.drop(plan)
         for new in plan.new:
             assert new.slot not in self.slots, f"slot {new.slot} is taken"
+            if new.resumes is not None:
+                self.slots[new.slot] = self.parked.resume(new, self.fakes)
+                continue
             self.slots[new.slot] = FakeSlot(new, new.tokens().tolist())
             self._check_leader(new)
             self._take_blocks(new)
+        self.parked.check(self.fakes)
         self._check_stages(plan.prefill)
         ended = [slot for group in plan.prefill for slot in self._prefill(group)]
         for slot in ended:
