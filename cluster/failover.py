@@ -118,6 +118,10 @@ class FailoverClient:
         """Show in the metrics how far the batch job is that runs on this engine."""
         self._call(lambda client: client.note_rows(rows))
 
+    def end_conversation(self, conversation_id: str, owner: str = "") -> bool:
+        """Give up what is kept of an owner's conversation; whether there was anything."""
+        return self._call(lambda client: client.end_conversation(conversation_id, owner))
+
     def metrics_address(self) -> str | None:
         """Where /metrics is served, or None."""
         return self._client.metrics_address()

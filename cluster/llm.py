@@ -219,6 +219,10 @@ class LLM:
         requests = with_memory(requests, cache_salt, session)
         return self._generate(requests, "messages", sampling_params, retention, budget, use_tqdm)
 
+    def end_conversation(self, session: str) -> bool:
+        """Give up what is kept of a conversation; whether there was anything."""
+        return self._client.end_conversation(session)
+
     @overload
     def score(  # type: ignore[overload-overlap]  # a str is a Sequence[str], too
         self,

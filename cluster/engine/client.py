@@ -86,6 +86,14 @@ class EngineClient(Protocol):
         """Show in the metrics how far the batch job is that runs on this engine."""
         ...
 
+    def end_conversation(self, conversation_id: str, owner: str = "") -> bool:
+        """Give up what is kept of an owner's conversation; whether there was anything.
+
+        Raises:
+            ConversationBusyError: a turn of it has not ended.
+        """
+        ...
+
     def metrics_address(self) -> str | None:
         """Where /metrics is served, such as `127.0.0.1:8001`, or None."""
         ...
@@ -172,6 +180,10 @@ class LocalClient:
     def note_rows(self, rows: BatchRows) -> None:
         """Show in the metrics how far the batch job is that runs on this engine."""
         self._loop.call(lambda: self._engine.note_rows(rows))
+
+    def end_conversation(self, conversation_id: str, owner: str = "") -> bool:
+        """Give up what is kept of an owner's conversation; whether there was anything."""
+        return self._loop.call(lambda: self._engine.end_conversation(conversation_id, owner))
 
     def metrics_address(self) -> str | None:
         """Where /metrics is served, or None."""

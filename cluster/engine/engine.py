@@ -186,6 +186,14 @@ class Engine:
         for choice in self._states[request_id].choices:
             self.scheduler.finish(choice.sequence, "error", error=message, error_code=code)
 
+    def end_conversation(self, conversation_id: str, owner: str = "") -> bool:
+        """Give up what is kept of an owner's conversation; whether there was anything.
+
+        Raises:
+            ConversationBusyError: a turn of it has not ended.
+        """
+        return self.scheduler.end_conversation(owner, conversation_id)
+
     def has_unfinished(self) -> bool:
         """Whether another step has something to do."""
         is_busy = bool(self._states) or not self.scheduler.is_idle

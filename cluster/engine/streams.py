@@ -115,6 +115,14 @@ class AsyncEngine:
         """Measurements since the start or the last `reset_stats`."""
         return await self._call(self._engine.report)
 
+    async def end_conversation(self, conversation_id: str, owner: str) -> bool:
+        """Give up what is kept of an owner's conversation; whether there was anything.
+
+        Raises:
+            ConversationBusyError: a turn of it has not ended.
+        """
+        return await self._call(lambda: self._engine.end_conversation(conversation_id, owner))
+
     def shutdown(self) -> None:
         """End the thread after its step, and the engine; who still waits gets `EngineDeadError`.
 

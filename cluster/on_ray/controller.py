@@ -41,13 +41,7 @@ from .placement import (
     pulse_host,
     reserve,
 )
-from .rank_process import (
-    ProcessInfo,
-    WorkerFactory,
-    log_process_to,
-    new_log_dir,
-    this_process,
-)
+from .rank_process import ProcessInfo, WorkerFactory, log_process_to, new_log_dir, this_process
 
 logger = logging.getLogger(__name__)
 
@@ -252,6 +246,10 @@ class Controller:
         """See `EngineClient.note_rows`."""
         self._running().note_rows(rows)
 
+    def end_conversation(self, conversation_id: str, owner: str) -> bool:
+        """See `EngineClient.end_conversation`."""
+        return self._running().end_conversation(conversation_id, owner)
+
     def shutdown(self) -> None:
         """Stop the engine and its ranks."""
         if self._client is not None:
@@ -314,6 +312,10 @@ class ControllerClient:
     def note_rows(self, rows: BatchRows) -> None:
         """Show in the metrics how far the batch job is that runs on this engine."""
         self._call("note_rows", rows)
+
+    def end_conversation(self, conversation_id: str, owner: str = "") -> bool:
+        """See `EngineClient.end_conversation`."""
+        return bool(self._call("end_conversation", conversation_id, owner))
 
     def metrics_address(self) -> str | None:
         """Where /metrics is served, or None."""

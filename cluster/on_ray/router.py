@@ -7,6 +7,7 @@ bounds Ray's version from above, and `tests/ray/test_router.py` says what a new 
 
 import asyncio
 import random
+from hashlib import blake2b
 from typing import Any
 
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
@@ -17,6 +18,7 @@ RETRY_SECONDS = 5
 LOAD = "load"  # what a replica says of itself: see `Replica.load`
 FULL_LOAD = 0.95  # from here on others are asked first
 MOST_ASKED = 8  # replicas whose open requests are compared for one request
+SESSION_SLACK = 0.25  # by so much more than the least may a session's replica be loaded
 
 
 class NoReplicaError(BackPressureError):  # type: ignore[misc]
@@ -41,6 +43,12 @@ class LeastLoadedRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
     pages in use, it says itself once a second: a short question and a long text are one request
     each, but not one load.
 
+    Requests of one session (the header `x-session-id`, which is all that a proxy sees of it: it
+    does not read bodies) go to one replica, which may have their prefix or their conversation,
+    unless it has much more to do than another one. Which one that is follows from the session's
+    name and the replicas', so that proxies agree: the highest hash of both (rendezvous hashing;
+    Thaler and Ravishankar, IEEE/ACM Transactions on Networking 6(1), 1998).
+
     Serve's router holds requests while there is no replica, which may take minutes, in which a
     client, or the load balancer that asks for `/health`, cannot tell a server that starts from one
     that hangs. This one refuses them, unless `waits` says that they are what starts a replica.
@@ -56,9 +64,11 @@ class LeastLoadedRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
         """Replicas in the order in which they are asked; of a list, the one with the fewest."""
         ranks: tuple[list[Any], list[Any]] = ([], [])
         for replica in candidate_replicas:
-            load = (replica.routing_stats or {}).get(LOAD, 0.0)
-            ranks[load >= FULL_LOAD].append(replica)
-        return [random.sample(rank, min(len(rank), MOST_ASKED)) for rank in ranks if rank]
+            ranks[_load(replica) >= FULL_LOAD].append(replica)
+        order = [random.sample(rank, min(len(rank), MOST_ASKED)) for rank in ranks if rank]
+        session_id = "" if pending_request is None else pending_request.metadata.session_id
+        own = _replica_of(session_id, candidate_replicas) if session_id else None
+        return order if own is None else [[own], *order]
 
     async def _choose_replica_for_request(
         self, pending_request: Any, *, is_retry: bool = False
@@ -79,6 +89,24 @@ class LeastLoadedRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
             return choice.result()
         finally:
             choice.cancel()
+
+
+def _load(replica: Any) -> float:
+    return float((replica.routing_stats or {}).get(LOAD, 0.0))
+
+
+def _replica_of(session_id: str, replicas: list[Any]) -> Any:
+    """The replica of a session; None where others have room and it has not, or much less to do."""
+    if not replicas:
+        return None
+
+    def weight(replica: Any) -> bytes:
+        name = f"{replica.replica_id.unique_id}/{session_id}"
+        return blake2b(name.encode("utf-8", "replace"), digest_size=8).digest()
+
+    own = max(replicas, key=weight)
+    most = min(FULL_LOAD, min(map(_load, replicas)) + SESSION_SLACK)
+    return own if _load(own) < most else None
 
 
 class LoadPolicy:

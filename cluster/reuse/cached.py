@@ -103,6 +103,11 @@ class CachedPrefixes:
         return self._prefixes.num_blocks
 
     @property
+    def page_tokens(self) -> int:
+        """Tokens of a block."""
+        return self._page_tokens
+
+    @property
     def idle_pages(self) -> Ints:
         """Pages of blocks that nobody uses now, int64 [W]: they are as good as free."""
         idle: Ints = self._prefixes.num_idle * self._pages.rows_per_worker
@@ -147,10 +152,16 @@ class CachedPrefixes:
             return NOTHING
         return self._prefixes.find(keys, most_tokens // self._page_tokens)
 
-    def use(self, found: Found, retention: Retention, prompt_tokens: int) -> Use:
-        """Pin what was found for a sequence that is to take a slot."""
+    def use(
+        self, found: Found, retention: Retention, prompt_tokens: int, may_cut: bool = False
+    ) -> Use:
+        """Pin what was found for a sequence that is to take a slot.
+
+        With `may_cut` a later turn of its conversation may drop some of its prompt.
+        """
         self._prefixes.pin(found.blocks)
-        is_shared = bool(found.blocks) and keeps_whole_prompt(retention, prompt_tokens)
+        is_kept = keeps_whole_prompt(retention, prompt_tokens) and not may_cut
+        is_shared = bool(found.blocks) and is_kept
         return Use(found.blocks, is_shared=is_shared)
 
     def undo(self, use: Use) -> None:

@@ -5,7 +5,7 @@ Shapes: L layers, H kv heads of the model, W workers, P page_tokens.
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -208,6 +208,31 @@ def demand_of(retention: Retention, prompt_tokens: int, workers: Sequence[Worker
         growth = _tabulated(retention, prompt_tokens, rows, workers)
     ragged = retention.ragged and retention.drops(prompt_tokens)
     return Demand(rows, growth, _ring_bytes(retention, prompt_tokens, workers), ragged)
+
+
+def resumed_demand(
+    demand: Demand, held: NDArray[np.int32], new_tokens: int, workers: Sequence[WorkerInfo]
+) -> Demand:
+    """The demand of a prompt whose rows begin with what its conversation holds.
+
+    Until its prefill is through, each row takes what it has or what it is to have, if that is more.
+
+    Args:
+        demand: of the whole prompt, not ragged and never cut.
+        held: tokens of each row, int32 [L, H].
+        new_tokens: of the prompt, that are computed.
+        workers: every rank's shard.
+    """
+    assert isinstance(demand.growth, TabulatedGrowth), "rows that are cut go on by no turn"
+    page_tokens = workers[0].page_tokens
+    rows = np.minimum(demand.rows, held + new_tokens)
+    most = np.maximum(rows, held)
+    base, crossings = np.zeros_like(demand.growth.base), np.zeros_like(demand.growth.crossings)
+    for rank, (worker, sees_all) in enumerate(zip(workers, global_layers(workers), strict=True)):
+        mine = most[worker.start_layer : worker.stop_layer, worker.start_head : worker.stop_head]
+        base[rank], crossings[rank] = tabulate(mine[sees_all], page_tokens)
+    growth = replace(demand.growth, base=base, crossings=crossings)
+    return replace(demand, rows=rows, growth=growth)
 
 
 def tabulate(rows: NDArray[np.int32], page_tokens: int) -> tuple[int, Ints]:

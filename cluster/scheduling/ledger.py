@@ -92,7 +92,6 @@ class Ledger:
         self._page_bytes = np.array([w.page_bytes for w in workers], dtype=np.int64)
         self._rows_W, self._global_rows_W = rows_per_worker(workers), global_rows(workers)
         self.free = self.num_pages.copy()
-
         self._pages = SlotPages(num_slots, workers)
         self._kept_SLH = np.zeros((num_slots, self.num_layers, self.num_heads), dtype=np.int32)
         self._tokens_S = np.zeros(num_slots, dtype=np.int64)  # of the prompt, and fed since
@@ -112,6 +111,7 @@ class Ledger:
         )
         self._returned_W = np.zeros(num_workers, dtype=np.int64)  # by compactions of this plan
         self._set_aside_W = np.zeros(num_workers, dtype=np.int64)  # held by no slot
+        self._resumed: dict[int, NDArray[np.int32]] = {}  # rows [L, H] that slots began with
         self._demands: dict[tuple[Retention, int], Demand] = {}
 
     @property
@@ -128,8 +128,7 @@ class Ledger:
         """Blocks of prefixes that fit in so many bytes on all workers; None: in half the pool."""
         if most_bytes is None:
             most_bytes = int(self.num_pages @ self._page_bytes) // 2
-        fit = int((self.num_pages // self._rows_W).min())
-        return min(most_bytes // self.block_bytes, fit)
+        return min(most_bytes // self.block_bytes, int((self.num_pages // self._rows_W).min()))
 
     @property
     def block_bytes(self) -> int:
@@ -157,11 +156,13 @@ class Ledger:
         prompt_tokens: int,
         reserve_tokens: int = 0,
         num_shared: int = 0,
+        held: NDArray[np.int32] | None = None,
     ) -> None:
         """Charge a slot its demand, and the pages of `reserve_tokens` that it will replay.
 
-        The first `num_shared` pages of each of its rows that see all tokens are those of blocks,
-        which are charged already.
+        Its rows may begin with what a conversation has `held`, int32 [L, H], until prefill is at
+        their layer. The first `num_shared` pages of each of its rows that see all tokens are those
+        of blocks, which are charged already.
         """
         assert not self._held_S[slot], f"slot {slot} is already charged"
         self._held_S[slot] = True
@@ -169,6 +170,8 @@ class Ledger:
         self._tokens_S[slot] = self._prompt_S[slot] = prompt_tokens
         self._ring_bytes_SW[slot] = demand.ring_bytes
         self._kept_SLH[slot] = demand.rows
+        if held is not None:
+            self._resumed[slot] = held
         self._shared_S[slot] = num_shared
         self._shared_SW[slot] = self.shared_pages(num_shared)
         self._pages.open(slot, demand, reserve_tokens)
@@ -181,15 +184,14 @@ class Ledger:
         self._pages.close(slot)
         for numbers in self._by_slot:
             numbers[slot] = 0
+        self._resumed.pop(slot, None)
 
     def copy_of(self, slot: int) -> Charge:
         """All that is known of a slot; `restore` charges another one the same."""
-        numbers = tuple(numbers[slot].copy() for numbers in self._by_slot)
-        return Charge(numbers, self._pages.copy_of(slot))
+        return Charge(tuple(n[slot].copy() for n in self._by_slot), self._pages.copy_of(slot))
 
     def restore(self, slot: int, charge: Charge) -> None:
         """Charge a slot what another one was charged."""
-        assert not self._held_S[slot], f"slot {slot} is already charged"
         for numbers, mine in zip(self._by_slot, charge.numbers, strict=True):
             numbers[slot] = mine
         self._pages.restore(slot, charge.pages)
@@ -298,10 +300,22 @@ class Ledger:
             local_bytes=(int(kept_L.sum()) - kept) * token_bytes,
         )
 
+    def rows_of(self, slot: int, fed_tokens: int) -> NDArray[np.int32]:
+        """Tokens of each row, int32 [L, H], once so many are fed after a prefill that has ended."""
+        layers, length = self.layers, int(self._prompt_S[slot]) + fed_tokens
+        grown_L = np.broadcast_to(self._pages.grown(slot, fed_tokens), self.num_layers)
+        rows_LH: NDArray[np.int32] = self._kept_SLH[slot] + grown_L[:, None].astype(np.int32)
+        rows_LH[list(layers.local_layers)] = layers.local_tokens(length)
+        return rows_LH
+
     def pages_of(self, slot: int) -> Ints:
         """Pages, int64 [W], of a slot whose prefill has ended, but for those of blocks."""
         pages: Ints = self._pages.held(np.array([slot]))[0] - self._shared_SW[slot]
         return pages
+
+    def bytes_of(self, pages_W: Ints) -> int:
+        """Bytes of so many pages on each worker."""
+        return int(pages_W @ self._page_bytes)
 
     def usage(self) -> Usage:
         """Bytes held by sequences where their prefill has ended, against full retention's.
@@ -343,6 +357,8 @@ class Ledger:
         own_SW = self._pages.held(slots) - self._shared_SW[slots]
         pages_W: Ints = (own_SW * ended_SW).sum(axis=0) + self._set_aside_W
         for slot in slots[~ended_SW.all(axis=1)]:
+            if slot in self._resumed:
+                pages_W += self._not_redone(slot)
             for rank, worker in enumerate(self.workers):
                 stop_layer = int(self._layers_S[slot])
                 if not worker.start_layer < stop_layer < worker.stop_layer:
@@ -356,6 +372,17 @@ class Ledger:
                     sees_all_L = [not w for w in self.layers.windows]
                     num_rows = sum(sees_all_L[worker.start_layer : stop_layer]) * rows.shape[1]
                     pages_W[rank] += int(pages_L.sum()) - num_rows * int(self._shared_S[slot])
+        return pages_W
+
+    def _not_redone(self, slot: int) -> Ints:
+        """Pages, int64 [W], of a slot in layers where it has what its conversation had."""
+        held_LH, pages_W = self._resumed[slot], np.zeros(len(self.workers), dtype=np.int64)
+        sees_all_L = np.array(self.layers.windows) == 0
+        for rank, worker in enumerate(self.workers):
+            layers = slice(max(worker.start_layer, int(self._layers_S[slot])), worker.stop_layer)
+            rows = held_LH[layers, worker.start_head : worker.stop_head]
+            shared = int(sees_all_L[layers].sum()) * rows.shape[1] * int(self._shared_S[slot])
+            pages_W[rank] = int((-(-rows // self.page_tokens)).sum()) - shared
         return pages_W
 
     def verify(self, pages_free: Sequence[int]) -> None:

@@ -150,8 +150,10 @@ class PrefillPlanner:
         cached_tokens, ledger = [], self._roster.ledger
         for leader, *followers in families:
             use = self._roster.seats.use_of(leader.held_slot)
-            cached_tokens.append(len(use.cached) * ledger.page_tokens)
-            draft.new.append(leader.new_sequence(prefix=use.prefix()))
+            cached = leader.resumed_tokens or len(use.cached) * ledger.page_tokens
+            cached_tokens.append(cached)
+            prefix = use.prefix() if leader.resumption is None else None
+            draft.new.append(leader.new_sequence(prefix=prefix))
             for follower in followers:
                 prefix = self._roster.seats.use_of(follower.held_slot).prefix()
                 draft.new.append(follower.new_sequence(leader.held_slot, prefix))
@@ -179,10 +181,12 @@ class PrefillPlanner:
             if is_seated or not is_like_head or sequence.num_in_flight:
                 continue
             followers = shared.followers(sequence)
-            found = self._find([sequence, *followers])
+            found, num_cached = NOTHING, self._roster.seats.resumable_tokens(sequence)
+            if not num_cached:
+                found = self._find([sequence, *followers])
+                num_cached = len(found.blocks) * self._roster.ledger.page_tokens
             if found.is_coming:
                 continue
-            num_cached = len(found.blocks) * self._roster.ledger.page_tokens
             computed = sequence.prompt_tokens - num_cached
             if families and computed > tokens_left:
                 break

@@ -65,6 +65,9 @@ class Landing:
     def retry_refused(self) -> None:
         """Let sequences that a worker had no pages for try again."""
         for slot in self._refused:
+            sequence = self._draft.sequences[slot]
+            if sequence.resumption is not None:
+                self._roster.seats.turns.drop(sequence.resumption)
             self._refuse(self._draft.sequences[slot], alone=self._draft.has_pool_alone)
 
     def take_prompts(self) -> None:

@@ -5,8 +5,10 @@ from collections.abc import Sequence as Many
 from itertools import islice, takewhile
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason
+from saqqara.cluster.reuse.conversations import Conversations
 from saqqara.cluster.reuse.parked import Counts
 from saqqara.cluster.reuse.prefixes import NOTHING, Found, Prefixes
+from saqqara.cluster.reuse.turns import why_not_resumed
 from saqqara.workers.plan import WorkerInfo
 
 from .events import Event, Finished, Preempted
@@ -33,19 +35,25 @@ class Roster:
         workers: every rank's shard, by rank.
         num_slots: of the replica.
         prefix_bytes: most bytes of cached prefixes; None: half the pool, 0: none are cached.
+        conversations: which there are; default: nothing is kept of any.
     """
 
     def __init__(
-        self, workers: Many[WorkerInfo], num_slots: int, prefix_bytes: int | None = 0
+        self,
+        workers: Many[WorkerInfo],
+        num_slots: int,
+        prefix_bytes: int | None = 0,
+        conversations: Conversations | None = None,
     ) -> None:
         self._num_slots = num_slots
         self._prefix_bytes = prefix_bytes
         self.prefixes = Prefixes()
         self.parked = Counts()
+        self.conversations = Conversations(0, 1.0) if conversations is None else conversations
         self.preparing = 0
         self.waiting = WaitingQueue()
         self.running: dict[int, Sequence] = {}
-        self.seats = Seats(workers, num_slots, self.prefixes, prefix_bytes, self.parked)
+        self.seats = self._new_seats(workers)
         self.events: list[Event] = []
         self.alone: str | None = None
 
@@ -155,21 +163,23 @@ class Roster:
             if self.ledger.is_exact(sequence.held_slot):
                 fed = max(len(sequence.known_after_prompt) - 1, 0)  # nothing follows the last one
                 sequence.kv_cache = self.ledger.kept(sequence.held_slot, fed)
-            self.vacate(sequence)
         elif sequence.status is Status.PREPARING:
             self.preparing -= 1
+        sequence.finish_reason = reason
+        stays = self._end_turn(sequence)
+        if sequence.status is Status.RUNNING:
+            self.vacate(sequence, stays=stays)
         sequence.status = Status.FINISHED
         self.waiting.settle(sequence, has_run=has_run)
-        sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
         sequence.error = error
         sequence.error_code = None if error is None else error_code
         self.events.append(Finished(sequence))
 
-    def vacate(self, sequence: Sequence) -> None:
-        """Take a sequence's slot away; the next plan frees it."""
+    def vacate(self, sequence: Sequence, *, stays: bool = False) -> None:
+        """Take a sequence's slot away; the next plan frees it; see `Seats.vacate`."""
         self.running.pop(sequence.arrival, None)
-        self.seats.vacate(sequence)
+        self.seats.vacate(sequence, stays=stays)
 
     def requeue(self, sequence: Sequence) -> None:
         """Take a sequence's slot away and let it wait, with its tokens, for another.
@@ -184,6 +194,7 @@ class Roster:
             sequence.position = 0
         sequence.status = Status.WAITING
         sequence.num_preemptions += 1
+        sequence.resumption = None
         sequence.discarding &= sequence.num_in_flight > 0
         self.waiting.add(sequence)
         self.events.append(Preempted(sequence))
@@ -196,9 +207,26 @@ class Roster:
             sequence.num_in_flight = sequence.num_sampling = sequence.position = 0
             sequence.discarding = False
             sequence.slot = sequence.parked_id = sequence.resumed_id = None
+            sequence.resumption = None
             if sequence.status in (Status.PREFILL, Status.RUNNING):
                 sequence.status = Status.WAITING
                 self.waiting.add(sequence)
         self.running = {}
-        kept = self.prefixes, self._prefix_bytes, self.parked
-        self.seats = Seats(workers, self._num_slots, *kept)
+        self.seats = self._new_seats(workers)
+
+    def _new_seats(self, workers: Many[WorkerInfo]) -> Seats:
+        kept = self.prefixes, self._prefix_bytes, self.conversations, self.parked
+        return Seats(workers, self._num_slots, *kept)
+
+    def _end_turn(self, sequence: Sequence) -> bool:
+        """A sequence ends; whether what its rows hold stays for the next turn of a conversation."""
+        key = sequence.conversation
+        if key is None:
+            return False
+        self.conversations.end(key)
+        retention, length = sequence.request.retention, sequence.prompt_tokens
+        reason = why_not_resumed(retention, length)
+        if self.conversations.get(key) is None:
+            self.conversations.lose(key, reason or "lost")  # unless it is kept in a moment
+        is_kept = reason is None and self.conversations.max_bytes > 0
+        return is_kept and sequence.finish_reason in ("stop", "length")

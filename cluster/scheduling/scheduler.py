@@ -9,6 +9,7 @@ from collections.abc import Sequence as Many
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason, check_room
 from saqqara.cluster.reuse.cached import CachedPrefixes
+from saqqara.cluster.reuse.conversations import Conversations
 from saqqara.cluster.reuse.parked import HostMemory
 from saqqara.workers.plan import SamplingSpec, StepPlan, StepResult, WorkerInfo
 
@@ -34,6 +35,9 @@ class Scheduler:
         prefill_quantum: layers x tokens of prefill per step while others decode; None: no bound.
         max_extend_tokens: tokens replayed or scored per step, all sequences together.
         prefix_bytes: most bytes of cached prefixes of prompts; None: half the pool, 0: no caching.
+        conversation_bytes: most bytes that conversations keep between their turns; None: a quarter
+            of the pool, 0: none.
+        conversation_seconds: without a turn, after which one is forgotten.
         lookahead: steps of a sequence that may be in flight. With 2 the results of a step are
             absorbed while the next one runs, and tokens that overran a stop are dropped: what
             engines need whose steps overlap with their controller's work.
@@ -49,6 +53,8 @@ class Scheduler:
         prefill_quantum: int | None = None,
         max_extend_tokens: int = 1024,
         prefix_bytes: int | None = 0,
+        conversation_bytes: int | None = 0,
+        conversation_seconds: float = 600.0,
         lookahead: int = 1,
     ) -> None:
         if lookahead < 1:
@@ -62,7 +68,10 @@ class Scheduler:
         self._num_added = 0
         self._newest: tuple[TokenRequest | None, tuple[bytes, ...]] = (None, ())
         self._next_step = 0
-        self._roster = Roster(workers, max_num_seqs, prefix_bytes)
+        if conversation_bytes is None:
+            conversation_bytes = sum(w.num_pages * w.page_bytes for w in workers) // 4
+        self.conversations = Conversations(conversation_bytes, conversation_seconds)
+        self._roster = Roster(workers, max_num_seqs, prefix_bytes, self.conversations)
         self._start_with(workers)
 
     def _start_with(self, workers: Many[WorkerInfo]) -> None:
@@ -117,9 +126,9 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no sequence is left, no plan executing, no slot or block still to be freed."""
+        """Whether no sequence is left, no plan executing, and nothing still to be freed."""
         seats = self._roster.seats
-        is_empty = seats.is_empty and not (seats.cached.has_evicted or seats.host.has_dropped)
+        is_empty = seats.is_empty and not seats.has_given_up
         return is_empty and not (self.num_waiting or self._flights)
 
     def add(
@@ -152,6 +161,8 @@ class Scheduler:
         )
         self._num_added += 1
         self._note_prefix(sequence)
+        if sequence.conversation is not None:
+            self.conversations.begin(sequence.conversation)
         if is_ready:
             self._roster.waiting.add(sequence)
         else:
@@ -178,6 +189,18 @@ class Scheduler:
         """Cached prefixes of prompts."""
         return self._roster.seats.cached
 
+    def end_conversation(self, owner: str, conversation_id: str) -> bool:
+        """Give up what is kept of a conversation, by the next plan; whether there was anything.
+
+        Raises:
+            ConversationBusyError: a turn of it has not ended.
+        """
+        return self._roster.seats.turns.end((owner, conversation_id))
+
+    def expire(self, now: float) -> None:
+        """Forget the conversations that had no turn for too long; `now`, in seconds, only grows."""
+        self._roster.seats.turns.expire(now)
+
     def reset_prefix_cache(self) -> bool:
         """Give up all cached prefixes that nobody uses, by the next plan; whether none is left."""
         return self._roster.seats.cached.reset()
@@ -195,6 +218,8 @@ class Scheduler:
 
     def check(self, request: TokenRequest) -> None:
         """Raise a ValueError if the request could never be served."""
+        if request.conversation_id is not None:
+            self.conversations.check((request.owner, request.conversation_id))
         num_tokens = len(request.prompt_token_ids)
         continuation = request.score_continuation
         if num_tokens == 0:
@@ -233,7 +258,8 @@ class Scheduler:
             self._prefill.admit(draft)
         self.ledger.settle()
         draft.evict += seats.cached.take_evicted()
-        draft.drop += seats.host.take_dropped()
+        draft.park += seats.turns.take_parked()
+        draft.drop += [*seats.turns.take_dropped(), *seats.host.take_dropped()]
         seats.host.settle()
         if draft.is_empty:
             return None

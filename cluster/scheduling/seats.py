@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from saqqara.cluster.reuse.cached import CachedPrefixes, Use
-from saqqara.cluster.reuse.parked import Counts, HostMemory
+from saqqara.cluster.reuse.conversations import Anew, Conversations, Kept
+from saqqara.cluster.reuse.parked import Counts, HostMemory, next_parked_id
 from saqqara.cluster.reuse.prefixes import NOTHING, Found, Prefixes
+from saqqara.cluster.reuse.turns import Resumption, Turns
 from saqqara.compression.growth import sums_mass
 from saqqara.workers.plan import Parking, StepResult, WorkerInfo
 
-from .demand import Charge, Demand, Ints
+from .demand import Charge, Demand, Ints, resumed_demand
 from .draft import Draft
 from .ledger import Ledger
 from .sequence import Sequence
@@ -45,12 +47,14 @@ class Seats:
         num_slots: of the replica.
         prefixes: which prefixes of prompts are cached; none are any more.
         prefix_bytes: most bytes of them; None: half the pool.
+        conversations: which there are; nothing is kept of them any more.
         parked: what has come of sequences that had to make room.
 
     Attributes:
         ledger: pages charged on every worker.
         cached: prefixes in pages that nobody needs.
         host: memory for sequences that had to make room.
+        turns: what conversations keep in pages until their next turn.
     """
 
     def __init__(
@@ -59,11 +63,16 @@ class Seats:
         num_slots: int,
         prefixes: Prefixes,
         prefix_bytes: int | None = 0,
+        conversations: Conversations | None = None,
         parked: Counts | None = None,
     ) -> None:
         self.ledger = Ledger(workers, num_slots)
         most = self.ledger.most_blocks(prefix_bytes)
         self.cached = CachedPrefixes(prefixes, self.ledger, most, self.ledger.page_tokens)
+        if conversations is None:
+            conversations = Conversations(0, 1.0)
+        self.turns = Turns(conversations, self.ledger, self.cached)
+        self._staying: set[int] = set()
         host_bytes_W = np.array([w.host_kv_bytes for w in workers], dtype=np.int64)
         self.host = HostMemory(host_bytes_W, parked or Counts())
         self._parked: dict[int, _Parked] = {}  # by parked id
@@ -84,6 +93,11 @@ class Seats:
         return not self._holders
 
     @property
+    def has_given_up(self) -> bool:
+        """Whether the workers have yet to be told of blocks or parked sequences that are gone."""
+        return self.cached.has_evicted or self.turns.has_dropped or self.host.has_dropped
+
+    @property
     def holders(self) -> Iterable[Sequence]:
         """Sequences that hold a slot or held one that is not released yet."""
         return self._holders.values()
@@ -91,11 +105,14 @@ class Seats:
     def make_room(self, need_W: Ints) -> bool:
         """Have so many pages free on every worker, int64 [W]; False, and nothing goes, if not.
 
-        What nobody needs now goes first: blocks of prefixes that no sequence uses.
+        What nobody needs now goes first: blocks of prefixes that no sequence uses, then what
+        conversations keep.
         """
-        if (need_W > self.ledger.free + self.cached.idle_pages).any():
+        idle_W = self.cached.idle_pages + self.turns.idle_pages
+        if (need_W > self.ledger.free + idle_W).any():
             return False
         self.cached.give(need_W)
+        self.turns.give(need_W)
         return True
 
     def try_take(self, sequence: Sequence, found: Found = NOTHING) -> bool:
@@ -106,30 +123,67 @@ class Seats:
         """
         if not self._free:
             return False
-        if not self._try_take(sequence, found):
-            # Alone it may have the whole pool: blocks that it would use may not keep it waiting.
-            is_alone = self.ledger.num_held == 0 and bool(found.blocks)
-            return is_alone and self._try_take(sequence, NOTHING)
+        going_on = self._going_on(sequence)
+        if isinstance(going_on, Resumption):
+            if self._try_take(sequence, NOTHING, going_on):
+                self.turns.count(going_on)
+                return True
+            if self.ledger.num_held:
+                return False
+            going_on = "lost"  # alone, and there is no room beside what it has
+        # Alone it may have the whole pool: blocks that it would use may not keep it waiting.
+        is_alone = self.ledger.num_held == 0 and bool(found.blocks)
+        is_taken = self._try_take(sequence, found)
+        if not is_taken and not (is_alone and self._try_take(sequence, NOTHING)):
+            return False
+        if sequence.conversation is not None and going_on is not None:
+            self.turns.begin_anew(sequence.conversation, going_on)
         return True
 
-    def _try_take(self, sequence: Sequence, found: Found) -> bool:
+    def resumable_tokens(self, sequence: Sequence) -> int:
+        """Tokens of its prompt that its conversation has now."""
+        found = self._going_on(sequence)
+        return found.num_tokens if isinstance(found, Resumption) else 0
+
+    def _going_on(self, sequence: Sequence) -> Resumption | Anew | None:
+        """How it goes on from its conversation, or why not; None: it has none, or begins it."""
+        if sequence.conversation is None:
+            return None
+        request = sequence.request
+        return self.turns.find(sequence.conversation, request.prompt_token_ids, request.retention)
+
+    def _try_take(
+        self, sequence: Sequence, found: Found, going_on: Resumption | None = None
+    ) -> bool:
         ledger, request = self.ledger, sequence.request
-        if ledger.num_held == 0 and sequence.num_refusals:
-            self.cached.reset()  # it was refused beside them
-        use = self.cached.use(found, request.retention, sequence.prompt_tokens)
-        need_W = self.need(sequence, sequence.num_replay) - ledger.shared_pages(use.num_shared)
+        demand, held = self._demand(sequence), None
+        if going_on is not None:
+            use, held = going_on.kept.use, going_on.rows
+            num_new = sequence.prompt_tokens - going_on.num_tokens
+            demand = resumed_demand(demand, held, num_new, ledger.workers)
+            self.turns.begin(going_on)
+        else:
+            if ledger.num_held == 0 and sequence.num_refusals:
+                self.cached.reset()  # it was refused beside them
+                self.turns.reset()
+            may_cut = sequence.conversation is not None and request.retention.score is not None
+            use = self.cached.use(found, request.retention, sequence.prompt_tokens, may_cut)
+        need_W = demand.most(sequence.num_replay) - ledger.shared_pages(use.num_shared)
         if not self.make_room(need_W + self._spare(sequence, need_W)):
-            self.cached.undo(use)
+            if going_on is not None:
+                self.turns.undo(going_on)
+            else:
+                self.cached.undo(use)
             return False
         slot = heapq.heappop(self._free)
-        demand = self._demand(sequence)
         replay, shared = sequence.num_replay, use.num_shared
-        ledger.admit(slot, demand, sequence.prompt_tokens, replay, shared)
-        growth_W = (ledger.num_held + 1) * ledger.rows_per_worker
-        self.cached.store(use, found, np.maximum(growth_W, ledger.num_pages // WATERMARK))
+        ledger.admit(slot, demand, sequence.prompt_tokens, replay, shared, held)
+        if going_on is None:
+            growth_W = (ledger.num_held + 1) * ledger.rows_per_worker
+            self.cached.store(use, found, np.maximum(growth_W, ledger.num_pages // WATERMARK))
         self._holders[slot] = sequence
         self._uses[slot] = use
-        sequence.slot = slot
+        sequence.slot, sequence.resumption = slot, going_on
         return True
 
     def _spare(self, sequence: Sequence, need_W: Ints) -> Ints:
@@ -147,24 +201,33 @@ class Seats:
         """What the sequence in a slot has to do with blocks."""
         return self._uses[slot]
 
-    def vacate(self, sequence: Sequence) -> None:
-        """Take a sequence's slot away; the next plan frees it."""
+    def vacate(self, sequence: Sequence, *, stays: bool = False) -> None:
+        """Take a sequence's slot away; the next plan frees it.
+
+        With `stays` what its rows hold is kept for the next turn of its conversation.
+        """
         assert sequence.slot is not None
         self._vacated.append(sequence.slot)
+        if stays:
+            self._staying.add(sequence.slot)
         sequence.slot = None
 
     def release(self, draft: Draft) -> None:
         """Have the plan in the making free slots; they and their pages can be used at once."""
         for slot in self._vacated:
-            use, parked_id = self._uses.pop(slot), self._leaving.pop(slot, None)
+            sequence, use = self._holders.pop(slot), self._uses.pop(slot)
+            parked_id = self._leaving.pop(slot, None)
+            kept = self._kept_of(slot, sequence, use) if slot in self._staying else None
             self.ledger.release(slot)
-            if parked_id is None:
-                self.cached.leave(use)
-            else:
+            if parked_id is not None:
                 draft.park.append(Parking(slot, parked_id))
                 self.host.begin(parked_id)
-            del self._holders[slot]
+            elif kept is not None and sequence.conversation is not None:
+                self.turns.keep(sequence.conversation, slot, kept)
+            else:
+                self.cached.leave(use)
             heapq.heappush(self._free, slot)
+        self._staying.clear()
         draft.free += self._vacated
         self._vacated = []
 
@@ -255,6 +318,26 @@ class Seats:
                 if sequence.slot is not None and self.ledger.is_exact(kept.slot):
                     known.append(sequence)
         return list(refused), known
+
+    def _kept_of(self, slot: int, sequence: Sequence, use: Use) -> Kept | None:
+        """What a turn has left, all of it known; None: more was fed than is known of it."""
+        request, ledger = sequence.request, self.ledger
+        known = (*request.prompt_token_ids, *sequence.output_token_ids)
+        if sequence.position > len(known):
+            return None
+        fed = sequence.position - sequence.prompt_tokens
+        pages_W = ledger.pages_of(slot)
+        return Kept(
+            parked_id=next_parked_id(),
+            token_ids=np.array(known[: sequence.position], dtype=np.int32),
+            retention=request.retention,
+            rows=ledger.rows_of(slot, fed),
+            is_whole=request.retention.score is None and not ledger.layers.local_layers,
+            pages=pages_W,
+            num_bytes=ledger.bytes_of(pages_W),
+            use=use,
+            last_used=self.turns.conversations.now,
+        )
 
     def need(self, sequence: Sequence, fed_tokens: int) -> Ints:
         """Pages, int64 [W], that a sequence is expected to need once so much is fed to it."""

@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason, KVUsage
+from saqqara.cluster.reuse.conversations import Key as Conversation
+from saqqara.cluster.reuse.turns import Resumption
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import CachedPrefix, NewSequence, PromptScores, SamplingSpec
 
@@ -113,6 +115,7 @@ class Sequence:
     block_keys: tuple[bytes, ...] = ()  # of its prompt; none where it uses no blocks
     parked_id: int | None = None  # of its rows, while it waits and they are kept
     resumed_id: int | None = None  # that its rows came back from
+    resumption: Resumption | None = None  # of its conversation, while it has a slot by it
     discarding: bool = False  # a worker refused it: what is still in flight of it is void
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -151,6 +154,17 @@ class Sequence:
         return self.finish_reason == "stop" and is_end
 
     @property
+    def conversation(self) -> Conversation | None:
+        """The conversation whose turn it is; see `TokenRequest`."""
+        name = self.request.conversation_id
+        return None if name is None else (self.request.owner, name)
+
+    @property
+    def resumed_tokens(self) -> int:
+        """Tokens of its prompt that its conversation has, so that they are not computed."""
+        return 0 if self.resumption is None else self.resumption.num_tokens
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether its prefill is to give its prompt's tokens log-probabilities."""
         return self.spec.num_prompt_logprobs is not None and self.prompt_scores is None
@@ -186,6 +200,8 @@ class Sequence:
         Owners do not share, so that none can tell what another one asks.
         """
         ours, theirs = self.request, other.request
+        if ours.conversation_id is not None or theirs.conversation_id is not None:
+            return False  # it may go on from what its rows hold
         if (ours.owner, ours.cache_salt) != (theirs.owner, theirs.cache_salt):
             return False
         if ours.prompt_token_ids is not theirs.prompt_token_ids and (
@@ -201,7 +217,11 @@ class Sequence:
         prefix: CachedPrefix | None = None,
         resumes: int | None = None,
     ) -> NewSequence:
-        """What the workers are told when it takes its slot."""
+        """What the workers are told when it takes its slot; `resumes` is what it goes on from."""
+        resumed_tokens = self.position
+        if resumes is None:
+            resumed_tokens = self.resumed_tokens
+            resumes = None if self.resumption is None else self.resumption.kept.parked_id
         tokens = (*self.request.prompt_token_ids, *self.known_after_prompt)
         spec = self.spec
         if self.prompt_scores is not None:  # they are known since an earlier prefill
@@ -216,5 +236,5 @@ class Sequence:
             shares_prefill_with=shares_prefill_with,
             prefix=prefix,
             resumes=resumes,
-            resumed_tokens=0 if resumes is None else self.position,
+            resumed_tokens=resumed_tokens,
         )

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from saqqara.cluster.scheduling.demand import Demand, demand_of
+from saqqara.cluster.scheduling.demand import Demand, SlotPageCounts, demand_of
 from saqqara.cluster.scheduling.pages import SlotPages
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import (
@@ -79,13 +79,21 @@ class Ranks:
         self._held_SW: Ints = np.zeros((self._max_num_seqs, len(self._workers)), dtype=np.int64)
         self._new: dict[int, NewSequence] = {}
         self._layers: dict[int, int] = {}  # prefilled so far, by slot
+        self._parked: dict[int, tuple[SlotPageCounts, Ints]] = {}  # and their pages, by parked id
 
     def execute(self, plan: StepPlan) -> list[StepResult]:
         """What each rank reports of a plan."""
+        for parking in plan.park:
+            slot = parking.slot
+            self._parked[parking.parked_id] = self._books.copy_of(slot), self._held_SW[slot].copy()
         for slot in plan.free:
             self._free(slot)
+        for parked_id in plan.drop:
+            del self._parked[parked_id]
         for new in plan.new:
             self._new[new.slot], self._layers[new.slot] = new, 0
+            if new.resumes is not None:
+                self._resume(new.slot, new.resumes)
         sampled = [token for group in plan.prefill for token in self._prefill(group)]
         self._feed(plan)
         sampled += [
@@ -105,6 +113,14 @@ class Ranks:
             )
             for worker, samples, free in zip(self._workers, self._samplers, free_W, strict=True)
         ]
+
+    def _resume(self, slot: int, parked_id: int) -> None:
+        """Put a sequence that was parked in the host's memory into a slot."""
+        books, held_W = self._parked.pop(parked_id)
+        self._books.restore(slot, books)
+        self._held_SW[slot] = held_W
+        self._held_W += held_W
+        self._layers[slot] = self._num_layers
 
     def _free(self, slot: int) -> None:
         new, layers = self._new.pop(slot), self._layers.pop(slot)

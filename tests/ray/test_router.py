@@ -84,6 +84,38 @@ def test_replicas_with_room_are_asked_first_and_all_of_them() -> None:
     assert len(some) == 8
 
 
+def test_a_session_stays_with_its_replica_while_that_costs_no_balance() -> None:
+    from ray.serve._private.common import RequestMetadata
+
+    from saqqara.cluster.on_ray.router import LOAD, LeastLoadedRouter
+
+    assert "session_id" in inspect.signature(RequestMetadata).parameters, READ_ANEW
+    router = object.__new__(LeastLoadedRouter)
+
+    def replicas(**loads: float) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), routing_stats={LOAD: load})
+            for name, load in loads.items()
+        ]
+
+    def first(session_id: str, among: list[SimpleNamespace]) -> list[str]:
+        request = SimpleNamespace(metadata=SimpleNamespace(session_id=session_id))
+        chosen = asyncio.run(router.choose_replicas(among, request))
+        return [replica.replica_id.unique_id for replica in chosen[0]]
+
+    idle = replicas(a=0.0, b=0.1, c=0.2)
+    homes = {f"talk {i}": first(f"talk {i}", idle) for i in range(30)}
+    assert all(len(home) == 1 for home in homes.values())
+    assert {name for [name] in homes.values()} == {"a", "b", "c"}
+    assert all(first(talk, idle[::-1]) == home for talk, home in homes.items())  # as any proxy
+    without_c = {talk: first(talk, idle[:2]) for talk in homes}
+    assert all(without_c[talk] == home for talk, home in homes.items() if home != ["c"])
+    [talk] = [talk for talk, home in homes.items() if home == ["c"]][:1]
+    assert sorted(first(talk, replicas(a=0.0, b=0.1, c=0.3))) == ["a", "b", "c"]  # much more to do
+    assert sorted(first(talk, replicas(a=1.0, b=0.9, c=0.95))) == ["b"]  # no room
+    assert sorted(first("", idle)) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize(
     ("loads", "target", "wanted"),
     [

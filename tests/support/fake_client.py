@@ -132,6 +132,11 @@ class FakeClient:
     def note_rows(self, rows: BatchRows) -> None:
         self.noted.append(rows)
 
+    def end_conversation(self, conversation_id: str, owner: str = "") -> bool:
+        before = len(self.submitted)
+        self.submitted = [r for r in self.submitted if r.conversation_id != conversation_id]
+        return len(self.submitted) < before
+
     def metrics_address(self) -> str | None:
         return None
 

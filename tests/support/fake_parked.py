@@ -1,82 +1,121 @@
-"""The books of parked sequences on a replica without a model: what real workers would trip over."""
+"""The books of sequences out of their slots, on a replica without a model."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from saqqara.workers.plan import NewSequence, Parking, StepPlan
+from saqqara.workers.plan import NewSequence, StepPlan
 
 if TYPE_CHECKING:
-    from .fake_replica import FakeSlot, FakeWorker
+    from .fake_replica import FakeReplica, FakeSlot, FakeWorker
 
 Rows = dict[tuple[int, int], int]
 
 
 @dataclass
 class FakeParked:
-    """Sequences in the host's memory of all workers.
+    """A sequence: what was known of its slot, and its rows and their shared pages on each rank."""
 
-    Attributes:
-        slots: what is known of them, by parked id.
-        rows: of each, with its pages of blocks by layer, by rank; none of ranks that refused it.
-        num_resumed: sequences that came back.
-    """
+    held: "FakeSlot"
+    on_host: bool
+    rows: dict[int, Rows] = field(default_factory=dict)
+    shared: dict[int, dict[int, int]] = field(default_factory=dict)
 
-    slots: "dict[int, FakeSlot]" = field(default_factory=dict)
-    rows: dict[int, dict[int, tuple[Rows, dict[int, int]]]] = field(default_factory=dict)
-    num_resumed: int = 0
+    @property
+    def tokens(self) -> list[int]:
+        """Those that were fed."""
+        return self.held.tokens[: self.held.fed]
 
-    def park(
-        self,
-        parking: Parking,
-        slots: "Mapping[int, FakeSlot]",
-        workers: "list[FakeWorker]",
-        num_layers: int,
-    ) -> None:
-        """Take a sequence out of its slot, which the same plan frees."""
-        held = slots[parking.slot]
-        assert parking.to_host
-        assert parking.parked_id not in self.slots, "an id is used twice"
-        assert held.prefilled_layers == num_layers, "its prefill has not ended"
-        self.slots[parking.parked_id] = held
-        self.rows[parking.parked_id] = {
-            worker.info.rank: (
-                worker.rows.pop(parking.slot),
-                worker.shared.pop(parking.slot, {}),
-            )
-            for worker in workers
-            if parking.slot not in worker.refused
-        }
+
+class FakeParkedSequences:
+    """What is parked on all workers; asserts that plans name what is there."""
+
+    def __init__(self, page_tokens: int) -> None:
+        self._page_tokens = page_tokens
+        self._parked: dict[int, FakeParked] = {}
+        self.num_resumed = 0  # with part of a prompt to come
+        self.num_back = 0  # that go on decoding
+
+    def __len__(self) -> int:
+        return len(self._parked)
+
+    @property
+    def slots(self) -> "dict[int, FakeSlot]":
+        """What was known of the slots of preempted sequences, by numbers that no slot has."""
+        return {-n: parked.held for n, parked in self._parked.items() if parked.on_host}
+
+    def pages(self, rank: int, *, on_host: bool = False) -> int:
+        """Pages that they hold on a worker, or take of its host, but for those of blocks."""
+        return sum(
+            -(-length // self._page_tokens) - parked.shared.get(rank, {}).get(row[0], 0)
+            for parked in self._parked.values()
+            if parked.on_host == on_host
+            for row, length in parked.rows.get(rank, {}).items()
+        )
+
+    def park(self, plan: StepPlan, replica: "FakeReplica") -> None:
+        """Take over the rows of the slots that a plan parks; their slots are freed, too."""
+        for parking in plan.park:
+            assert parking.slot in plan.free, "a parked sequence keeps no slot"
+            assert parking.parked_id not in self._parked
+            held: FakeSlot = replica.slots[parking.slot]
+            assert held.prefilled_layers == replica.num_layers
+            parked = FakeParked(held, parking.to_host)
+            for worker in replica.fakes:
+                assert parking.to_host or parking.slot not in worker.refused
+                if parking.slot not in worker.refused:
+                    parked.rows[worker.info.rank] = worker.rows.pop(parking.slot)
+                    parked.shared[worker.info.rank] = worker.shared.pop(parking.slot, {})
+            self._parked[parking.parked_id] = parked
 
     def drop(self, plan: StepPlan) -> None:
-        """Forget what the plan says; of what was resumed, only what some ranks still have."""
+        """Forget what a plan drops; a worker passes over what it does not have."""
         for parked_id in plan.drop:
-            self.slots.pop(parked_id, None)
-            self.rows.pop(parked_id, None)
+            self._parked.pop(parked_id, None)
+        for parked_id in plan.offload:
+            self._parked[parked_id].on_host = True
 
-    def resume(self, new: NewSequence, workers: "list[FakeWorker]") -> "FakeSlot":
-        """Put a sequence into a slot as it was; ranks without room refuse it, and keep theirs."""
-        parked_id = new.resumes
-        assert parked_id is not None
-        held, tokens = self.slots.pop(parked_id), new.tokens().tolist()
-        assert new.retention == held.new.retention
-        assert new.prompt_tokens == held.new.prompt_tokens
-        assert tokens == held.tokens, "it resumes with other tokens"
-        assert new.resumed_tokens == held.fed < len(tokens), "all but the last tokens were fed"
-        for worker in workers:
-            rows, shared = self.rows[parked_id][worker.info.rank]
-            worker.shared[new.slot] = shared
-            worker.try_add(new.slot, rows)
-            if new.slot not in worker.refused:
-                del self.rows[parked_id][worker.info.rank]
+    def resume(self, new: NewSequence, workers: "Sequence[FakeWorker]") -> None:
+        """Give a new sequence the rows that it resumes, cut where fewer tokens are fed."""
+        assert new.resumes is not None
+        parked, tokens = self._parked.pop(new.resumes), new.tokens().tolist()
+        num = new.resumed_tokens
+        assert new.prefix is None
+        assert new.shares_prefill_with is None
+        assert 0 < num <= len(parked.tokens)
+        assert parked.tokens[:num] == tokens[:num], "other tokens were fed"
         self.num_resumed += 1
+        for worker in workers:
+            rows = parked.rows[worker.info.rank]
+            if num < len(parked.tokens):
+                assert {*rows.values()} == {len(parked.tokens)}, "rows that lack tokens are cut"
+                rows = dict.fromkeys(rows, num)
+            worker.rows[new.slot] = rows
+            worker.shared[new.slot] = parked.shared[worker.info.rank]
+
+    def put_back(self, new: NewSequence, workers: "Sequence[FakeWorker]") -> "FakeSlot":
+        """Let a sequence go on decoding as it was; ranks without room refuse it and keep it."""
+        assert new.resumes is not None
+        parked, tokens = self._parked[new.resumes], new.tokens().tolist()
+        held = parked.held
+        assert (new.retention, new.score) == (held.new.retention, held.new.score)
+        assert new.prompt_tokens == held.new.prompt_tokens
+        assert new.prefix is None
+        assert tokens == held.tokens, "it goes on with other tokens"
+        assert new.resumed_tokens == held.fed < len(tokens), "its last token is not fed yet"
+        self.num_back += 1
+        for worker in workers:
+            rank = worker.info.rank
+            worker.shared[new.slot] = parked.shared[rank]
+            worker.try_add(new.slot, parked.rows[rank])
+            if new.slot not in worker.refused:
+                del parked.rows[rank]
+        if not parked.rows:
+            del self._parked[new.resumes]
         return replace(held, new=replace(new, prefix=held.new.prefix), tokens=tokens, group=())
 
-    def check(self, workers: "list[FakeWorker]") -> None:
-        """No worker has more on the host than it may have."""
+    def check(self, workers: "Sequence[FakeWorker]") -> None:
+        """No worker takes more of the host's memory than it may."""
         for worker in workers:
-            size, pages = worker.info.page_tokens, 0
-            for by_rank in self.rows.values():
-                rows, shared = by_rank.get(worker.info.rank, ({}, {}))
-                pages += sum(-(-n // size) - shared.get(row[0], 0) for row, n in rows.items())
+            pages = self.pages(worker.info.rank, on_host=True)
             assert pages * worker.info.page_bytes <= worker.info.host_kv_bytes

@@ -36,7 +36,7 @@ from saqqara.workers.plan import (
 )
 
 from .fake_blocks import FakeBlocks
-from .fake_parked import FakeParked
+from .fake_parked import FakeParkedSequences
 
 PAGE_BYTES = 1024
 
@@ -140,6 +140,7 @@ class FakeWorker:
     refused: set[int] = field(default_factory=set)
     shared: dict[int, dict[int, int]] = field(default_factory=dict)  # pages of a row, by layer
     blocks: FakeBlocks | None = None
+    parked: FakeParkedSequences | None = None
 
     @property
     def pages_free(self) -> int:
@@ -149,7 +150,8 @@ class FakeWorker:
             for row, length in rows.items()
         )
         blocks = 0 if self.blocks is None else self.blocks.pages(self.info.rank)
-        return self.info.num_pages - sum(held) - blocks
+        parked = 0 if self.parked is None else self.parked.pages(self.info.rank)
+        return self.info.num_pages - sum(held) - blocks - parked
 
     def give_up(self, slot: int) -> None:
         """Hold nothing of a slot any more."""
@@ -193,8 +195,8 @@ class FakeReplica:
     ) -> None:
         self._infos = list(workers)
         self.blocks = FakeBlocks(workers)
-        self.fakes = [FakeWorker(info, blocks=self.blocks) for info in workers]
-        self.parked = FakeParked()
+        self.parked = FakeParkedSequences(workers[0].page_tokens)
+        self.fakes = [FakeWorker(info, blocks=self.blocks, parked=self.parked) for info in workers]
         self.vocab_size = vocab_size
         self.fail_at_step = fail_at_step
         self._faults = dict(faults)
@@ -254,22 +256,21 @@ class FakeReplica:
         """Carry out a plan on every worker."""
         self.plans.append(plan)
         before = [set(worker.refused) for worker in self.fakes]
-        for parking in plan.park:
-            assert parking.slot in plan.free
-            self.parked.park(parking, self.slots, self.fakes, self.num_layers)
+        self.parked.park(plan, self)
         for slot in plan.free:
             self._free(slot)
-        others = {-n: s for n, s in self.parked.slots.items() if n not in plan.drop}
-        self.blocks.evict(plan, {**self.slots, **others}, self.num_layers)
         self.parked.drop(plan)
+        self.blocks.evict(plan, {**self.slots, **self.parked.slots}, self.num_layers)
         for new in plan.new:
             assert new.slot not in self.slots, f"slot {new.slot} is taken"
-            if new.resumes is not None:
-                self.slots[new.slot] = self.parked.resume(new, self.fakes)
+            if new.resumes is not None and new.resumed_tokens >= new.prompt_tokens:
+                self.slots[new.slot] = self.parked.put_back(new, self.fakes)
                 continue
             self.slots[new.slot] = FakeSlot(new, new.tokens().tolist())
             self._check_leader(new)
             self._take_blocks(new)
+            if new.resumes is not None:
+                self.parked.resume(new, self.fakes)
         self.parked.check(self.fakes)
         self._check_stages(plan.prefill)
         ended = [slot for group in plan.prefill for slot in self._prefill(group)]
@@ -360,7 +361,9 @@ class FakeReplica:
             page_tokens = self._infos[0].page_tokens
             for new in self._leaders(group):
                 cached = len(new.prefix.cached) if new.prefix else 0
-                self.prefilled_tokens += new.prompt_tokens - cached * page_tokens
+                num_tokens = new.prompt_tokens - cached * page_tokens - new.resumed_tokens
+                assert num_tokens > 0, "the last token is computed"
+                self.prefilled_tokens += num_tokens
         for slot in group.slots:
             held = self.slots[slot]
             assert held.prefilled_layers == group.start_layer, "ranges follow each other"
@@ -370,12 +373,17 @@ class FakeReplica:
             held.prefilled_layers = group.stop_layer
         for layer in range(group.start_layer, group.stop_layer):
             for slot in group.slots:
-                counts = self._counts(self.slots[slot].new, layer)
+                new = self.slots[slot].new
+                counts = self._counts(new, layer)
+                num_new = new.prompt_tokens - new.resumed_tokens
                 for worker in self.fakes:
                     info = worker.info
                     if info.start_layer <= layer < info.stop_layer:
-                        heads = range(info.start_head, info.stop_head)
-                        worker.try_add(slot, {(layer, head): counts[head] for head in heads})
+                        more = {}
+                        for head in range(info.start_head, info.stop_head):
+                            length = worker.rows.get(slot, {}).get((layer, head), 0)
+                            more[layer, head] = min(counts[head], length + num_new) - length
+                        worker.try_add(slot, more)
         if group.stop_layer < self.num_layers:
             return []
         for slot in group.slots:

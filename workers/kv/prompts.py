@@ -116,6 +116,45 @@ def _write_rest(
     return True
 
 
+def begin_with(kv: KVStore, slot: int, pages: NDArray[np.int32], *, is_shared: bool) -> bool:
+    """Let all rows of an empty slot begin with full pages, or with copies of them.
+
+    Args:
+        kv: the store, of layers without windows.
+        slot: the slot.
+        pages: of the first tokens, in order, [pages, L, H].
+        is_shared: the rows hold these pages themselves.
+
+    Returns:
+        False, with nothing changed, if there are too few pages for copies.
+    """
+    table, pool = kv.table, kv.pool
+    assert not table.kept[slot].any(), f"slot {slot} is not empty"
+    assert not kv.rings.window, "rows with a window begin anywhere"
+    of_rows = pages.transpose(1, 2, 0).reshape(-1)
+    if is_shared:
+        pool.share(of_rows)
+    else:
+        if len(of_rows) > pool.num_free:
+            return False
+        copies = pool.allocate(len(of_rows))
+        copy_pages(kv, of_rows, copies)
+        of_rows = copies
+    first = table.first_entry[slot].reshape(-1)
+    table.set_pages(spans(first, np.full(len(first), len(pages))), of_rows)
+    kept = np.full((1, *pages.shape[1:]), len(pages) * kv.page_tokens, dtype=np.int32)
+    table.set_kept(np.array([slot]), kept)
+    return True
+
+
+def copy_pages(kv: KVStore, source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
+    """Copy what pages hold."""
+    pages = (to_device(ids.astype(np.int64), kv.table.device) for ids in (source, target))
+    from_pages, to_pages = pages
+    for stored in (kv.pool.k_pages, kv.pool.v_pages):
+        stored.index_copy_(0, to_pages, stored.index_select(0, from_pages))
+
+
 def write_layers(
     kv: KVStore,
     first_layer: int,

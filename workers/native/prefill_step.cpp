@@ -1,6 +1,8 @@
 // Short prompts through several layers: one parallel region from the hidden states that go into the
 // first of them to those that leave the last.
 //
+// Prompts may begin with tokens whose keys and values are in pages; these are not computed.
+//
 // It runs the phases of `decoder_layer.h` and the tiles of `attention_prefill.h` in the order of the
 // calls per layer, so its results have the same bits.
 //
@@ -25,8 +27,10 @@ struct Step {
   const int64_t* positions;  // [T]
   const int32_t* cu;         // [N + 1], where prompts begin
   const int64_t* refs;       // [L, T, H], where keys and values go in the pages, or -1; or null
-  bf16* k_pages;             // null where `refs` is
+  bf16* k_pages;             // null where neither `refs` nor `cached` needs them
   bf16* v_pages;
+  const int32_t* cached;       // [L, N, H, cached_pages], pages before the fresh tokens; or null
+  const int32_t* cached_kept;  // [N, H], how many tokens these have
   bf16* q;    // [L, T, Hq, D], rotated queries, or [T, Hq, D] of one layer after the other
   bf16* k;    // the same of rotated keys [.., T, H, D]
   bf16* v;    // and values
@@ -41,6 +45,8 @@ struct Step {
   int64_t rows;
   int64_t num_sequences;
   int64_t num_wanted;
+  int64_t cached_pages;
+  int64_t page_tokens;
   int64_t keeps_all;  // whether q, k and v have room for all layers
   int64_t threads;
   float scale;
@@ -85,6 +91,14 @@ AttendArguments arguments_of(const Step& s, int64_t layer, const Activations& x,
   a.group = static_cast<int>(p.query_heads / p.kv_heads);
   a.dim = static_cast<int>(p.head_dim);
   a.page_tokens = 1;
+  if (s.cached != nullptr) {
+    a.k_pages = s.k_pages;
+    a.v_pages = s.v_pages;
+    a.page_table = s.cached + layer * s.num_sequences * p.kv_heads * s.cached_pages;
+    a.kept = s.cached_kept;
+    a.page_tokens = static_cast<int>(s.page_tokens);
+    a.max_pages = static_cast<int>(s.cached_pages);
+  }
   a.window = s.windows[layer];
   a.scale = s.scale;
   a.softcap = s.softcap;

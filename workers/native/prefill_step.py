@@ -2,6 +2,8 @@
 
 Each layer computes what `decoder_layer.py` and the cpu attention backend compute, to the last bit.
 
+Prompts may begin with tokens that are not computed, whose keys and values are in pages.
+
 Shapes: T packed tokens of N prompts, R of them that are wanted after the model's last layer;
 L layers of the call, E hidden size, Hq query heads, H kv heads, D head dim, P pages.
 """
@@ -24,10 +26,11 @@ class _Step(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("layers", "hidden", "positions", "cu", "refs")),
-        *((name, c_void_p) for name in ("k_pages", "v_pages", "q", "k", "v", "lse", "windows")),
+        *((name, c_void_p) for name in ("k_pages", "v_pages", "cached", "cached_kept")),
+        *((name, c_void_p) for name in ("q", "k", "v", "lse", "windows")),
         *((name, c_void_p) for name in ("wanted_cu", "wanted_rows", "wanted", "seconds")),
         *((name, c_int64) for name in ("num_layers", "rows", "num_sequences", "num_wanted")),
-        *((name, c_int64) for name in ("keeps_all", "threads")),
+        *((name, c_int64) for name in ("cached_pages", "page_tokens", "keeps_all", "threads")),
         *((name, c_float) for name in ("scale", "softcap")),
     )
 
@@ -83,6 +86,23 @@ class PageWrites:
 
 
 @dataclass(frozen=True, slots=True)
+class CachedPages:
+    """Keys and values of the prompts' first tokens, which are not computed.
+
+    Attributes:
+        k_pages: bf16 [P, page_tokens, D].
+        v_pages: the same of values.
+        table: the full pages before the fresh tokens of each prompt, int32 [L, N, H, pages].
+        kept: how many tokens these have, int32 [N, H].
+    """
+
+    k_pages: Tensor
+    v_pages: Tensor
+    table: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """What is wanted of the last layer.
 
@@ -118,6 +138,7 @@ class PrefillStep:
         fresh: Fresh,
         writes: PageWrites | None = None,
         wanted: Wanted | None = None,
+        cached: CachedPages | None = None,
         *,
         timed: bool = False,
     ) -> tuple[float, ...]:
@@ -129,6 +150,7 @@ class PrefillStep:
             fresh: room.
             writes: where keys and values are stored; None if the caller sees to that.
             wanted: what is wanted of the last layer; None for all.
+            cached: what comes before the prompts' tokens; None: nothing.
             timed: whether the parts are timed.
 
         Returns:
@@ -163,6 +185,14 @@ class PrefillStep:
             assert writes.refs.shape == (len(layers), num_tokens, of.num_kv_heads)
             step.k_pages, step.v_pages = bf16(writes.k_pages), bf16(writes.v_pages)
             step.refs = pointer(writes.refs, torch.int64)
+        if cached is not None:
+            num_prompts, pages = len(prompts.cu) - 1, cached.table.shape[-1]
+            assert cached.table.shape == (len(layers), num_prompts, of.num_kv_heads, pages)
+            assert cached.kept.shape == (num_prompts, of.num_kv_heads), cached.kept.shape
+            step.k_pages, step.v_pages = bf16(cached.k_pages), bf16(cached.v_pages)
+            step.cached = pointer(cached.table, torch.int32)
+            step.cached_kept = pointer(cached.kept, torch.int32)
+            step.cached_pages, step.page_tokens = pages, cached.k_pages.shape[1]
         if wanted is not None:
             assert len(wanted.cu) == len(prompts.cu), (wanted.cu, prompts.cu)
             assert wanted.hidden.shape == (len(wanted.rows), of.hidden_size), wanted.hidden.shape

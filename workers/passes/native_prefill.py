@@ -2,7 +2,8 @@
 
 Between the layers of a short prompt Python takes as long as the layers do. Here it is left once:
 what retention looks at is noted on the way and looked at afterwards, and where every token is kept,
-keys and values go to their pages within the call. What is kept and sampled is the same to the last
+keys and values go to their pages within the call. Cached tokens before a prompt's are read where
+they are, in the pages of blocks. What is kept and sampled is the same to the last
 bit as layer by layer. Long prompts, which would note much and gain little, go layer by layer, and
 so do those of which a layer decides what enters the next.
 
@@ -17,13 +18,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saqqara.compression.growth import sums_mass
 from saqqara.workers.attention.base import CuSeqlens
+from saqqara.workers.kv.prompts import begin_with
 from saqqara.workers.models.layer import QKV
 from saqqara.workers.models.native_layer import step_layers
-from saqqara.workers.native.prefill_step import Fresh, PageWrites, PrefillStep, Prompts, Wanted
+from saqqara.workers.native.prefill_step import (
+    CachedPages,
+    Fresh,
+    PageWrites,
+    PrefillStep,
+    Prompts,
+    Wanted,
+)
 from saqqara.workers.native.step_layers import PARTS
 from saqqara.workers.shard import Shard
 
@@ -87,8 +97,6 @@ class NativePrefill:
         """Whether a group is short, and the same tokens go through all layers."""
         if parked.num_tokens > self.max_tokens:
             return False
-        if any(map(len, parked.cached)):
-            return False
         retentions = [self._shard.slots[slot].retention for slot in parked.slots]
         narrowing = [r.method for r in retentions if r.propagate is not None]
         if narrowing and not self._has_said_why:
@@ -97,11 +105,12 @@ class NativePrefill:
         return not narrowing
 
     def reserve(self, layers: range, parked: ParkedPrefill) -> PageWrites | None:
-        """Pages for all keys and values of a group that keeps them all.
+        """Pages for all keys and values of a group that keeps them all; those of blocks are there.
 
         Returns:
             None, with nothing reserved, where something is dropped, looked at or remembered of some
-            prompt, where prompts are shared, the rank has other layers too, or pages are short.
+            prompt, where prompts are shared, the rank has other layers too, or pages are short; and
+            of blocks, where rows are not as these.
         """
         shard, kv = self._shard, self._shard.kv
         if layers != self._part.layers or not all(map(self._keeps_all, parked.slots)):
@@ -110,13 +119,26 @@ class NativePrefill:
             return None
         slots, counts = (np.array(x, dtype=np.int64) for x in (parked.slots, parked.cu.lengths))
         assert not shard.kv.table.kept[slots].any(), f"slots {slots} are not empty"
-        append = kv.begin_append(slots, counts)
-        return None if append is None else PageWrites(kv.pool.k_pages, kv.pool.v_pages, append.refs)
+        append = None
+        if all(map(self._begin_with_cached, parked.slots, parked.cached)):
+            append = kv.begin_append(slots, counts)
+        if append is None:
+            for slot in parked.slots:
+                kv.free(slot)
+            return None
+        return PageWrites(kv.pool.k_pages, kv.pool.v_pages, append.refs)
+
+    def _begin_with_cached(self, slot: int, cached: NDArray[np.int32]) -> bool:
+        """Put a prompt's cached tokens into its slot's rows; False if pages are short."""
+        is_shared = self._shard.slots[slot].prefix.is_shared
+        return len(cached) == 0 or begin_with(self._shard.kv, slot, cached, is_shared=is_shared)
 
     def _keeps_all(self, slot: int) -> bool:
         """Whether a slot keeps its whole prompt, and its queries and masses are nobody's."""
         shard, held = self._shard, self._shard.slots[slot]
-        if slot in shard.faults.refused or slot in shard.retained.cycles or held.prefix.stored:
+        if slot in shard.faults.refused or slot in shard.retained.cycles:
+            return False
+        if any(self._part.windows) and (held.prefix.stored or held.prefix.cached):
             return False
         return shard.rings.size(slot) == 0 and not held.retention.drops(held.prompt_tokens)
 
@@ -178,6 +200,7 @@ class NativePrefill:
             Fresh(q, k, v, lse),
             writes,
             ends,
+            self._cached(layers, parked),
             timed=is_traced,
         )
         for name, spent in zip(PARTS, seconds, strict=is_traced):
@@ -188,6 +211,23 @@ class NativePrefill:
         num_bytes = q.nbytes + q[0].nbytes + num_tokens * per_token  # q[0]: the output of attention
         num_bytes += 0 if lse is None else lse.nbytes
         return Piece(layers, QKV(q, k, v), lse, writes is not None, found, num_bytes)
+
+    def _cached(self, layers: range, parked: ParkedPrefill) -> CachedPages | None:
+        """The pages before the tokens that are computed, in layers of the model; None: no such."""
+        counts = np.array([len(pages) for pages in parked.cached], dtype=np.int32)
+        if not counts.any():
+            return None
+        kv, first = self._shard.kv, self._part.layers.start
+        shape = (len(layers), len(counts), kv.num_heads, int(counts.max()))
+        table = np.zeros(shape, dtype=np.int32)
+        for prompt, pages in enumerate(parked.cached):
+            of_layers = pages[:, layers.start - first : layers.stop - first]
+            table[:, prompt, :, : len(pages)] = of_layers.transpose(1, 2, 0)
+        kept = (counts * kv.page_tokens)[:, None].repeat(kv.num_heads, axis=1)
+        pool = kv.pool
+        return CachedPages(
+            pool.k_pages, pool.v_pages, torch.from_numpy(table), torch.from_numpy(kept)
+        )
 
     def _weighs_queries(self, slot: int) -> bool:
         """Whether attention to a slot's prompt may be asked for."""

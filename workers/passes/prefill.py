@@ -172,8 +172,10 @@ class Prefill:
             self._shard.meter.see_prefill(
                 self._kv_bytes(piece.fresh), self.parked_bytes + piece.activation_bytes
             )
-            if not piece.is_stored:
-                with self._shard.clock.span("retain"):
+            with self._shard.clock.span("retain"):
+                if piece.is_stored:
+                    self._prefixes.store_rows(parked)
+                else:
                     self._retain_piece(piece, parked)
             if wanted is not None and piece.wanted is not None:
                 finals.take(parked.families, wanted, piece.wanted, self._shard.slots)
@@ -304,8 +306,16 @@ class Prefill:
         self._shard.meter.see_prefill(self._kv_bytes(qkv, keyed), 0)
 
     def _retain_piece(self, piece: Piece, parked: ParkedPrefill) -> None:
-        """`_retain` of several layers, written together where there are pages for all."""
+        """`_retain` of several layers, written together where there are pages for all.
+
+        With cached tokens each layer by itself, as the keys of only one exist at full length.
+        """
         shard, first = self._shard, self._part.layers.start
+        if any(map(len, parked.cached)):
+            for layer, qkv, lse in piece.noted():
+                keyed = self._prefixes.before(layer - first, parked, qkv)
+                self._retain(layer, parked, qkv, keyed, lse)
+            return
         noted = []
         for layer, qkv, lse in piece.noted():
             self._prefixes.store(layer - first, parked, qkv)

@@ -104,8 +104,17 @@ class Prefixes:
         """
         shard = self._shard
         for leader, start in zip(parked.families, parked.cu.host, strict=False):
-            stored = shard.slots[leader].prefix.stored
-            # A slot that was refused for want of pages holds none.
-            if stored and shard.blocks.holds(stored):
+            if stored := self._stored(leader):
                 place = slice(start, start + len(stored) * shard.kv.page_tokens)
                 shard.blocks.write(stored, local_layer, qkv.k[place], qkv.v[place])
+
+    def store_rows(self, parked: ParkedPrefill) -> None:
+        """Fill the same blocks in all layers, from rows that have the whole prompts by now."""
+        for leader, cached in zip(parked.families, parked.cached, strict=True):
+            if stored := self._stored(leader):
+                self._shard.blocks.copy_rows(stored, leader, len(cached))
+
+    def _stored(self, leader: int) -> tuple[int, ...]:
+        """The blocks that a prompt fills; a slot refused for want of their pages holds none."""
+        stored = self._shard.slots[leader].prefix.stored
+        return stored if self._shard.blocks.holds(stored) else ()

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saqqara.workers.kv.prompts import copy_pages
 from saqqara.workers.kv.store import KVStore
 from saqqara.workers.transfer import to_device
 
@@ -74,6 +75,13 @@ class Blocks:
         for stored, tokens in ((pool.k_pages, k), (pool.v_pages, v)):
             by_page = tokens.view(len(ids), pool.page_tokens, num_heads, dim).transpose(1, 2)
             stored.index_copy_(0, target, by_page.reshape(-1, pool.page_tokens, dim))
+
+    def copy_rows(self, ids: Sequence[int], slot: int, first: int) -> None:
+        """Fill blocks from full pages of a slot's rows, which are those from number `first` on."""
+        table, pages = self._kv.table, self.pages_of(ids)
+        entries = table.first_entry[slot][..., None] + np.arange(first, first + len(ids))
+        of_rows = table.flat_pages[entries].transpose(2, 0, 1)  # [B, L, H]
+        copy_pages(self._kv, of_rows.reshape(-1), pages.reshape(-1))
 
     def read(self, pages: NDArray[np.int32], layer: int, k: Tensor, v: Tensor) -> None:
         """Copy what adjacent blocks have of one layer.

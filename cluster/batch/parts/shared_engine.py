@@ -151,6 +151,10 @@ class EngineShare:
         """Show in the metrics how far the engine's rows are."""
         self._engine.client.note_rows(rows)
 
+    def end_conversation(self, conversation_id: str, owner: str = "") -> bool:
+        """Give up what is kept of an owner's conversation; whether there was anything."""
+        return self._engine.client.end_conversation(conversation_id, owner)
+
     def metrics_address(self) -> str | None:
         """Where /metrics is served, or None."""
         return self._engine.client.metrics_address()

@@ -1,5 +1,6 @@
 """Short prompts through all layers in one native call, against the same layer by layer."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers.native.build import unavailable_reason
 from saqqara.workers.passes import native_prefill
 from saqqara.workers.plan import (
+    CachedPrefix,
     DecodeItem,
     NewSequence,
     PrefillGroup,
@@ -178,6 +180,37 @@ def test_prompts_that_are_scored_or_shared(worker: Worker, monkeypatch: pytest.M
     ]
     assert both_ways(worker, monkeypatch, scored) == [LAYERS]
     assert both_ways(worker, monkeypatch, [*scored, *followers]) == [LAYERS]
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
+def test_prompts_behind_cached_blocks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied or shared, with others in the group; what is stored again has the same bits, too."""
+    save_tiny(name, tmp_path, num_layers=LAYERS)
+    worker, blocks = make_worker(tmp_path), tuple(range(5))
+    [storer] = sequences(None, (46,))
+    text = storer.tokens().tolist()
+    for retention in (None, SNAPKV, {"method": "adakv", **WINDOW}):
+        kept = Retention.parse(retention)
+        answers(worker, [replace(storer, retention=kept, prefix=CachedPrefix(stored=blocks))])
+        new = [
+            new_sequence(slot, [*text[:length], *text[3:9]], sampling=PLAIN, retention=kept)
+            for slot, length in enumerate((40, 8, 17))
+        ]
+        new[0] = replace(new[0], prefix=CachedPrefix(blocks, is_shared=retention is None))
+        new[1] = replace(new[1], prefix=CachedPrefix(blocks[:1]))
+        assert both_ways(worker, monkeypatch, new) == [LAYERS]
+        assert both_ways(worker, monkeypatch, new, ranges=((0, 2), (2, LAYERS))) == [2, 1]
+        worker.execute(StepPlan(0, evict=blocks))
+    held = []
+    native = worker._prefill._native
+    for ids, way in ((blocks, native), ((7, 8, 9, 10, 11), None)):
+        monkeypatch.setattr(worker._prefill, "_native", way)
+        answers(worker, [replace(storer, prefix=CachedPrefix(stored=ids))])
+        pages = torch.from_numpy(worker._shard.blocks.pages_of(ids)).long()
+        held.append([x[pages] for x in (worker.kv.pool.k_pages, worker.kv.pool.v_pages)])
+    assert all(torch.equal(a, b) for a, b in zip(*held, strict=True))
 
 
 def test_ranges_of_layers(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ class Run:
                 break
         assert self.scheduler.is_idle
         assert not self.replica.slots
-        assert not self.replica.parked.rows or not any(self.replica.parked.rows.values())
+        assert not self.replica.parked.slots
         assert self.scheduler.host_memory.num_parked == 0
         assert len(self.replica.blocks) == self.scheduler.prefixes.num_blocks
         if self.scheduler.prefixes.num_blocks:
@@ -713,10 +713,10 @@ def be_rough(run: Run, rng: random.Random, sequences: list[Sequence]) -> None:
         run.scheduler.reset_prefix_cache()
     if rng.random() < 0.02:
         run.in_flight.clear()
-        hits, resumed = run.replica.blocks.num_hits, run.replica.parked.num_resumed
+        hits, back = run.replica.blocks.num_hits, run.replica.parked.num_back
         run.replica = FakeReplica(run.replica.workers)
         run.replica.blocks.num_hits = hits
-        run.replica.parked.num_resumed = resumed
+        run.replica.parked.num_back = back
         run.scheduler.restart(run.replica.workers)
 
 
@@ -765,4 +765,4 @@ def test_two_hundred_requests_through_a_small_pool(stages: tuple[int, ...], look
     assert all(s.finish_reason != "error" for s in sequences)
     assert run.count(Preempted) > 10
     assert run.replica.blocks.num_hits > 20
-    assert run.replica.parked.num_resumed > 10
+    assert run.replica.parked.num_back > 10

@@ -1,0 +1,350 @@
+"""Conversations: the next turn computes only what is new, and whatever happens, nothing is wrong.
+
+The replica has no model: it asserts that a turn goes on from the very tokens that were fed, that
+every page has one owner, and its next token is a hash of all before it, so that an answer which
+went on from anything else would be another one.
+"""
+
+import random
+from collections import deque
+from collections.abc import Sequence as Many
+from typing import Any
+
+import numpy as np
+import pytest
+from support.fake_replica import FakeReplica, RaggedRetention, make_workers, next_token
+
+from saqqara.cluster.errors import ConversationBusyError
+from saqqara.cluster.reuse.cached import Use
+from saqqara.cluster.reuse.conversations import Conversations, Kept, goes_on
+from saqqara.cluster.sampling import SamplingParams
+from saqqara.cluster.scheduling.scheduler import Scheduler
+from saqqara.cluster.scheduling.sequence import Sequence, TokenRequest
+from saqqara.compression.retention import Retention
+from saqqara.compression.scores import SnapKV
+
+FULL = Retention.parse("full")
+HALF = Retention.parse({"method": "snapkv", "window": 2, "sinks": 1, "budget": "50%"})
+ME = "me"
+PROMPT = tuple(range(1, 20))
+
+
+class Talks:
+    """A scheduler over a replica without a model; every plan is carried out at once."""
+
+    def __init__(self, num_pages: int = 1000, **settings: Any) -> None:
+        shape = {
+            name: settings.pop(name)
+            for name in ("stages", "head_ranges", "windows")
+            if name in settings
+        }
+        workers = make_workers(num_pages, **shape)
+        given: dict[str, Any] = {
+            "max_num_seqs": 4,
+            "max_model_len": 256,
+            "conversation_bytes": None,
+        }
+        self.workers = workers
+        self.scheduler = Scheduler(workers, **given | settings)
+        self.replica = FakeReplica(workers)
+        self._flights: deque[Any] = deque()
+        self._num = 0
+
+    def step(self) -> bool:
+        while (plan := self.scheduler.schedule()) is not None:
+            self._flights.append((plan, self.replica.run(plan)))
+        if not self._flights:
+            return False
+        self.scheduler.absorb(*self._flights.popleft())
+        return True
+
+    def add(
+        self,
+        prompt: Many[int],
+        name: str | None = "a",
+        retention: Retention = FULL,
+        owner: str = ME,
+        **sampling: Any,
+    ) -> Sequence:
+        self._num += 1
+        params = SamplingParams(**({"max_tokens": 6} | sampling))
+        request = TokenRequest(
+            f"r{self._num}",
+            tuple(prompt),
+            params,
+            retention,
+            owner=owner,
+            conversation_id=name,
+        )
+        return self.scheduler.add(request, params.spec(0, (0,)))
+
+    def run(self) -> None:
+        for _ in range(5000):
+            if not self.step():
+                return
+        raise AssertionError("it does not end")
+
+    def turn(self, prompt: Many[int], *args: Any, **kwargs: Any) -> tuple[tuple[int, ...], int]:
+        """A turn to its end: all of its tokens, and how many of its prompt were computed."""
+        before = self.replica.prefilled_tokens
+        sequence = self.add(prompt, *args, **kwargs)
+        self.run()
+        check_answer(sequence)
+        num = self.replica.prefilled_tokens - before
+        return (*prompt, *sequence.output_token_ids), num
+
+    @property
+    def counts(self) -> Any:
+        return self.scheduler.conversations.counts
+
+    def close(self) -> None:
+        """Nothing is left once all conversations are gone."""
+        self.scheduler.expire(1e9)
+        self.run()
+        assert self.scheduler.is_idle
+        assert len(self.replica.parked) == 0
+        if self.scheduler.prefixes.num_blocks:
+            assert self.scheduler.reset_prefix_cache()
+            self.run()
+        assert all(worker.pages_free == worker.info.num_pages for worker in self.replica.fakes)
+        assert (self.scheduler.ledger.free == self.scheduler.ledger.num_pages).all()
+
+
+def check_answer(sequence: Sequence) -> None:
+    tokens = list(sequence.request.prompt_token_ids)
+    for token in sequence.output_token_ids:
+        assert token == next_token(tokens)
+        tokens.append(token)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "one worker": {},
+    "two stages, ahead": {"stages": (2, 2), "lookahead": 2},
+    "two ranks": {"head_ranges": ((0, 1), (1, 2)), "prefill_quantum": 1},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("retention", [FULL, HALF], ids=["full", "half"])
+def test_each_turn_computes_only_what_is_new(retention: Retention, shape: str) -> None:
+    talks = Talks(**SHAPES[shape])
+    tokens, num_computed = talks.turn(PROMPT, retention=retention)
+    assert num_computed == len(PROMPT)
+    for turn in range(1, 5):
+        fed = talks.scheduler.conversations.get((ME, "a"))
+        assert fed is not None
+        prompt = (*tokens, 50 + turn, 60 + turn, 70 + turn)
+        tokens, num_computed = talks.turn(prompt, retention=retention)
+        assert num_computed == len(prompt) - len(fed.token_ids) <= 4
+    assert (talks.counts.resumed, talks.counts.anew.total()) == (4, 0)
+    talks.close()
+
+
+def test_a_layer_with_a_window_goes_on_too() -> None:
+    talks = Talks(windows=(0, 8, 0, 8))
+    tokens, _ = talks.turn(PROMPT, retention=HALF)
+    _, num_computed = talks.turn((*tokens, 90, 91), retention=HALF)
+    assert num_computed == 3
+    talks.close()
+
+
+def test_what_differs_earlier_goes_where_rows_are_whole() -> None:
+    talks = Talks()
+    tokens, _ = talks.turn(PROMPT)
+    _, num_computed = talks.turn((*tokens[:10], 99, 98))  # its template rewrites the past
+    assert num_computed == 2
+    _, num_computed = talks.turn(tokens[:10])  # the same once more
+    assert num_computed == 1
+    assert talks.counts.anew == {}
+    talks.turn(PROMPT, "b", HALF)
+    _, num_computed = talks.turn((*PROMPT[:10], 99, 98), "b", HALF)
+    assert num_computed == 12
+    assert talks.counts.anew == {"tokens": 1}
+    talks.close()
+
+
+def test_a_turn_that_cannot_go_on_is_computed_anew_and_says_why() -> None:
+    ragged = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
+    cut = Retention.parse(
+        {"method": "snapkv", "budget": 8, "window": 2, "sinks": 1, "decode": {"slack_pages": 2}}
+    )
+    for first, second, reason in [
+        (FULL, HALF, "retention"),
+        (ragged, ragged, "rows"),
+        (cut, cut, "method"),
+    ]:
+        talks = Talks()
+        tokens, _ = talks.turn(PROMPT, retention=first)
+        _, num_computed = talks.turn((*tokens, 90), retention=second)
+        assert num_computed == len(tokens) + 1
+        assert talks.counts.anew == {reason: 1}
+        talks.close()
+
+
+def test_one_turn_of_a_conversation_runs_at_a_time() -> None:
+    talks = Talks()
+    first = talks.add(PROMPT)
+    with pytest.raises(ConversationBusyError, match=r"conversation_id: a turn of .* 'a'"):
+        talks.add((*PROMPT, 1))
+    talks.add(PROMPT, "b")  # another one
+    talks.add(PROMPT, "a", owner="you")  # another one, too
+    with pytest.raises(ConversationBusyError):
+        talks.scheduler.end_conversation(ME, "a")
+    talks.scheduler.finish(first, "abort")
+    talks.add((*PROMPT, 1))
+    talks.run()
+    talks.close()
+
+
+def test_a_conversation_is_its_owners() -> None:
+    talks = Talks()
+    tokens, _ = talks.turn(PROMPT)
+    _, num_computed = talks.turn((*tokens, 90), owner="you")
+    assert num_computed == len(tokens) + 1
+    assert not talks.scheduler.end_conversation("they", "a")
+    assert len(talks.scheduler.conversations) == 2
+    talks.close()
+
+
+def test_a_conversation_ends_by_word_and_by_time() -> None:
+    talks = Talks(conversation_seconds=10.0)
+    talks.scheduler.expire(5.0)
+    tokens, _ = talks.turn(PROMPT)
+    talks.turn(PROMPT, "b")
+    assert talks.scheduler.end_conversation(ME, "b")
+    assert not talks.scheduler.end_conversation(ME, "b")
+    assert not talks.scheduler.is_idle  # the workers have yet to be told
+    talks.run()
+    assert len(talks.replica.parked) == 1
+    talks.scheduler.expire(14.9)
+    assert len(talks.scheduler.conversations) == 1
+    talks.scheduler.expire(15.0)
+    assert len(talks.scheduler.conversations) == 0
+    assert (talks.counts.ended, talks.counts.expired) == (1, 1)
+    _, num_computed = talks.turn((*tokens, 90))
+    assert num_computed == len(tokens) + 1
+    talks.close()
+
+
+def test_who_was_quiet_for_longest_goes_when_bytes_or_pages_are_short() -> None:
+    per_turn = 8 * 6 * 1024  # rows of 24 tokens, in pages of 4
+    talks = Talks(conversation_bytes=2 * per_turn)
+    for name in "abc":
+        talks.turn(PROMPT, name)
+    assert [talks.scheduler.conversations.get((ME, name)) is None for name in "abc"] == [
+        True,
+        False,
+        False,
+    ]
+    assert talks.counts.dropped == 1
+    talks.turn((*PROMPT, 1), "a")
+    assert talks.counts.anew == {"lost": 1}
+    talks.close()
+    talks = Talks(num_pages=200, conversation_bytes=2**20)
+    for name in "abc":
+        talks.turn(PROMPT, name)
+    talks.turn(range(1, 60), None)
+    assert talks.counts.dropped == 2
+    assert talks.scheduler.conversations.get((ME, "c")) is not None
+    talks.close()
+
+
+def test_a_turn_that_does_not_end_well_leaves_nothing() -> None:
+    talks = Talks()
+    tokens, _ = talks.turn(PROMPT)
+    sequence = talks.add((*tokens, 90), max_tokens=50)
+    for _ in range(5):
+        talks.step()
+    talks.scheduler.finish(sequence, "abort")
+    _, num_computed = talks.turn((*tokens, 90))
+    assert num_computed == len(tokens) + 1
+    assert talks.counts.anew == {"lost": 1}
+    waiting = talks.add((*tokens, 90))  # one that never ran costs nothing
+    talks.scheduler.finish(waiting, "abort")
+    assert talks.turn((*tokens, 90))[1] < 5
+    talks.close()
+
+
+def test_lost_workers_lose_conversations_and_no_answer() -> None:
+    talks = Talks()
+    tokens, _ = talks.turn(PROMPT)
+    talks.turn(PROMPT, "b")
+    sequence = talks.add((*tokens, 90))
+    talks.step()
+    talks.step()
+    talks.scheduler.restart(talks.workers)
+    talks.replica = FakeReplica(talks.workers)
+    talks._flights.clear()
+    talks.run()
+    check_answer(sequence)
+    _, num_computed = talks.turn((*PROMPT, 1), "b")
+    assert num_computed == len(PROMPT) + 1
+    assert talks.counts.anew == {"lost": 1}
+    talks.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_traffic_leaves_no_page_and_no_wrong_answer(seed: int) -> None:
+    rng = random.Random(seed)
+    shape = list(SHAPES.values())[seed % 3]
+    talks = Talks(
+        num_pages=rng.choice([140, 200, 400]), prefix_bytes=2**18, conversation_bytes=2**20, **shape
+    )
+    texts: dict[str, tuple[int, ...]] = {}
+    running: dict[str, Sequence] = {}
+    asked = 0
+    while asked < 60 or running:
+        for name, sequence in list(running.items()):
+            if sequence.is_finished:
+                del running[name]
+                check_answer(sequence)
+                texts[name] = (*sequence.request.prompt_token_ids, *sequence.output_token_ids)
+        name = rng.choice("abcde")
+        if asked < 60 and name not in running and rng.random() < 0.5:
+            asked += 1
+            text = texts.get(name, tuple(rng.choices(range(9), k=rng.randrange(1, 20))))
+            if len(text) > 40 or rng.random() < 0.2:
+                text = text[: rng.randrange(1, 20)]
+            prompt = (*text, *rng.choices(range(9), k=rng.randrange(1, 6)))
+            retention = HALF if name in "ab" else FULL
+            running[name] = talks.add(prompt, name, retention, max_tokens=rng.randrange(1, 12))
+        elif running and rng.random() < 0.05:
+            talks.scheduler.finish(rng.choice(list(running.values())), "abort")
+        elif name not in running and rng.random() < 0.05:
+            talks.scheduler.end_conversation(ME, name)
+        talks.scheduler.expire(float(asked))
+        talks.step()
+    assert talks.counts.resumed > 5
+    talks.run()
+    talks.close()
+
+
+def kept(tokens: Many[int], *, is_whole: bool, retention: Retention = FULL) -> Kept:
+    rows, pages = np.zeros((1, 1), dtype=np.int32), np.zeros(1, dtype=np.int64)
+    fed = np.array(tokens, dtype=np.int32)
+    return Kept(1, fed, retention, rows, is_whole, pages, 10, Use(()), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "whole", "other"),
+    [
+        ((1, 2, 3, 4, 5), 4, 4),
+        ((1, 2, 3, 4), 3, "tokens"),  # one token is computed in any case
+        ((1, 2, 9, 4, 5), 2, "tokens"),
+        ((1, 2), 1, "tokens"),
+        ((9, 2, 3, 4, 5), "tokens", "tokens"),
+        ((1,), "tokens", "tokens"),
+    ],
+)
+def test_how_far_a_prompt_goes_on(prompt: Many[int], whole: object, other: object) -> None:
+    ids = np.array(prompt, dtype=np.int32)
+    assert goes_on(kept((1, 2, 3, 4), is_whole=True), ids, FULL) == whole
+    assert goes_on(kept((1, 2, 3, 4), is_whole=False), ids, FULL) == other
+    assert goes_on(kept((1, 2, 3, 4), is_whole=True), ids, HALF) == "retention"
+
+
+def test_a_conversation_larger_than_all_may_be_is_not_kept() -> None:
+    conversations = Conversations(max_bytes=9, max_seconds=1.0)
+    [gone] = conversations.keep((ME, "a"), kept((1,), is_whole=True))
+    assert gone.num_bytes == 10
+    assert (len(conversations), conversations.num_bytes) == (0, 0)
