@@ -276,6 +276,7 @@ def run_sleeping(folder: Path, num_replicas: int) -> BatchSummary:
         kv_memory_gib=0.05,
         num_threads=1,
         max_num_seqs=8,
+        prefix_caching=False,
     )
     source = folder / "short.jsonl"
     if not source.exists():

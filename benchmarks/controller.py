@@ -45,6 +45,7 @@ def main() -> None:
         max_model_len=arguments.prompt_tokens + arguments.new_tokens + 1,
         max_prefill_tokens=arguments.prompts * arguments.prompt_tokens,
         num_threads=usable_cores(),
+        prefix_caching=False,
     )
     connect()
     local = make_engine(config, LocalExecutor(config))

@@ -60,7 +60,7 @@ def main() -> int:
     pool_gib = kv_memory_gib(model, LONGEST + arguments.max_tokens)
     common = ["saqqara", "batch", str(prompts), "--model", model, "--config", "ray-pp2"]
     common += ["--temperature", "0", "--max-tokens", str(arguments.max_tokens), "--ignore-eos"]
-    common += ["--kv-memory-gib", f"{pool_gib:.3f}", "--overwrite"]
+    common += ["--kv-memory-gib", f"{pool_gib:.3f}", "--overwrite", "--no-prefix-caching"]
     runs = []
     with ray_head(num_cpus=max(NUM_STAGES, os.cpu_count() or 1)) as ray:
         for method in ("full", "pyramidkv", "recommended"):

@@ -114,6 +114,7 @@ class Bench:
             max_model_len=max_model_len,
             max_prefill_tokens=max_model_len,
             kv_memory_gib=(num_sequences + 1) * rows * row_bytes / GIB,
+            prefix_caching=False,
         )
         self.executor = WatchingExecutor(self.config)
         self._engine = Engine(self.config, self.executor, Tokenizer.load(model), spec)

@@ -257,6 +257,7 @@ def config_of(run: Run, arguments: argparse.Namespace) -> EngineConfig:
         max_num_seqs=run.num_requests,
         executor="local" if run.stages == 1 else "ray",
         pipeline_parallel_size=run.stages,
+        prefix_caching=False,
     )
 
 

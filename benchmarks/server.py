@@ -61,8 +61,9 @@ def main() -> int:
         kv_memory_gib=arguments.kv_memory_gib,
         num_threads=arguments.threads,
         dtype=arguments.dtype,
+        prefix_caching=False,
     )
-    flags = ["--model", model, "--served-model-name", NAME]
+    flags = ["--model", model, "--served-model-name", NAME, "--no-prefix-caching"]
     for name in ("retention", "max_num_seqs", "kv_memory_gib", "num_threads", "dtype"):
         if (value := getattr(config, name)) is not None:
             flags += [f"--{name.replace('_', '-')}", str(value)]

@@ -71,6 +71,7 @@ def main() -> int:
     arguments = parse_arguments()
     model = arguments.model or str(fetch_demo_model())
     flags = ["--model", model, "--served-model-name", NAME, "--check-integrity"]
+    flags.append("--no-prefix-caching")  # so that free pages are those of the start again
     flags += ["--max-num-seqs", str(arguments.slots), "--max-queue", str(arguments.queue)]
     flags += ["--max-body-bytes", str(MAX_BODY_BYTES), "--kv-memory-gib", "0.5"]
     flags += ["--executor", "ray", "--dtype", arguments.dtype]  # a rank that can be killed

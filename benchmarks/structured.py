@@ -58,7 +58,9 @@ def main() -> None:
     model = args.model or str(fetch_demo_model())
     console = Console(stderr=True)
     with (
-        LLM(model, dtype=args.dtype, max_num_seqs=BATCH, max_model_len=2048) as llm,
+        LLM(
+            model, dtype=args.dtype, max_num_seqs=BATCH, max_model_len=2048, prefix_caching=False
+        ) as llm,
         Progress(console=console) as progress,
     ):
         if args.schemas:

@@ -15,6 +15,7 @@ SAME = {
 
 VALUES: dict[str, tuple[str, dict[Any, Any]]] = {
     "enforce_eager": ("cuda_graphs", {True: "off", False: "auto"}),
+    "enable_prefix_caching": ("prefix_caching", {True: True, False: False, None: True}),
     "distributed_executor_backend": ("executor", {"ray": "ray", "uni": "local"}),
 }
 """Settings of ours that have another name and other values there."""
@@ -30,7 +31,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "kv_cache_dtype": (("auto",), "keys and values have the model's dtype; see dtype"),
     "swap_space": ((0,), "a sequence that has to make room is computed anew"),
     "cpu_offload_gb": ((0,), "weights stay on the device; see pipeline_parallel_size"),
-    "enable_prefix_caching": ((False, None), "prefixes are not kept from request to request"),
     "enable_chunked_prefill": ((None,), "prefill_quantum bounds what prefill takes of a step"),
     "num_gpu_blocks_override": ((None,), "kv_memory_gib sizes the pool"),
     "kv_cache_memory_bytes": ((None,), "kv_memory_gib sizes the pool"),

@@ -123,6 +123,7 @@ class SteppedEngine:
             max_model_len=max_model_len,
             max_prefill_tokens=num_prompts * max_model_len,
             kv_memory_gib=pool_bytes / GIB,
+            prefix_caching=False,
         )
         self._executor = RecordingExecutor(self.config)
         self._engine = Engine(self.config, self._executor, Tokenizer.load(model), self.spec)

@@ -17,6 +17,7 @@ class Saqqara:
         self, model: str, threads: int, settings: dict[str, Any], kv_tokens: int | None
     ) -> None:
         common: dict[str, Any] = {"model": model, "num_threads": threads, "dtype": "bfloat16"}
+        common["prefix_caching"] = False
         if kv_tokens is not None:
             settings = {"kv_memory_gib": kv_tokens * token_bytes(model) / 2**30} | settings
         self.llm = LLM(**common | settings)

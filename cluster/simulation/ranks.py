@@ -8,13 +8,19 @@ Shapes: S slots, L layers, H kv heads of the model, W ranks.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from saqqara.cluster.scheduling.demand import Demand, SlotPageCounts, demand_of
+from saqqara.cluster.scheduling.demand import (
+    Demand,
+    SlotPageCounts,
+    demand_of,
+    global_layers,
+    rows_per_worker,
+)
 from saqqara.cluster.scheduling.pages import SlotPages
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import (
@@ -49,6 +55,15 @@ class _Prompt:
     pages_LW: Ints
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Parked:
+    """A sequence in the host's memory: as its slot was told of it, and its pages."""
+
+    new: NewSequence
+    books: SlotPageCounts
+    held_W: Ints
+
+
 class Ranks:
     """All ranks of a replica; plans must come in order, and are carried out at once.
 
@@ -68,6 +83,8 @@ class Ranks:
         self._num_heads = max(w.stop_head for w in workers)
         self._page_tokens = workers[0].page_tokens
         self._num_pages = np.array([w.num_pages for w in workers], dtype=np.int64)
+        self._rows_W = rows_per_worker(workers)
+        self._global_LW = self._global_rows()
         self._samplers = [w.stop_layer == self._num_layers and w.tensor_rank == 0 for w in workers]
         self._prompt = lru_cache(maxsize=_REMEMBERED)(self._prompt_of)
         self.start()
@@ -79,21 +96,24 @@ class Ranks:
         self._held_SW: Ints = np.zeros((self._max_num_seqs, len(self._workers)), dtype=np.int64)
         self._new: dict[int, NewSequence] = {}
         self._layers: dict[int, int] = {}  # prefilled so far, by slot
-        self._parked: dict[int, tuple[SlotPageCounts, Ints]] = {}  # and their pages, by parked id
+        self._parked: dict[int, _Parked] = {}
+        self._blocks: set[int] = set()
 
     def execute(self, plan: StepPlan) -> list[StepResult]:
         """What each rank reports of a plan."""
         for parking in plan.park:
-            slot = parking.slot
-            self._parked[parking.parked_id] = self._books.copy_of(slot), self._held_SW[slot].copy()
+            self._parked[parking.parked_id] = self._copy_of(parking.slot)
         for slot in plan.free:
             self._free(slot)
+        self._blocks.difference_update(plan.evict)
         for parked_id in plan.drop:
             del self._parked[parked_id]
         for new in plan.new:
             self._new[new.slot], self._layers[new.slot] = new, 0
             if new.resumes is not None:
                 self._resume(new.slot, new.resumes)
+            if new.prefix is not None:
+                self._blocks.update(new.prefix.stored)
         sampled = [token for group in plan.prefill for token in self._prefill(group)]
         self._feed(plan)
         sampled += [
@@ -101,7 +121,7 @@ class Ranks:
             for item in plan.decode
             if item.sample
         ]
-        free_W = (self._num_pages - self._held_W).tolist()
+        free_W = (self._num_pages - self._held_W - len(self._blocks) * self._rows_W).tolist()
         assert min(free_W) >= 0, f"pages were promised twice: {free_W} free"
         return [
             StepResult(
@@ -114,12 +134,16 @@ class Ranks:
             for worker, samples, free in zip(self._workers, self._samplers, free_W, strict=True)
         ]
 
+    def _copy_of(self, slot: int) -> _Parked:
+        return _Parked(self._new[slot], self._books.copy_of(slot), self._held_SW[slot].copy())
+
     def _resume(self, slot: int, parked_id: int) -> None:
         """Put a sequence that was parked in the host's memory into a slot."""
-        books, held_W = self._parked.pop(parked_id)
-        self._books.restore(slot, books)
-        self._held_SW[slot] = held_W
-        self._held_W += held_W
+        parked = self._parked.pop(parked_id)
+        self._new[slot] = replace(self._new[slot], prefix=parked.new.prefix)
+        self._books.restore(slot, parked.books)
+        self._held_SW[slot] = parked.held_W
+        self._held_W += parked.held_W
         self._layers[slot] = self._num_layers
 
     def _free(self, slot: int) -> None:
@@ -128,22 +152,22 @@ class Ranks:
             self._held_W -= self._held_SW[slot]
             self._books.close(slot)
         else:
-            self._held_W -= self._kept_of(new).pages_LW[layers]
+            self._held_W -= self._pages_of(new)[layers]
 
     def _prefill(self, group: PrefillGroup) -> list[SampledToken]:
         """Write a range of layers; the first tokens of those that are through and have none."""
         first: list[SampledToken] = []
         for slot in group.slots:
             new = self._new[slot]
-            kept = self._kept_of(new)
-            self._held_W += kept.pages_LW[group.stop_layer] - kept.pages_LW[group.start_layer]
+            kept, pages_LW = self._kept_of(new), self._pages_of(new)
+            self._held_W += pages_LW[group.stop_layer] - pages_LW[group.start_layer]
             self._layers[slot] = group.stop_layer
             if group.stop_layer < self._num_layers:
                 continue
             self._books.open(slot, kept.demand, 0)
             for rank, counts in enumerate(kept.counts):
                 self._books.set_kept(slot, rank, counts)
-            self._held_SW[slot] = kept.pages_LW[-1]
+            self._held_SW[slot] = pages_LW[-1]
             if len(new.token_ids) == 4 * new.prompt_tokens:
                 first.append(SampledToken(slot, new.prompt_tokens, self._next_token(slot)))
         return first
@@ -155,6 +179,8 @@ class Ranks:
         num_tokens = np.array([item.num_tokens for item in plan.decode], dtype=np.int64)
         self._books.feed(slots, num_tokens)
         held_NW = self._books.held(slots)
+        for place, item in enumerate(plan.decode):
+            held_NW[place] -= self._shared_of(self._new[item.slot])[-1]
         self._held_W += (held_NW - self._held_SW[slots]).sum(axis=0)
         self._held_SW[slots] = held_NW
 
@@ -168,6 +194,25 @@ class Ranks:
 
     def _kept_of(self, new: NewSequence) -> _Prompt:
         return self._prompt(new.retention, new.prompt_tokens)
+
+    def _pages_of(self, new: NewSequence) -> Ints:
+        """Pages of its own that a prompt has in the layers below each, int64 [L + 1, W]."""
+        own: Ints = self._kept_of(new).pages_LW - self._shared_of(new)
+        return own
+
+    def _shared_of(self, new: NewSequence) -> Ints:
+        """Those that are pages of blocks, in the layers below each, int64 [L + 1, W]."""
+        prefix = new.prefix
+        shares = prefix is not None and prefix.is_shared
+        return self._global_LW * (len(prefix.cached) if prefix is not None and shares else 0)
+
+    def _global_rows(self) -> Ints:
+        """Rows that see all tokens in the layers below each, int64 [L + 1, W]."""
+        rows_LW = np.zeros((self._num_layers + 1, len(self._workers)), dtype=np.int64)
+        for worker, sees_all in zip(self._workers, global_layers(self._workers), strict=True):
+            layers = slice(worker.start_layer + 1, worker.stop_layer + 1)
+            rows_LW[layers, worker.rank] = sees_all * (worker.stop_head - worker.start_head)
+        return np.cumsum(rows_LW, axis=0)
 
     def _prompt_of(self, retention: Retention, prompt_tokens: int) -> _Prompt:
         rows = retention.row_tokens(prompt_tokens, layers_of(self._workers), self._num_heads)

@@ -86,7 +86,7 @@ def measure(config: EngineConfig, workload: Workload) -> dict[str, Any]:
     """
     prompts = workload.token_ids(config)
     sampling = SamplingParams(temperature=0.0, max_tokens=workload.new_tokens, ignore_eos=True)
-    with LLM(**config.model_dump(exclude_unset=True)) as llm:
+    with LLM(**{"prefix_caching": False} | config.model_dump(exclude_unset=True)) as llm:
         llm.reset_stats()
         submitted = time.time()
         start = time.perf_counter()

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from saqqara.cluster.errors import Cause, WorkerDiedError
 from saqqara.workers.plan import StepPlan, StepResult, WorkerInfo
 
+from .fake_blocks import FakeBlocks
 from .fake_replica import FakeReplica, FakeWorker
 
 StepFuture = Future[list[StepResult]]
@@ -115,7 +116,8 @@ class FragileReplica(FakeReplica):
         self.num_starts += 1
         more = 8 if self.num_starts % 2 else -8  # other processes find other memory
         self._infos = [replace(i, num_pages=i.num_pages + more) for i in self._infos]
-        self.fakes = [FakeWorker(info) for info in self._infos]
+        self.blocks = FakeBlocks(self._infos)
+        self.fakes = [FakeWorker(info, blocks=self.blocks) for info in self._infos]
         self.slots = {}
         self._failure, self._is_stuck = None, False
         for plan, stale in self._leftovers:

@@ -257,12 +257,12 @@ def test_the_names_of_vllm_are_taken_where_they_mean_the_same(tmp_path: Path) ->
     settings = resolve(
         *("--model", "org/name", "--gpu-memory-utilization", "0.8", "--block-size", "32"),
         *("--max-num-batched-tokens", "512", "--enforce-eager", "--revision", "abc"),
-        *("--quantization", "null", "--swap-space", "0"),
+        *("--quantization", "null", "--swap-space", "0", "--enable-prefix-caching"),
     )
     config = settings.config
     assert (config.model, config.memory_utilization) == ("org/name@abc", 0.8)
     assert (config.page_tokens, config.max_prefill_tokens) == (32, 512)
-    assert config.cuda_graphs == "off"
+    assert (config.cuda_graphs, config.prefix_caching) == ("off", True)
     file = tmp_path / "engine.yaml"
     file.write_text("model: m\nblock_size: 8\nenforce_eager: false\n")
     config = resolve("--config", str(file)).config
@@ -276,7 +276,6 @@ def test_the_names_of_vllm_are_taken_where_they_mean_the_same(tmp_path: Path) ->
     [
         (["--quantization", "awq"], "use a checkpoint in float32, bfloat16 or float16"),
         (["--swap-space", "4"], "swap_space: there is no such setting"),
-        (["--enable-prefix-caching"], "prefixes are not kept"),
         (["--trust-remote-code"], "code from a model's repository is never run"),
         (["--distributed-executor-backend", "mp"], "known here: ray, uni; see executor"),
         (["--block-size", "8", "--page-tokens", "16"], "--block-size means --page-tokens"),

@@ -439,7 +439,10 @@ def test_restart_goes_on_after_a_worker_died() -> None:
 
 def test_the_report_adds_up() -> None:
     engine = make_engine(
-        retention={"method": "pyramidkv", "window": 3, "sinks": 1}, budget=12, max_num_seqs=4
+        retention={"method": "pyramidkv", "window": 3, "sinks": 1},
+        budget=12,
+        max_num_seqs=4,
+        prefix_caching=False,
     )
     for i in range(6):
         engine.add(Request(str(i), "a" * 39, greedy(max_tokens=5), stream=True))

@@ -21,7 +21,7 @@ NUM_PAGES = 1000
 
 def make(stages: tuple[int, ...] = (4,), **settings: Any) -> tuple[Engine, FakeReplica, FakeClock]:
     config = EngineConfig.model_validate(
-        {"model": "fake", "max_num_seqs": 4, "executor": "ray"} | settings
+        {"model": "fake", "max_num_seqs": 4, "executor": "ray", "prefix_caching": False} | settings
     )
     clock = FakeClock()
     replica = FakeReplica(make_workers(NUM_PAGES, stages=stages))
