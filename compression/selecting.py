@@ -35,7 +35,7 @@ def select(retention: Retention, observation: Observation) -> Tensor | list[Tens
     rows = retention.row_tokens(
         observation.original_tokens, observation.layers, observation.num_heads
     )
-    keep = [int(count) for count in rows[observation.layer]]
+    keep = [min(int(count), num_tokens) for count in rows[observation.layer]]
     if min(keep) == num_tokens:
         return None
     assert retention.score is not None

@@ -10,6 +10,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saqqara.compression.growth import (
@@ -22,6 +23,7 @@ from saqqara.compression.growth import (
 from saqqara.compression.retention import Retention
 
 from .clock import Event, StepClock
+from .kv.rows import shorten
 from .kv.store import KVStore
 from .part import Part
 from .plan import NewSequence, Parking, WorkerInfo, WorkerMemory
@@ -33,7 +35,7 @@ from .state.faults import Faults
 from .state.meter import MemoryMeter
 from .state.retained import Retained
 from .state.rings import QueryRings
-from .state.slots import SlotTable
+from .state.slots import SlotTable, goes_on_in_prefill
 from .state.sums import MassSums
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ class Shard:
         rings: the last queries of sequences whose cuts look at them.
         sums: the attention that tokens got, of sequences whose cuts look at it.
         parked: sequences that left their slots and may come back.
+        resumed: tokens that each layer's rows begin with, int32 [L], of slots whose sequences came
+            back with more of a prompt.
         faults: slots that were refused, and those of them whose sequences cannot go on.
         meter: peaks of memory.
         clock: time spent in the current step, by phase.
@@ -99,6 +103,7 @@ class Shard:
         self.sums = MassSums(config.max_num_seqs, num_layers, num_heads, device)
         self.parked = ParkedSequences(self.kv, self.retained, self.rings, self.sums)
         self.kv.holders.append(self.parked.pages)
+        self.resumed: dict[int, NDArray[np.int32]] = {}
         self.faults = Faults(self.kv.free, is_alone=part.mesh.layout.tensor_size == 1)
         held = WorkerMemory(
             weight_bytes=part.decoder.weight_bytes(),
@@ -170,11 +175,29 @@ class Shard:
 
     def _resume(self, new: NewSequence, parked_id: int) -> None:
         """Put a parked sequence into the slot; one with more of a prompt to come remembers anew."""
-        only_rows = new.resumed_tokens < new.prompt_tokens
+        only_rows = goes_on_in_prefill(new)
         if only_rows:
             self._remember(new)
+            self._note_rows(new, self.parked[parked_id].kept)
         if not self.parked.resume(new.slot, parked_id, only_rows=only_rows):
             self.refuse(new.slot)
+        elif only_rows:
+            self._cut_back(new)
+
+    def _note_rows(self, new: NewSequence, kept: NDArray[np.int32]) -> None:
+        """Note what the rest of a prompt will go on behind: `kept` [L, H], or what stays of it."""
+        assert (kept == kept[:, :1]).all(), f"rows of one layer differ in length: {kept}"
+        self.resumed[new.slot] = np.minimum(kept[:, 0], np.int32(new.resumed_tokens))
+
+    def _cut_back(self, new: NewSequence) -> None:
+        """Cut off tokens behind those that the prompt begins with, of rows that have them all."""
+        slots, counts = np.array([new.slot]), self.resumed[new.slot]
+        if (self.kv.kept(new.slot)[:, 0] == counts).all():
+            return
+        shorten(self.kv, slots, np.repeat(counts[None, :, None], self.kv.num_heads, axis=2))
+        if self.kv.rings.window:
+            assert new.resumed_tokens <= self.kv.rings.window, "a ring has lost what comes last now"
+            self.kv.rings.seen[new.slot] = new.resumed_tokens
 
     def _remember(self, new: NewSequence) -> None:
         """Get ready to note of a sequence what cutting its rows while it decodes will ask for."""
@@ -231,6 +254,7 @@ class Shard:
     def free(self, slot: int) -> None:
         """Take back a slot and all its pages."""
         self.retained.free(slot)
+        self.resumed.pop(slot, None)
         self.rings.close(slot)
         self.sums.close(slot)
         self.kv.free(slot)

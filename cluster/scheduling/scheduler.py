@@ -197,6 +197,11 @@ class Scheduler:
         """
         return self._roster.seats.turns.end((owner, conversation_id))
 
+    def has_expired(self, now: float) -> bool:
+        """Whether `expire` has something to do."""
+        due = self.conversations.next_expiry()
+        return due is not None and due <= now
+
     def expire(self, now: float) -> None:
         """Forget the conversations that had no turn for too long; `now`, in seconds, only grows."""
         self._roster.seats.turns.expire(now)

@@ -184,6 +184,9 @@ class Seats:
         self._holders[slot] = sequence
         self._uses[slot] = use
         sequence.slot, sequence.resumption = slot, going_on
+        if sequence.num_preemptions == 0:
+            num_cached = len(use.cached) * ledger.page_tokens
+            sequence.num_cached_tokens = sequence.resumed_tokens or num_cached
         return True
 
     def _spare(self, sequence: Sequence, need_W: Ints) -> Ints:
@@ -320,18 +323,21 @@ class Seats:
         return list(refused), known
 
     def _kept_of(self, slot: int, sequence: Sequence, use: Use) -> Kept | None:
-        """What a turn has left, all of it known; None: more was fed than is known of it."""
+        """What a turn has left; None: the next one cannot go on from it."""
         request, ledger = sequence.request, self.ledger
         known = (*request.prompt_token_ids, *sequence.output_token_ids)
         if sequence.position > len(known):
             return None
-        fed = sequence.position - sequence.prompt_tokens
+        rows = ledger.rows_of(slot, sequence.position - sequence.prompt_tokens)
+        if (rows != rows[:, :1]).any():
+            self.turns.conversations.lose(sequence.conversation or ("", ""), "rows")
+            return None
         pages_W = ledger.pages_of(slot)
         return Kept(
             parked_id=next_parked_id(),
             token_ids=np.array(known[: sequence.position], dtype=np.int32),
             retention=request.retention,
-            rows=ledger.rows_of(slot, fed),
+            rows=rows,
             is_whole=request.retention.score is None and not ledger.layers.local_layers,
             pages=pages_W,
             num_bytes=ledger.bytes_of(pages_W),

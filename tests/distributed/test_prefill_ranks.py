@@ -15,7 +15,14 @@ from support.tiny import VOCAB, save_tiny
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.mesh.layout import MeshLayout, head_shard
-from saqqara.workers.plan import CachedPrefix, DecodeItem, NewSequence, PrefillGroup, StepPlan
+from saqqara.workers.plan import (
+    CachedPrefix,
+    DecodeItem,
+    NewSequence,
+    Parking,
+    PrefillGroup,
+    StepPlan,
+)
 from saqqara.workers.worker import Worker
 
 LAYERS, HEADS, NUM_TOKENS = 6, 3, 4
@@ -82,8 +89,20 @@ def hit_plans(splits: list[int]) -> list[StepPlan]:
     group = PrefillGroup((3,), 0, LAYERS)
     first = StepPlan(0, new=(storer,), prefill=(group,))
     plans = [first, StepPlan(0, free=(3,)), *make_plans(new, splits)]
-    plans.append(StepPlan(0, evict=tuple(range(15))))
+    plans += [StepPlan(0, evict=tuple(range(15))), *turn_plans(splits)]
     return [replace(plan, step=step) for step, plan in enumerate(plans)]
+
+
+def turn_plans(splits: list[int]) -> list[StepPlan]:
+    """A prompt's rows stay, and a longer one goes on behind them."""
+    prompt, parking = prompts()[0], Parking(3, 9, to_host=False)
+    first = new_sequence(3, prompt[:40], retention=SNAPKV)
+    longer = replace(new_sequence(3, prompt, retention=SNAPKV), resumes=9, resumed_tokens=40)
+    return [
+        StepPlan(0, new=(first,), prefill=(PrefillGroup((3,), 0, LAYERS),)),
+        StepPlan(0, park=(parking,), free=(3,)),
+        *make_plans([longer], splits),
+    ]
 
 
 def make_hits() -> list[NewSequence]:
@@ -201,8 +220,11 @@ def test_ranks_together_score_prompts_as_one_does(
 def test_ranks_reuse_a_prefix_as_one_computes_it(
     case: str, folder: Path, runs: dict[str, list[RankRun]]
 ) -> None:
+    """Or a turn's rows as one reuses them."""
     alone = Worker.local(make_config(folder, MeshLayout()).for_worker())
     got = sampled_tokens(runs[case])
+    turn = [t.token_id for p in turn_plans([]) for t in alone.execute(p).sampled]
+    assert [t.token_id for t in got[3]][1:] == turn  # behind the token of the prompt that stored
     for new in make_hits():
         prompt, retention = new.tokens().tolist(), new.retention
         [expected] = run_greedy(alone, [prompt], NUM_TOKENS, retention=retention)
@@ -210,7 +232,7 @@ def test_ranks_reuse_a_prefix_as_one_computes_it(
     for run in runs[case]:
         stored = run.results[0].prefill_layer_tokens // len(prompts()[0])
         computed = sum(result.prefill_layer_tokens for result in run.results[1:])
-        assert computed == stored * (8 + 9 + 8)
+        assert computed == stored * (8 + 9 + 8 + 40 + 30)
         assert run.results[-1].pages_free == run.num_pages
 
 

@@ -23,13 +23,15 @@ class PromptWrite:
     """What one slot keeps of a prompt in one layer.
 
     Attributes:
-        slot: the slot; its rows in this layer must be empty.
+        slot: the slot; its rows in this layer must be empty, but for `num_kept` tokens.
         start: where the prompt begins among the packed tokens.
         num_tokens: of the prompt that are packed: all, or in a layer with a window the last ones,
             no fewer than are kept.
         indices: which of its tokens each head keeps, in order: int64 [H, keep], or one int64 tensor
             per head; None for all, or as many of the last as the layer's window has.
         num_before: tokens of the prompt that are not packed.
+        num_kept: of the packed tokens, so many first ones are all that the rows have already; with
+            `indices` they are written anew, else the others are appended.
         shared: pages that have the prompt's first tokens, [pages, H]; the rows, which keep all
             tokens, hold these themselves and only the other tokens are written. None: no such.
     """
@@ -39,6 +41,7 @@ class PromptWrite:
     num_tokens: int
     indices: Tensor | Sequence[Tensor] | None
     num_before: int = 0
+    num_kept: int = 0
     shared: NDArray[np.int32] | None = None
 
     @property
@@ -68,18 +71,88 @@ def write_prompts(
     Returns:
         How many were written: all, or those before the first for which there are too few pages.
     """
-    if kv.moves is not None and all(write.shared is None for write in writes):
+    if kv.moves is not None and not any(map(_is_special, writes)):
         return _write_together(kv, kv.moves, layer, k, v, writes)
     for done, write in enumerate(writes):
         prompt = slice(write.start, write.start + write.num_tokens)
         of_prompt = k[prompt], v[prompt]
         if write.shared is not None:
             fits = _write_rest(kv, layer, *of_prompt, write, write.shared)
+        elif write.num_kept and write.indices is None:
+            new_k, new_v = (x[write.num_kept :] for x in of_prompt)
+            fits = _append(kv, layer, new_k, new_v, write.slot)
         else:
+            if write.num_kept:
+                empty_rows(kv, layer, write.slot)
             fits = kv.write(write.slot, layer, *of_prompt, write.indices, write.num_before)
         if not fits:
             return done
     return len(writes)
+
+
+def _is_special(write: PromptWrite) -> bool:
+    """Whether rows do not begin empty."""
+    return write.shared is not None or write.num_kept > 0
+
+
+def empty_rows(kv: KVStore, layer: int, slot: int) -> None:
+    """Give up what a slot's rows hold in a layer."""
+    table, one = kv.table, np.array([slot])
+    held = table.used_entries(table.first_entry[slot, layer], table.kept[slot, layer])
+    kv.pool.release(table.flat_pages[held])
+    table.set_layer_kept(one, layer, np.zeros((1, kv.num_heads), dtype=np.int32))
+
+
+def read_prompt(kv: KVStore, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
+    """Copy what the rows of a slot keep in a layer, all as many tokens.
+
+    Args:
+        kv: the store.
+        slot: the slot.
+        layer: local layer.
+        k: receives the keys in the order of the text, [kept, H, D].
+        v: receives the values, [kept, H, D].
+    """
+    table, (num_tokens, num_heads, dim) = kv.table, k.shape
+    kept = table.kept[slot, layer]
+    assert (kept == num_tokens).all(), f"rows of {kept} tokens, not {num_tokens}"
+    rows = np.full(num_heads, slot), layer, np.arange(num_heads)
+    pages = table.row_pages(*rows, -(-num_tokens // kv.page_tokens)).long().view(-1)
+    for stored, tokens in ((kv.pool.k_pages, k), (kv.pool.v_pages, v)):
+        found = stored.index_select(0, pages).view(num_heads, -1, dim)[:, :num_tokens]
+        if layer in kv.rings:
+            places, _ = kv.rings.in_order(kv.rings.seen[[slot]])
+            found = found.index_select(1, to_device(places, table.device))
+        tokens.copy_(found.transpose(0, 1))
+
+
+def _append(kv: KVStore, layer: int, k: Tensor, v: Tensor, slot: int) -> bool:
+    """Store new tokens, k and v [n, H, D], behind those that rows of any length have."""
+    table, pool, (num_new, _, dim) = kv.table, kv.pool, k.shape
+    assert layer not in kv.rings, "places of rings are written anew"
+    before, first = table.kept[slot, layer].copy(), table.first_entry[slot, layer]
+    after = before + np.int32(num_new)
+    assert after.max() <= table.max_row_tokens, (after.max(), table.max_row_tokens)
+    used = table.num_pages(before)
+    needed = table.num_pages(after) - used
+    if needed.sum() > kv.pages_free:
+        return False
+    partial = before % kv.page_tokens != 0
+    tails = table.flat_pages[(first + used - 1)[partial]]
+    assert (pool.refcount[tails] == 1).all(), f"slot {slot} shares pages that are not full"
+    pages = pool.allocate(int(needed.sum()))
+    table.set_pages(spans(first + used, needed), pages)
+    pool.clear(to_device(pages.astype(np.int64), table.device))
+    table.set_layer_kept(np.array([slot]), layer, after[None])
+    place = before + np.arange(num_new)[:, None]  # [n, H]
+    page = table.flat_pages[first + place // kv.page_tokens].astype(np.int64)
+    refs = to_device(page * kv.page_tokens + place % kv.page_tokens, table.device)
+    if kv.moves is not None:
+        kv.moves.append(k, v, refs)
+        return True
+    for stored, tokens in ((kv.k_tokens, k), (kv.v_tokens, v)):
+        stored.index_copy_(0, refs.view(-1), tokens.reshape(-1, dim))
+    return True
 
 
 def _write_rest(
@@ -173,9 +246,9 @@ def write_layers(
 
     Returns:
         False, with nothing written, if there are too few pages for all, or if rows are to share
-        pages.
+        pages or are not empty.
     """
-    if any(write.shared is not None for of_layer in writes for write in of_layer):
+    if any(_is_special(write) for of_layer in writes for write in of_layer):
         return False
     table, (num_layers, num_tokens, num_heads, dim) = kv.table, k_LTHD.shape
     assert len(writes) == num_layers, (len(writes), num_layers)

@@ -30,7 +30,7 @@ struct Step {
   bf16* k_pages;             // null where neither `refs` nor `cached` needs them
   bf16* v_pages;
   const int32_t* cached;       // [L, N, H, cached_pages], pages before the fresh tokens; or null
-  const int32_t* cached_kept;  // [N, H], how many tokens these have
+  const int32_t* cached_kept;  // [L, N, H], how many tokens these have
   bf16* q;    // [L, T, Hq, D], rotated queries, or [T, Hq, D] of one layer after the other
   bf16* k;    // the same of rotated keys [.., T, H, D]
   bf16* v;    // and values
@@ -94,8 +94,8 @@ AttendArguments arguments_of(const Step& s, int64_t layer, const Activations& x,
   if (s.cached != nullptr) {
     a.k_pages = s.k_pages;
     a.v_pages = s.v_pages;
-    a.page_table = s.cached + layer * s.num_sequences * p.kv_heads * s.cached_pages;
-    a.kept = s.cached_kept;
+    a.kept = s.cached_kept + layer * s.num_sequences * p.kv_heads;
+    a.page_table = s.cached + (a.kept - s.cached_kept) * s.cached_pages;
     a.page_tokens = static_cast<int>(s.page_tokens);
     a.max_pages = static_cast<int>(s.cached_pages);
   }

@@ -92,8 +92,8 @@ class CachedPages:
     Attributes:
         k_pages: bf16 [P, page_tokens, D].
         v_pages: the same of values.
-        table: the full pages before the fresh tokens of each prompt, int32 [L, N, H, pages].
-        kept: how many tokens these have, int32 [N, H].
+        table: the pages before the fresh tokens of each prompt, int32 [L, N, H, pages].
+        kept: how many tokens these have, int32 [L, N, H].
     """
 
     k_pages: Tensor
@@ -186,9 +186,12 @@ class PrefillStep:
             step.k_pages, step.v_pages = bf16(writes.k_pages), bf16(writes.v_pages)
             step.refs = pointer(writes.refs, torch.int64)
         if cached is not None:
-            num_prompts, pages = len(prompts.cu) - 1, cached.table.shape[-1]
-            assert cached.table.shape == (len(layers), num_prompts, of.num_kv_heads, pages)
-            assert cached.kept.shape == (num_prompts, of.num_kv_heads), cached.kept.shape
+            rows, pages = (
+                (len(layers), len(prompts.cu) - 1, of.num_kv_heads),
+                cached.table.shape[-1],
+            )
+            assert cached.kept.shape == rows, (cached.kept.shape, rows)
+            assert cached.table.shape == (*rows, pages), (cached.table.shape, rows)
             step.k_pages, step.v_pages = bf16(cached.k_pages), bf16(cached.v_pages)
             step.cached = pointer(cached.table, torch.int32)
             step.cached_kept = pointer(cached.kept, torch.int32)

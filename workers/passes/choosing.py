@@ -48,8 +48,9 @@ class Choosing:
         writes: list[PromptWrite] = []
         prompts = zip(keyed.prompts(), keyed.cu_k.host, keyed.num_before, strict=False)
         bounds = pairwise(keyed.cu_q.host)
-        for family, cached, (prompt, start, num_before), (first, last) in zip(
-            parked.families.values(), parked.cached, prompts, bounds, strict=True
+        families = zip(parked.families.values(), parked.cached, parked.resumed, strict=True)
+        for (family, cached, rows), (prompt, start, num_before), (first, last) in zip(
+            families, prompts, bounds, strict=True
         ):
             prompt_lse = None if lse is None else lse[first:last]
             chosen: dict[Retention, tuple[Selection, Tensor | None]] = {}
@@ -65,13 +66,17 @@ class Choosing:
                 indices, masses = chosen[held.retention]
                 self._remember(local_layer, slot, len(prompt.k), indices, masses)
                 if self.watched is not None:
-                    entered = _with_cached(parked.places.positions_T[first:last], len(prompt.k))
+                    entered = _with_reused(parked.places.positions_T[first:last], len(prompt.k))
                     self.watched[slot, layer] = self._positions(local_layer, entered, indices)
                 shared = self._shared(local_layer, slot, cached)
                 assert shared is None or indices is None, (
                     f"slot {slot} keeps not all that it shares"
                 )
-                writes.append(PromptWrite(slot, start, len(prompt.k), indices, num_before, shared))
+                kept = 0
+                if rows is not None and not self._part.windows[local_layer]:
+                    kept = int(rows.counts[local_layer])
+                how = (len(prompt.k), indices, num_before, kept, shared)
+                writes.append(PromptWrite(slot, start, *how))
         return writes
 
     def _shared(
@@ -147,19 +152,28 @@ class Choosing:
         spec, held = self._part.spec, self._shard.slots[slot]
         masses = prompt_mass(self._part, prompt, lse) if sums_mass(held.retention) else None
         rows = held.retention.row_tokens(held.prompt_tokens, spec.layers, spec.num_kv_heads)
-        if rows[layer].min() == len(prompt.k):
+        if rows[layer].min() >= len(prompt.k):
             return None, masses
         observation = observe_prompt(
-            self._part, layer, prompt, lse, held.retention, held.prompt_tokens, masses
+            self._part,
+            layer,
+            prompt,
+            lse,
+            held.retention,
+            held.prompt_tokens,
+            masses,
+            goes_on=held.resumed_tokens > 0,
         )
         return select(held.retention, observation), masses
 
 
-def _with_cached(positions: Tensor, num_keys: int) -> Tensor:
-    """Positions of the tokens whose keys are there, int64 [n], from those that were computed."""
-    num_cached = num_keys - len(positions)
-    if not num_cached:
+def _with_reused(positions: Tensor, num_keys: int) -> Tensor:
+    """Positions of the tokens whose keys are there, int64 [n], from those that were computed.
+
+    Those before them are taken to be adjacent, as cached ones are.
+    """
+    num_reused = num_keys - len(positions)
+    if not num_reused:
         return positions
-    first = positions[0]  # cached tokens are adjacent, and are followed by it
-    places = torch.arange(-num_cached, 0, device=positions.device)
-    return torch.cat([first + places, positions])
+    places = torch.arange(-num_reused, 0, device=positions.device)
+    return torch.cat([positions[0] + places, positions])

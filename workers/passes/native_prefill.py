@@ -97,6 +97,8 @@ class NativePrefill:
         """Whether a group is short, and the same tokens go through all layers."""
         if parked.num_tokens > self.max_tokens:
             return False
+        if any(self._part.windows) and any(rows is not None for rows in parked.resumed):
+            return False  # tokens of rings are not in the order of the text
         retentions = [self._shard.slots[slot].retention for slot in parked.slots]
         narrowing = [r.method for r in retentions if r.propagate is not None]
         if narrowing and not self._has_said_why:
@@ -112,19 +114,20 @@ class NativePrefill:
             prompt, where prompts are shared, the rank has other layers too, or pages are short; and
             of blocks, where rows are not as these.
         """
-        shard, kv = self._shard, self._shard.kv
+        kv = self._shard.kv
         if layers != self._part.layers or not all(map(self._keeps_all, parked.slots)):
             return None
         if len(parked.slots) > len(parked.families):
             return None
         slots, counts = (np.array(x, dtype=np.int64) for x in (parked.slots, parked.cu.lengths))
-        assert not shard.kv.table.kept[slots].any(), f"slots {slots} are not empty"
+        empty = [slot for slot, rows in zip(slots, parked.resumed, strict=True) if rows is None]
+        assert not kv.table.kept[empty].any(), f"slots {slots} are not empty"
         append = None
         if all(map(self._begin_with_cached, parked.slots, parked.cached)):
             append = kv.begin_append(slots, counts)
         if append is None:
-            for slot in parked.slots:
-                kv.free(slot)
+            for slot in empty:
+                kv.free(int(slot))
             return None
         return PageWrites(kv.pool.k_pages, kv.pool.v_pages, append.refs)
 
@@ -139,7 +142,7 @@ class NativePrefill:
         if slot in shard.faults.refused or slot in shard.retained.cycles:
             return False
         if any(self._part.windows) and (held.prefix.stored or held.prefix.cached):
-            return False
+            return False  # rings are not as blocks are
         return shard.rings.size(slot) == 0 and not held.retention.drops(held.prompt_tokens)
 
     def run(
@@ -214,20 +217,27 @@ class NativePrefill:
 
     def _cached(self, layers: range, parked: ParkedPrefill) -> CachedPages | None:
         """The pages before the tokens that are computed, in layers of the model; None: no such."""
-        counts = np.array([len(pages) for pages in parked.cached], dtype=np.int32)
-        if not counts.any():
+        if not parked.reuses:
             return None
         kv, first = self._shard.kv, self._part.layers.start
-        shape = (len(layers), len(counts), kv.num_heads, int(counts.max()))
-        table = np.zeros(shape, dtype=np.int32)
-        for prompt, pages in enumerate(parked.cached):
-            of_layers = pages[:, layers.start - first : layers.stop - first]
-            table[:, prompt, :, : len(pages)] = of_layers.transpose(1, 2, 0)
-        kept = (counts * kv.page_tokens)[:, None].repeat(kv.num_heads, axis=1)
-        pool = kv.pool
-        return CachedPages(
-            pool.k_pages, pool.v_pages, torch.from_numpy(table), torch.from_numpy(kept)
-        )
+        local = slice(layers.start - first, layers.stop - first)
+        kept = np.zeros((len(layers), len(parked.families), kv.num_heads), dtype=np.int32)
+        tables = []
+        for prompt, (slot, pages) in enumerate(zip(parked.families, parked.cached, strict=True)):
+            table = pages[:, local].transpose(1, 2, 0)
+            kept[:, prompt] = len(pages) * kv.page_tokens
+            rows = parked.resumed[prompt]
+            if rows is not None and slot not in self._shard.faults.refused:
+                kept[:, prompt] = rows.counts[local, None]
+                most = int(kv.table.num_pages(kept[:, prompt]).max())
+                table = kv.table.pages[slot, local, :, :most]
+            tables.append(table)
+        shape = (*kept.shape, max(table.shape[-1] for table in tables))
+        all_pages = np.zeros(shape, dtype=np.int32)
+        for prompt, table in enumerate(tables):
+            all_pages[:, prompt, :, : table.shape[-1]] = table
+        pool, ready = kv.pool, (torch.from_numpy(all_pages), torch.from_numpy(kept))
+        return CachedPages(pool.k_pages, pool.v_pages, *ready)
 
     def _weighs_queries(self, slot: int) -> bool:
         """Whether attention to a slot's prompt may be asked for."""

@@ -22,7 +22,8 @@ class ParkedPrefill:
 
     `families` has the slots by their leader. `cu` delimits each leader's tokens that are still on
     their way, in the order of their positions; those of its cached blocks, which come before them,
-    are not among them. `cached` has the pages of these blocks, [blocks, L, H] of each leader.
+    are not among them. `cached` has the pages of these blocks, [blocks, L, H] of each leader, and
+    `resumed` what stands before a prompt that goes on behind its slot's rows.
     """
 
     families: dict[int, list[int]]
@@ -30,6 +31,7 @@ class ParkedPrefill:
     places: Places
     cu: CuSeqlens
     cached: list[NDArray[np.int32]]
+    resumed: list["ResumedRows | None"]
 
     @property
     def slots(self) -> list[int]:
@@ -40,6 +42,11 @@ class ParkedPrefill:
     def num_tokens(self) -> int:
         """Packed tokens, T."""
         return self.hidden_TE.shape[0]
+
+    @property
+    def reuses(self) -> bool:
+        """Whether some prompt has keys and values before those of its computed tokens."""
+        return any(map(len, self.cached)) or any(rows is not None for rows in self.resumed)
 
     @property
     def num_bytes(self) -> int:
@@ -57,6 +64,21 @@ class ParkedPrefill:
     def narrow(self, rows_T: Tensor, places: Places, cu: CuSeqlens) -> None:
         """Go on with these rows only."""
         self.hidden_TE, self.places, self.cu = self.hidden_TE.index_select(0, rows_T), places, cu
+
+
+@dataclass(frozen=True, slots=True)
+class ResumedRows:
+    """What a prompt goes on behind.
+
+    Attributes:
+        counts: tokens that the rows of each layer keep, int32 [L]; also of a refused slot, for
+            other ranks have them.
+        rings: keys and values [tokens, H, D] of the layers with a window, in the order of the text.
+            The rows there are empty.
+    """
+
+    counts: NDArray[np.int32]
+    rings: dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass

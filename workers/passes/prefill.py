@@ -3,8 +3,9 @@
 A prompt's keys and values exist at full length only while their layer is computed; then retention
 picks what is written to pages. Where a retention propagates, only the tokens that a layer selects
 go on to the next; they keep their positions. Sequences that share a prefill are computed once, as
-their leader, and retained each by its own method. Of a prompt that begins with cached blocks only
-the tokens behind these go through the layers (`prefixes.py`).
+their leader, and retained each by its own method. Of a prompt that begins with cached blocks, or
+goes on behind what its slot's rows keep, only the tokens behind these go through the layers
+(`prefixes.py`).
 
 Shapes: T packed tokens, N sequences, E hidden size, Hq local query heads, H local kv heads,
 D head dim.
@@ -96,7 +97,7 @@ class Prefill:
         shard, part, families = self._shard, self._part, self._shard.slots.families(slots)
         assert part.decoder.embedding is not None
         tokens = np.concatenate(
-            [shard.slots.prompt(slot)[self._num_cached(slot) :] for slot in families]
+            [shard.slots.prompt(slot)[self._num_reused(slot) :] for slot in families]
         )
         hidden_TE = part.decoder.embedding(to_device(tokens.astype(np.int64), part.device))
         return self._park(families, hidden_TE, self._all_positions(families), 0)
@@ -126,26 +127,28 @@ class Prefill:
         """The group as it enters a layer."""
         part = self._part
         cu = CuSeqlens.of(self._lengths(families, layer), part.device)
-        cached = [self._prefixes.cached_pages(slot) for slot in families]
-        return ParkedPrefill(families, hidden_TE, part.decoder.places(positions_T), cu, cached)
+        places, known = part.decoder.places(positions_T), self._prefixes
+        cached = [known.cached_pages(family) for family in families.values()]
+        resumed = [known.resumed_rows(slot) for slot in families]
+        return ParkedPrefill(families, hidden_TE, places, cu, cached, resumed)
 
     def _all_positions(self, leaders: Iterable[int]) -> Tensor:
         """Positions of all tokens of prompts that are computed, int64 [T]."""
-        starts = [self._num_cached(slot) for slot in leaders]
+        starts = [self._num_reused(slot) for slot in leaders]
         lengths = self._lengths(leaders, 0)
         positions = [np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
         return to_device(np.concatenate(positions), self._part.device)
 
-    def _num_cached(self, leader: int) -> int:
-        """Tokens of a prompt that are not computed, because blocks have them."""
-        return len(self._shard.slots[leader].prefix.cached) * self._shard.kv.page_tokens
+    def _num_reused(self, leader: int) -> int:
+        """First tokens of a prompt that are not computed."""
+        return self._shard.slots[leader].num_reused(self._shard.kv.page_tokens)
 
     def _lengths(self, leaders: Iterable[int], layer: int) -> list[int]:
         """How many tokens of each prompt enter a layer to be computed."""
         layers, slots = self._part.spec.layers, self._shard.slots
         return [
             slots[slot].retention.entering_tokens(slots[slot].prompt_tokens, layers)[layer]
-            - self._num_cached(slot)
+            - self._num_reused(slot)
             for slot in leaders
         ]
 
@@ -308,10 +311,10 @@ class Prefill:
     def _retain_piece(self, piece: Piece, parked: ParkedPrefill) -> None:
         """`_retain` of several layers, written together where there are pages for all.
 
-        With cached tokens each layer by itself, as the keys of only one exist at full length.
+        Behind what is known already each layer by itself: only its keys exist at full length.
         """
         shard, first = self._shard, self._part.layers.start
-        if any(map(len, parked.cached)):
+        if parked.reuses:
             for layer, qkv, lse in piece.noted():
                 keyed = self._prefixes.before(layer - first, parked, qkv)
                 self._retain(layer, parked, qkv, keyed, lse)

@@ -1,24 +1,28 @@
-"""Blocks in a prefill: their keys and values before the fresh ones, and theirs from the fresh ones.
+"""What a prefill knows of prompts before it: their first tokens' keys and values.
 
 Of a prompt that begins with cached blocks only the tokens behind these are computed. In each layer
 their queries see the blocks' keys, and retention chooses from all, so what is kept is as if the
-whole prompt were computed.
+whole prompt were computed. The same goes for the next turn of a conversation, which begins with
+what its slot's rows have kept of the turns before. And prompts fill blocks for later ones.
 
 Shapes: T packed fresh tokens, S packed tokens with the cached ones, N prompts, L local layers, Hq
 local query heads, H local kv heads, D head dim.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from saqqara.workers.attention.base import CuSeqlens
+from saqqara.workers.kv.prompts import empty_rows, read_prompt
 from saqqara.workers.models.layer import QKV
 from saqqara.workers.shard import Shard
 
-from .parked import ParkedPrefill
+from .parked import ParkedPrefill, ResumedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,8 @@ class Keyed:
         qkv: queries [T, Hq, D], keys [S, H, D], values [S, H, D].
         cu_q: where each prompt's queries begin, which are those of its last tokens.
         cu_k: where each prompt's keys begin.
-        num_before: of each prompt, tokens before its first key, which are out of every window.
+        num_before: of each prompt, tokens that have no key here: they are out of every window, or
+            were not kept.
     """
 
     qkv: QKV
@@ -55,39 +60,75 @@ class Prefixes:
         self._shard = shard
         self._part = shard.part
 
-    def cached_pages(self, leader: int) -> NDArray[np.int32]:
-        """The pages of the blocks that a slot's prompt begins with, [blocks, L, H]."""
-        held = self._shard.slots[leader]
-        cached = held.prefix.cached
-        if cached:
-            computed = held.prompt_tokens - len(cached) * self._shard.kv.page_tokens
-            assert computed > 0, f"blocks have all {held.prompt_tokens} tokens of slot {leader}"
-            assert held.retention.propagate is None, "layers of a cached prefix drop tokens"
-        return self._shard.blocks.pages_of(cached)
+    def cached_pages(self, family: Sequence[int]) -> NDArray[np.int32]:
+        """The pages of the blocks that a family's prompt begins with, [blocks, L, H]."""
+        slots = [self._shard.slots[slot] for slot in family]
+        num_reused = slots[0].num_reused(self._shard.kv.page_tokens)
+        if num_reused:
+            assert num_reused < slots[0].prompt_tokens, f"nothing is left of slot {family[0]}"
+            assert not any(slot.retention.propagate for slot in slots), "layers drop tokens"
+            assert not any(slot.scores_prompt for slot in slots), "unknown logits get scores"
+        return self._shard.blocks.pages_of(slots[0].prefix.cached)
+
+    def resumed_rows(self, slot: int) -> ResumedRows | None:
+        """The rows that a slot's prompt goes on behind; None: it does not.
+
+        Rings are taken out of them: how many tokens a ring has seen is one number for all layers,
+        which are written one after the other.
+        """
+        shard, kv = self._shard, self._shard.kv
+        if not shard.slots[slot].resumed_tokens:
+            return None
+        rings, nothing = {}, np.zeros(kv.num_layers, dtype=np.int32)  # of a slot at fault
+        counts = shard.resumed.get(slot, nothing)
+        for layer in kv.rings.windowed.tolist():
+            shape = (int(counts[layer]), kv.num_heads, kv.pool.k_pages.shape[-1])
+            k, v = (kv.pool.k_pages.new_zeros(shape) for _ in range(2))
+            if slot not in shard.faults.refused:
+                read_prompt(kv, slot, layer, k, v)
+                empty_rows(kv, layer, slot)
+            rings[layer] = k, v
+        return ResumedRows(counts, rings)
 
     def before(self, local_layer: int, parked: ParkedPrefill, qkv: QKV) -> Keyed:
-        """Fresh queries, keys and values of a group, with what is cached before the latter."""
-        if not any(map(len, parked.cached)):
+        """Fresh queries, keys and values of a group, with what is known before the latter."""
+        if not parked.reuses:
             return Keyed(qkv, parked.cu, parked.cu, (0,) * len(parked.families))
         page_tokens = self._shard.kv.page_tokens
         pages = [self._seen(local_layer, of_prompt) for of_prompt in parked.cached]
-        num_cached = [len(of_prompt) * page_tokens for of_prompt in pages]
-        num_keys = [c + f for c, f in zip(num_cached, parked.cu.lengths, strict=True)]
+        num_known = [
+            len(of_prompt) * page_tokens if rows is None else int(rows.counts[local_layer])
+            for of_prompt, rows in zip(pages, parked.resumed, strict=True)
+        ]
+        num_keys = [known + new for known, new in zip(num_known, parked.cu.lengths, strict=True)]
         cu_k = CuSeqlens.of(num_keys, self._part.device)
         k, v = (x.new_empty(sum(num_keys), *x.shape[1:]) for x in (qkv.k, qkv.v))
-        for (start, stop), (first, last), cached, of_prompt in zip(
-            pairwise(cu_k.host), pairwise(parked.cu.host), num_cached, pages, strict=True
+        bounds = zip(pairwise(cu_k.host), pairwise(parked.cu.host), strict=True)
+        num_before = []
+        for slot, rows, known, of_prompt, ((start, stop), (first, last)) in zip(
+            parked.families, parked.resumed, num_known, pages, bounds, strict=True
         ):
-            if cached:
-                place = slice(start, start + cached)
+            place = slice(start, start + known)
+            if rows is not None:
+                self._read_rows(slot, local_layer, rows, k[place], v[place])
+            elif known:
                 self._shard.blocks.read(of_prompt, local_layer, k[place], v[place])
-            k[start + cached : stop] = qkv.k[first:last]
-            v[start + cached : stop] = qkv.v[first:last]
-        num_before = tuple(
-            len(of_prompt) * page_tokens - cached
-            for of_prompt, cached in zip(parked.cached, num_cached, strict=True)
-        )
-        return Keyed(QKV(qkv.q, k, v), parked.cu, cu_k, num_before)
+            k[start + known : stop], v[start + known : stop] = qkv.k[first:last], qkv.v[first:last]
+            num_before.append(self._shard.slots[slot].prompt_tokens - (stop - start))
+        return Keyed(QKV(qkv.q, k, v), parked.cu, cu_k, tuple(num_before))
+
+    def _read_rows(
+        self, slot: int, local_layer: int, rows: ResumedRows, k: Tensor, v: Tensor
+    ) -> None:
+        """Copy what a slot's rows keep in a layer; of a refused slot zeros stand for it."""
+        if local_layer in rows.rings:
+            for to, held in zip((k, v), rows.rings[local_layer], strict=True):
+                to.copy_(held)
+        elif slot in self._shard.faults.refused:
+            k.zero_()
+            v.zero_()
+        else:
+            read_prompt(self._shard.kv, slot, local_layer, k, v)
 
     def _seen(self, local_layer: int, pages: NDArray[np.int32]) -> NDArray[np.int32]:
         """The last of a prompt's blocks, as many as the queries after them see in a layer."""

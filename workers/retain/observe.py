@@ -36,15 +36,20 @@ def observe_prompt(
     retention: Retention,
     original_tokens: int,
     masses: Tensor | None = None,
+    *,
+    goes_on: bool = False,
 ) -> Observation:
     """The tokens of a prompt that entered one layer, for a retention that drops some of them.
 
-    The queries are those of its last tokens, at least as many as the retention looks at. `lse` is
+    The queries are those of its last tokens, at least as many as the retention looks at; where it
+    `goes_on` behind rows of an earlier turn, a short turn's own queries are all there are. `lse` is
     what prefill returned of them, [queries, Hq], None if it did not; `original_tokens` is the
     length of the whole prompt, and `masses` the `prompt_mass` of these tokens if known.
     """
     num_tokens = len(prompt.k)
     num_queries = min(retention.num_window_queries(original_tokens), num_tokens)
+    if goes_on:
+        num_queries = min(num_queries, len(prompt.q))
     before_window = len(prompt.q) - num_queries
     assert before_window >= 0, f"{len(prompt.q)} tokens are computed, {num_queries} are looked at"
 

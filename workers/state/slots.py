@@ -22,7 +22,8 @@ class Slot:
 
     `leader` is the slot whose prompt is prefilled for it: its own, unless it shares a prefill.
     What its prefill has of blocks and fills of them is in its `prefix`; of a follower only whether
-    its rows share pages counts, for its leader's is its own.
+    its rows share pages counts, for its leader's is its own. Of a prompt that goes on behind
+    rows, `resumed_tokens` are not computed.
     """
 
     ticket: int
@@ -33,6 +34,11 @@ class Slot:
     score: bool
     leader: int
     prefix: CachedPrefix
+    resumed_tokens: int
+
+    def num_reused(self, page_tokens: int) -> int:
+        """First tokens of its prompt that are not computed: blocks or rows stand for them."""
+        return len(self.prefix.cached) * page_tokens or self.resumed_tokens
 
     @property
     def scores_prompt(self) -> bool:
@@ -90,6 +96,7 @@ class SlotTable:
             new.score,
             leader,
             new.prefix or CachedPrefix(),
+            new.resumed_tokens if goes_on_in_prefill(new) else 0,
         )
         self._next_ticket += 1
 
@@ -146,6 +153,11 @@ class SlotTable:
 
     def _target(self, slot: int, position: int) -> Target:
         return Target(slot, self[slot].ticket, position)
+
+
+def goes_on_in_prefill(new: NewSequence) -> bool:
+    """Whether a sequence resumes with rows that have not seen all of its prompt yet."""
+    return new.resumes is not None and new.resumed_tokens < new.prompt_tokens
 
 
 def ended(plan: StepPlan, stop_layer: int) -> list[PrefillGroup]:
