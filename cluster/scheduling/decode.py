@@ -52,7 +52,7 @@ class DecodePlanner:
                 pass  # what they share with blocks is idle from the next plan on
             elif ledger.num_held == 1 and seats.use_of(victim.held_slot).cached:
                 victim.reuses_prefix = False  # the pool is large enough without blocks, or never
-                self._roster.requeue(victim)
+                self._roster.requeue(victim, anew=True)
                 num_preempted += 1
             elif ledger.num_held == 1:
                 need = ledger.num_pages - ledger.free + cost_NW.sum(axis=0)

@@ -181,13 +181,14 @@ class Roster:
         self.running.pop(sequence.arrival, None)
         self.seats.vacate(sequence, stays=stays)
 
-    def requeue(self, sequence: Sequence) -> None:
+    def requeue(self, sequence: Sequence, *, anew: bool = False) -> None:
         """Take a sequence's slot away and let it wait, with its tokens, for another.
 
-        What its rows hold is parked, if that is known and there is room; else it is computed again.
+        What its rows hold is parked, if that is known and there is room; else, and where it is to
+        be computed `anew`, its prompt is prefilled again.
         """
         is_whole = sequence.status is Status.RUNNING and not sequence.discarding
-        if is_whole and self.seats.park(sequence):
+        if is_whole and not anew and self.seats.park(sequence):
             del self.running[sequence.arrival]
         else:
             self.vacate(sequence)
