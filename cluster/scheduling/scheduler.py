@@ -195,7 +195,7 @@ class Scheduler:
         Raises:
             ConversationBusyError: a turn of it has not ended.
         """
-        return self._roster.seats.turns.end((owner, conversation_id))
+        return self._roster.seats.end_conversation((owner, conversation_id))
 
     def has_expired(self, now: float) -> bool:
         """Whether `expire` has something to do."""

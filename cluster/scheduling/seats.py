@@ -9,6 +9,7 @@ import numpy as np
 
 from saqqara.cluster.reuse.cached import CachedPrefixes, Use
 from saqqara.cluster.reuse.conversations import Anew, Conversations, Kept
+from saqqara.cluster.reuse.conversations import Key as Conversation
 from saqqara.cluster.reuse.parked import Counts, HostMemory, next_parked_id
 from saqqara.cluster.reuse.prefixes import NOTHING, Found, Prefixes
 from saqqara.cluster.reuse.turns import Resumption, Turns
@@ -344,6 +345,16 @@ class Seats:
             use=use,
             last_used=self.turns.conversations.now,
         )
+
+    def end_conversation(self, key: Conversation) -> bool:
+        """Forget a conversation, one whose last turn has just ended, too; see `Turns.end`."""
+        is_known = self.turns.end(key)
+        for slot in list(self._staying):
+            if self._holders[slot].conversation == key:
+                self._staying.discard(slot)
+                self.turns.conversations.counts.ended += 1
+                is_known = True
+        return is_known
 
     def need(self, sequence: Sequence, fed_tokens: int) -> Ints:
         """Pages, int64 [W], that a sequence is expected to need once so much is fed to it."""

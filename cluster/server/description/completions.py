@@ -42,6 +42,14 @@ class Usage(Reply):
     kv_cache: KvCache | None = None
 
 
+class EndedConversation(Reply):
+    """A conversation of which nothing is kept any more."""
+
+    id: str
+    object: Literal["conversation.deleted"]
+    deleted: Literal[True]
+
+
 class ChatLogprobs(Reply):
     """One entry per token."""
 
