@@ -121,6 +121,7 @@ class LLM:
         priority: int | Sequence[int] = 0,
         timeout_seconds: float | None = None,
         cache_salt: str = "",
+        session: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts; the results come in the order of the prompts.
 
@@ -136,6 +137,7 @@ class LLM:
             timeout_seconds: after which a prompt's output ends with what it has and the
                 `error_code` `deadline_exceeded`; default: never.
             cache_salt: cached prefixes are shared only among requests with the same one.
+            session: as for `chat`.
 
         Raises:
             ValueError: a prompt or setting is wrong; names the prompt's index.
@@ -149,7 +151,7 @@ class LLM:
             for i, prompt in enumerate(as_list(given, "prompts"))
         ]
         requests = with_turns(requests, priority, timeout_seconds)
-        requests = with_memory(requests, cache_salt)
+        requests = with_memory(requests, cache_salt, session)
         return self._generate(requests, "prompts", sampling_params, retention, budget, use_tqdm)
 
     def chat(

@@ -196,7 +196,8 @@ class RequestOutput:
 
     `error` says why one finished with the reason `error`; `error_code` is a name for its kind.
     `prompt_logprobs` come, where they were asked for, with the first token; `kv_cache`, of all
-    completions together, when the request has finished.
+    completions together, when the request has finished. `num_cached_tokens` of the prompt's were
+    not computed for it: an earlier request, or another one of its conversation, has left them.
     """
 
     request_id: str
@@ -209,6 +210,7 @@ class RequestOutput:
     error_code: ErrorCode | None = None
     prompt_logprobs: PromptLogprobs | None = None
     kv_cache: KVUsage | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,6 +162,7 @@ class Engine:
         self._is_broken = True  # until the step has gone well
         for request_id in self._expiry.pop_expired(self._now()):
             self._end_with_error(request_id, "its timeout_seconds are over", "deadline_exceeded")
+        self.scheduler.expire(self._now())
         try:
             events = self._run_step() if self._outage is None else self._await_workers(self._outage)
         except Exception as error:
@@ -197,7 +198,7 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether another step has something to do."""
         is_busy = bool(self._states) or not self.scheduler.is_idle
-        return is_busy or not self.is_ready
+        return is_busy or not self.is_ready or self.scheduler.has_expired(self._now())
 
     @property
     def is_ready(self) -> bool:

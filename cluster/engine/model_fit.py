@@ -73,6 +73,8 @@ def scheduler_of(
         ),
         max_extend_tokens=config.max_extend_tokens,
         prefix_bytes=prefix_bytes(config),
+        conversation_bytes=_bytes(config.conversation_gib),
+        conversation_seconds=config.conversation_seconds,
         lookahead=lookahead,
     )
 
@@ -81,7 +83,10 @@ def prefix_bytes(config: EngineConfig) -> int | None:
     """Most bytes of cached prefixes; None: half the pool."""
     if not config.prefix_caching:
         return 0
-    gib = config.prefix_cache_gib
+    return _bytes(config.prefix_cache_gib)
+
+
+def _bytes(gib: float | None) -> int | None:
     return None if gib is None else int(gib * 2**30)
 
 

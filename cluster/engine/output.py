@@ -327,6 +327,7 @@ class RequestState:
             error_code=None if failed is None else failed.error_code,
             prompt_logprobs=self._prompt_logprobs(),
             kv_cache=self._kv_cache() if self.is_finished else None,
+            num_cached_tokens=max(s.num_cached_tokens for s in sequences),
         )
 
     def _prompt_logprobs(self) -> PromptLogprobs | None:

@@ -12,6 +12,7 @@ from saqqara.cluster.errors import Cause, WorkerDiedError
 from saqqara.cluster.live.board import Board, Shown, Totals
 from saqqara.cluster.live.finished import FinishedRequest
 from saqqara.cluster.live.ranks import Ranks
+from saqqara.cluster.live.talks import ConversationCounts
 from saqqara.cluster.scheduling.ledger import Pyramid, Usage
 from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.scheduling.sequence import Sequence
@@ -48,6 +49,7 @@ class EngineStats:
         self._config = config
         self._retention = retention
         self._board = board
+        self._talks = ConversationCounts()
         self._published_time = -_PUBLISH_SECONDS
         self._unpublished: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._ranks = Ranks(workers)
@@ -232,6 +234,7 @@ class EngineStats:
         num_wanting = scheduler.num_waiting - num_held_back
         self._metrics.set("vllm:num_requests_waiting_by_reason", num_wanting, "capacity")
         self._publish_workers()
+        self._publish_conversations(scheduler)
         for method, (kept_L, dropped_L) in self._unpublished.items():
             for layer in self._layers.local_layers:
                 self._metrics.inc("saqqara:local_tokens", int(kept_L[layer]), str(layer))
@@ -241,6 +244,12 @@ class EngineStats:
                 self._metrics.inc("saqqara:dropped_tokens", int(dropped_L[layer]), *labels)
         self._unpublished.clear()
         self._show(scheduler, now)
+
+    def _publish_conversations(self, scheduler: Scheduler) -> None:
+        for name, value in self._talks.gauges(scheduler.conversations).items():
+            self._metrics.set(name, value)
+        for name, added, labels in self._talks.added(scheduler.conversations):
+            self._metrics.inc(name, added, *labels)
 
     def _publish_workers(self) -> None:
         """Send what is known of each worker."""

@@ -177,6 +177,25 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "saqqara:num_refusals", "counter", "Sequences that a worker had no pages for in a step."
     ),
+    MetricSpec("saqqara:conversations", "gauge", "Conversations that wait for their next turn."),
+    MetricSpec("saqqara:conversation_bytes", "gauge", "Bytes of KV pages that they keep."),
+    MetricSpec(
+        "saqqara:conversation_turns",
+        "counter",
+        "Turns after the first: resumed, or why they were computed anew.",
+        labels=("outcome",),
+    ),
+    MetricSpec(
+        "saqqara:conversation_resumed_tokens",
+        "counter",
+        "Prompt tokens of turns that were not computed, because earlier turns were.",
+    ),
+    MetricSpec(
+        "saqqara:conversations_gone",
+        "counter",
+        "Conversations that are kept no more: expired, dropped to make room, or ended.",
+        labels=("cause",),
+    ),
     MetricSpec("saqqara:scored_tokens", "counter", "Continuation tokens scored."),
     MetricSpec(
         "saqqara:kept_tokens",

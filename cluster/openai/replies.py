@@ -127,20 +127,22 @@ def chunk_choice(
 
 
 def usage(outputs: Iterable[RequestOutput], shown: Shown = ANSWER_ONLY) -> Json:
-    """Tokens of the prompts (each once) and of all their choices.
+    """Tokens of the prompts (each once, and those not computed) and of all their choices.
 
     Once all have finished, also how many keys and values they kept, and would have kept in full.
     """
-    num_prompt = num_new = 0
+    num_prompt = num_new = num_cached = 0
     kept: KVUsage | None = KVUsage()
     for output in outputs:
         num_prompt += len(output.prompt_token_ids)
+        num_cached += output.num_cached_tokens
         num_new += sum(len(shown.choice(choice).token_ids) for choice in output.outputs)
         kept = kept + output.kv_cache if kept and output.kv_cache else None
     counts: Json = {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_new,
         "total_tokens": num_prompt + num_new,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
     }
     return counts if kept is None else {**counts, "kv_cache": asdict(kept)}
 

@@ -177,7 +177,8 @@ def why_not_resumed(retention: Retention, prompt_tokens: int) -> Anew | None:
     """Why what a turn with such a prompt would leave is of no use for the next; None: it is."""
     if why_not_reused(retention) is not None or retention.decode is not None:
         return "method"
-    if retention.ragged and retention.drops(prompt_tokens):
+    heads_differ = retention.ragged or retention.shape.heads_differ
+    if heads_differ and retention.drops(prompt_tokens):
         return "rows"
     return None
 

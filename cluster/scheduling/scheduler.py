@@ -189,7 +189,12 @@ class Scheduler:
         Raises:
             ConversationBusyError: a turn of it has not ended.
         """
-        return self._roster.seats.turns.end((owner, conversation_id))
+        return self._roster.seats.end_conversation((owner, conversation_id))
+
+    def has_expired(self, now: float) -> bool:
+        """Whether `expire` has something to do."""
+        due = self.conversations.next_expiry()
+        return due is not None and due <= now
 
     def expire(self, now: float) -> None:
         """Forget the conversations that had no turn for too long; `now`, in seconds, only grows."""

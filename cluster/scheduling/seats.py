@@ -8,6 +8,7 @@ import numpy as np
 
 from saqqara.cluster.reuse.cached import CachedPrefixes, Use
 from saqqara.cluster.reuse.conversations import Anew, Conversations, Kept
+from saqqara.cluster.reuse.conversations import Key as Conversation
 from saqqara.cluster.reuse.prefixes import NOTHING, Found, Prefixes
 from saqqara.cluster.reuse.turns import Resumption, Turns, next_parked_id
 from saqqara.workers.plan import StepResult, WorkerInfo
@@ -155,6 +156,9 @@ class Seats:
         self._holders[slot] = sequence
         self._uses[slot] = use
         sequence.slot, sequence.resumption = slot, going_on
+        if sequence.num_preemptions == 0:
+            num_cached = len(use.cached) * ledger.page_tokens
+            sequence.num_cached_tokens = sequence.resumed_tokens or num_cached
         return True
 
     def _spare(self, sequence: Sequence, need_W: Ints) -> Ints:
@@ -223,24 +227,37 @@ class Seats:
         return list(refused), known
 
     def _kept_of(self, slot: int, sequence: Sequence, use: Use) -> Kept | None:
-        """What a turn has left, all of it known; None: more was fed than is known of it."""
+        """What a turn has left; None: the next one cannot go on from it."""
         request, ledger = sequence.request, self.ledger
         known = (*request.prompt_token_ids, *sequence.output_token_ids)
         if sequence.position > len(known):
             return None
-        fed = sequence.position - sequence.prompt_tokens
+        rows = ledger.rows_of(slot, sequence.position - sequence.prompt_tokens)
+        if (rows != rows[:, :1]).any():
+            self.turns.conversations.lose(sequence.conversation or ("", ""), "rows")
+            return None
         pages_W = ledger.pages_of(slot)
         return Kept(
             parked_id=next_parked_id(),
             token_ids=np.array(known[: sequence.position], dtype=np.int32),
             retention=request.retention,
-            rows=ledger.rows_of(slot, fed),
+            rows=rows,
             is_whole=request.retention.score is None and not ledger.layers.local_layers,
             pages=pages_W,
             num_bytes=ledger.bytes_of(pages_W),
             use=use,
             last_used=self.turns.conversations.now,
         )
+
+    def end_conversation(self, key: Conversation) -> bool:
+        """Forget a conversation, one whose last turn has just ended, too; see `Turns.end`."""
+        is_known = self.turns.end(key)
+        for slot in list(self._staying):
+            if self._holders[slot].conversation == key:
+                self._staying.discard(slot)
+                self.turns.conversations.counts.ended += 1
+                is_known = True
+        return is_known
 
     def need(self, sequence: Sequence, fed_tokens: int) -> Ints:
         """Pages, int64 [W], that a sequence is expected to need once so much is fed to it."""

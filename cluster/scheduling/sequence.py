@@ -114,6 +114,7 @@ class Sequence:
     reuses_prefix: bool = True  # where its retention allows
     block_keys: tuple[bytes, ...] = ()  # of its prompt; none where it uses no blocks
     resumption: Resumption | None = None  # of its conversation, while it has a slot by it
+    num_cached_tokens: int = 0  # of its prompt, that were not computed when it first had a slot
     discarding: bool = False  # a worker refused it: what is still in flight of it is void
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None

@@ -25,6 +25,7 @@ from .guard import add_guards
 from .page.routes import add_page
 from .routes.base import Door, Routes
 from .routes.completions import CompletionRoutes
+from .routes.conversations import ConversationRoutes
 from .routes.description import DescriptionRoutes
 from .routes.models import ModelRoutes
 from .routes.operations import OperationRoutes
@@ -71,6 +72,7 @@ def make_app(
     groups: tuple[Routes, ...] = (
         CompletionRoutes(door),
         ResponseRoutes(door),
+        ConversationRoutes(door),
         TokenRoutes(door),
         ModelRoutes(door),
         OperationRoutes(door),

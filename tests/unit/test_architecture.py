@@ -90,7 +90,7 @@ ROOMS = {
     "cluster/reuse": _BASE | {"workers"},
     "cluster/scheduling": _BASE | {"workers", "cluster/reuse"},
     "cluster/recovery": _BASE | {"workers"},
-    "cluster/live": _BASE | {"workers", "cluster/scheduling"},
+    "cluster/live": _BASE | {"workers", "cluster/scheduling", "cluster/reuse"},
     "cluster/top": _below("cluster/live"),
     "cluster/engine": _BASE
     | _MODEL

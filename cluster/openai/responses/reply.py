@@ -98,8 +98,10 @@ def usage(output: RequestOutput, num_thoughts: int) -> Json:
     kept = {"kv_cache": counted["kv_cache"]} if "kv_cache" in counted else {}
     return {
         "input_tokens": counted["prompt_tokens"],
-        # Nothing is kept from one request to the next.
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {
+            **counted["prompt_tokens_details"],
+            "cache_write_tokens": 0,  # what is stored is no matter of one request
+        },
         "output_tokens": counted["completion_tokens"],
         "output_tokens_details": {
             "reasoning_tokens": min(num_thoughts, counted["completion_tokens"])

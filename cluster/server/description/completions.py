@@ -26,13 +26,28 @@ class PromptLogprob(Reply):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
+class PromptTokensDetails(Reply):
+    """Tokens of the prompts that were not computed: earlier requests have left them."""
+
+    cached_tokens: Count
+
+
 class Usage(Reply):
     """Tokens of the prompts, each once, and of all their choices."""
 
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
+    prompt_tokens_details: PromptTokensDetails
     kv_cache: KvCache | None = None
+
+
+class EndedConversation(Reply):
+    """A conversation of which nothing is kept any more."""
+
+    id: str
+    object: Literal["conversation.deleted"]
+    deleted: Literal[True]
 
 
 class ChatLogprobs(Reply):

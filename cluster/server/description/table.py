@@ -10,7 +10,13 @@ from saqqara.cluster.live.snapshot import LiveStats
 
 from .base import Error
 from .batches import AFTER, ORDER, UPLOAD, BatchObject, BatchPage, DeletedFile, FileObject, FilePage
-from .completions import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
+from .completions import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    EndedConversation,
+)
 from .operations import Health, Load, Model, Models, Text, TokenizerInfo, Tokens, Version
 from .responses import ResponseEvent, ResponseObject
 
@@ -54,6 +60,9 @@ REPLIES: Mapping[tuple[str, str], Replies] = {
     ("POST", "/v1/responses"): Replies(ResponseObject, _ANSWERS, ResponseEvent, None),
     ("GET", "/v1/responses/{response_id}"): Replies(None, (*_KEY, 404), is_found=False),
     ("DELETE", "/v1/responses/{response_id}"): Replies(None, (*_KEY, 404), is_found=False),
+    ("DELETE", "/v1/conversations/{conversation_id}"): Replies(
+        EndedConversation, (400, *_KEY, 404, 409, 503)
+    ),
     ("POST", "/tokenize"): Replies(Tokens, _BODY),
     ("POST", "/detokenize"): Replies(Text, _BODY),
     ("GET", "/v1/models"): Replies(Models),

@@ -82,7 +82,12 @@ def test_every_line_has_one_record_and_keeps_its_id(tmp_path: Path) -> None:
         "custom_id": "a",
         "text": "olle",
         "finish_reason": "length",
-        "usage": {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9},
+        "usage": {
+            "prompt_tokens": 5,
+            "completion_tokens": 4,
+            "total_tokens": 9,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
         "error": None,
     }
     assert (chat["line"], chat["custom_id"], chat["text"]) == (3, None, "tahc")
@@ -110,7 +115,12 @@ def test_openai_lines_get_openai_records(tmp_path: Path) -> None:
     message = {"role": "assistant", "content": "yeh", "refusal": None}
     assert body["choices"][0]["message"] == message
     assert body["choices"][0]["token_ids"] == [ord(c) for c in "yeh"]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert body["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 3,
+        "total_tokens": 6,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     content = body["choices"][0]["logprobs"]["content"]
     assert [entry["token"] for entry in content] == ["y", "e", "h"]
     body = y["response"]["body"]

@@ -86,7 +86,12 @@ def test_rows_of_all_files_have_one_record_each(tmp_path: Path) -> None:
         "custom_id": "0",
         "text": "0 wo",
         "finish_reason": "length",
-        "usage": {"prompt_tokens": 12, "completion_tokens": 4, "total_tokens": 16},
+        "usage": {
+            "prompt_tokens": 12,
+            "completion_tokens": 4,
+            "total_tokens": 16,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
         "error": None,
     }
     assert (summary.rows, summary.answered, summary.errors) == (11, 11, 0)

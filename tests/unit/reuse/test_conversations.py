@@ -211,6 +211,10 @@ def test_a_conversation_ends_by_word_and_by_time() -> None:
     talks.scheduler.expire(5.0)
     tokens, _ = talks.turn(PROMPT)
     talks.turn(PROMPT, "b")
+    last = talks.add((*PROMPT, 1), "c")
+    while not last.is_finished:
+        talks.step()
+    assert talks.scheduler.end_conversation(ME, "c")  # before a plan has parked it
     assert talks.scheduler.end_conversation(ME, "b")
     assert not talks.scheduler.end_conversation(ME, "b")
     assert not talks.scheduler.is_idle  # the workers have yet to be told
@@ -220,7 +224,7 @@ def test_a_conversation_ends_by_word_and_by_time() -> None:
     assert len(talks.scheduler.conversations) == 1
     talks.scheduler.expire(15.0)
     assert len(talks.scheduler.conversations) == 0
-    assert (talks.counts.ended, talks.counts.expired) == (1, 1)
+    assert (talks.counts.ended, talks.counts.expired) == (2, 1)
     _, num_computed = talks.turn((*tokens, 90))
     assert num_computed == len(tokens) + 1
     talks.close()
