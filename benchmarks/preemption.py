@@ -1,11 +1,15 @@
 """What it costs to bring a preempted sequence back: copied to the host and back, or computed again.
 
     python benchmarks/preemption.py --prompts 512,2000,4000 --rounds 3
+    python benchmarks/preemption.py --race 0,0.25 --rounds 2
 
 One worker on this machine prefills a prompt, generates `--generated` tokens, and preempts the
 sequence in both ways, in turns. `copy` parks it in the host's memory and puts it back; `again`
 prefills its prompt and replays its tokens, one by one where a decode stage cuts rows. Seconds are
 medians over the rounds, without the first; `MiB` is what is copied one way.
+
+`--race` lets 16 requests of 512 tokens in and 160 out race for the room of four full ones, of which
+each given share is host memory for those that are preempted, in turns.
 """
 
 import argparse
@@ -15,9 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from saqqara import LLM, SamplingParams
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.gguf.demo import fetch_demo_model
+from saqqara.workers.models.spec import load_spec
 from saqqara.workers.plan import (
     DecodeItem,
     NewSequence,
@@ -84,6 +90,36 @@ def measure(
     return *medians, copied / MIB
 
 
+def race(model: str, shares: list[float], rounds: int) -> None:
+    """Print how long requests take that share too little room, by the share of host memory."""
+    spec = load_spec(model)
+    token_bytes = 2 * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
+    gib = 4 * (512 + 160 + 16) * token_bytes / (1 << 30)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1000, 40_000, 512).tolist() for _ in range(16)]
+    params = SamplingParams(temperature=0.0, max_tokens=160, ignore_eos=True)
+    print("| retention | host share | wall s | preempted | prefilled s |")
+    print("|---|---|---|---|---|")
+    for _ in range(rounds):
+        for retention in (METHODS["full"], METHODS["snapkv 25%"]):
+            for share in shares:
+                with LLM(
+                    model,
+                    retention=retention,
+                    kv_memory_gib=gib,
+                    host_kv_gib=share * gib,
+                    max_num_seqs=16,
+                    prefix_caching=False,
+                ) as llm:
+                    llm.generate(prompt_token_ids=prompts, sampling_params=params, use_tqdm=False)
+                    report = llm.report()
+                name = Retention.parse(retention).method
+                figures = f"{report.num_preemptions} | {report.prefill_seconds:.1f}"
+                print(
+                    f"| {name} | {share:.0%} | {report.wall_seconds:.1f} | {figures} |", flush=True
+                )
+
+
 def main() -> None:
     """Read the options, and print a line for each retention and length."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -91,7 +127,12 @@ def main() -> None:
     parser.add_argument("--prompts", default="512,2000,4000", help="tokens of prompts")
     parser.add_argument("--generated", type=int, default=64, help="tokens after them")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--race", help="shares of the room that are host memory, such as 0,0.25")
     args = parser.parse_args()
+    if args.race is not None:
+        shares = [float(share) for share in args.race.split(",")]
+        race(args.model or str(fetch_demo_model()), shares, args.rounds)
+        return
     lengths = [int(n) for n in args.prompts.split(",")]
     config = EngineConfig(
         model=args.model or str(fetch_demo_model()),
