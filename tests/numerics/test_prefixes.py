@@ -165,6 +165,24 @@ def test_each_method_keeps_the_same(method: str, runs: Runs) -> None:
         assert_alike(runs.run(make_new(retention, cached=True), [2], steps=steps), expected)
 
 
+def test_keys_of_many_hits_exist_in_parts(tmp_path: Path, runs: Runs) -> None:
+    """No more of them at once than of a group that is computed whole."""
+    save_tiny("llama-gqa", tmp_path, num_layers=LAYERS)
+    small = Runs(make_worker(tmp_path, max_prefill_tokens=64))
+    small.store(prompts()[0], len(BLOCKS))
+    snapkv = METHODS["snapkv"].retention("snapkv", PREFILL)
+    expected = runs.run(make_new(snapkv, cached=False))
+    new = [replace(n, slot=n.slot + 3) for n in make_new(snapkv, cached=True)]
+    new += make_new(snapkv, cached=True)
+    found = small.run(new)
+    for offset in (0, 3):
+        assert_alike({slot: found[slot + offset] for slot in expected}, expected)
+    kv, peak = small.worker.kv, small.execute().memory.prefill_kv_bytes_peak
+    rows = sum(snapkv.layer_tokens(len(n.tokens()), LAYERS)[0] for n in new) // PAGE + len(new)
+    most = (64 + 66) * kv.page_bytes * kv.num_heads // PAGE  # reused and fresh, and fresh of all
+    assert peak <= most + rows * LAYERS * kv.num_heads * kv.page_bytes
+
+
 def test_only_what_follows_is_computed(runs: Runs) -> None:
     """And what is stored takes its pages at once and gives them back with the block."""
     worker = runs.worker

@@ -90,9 +90,8 @@ class PagePool:
     def release(self, pages: NDArray[np.int32]) -> None:
         """Drop one reference per entry of `pages`; pages without any go back to the free stack."""
         if self.any_shared:
-            np.subtract.at(self.refcount, pages, 1)
-            freed = np.unique(pages)
-            freed = freed[self.refcount[freed] == 0]
+            np.subtract.at(self.refcount, pages, np.int32(1))  # 1 of another type takes 100 times
+            freed = np.unique(pages[self.refcount[pages] == 0])
         else:
             self.refcount[pages] = 0
             freed = pages

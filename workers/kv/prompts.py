@@ -71,7 +71,7 @@ def write_prompts(
     Returns:
         How many were written: all, or those before the first for which there are too few pages.
     """
-    if kv.moves is not None and not any(map(_is_special, writes)):
+    if kv.moves is not None and not any(write.num_kept for write in writes):
         return _write_together(kv, kv.moves, layer, k, v, writes)
     for done, write in enumerate(writes):
         prompt = slice(write.start, write.start + write.num_tokens)
@@ -315,24 +315,36 @@ def _write_together(
 ) -> int:
     table, num_heads = kv.table, k.shape[1]
     writes = _as_stored(kv, layer, writes)
+    assert layer not in kv.rings or all(w.shared is None for w in writes), "rings share no pages"
+    front_N = np.array([0 if w.shared is None else len(w.shared) for w in writes], dtype=np.int32)
     counts_NH = np.stack([write.counts(num_heads) for write in writes])
+    counts_NH -= front_N[:, None] * np.int32(kv.page_tokens)
     needed_NH = table.num_pages(counts_NH)
     fits = np.cumsum(needed_NH.sum(axis=1, dtype=np.int64)) <= kv.pages_free
     fitting = int(np.count_nonzero(fits))  # pages only add up, so these are the first
     if fitting == 0:
         return 0
     writes, counts_NH, needed_NH = writes[:fitting], counts_NH[:fitting], needed_NH[:fitting]
+    front_N = front_N[:fitting]
     slots = np.array([write.slot for write in writes], dtype=np.int64)
     assert not table.kept[slots, layer].any(), f"slots {slots}, layer {layer} are not empty"
-    assert counts_NH.max() <= table.max_row_tokens, (counts_NH.max(), table.max_row_tokens)
+    kept_NH = counts_NH + front_N[:, None] * np.int32(kv.page_tokens)
+    assert kept_NH.max() <= table.max_row_tokens, (kept_NH.max(), table.max_row_tokens)
     needed = needed_NH.reshape(-1)
     pages = kv.pool.allocate(int(needed.sum()))
-    table.set_pages(spans(table.first_entry[slots, layer].reshape(-1), needed), pages)
-    table.set_layer_kept(slots, layer, counts_NH)
+    first_NH = table.first_entry[slots, layer]
+    table.set_pages(spans((first_NH + front_N[:, None]).reshape(-1), needed), pages)
+    for write, first in zip(writes, first_NH, strict=True):
+        if write.shared is not None:
+            kv.pool.share(write.shared.reshape(-1))
+            fronts = spans(first, np.full(num_heads, len(write.shared)))
+            table.set_pages(fronts, write.shared.T.reshape(-1))
+    table.set_layer_kept(slots, layer, kept_NH)
     for write in writes:
         kv.rings.start(layer, write.slot, write.seen)
     counts, heads = counts_NH.reshape(-1), np.tile(np.arange(num_heads), fitting)
-    starts = np.repeat([write.start for write in writes], num_heads)
+    starts_N = [write.start for write in writes] + front_N * np.int64(kv.page_tokens)
+    starts = np.repeat(starts_N, num_heads)
     is_whole = np.repeat([write.indices is None for write in writes], num_heads)
     for rows, indices in ((is_whole, None), (~is_whole, _concatenated(writes))):
         if rows.any():

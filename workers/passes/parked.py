@@ -4,7 +4,11 @@ Shapes: T packed tokens, R rows of them, n tokens of one prompt, E hidden size, 
 local kv heads.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from operator import add
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +51,41 @@ class ParkedPrefill:
     def reuses(self) -> bool:
         """Whether some prompt has keys and values before those of its computed tokens."""
         return any(map(len, self.cached)) or any(rows is not None for rows in self.resumed)
+
+    def parts(self, most_keys: int, reused_tokens: Sequence[int]) -> list[tuple[slice, Self]]:
+        """Prompts whose keys, reused ones included, are at most so many together, or one prompt.
+
+        Args:
+            most_keys: as many.
+            reused_tokens: of each prompt.
+
+        Returns:
+            Views of them, and where their tokens are.
+        """
+        bounds, held = [0], 0
+        for number, keys in enumerate(map(add, self.cu.lengths, reused_tokens)):
+            if held and held + keys > most_keys:
+                bounds.append(number)
+                held = 0
+            held += keys
+        bounds.append(len(self.families))
+        if len(bounds) == 2:
+            return [(slice(0, self.num_tokens), self)]
+        return [self._part(start, stop) for start, stop in pairwise(bounds)]
+
+    def _part(self, start: int, stop: int) -> tuple[slice, Self]:
+        """The prompts from number `start` up to `stop`, and where their tokens are."""
+        tokens, prompts = slice(self.cu.host[start], self.cu.host[stop]), slice(start, stop)
+        part = replace(
+            self,
+            families=dict(list(self.families.items())[prompts]),
+            hidden_TE=self.hidden_TE[tokens],
+            places=self.places.of(tokens),
+            cu=CuSeqlens.of(self.cu.lengths[prompts], self.hidden_TE.device),
+            cached=self.cached[prompts],
+            resumed=self.resumed[prompts],
+        )
+        return tokens, part
 
     @property
     def num_bytes(self) -> int:

@@ -14,6 +14,7 @@ D head dim.
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from saqqara.workers.attention.base import CuSeqlens
@@ -190,16 +191,22 @@ class Prefill:
         weights, window = part.decoder.layers[local_layer], part.windows[local_layer]
         with timed("project"):
             qkv = self._project(weights, parked)
-            keyed = self._prefixes.before(local_layer, parked, qkv)
-        with timed("attention"):
-            bounds = keyed.cu_q, keyed.cu_k
-            attended, lse = part.backend.prefill(*keyed.qkv, *bounds, part.scale, window)
-        with timed("retain"):
-            self._retain(layer, parked, qkv, keyed, lse)
+        several, lse = [], None
+        for tokens, some in self._prefixes.parts(parked):
+            with timed("project"):
+                keyed = self._prefixes.before(local_layer, some, qkv.of(tokens))
+            with timed("attention"):
+                bounds = keyed.cu_q, keyed.cu_k
+                attended, lse = part.backend.prefill(*keyed.qkv, *bounds, part.scale, window)
+                several.append(attended)
+            with timed("retain"):
+                self._retain(layer, some, qkv.of(tokens), keyed, lse)
             del keyed
+        if len(several) > 1:
+            attended = torch.cat(several)
         with timed("propagate"):
             rows_T = self._propagate(layer, parked, qkv, lse)
-        del qkv, lse
+        del qkv, lse, several
         if rows_T is not None:
             attended = attended.index_select(0, rows_T)  # on a CPU 8 times as fast as [rows_T]
         with timed("finish"):
@@ -214,11 +221,17 @@ class Prefill:
         qkv = self._project(weights, parked)
         wanted = parked.wanted(self._shard.slots)
         rows_R = last_rows(wanted, parked.cu)
-        keyed = self._prefixes.before(layer - part.layers.start, parked, qkv)
-        last = (qkv.q[rows_R], keyed.qkv.k, keyed.qkv.v, wanted, keyed.cu_k)
-        attended = part.backend.prefill(*last, part.scale, part.windows[-1])[0]
-        self._retain(layer, parked, qkv, keyed, None)
-        del qkv, keyed
+        several = []
+        for tokens, some in self._prefixes.parts(parked):
+            fresh, wanted_some = qkv.of(tokens), some.wanted(self._shard.slots)
+            keyed = self._prefixes.before(layer - part.layers.start, some, fresh)
+            q = fresh.q[last_rows(wanted_some, some.cu)]
+            last = (q, keyed.qkv.k, keyed.qkv.v, wanted_some, keyed.cu_k)
+            several.append(part.backend.prefill(*last, part.scale, part.windows[-1])[0])
+            self._retain(layer, some, fresh, keyed, None)
+            del fresh, keyed, q, last
+        attended = several[0] if len(several) == 1 else torch.cat(several)
+        del qkv
         hidden_RE = parked.hidden_TE[rows_R]
         for chunk in chunks(len(hidden_RE), part.config.linear_chunk_tokens):
             weights.finish(hidden_RE[chunk], attended[chunk], out=hidden_RE[chunk])
@@ -316,8 +329,10 @@ class Prefill:
         shard, first = self._shard, self._part.layers.start
         if parked.reuses:
             for layer, qkv, lse in piece.noted():
-                keyed = self._prefixes.before(layer - first, parked, qkv)
-                self._retain(layer, parked, qkv, keyed, lse)
+                for tokens, some in self._prefixes.parts(parked):
+                    fresh, of_some = qkv.of(tokens), None if lse is None else lse[tokens]
+                    keyed = self._prefixes.before(layer - first, some, fresh)
+                    self._retain(layer, some, fresh, keyed, of_some)
             return
         noted = []
         for layer, qkv, lse in piece.noted():

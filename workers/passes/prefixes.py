@@ -19,8 +19,10 @@ from torch import Tensor
 
 from saqqara.workers.attention.base import CuSeqlens
 from saqqara.workers.kv.prompts import empty_rows, read_prompt
+from saqqara.workers.kv.spans import spans
 from saqqara.workers.models.layer import QKV
 from saqqara.workers.shard import Shard
+from saqqara.workers.transfer import to_device
 
 from .parked import ParkedPrefill, ResumedRows
 
@@ -103,19 +105,51 @@ class Prefixes:
         num_keys = [known + new for known, new in zip(num_known, parked.cu.lengths, strict=True)]
         cu_k = CuSeqlens.of(num_keys, self._part.device)
         k, v = (x.new_empty(sum(num_keys), *x.shape[1:]) for x in (qkv.k, qkv.v))
+        whole = [self._shard.slots[slot].prompt_tokens for slot in parked.families]
+        num_before = tuple(tokens - keys for tokens, keys in zip(whole, num_keys, strict=True))
+        keyed = Keyed(QKV(qkv.q, k, v), parked.cu, cu_k, num_before)
+        if len(parked.families) > 1 and all(rows is None for rows in parked.resumed):
+            self._join(local_layer, pages, qkv, keyed)
+            return keyed
+        prompts = zip(parked.families, parked.resumed, num_known, pages, strict=True)
         bounds = zip(pairwise(cu_k.host), pairwise(parked.cu.host), strict=True)
-        num_before = []
-        for slot, rows, known, of_prompt, ((start, stop), (first, last)) in zip(
-            parked.families, parked.resumed, num_known, pages, bounds, strict=True
+        for (slot, rows, known, of_prompt), ((start, stop), (first, last)) in zip(
+            prompts, bounds, strict=True
         ):
-            place = slice(start, start + known)
+            place, new = slice(start, start + known), slice(start + known, stop)
             if rows is not None:
                 self._read_rows(slot, local_layer, rows, k[place], v[place])
             elif known:
                 self._shard.blocks.read(of_prompt, local_layer, k[place], v[place])
-            k[start + known : stop], v[start + known : stop] = qkv.k[first:last], qkv.v[first:last]
-            num_before.append(self._shard.slots[slot].prompt_tokens - (stop - start))
-        return Keyed(QKV(qkv.q, k, v), parked.cu, cu_k, tuple(num_before))
+            k[new], v[new] = qkv.k[first:last], qkv.v[first:last]
+        return keyed
+
+    def _join(
+        self, local_layer: int, pages: list[NDArray[np.int32]], qkv: QKV, keyed: Keyed
+    ) -> None:
+        """Put blocks before fresh tokens, of all prompts together: few launches of kernels."""
+        num_known = np.array([len(of_prompt) for of_prompt in pages]) * self._shard.kv.page_tokens
+        starts, new = np.array(keyed.cu_k.host[:-1]), np.array(keyed.cu_q.lengths)
+        known_k, known_v = (x.new_empty(int(num_known.sum()), *x.shape[1:]) for x in qkv[1:])
+        self._shard.blocks.read(np.concatenate(pages), local_layer, known_k, known_v)
+        device = qkv.k.device
+        of_known = to_device(spans(starts, num_known), device)
+        of_new = to_device(spans(starts + num_known, new), device)
+        for to, known, fresh in ((keyed.qkv.k, known_k, qkv.k), (keyed.qkv.v, known_v, qkv.v)):
+            to.index_copy_(0, of_known, known)
+            to.index_copy_(0, of_new, fresh)
+
+    def parts(self, parked: ParkedPrefill) -> list[tuple[slice, ParkedPrefill]]:
+        """A group in parts whose keys are about as many as those of a group without known tokens.
+
+        Returns:
+            The parts, and which of the group's tokens are theirs.
+        """
+        if not parked.reuses:
+            return [(slice(0, parked.num_tokens), parked)]
+        page_tokens, slots = self._shard.kv.page_tokens, self._shard.slots
+        reused = [slots[slot].num_reused(page_tokens) for slot in parked.families]
+        return parked.parts(self._part.config.max_prefill_tokens, reused)
 
     def _read_rows(
         self, slot: int, local_layer: int, rows: ResumedRows, k: Tensor, v: Tensor

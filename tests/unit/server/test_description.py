@@ -99,6 +99,9 @@ def requests() -> Iterator[tuple[str, str, Json | None]]:
     yield response(previous_response_id="x")
     for method in ("GET", "DELETE"):
         yield method, "/v1/responses/{response_id}", None
+    yield completion(conversation_id=MODEL)
+    for _ in ("kept", "gone"):
+        yield "DELETE", "/v1/conversations/{conversation_id}", None
     yield "POST", "/tokenize", {"messages": USER}
     yield "POST", "/tokenize", {"prompt": "hi", "return_token_strs": True}
     yield "POST", "/detokenize", {"tokens": [1, 2]}
