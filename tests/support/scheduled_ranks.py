@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in __all__
 
 from saqqara.cluster.engine.intake import sampling_of
 from saqqara.cluster.sampling import SamplingParams
