@@ -264,9 +264,10 @@ class EngineStats:
         return scheduler.prefixes.num_blocks * scheduler.ledger.block_bytes
 
     def _publish_conversations(self, scheduler: Scheduler) -> None:
-        for name, value in self._talks.gauges(scheduler.conversations).items():
+        kept = scheduler.conversations, scheduler.host_memory
+        for name, value in self._talks.gauges(*kept).items():
             self._metrics.set(name, value)
-        for name, added, labels in self._talks.added(scheduler.conversations):
+        for name, added, labels in self._talks.added(*kept):
             self._metrics.inc(name, added, *labels)
 
     def _publish_workers(self) -> None:

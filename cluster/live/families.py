@@ -177,6 +177,17 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "saqqara:num_refusals", "counter", "Sequences that a worker had no pages for in a step."
     ),
+    MetricSpec(
+        "saqqara:parked_sequences", "gauge", "Preempted sequences that wait in host memory."
+    ),
+    MetricSpec("saqqara:parked_bytes", "gauge", "Host memory that they take, at most."),
+    MetricSpec(
+        "saqqara:parkings",
+        "counter",
+        "Preempted sequences that were copied to host memory, put back, or dropped there.",
+        labels=("outcome",),
+    ),
+    MetricSpec("saqqara:parked_copied_bytes", "counter", "Bytes copied to host memory, and back."),
     MetricSpec("saqqara:conversations", "gauge", "Conversations that wait for their next turn."),
     MetricSpec("saqqara:conversation_bytes", "gauge", "Bytes of KV pages that they keep."),
     MetricSpec(

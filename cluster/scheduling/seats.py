@@ -245,7 +245,8 @@ class Seats:
         slot = sequence.held_slot
         if not self.ledger.is_exact(slot):
             return False
-        parked_id = self.host.put(self._host_bytes(sequence))
+        tokens = sequence.position * sum(w.stop_layer - w.start_layer for w in self.ledger.workers)
+        parked_id = self.host.put(self._host_bytes(sequence), tokens)
         if parked_id is None:
             return False
         charge, need = self.ledger.copy_of(slot), self.ledger.charged(slot)
