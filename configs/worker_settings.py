@@ -30,6 +30,7 @@ class WorkerSettings:
     linear_chunk_tokens: int = 2048
     page_tokens: int = 16
     kv_memory_gib: float | None = None
+    host_kv_gib: float | None = None
     memory_utilization: float = 0.9
     retention: str | dict[str, Any] = "full"
     budget: int | str | None = None

@@ -328,6 +328,7 @@ class WorkerInfo:
     normalisers) are remembered for cuts while decoding, in all of its layers; how many tokens that
     is depends on `max_model_len`, too. The two after them are what the worker was sized for.
     `windows` are those of all layers of the model, as `Layers` has them; () if none has one.
+    `host_kv_bytes` of the host's memory are for sequences that are parked there.
     """
 
     rank: int
@@ -357,6 +358,7 @@ class WorkerInfo:
     max_num_seqs: int = 64
     max_prefill_tokens: int = 2048
     windows: tuple[int, ...] = ()
+    host_kv_bytes: int = 0
 
 
 def layers_of(workers: Sequence[WorkerInfo]) -> Layers:

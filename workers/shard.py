@@ -74,6 +74,7 @@ class Shard:
         uses_kernels = part.backend.name == "triton"
         holdings = size_pool(part)
         self.part = part
+        self._host_kv_bytes = holdings.host_kv_bytes
         self.kv = KVStore(
             num_layers=num_layers,
             num_heads=num_heads,
@@ -146,6 +147,7 @@ class Shard:
             ring_normaliser_bytes=part.footprint.ring_normaliser_bytes(),
             max_num_seqs=part.config.max_num_seqs,
             max_prefill_tokens=part.config.max_prefill_tokens,
+            host_kv_bytes=self._host_kv_bytes,
         )
 
     def add(self, new: NewSequence) -> None:

@@ -22,6 +22,7 @@ from .transfer import to_device
 _CPU_SHARE = 0.3
 _CPU_MAX_BYTES = 4 * GIB
 _WINDOW_QUERIES = 64
+_HOST_BYTES_PER_GPU = 4 * GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Holdings:
             aside. So are the others:
         graph_bytes: of recorded decode steps.
         remembered_bytes: of every slot's ring and sums under the engine's own retention.
+        host_kv_bytes: of the host's memory, for parked sequences; none is taken before one comes.
     """
 
     num_pages: int
@@ -45,6 +47,7 @@ class Holdings:
     temporary_bytes: int = 0
     graph_bytes: int = 0
     remembered_bytes: int = 0
+    host_kv_bytes: int = 0
 
 
 def size_pool(part: Part) -> Holdings:
@@ -52,7 +55,8 @@ def size_pool(part: Part) -> Holdings:
 
     `kv_memory_gib` is per replica and is split over its workers by their rows; without it a GPU
     gives what `memory_utilization` leaves after everything else that it will hold, a CPU min(4 GiB,
-    30% of what is available) per replica.
+    30% of what is available) per replica. On a CPU `host_kv_gib` is part of that: parked sequences
+    take it from the pool. Without it they have 4 GiB beside each GPU, and nothing on a CPU.
 
     Raises:
         ValueError: not even one full-length sequence's rows would get a page each, or the pool is
@@ -63,12 +67,14 @@ def size_pool(part: Part) -> Holdings:
     # Also where the pool has a given size: it does the first step's work, and shows that it fits.
     aside = (0, 0, 0) if is_host else _set_aside(part)
     slots = footprint.slot_bytes(*part.sizes[:2]) if part.samples_on_device else 0
+    host_bytes = host_kv_bytes(part)
+    taken = host_bytes if is_host else 0
     if config.kv_memory_gib is not None:
-        pool_bytes = config.kv_memory_gib * GIB * rows / part.replica_rows
+        pool_bytes = config.kv_memory_gib * GIB * rows / part.replica_rows - taken
         pages = footprint.pages_within(pool_bytes, *part.sizes)
     elif is_host:
         most_bytes = min(_CPU_MAX_BYTES, _CPU_SHARE * available_bytes())
-        pool_bytes = most_bytes * rows / part.replica_rows
+        pool_bytes = most_bytes * rows / part.replica_rows - taken
         pages = footprint.pages_within(pool_bytes, *part.sizes)
     else:
         free, total = device_memory(device)
@@ -83,11 +89,19 @@ def size_pool(part: Part) -> Holdings:
         raise ValueError(
             f"kv_memory_gib: {max(pool_bytes, 0) / GIB:.4f} GiB holds {pages} pages on this worker,"
             f" fewer than one per row ({rows} layers x kv heads); it needs more memory"
-            f"{_even_split(part)}"
+            f"{_even_split(part)}{', or a smaller host_kv_gib' if taken else ''}"
         )
     tables = footprint.table_bytes(*part.sizes, mirrored_pages=None if is_host else pages)
     tables += footprint.rotary_bytes(part.max_model_len) + slots
-    return Holdings(pages, pages * page_bytes, tables, *aside)
+    return Holdings(pages, pages * page_bytes, tables, *aside, host_bytes)
+
+
+def host_kv_bytes(part: Part) -> int:
+    """Bytes of the host's memory in which this rank may keep parked sequences."""
+    gib = part.config.host_kv_gib
+    if gib is None:
+        return 0 if part.device.type == "cpu" else _HOST_BYTES_PER_GPU
+    return int(gib * GIB * part.num_rows / part.replica_rows)
 
 
 def _set_aside(part: Part) -> tuple[int, int, int]:

@@ -3,7 +3,6 @@
 Shapes: L layers, H kv heads, W workers.
 """
 
-import itertools
 import logging
 from dataclasses import dataclass
 
@@ -181,11 +180,3 @@ def why_not_resumed(retention: Retention, prompt_tokens: int) -> Anew | None:
     if heads_differ and retention.drops(prompt_tokens):
         return "rows"
     return None
-
-
-def next_parked_id() -> int:
-    """A number that nothing else of this process is parked under."""
-    return next(_PARKED_IDS)
-
-
-_PARKED_IDS = itertools.count(1)

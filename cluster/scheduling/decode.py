@@ -48,9 +48,11 @@ class DecodePlanner:
                 num_preempted += 1
             elif seats.cached.is_filling:
                 pass  # it waits for blocks that are idle, or gone, in a moment
+            elif ledger.num_held == 1 and self._roster.drop_all_parked():
+                pass  # what they share with blocks is idle from the next plan on
             elif ledger.num_held == 1 and seats.use_of(victim.held_slot).cached:
                 victim.reuses_prefix = False  # the pool is large enough without blocks, or never
-                self._roster.requeue(victim)
+                self._roster.requeue(victim, anew=True)
                 num_preempted += 1
             elif ledger.num_held == 1:
                 need = ledger.num_pages - ledger.free + cost_NW.sum(axis=0)
@@ -58,12 +60,33 @@ class DecodePlanner:
             # else it waits for the prompts in prefill, which will make room for it as they decode
             chosen = [s for s in chosen if s is not victim]
             num_tokens, cost_NW = num_tokens[stays], cost_NW[stays]
-            draft.free += seats.release()
+            seats.release(draft)
         if chosen:
             ledger.append(_slots(chosen), num_tokens, cost_NW)
         for sequence, num in zip(chosen, num_tokens.tolist(), strict=True):
             self._feed(draft, sequence, num)
         return num_preempted
+
+    def resume(self, draft: Draft) -> None:
+        """Let those go on whose turn it is and whose rows are parked, as far as there is room."""
+        roster, ledger = self._roster, self._roster.ledger
+        while (head := roster.head) is not None and head.parked_id is not None:
+            if head.num_in_flight > 0:
+                return
+            if not roster.try_resume(head):
+                if ledger.num_held > 0:
+                    roster.make_way()
+                elif not roster.seats.cached.is_filling:
+                    roster.drop_all_parked()  # blocks that they share keep all from running
+                return
+            draft.new.append(head.new_sequence(resumes=head.resumed_id))
+            slots, one = _slots([head]), np.ones(1, dtype=np.int64)
+            cost_NW = ledger.append_cost(slots, one)
+            if head.num_to_feed > 0 and (cost_NW[0] <= ledger.free).all():
+                ledger.append(slots, one, cost_NW)
+                self._feed(draft, head, 1)
+            else:
+                draft.mention(head.held_slot, head)
 
     def _choose(self) -> tuple[list[Sequence], Ints]:
         """Sequences that are fed in this plan, and how many tokens each."""

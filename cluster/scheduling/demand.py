@@ -4,6 +4,7 @@ Shapes: L layers, H kv heads of the model, W workers, P page_tokens.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -107,6 +108,72 @@ class TrimmedGrowth:
             self._run.feed(1)
             self._most.append(np.maximum(self._most[-1], peak))
         return self._most[num_tokens]
+
+
+class TrimmedSlot:
+    """Pages of one sequence. A worker that refused it holds, and is charged, none."""
+
+    def __init__(self, growth: TrimmedGrowth, reserve_tokens: int) -> None:
+        self.growth = growth
+        self.rows = growth.rows.copy()
+        self.holds_W: Ints = np.ones_like(growth.most(0))
+        self._reserve = reserve_tokens
+        self._fed = 0
+
+    def copy(self) -> "TrimmedSlot":
+        """Another one that goes its own way from here."""
+        other = copy(self)
+        other.rows, other.holds_W = self.rows.copy(), self.holds_W.copy()
+        return other
+
+    def held(self) -> Ints:
+        """Pages, int64 [W], between steps."""
+        return self.holds_W * self.growth.pages(self.rows.stored)
+
+    def charged(self) -> Ints:
+        """The most ever, until the replay is through."""
+        if self._fed < self._reserve:
+            return self.holds_W * self.growth.most(self._reserve)
+        return self.held()
+
+    def peak(self, num_tokens: int) -> Ints:
+        """Pages, int64 [W], while a step feeds so many tokens."""
+        fed = self.holds_W * self.growth.pages(self.rows.stored + num_tokens)
+        peak: Ints = np.maximum(fed, self.charged())
+        return peak
+
+    def grown(self, fed_tokens: int) -> Ints:
+        """By layer [L]; of fewer tokens than it was fed, which overran a stop, by feeding again."""
+        rows = self.rows
+        if fed_tokens != self._fed:
+            rows = self.growth.rows.copy()
+            for _ in range(fed_tokens):
+                rows.feed(1)
+        return rows.stored - self.growth.rows.stored
+
+    def feed(self, num_tokens: int) -> Ints:
+        """Count the tokens of a step; the pages [W] that are given back at its end."""
+        peak = self.peak(num_tokens)
+        self.rows.feed(num_tokens)
+        self._fed += num_tokens
+        returned: Ints = peak - self.charged()
+        return returned
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPageCounts:
+    """What is counted for one slot, of either kind of rows; `trimmed` is None for the other."""
+
+    tabulated: tuple[Ints, ...]
+    trimmed: TrimmedSlot | None
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What the ledger has on one slot, to go on with in another: every number, and its pages."""
+
+    numbers: tuple[NDArray[np.generic], ...]
+    pages: SlotPageCounts
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ Shapes: S slots, L layers, H kv heads of the model, W workers, N slots of a step
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from saqqara.compression.layers import Layers
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import WorkerInfo, layers_of
 
-from .demand import Demand, Ints, demand_of, global_rows, rows_per_worker
+from .demand import Charge, Demand, Ints, demand_of, global_rows, rows_per_worker
 from .pages import SlotPages
 
 _MAX_DEMANDS = 4096
@@ -91,7 +92,6 @@ class Ledger:
         self._page_bytes = np.array([w.page_bytes for w in workers], dtype=np.int64)
         self._rows_W, self._global_rows_W = rows_per_worker(workers), global_rows(workers)
         self.free = self.num_pages.copy()
-
         self._pages = SlotPages(num_slots, workers)
         self._kept_SLH = np.zeros((num_slots, self.num_layers, self.num_heads), dtype=np.int32)
         self._tokens_S = np.zeros(num_slots, dtype=np.int64)  # of the prompt, and fed since
@@ -104,6 +104,11 @@ class Ledger:
         self._ring_bytes_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
         self._shared_S = np.zeros(num_slots, dtype=np.int64)  # pages of a global row, of blocks
         self._shared_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
+        self._by_slot: tuple[NDArray[Any], ...] = (
+            *(self._kept_SLH, self._tokens_S, self._prompt_S, self._layers_S, self._ring_bytes_SW),
+            *(self._held_S, self._ragged_S, self._exact_SW, self._refused_SW),
+            *(self._shared_S, self._shared_SW),
+        )
         self._returned_W = np.zeros(num_workers, dtype=np.int64)  # by compactions of this plan
         self._set_aside_W = np.zeros(num_workers, dtype=np.int64)  # held by no slot
         self._resumed: dict[int, NDArray[np.int32]] = {}  # rows [L, H] that slots began with
@@ -123,8 +128,7 @@ class Ledger:
         """Blocks of prefixes that fit in so many bytes on all workers; None: in half the pool."""
         if most_bytes is None:
             most_bytes = int(self.num_pages @ self._page_bytes) // 2
-        fit = int((self.num_pages // self._rows_W).min())
-        return min(most_bytes // self.block_bytes, fit)
+        return min(most_bytes // self.block_bytes, int((self.num_pages // self._rows_W).min()))
 
     @property
     def block_bytes(self) -> int:
@@ -171,19 +175,27 @@ class Ledger:
         self._shared_S[slot] = num_shared
         self._shared_SW[slot] = self.shared_pages(num_shared)
         self._pages.open(slot, demand, reserve_tokens)
-        self.free -= self._charged(slot)
+        self.free -= self.charged(slot)
 
     def release(self, slot: int) -> None:
         """Give back all that a slot is charged."""
         assert self._held_S[slot], f"slot {slot} is not charged"
-        self.free += self._charged(slot)
+        self.free += self.charged(slot)
         self._pages.close(slot)
-        for flags in (self._held_S, self._ragged_S, self._refused_SW, self._exact_SW):
-            flags[slot] = False
-        for counts in (self._tokens_S, self._layers_S, self._ring_bytes_SW, self._kept_SLH):
-            counts[slot] = 0
-        self._shared_S[slot] = self._shared_SW[slot] = 0
+        for numbers in self._by_slot:
+            numbers[slot] = 0
         self._resumed.pop(slot, None)
+
+    def copy_of(self, slot: int) -> Charge:
+        """All that is known of a slot; `restore` charges another one the same."""
+        return Charge(tuple(n[slot].copy() for n in self._by_slot), self._pages.copy_of(slot))
+
+    def restore(self, slot: int, charge: Charge) -> None:
+        """Charge a slot what another one was charged."""
+        for numbers, mine in zip(self._by_slot, charge.numbers, strict=True):
+            numbers[slot] = mine
+        self._pages.restore(slot, charge.pages)
+        self.free -= self.charged(slot)
 
     def set_aside(self, pages_W: Ints) -> None:
         """Charge pages that no slot holds: blocks of prefixes, and parked rows."""
@@ -209,14 +221,14 @@ class Ledger:
         counts = np.frombuffer(counts_bytes, dtype=np.int32).reshape(mine.shape)
         assert not self._exact_SW[slot, rank], f"worker {rank} reports slot {slot} twice"
         mine[...] = counts
-        self.free[rank] += self._charged(slot)[rank]
+        self.free[rank] += self.charged(slot)[rank]
         self._pages.set_kept(slot, rank, counts)
         self._exact_SW[slot, rank] = True
-        self.free[rank] -= self._charged(slot)[rank]
+        self.free[rank] -= self.charged(slot)[rank]
 
     def set_refused(self, slot: int, rank: int) -> None:
         """Note that a worker refused this slot and holds nothing of it."""
-        self.free[rank] += self._charged(slot)[rank]
+        self.free[rank] += self.charged(slot)[rank]
         self._pages.refuse(slot, rank)
         self._shared_SW[slot, rank] = 0
         self._refused_SW[slot, rank] = True
@@ -382,6 +394,7 @@ class Ledger:
                 f"worker {rank} has {free} free pages, the ledger says {expected}"
             )
 
-    def _charged(self, slot: int) -> Ints:
+    def charged(self, slot: int) -> Ints:
+        """Pages, int64 [W], that a slot is charged between plans, but for those of blocks."""
         pages: Ints = self._pages.charged(np.array([slot]))[0] - self._shared_SW[slot]
         return pages

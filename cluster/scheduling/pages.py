@@ -27,7 +27,16 @@ from numpy.typing import NDArray
 from saqqara.compression.growth import Cycle, grown
 from saqqara.workers.plan import WorkerInfo
 
-from .demand import Demand, Ints, TabulatedGrowth, TrimmedGrowth, global_layers, tabulate
+from .demand import (
+    Demand,
+    Ints,
+    SlotPageCounts,
+    TabulatedGrowth,
+    TrimmedGrowth,
+    TrimmedSlot,
+    global_layers,
+    tabulate,
+)
 
 
 class PageCounts(Protocol):
@@ -137,6 +146,15 @@ class SlotPages:
         kept_NL = prefilled_NL + self._tabulated.grown_by(slots)[:, None]
         return self._trimmed.replaced(slots, kept_NL) if self._trimmed else kept_NL
 
+    def copy_of(self, slot: int) -> SlotPageCounts:
+        """What is counted for a slot, as it is now."""
+        return SlotPageCounts(self._tabulated.copy_of(slot), self._trimmed.copy_of(slot))
+
+    def restore(self, slot: int, counts: SlotPageCounts) -> None:
+        """Go on in a slot that is not open with what was counted for another."""
+        self._tabulated.restore(slot, counts.tabulated)
+        self._trimmed.restore(slot, counts.trimmed)
+
     def _of(self, slot: int) -> PageCounts:
         return self._trimmed if slot in self._trimmed else self._tabulated
 
@@ -159,6 +177,10 @@ class TabulatedPages:
         self._rows_SW = np.zeros((num_slots, num_workers), dtype=np.int64)
         self._crossings_SPW = np.zeros((num_slots, page_tokens, num_workers), dtype=np.int64)
         self._num_cyclic = 0  # slots whose rows are compacted
+        self._by_slot = (
+            *(self._fed_S, self._reserved_S, self._grace_S, self._slack_S, self._local_tokens_S),
+            *(self._base_SW, self._rows_SW, self._crossings_SPW, self._local_rows_SW),
+        )
 
     def open(self, slot: int, growth: TabulatedGrowth, reserve_tokens: int) -> None:
         """See `SlotPages`."""
@@ -176,10 +198,18 @@ class TabulatedPages:
     def close(self, slot: int) -> None:
         """See `PageCounts`."""
         self._num_cyclic -= int(self._slack_S[slot] > 0)
-        for counts_S in (self._fed_S, self._reserved_S, self._grace_S, self._slack_S):
+        for counts_S in self._by_slot:
             counts_S[slot] = 0
-        for pages_S in (self._base_SW, self._rows_SW, self._crossings_SPW, self._local_rows_SW):
-            pages_S[slot] = 0
+
+    def copy_of(self, slot: int) -> tuple[Ints, ...]:
+        """See `SlotPages`."""
+        return tuple(counts_S[slot].copy() for counts_S in self._by_slot)
+
+    def restore(self, slot: int, counts: tuple[Ints, ...]) -> None:
+        """See `SlotPages`."""
+        for counts_S, mine in zip(self._by_slot, counts, strict=True):
+            counts_S[slot] = mine
+        self._num_cyclic += int(self._slack_S[slot] > 0)
 
     def set_kept(self, slot: int, rank: int, counts: NDArray[np.int32]) -> None:
         """See `PageCounts`."""
@@ -281,7 +311,7 @@ class TrimmedPages:
 
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
-        self._open: dict[int, _TrimmedSlot] = {}
+        self._open: dict[int, TrimmedSlot] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -291,11 +321,20 @@ class TrimmedPages:
 
     def open(self, slot: int, growth: TrimmedGrowth, reserve_tokens: int) -> None:
         """See `SlotPages`."""
-        self._open[slot] = _TrimmedSlot(growth, reserve_tokens)
+        self._open[slot] = TrimmedSlot(growth, reserve_tokens)
 
     def close(self, slot: int) -> None:
         """See `PageCounts`."""
         self._open.pop(slot, None)
+
+    def copy_of(self, slot: int) -> TrimmedSlot | None:
+        """See `SlotPages`."""
+        return self._open[slot].copy() if slot in self._open else None
+
+    def restore(self, slot: int, counts: TrimmedSlot | None) -> None:
+        """See `SlotPages`."""
+        if counts is not None:
+            self._open[slot] = counts.copy()
 
     def set_kept(self, slot: int, rank: int, counts: NDArray[np.int32]) -> None:
         """See `PageCounts`; prefill leaves exactly what is expected of such rows."""
@@ -349,48 +388,7 @@ class TrimmedPages:
             kept_NL[place] = trimmed.rows.stored
         return kept_NL
 
-    def _among(self, slots: Ints) -> "list[tuple[int, _TrimmedSlot]]":
+    def _among(self, slots: Ints) -> list[tuple[int, TrimmedSlot]]:
         """Those of slots [N] that are open here, each with its place among them."""
         found = enumerate(slots.tolist())
         return [(place, self._open[slot]) for place, slot in found if slot in self._open]
-
-
-class _TrimmedSlot:
-    """Pages of one sequence. A worker that refused it holds, and is charged, none."""
-
-    def __init__(self, growth: TrimmedGrowth, reserve_tokens: int) -> None:
-        self.growth = growth
-        self.rows = growth.rows.copy()
-        self.holds_W: Ints = np.ones_like(growth.most(0))
-        self._reserve = reserve_tokens
-        self._fed = 0
-
-    def held(self) -> Ints:
-        return self.holds_W * self.growth.pages(self.rows.stored)
-
-    def charged(self) -> Ints:
-        """The most ever, until the replay is through."""
-        if self._fed < self._reserve:
-            return self.holds_W * self.growth.most(self._reserve)
-        return self.held()
-
-    def peak(self, num_tokens: int) -> Ints:
-        fed = self.holds_W * self.growth.pages(self.rows.stored + num_tokens)
-        peak: Ints = np.maximum(fed, self.charged())
-        return peak
-
-    def grown(self, fed_tokens: int) -> Ints:
-        """By layer [L]; of fewer tokens than it was fed, which overran a stop, by feeding again."""
-        rows = self.rows
-        if fed_tokens != self._fed:
-            rows = self.growth.rows.copy()
-            for _ in range(fed_tokens):
-                rows.feed(1)
-        return rows.stored - self.growth.rows.stored
-
-    def feed(self, num_tokens: int) -> Ints:
-        peak = self.peak(num_tokens)
-        self.rows.feed(num_tokens)
-        self._fed += num_tokens
-        returned: Ints = peak - self.charged()
-        return returned

@@ -130,6 +130,8 @@ class PrefillPlanner:
         if 0 in draft.busy_stages or len(self._groups) >= len(self._stages):
             return
         while (head := self._roster.head) is not None and head.num_in_flight == 0:
+            if head.parked_id is not None:
+                return  # it goes on as soon as there is room
             families = self._form_group()
             if families:
                 self._start_group(draft, families)
@@ -139,6 +141,8 @@ class PrefillPlanner:
             if self._roster.ledger.num_held > 0:
                 self._roster.make_way()
                 return
+            if self._roster.drop_all_parked():
+                return  # what they share with blocks is idle from the next plan on
             need = self._roster.seats.need(head, head.num_replay)
             self._roster.finish(head, "error", error=self._roster.seats.too_large(need))
 

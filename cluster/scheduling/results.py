@@ -108,9 +108,11 @@ class Landing:
 
     def _refuse(self, sequence: Sequence, *, alone: bool) -> None:
         """Let a sequence that a worker had no pages for try again, unless it had all of them."""
+        self._roster.seats.forget_resumed(sequence)
         if sequence.is_finished or sequence.discarding:
             return
         sequence.num_refusals += 1
+        self._roster.drop_parked(sequence)
         if alone:
             fed = max(sequence.position - sequence.prompt_tokens, 0)
             need = self._roster.seats.need(sequence, fed)

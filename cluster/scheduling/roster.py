@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from itertools import islice
+from itertools import islice, takewhile
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason
 from saqqara.cluster.reuse.conversations import Conversations
+from saqqara.cluster.reuse.parked import Counts
 from saqqara.cluster.reuse.prefixes import NOTHING, Found, Prefixes
 from saqqara.cluster.reuse.turns import why_not_resumed
 from saqqara.workers.plan import WorkerInfo
@@ -26,6 +27,7 @@ class Roster:
         running: those that decode, by arrival; the least recently planned first.
         seats: who holds which slot.
         prefixes: which prefixes of prompts are cached, and what was seen of others.
+        parked: what has come of sequences that had to make room.
         events: what happened and nobody has been told yet.
         alone: id of the one request that may run; None: all may.
 
@@ -46,6 +48,7 @@ class Roster:
         self._num_slots = num_slots
         self._prefix_bytes = prefix_bytes
         self.prefixes = Prefixes()
+        self.parked = Counts()
         self.conversations = Conversations(0, 1.0) if conversations is None else conversations
         self.preparing = 0
         self.waiting = WaitingQueue()
@@ -67,9 +70,12 @@ class Roster:
         return next(filter(self.may_run, self.waiting), None)
 
     def front(self, num_sequences: int) -> list[Sequence]:
-        """The first waiting sequences of those that may run, at most so many."""
+        """The first waiting sequences of those that may run, at most so many.
+
+        They are to be prefilled, so none whose rows are parked is among them, or before them.
+        """
         waiting = self.waiting if self.alone is None else filter(self.may_run, self.waiting)
-        return list(islice(waiting, num_sequences))
+        return list(islice(takewhile(lambda s: s.parked_id is None, waiting), num_sequences))
 
     def may_run(self, sequence: Sequence) -> bool:
         """Whether plans may start or feed a sequence; its slot it keeps in any case."""
@@ -106,6 +112,28 @@ class Roster:
         sequence.status = Status.PREFILL
         return True
 
+    def try_resume(self, sequence: Sequence) -> bool:
+        """Let a waiting sequence whose rows are parked go on decoding, if there is room."""
+        if not self.seats.try_resume(sequence):
+            return False
+        self.waiting.remove(sequence)
+        sequence.status = Status.RUNNING
+        self.running[sequence.arrival] = sequence
+        return True
+
+    def drop_parked(self, sequence: Sequence) -> None:
+        """Compute a waiting sequence again whose rows are parked, if they are."""
+        if sequence.parked_id is not None:
+            self.seats.drop(sequence)
+            sequence.position = 0
+
+    def drop_all_parked(self) -> bool:
+        """Compute all waiting sequences again; whether there was any whose rows were parked."""
+        parked = [sequence for sequence in self.waiting if sequence.parked_id is not None]
+        for sequence in parked:
+            self.drop_parked(sequence)
+        return bool(parked)
+
     def run(self, sequence: Sequence) -> None:
         """Let a sequence decode whose prompt is through all layers."""
         sequence.status = Status.RUNNING
@@ -130,6 +158,7 @@ class Roster:
         has_run = sequence.status is not Status.WAITING or sequence.num_preemptions > 0
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
+            self.seats.drop(sequence)
         elif sequence.status is Status.RUNNING:
             if self.ledger.is_exact(sequence.held_slot):
                 fed = max(len(sequence.known_after_prompt) - 1, 0)  # nothing follows the last one
@@ -152,11 +181,19 @@ class Roster:
         self.running.pop(sequence.arrival, None)
         self.seats.vacate(sequence, stays=stays)
 
-    def requeue(self, sequence: Sequence) -> None:
-        """Take a sequence's slot away and let it wait, with its tokens, for another."""
-        self.vacate(sequence)
+    def requeue(self, sequence: Sequence, *, anew: bool = False) -> None:
+        """Take a sequence's slot away and let it wait, with its tokens, for another.
+
+        What its rows hold is parked, if that is known and there is room; else, and where it is to
+        be computed `anew`, its prompt is prefilled again.
+        """
+        is_whole = sequence.status is Status.RUNNING and not sequence.discarding
+        if is_whole and not anew and self.seats.park(sequence):
+            del self.running[sequence.arrival]
+        else:
+            self.vacate(sequence)
+            sequence.position = 0
         sequence.status = Status.WAITING
-        sequence.position = 0
         sequence.num_preemptions += 1
         sequence.resumption = None
         sequence.discarding &= sequence.num_in_flight > 0
@@ -166,10 +203,12 @@ class Roster:
     def restart(self, workers: Many[WorkerInfo], in_flight: Iterable[Sequence]) -> None:
         """Take the slots of all away, `in_flight` and others; who is not finished waits again."""
         lost = {id(sequence): sequence for sequence in (*self.seats.holders, *in_flight)}
+        lost |= {id(s): s for s in self.waiting if s.parked_id is not None}
         for sequence in lost.values():
             sequence.num_in_flight = sequence.num_sampling = sequence.position = 0
             sequence.discarding = False
-            sequence.slot = sequence.resumption = None
+            sequence.slot = sequence.parked_id = sequence.resumed_id = None
+            sequence.resumption = None
             if sequence.status in (Status.PREFILL, Status.RUNNING):
                 sequence.status = Status.WAITING
                 self.waiting.add(sequence)
@@ -177,9 +216,8 @@ class Roster:
         self.seats = self._new_seats(workers)
 
     def _new_seats(self, workers: Many[WorkerInfo]) -> Seats:
-        return Seats(
-            workers, self._num_slots, self.prefixes, self._prefix_bytes, self.conversations
-        )
+        kept = self.prefixes, self._prefix_bytes, self.conversations, self.parked
+        return Seats(workers, self._num_slots, *kept)
 
     def _end_turn(self, sequence: Sequence) -> bool:
         """A sequence ends; whether what its rows hold stays for the next turn of a conversation."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Many
 from saqqara.cluster.outcome import ErrorCode, FinishReason, check_room
 from saqqara.cluster.reuse.cached import CachedPrefixes
 from saqqara.cluster.reuse.conversations import Conversations
+from saqqara.cluster.reuse.parked import HostMemory
 from saqqara.workers.plan import SamplingSpec, StepPlan, StepResult, WorkerInfo
 
 from .decode import DecodePlanner
@@ -127,7 +128,7 @@ class Scheduler:
     def is_idle(self) -> bool:
         """Whether no sequence is left, no plan executing, and nothing still to be freed."""
         seats = self._roster.seats
-        is_empty = seats.is_empty and not (seats.cached.has_evicted or seats.turns.has_dropped)
+        is_empty = seats.is_empty and not seats.has_given_up
         return is_empty and not (self.num_waiting or self._flights)
 
     def add(
@@ -177,6 +178,11 @@ class Scheduler:
             cached.see(keys)
             self._newest = request, keys
         sequence.block_keys = self._newest[1]
+
+    @property
+    def host_memory(self) -> HostMemory:
+        """What preempted sequences take of the host's memory, and what has come of them."""
+        return self._roster.seats.host
 
     @property
     def prefixes(self) -> CachedPrefixes:
@@ -248,15 +254,19 @@ class Scheduler:
             return None
         draft = Draft()
         self._prefill.abandon()
-        draft.free += self._roster.seats.release()
+        seats = self._roster.seats
+        seats.release(draft)
         num_preempted = self._decode.plan(draft)
         self._prefill.advance(draft)
         if num_preempted == 0:
+            self._decode.resume(draft)
             self._prefill.admit(draft)
         self.ledger.settle()
-        draft.evict += self._roster.seats.cached.take_evicted()
-        draft.park += self._roster.seats.turns.take_parked()
-        draft.drop += self._roster.seats.turns.take_dropped()
+        draft.evict += seats.cached.take_evicted()
+        draft.park += seats.turns.take_parked()
+        draft.drop += [*seats.turns.take_dropped(), *seats.host.take_dropped()]
+        seats.host.settle()
+        draft.copied_bytes = seats.host.take_copied()
         if draft.is_empty:
             return None
         draft.has_pool_alone = self.ledger.num_held == 1 and not self.ledger.num_set_aside.any()
@@ -277,6 +287,7 @@ class Scheduler:
         assert all(r.step == plan.step for r in results), "results of another step"
         landing = Landing(self._roster, draft, results)
         landing.note_pages()
+        self.host_memory.note(results, draft.copied_bytes)
         if not self._flights:
             self.ledger.verify([r.pages_free for r in sorted(results, key=lambda r: r.rank)])
         landing.settle_blocks()

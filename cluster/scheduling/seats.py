@@ -3,21 +3,38 @@
 import heapq
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
 
 import numpy as np
 
 from saqqara.cluster.reuse.cached import CachedPrefixes, Use
 from saqqara.cluster.reuse.conversations import Anew, Conversations, Kept
 from saqqara.cluster.reuse.conversations import Key as Conversation
+from saqqara.cluster.reuse.parked import Counts, HostMemory, next_parked_id
 from saqqara.cluster.reuse.prefixes import NOTHING, Found, Prefixes
-from saqqara.cluster.reuse.turns import Resumption, Turns, next_parked_id
-from saqqara.workers.plan import StepResult, WorkerInfo
+from saqqara.cluster.reuse.turns import Resumption, Turns
+from saqqara.compression.growth import sums_mass
+from saqqara.workers.plan import Parking, StepResult, WorkerInfo
 
-from .demand import Demand, Ints, resumed_demand
+from .demand import Charge, Demand, Ints, resumed_demand
+from .draft import Draft
 from .ledger import Ledger
 from .sequence import Sequence
 
 WATERMARK = 100  # a newcomer leaves one page in this many free, unless it is alone
+
+
+@dataclass(frozen=True, slots=True)
+class _Parked:
+    """A sequence without a slot whose rows are kept.
+
+    `slot` is what it had, `charge` what that was charged, of them `need` pages [W] are its own.
+    """
+
+    slot: int
+    charge: Charge
+    need: Ints
+    use: Use
 
 
 class Seats:
@@ -32,10 +49,12 @@ class Seats:
         prefixes: which prefixes of prompts are cached; none are any more.
         prefix_bytes: most bytes of them; None: half the pool.
         conversations: which there are; nothing is kept of them any more.
+        parked: what has come of sequences that had to make room.
 
     Attributes:
         ledger: pages charged on every worker.
         cached: prefixes in pages that nobody needs.
+        host: memory for sequences that had to make room.
         turns: what conversations keep in pages until their next turn.
     """
 
@@ -46,6 +65,7 @@ class Seats:
         prefixes: Prefixes,
         prefix_bytes: int | None = 0,
         conversations: Conversations | None = None,
+        parked: Counts | None = None,
     ) -> None:
         self.ledger = Ledger(workers, num_slots)
         most = self.ledger.most_blocks(prefix_bytes)
@@ -54,6 +74,10 @@ class Seats:
             conversations = Conversations(0, 1.0)
         self.turns = Turns(conversations, self.ledger, self.cached)
         self._staying: set[int] = set()
+        host_bytes_W = np.array([w.host_kv_bytes for w in workers], dtype=np.int64)
+        self.host = HostMemory(host_bytes_W, parked or Counts())
+        self._parked: dict[int, _Parked] = {}  # by parked id
+        self._leaving: dict[int, int] = {}  # parked ids by slots that no plan has freed yet
         self._uses: dict[int, Use] = {}
         self._holders: dict[int, Sequence] = {}
         self._vacated: list[int] = []
@@ -68,6 +92,11 @@ class Seats:
     def is_empty(self) -> bool:
         """Whether every slot is free, on the workers, too."""
         return not self._holders
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether the workers have yet to be told of blocks or parked sequences that are gone."""
+        return self.cached.has_evicted or self.turns.has_dropped or self.host.has_dropped
 
     @property
     def holders(self) -> Iterable[Sequence]:
@@ -159,6 +188,8 @@ class Seats:
         if sequence.num_preemptions == 0:
             num_cached = len(use.cached) * ledger.page_tokens
             sequence.num_cached_tokens = sequence.resumed_tokens or num_cached
+            num_stored = 0 if going_on is not None else len(use.stored)
+            sequence.num_stored_tokens = num_stored * ledger.page_tokens
         return True
 
     def _spare(self, sequence: Sequence, need_W: Ints) -> Ints:
@@ -187,20 +218,89 @@ class Seats:
             self._staying.add(sequence.slot)
         sequence.slot = None
 
-    def release(self) -> list[int]:
-        """Slots for the plan in the making to free; they and their pages can be used at once."""
+    def release(self, draft: Draft) -> None:
+        """Have the plan in the making free slots; they and their pages can be used at once."""
         for slot in self._vacated:
             sequence, use = self._holders.pop(slot), self._uses.pop(slot)
+            parked_id = self._leaving.pop(slot, None)
             kept = self._kept_of(slot, sequence, use) if slot in self._staying else None
             self.ledger.release(slot)
-            if kept is not None and sequence.conversation is not None:
+            if parked_id is not None:
+                draft.park.append(Parking(slot, parked_id))
+                self.host.begin(parked_id)
+            elif kept is not None and sequence.conversation is not None:
                 self.turns.keep(sequence.conversation, slot, kept)
             else:
                 self.cached.leave(use)
             heapq.heappush(self._free, slot)
         self._staying.clear()
-        released, self._vacated = self._vacated, []
-        return released
+        draft.free += self._vacated
+        self._vacated = []
+
+    def park(self, sequence: Sequence) -> bool:
+        """Take a sequence's slot away and keep its rows in the host's memory, if these have room.
+
+        Its prefill has ended, on every worker; else it is not known what its rows are.
+        """
+        slot = sequence.held_slot
+        if not self.ledger.is_exact(slot):
+            return False
+        tokens = sequence.position * sum(w.stop_layer - w.start_layer for w in self.ledger.workers)
+        parked_id = self.host.put(self._host_bytes(sequence), tokens)
+        if parked_id is None:
+            return False
+        charge, need = self.ledger.copy_of(slot), self.ledger.charged(slot)
+        self._parked[parked_id] = _Parked(slot, charge, need, self._uses[slot])
+        self._leaving[slot] = sequence.parked_id = parked_id
+        self.vacate(sequence)
+        return True
+
+    def try_resume(self, sequence: Sequence) -> bool:
+        """Give a parked sequence a slot, if there is one and its pages are free; some to spare."""
+        assert sequence.parked_id is not None
+        parked = self._parked[sequence.parked_id]
+        if not self._free or not self.make_room(parked.need + self._spare(sequence, parked.need)):
+            return False
+        self.host.resume(sequence.parked_id)
+        del self._parked[sequence.parked_id]
+        slot = heapq.heappop(self._free)
+        self.ledger.restore(slot, parked.charge)
+        self._holders[slot], self._uses[slot] = sequence, parked.use
+        sequence.slot, sequence.resumed_id, sequence.parked_id = slot, sequence.parked_id, None
+        return True
+
+    def drop(self, sequence: Sequence) -> None:
+        """Give up what is kept of a parked sequence, if anything is."""
+        if sequence.parked_id is None:
+            return
+        parked = self._parked.pop(sequence.parked_id)
+        if self._leaving.get(parked.slot) == sequence.parked_id:
+            del self._leaving[parked.slot]
+            self.host.cancel(sequence.parked_id)
+        else:
+            self.host.drop(sequence.parked_id)
+            self.cached.leave(parked.use)
+        sequence.parked_id = None
+
+    def forget_resumed(self, sequence: Sequence) -> None:
+        """A worker has refused a sequence: if it was resumed, what it came from may still be there.
+
+        Workers that have put it back pass over the id.
+        """
+        if sequence.resumed_id is not None:
+            self.host.forget(sequence.resumed_id)
+            sequence.resumed_id = None
+
+    def _host_bytes(self, sequence: Sequence) -> Ints:
+        """Bytes, int64 [W], that a sequence takes in the host's memory, at most."""
+        ledger, slot = self.ledger, sequence.held_slot
+        page_bytes_W = np.array([w.page_bytes for w in ledger.workers], dtype=np.int64)
+        bytes_W: Ints = ledger.pages_of(slot) * page_bytes_W
+        bytes_W += self._demand(sequence).ring_bytes
+        if sums_mass(sequence.request.retention):
+            tokens = int(ledger.kept_of_prompt(slot).max()) + sequence.position
+            bytes_W += 4 * tokens * ledger.rows_per_worker
+        return bytes_W
 
     def note(
         self, sequences: Mapping[int, Sequence], results: Many[StepResult]

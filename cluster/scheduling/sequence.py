@@ -112,7 +112,10 @@ class Sequence:
     num_refusals: int = 0
     is_cut: bool = False  # tokens were chosen so that the answer is complete within max_tokens
     reuses_prefix: bool = True  # where its retention allows
+    num_stored_tokens: int = 0  # of its prompt, that its first prefill left in blocks
     block_keys: tuple[bytes, ...] = ()  # of its prompt; none where it uses no blocks
+    parked_id: int | None = None  # of its rows, while it waits and they are kept
+    resumed_id: int | None = None  # that its rows came back from
     resumption: Resumption | None = None  # of its conversation, while it has a slot by it
     num_cached_tokens: int = 0  # of its prompt, that were not computed when it first had a slot
     discarding: bool = False  # a worker refused it: what is still in flight of it is void
@@ -211,9 +214,16 @@ class Sequence:
         return ours.retention.propagate == theirs.retention.propagate
 
     def new_sequence(
-        self, shares_prefill_with: int | None = None, prefix: CachedPrefix | None = None
+        self,
+        shares_prefill_with: int | None = None,
+        prefix: CachedPrefix | None = None,
+        resumes: int | None = None,
     ) -> NewSequence:
-        """What the workers are told when it takes its slot."""
+        """What the workers are told when it takes its slot; `resumes` is what it goes on from."""
+        resumed_tokens = self.position
+        if resumes is None:
+            resumed_tokens = self.resumed_tokens
+            resumes = None if self.resumption is None else self.resumption.kept.parked_id
         tokens = (*self.request.prompt_token_ids, *self.known_after_prompt)
         spec = self.spec
         if self.prompt_scores is not None:  # they are known since an earlier prefill
@@ -227,6 +237,6 @@ class Sequence:
             score=self.is_score,
             shares_prefill_with=shares_prefill_with,
             prefix=prefix,
-            resumes=None if self.resumption is None else self.resumption.kept.parked_id,
-            resumed_tokens=self.resumed_tokens,
+            resumes=resumes,
+            resumed_tokens=resumed_tokens,
         )

@@ -8,13 +8,19 @@ Shapes: S slots, L layers, H kv heads of the model, W ranks.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from saqqara.cluster.scheduling.demand import Demand, demand_of, global_layers, rows_per_worker
+from saqqara.cluster.scheduling.demand import (
+    Demand,
+    SlotPageCounts,
+    demand_of,
+    global_layers,
+    rows_per_worker,
+)
 from saqqara.cluster.scheduling.pages import SlotPages
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import (
@@ -49,6 +55,15 @@ class _Prompt:
     pages_LW: Ints
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Parked:
+    """A sequence in the host's memory: as its slot was told of it, and its pages."""
+
+    new: NewSequence
+    books: SlotPageCounts
+    held_W: Ints
+
+
 class Ranks:
     """All ranks of a replica; plans must come in order, and are carried out at once.
 
@@ -81,15 +96,22 @@ class Ranks:
         self._held_SW: Ints = np.zeros((self._max_num_seqs, len(self._workers)), dtype=np.int64)
         self._new: dict[int, NewSequence] = {}
         self._layers: dict[int, int] = {}  # prefilled so far, by slot
+        self._parked: dict[int, _Parked] = {}
         self._blocks: set[int] = set()
 
     def execute(self, plan: StepPlan) -> list[StepResult]:
         """What each rank reports of a plan."""
+        for parking in plan.park:
+            self._parked[parking.parked_id] = self._copy_of(parking.slot)
         for slot in plan.free:
             self._free(slot)
         self._blocks.difference_update(plan.evict)
+        for parked_id in plan.drop:
+            del self._parked[parked_id]
         for new in plan.new:
             self._new[new.slot], self._layers[new.slot] = new, 0
+            if new.resumes is not None:
+                self._resume(new.slot, new.resumes)
             if new.prefix is not None:
                 self._blocks.update(new.prefix.stored)
         sampled = [token for group in plan.prefill for token in self._prefill(group)]
@@ -111,6 +133,18 @@ class Ranks:
             )
             for worker, samples, free in zip(self._workers, self._samplers, free_W, strict=True)
         ]
+
+    def _copy_of(self, slot: int) -> _Parked:
+        return _Parked(self._new[slot], self._books.copy_of(slot), self._held_SW[slot].copy())
+
+    def _resume(self, slot: int, parked_id: int) -> None:
+        """Put a sequence that was parked in the host's memory into a slot."""
+        parked = self._parked.pop(parked_id)
+        self._new[slot] = replace(self._new[slot], prefix=parked.new.prefix)
+        self._books.restore(slot, parked.books)
+        self._held_SW[slot] = parked.held_W
+        self._held_W += parked.held_W
+        self._layers[slot] = self._num_layers
 
     def _free(self, slot: int) -> None:
         new, layers = self._new.pop(slot), self._layers.pop(slot)

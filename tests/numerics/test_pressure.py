@@ -1,7 +1,7 @@
 """A pool far too small for all: every request finishes, with the words it would have had alone."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -147,3 +147,45 @@ def test_layers_with_a_window_share_a_small_pool(demo_model: Path, tmp_path: Pat
             for number in (1, 2, 15):
                 alone, got = llm.generate([prompts[number]], sampling[number])[0], outputs[number]
                 assert alone.outputs[0].token_ids == got.outputs[0].token_ids
+
+
+OWN = {"budget": BUDGET, "window": 8, "sinks": 2}
+TRIMMED = {"method": "pyramidinfer", "sinks": 2, "min_context": 4, "rho": 0.5}
+MIXED: list[Any] = [
+    "full",
+    {"method": "snapkv"} | OWN,
+    {"method": "adakv", "budget": BUDGET, "window": 8},
+    {"method": "snapkv", "decode": {"slack_pages": 2}} | OWN,
+    {"method": "h2o", "budget": BUDGET, "sinks": 2, "decode": {"slack_pages": 2}},
+    TRIMMED | {"decode": {"trigger": "published", "exceed": 6}},
+    TRIMMED | {"decode": {"trigger": "stored", "exceed": 6}},
+]
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma2"])
+def test_who_waits_on_the_host_goes_on_without_another_prefill(
+    family: str, demo_model: Path, tmp_path: Path
+) -> None:
+    """Rows that are kept whole, cut, cut again, trimmed, rings: all come back as they were."""
+    save_tiny(family, tmp_path, tokenizer_of=demo_model)
+    methods = MIXED if family == "llama-gqa" else MIXED[:5]  # windows are not for the others
+    prompts, sampling = requests()
+    prompts, sampling = [prompt[-60:] for prompt in prompts[:16]], sampling[:16]
+    retentions = [methods[n % len(methods)] for n in range(16)]
+    pages = 300 if family == "llama-gqa" else 450
+    pool, host = pages * PAGE_TOKENS * ROW_BYTES / 1024**3, 1e-3
+    settings = {"retention": "full", "max_num_seqs": 16, "prefix_caching": False}
+    with make_llm(tmp_path, **settings) as llm:
+        expected = llm.generate(
+            prompt_token_ids=prompts, sampling_params=sampling, retention=retentions
+        )
+    with make_llm(tmp_path, kv_memory_gib=pool + host, host_kv_gib=host, **settings) as llm:
+        outputs = llm.generate(
+            prompt_token_ids=prompts, sampling_params=sampling, retention=retentions
+        )
+        report, client = llm.report(), cast(Any, llm._client)
+        counts = client._engine.scheduler.host_memory.counts
+    assert counts.resumed == counts.parked == report.num_preemptions > 2
+    assert report.pages_leaked == 0
+    for one, other in zip(outputs, expected, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids

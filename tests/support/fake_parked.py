@@ -1,7 +1,7 @@
 """The books of sequences out of their slots, on a replica without a model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from saqqara.workers.plan import NewSequence, StepPlan
@@ -14,12 +14,17 @@ Rows = dict[tuple[int, int], int]
 
 @dataclass
 class FakeParked:
-    """A sequence: the tokens that were fed, and its rows and their shared pages on each rank."""
+    """A sequence: what was known of its slot, and its rows and their shared pages on each rank."""
 
-    tokens: list[int]
+    held: "FakeSlot"
     on_host: bool
     rows: dict[int, Rows] = field(default_factory=dict)
     shared: dict[int, dict[int, int]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those that were fed."""
+        return self.held.tokens[: self.held.fed]
 
 
 class FakeParkedSequences:
@@ -28,17 +33,23 @@ class FakeParkedSequences:
     def __init__(self, page_tokens: int) -> None:
         self._page_tokens = page_tokens
         self._parked: dict[int, FakeParked] = {}
-        self.num_resumed = 0
+        self.num_resumed = 0  # with part of a prompt to come
+        self.num_back = 0  # that go on decoding
 
     def __len__(self) -> int:
         return len(self._parked)
 
-    def pages(self, rank: int) -> int:
-        """Pages that they hold on a worker, but for those of blocks."""
+    @property
+    def slots(self) -> "dict[int, FakeSlot]":
+        """What was known of the slots of preempted sequences, by numbers that no slot has."""
+        return {-n: parked.held for n, parked in self._parked.items() if parked.on_host}
+
+    def pages(self, rank: int, *, on_host: bool = False) -> int:
+        """Pages that they hold on a worker, or take of its host, but for those of blocks."""
         return sum(
             -(-length // self._page_tokens) - parked.shared.get(rank, {}).get(row[0], 0)
             for parked in self._parked.values()
-            if not parked.on_host
+            if parked.on_host == on_host
             for row, length in parked.rows.get(rank, {}).items()
         )
 
@@ -49,11 +60,12 @@ class FakeParkedSequences:
             assert parking.parked_id not in self._parked
             held: FakeSlot = replica.slots[parking.slot]
             assert held.prefilled_layers == replica.num_layers
-            parked = FakeParked(held.tokens[: held.fed], parking.to_host)
+            parked = FakeParked(held, parking.to_host)
             for worker in replica.fakes:
-                assert parking.slot not in worker.refused
-                parked.rows[worker.info.rank] = worker.rows.pop(parking.slot)
-                parked.shared[worker.info.rank] = worker.shared.pop(parking.slot, {})
+                assert parking.to_host or parking.slot not in worker.refused
+                if parking.slot not in worker.refused:
+                    parked.rows[worker.info.rank] = worker.rows.pop(parking.slot)
+                    parked.shared[worker.info.rank] = worker.shared.pop(parking.slot, {})
             self._parked[parking.parked_id] = parked
 
     def drop(self, plan: StepPlan) -> None:
@@ -65,8 +77,7 @@ class FakeParkedSequences:
 
     def resume(self, new: NewSequence, workers: "Sequence[FakeWorker]") -> None:
         """Give a new sequence the rows that it resumes, cut where fewer tokens are fed."""
-        if new.resumes is None:
-            return
+        assert new.resumes is not None
         parked, tokens = self._parked.pop(new.resumes), new.tokens().tolist()
         num = new.resumed_tokens
         assert new.prefix is None
@@ -81,3 +92,30 @@ class FakeParkedSequences:
                 rows = dict.fromkeys(rows, num)
             worker.rows[new.slot] = rows
             worker.shared[new.slot] = parked.shared[worker.info.rank]
+
+    def put_back(self, new: NewSequence, workers: "Sequence[FakeWorker]") -> "FakeSlot":
+        """Let a sequence go on decoding as it was; ranks without room refuse it and keep it."""
+        assert new.resumes is not None
+        parked, tokens = self._parked[new.resumes], new.tokens().tolist()
+        held = parked.held
+        assert (new.retention, new.score) == (held.new.retention, held.new.score)
+        assert new.prompt_tokens == held.new.prompt_tokens
+        assert new.prefix is None
+        assert tokens == held.tokens, "it goes on with other tokens"
+        assert new.resumed_tokens == held.fed < len(tokens), "its last token is not fed yet"
+        self.num_back += 1
+        for worker in workers:
+            rank = worker.info.rank
+            worker.shared[new.slot] = parked.shared[rank]
+            worker.try_add(new.slot, parked.rows[rank])
+            if new.slot not in worker.refused:
+                del parked.rows[rank]
+        if not parked.rows:
+            del self._parked[new.resumes]
+        return replace(held, new=replace(new, prefix=held.new.prefix), tokens=tokens, group=())
+
+    def check(self, workers: "Sequence[FakeWorker]") -> None:
+        """No worker takes more of the host's memory than it may."""
+        for worker in workers:
+            pages = self.pages(worker.info.rank, on_host=True)
+            assert pages * worker.info.page_bytes <= worker.info.host_kv_bytes

@@ -70,8 +70,12 @@ def make_workers(
     head_ranges: Sequence[tuple[int, int]] = ((0, 2),),
     page_tokens: int = 4,
     windows: tuple[int, ...] = (),
+    host_pages: int = 0,
 ) -> list[WorkerInfo]:
-    """One worker per stage and head range; `stages` are layers per stage, `num_pages` is each's."""
+    """One worker per stage and head range; `stages` are layers per stage, `num_pages` is each's.
+
+    Each has room for `host_pages` more in the host's memory.
+    """
     workers: list[WorkerInfo] = []
     start_layer = 0
     for pipeline_rank, num_layers in enumerate(stages):
@@ -99,6 +103,7 @@ def make_workers(
                     hostname="localhost",
                     pid=0,
                     windows=windows,
+                    host_kv_bytes=host_pages * PAGE_BYTES,
                 )
             )
         start_layer += num_layers
@@ -250,18 +255,23 @@ class FakeReplica:
     def run(self, plan: StepPlan) -> list[StepResult]:
         """Carry out a plan on every worker."""
         self.plans.append(plan)
-        before = [set(worker.refused) for worker in self.fakes]
         self.parked.park(plan, self)
         for slot in plan.free:
             self._free(slot)
+        before = [set(worker.refused) for worker in self.fakes]
         self.parked.drop(plan)
-        self.blocks.evict(plan, self.slots, self.num_layers)
+        self.blocks.evict(plan, {**self.slots, **self.parked.slots}, self.num_layers)
         for new in plan.new:
             assert new.slot not in self.slots, f"slot {new.slot} is taken"
+            if new.resumes is not None and new.resumed_tokens >= new.prompt_tokens:
+                self.slots[new.slot] = self.parked.put_back(new, self.fakes)
+                continue
             self.slots[new.slot] = FakeSlot(new, new.tokens().tolist())
             self._check_leader(new)
             self._take_blocks(new)
-            self.parked.resume(new, self.fakes)
+            if new.resumes is not None:
+                self.parked.resume(new, self.fakes)
+        self.parked.check(self.fakes)
         self._check_stages(plan.prefill)
         ended = [slot for group in plan.prefill for slot in self._prefill(group)]
         for slot in ended:

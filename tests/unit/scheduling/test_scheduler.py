@@ -86,6 +86,8 @@ class Run:
                 break
         assert self.scheduler.is_idle
         assert not self.replica.slots
+        assert not self.replica.parked.slots
+        assert self.scheduler.host_memory.num_parked == 0
         assert len(self.replica.blocks) == self.scheduler.prefixes.num_blocks
         if self.scheduler.prefixes.num_blocks:
             assert self.scheduler.reset_prefix_cache()
@@ -665,6 +667,7 @@ class Setting:
     window: int = 0
     prefix_bytes: int | None = 0
     is_rough: bool = False
+    host_pages: int = 0
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -681,6 +684,7 @@ def run_random(setting: Setting, num_requests: int) -> tuple[Run, list[Sequence]
             stages=setting.stages,
             head_ranges=setting.head_ranges,
             windows=setting.windows,
+            host_pages=setting.host_pages,
         ),
         lookahead=setting.lookahead,
         prefill_quantum=setting.quantum,
@@ -709,9 +713,10 @@ def be_rough(run: Run, rng: random.Random, sequences: list[Sequence]) -> None:
         run.scheduler.reset_prefix_cache()
     if rng.random() < 0.02:
         run.in_flight.clear()
-        hits = run.replica.blocks.num_hits
+        hits, back = run.replica.blocks.num_hits, run.replica.parked.num_back
         run.replica = FakeReplica(run.replica.workers)
         run.replica.blocks.num_hits = hits
+        run.replica.parked.num_back = back
         run.scheduler.restart(run.replica.workers)
 
 
@@ -738,6 +743,7 @@ settings_of_runs = st.builds(
     window=st.sampled_from([0, 0, 3, 16, 40]),
     prefix_bytes=st.sampled_from([0, None, None, 200_000]),
     is_rough=st.booleans(),
+    host_pages=st.sampled_from([0, 20, 60, 1000]),
 )
 
 
@@ -751,9 +757,12 @@ def test_whatever_the_setting_every_request_gets_its_tokens(setting: Setting) ->
 @pytest.mark.parametrize("lookahead", [1, 2])
 @pytest.mark.parametrize("stages", [(4,), (2, 2), (2, 1, 1)])
 def test_two_hundred_requests_through_a_small_pool(stages: tuple[int, ...], lookahead: int) -> None:
-    setting = Setting(1, stages, ((0, 2),), 28, lookahead, 60, 64, 12, prefix_bytes=None)
+    setting = Setting(
+        1, stages, ((0, 2),), 28, lookahead, 60, 64, 12, prefix_bytes=None, host_pages=100
+    )
     run, sequences = run_random(setting, num_requests=200)
     check_all(sequences)
     assert all(s.finish_reason != "error" for s in sequences)
     assert run.count(Preempted) > 10
     assert run.replica.blocks.num_hits > 20
+    assert run.replica.parked.num_back > 10
