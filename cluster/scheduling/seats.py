@@ -188,6 +188,8 @@ class Seats:
         if sequence.num_preemptions == 0:
             num_cached = len(use.cached) * ledger.page_tokens
             sequence.num_cached_tokens = sequence.resumed_tokens or num_cached
+            num_stored = 0 if going_on is not None else len(use.stored)
+            sequence.num_stored_tokens = num_stored * ledger.page_tokens
         return True
 
     def _spare(self, sequence: Sequence, need_W: Ints) -> Ints:
