@@ -8,8 +8,8 @@ sequence in both ways, in turns. `copy` parks it in the host's memory and puts i
 prefills its prompt and replays its tokens, one by one where a decode stage cuts rows. Seconds are
 medians over the rounds, without the first; `MiB` is what is copied one way.
 
-`--race` lets 12 requests of 200 tokens in and 200 out race for the room of three full ones, of which
-each given share is host memory for those that are preempted, in turns.
+`--race` lets 12 requests of 200 tokens in and 200 out race for the room of three full ones. Each
+given share of it is host memory for those that are preempted, in turns.
 """
 
 import argparse
