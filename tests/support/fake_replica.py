@@ -274,8 +274,10 @@ class FakeReplica:
         self.parked.check(self.fakes)
         self._check_stages(plan.prefill)
         ended = [slot for group in plan.prefill for slot in self._prefill(group)]
+        refused = set().union(*(worker.refused for worker in self.fakes))
         for slot in ended:
-            self.blocks.fill(self.slots[slot].new, plan.step)
+            if slot not in refused:  # what it was filling is void
+                self.blocks.fill(self.slots[slot].new, plan.step)
         kept = {worker.info.rank: self._kept(worker, plan.prefill) for worker in self.fakes}
         for item in plan.decode:
             self._decode(item)
