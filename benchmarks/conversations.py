@@ -88,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="folder of a chat model; default: the demo model")
     parser.add_argument("--tokens", type=int, default=2000, help="of the document")
     parser.add_argument("--max-tokens", type=int, default=48, help="of an answer")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path, help="write the rows here, too")
     return parser.parse_args()
 

@@ -198,6 +198,7 @@ class RequestOutput:
     `prompt_logprobs` come, where they were asked for, with the first token; `kv_cache`, of all
     completions together, when the request has finished. `num_cached_tokens` of the prompt's were
     not computed for it: an earlier request, or another one of its conversation, has left them.
+    `num_stored_tokens` of it are left for later ones.
     """
 
     request_id: str
@@ -211,6 +212,7 @@ class RequestOutput:
     prompt_logprobs: PromptLogprobs | None = None
     kv_cache: KVUsage | None = None
     num_cached_tokens: int = 0
+    num_stored_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

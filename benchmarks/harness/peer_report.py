@@ -33,6 +33,8 @@ class Sample:
     peak_rss_bytes: int
     foreign_cpu_share: float
     preemptions: int | None = None
+    first_token_seconds: list[float] | None = None
+    cached_tokens: int | None = None
 
     @property
     def at(self) -> tuple[str, str]:

@@ -8,11 +8,12 @@ answers each line
 with
 
     {"wall_seconds": s, "prefill_seconds": s, "output_token_ids": [[token ids], ...],
-     "preemptions": n}
+     "preemptions": n, "first_token_seconds": [s, ...], "cached_tokens": n}
 
-until stdin ends; `preemptions` is null where an engine does not tell. A failed request is answered
-with `{"error": "..."}`. Whatever else a library prints goes to stderr. This file and the runners
-run under the Python of a peer's environment, so they import nothing of Saqqara (but its own does).
+until stdin ends; the last three are null where an engine does not tell. A failed request is
+answered with `{"error": "..."}`. Whatever else a library prints goes to stderr. This file and the
+runners run under the Python of a peer's environment, so they import nothing of Saqqara (but its
+own does).
 """
 
 import argparse
@@ -35,12 +36,15 @@ class Answers:
 
     `prefill_seconds`: from the start of the request until all prompts have their first token.
     `preemptions`: how often a prompt lost its keys and values to others, and started again; None
-    where the engine does not tell.
+    where the engine does not tell. So are `first_token_seconds`, of each prompt from the start of
+    the request, and `cached_tokens` of all prompts, which were not computed.
     """
 
     token_ids: list[list[int]]
     prefill_seconds: float
     preemptions: int | None = None
+    first_token_seconds: list[float] | None = None
+    cached_tokens: int | None = None
 
 
 class Engine(Protocol):
@@ -132,4 +136,6 @@ def answer(engine: Engine, request: Mapping[str, Any]) -> dict[str, Any]:
         "prefill_seconds": answers.prefill_seconds,
         "output_token_ids": answers.token_ids,
         "preemptions": answers.preemptions,
+        "first_token_seconds": answers.first_token_seconds,
+        "cached_tokens": answers.cached_tokens,
     }

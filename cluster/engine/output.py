@@ -328,6 +328,7 @@ class RequestState:
             prompt_logprobs=self._prompt_logprobs(),
             kv_cache=self._kv_cache() if self.is_finished else None,
             num_cached_tokens=max(s.num_cached_tokens for s in sequences),
+            num_stored_tokens=max(s.num_stored_tokens for s in sequences),
         )
 
     def _prompt_logprobs(self) -> PromptLogprobs | None:

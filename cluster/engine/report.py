@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from saqqara.workers.plan import WorkerMemory
+from saqqara.workers.plan import WorkerInfo, WorkerMemory
 
 _BUCKET = 1.01  # durations are told apart to one percent
 
@@ -88,6 +88,26 @@ class WorkerReport(BaseModel):
     page_bytes: int
     memory: WorkerMemory
 
+    @classmethod
+    def of(cls, worker: WorkerInfo, pages_free: int, memory: WorkerMemory) -> "WorkerReport":
+        """What is known of a worker now."""
+        return cls(
+            rank=worker.rank,
+            pipeline_rank=worker.pipeline_rank,
+            tensor_rank=worker.tensor_rank,
+            hostname=worker.hostname,
+            device=worker.device,
+            dtype=worker.dtype,
+            attention_backend=worker.attention_backend,
+            layers=(worker.start_layer, worker.stop_layer),
+            kv_heads=(worker.start_head, worker.stop_head),
+            num_pages=worker.num_pages,
+            pages_free=pages_free,
+            page_tokens=worker.page_tokens,
+            page_bytes=worker.page_bytes,
+            memory=memory,
+        )
+
 
 class EngineReport(BaseModel):
     """Measurements of one engine since its start or its last `reset_stats`.
@@ -101,7 +121,13 @@ class EngineReport(BaseModel):
         wall_seconds: from the first request to the last output.
         prefill_seconds, decode_seconds: summed over steps, the slowest worker of each step.
         phase_seconds: the same for every phase that workers report.
-        kv_kept_bytes_peak: most bytes of pages that sequences held at one moment, on all workers.
+        prefix_query_tokens, prefix_hit_tokens: prompt tokens of sequences that started, and those
+            of them that were not computed for it: cached ones, and those of a prefill that several
+            sequences share.
+        prefix_blocks_stored, prefix_blocks_evicted: blocks of cached prefixes.
+        prefix_bytes: of the pages that blocks have now, on all workers.
+        kv_kept_bytes_peak: most bytes of pages that sequences held at one moment, on all workers;
+            pages of blocks that several of them hold count for each.
         kv_full_bytes_peak: what full retention would have held at that same moment.
         kv_local_bytes_peak: what layers with sliding-window attention held then, whatever the
             retention; the two above are of the other layers.
@@ -110,7 +136,8 @@ class EngineReport(BaseModel):
             beside the pages and are no part of `kv_kept_bytes_peak`.
         kept_tokens_by_layer, dropped_tokens_by_layer: over all prefills, summed over kv heads. A
             layer with sliding-window attention keeps its window and drops nothing.
-        pages_leaked: pages that are not free although no sequence is left; None while busy.
+        pages_leaked: pages that are not free although no sequence is left, and nothing is kept in
+            them for later ones; None while busy.
         prefill_kv_bytes_peak, prefill_activation_bytes_peak, resident_bytes_peak: since start-up,
             summed over workers.
     """
@@ -125,6 +152,11 @@ class EngineReport(BaseModel):
     scored_tokens: int
     num_steps: int
     num_preemptions: int
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_blocks_stored: int = 0
+    prefix_blocks_evicted: int = 0
+    prefix_bytes: int = 0
     num_running_peak: int
     recoveries: dict[str, int] = {}
     down_seconds: float = 0.0

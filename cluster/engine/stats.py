@@ -12,6 +12,7 @@ from saqqara.cluster.errors import Cause, WorkerDiedError
 from saqqara.cluster.live.board import Board, Shown, Totals
 from saqqara.cluster.live.finished import FinishedRequest
 from saqqara.cluster.live.ranks import Ranks
+from saqqara.cluster.live.snapshot import PrefixState
 from saqqara.cluster.live.talks import ConversationCounts
 from saqqara.cluster.scheduling.ledger import Pyramid, Usage
 from saqqara.cluster.scheduling.scheduler import Scheduler
@@ -19,7 +20,7 @@ from saqqara.cluster.scheduling.sequence import Sequence
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import StepResult, WorkerInfo, layers_of
 
-from .metrics import Metrics, Sink
+from .metrics import Metrics, Sink, cache_config_labels
 from .output import Choice, RequestState
 from .report import BatchRows, EngineReport, LatencyRecorder, WorkerReport
 
@@ -64,7 +65,8 @@ class EngineStats:
         self._prefilled = Pyramid(0, np.zeros(len(self._layers)), 0, self._layers)
         self.reset()
         self._set_ready(True)
-        self._show_cache_config()
+        labels = cache_config_labels(config, workers)
+        self._metrics.set("vllm:cache_config_info", 1, *labels)
 
     def set_workers(self, workers: Many[WorkerInfo]) -> None:
         """The engine runs on these workers from now on; their pools are empty."""
@@ -112,9 +114,10 @@ class EngineStats:
             if not choice.has_started:
                 choice.has_started = True
                 state.scheduled_time = state.scheduled_time or now
-                tokens = sequence.prompt_tokens
-                self._metrics.inc("vllm:prefix_cache_queries", tokens)
-                self._metrics.inc("vllm:prefix_cache_hits", tokens if is_shared else 0)
+                asked = sequence.prompt_tokens
+                hit = asked if is_shared else sequence.num_cached_tokens
+                self._count("prefix_query_tokens", "vllm:prefix_cache_queries", asked)
+                self._count("prefix_hit_tokens", "vllm:prefix_cache_hits", hit)
 
     def prompt(self, num_tokens: int) -> None:
         """A request's prompt is prefilled for the first time."""
@@ -210,6 +213,7 @@ class EngineStats:
     def publish(self, scheduler: Scheduler, now: float) -> None:
         """A step's events are told: count its tokens, and show the rest if it is time or idle."""
         self._count_step()
+        self._count_blocks(scheduler)
         num_running, is_idle = scheduler.num_running, scheduler.is_idle
         self._running_peak = max(self._running_peak, num_running)
         if not is_idle and now - self._published_time < _PUBLISH_SECONDS:
@@ -222,6 +226,8 @@ class EngineStats:
             "saqqara:kv_kept_bytes": self._usage.kept_bytes,
             "saqqara:kv_full_bytes": self._usage.full_bytes,
             "saqqara:kv_local_bytes": self._usage.local_bytes,
+            "saqqara:prefix_blocks": scheduler.prefixes.num_blocks,
+            "saqqara:prefix_bytes": self._prefix_bytes(scheduler),
             "saqqara:kv_kept_bytes_peak": self._usage_peak.kept_bytes,
             "saqqara:kv_full_bytes_peak": self._usage_peak.full_bytes,
         }
@@ -245,10 +251,23 @@ class EngineStats:
         self._unpublished.clear()
         self._show(scheduler, now)
 
+    def _count_blocks(self, scheduler: Scheduler) -> None:
+        """Count what was stored and evicted since the last time."""
+        counts = scheduler.prefixes.counts
+        for name, value in (("stored", counts.stored), ("evicted", counts.evicted)):
+            new = value - self._totals[f"prefix_blocks_{name}"]
+            if new:
+                self._count(f"prefix_blocks_{name}", f"saqqara:prefix_blocks_{name}", new)
+
+    @staticmethod
+    def _prefix_bytes(scheduler: Scheduler) -> int:
+        return scheduler.prefixes.num_blocks * scheduler.ledger.block_bytes
+
     def _publish_conversations(self, scheduler: Scheduler) -> None:
-        for name, value in self._talks.gauges(scheduler.conversations).items():
+        kept = scheduler.conversations, scheduler.host_memory
+        for name, value in self._talks.gauges(*kept).items():
             self._metrics.set(name, value)
-        for name, added, labels in self._talks.added(scheduler.conversations):
+        for name, added, labels in self._talks.added(*kept):
             self._metrics.inc(name, added, *labels)
 
     def _publish_workers(self) -> None:
@@ -279,6 +298,14 @@ class EngineStats:
                 num_preemptions=self._totals["num_preemptions"],
                 finished=dict(self._finished),
                 totals=self._board.count(totals),
+                prefixes=PrefixState(
+                    query_tokens=self._totals["prefix_query_tokens"],
+                    hit_tokens=self._totals["prefix_hit_tokens"],
+                    num_blocks=scheduler.prefixes.num_blocks,
+                    num_bytes=self._prefix_bytes(scheduler),
+                    blocks_stored=self._totals["prefix_blocks_stored"],
+                    blocks_evicted=self._totals["prefix_blocks_evicted"],
+                ),
                 usage=self._usage,
                 usage_peak=self._usage_peak,
                 used_share=self._ranks.used_share(scheduler.prefixes.idle_pages),
@@ -313,20 +340,6 @@ class EngineStats:
             labels = (str(w.rank), w.hostname, w.device, layers, heads)
             self._metrics.set("saqqara:worker_info", int(is_ready), *labels)
 
-    def _show_cache_config(self) -> None:
-        """Say how the cache is made, in vLLM's words; a block of its spans all layers and heads."""
-        workers = self._ranks.workers
-        rows = ((w.stop_layer - w.start_layer) * (w.stop_head - w.start_head) for w in workers)
-        pairs = zip(workers, rows, strict=True)
-        labels = (
-            str(workers[0].page_tokens),
-            workers[0].dtype,
-            "False",
-            str(self._config.memory_utilization),
-            str(min(worker.num_pages // num_rows for worker, num_rows in pairs)),
-        )
-        self._metrics.set("vllm:cache_config_info", 1, *labels)
-
     def _leaked(self, scheduler: Scheduler) -> int:
         """Pages in use although no sequence is left, and nothing is kept for later ones."""
         return self._ranks.pages_in_use - int(scheduler.ledger.num_set_aside.sum())
@@ -336,7 +349,7 @@ class EngineStats:
         wall = 0.0
         if self._first_time is not None and self._last_time is not None:
             wall = max(self._last_time - self._first_time, 0.0)
-        counts = self._counts
+        counts, ranks = self._counts, self._ranks
         return EngineReport(
             model=self._config.model,
             retention=self._retention,
@@ -344,6 +357,11 @@ class EngineStats:
             prompt_tokens=counts["prompt_tokens"],
             generation_tokens=counts["generation_tokens"],
             scored_tokens=counts["scored_tokens"],
+            prefix_query_tokens=counts["prefix_query_tokens"],
+            prefix_hit_tokens=counts["prefix_hit_tokens"],
+            prefix_blocks_stored=counts["prefix_blocks_stored"],
+            prefix_blocks_evicted=counts["prefix_blocks_evicted"],
+            prefix_bytes=self._prefix_bytes(scheduler),
             num_steps=counts["num_steps"],
             num_preemptions=counts["num_preemptions"],
             num_running_peak=self._running_peak,
@@ -370,26 +388,7 @@ class EngineStats:
                 m.prefill_activation_bytes_peak for m in self._ranks.memory
             ),
             resident_bytes_peak=sum(m.resident_bytes_peak for m in self._ranks.memory),
-            workers=tuple(self._worker_report(rank) for rank in range(len(self._ranks.workers))),
-        )
-
-    def _worker_report(self, rank: int) -> WorkerReport:
-        worker = self._ranks.workers[rank]
-        return WorkerReport(
-            rank=worker.rank,
-            pipeline_rank=worker.pipeline_rank,
-            tensor_rank=worker.tensor_rank,
-            hostname=worker.hostname,
-            device=worker.device,
-            dtype=worker.dtype,
-            attention_backend=worker.attention_backend,
-            layers=(worker.start_layer, worker.stop_layer),
-            kv_heads=(worker.start_head, worker.stop_head),
-            num_pages=worker.num_pages,
-            pages_free=self._ranks.pages_free[rank],
-            page_tokens=worker.page_tokens,
-            page_bytes=worker.page_bytes,
-            memory=self._ranks.memory[rank],
+            workers=tuple(map(WorkerReport.of, ranks.workers, ranks.pages_free, ranks.memory)),
         )
 
     def _count(self, name: str, metric: str, value: int) -> None:

@@ -16,6 +16,7 @@ from .ranks import RankSeen
 from .snapshot import (
     KvState,
     LiveStats,
+    PrefixState,
     PyramidState,
     QueueState,
     RankState,
@@ -51,6 +52,7 @@ class Shown:
     num_preemptions: int
     finished: Mapping[str, int]
     totals: tuple[Totals, ...]
+    prefixes: PrefixState
     usage: Usage
     usage_peak: Usage
     used_share: float
@@ -113,6 +115,7 @@ class Board:
             ),
             throughput=throughput(shown.totals, now),
             kv_cache=_kv_cache(shown),
+            prefixes=shown.prefixes,
             pyramid=_pyramid(shown),
             ranks=[_rank(seen) for seen in shown.ranks],
             recoveries=RecoveryState(

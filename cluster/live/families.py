@@ -157,12 +157,12 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "vllm:prefix_cache_queries",
         "counter",
-        "Prompt tokens of sequences that started, looked up among prompts in prefill.",
+        "Prompt tokens of sequences that started.",
     ),
     MetricSpec(
         "vllm:prefix_cache_hits",
         "counter",
-        "Those of them that were computed once for several sequences.",
+        "Those of them that were cached, or computed once for several sequences.",
     ),
     MetricSpec(
         "vllm:cache_config_info",
@@ -177,6 +177,17 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "saqqara:num_refusals", "counter", "Sequences that a worker had no pages for in a step."
     ),
+    MetricSpec(
+        "saqqara:parked_sequences", "gauge", "Preempted sequences that wait in host memory."
+    ),
+    MetricSpec("saqqara:parked_bytes", "gauge", "Host memory that they take, at most."),
+    MetricSpec(
+        "saqqara:parkings",
+        "counter",
+        "Preempted sequences that were copied to host memory, put back, or dropped there.",
+        labels=("outcome",),
+    ),
+    MetricSpec("saqqara:parked_copied_bytes", "counter", "Bytes copied to host memory, and back."),
     MetricSpec("saqqara:conversations", "gauge", "Conversations that wait for their next turn."),
     MetricSpec("saqqara:conversation_bytes", "gauge", "Bytes of KV pages that they keep."),
     MetricSpec(
@@ -224,12 +235,16 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "saqqara:kv_full_bytes_peak", "gauge", "What full retention would have held at that moment."
     ),
+    MetricSpec("saqqara:prefix_blocks", "gauge", "Blocks of cached prefixes."),
+    MetricSpec("saqqara:prefix_bytes", "gauge", "Bytes of KV pages that these blocks have."),
+    MetricSpec("saqqara:prefix_blocks_stored", "counter", "Blocks that prefills began to fill."),
+    MetricSpec("saqqara:prefix_blocks_evicted", "counter", "Blocks that were given up."),
     MetricSpec("saqqara:num_pages", "gauge", "KV pages of the pool.", labels=("worker",)),
     MetricSpec("saqqara:pages_free", "gauge", "Free KV pages.", labels=("worker",)),
     MetricSpec(
         "saqqara:pages_leaked",
         "gauge",
-        "Pages not free when nothing was left to do, the last time that was so; always 0.",
+        "Pages not free, nor kept for later prompts, when nothing was left to do; always 0.",
     ),
     MetricSpec(
         "saqqara:step_seconds",

@@ -61,6 +61,17 @@ class KvState(_Frozen):
     local_bytes_peak: int = 0
 
 
+class PrefixState(_Frozen):
+    """Cached prefixes of prompts; tokens and blocks are counted since the start."""
+
+    query_tokens: int = Field(0, description="Prompt tokens of sequences that started.")
+    hit_tokens: int = Field(0, description="Those of them that were not computed for it.")
+    num_blocks: int = Field(0, description="Blocks that have pages now.")
+    num_bytes: int = Field(0, description="Bytes of these pages, on all ranks.")
+    blocks_stored: int = 0
+    blocks_evicted: int = 0
+
+
 class PyramidState(_Frozen):
     """What one sequence keeps in each layer: the mean over sequences and kv heads.
 
@@ -114,6 +125,7 @@ class LiveStats(_Frozen):
     queue: QueueState
     throughput: Throughput
     kv_cache: KvState
+    prefixes: PrefixState = PrefixState()
     pyramid: PyramidState
     ranks: list[RankState]
     recoveries: RecoveryState

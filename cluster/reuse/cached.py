@@ -14,7 +14,7 @@ from saqqara.compression.retention import Retention
 from saqqara.workers.plan import CachedPrefix
 
 from .limits import keeps_whole_prompt, why_not_reused
-from .prefixes import NOTHING, Block, Found, Prefixes, block_keys
+from .prefixes import NOTHING, Block, Counts, Found, Prefixes, block_keys
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,11 @@ class CachedPrefixes:
     def num_blocks(self) -> int:
         """Blocks that have pages."""
         return self._prefixes.num_blocks
+
+    @property
+    def counts(self) -> Counts:
+        """What was stored and evicted since the start."""
+        return self._prefixes.counts
 
     @property
     def page_tokens(self) -> int:

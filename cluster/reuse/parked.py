@@ -8,10 +8,13 @@ Shapes: W workers.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from saqqara.workers.plan import StepResult
 
 Ints = NDArray[np.int64]
 
@@ -36,6 +39,40 @@ class Counts:
     copied_bytes: int = 0
 
 
+class Prices:
+    """What copies and prefill have cost so far, as workers report it; decides which is cheaper.
+
+    Seconds are of all workers together. Tokens that would be replayed count as prefilled ones,
+    which is the least that they cost. As long as one of the two was not measured, copies are
+    taken to be cheaper; each time that they are not, half of what is known of them is forgotten, so
+    that they are tried again if they were slow for another reason.
+    """
+
+    def __init__(self) -> None:
+        self._copied_bytes = self._copy_seconds = 0.0
+        self._layer_tokens = self._prefill_seconds = 0.0
+
+    def note(
+        self, copied_bytes: int, copy_seconds: float, layer_tokens: int, prefill_seconds: float
+    ) -> None:
+        """What a step has copied and prefilled, and what time that took."""
+        self._copied_bytes += copied_bytes
+        self._copy_seconds += copy_seconds
+        if layer_tokens:
+            self._layer_tokens += layer_tokens
+            self._prefill_seconds += prefill_seconds
+
+    def copy_pays(self, num_bytes: int, layer_tokens: int) -> bool:
+        """Whether it is cheaper to copy so many bytes, there and back, than to prefill again."""
+        if not (self._copied_bytes and self._layer_tokens):
+            return True
+        copy = 2 * num_bytes * self._copy_seconds / self._copied_bytes
+        again = layer_tokens * self._prefill_seconds / self._layer_tokens
+        if copy > again:
+            self._copied_bytes, self._copy_seconds = self._copied_bytes / 2, self._copy_seconds / 4
+        return copy <= again
+
+
 class HostMemory:
     """The host's memory for parked sequences, on all workers of a replica.
 
@@ -48,10 +85,13 @@ class HostMemory:
 
     Attributes:
         counts: see `Counts`.
+        prices: of copies and prefill.
     """
 
     def __init__(self, bytes_W: Ints, counts: Counts) -> None:
         self.counts = counts
+        self.prices = Prices()
+        self._noted_bytes = counts.copied_bytes
         self._all_W = bytes_W
         self._free_W = bytes_W.copy()
         self._held: dict[int, Ints] = {}
@@ -73,9 +113,19 @@ class HostMemory:
         """Whether the workers have yet to be told of sequences that were dropped."""
         return bool(self._dropped)
 
-    def put(self, bytes_W: Ints) -> int | None:
-        """Set memory aside for a sequence; its parked id, or None if there is too little."""
+    def put(self, bytes_W: Ints, layer_tokens: int) -> int | None:
+        """Set memory aside for a sequence; its parked id.
+
+        Args:
+            bytes_W: that it takes, at most, int64 [W].
+            layer_tokens: tokens that all workers' layers would compute again.
+
+        Returns:
+            None if there is too little, or if that is cheaper.
+        """
         if (bytes_W > self._free_W).any():
+            return None
+        if not self.prices.copy_pays(int(bytes_W.sum()), layer_tokens):
             return None
         parked_id = next_parked_id()
         self._held[parked_id] = bytes_W
@@ -107,6 +157,22 @@ class HostMemory:
     def forget(self, parked_id: int) -> None:
         """Have workers forget a sequence that could not be put back into pages everywhere."""
         self._dropped.append(parked_id)
+
+    def note(self, results: Sequence[StepResult], copied_bytes: int) -> None:
+        """Take in what a step, which copied so many bytes, took on all workers."""
+        seconds = [result.seconds for result in results]
+        self.prices.note(
+            copied_bytes,
+            sum(s.get("park", 0.0) + s.get("resume", 0.0) for s in seconds),
+            sum(result.prefill_layer_tokens for result in results),
+            sum(s.get("prefill", 0.0) for s in seconds),
+        )
+
+    def take_copied(self) -> int:
+        """Bytes that the plan in the making copies."""
+        copied = self.counts.copied_bytes - self._noted_bytes
+        self._noted_bytes = self.counts.copied_bytes
+        return copied
 
     def take_dropped(self) -> list[int]:
         """Parked ids for the plan in the making to drop."""

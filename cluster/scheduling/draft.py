@@ -25,6 +25,7 @@ class Draft:
     busy_stages: set[int] = field(default_factory=set)
     prefilling: dict[int, Use] = field(default_factory=dict)  # slots in prefill groups
     through: list[int] = field(default_factory=list)  # of them, those whose prefill ends
+    copied_bytes: int = 0  # of parked sequences, to the host and back
     has_pool_alone: bool = False  # one slot holds pages, and nothing else does
 
     def mention(self, slot: int, sequence: Sequence) -> None:

@@ -266,6 +266,7 @@ class Scheduler:
         draft.park += seats.turns.take_parked()
         draft.drop += [*seats.turns.take_dropped(), *seats.host.take_dropped()]
         seats.host.settle()
+        draft.copied_bytes = seats.host.take_copied()
         if draft.is_empty:
             return None
         draft.has_pool_alone = self.ledger.num_held == 1 and not self.ledger.num_set_aside.any()
@@ -286,6 +287,7 @@ class Scheduler:
         assert all(r.step == plan.step for r in results), "results of another step"
         landing = Landing(self._roster, draft, results)
         landing.note_pages()
+        self.host_memory.note(results, draft.copied_bytes)
         if not self._flights:
             self.ledger.verify([r.pages_free for r in sorted(results, key=lambda r: r.rank)])
         landing.settle_blocks()

@@ -188,6 +188,8 @@ class Seats:
         if sequence.num_preemptions == 0:
             num_cached = len(use.cached) * ledger.page_tokens
             sequence.num_cached_tokens = sequence.resumed_tokens or num_cached
+            num_stored = 0 if going_on is not None else len(use.stored)
+            sequence.num_stored_tokens = num_stored * ledger.page_tokens
         return True
 
     def _spare(self, sequence: Sequence, need_W: Ints) -> Ints:
@@ -243,7 +245,8 @@ class Seats:
         slot = sequence.held_slot
         if not self.ledger.is_exact(slot):
             return False
-        parked_id = self.host.put(self._host_bytes(sequence))
+        tokens = sequence.position * sum(w.stop_layer - w.start_layer for w in self.ledger.workers)
+        parked_id = self.host.put(self._host_bytes(sequence), tokens)
         if parked_id is None:
             return False
         charge, need = self.ledger.copy_of(slot), self.ledger.charged(slot)

@@ -112,6 +112,7 @@ class Sequence:
     num_refusals: int = 0
     is_cut: bool = False  # tokens were chosen so that the answer is complete within max_tokens
     reuses_prefix: bool = True  # where its retention allows
+    num_stored_tokens: int = 0  # of its prompt, that its first prefill left in blocks
     block_keys: tuple[bytes, ...] = ()  # of its prompt; none where it uses no blocks
     parked_id: int | None = None  # of its rows, while it waits and they are kept
     resumed_id: int | None = None  # that its rows came back from

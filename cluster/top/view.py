@@ -155,7 +155,18 @@ def _kv_cache(stats: LiveStats, look: Look) -> list[Text]:
         Text(f"{kv.usage:.1%} on the fullest rank"),
         Text(f"context {count(kv.kept_tokens)} of {count(kv.full_tokens)} tokens kept"),
     ]
-    return [_fitting(first, look.width), _fitting(second, look.width)]
+    lines = [_fitting(first, look.width), _fitting(second, look.width)]
+    prefixes = stats.prefixes
+    if prefixes.hit_tokens or prefixes.num_blocks:
+        asked, hit = prefixes.query_tokens, prefixes.hit_tokens
+        third = [
+            _label("prefixes"),
+            Text(f"{share(hit, asked)} of {count(asked)} prompt tokens", style="bold"),
+            Text(f"{size(prefixes.num_bytes)} in {count(prefixes.num_blocks)} blocks"),
+            Text(f"{count(prefixes.blocks_evicted)} evicted"),
+        ]
+        lines.append(_fitting(third, look.width))
+    return lines
 
 
 def _pyramid(stats: LiveStats, look: Look, num_lines: int) -> list[Text]:

@@ -262,10 +262,10 @@ class FakeReplica:
     def run(self, plan: StepPlan) -> list[StepResult]:
         """Carry out a plan on every worker."""
         self.plans.append(plan)
-        before = [set(worker.refused) for worker in self.fakes]
         self.parked.park(plan, self)
         for slot in plan.free:
             self._free(slot)
+        before = [set(worker.refused) for worker in self.fakes]
         self.parked.drop(plan)
         self.blocks.evict(plan, {**self.slots, **self.parked.slots}, self.num_layers)
         for new in plan.new:

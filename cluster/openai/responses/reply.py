@@ -100,7 +100,7 @@ def usage(output: RequestOutput, num_thoughts: int) -> Json:
         "input_tokens": counted["prompt_tokens"],
         "input_tokens_details": {
             **counted["prompt_tokens_details"],
-            "cache_write_tokens": 0,  # what is stored is no matter of one request
+            "cache_write_tokens": output.num_stored_tokens,
         },
         "output_tokens": counted["completion_tokens"],
         "output_tokens_details": {

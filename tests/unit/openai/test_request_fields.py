@@ -365,7 +365,7 @@ def over_http(model: Path) -> dict[str, tuple[int, Json]]:
     """Status and body of the answer to each case."""
 
     async def ask() -> dict[str, tuple[int, Json]]:
-        server = InProcessServer(model)
+        server = InProcessServer(model, prefix_caching=False)
         answers = {name: await server.post(case.url, case.body) for name, case in CASES.items()}
         await server.generation.shutdown()
         return answers
@@ -375,7 +375,7 @@ def over_http(model: Path) -> dict[str, tuple[int, Json]]:
 
 @pytest.fixture(scope="module")
 def llm(model: Path) -> Iterator[LLM]:
-    with LLM(str(model), **ENGINE) as llm:
+    with LLM(str(model), prefix_caching=False, **ENGINE) as llm:
         yield llm
 
 

@@ -50,7 +50,7 @@ def speak(model: Path, talk: Callable[[AsyncOpenAI], Awaitable[T]]) -> T:
     """What a conversation with a server of its own gives."""
 
     async def run() -> T:
-        server = InProcessServer(model)
+        server = InProcessServer(model, prefix_caching=False)
         transport = httpx2.ASGITransport(server.app)
         try:
             async with AsyncOpenAI(

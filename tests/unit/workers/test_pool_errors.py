@@ -24,9 +24,8 @@ def part(pipeline: int, **settings: Any) -> Part:
     config = EngineConfig(
         model="none",
         executor="ray",
-        kv_memory_gib=1e-6,
         pipeline_parallel_size=pipeline,
-        **settings,
+        **({"kv_memory_gib": 1e-6} | settings),
     )
     retention = Retention.parse(config.retention, config.budget)
     footprint = Footprint.of_ranks(SPEC, torch.bfloat16, layout, config.layer_split, retention)[0]
@@ -65,3 +64,15 @@ def test_where_stages_were_balanced_by_what_is_kept_an_even_split_is_named(
     with pytest.raises(ValueError, match="fewer than one per row") as error:
         size_pool(part(**settings))
     assert (HINT in str(error.value)) == is_told
+
+
+def test_host_memory_for_preempted_sequences_is_taken_from_the_pool_of_a_cpu() -> None:
+    whole, none, some = (
+        size_pool(part(2, kv_memory_gib=4.0, host_kv_gib=gib)) for gib in (None, 0.0, 1.0)
+    )
+    assert whole == none
+    assert whole.host_kv_bytes == 0
+    assert some.host_kv_bytes == 2**29  # half of the layers
+    assert whole.pool_bytes - some.pool_bytes == pytest.approx(2**29, rel=1e-3)
+    with pytest.raises(ValueError, match="a smaller host_kv_gib"):
+        size_pool(part(2, kv_memory_gib=1.0, host_kv_gib=2.0))
