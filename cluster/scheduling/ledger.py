@@ -361,11 +361,10 @@ class Ledger:
         for slot in slots[~ended_SW.all(axis=1)]:
             for rank, worker in enumerate(self.workers):
                 stop_layer = int(self._layers_S[slot])
-                if not worker.start_layer < stop_layer < worker.stop_layer:
-                    continue
-                if self._ragged_S[slot]:
+                is_under_way = worker.start_layer < stop_layer < worker.stop_layer
+                if is_under_way and self._ragged_S[slot]:
                     pages_W[rank] = -1
-                elif pages_W[rank] >= 0:
+                elif is_under_way and pages_W[rank] >= 0:
                     heads = slice(worker.start_head, worker.stop_head)
                     rows = self._kept_SLH[slot, worker.start_layer : stop_layer, heads]
                     pages_L = (-(-rows // self.page_tokens)).sum(axis=1)
@@ -389,8 +388,7 @@ class Ledger:
 
     def verify(self, pages_free: Sequence[int]) -> None:
         """Assert that the workers' free pages are what this ledger says; no plan is in flight."""
-        allocated = self.allocated()
-        for rank, (free, held) in enumerate(zip(pages_free, allocated, strict=True)):
+        for rank, (free, held) in enumerate(zip(pages_free, self.allocated(), strict=True)):
             expected = self.num_pages[rank] - held
             assert held < 0 or free == expected, (
                 f"worker {rank} has {free} free pages, the ledger says {expected}"
