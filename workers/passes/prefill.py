@@ -193,15 +193,16 @@ class Prefill:
             qkv = self._project(weights, parked)
         several, lse = [], None
         for tokens, some in self._prefixes.parts(parked):
+            fresh = qkv.of(tokens)
             with timed("project"):
-                keyed = self._prefixes.before(local_layer, some, qkv.of(tokens))
+                keyed = self._prefixes.before(local_layer, some, fresh)
             with timed("attention"):
                 bounds = keyed.cu_q, keyed.cu_k
                 attended, lse = part.backend.prefill(*keyed.qkv, *bounds, part.scale, window)
                 several.append(attended)
             with timed("retain"):
-                self._retain(layer, some, qkv.of(tokens), keyed, lse)
-            del keyed
+                self._retain(layer, some, fresh, keyed, lse)
+            del fresh, keyed
         if len(several) > 1:
             attended = torch.cat(several)
         with timed("propagate"):
