@@ -118,7 +118,7 @@ class Turns:
         counts = self.conversations.counts.anew
         counts[reason] += 1
         if (counts[reason] & (counts[reason] - 1)) == 0:  # the 1st, 2nd, 4th, ... of this kind
-            logger.info("a turn of conversation %r is computed anew: %s", key[1], REASONS[reason])
+            logger.info("a turn of a conversation is computed anew: %s", REASONS[reason])
         if self.conversations.get(key) is not None:
             self._give_up(self.conversations.take(key))
 
