@@ -8,8 +8,8 @@ sequence in both ways, in turns. `copy` parks it in the host's memory and puts i
 prefills its prompt and replays its tokens, one by one where a decode stage cuts rows. Seconds are
 medians over the rounds, without the first; `MiB` is what is copied one way.
 
-`--race` lets 16 requests of 512 tokens in and 160 out race for the room of four full ones, of which
-each given share is host memory for those that are preempted, in turns.
+`--race` lets 12 requests of 200 tokens in and 200 out race for the room of three full ones. Each
+given share of it is host memory for those that are preempted, in turns.
 """
 
 import argparse
@@ -94,10 +94,10 @@ def race(model: str, shares: list[float], rounds: int) -> None:
     """Print how long requests take that share too little room, by the share of host memory."""
     spec = load_spec(model)
     token_bytes = 2 * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
-    gib = 4 * (512 + 160 + 16) * token_bytes / (1 << 30)
+    gib = 3 * (200 + 200 + 16) * token_bytes / (1 << 30)
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(1000, 40_000, 512).tolist() for _ in range(16)]
-    params = SamplingParams(temperature=0.0, max_tokens=160, ignore_eos=True)
+    prompts = [rng.integers(1000, 40_000, 200).tolist() for _ in range(12)]
+    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
     print("| retention | host share | wall s | preempted | prefilled s |")
     print("|---|---|---|---|---|")
     for _ in range(rounds):
@@ -108,7 +108,7 @@ def race(model: str, shares: list[float], rounds: int) -> None:
                     retention=retention,
                     kv_memory_gib=gib,
                     host_kv_gib=share * gib,
-                    max_num_seqs=16,
+                    max_num_seqs=12,
                     prefix_caching=False,
                 ) as llm:
                     llm.generate(prompt_token_ids=prompts, sampling_params=params, use_tqdm=False)
