@@ -91,6 +91,7 @@ class Shard:
             windows=part.windows,
         )
         self.blocks = Blocks(self.kv)
+        self.kv.holders.append(self.blocks.held)
         self.slots = SlotTable(config.max_num_seqs, part.max_model_len + 1)
         self.device_slots = None
         if part.samples_on_device:

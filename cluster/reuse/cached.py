@@ -119,6 +119,17 @@ class CachedPrefixes:
         return idle
 
     @property
+    def quiet_pages(self) -> Ints:
+        """Pages of blocks that go with the conversations whose rows share them, int64 [W]."""
+        quiet: Ints = self._prefixes.num_quiet * self._pages.rows_per_worker
+        return quiet
+
+    def set_quiet(self, use: Use, *, is_quiet: bool) -> None:
+        """Note whether whoever shares blocks waits for the next turn of its conversation."""
+        if use.is_shared:
+            self._prefixes.add_quiet(use.cached, 1 if is_quiet else -1)
+
+    @property
     def is_filling(self) -> bool:
         """Whether there are blocks that will be ready, or gone, once plans in flight have come."""
         return self._filling > 0

@@ -8,6 +8,7 @@ passed in. Whoever asks what is to go drops it on the workers.
 
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Literal
 
 import numpy as np
@@ -141,6 +142,16 @@ class Conversations:
         while self.num_bytes > self.max_bytes:
             gone.append(self.drop_oldest())
         return gone
+
+    def put_back(self, key: Key, kept: Kept) -> None:
+        """Undo a `take`: it stands again where its last turn has put it."""
+        later = list(
+            takewhile(lambda k: self._kept[k].last_used > kept.last_used, reversed(self._kept))
+        )
+        self._kept[key] = kept
+        self.num_bytes += kept.num_bytes
+        for other in reversed(later):
+            self._kept.move_to_end(other)
 
     def drop_oldest(self) -> Kept:
         """Give up the one that was used longest ago, because there is no room for it."""

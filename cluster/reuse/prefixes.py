@@ -39,11 +39,15 @@ def block_keys(
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """A block that has pages on every worker. Until it `is_ready` a prefill is still filling it."""
+    """A block that has pages on every worker. Until it `is_ready` a prefill is still filling it.
+
+    Of its pins so many are `num_quiet`: those of conversations that wait for their next turn.
+    """
 
     block_id: int
     key: bytes
     num_pins: int = 0
+    num_quiet: int = 0
     is_ready: bool = False
 
 
@@ -92,6 +96,7 @@ class Prefixes:
         self._blocks: dict[bytes, Block] = {}
         self._idle: OrderedDict[Block, None] = OrderedDict()
         self._num_held = 0
+        self._num_quiet = 0
 
     @property
     def num_blocks(self) -> int:
@@ -102,6 +107,11 @@ class Prefixes:
     def num_idle(self) -> int:
         """Blocks that could be evicted now."""
         return len(self._idle)
+
+    @property
+    def num_quiet(self) -> int:
+        """Blocks that only conversations have pinned that wait for their next turn."""
+        return self._num_quiet
 
     def see(self, keys: Sequence[bytes]) -> None:
         """A request has come with such a prompt."""
@@ -145,6 +155,7 @@ class Prefixes:
         """Keep blocks that are ready."""
         for block in blocks:
             self._idle.pop(block, None)
+            self._num_quiet -= _is_quiet(block)
             block.num_pins += 1
 
     def unpin(self, blocks: Sequence[Block]) -> None:
@@ -154,6 +165,14 @@ class Prefixes:
             assert block.num_pins >= 0, f"block {block.block_id} is unpinned twice"
             if block.num_pins == 0:
                 self._idle[block] = None
+            self._num_quiet += _is_quiet(block)
+
+    def add_quiet(self, blocks: Iterable[Block], num_pins: int) -> None:
+        """Count so many more, or fewer, of the pins of blocks as those of quiet conversations."""
+        for block in blocks:
+            self._num_quiet -= _is_quiet(block)
+            block.num_quiet += num_pins
+            self._num_quiet += _is_quiet(block)
 
     def set_ready(self, blocks: Sequence[Block]) -> None:
         """The blocks of a chain are filled on all workers."""
@@ -179,3 +198,7 @@ class Prefixes:
         for block in gone:
             del self._blocks[block.key]
         return self.drop(gone)
+
+
+def _is_quiet(block: Block) -> bool:
+    return 0 < block.num_pins == block.num_quiet

@@ -59,8 +59,8 @@ class Turns:
 
     @property
     def idle_pages(self) -> Ints:
-        """Pages of conversations that wait for their next turn, int64 [W]."""
-        return self._held_W
+        """Pages that go with the conversations that wait for their next turn, int64 [W]."""
+        return self._held_W + self._cached.quiet_pages
 
     @property
     def has_dropped(self) -> bool:
@@ -104,8 +104,7 @@ class Turns:
         """The turn takes no slot after all."""
         kept = resumption.kept
         self._set_aside(kept)
-        gone = self.conversations.keep(resumption.key, kept)
-        assert not gone, "it was there a moment ago"
+        self.conversations.put_back(resumption.key, kept)
 
     def count(self, resumption: Resumption) -> None:
         """A turn has taken a slot."""
@@ -119,7 +118,7 @@ class Turns:
         counts = self.conversations.counts.anew
         counts[reason] += 1
         if (counts[reason] & (counts[reason] - 1)) == 0:  # the 1st, 2nd, 4th, ... of this kind
-            logger.info("a turn of conversation %r is computed anew: %s", key[1], REASONS[reason])
+            logger.info("a turn of a conversation is computed anew: %s", REASONS[reason])
         if self.conversations.get(key) is not None:
             self._give_up(self.conversations.take(key))
 
@@ -166,10 +165,12 @@ class Turns:
     def _set_aside(self, kept: Kept) -> None:
         self._held_W = self._held_W + kept.pages
         self._pages.set_aside(kept.pages)
+        self._cached.set_quiet(kept.use, is_quiet=True)
 
     def _take_back(self, kept: Kept) -> None:
         self._held_W = self._held_W - kept.pages
         self._pages.take_back(kept.pages)
+        self._cached.set_quiet(kept.use, is_quiet=False)
 
 
 def why_not_resumed(retention: Retention, prompt_tokens: int) -> Anew | None:

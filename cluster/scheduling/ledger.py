@@ -91,6 +91,7 @@ class Ledger:
         self.num_pages = np.array([w.num_pages for w in workers], dtype=np.int64)
         self._page_bytes = np.array([w.page_bytes for w in workers], dtype=np.int64)
         self._rows_W, self._global_rows_W = rows_per_worker(workers), global_rows(workers)
+        self._sees_all_L = np.array(self.layers.windows) == 0
         self.free = self.num_pages.copy()
         self._pages = SlotPages(num_slots, workers)
         self._kept_SLH = np.zeros((num_slots, self.num_layers, self.num_heads), dtype=np.int32)
@@ -356,39 +357,38 @@ class Ledger:
         ended_SW = self._layers_S[slots, None] >= [w.stop_layer for w in self.workers]
         own_SW = self._pages.held(slots) - self._shared_SW[slots]
         pages_W: Ints = (own_SW * ended_SW).sum(axis=0) + self._set_aside_W
+        pages_W += sum(map(self._not_redone, self._resumed))
         for slot in slots[~ended_SW.all(axis=1)]:
-            if slot in self._resumed:
-                pages_W += self._not_redone(slot)
             for rank, worker in enumerate(self.workers):
                 stop_layer = int(self._layers_S[slot])
-                if not worker.start_layer < stop_layer < worker.stop_layer:
-                    continue
-                if self._ragged_S[slot]:
+                is_under_way = worker.start_layer < stop_layer < worker.stop_layer
+                if is_under_way and self._ragged_S[slot]:
                     pages_W[rank] = -1
-                elif pages_W[rank] >= 0:
+                elif is_under_way and pages_W[rank] >= 0:
                     heads = slice(worker.start_head, worker.stop_head)
                     rows = self._kept_SLH[slot, worker.start_layer : stop_layer, heads]
                     pages_L = (-(-rows // self.page_tokens)).sum(axis=1)
-                    sees_all_L = [not w for w in self.layers.windows]
-                    num_rows = sum(sees_all_L[worker.start_layer : stop_layer]) * rows.shape[1]
+                    sees_all_L = self._sees_all_L[worker.start_layer : stop_layer]
+                    num_rows = int(sees_all_L.sum()) * rows.shape[1]
                     pages_W[rank] += int(pages_L.sum()) - num_rows * int(self._shared_S[slot])
         return pages_W
 
     def _not_redone(self, slot: int) -> Ints:
         """Pages, int64 [W], of a slot in layers where it has what its conversation had."""
         held_LH, pages_W = self._resumed[slot], np.zeros(len(self.workers), dtype=np.int64)
-        sees_all_L = np.array(self.layers.windows) == 0
+        sees_all_L, done = self._sees_all_L, int(self._layers_S[slot])
         for rank, worker in enumerate(self.workers):
-            layers = slice(max(worker.start_layer, int(self._layers_S[slot])), worker.stop_layer)
+            layers = slice(max(worker.start_layer, done), worker.stop_layer)
             rows = held_LH[layers, worker.start_head : worker.stop_head]
+            if done >= worker.start_layer:  # it takes those with a window out of their pages first
+                rows = rows[sees_all_L[layers]]
             shared = int(sees_all_L[layers].sum()) * rows.shape[1] * int(self._shared_S[slot])
             pages_W[rank] = int((-(-rows // self.page_tokens)).sum()) - shared
         return pages_W
 
     def verify(self, pages_free: Sequence[int]) -> None:
         """Assert that the workers' free pages are what this ledger says; no plan is in flight."""
-        allocated = self.allocated()
-        for rank, (free, held) in enumerate(zip(pages_free, allocated, strict=True)):
+        for rank, (free, held) in enumerate(zip(pages_free, self.allocated(), strict=True)):
             expected = self.num_pages[rank] - held
             assert held < 0 or free == expected, (
                 f"worker {rank} has {free} free pages, the ledger says {expected}"

@@ -139,6 +139,7 @@ class FakeWorker:
     rows: dict[int, dict[tuple[int, int], int]] = field(default_factory=dict)
     refused: set[int] = field(default_factory=set)
     shared: dict[int, dict[int, int]] = field(default_factory=dict)  # pages of a row, by layer
+    rings: dict[int, dict[tuple[int, int], int]] = field(default_factory=dict)  # out of their pages
     blocks: FakeBlocks | None = None
     parked: FakeParkedSequences | None = None
 
@@ -157,6 +158,12 @@ class FakeWorker:
         """Hold nothing of a slot any more."""
         self.rows.pop(slot, None)
         self.refused.add(slot)
+
+    def begin_prefill(self, slot: int) -> None:
+        """Take a slot's rows with a window out of their pages: all layers are written anew."""
+        rows, windows = self.rows.get(slot, {}), self.info.windows
+        windowed = [row for row in rows if windows and windows[row[0]]]
+        self.rings[slot] = {row: rows.pop(row) for row in windowed}
 
     def try_add(self, slot: int, more: dict[tuple[int, int], int]) -> None:
         """Lengthen rows of a slot; without room for all of them the slot is refused."""
@@ -324,6 +331,7 @@ class FakeReplica:
         for worker in self.fakes:
             worker.rows.pop(slot, None)
             worker.shared.pop(slot, None)
+            worker.rings.pop(slot, None)
             worker.refused.discard(slot)
 
     def _take_blocks(self, new: NewSequence) -> None:
@@ -373,6 +381,10 @@ class FakeReplica:
                 held.group = group.slots
             assert held.group == group.slots, "a group keeps its slots"
             held.prefilled_layers = group.stop_layer
+            for worker in self.fakes:
+                is_handed_over = group.start_layer < worker.info.start_layer == group.stop_layer
+                if is_handed_over or group.start_layer == worker.info.start_layer == 0:
+                    worker.begin_prefill(slot)
         for layer in range(group.start_layer, group.stop_layer):
             for slot in group.slots:
                 new = self.slots[slot].new
@@ -383,8 +395,10 @@ class FakeReplica:
                     if info.start_layer <= layer < info.stop_layer:
                         more = {}
                         for head in range(info.start_head, info.stop_head):
-                            length = worker.rows.get(slot, {}).get((layer, head), 0)
-                            more[layer, head] = min(counts[head], length + num_new) - length
+                            row = layer, head
+                            length = worker.rows.get(slot, {}).get(row, 0)
+                            known = worker.rings[slot].pop(row, length)
+                            more[row] = min(counts[head], known + num_new) - length
                         worker.try_add(slot, more)
         if group.stop_layer < self.num_layers:
             return []

@@ -21,13 +21,12 @@ class Blocks:
     """The blocks of one worker, in pages of its store.
 
     Args:
-        kv: the store; its proof of integrity counts these pages from now on.
+        kv: the store; `held` belongs among its `holders`.
     """
 
     def __init__(self, kv: KVStore) -> None:
         self._kv = kv
         self._pages: dict[int, NDArray[np.int32]] = {}  # of each block [L, H]
-        kv.holders.append(self._held)
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -104,5 +103,6 @@ class Blocks:
         """Pages of one layer on the device, block after block, int64 [B * H]."""
         return to_device(pages[:, layer].astype(np.int64).reshape(-1), self._kv.table.device)
 
-    def _held(self) -> NDArray[np.int32]:
+    def held(self) -> NDArray[np.int32]:
+        """All of their pages."""
         return self.pages_of(list(self._pages)).reshape(-1)

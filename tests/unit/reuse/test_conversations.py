@@ -8,6 +8,7 @@ went on from anything else would be another one.
 import random
 from collections import deque
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -140,11 +141,17 @@ def test_each_turn_computes_only_what_is_new(retention: Retention, shape: str) -
     talks.close()
 
 
-def test_a_layer_with_a_window_goes_on_too() -> None:
-    talks = Talks(windows=(0, 8, 0, 8))
+@pytest.mark.parametrize("stages", [(4,), (2, 2)])
+def test_a_layer_with_a_window_goes_on_too(stages: tuple[int, ...]) -> None:
+    talks = Talks(windows=(0, 8, 0, 8), stages=stages, prefill_quantum=1)
     tokens, _ = talks.turn(PROMPT, retention=HALF)
+    talks.add((7, 8), None, max_tokens=40)  # beside it prefill goes layer by layer
+    for _ in range(2 * len(stages)):
+        talks.step()
+    ragged = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
+    talks.add(PROMPT[:9], None, ragged)  # whose pages nobody knows until it is through
     _, num_computed = talks.turn((*tokens, 90, 91), retention=HALF)
-    assert num_computed == 3
+    assert num_computed == 3 + 9
     talks.close()
 
 
@@ -253,6 +260,32 @@ def test_who_was_quiet_for_longest_goes_when_bytes_or_pages_are_short() -> None:
     talks.close()
 
 
+def test_blocks_that_only_a_quiet_conversation_shares_make_room() -> None:
+    talks = Talks(num_pages=120, prefix_bytes=2**20, conversation_bytes=2**20)
+    for name in (None, None, "a", "b"):
+        talks.turn(PROMPT, name)  # stored by the second, shared by those after it
+    blocks, kept = talks.scheduler.prefixes, talks.scheduler.conversations
+    assert (blocks.num_blocks, len(kept)) == (4, 2)
+    own = 2 * 8 * 2  # pages of the last tokens' rows
+    assert talks.scheduler.ledger.free == 120 - 4 * 8 - own
+    assert not blocks.idle_pages.any()
+    talks.turn(range(60, 113), None)  # needs nearly all
+    assert (blocks.num_blocks, len(kept)) == (0, 0)
+    talks.close()
+
+
+def test_a_turn_that_must_wait_leaves_its_conversation_where_it_was() -> None:
+    conversations = Conversations(1000, 10.0)
+    for now, name in enumerate("abc"):
+        conversations.expire(float(now))
+        it = replace(kept((1,), is_whole=True), last_used=float(now))
+        conversations.keep((ME, name), it)
+    for name in "acb":
+        conversations.put_back((ME, name), conversations.take((ME, name)))
+    assert conversations.num_bytes == 30
+    assert [len(conversations.expire(now)) for now in (9.0, 10.0, 11.0, 12.0)] == [0, 1, 1, 1]
+
+
 def test_a_turn_that_does_not_end_well_leaves_nothing() -> None:
     talks = Talks()
     tokens, _ = talks.turn(PROMPT)
@@ -292,7 +325,11 @@ def test_any_traffic_leaves_no_page_and_no_wrong_answer(seed: int) -> None:
     rng = random.Random(seed)
     shape = list(SHAPES.values())[seed % 3]
     talks = Talks(
-        num_pages=rng.choice([140, 200, 400]), prefix_bytes=2**18, conversation_bytes=2**20, **shape
+        num_pages=rng.choice([140, 200, 400]),
+        prefix_bytes=2**18,
+        conversation_bytes=2**20,
+        windows=(0, 8, 0, 8) if seed > 2 else (),
+        **shape,
     )
     texts: dict[str, tuple[int, ...]] = {}
     running: dict[str, Sequence] = {}
