@@ -16,7 +16,7 @@ from .sampling import SamplingParams
 Prompt = str | Sequence[int]
 RetentionSpec = str | Mapping[str, Any] | Retention
 MAX_SALT_CHARS = 256
-CONVERSATION_ID = r"^[A-Za-z0-9_.:-]{1,128}$"
+CONVERSATION_ID = r"^[A-Za-z0-9_:-][A-Za-z0-9_.:-]{0,127}$"  # clients resolve "..", as a path
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +112,8 @@ def check_conversation_id(conversation_id: object) -> None:
     given = conversation_id if isinstance(conversation_id, str) else ""
     if re.fullmatch(CONVERSATION_ID[1:-1], given) is None:
         raise ValueError(
-            "conversation_id: must be 1 to 128 letters, digits, '_', '.', ':' or '-', not "
-            f"{shown(conversation_id)}"
+            "conversation_id: must be 1 to 128 letters, digits, '_', '.', ':' or '-' (no '.' "
+            f"first), not {shown(conversation_id)}"
         )
 
 

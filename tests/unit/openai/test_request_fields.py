@@ -207,6 +207,7 @@ CASES: dict[str, Case] = {
     # Refused.
     "a long salt": wrong(chat(cache_salt="x" * 257), "cache_salt"),
     "a conversation with a blank": wrong(chat(conversation_id="a b"), "conversation_id"),
+    "a conversation that is a way up": wrong(chat(conversation_id=".."), "conversation_id"),
     "two choices of a turn": wrong(chat(conversation_id="a", n=2), "n"),
     "the best turn": wrong(chat(conversation_id="a", best_of=2), "best_of"),
     "logprobs of a turn's prompt": wrong(

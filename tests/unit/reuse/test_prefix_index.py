@@ -24,7 +24,7 @@ from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.scheduling.sequence import Sequence, TokenRequest
 from saqqara.compression.retention import Retention
-from saqqara.workers.plan import SamplingSpec
+from saqqara.workers.plan import SamplingSpec, StepPlan
 
 FULL = Retention.parse("full")
 SNAPKV = Retention.parse({"method": "snapkv", "window": 3, "sinks": 1, "budget": 12})
@@ -204,6 +204,41 @@ def test_a_restart_forgets_blocks_but_not_what_was_seen() -> None:
     replica.fake = FakeReplica(replica.fake.workers)
     replica.scheduler.restart(replica.fake.workers)
     assert cached(replica.serve([3]), replica.serve([4])) == [0, 24]
+
+
+def test_what_a_prefill_filled_that_is_given_up_half_way_is_gone() -> None:
+    replica = Replica(prefill_quantum=1)
+    scheduler, fake = replica.scheduler, replica.fake
+    replica.serve([1])
+    replica.add([2], owner="another", num_tokens=40)  # beside which prefill goes layer by layer
+    for _ in range(3):
+        scheduler.absorb(plan := _scheduled(scheduler), fake.run(plan))
+    storing = replica.add([3])
+    scheduler.absorb(plan := _scheduled(scheduler), fake.run(plan))
+    assert storing.num_stored_tokens == 24
+    assert 0 < plan.prefill[0].stop_layer < fake.num_layers
+    scheduler.finish(storing, "abort")
+    replica.finish()
+    assert scheduler.prefixes.num_blocks == len(fake.blocks) == 0
+    assert cached(replica.serve([4]), replica.serve([5])) == [0, 24]
+
+
+def test_what_a_prefill_at_fault_filled_is_used_by_nobody() -> None:
+    replica = Replica()
+    replica.serve([1])
+    replica.fake = FakeReplica(replica.fake.workers, faults={(0, 0): "its numbers are broken"})
+    replica.scheduler.restart(replica.fake.workers)
+    storing, waiting = replica.add([2]), replica.add([3])
+    replica.finish()
+    assert storing.error == "its numbers are broken"
+    assert (storing.num_stored_tokens, waiting.num_stored_tokens) == (24, 24)
+    assert cached(storing, waiting, replica.serve([4])) == [0, 0, 24]
+
+
+def _scheduled(scheduler: Scheduler) -> StepPlan:
+    plan = scheduler.schedule()
+    assert plan is not None
+    return plan
 
 
 def test_what_is_remembered_of_other_prompts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
