@@ -86,8 +86,7 @@ def measure(
         anew = StepPlan(0, free=(0,), new=(new(tokens),), prefill=group)
         again.append(seconds(worker, anew, *replay))
     worker.execute(StepPlan(0, free=(0,)))
-    medians = (statistics.median(of[1:]) for of in (copies, again))
-    return *medians, copied / MIB
+    return statistics.median(copies[1:]), statistics.median(again[1:]), copied / MIB
 
 
 def race(model: str, shares: list[float], rounds: int) -> None:
