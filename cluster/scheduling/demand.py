@@ -244,6 +244,21 @@ def tabulate(rows: NDArray[np.int32], page_tokens: int) -> tuple[int, Ints]:
     return base, np.concatenate(([0], np.cumsum(opened)[:-1]))
 
 
+def tabulate_ragged(
+    rows: NDArray[np.int32], prompt_tokens: int, page_tokens: int
+) -> tuple[int, Ints]:
+    """The same at most, where heads may divide the tokens of their layer [L, H] in any way.
+
+    Each row has at most one page that is part-filled, and no more tokens than were fed.
+    """
+    fed = np.arange(page_tokens)
+    num_heads = rows.shape[1]
+    tokens = rows.sum(axis=1)[:, None] + num_heads * (fed + page_tokens - 1)
+    whole = num_heads * -(-(prompt_tokens + fed) // page_tokens)
+    most = np.minimum(tokens // page_tokens, whole).sum(axis=0)
+    return int(most[0]), most - most[0]
+
+
 def _tabulated(
     retention: Retention,
     prompt_tokens: int,
@@ -256,12 +271,10 @@ def _tabulated(
     for rank, (worker, sees_all) in enumerate(zip(workers, global_layers(workers), strict=True)):
         mine = rows[worker.start_layer : worker.stop_layer, worker.start_head : worker.stop_head]
         mine = mine[sees_all]
-        base[rank], crossings[rank] = tabulate(mine, page_tokens)
         if retention.ragged and retention.drops(prompt_tokens):
-            # Heads may divide a layer's tokens in any way: at most one part-filled page each.
-            per_layer = -(-mine.sum(axis=1) // page_tokens) + mine.shape[1]
-            most = mine.size * -(-prompt_tokens // page_tokens)
-            base[rank] = min(int(per_layer.sum()), most)
+            base[rank], crossings[rank] = tabulate_ragged(mine, prompt_tokens, page_tokens)
+        else:
+            base[rank], crossings[rank] = tabulate(mine, page_tokens)
     cycle = cycle_of(retention, prompt_tokens, page_tokens)
     rows_W = global_rows(workers)
     local = LocalRows(rows_per_worker(workers) - rows_W, min(prompt_tokens, window), window)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import starmap
+from math import ceil
 from typing import Any
 
 from saqqara.cluster.engine.engine import Engine
@@ -173,7 +174,7 @@ class Schedule:
         waiting = list(self.asked.values())
         for _ in range(MOST_CALLS):
             while waiting and (self.rng.random() < 0.3 or not self.engine.has_unfinished()):
-                self.engine.add(waiting.pop(0).request())
+                self._give(waiting.pop(0))
             if self.rng.random() < 0.005:
                 self._abort()
             for output in self.engine.step():
@@ -218,6 +219,17 @@ class Schedule:
         asked = self.rng.choice(list(self.asked.values()))
         asked.aborted = True
         self.engine.abort(asked.name)
+
+    def _give(self, asked: Asked) -> None:
+        """To the engine, which refuses at once what its smallest rank could never hold."""
+        try:
+            self.engine.add(asked.request())
+        except ValueError as error:
+            workers = self.engine.scheduler.ledger.workers
+            if not any(_most_pages(asked, worker) > worker.num_pages for worker in workers):
+                raise
+            asked.num_finished = 1
+            self.tally.finished["refused"] += 1
 
     # What is checked ------------------------------------------------------------------------------
 
@@ -340,6 +352,13 @@ def _tokenizer() -> Tokenizer:
 @cache
 def _expected(prompt: str, num_tokens: int) -> tuple[int, ...]:
     return tuple(continue_text(prompt, num_tokens)[1])
+
+
+def _most_pages(asked: Asked, worker: WorkerInfo) -> int:
+    """What a rank would hold if nothing were dropped."""
+    num_fed = 1 + len(asked.name) + max(len(asked.continuation or "") - 1, 0)
+    rows = (worker.stop_layer - worker.start_layer) * (worker.stop_head - worker.start_head)
+    return rows * ceil(num_fed / worker.page_tokens)
 
 
 def _fail() -> None:

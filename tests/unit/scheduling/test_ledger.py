@@ -114,9 +114,9 @@ def test_expected_pages_are_exact_for_even_heads(
     assert need.tolist() == [pages_of(rows + more, w) for w in workers]
 
 
-@given(seed=st.integers(0, 100), prompt_tokens=st.integers(1, 60))
+@given(seed=st.integers(0, 100), prompt_tokens=st.integers(1, 60), more=st.integers(0, 9))
 def test_expected_pages_bound_ragged_heads_on_a_worker_that_has_all(
-    seed: int, prompt_tokens: int
+    seed: int, prompt_tokens: int, more: int
 ) -> None:
     [worker] = make_workers(1000, stages=(4,), head_ranges=((0, 3),))
     expected = RAGGED.row_tokens(prompt_tokens, 4, 3)
@@ -127,7 +127,10 @@ def test_expected_pages_bound_ragged_heads_on_a_worker_that_has_all(
         ]
     )
     ledger = Ledger([worker], 1)
-    assert pages_of(rows, worker) <= ledger.demand(RAGGED, prompt_tokens).most()[0]
+    expected_pages = ledger.demand(RAGGED, prompt_tokens).most(more)[0]
+    assert pages_of(rows + more, worker) <= expected_pages
+    uncut = np.full_like(rows, prompt_tokens + more)
+    assert expected_pages <= pages_of(uncut, worker)
 
 
 def test_tokens_to_replay_are_charged_at_admission_and_not_again() -> None:
