@@ -224,7 +224,7 @@ class Schedule:
         """To the engine, which refuses at once what its smallest rank could never hold."""
         try:
             self.engine.add(asked.request())
-        except ValueError as error:
+        except ValueError:
             workers = self.engine.scheduler.ledger.workers
             if not any(_most_pages(asked, worker) > worker.num_pages for worker in workers):
                 raise
