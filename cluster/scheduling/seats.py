@@ -69,7 +69,9 @@ class Seats:
     ) -> None:
         self.ledger = Ledger(workers, num_slots)
         most = self.ledger.most_blocks(prefix_bytes)
-        self.cached = CachedPrefixes(prefixes, self.ledger, most, self.ledger.page_tokens)
+        most_shared = self.ledger.most_shared_blocks
+        page_tokens = self.ledger.page_tokens
+        self.cached = CachedPrefixes(prefixes, self.ledger, most, page_tokens, most_shared)
         if conversations is None:
             conversations = Conversations(0, 1.0)
         self.turns = Turns(conversations, self.ledger, self.cached)
