@@ -132,13 +132,6 @@ class Ledger:
         return min(most_bytes // self.block_bytes, int((self.num_pages // self._rows_W).min()))
 
     @property
-    def most_shared_blocks(self) -> int | None:
-        """Blocks whose pages rows may hold, once for each sequence; None: any number."""
-        entries = [w.most_shared_entries for w in self.workers]
-        limits = zip(entries, self._rows_W.tolist(), strict=True)
-        return min((most // rows for most, rows in limits if most is not None), default=None)
-
-    @property
     def block_bytes(self) -> int:
         """Bytes that a block of a prefix takes on all workers."""
         return int(self._rows_W @ self._page_bytes)

@@ -10,6 +10,7 @@ import numpy as np
 from saqqara.cluster.reuse.cached import CachedPrefixes, Use
 from saqqara.cluster.reuse.conversations import Anew, Conversations, Kept
 from saqqara.cluster.reuse.conversations import Key as Conversation
+from saqqara.cluster.reuse.limits import most_shared_blocks
 from saqqara.cluster.reuse.parked import Counts, HostMemory, next_parked_id
 from saqqara.cluster.reuse.prefixes import NOTHING, Found, Prefixes
 from saqqara.cluster.reuse.turns import Resumption, Turns
@@ -69,7 +70,7 @@ class Seats:
     ) -> None:
         self.ledger = Ledger(workers, num_slots)
         most = self.ledger.most_blocks(prefix_bytes)
-        most_shared = self.ledger.most_shared_blocks
+        most_shared = most_shared_blocks(workers, self.ledger.rows_per_worker.tolist())
         page_tokens = self.ledger.page_tokens
         self.cached = CachedPrefixes(prefixes, self.ledger, most, page_tokens, most_shared)
         if conversations is None:
