@@ -184,6 +184,10 @@ class Shard:
     def _resume(self, new: NewSequence, parked_id: int) -> None:
         """Put a parked sequence into the slot; one with more of a prompt to come remembers anew."""
         only_rows = goes_on_in_prefill(new)
+        if parked_id not in self.parked:  # the host had no memory for it
+            self._remember(new)
+            self.refuse(new.slot)
+            return
         if only_rows:
             self._remember(new)
             self._note_rows(new, self.parked[parked_id].kept)
