@@ -22,12 +22,11 @@ from .cached import Use
 Key = tuple[str, str]  # owner, id
 
 # Why a turn of a conversation that is known is computed from its first token.
-Anew = Literal["tokens", "retention", "method", "rows", "lost"]
+Anew = Literal["tokens", "retention", "method", "lost"]
 REASONS: dict[Anew, str] = {
     "tokens": "its prompt does not begin with what was fed before",
     "retention": "it has another retention than the turn before",
     "method": "its retention chooses by what is no longer known of earlier tokens",
-    "rows": "rows of one layer differ in length",
     "lost": "what was kept had to make room, or was lost with its workers or its turn",
 }
 
