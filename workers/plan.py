@@ -1,7 +1,7 @@
 """The wire format between scheduler and workers: small, frozen, picklable, no tensors.
 
-A `StepPlan` says what all workers of a replica do in one step, in the order *park, free, evict,
-drop, offload, new, prefill, decode*. A `StepResult` is what one worker reports back.
+A `StepPlan` says what all workers of a replica do in one step, in the order *drop, park, free,
+evict, offload, new, prefill, decode*. A `StepResult` is what one worker reports back.
 """
 
 from collections.abc import Sequence
@@ -170,14 +170,15 @@ class StepPlan:
 
     `evict` are blocks, `drop` parked ids whose pages or memory are given up; a worker that has none
     of that id, because it refused the slot that it was to come from, passes over it. `offload` are
-    parked ids that move from their pages to the host's memory.
+    parked ids that move from their pages to the host's memory. What is dropped makes room there for
+    what is parked in the same plan, what is moved makes pages for those that take slots.
     """
 
     step: int
+    drop: tuple[int, ...] = ()
     park: tuple[Parking, ...] = ()
     free: tuple[int, ...] = ()
     evict: tuple[int, ...] = ()
-    drop: tuple[int, ...] = ()
     offload: tuple[int, ...] = ()
     new: tuple[NewSequence, ...] = ()
     prefill: tuple[PrefillGroup, ...] = ()

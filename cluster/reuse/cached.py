@@ -129,6 +129,10 @@ class CachedPrefixes:
         if use.is_shared:
             self._prefixes.add_quiet(use.cached, 1 if is_quiet else -1)
 
+    def has_quiet(self, use: Use) -> bool:
+        """Whether nobody but conversations that wait shares some of the blocks in use."""
+        return use.is_shared and self._prefixes.has_quiet(use.cached)
+
     @property
     def is_filling(self) -> bool:
         """Whether there are blocks that will be ready, or gone, once plans in flight have come."""

@@ -179,17 +179,47 @@ def test_a_prompt_that_differs_earlier_goes_on_from_there(turns: Turns) -> None:
     assert turns.worker.kv.pages_free == turns.worker.kv.num_pages
 
 
-def test_a_worker_that_is_short_of_pages_refuses_the_turn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma3"])
+def test_a_turn_from_the_host_is_that_from_pages_bit_for_bit(family: str, tmp_path: Path) -> None:
+    """Others have its pages meanwhile, and it comes back into others."""
+    save_tiny(family, tmp_path)
+    turns = Turns(make_worker(tmp_path))
+    for retention in (FULL, Retention.parse({"method": "snapkv", "budget": "40%", "window": 8})):
+        seen = []
+        for offload in ((), (0,)):
+            turns.first_turn(retention, parked_id=0)
+            others = [new_sequence(slot, FIRST[::-1]) for slot in (SLOT, OTHER)]
+            group = PrefillGroup((SLOT, OTHER), 0, turns.layers)
+            turns.execute(offload=offload, new=tuple(others), prefill=(group,))
+            assert (turns.worker._shard.parked.host_bytes > 0) == bool(offload)
+            turns.execute(free=(SLOT,))
+            new = new_sequence(SLOT, [*TURN, *MORE], sampling=ALL_LOGPROBS, retention=retention)
+            result = turns.go_on([new], 1)
+            seen.append([turns.logits(result), *(x for row in turns.rows() for x in row)])
+            turns.execute(free=(SLOT, OTHER))
+        assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert turns.worker._shard.parked.host_bytes == 0
+    assert turns.worker.kv.pages_free == turns.worker.kv.num_pages
+
+
+@pytest.mark.parametrize("offload", [(), (0,)], ids=["pages", "host"])
+def test_a_worker_that_is_short_of_pages_refuses_the_turn(
+    offload: tuple[int, ...], tmp_path: Path
+) -> None:
     save_tiny("llama-gqa", tmp_path)
     rows, page_bytes = 9, PAGE * 2 * 16 * 4
     gib = (rows * 12 + 0.5) * page_bytes / 1024**3
     turns = Turns(make_worker(tmp_path, kv_memory_gib=gib, warmup=False))
     turns.first_turn(FULL, parked_id=0)
-    new = new_sequence(SLOT, [*TURN, *MORE])
+    new, other = new_sequence(SLOT, [*TURN, *MORE]), new_sequence(OTHER, FIRST)
+    if offload:  # there are too few as it comes, else as it goes on
+        group = PrefillGroup((OTHER,), 0, turns.layers)
+        turns.execute(offload=offload, new=(other,), prefill=(group,))
     with pytest.raises(AssertionError, match="refused"):
         turns.go_on([new])
-    result = turns.execute(free=(SLOT,))
+    result = turns.execute(free=(SLOT, OTHER) if offload else (SLOT,), drop=(0,))
     assert result.pages_free == rows * 12
+    assert turns.worker._shard.parked.host_bytes == 0
 
 
 @pytest.mark.skipif(NO_NATIVE is not None, reason=f"no native kernels: {NO_NATIVE}")
