@@ -329,7 +329,8 @@ class WorkerInfo:
     normalisers) are remembered for cuts while decoding, in all of its layers; how many tokens that
     is depends on `max_model_len`, too. The two after them are what the worker was sized for.
     `windows` are those of all layers of the model, as `Layers` has them; () if none has one.
-    `host_kv_bytes` of the host's memory are for sequences that are parked there.
+    `host_kv_bytes` of the host's memory are for sequences that are parked there. The worker's page
+    tables hold `most_shared_entries` of pages that other rows hold, too; None: any number.
     """
 
     rank: int
@@ -360,6 +361,7 @@ class WorkerInfo:
     max_prefill_tokens: int = 2048
     windows: tuple[int, ...] = ()
     host_kv_bytes: int = 0
+    most_shared_entries: int | None = None
 
 
 def layers_of(workers: Sequence[WorkerInfo]) -> Layers:

@@ -149,7 +149,14 @@ class Shard:
             max_num_seqs=part.config.max_num_seqs,
             max_prefill_tokens=part.config.max_prefill_tokens,
             host_kv_bytes=self._host_kv_bytes,
+            most_shared_entries=self._most_shared_entries(),
         )
+
+    def _most_shared_entries(self) -> int | None:
+        """How many entries the page tables have for pages that rows share; None: enough for all."""
+        if self.kv.table.mirror is None:
+            return None
+        return self.part.footprint.most_shared_entries(self.kv.num_pages, *self.part.sizes)
 
     def add(self, new: NewSequence) -> None:
         """Give a free slot to a sequence.
