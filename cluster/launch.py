@@ -100,7 +100,7 @@ def _worker_line(w: WorkerInfo) -> str:
         f"weights {w.memory.weight_bytes / MIB:.0f} MiB, pool {w.memory.pool_bytes / MIB:.0f} MiB "
         f"= {w.num_pages} pages of {w.page_tokens} tokens{_beside_the_pool(w.memory)}"
         + (
-            f", host memory for preempted {w.host_kv_bytes / MIB:.0f} MiB"
+            f", host memory for parked sequences {w.host_kv_bytes / MIB:.0f} MiB"
             if w.host_kv_bytes
             else ""
         )

@@ -29,8 +29,8 @@ class ReuseConfig(BaseModel):
         None,
         ge=0,
         le=2**14,
-        description="Most bytes of conversations that wait for their next turn; default: a quarter "
-        "of the KV pool.",
+        description="Most bytes of conversations that wait for their next turn, in pages and in "
+        "host memory; default: a quarter of the KV pool, and host_kv_gib.",
     )
     conversation_seconds: float = Field(
         600.0,

@@ -14,7 +14,9 @@ _PENALIZED_BYTES = 35
 _COUNTED_BYTES = 28
 _LARGEST_GRAPH = 512
 LEAST_ROOM = 8  # entries of a row that has any
-_ENTRIES_A_PAGE = 3  # 2 for rooms that are half used, 1 to use up before all rows move
+_SHARED_A_PAGE = 4  # entries of pages that other rows hold, too, for each page of the pool
+# 2 for rooms that are half used, 1 to use up before all rows move.
+_ENTRIES_A_PAGE = 2 * (1 + _SHARED_A_PAGE) + 1
 
 
 def most_splits(max_length: int, split_tokens: int) -> int:
@@ -30,7 +32,7 @@ def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
 
 
 def num_entries(num_pages: int, num_rows: int, pages_per_row: int) -> int:
-    """Entries that suffice for rows that share no page; never more than all rows' longest.
+    """Entries that suffice for rows that share `most_shared_entries`, at most all rows' longest.
 
     Args:
         num_pages: of the pool.
@@ -39,6 +41,16 @@ def num_entries(num_pages: int, num_rows: int, pages_per_row: int) -> int:
     """
     most = _ENTRIES_A_PAGE * num_pages + 2 * LEAST_ROOM * num_rows
     return min(num_rows * pages_per_row, most)
+
+
+def most_shared_entries(num_pages: int, num_rows: int, pages_per_row: int) -> int | None:
+    """Entries that rows may have of pages that others hold, too; None: all that they can have.
+
+    The arguments are those of `num_entries`.
+    """
+    if num_entries(num_pages, num_rows, pages_per_row) == num_rows * pages_per_row:
+        return None
+    return _SHARED_A_PAGE * num_pages
 
 
 def pages_beside_tables(

@@ -16,6 +16,7 @@ from .fixed_sizes import (
     SAMPLED_ROWS,
     SPLIT_TOKENS,
     graph_sizes,
+    most_shared_entries,
     most_splits,
     num_entries,
     pages_beside_tables,
@@ -158,6 +159,13 @@ class Footprint(RankWeights):
         """Page table entries on a device that is not the host, beside a pool of so many pages."""
         pages_per_row = -(-max_model_len // page_tokens)
         return num_entries(num_pages, max_num_seqs * self.num_rows, pages_per_row)
+
+    def most_shared_entries(
+        self, num_pages: int, max_num_seqs: int, max_model_len: int, page_tokens: int
+    ) -> int | None:
+        """Of these entries, how many may be of pages that other rows hold, too; None: all."""
+        pages_per_row = -(-max_model_len // page_tokens)
+        return most_shared_entries(num_pages, max_num_seqs * self.num_rows, pages_per_row)
 
     def table_bytes(
         self,

@@ -1,7 +1,7 @@
 """The wire format between scheduler and workers: small, frozen, picklable, no tensors.
 
-A `StepPlan` says what all workers of a replica do in one step, in the order *park, free, evict,
-drop, offload, new, prefill, decode*. A `StepResult` is what one worker reports back.
+A `StepPlan` says what all workers of a replica do in one step, in the order *drop, park, free,
+evict, offload, new, prefill, decode*. A `StepResult` is what one worker reports back.
 """
 
 from collections.abc import Sequence
@@ -170,14 +170,15 @@ class StepPlan:
 
     `evict` are blocks, `drop` parked ids whose pages or memory are given up; a worker that has none
     of that id, because it refused the slot that it was to come from, passes over it. `offload` are
-    parked ids that move from their pages to the host's memory.
+    parked ids that move from their pages to the host's memory. What is dropped makes room there for
+    what is parked in the same plan, what is moved makes pages for those that take slots.
     """
 
     step: int
+    drop: tuple[int, ...] = ()
     park: tuple[Parking, ...] = ()
     free: tuple[int, ...] = ()
     evict: tuple[int, ...] = ()
-    drop: tuple[int, ...] = ()
     offload: tuple[int, ...] = ()
     new: tuple[NewSequence, ...] = ()
     prefill: tuple[PrefillGroup, ...] = ()
@@ -328,7 +329,8 @@ class WorkerInfo:
     normalisers) are remembered for cuts while decoding, in all of its layers; how many tokens that
     is depends on `max_model_len`, too. The two after them are what the worker was sized for.
     `windows` are those of all layers of the model, as `Layers` has them; () if none has one.
-    `host_kv_bytes` of the host's memory are for sequences that are parked there.
+    `host_kv_bytes` of the host's memory are for sequences that are parked there. The worker's page
+    tables hold `most_shared_entries` of pages that other rows hold, too; None: any number.
     """
 
     rank: int
@@ -359,6 +361,7 @@ class WorkerInfo:
     max_prefill_tokens: int = 2048
     windows: tuple[int, ...] = ()
     host_kv_bytes: int = 0
+    most_shared_entries: int | None = None
 
 
 def layers_of(workers: Sequence[WorkerInfo]) -> Layers:

@@ -58,8 +58,8 @@ class Shard:
         rings: the last queries of sequences whose cuts look at them.
         sums: the attention that tokens got, of sequences whose cuts look at it.
         parked: sequences that left their slots and may come back.
-        resumed: tokens that each layer's rows begin with, int32 [L], of slots whose sequences came
-            back with more of a prompt.
+        resumed: tokens that rows begin with, int32 [L, H], of slots whose sequences came back with
+            more of a prompt.
         faults: slots that were refused, and those of them whose sequences cannot go on.
         meter: peaks of memory.
         clock: time spent in the current step, by phase.
@@ -149,7 +149,14 @@ class Shard:
             max_num_seqs=part.config.max_num_seqs,
             max_prefill_tokens=part.config.max_prefill_tokens,
             host_kv_bytes=self._host_kv_bytes,
+            most_shared_entries=self._most_shared_entries(),
         )
+
+    def _most_shared_entries(self) -> int | None:
+        """How many entries the page tables have for pages that rows share; None: enough for all."""
+        if self.kv.table.mirror is None:
+            return None
+        return self.part.footprint.most_shared_entries(self.kv.num_pages, *self.part.sizes)
 
     def add(self, new: NewSequence) -> None:
         """Give a free slot to a sequence.
@@ -187,15 +194,14 @@ class Shard:
 
     def _note_rows(self, new: NewSequence, kept: NDArray[np.int32]) -> None:
         """Note what the rest of a prompt will go on behind: `kept` [L, H], or what stays of it."""
-        assert (kept == kept[:, :1]).all(), f"rows of one layer differ in length: {kept}"
-        self.resumed[new.slot] = np.minimum(kept[:, 0], np.int32(new.resumed_tokens))
+        self.resumed[new.slot] = np.minimum(kept, np.int32(new.resumed_tokens))
 
     def _cut_back(self, new: NewSequence) -> None:
         """Cut off tokens behind those that the prompt begins with, of rows that have them all."""
         slots, counts = np.array([new.slot]), self.resumed[new.slot]
-        if (self.kv.kept(new.slot)[:, 0] == counts).all():
+        if (self.kv.kept(new.slot) == counts).all():
             return
-        shorten(self.kv, slots, np.repeat(counts[None, :, None], self.kv.num_heads, axis=2))
+        shorten(self.kv, slots, counts[None])
         if self.kv.rings.window:
             assert new.resumed_tokens <= self.kv.rings.window, "a ring has lost what comes last now"
             self.kv.rings.seen[new.slot] = new.resumed_tokens

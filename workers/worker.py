@@ -1,6 +1,6 @@
 """One rank of a replica: executes step plans on its shard.
 
-A plan is executed in the order *park, free, evict, drop, offload, new, prefill, decode*; then the
+A plan is executed in the order *drop, park, free, evict, offload, new, prefill, decode*; then the
 last stage samples.
 
 Shapes: T packed tokens, E hidden size.
@@ -212,6 +212,8 @@ class Worker:
 
     def _begin(self, plan: StepPlan) -> StepInFlight:
         shard = self._shard
+        for parked_id in plan.drop:
+            shard.parked.drop(parked_id)
         if plan.park:
             with shard.clock.phase("park"):
                 for parking in plan.park:
@@ -223,8 +225,6 @@ class Worker:
                 self._head.close(slot)
         shard.blocks.evict(plan.evict)
         already_refused = frozenset(shard.faults.refused)
-        for parked_id in plan.drop:
-            shard.parked.drop(parked_id)
         if plan.offload:
             with shard.clock.phase("park"):
                 for parked_id in plan.offload:

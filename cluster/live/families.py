@@ -189,7 +189,17 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     MetricSpec("saqqara:parked_copied_bytes", "counter", "Bytes copied to host memory, and back."),
     MetricSpec("saqqara:conversations", "gauge", "Conversations that wait for their next turn."),
-    MetricSpec("saqqara:conversation_bytes", "gauge", "Bytes of KV pages that they keep."),
+    MetricSpec("saqqara:conversation_bytes", "gauge", "Bytes of keys and values that they keep."),
+    MetricSpec(
+        "saqqara:conversations_on_host", "gauge", "Of them, those that wait in host memory."
+    ),
+    MetricSpec("saqqara:conversation_host_bytes", "gauge", "Host memory that these take, at most."),
+    MetricSpec(
+        "saqqara:conversation_moves",
+        "counter",
+        "Conversations that moved from pages to host memory, or resumed from there.",
+        labels=("outcome",),
+    ),
     MetricSpec(
         "saqqara:conversation_turns",
         "counter",

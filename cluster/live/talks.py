@@ -20,6 +20,8 @@ class ConversationCounts:
         return {
             "saqqara:conversations": len(conversations),
             "saqqara:conversation_bytes": conversations.num_bytes,
+            "saqqara:conversations_on_host": host.num_quiet,
+            "saqqara:conversation_host_bytes": host.quiet_bytes,
             "saqqara:parked_sequences": host.num_parked,
             "saqqara:parked_bytes": host.used_bytes,
         }
@@ -36,6 +38,8 @@ class ConversationCounts:
         now["saqqara:conversation_resumed_tokens", ()] = counts.resumed_tokens
         for cause in ("expired", "dropped", "ended"):
             now["saqqara:conversations_gone", (cause,)] = getattr(counts, cause)
+        now["saqqara:conversation_moves", ("offloaded",)] = counts.offloaded
+        now["saqqara:conversation_moves", ("resumed",)] = counts.brought_back
         for outcome in ("parked", "resumed", "dropped"):
             now["saqqara:parkings", (outcome,)] = getattr(host.counts, outcome)
         now["saqqara:parked_copied_bytes", ()] = host.counts.copied_bytes

@@ -83,16 +83,24 @@ class CachedPrefixes:
         pages: where they are charged; a replica that has just started holds none of them.
         most_blocks: that may be held at once; 0: nothing is cached.
         page_tokens: tokens of a block.
+        most_shared: blocks whose pages rows may hold, counted once for each sequence; None: any
+            number.
     """
 
     def __init__(
-        self, prefixes: Prefixes, pages: Pages, most_blocks: int, page_tokens: int
+        self,
+        prefixes: Prefixes,
+        pages: Pages,
+        most_blocks: int,
+        page_tokens: int,
+        most_shared: int | None = None,
     ) -> None:
         prefixes.forget()
         self._prefixes = prefixes
         self._pages = pages
         self._most_blocks = most_blocks
         self._page_tokens = page_tokens
+        self._most_shared, self._num_shared = most_shared, 0
         self._evicted: list[int] = []
         self._filling = 0  # uses that store and are not settled
         self._told: set[str] = set()
@@ -128,6 +136,10 @@ class CachedPrefixes:
         """Note whether whoever shares blocks waits for the next turn of its conversation."""
         if use.is_shared:
             self._prefixes.add_quiet(use.cached, 1 if is_quiet else -1)
+
+    def has_quiet(self, use: Use) -> bool:
+        """Whether nobody but conversations that wait shares some of the blocks in use."""
+        return use.is_shared and self._prefixes.has_quiet(use.cached)
 
     @property
     def is_filling(self) -> bool:
@@ -177,12 +189,18 @@ class CachedPrefixes:
         """
         self._prefixes.pin(found.blocks)
         is_kept = keeps_whole_prompt(retention, prompt_tokens) and not may_cut
-        is_shared = bool(found.blocks) and is_kept
-        return Use(found.blocks, is_shared=is_shared)
+        use = Use(found.blocks, is_shared=bool(found.blocks) and is_kept)
+        if self._most_shared is not None and self._num_shared + use.num_shared > self._most_shared:
+            if "tables" not in self._told:
+                self._told.add("tables")
+                logger.info("prefix caching: rows get copies: page tables are full of shared pages")
+            use.is_shared = False
+        self._num_shared += use.num_shared
+        return use
 
     def undo(self, use: Use) -> None:
         """The sequence takes no slot after all."""
-        self._prefixes.unpin(use.cached)
+        self._unpin(use)
 
     def store(self, use: Use, found: Found, spare_W: Ints) -> None:
         """Have a sequence's prefill fill blocks, as many as there is room for.
@@ -236,20 +254,26 @@ class CachedPrefixes:
         else:
             self._prefixes.set_ready(use.stored)
         if use.has_left or not use.is_shared:
-            self._prefixes.unpin(use.cached)
+            self._unpin(use)
 
     def leave(self, use: Use) -> None:
         """A sequence's slot is freed by the plan in the making."""
         use.has_left = True
         if not use.is_through:  # it was given up half-way
             self.doom(use)
-            use.is_settled, use.is_shared = True, False
+            use.is_settled = True
             if use.stored:
                 self._filling -= 1
             self._drop(use.stored)
-            self._prefixes.unpin(use.cached)
+            self._unpin(use)
+            use.is_shared = False
         elif use.is_settled and use.is_shared:
-            self._prefixes.unpin(use.cached)
+            self._unpin(use)
+
+    def _unpin(self, use: Use) -> None:
+        """Whoever uses these blocks does no more."""
+        self._num_shared -= use.num_shared
+        self._prefixes.unpin(use.cached)
 
     def _evict(self, num_blocks: int) -> None:
         self._take_back(self._prefixes.evict(num_blocks))

@@ -22,12 +22,11 @@ from .cached import Use
 Key = tuple[str, str]  # owner, id
 
 # Why a turn of a conversation that is known is computed from its first token.
-Anew = Literal["tokens", "retention", "method", "rows", "lost"]
+Anew = Literal["tokens", "retention", "method", "lost"]
 REASONS: dict[Anew, str] = {
     "tokens": "its prompt does not begin with what was fed before",
     "retention": "it has another retention than the turn before",
     "method": "its retention chooses by what is no longer known of earlier tokens",
-    "rows": "rows of one layer differ in length",
     "lost": "what was kept had to make room, or was lost with its workers or its turn",
 }
 
@@ -42,8 +41,10 @@ class Kept:
         retention: that it was kept by.
         rows: tokens of each row, int32 [L, H].
         is_whole: every row has every token, so what was fed last can go again.
-        pages: that it holds on each worker, int64 [W], but for those of blocks.
-        num_bytes: of these on all workers.
+        pages: that it holds on each worker, int64 [W], but for those of blocks; or held, if it
+            lies on the host.
+        host_bytes: that it would take on each worker's host, int64 [W], at most.
+        num_bytes: of its pages on all workers.
         use: what its rows share with blocks of prefixes, which stay with it.
         last_used: when its turn ended.
     """
@@ -54,6 +55,7 @@ class Kept:
     rows: NDArray[np.int32]
     is_whole: bool
     pages: NDArray[np.int64]
+    host_bytes: NDArray[np.int64]
     num_bytes: int
     use: Use
     last_used: float
@@ -69,6 +71,8 @@ class Counts:
     expired: int = 0
     dropped: int = 0  # to make room
     ended: int = 0
+    offloaded: int = 0  # from pages to the host's memory
+    brought_back: int = 0  # from there, by a turn that goes on
 
 
 class Conversations:
@@ -153,9 +157,16 @@ class Conversations:
         for other in reversed(later):
             self._kept.move_to_end(other)
 
+    def oldest_first(self) -> list[tuple[Key, Kept]]:
+        """All of them; the one that was used longest ago comes first."""
+        return list(self._kept.items())
+
     def drop_oldest(self) -> Kept:
         """Give up the one that was used longest ago, because there is no room for it."""
-        key = next(iter(self._kept))
+        return self.drop(next(iter(self._kept)))
+
+    def drop(self, key: Key) -> Kept:
+        """Give one up because there is no room for it."""
         self.counts.dropped += 1
         self.lose(key, "lost")
         return self.take(key)

@@ -1,7 +1,10 @@
 """What a retention allows of prefix reuse: how much of a prompt has to be computed all the same."""
 
+from collections.abc import Iterable, Sequence
+
 from saqqara.compression.growth import ring_size, sums_mass
 from saqqara.compression.retention import Retention
+from saqqara.workers.plan import WorkerInfo
 
 
 def why_not_reused(retention: Retention) -> str | None:
@@ -40,3 +43,14 @@ def keeps_whole_prompt(retention: Retention, prompt_tokens: int) -> bool:
     """
     is_cut = retention.propagate is not None or retention.decode is not None
     return not is_cut and not retention.drops(prompt_tokens)
+
+
+def most_shared_blocks(workers: Sequence[WorkerInfo], rows_W: Iterable[int]) -> int | None:
+    """Blocks whose pages rows may hold, counted once for each sequence; None: any number.
+
+    Args:
+        workers: of a replica.
+        rows_W: rows that a sequence has on each.
+    """
+    limits = zip((w.most_shared_entries for w in workers), rows_W, strict=True)
+    return min((most // rows for most, rows in limits if most is not None), default=None)

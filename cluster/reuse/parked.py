@@ -1,8 +1,9 @@
-"""Host memory of preempted sequences: who may be copied there, and what of it is free. Integers.
+"""Host memory: which preempted sequences and conversations lie there, and what is free. Integers.
 
 A sequence that has to make room leaves its slot with all that is remembered of it, as a parked id,
 if the host's memory has room on every worker; when its turn comes again its rows are put back as
-they were. Else, and where its copy is lost, it is computed again.
+they were. Else, and where its copy is lost, it is computed again. What conversations keep moves
+there from its pages where these are short.
 
 Shapes: W workers.
 """
@@ -30,7 +31,7 @@ def next_parked_id() -> int:
 class Counts:
     """What has come of parked sequences since the start.
 
-    `copied_bytes` are those of all workers, to the host and back.
+    `copied_bytes` are those of all workers, to the host and back, conversations' too.
     """
 
     parked: int = 0
@@ -74,10 +75,10 @@ class Prices:
 
 
 class HostMemory:
-    """The host's memory for parked sequences, on all workers of a replica.
+    """The host's memory for parked sequences and conversations, on all workers of a replica.
 
-    Plans park before they drop, so what is given up counts as free only once the plan that says so
-    is complete.
+    Plans drop first of all, so what is given up is free at once. Who resumes leaves after others
+    have come: what that frees counts only once the plan that says so is complete.
 
     Args:
         bytes_W: that each worker has for them, int64 [W]; 0: nothing is parked.
@@ -95,6 +96,8 @@ class HostMemory:
         self._all_W = bytes_W
         self._free_W = bytes_W.copy()
         self._held: dict[int, Ints] = {}
+        self._quiet: dict[int, Ints] = {}
+        self._copied: dict[int, int] = {}  # bytes, of those that came by the plan in the making
         self._returned_W = np.zeros_like(bytes_W)
         self._dropped: list[int] = []
 
@@ -109,23 +112,41 @@ class HostMemory:
         return int(sum(bytes_W.sum() for bytes_W in self._held.values()))
 
     @property
+    def num_quiet(self) -> int:
+        """Conversations that wait here for their next turn."""
+        return len(self._quiet)
+
+    @property
+    def quiet_bytes(self) -> int:
+        """Bytes that conversations take, on all workers."""
+        return int(sum(bytes_W.sum() for bytes_W in self._quiet.values()))
+
+    @property
+    def free_bytes(self) -> Ints:
+        """Bytes that nothing takes, int64 [W]."""
+        return self._free_W.copy()
+
+    def __contains__(self, parked_id: int) -> bool:
+        return parked_id in self._held or parked_id in self._quiet
+
+    @property
     def has_dropped(self) -> bool:
         """Whether the workers have yet to be told of sequences that were dropped."""
         return bool(self._dropped)
 
-    def put(self, bytes_W: Ints, layer_tokens: int) -> int | None:
-        """Set memory aside for a sequence; its parked id.
+    def is_worth(self, bytes_W: Ints, layer_tokens: int) -> bool:
+        """Whether so much, int64 [W], could lie here, and whether that is cheaper than prefill.
 
         Args:
-            bytes_W: that it takes, at most, int64 [W].
+            bytes_W: that it takes, at most.
             layer_tokens: tokens that all workers' layers would compute again.
-
-        Returns:
-            None if there is too little, or if that is cheaper.
         """
+        is_small = bool((bytes_W <= self._all_W).all())
+        return is_small and self.prices.copy_pays(int(bytes_W.sum()), layer_tokens)
+
+    def put(self, bytes_W: Ints) -> int | None:
+        """Set memory aside for a sequence, int64 [W]; its parked id; None: there is too little."""
         if (bytes_W > self._free_W).any():
-            return None
-        if not self.prices.copy_pays(int(bytes_W.sum()), layer_tokens):
             return None
         parked_id = next_parked_id()
         self._held[parked_id] = bytes_W
@@ -135,7 +156,20 @@ class HostMemory:
     def begin(self, parked_id: int) -> None:
         """The plan in the making parks it."""
         self.counts.parked += 1
-        self.counts.copied_bytes += int(self._held[parked_id].sum())
+        self._copy(parked_id, self._held[parked_id])
+
+    def offload(self, parked_id: int, bytes_W: Ints) -> None:
+        """The plan in the making moves a conversation here, for which there is room."""
+        assert (bytes_W <= self._free_W).all(), "the host's memory is promised twice"
+        self._quiet[parked_id] = bytes_W
+        self._free_W -= bytes_W
+        self._copy(parked_id, bytes_W)
+
+    def bring_back(self, parked_id: int) -> None:
+        """The plan in the making lets a conversation go on."""
+        bytes_W = self._quiet.pop(parked_id)
+        self._returned_W += bytes_W
+        self.counts.copied_bytes += int(bytes_W.sum())
 
     def cancel(self, parked_id: int) -> None:
         """It is not parked after all; no plan has said so."""
@@ -150,9 +184,15 @@ class HostMemory:
 
     def drop(self, parked_id: int) -> None:
         """Give a parked sequence up."""
-        self._returned_W += self._held.pop(parked_id)
+        self._free_W += self._held.pop(parked_id)
+        self._forget_copy(parked_id)
         self._dropped.append(parked_id)
         self.counts.dropped += 1
+
+    def drop_quiet(self, parked_id: int) -> None:
+        """Give up a conversation; whoever does so has workers drop it."""
+        self._free_W += self._quiet.pop(parked_id)
+        self._forget_copy(parked_id)
 
     def forget(self, parked_id: int) -> None:
         """Have workers forget a sequence that could not be put back into pages everywhere."""
@@ -183,4 +223,13 @@ class HostMemory:
         """The plan in the making is complete: what it gives up is free for the next."""
         self._free_W += self._returned_W
         self._returned_W[:] = 0
+        self._copied.clear()
         assert (self._free_W <= self._all_W).all(), "given back twice"
+
+    def _copy(self, parked_id: int, bytes_W: Ints) -> None:
+        self._copied[parked_id] = int(bytes_W.sum())
+        self.counts.copied_bytes += self._copied[parked_id]
+
+    def _forget_copy(self, parked_id: int) -> None:
+        """It is given up by the plan that would have brought it here."""
+        self.counts.copied_bytes -= self._copied.pop(parked_id, 0)

@@ -174,6 +174,10 @@ class Prefixes:
             block.num_quiet += num_pins
             self._num_quiet += _is_quiet(block)
 
+    def has_quiet(self, blocks: Iterable[Block]) -> bool:
+        """Whether only conversations that wait for their next turn have pinned some of these."""
+        return any(map(_is_quiet, blocks))
+
     def set_ready(self, blocks: Sequence[Block]) -> None:
         """The blocks of a chain are filled on all workers."""
         for block in reversed(blocks):

@@ -1,10 +1,11 @@
-"""Turns of conversations as sequences take and leave slots: what stays, what goes, in which pages.
+"""Turns of conversations as sequences take and leave slots: what stays, where, and what goes.
 
 Shapes: L layers, H kv heads, W workers.
 """
 
 import logging
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from saqqara.workers.plan import Parking
 from .cached import CachedPrefixes, Pages
 from .conversations import REASONS, Anew, Conversations, Kept, Key, goes_on
 from .limits import why_not_reused
+from .parked import HostMemory
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +42,35 @@ class Resumption:
 class Turns:
     """What the conversations of a replica hold on its workers.
 
-    What is kept lies in pages. Where they are short, whoever was quiet for longest goes.
+    What is kept lies in pages. Where they are short, whoever was quiet for longest moves to the
+    host's memory, in which those that were quiet for longer make room for it, or is given up. What
+    its rows share with blocks stays where it is, pinned as long as the conversation is kept.
 
     Args:
         conversations: what is known of them; nothing is held of any.
         pages: where theirs are charged.
         cached: the blocks that their rows may share.
+        host: memory for them.
+        num_layers: that compute a token again, all workers' together.
     """
 
-    def __init__(self, conversations: Conversations, pages: Pages, cached: CachedPrefixes) -> None:
+    def __init__(
+        self,
+        conversations: Conversations,
+        pages: Pages,
+        cached: CachedPrefixes,
+        host: HostMemory,
+        num_layers: int,
+    ) -> None:
         conversations.forget_all()
         self.conversations = conversations
         self._pages = pages
         self._cached = cached
+        self._host = host
+        self._num_layers = num_layers
         self._dropped: list[int] = []
         self._parked: list[Parking] = []
+        self._offloaded: list[int] = []
         self._held_W: Ints = np.zeros_like(pages.rows_per_worker)
 
     @property
@@ -77,6 +93,11 @@ class Turns:
         parked, self._parked = self._parked, []
         return parked
 
+    def take_offloaded(self) -> list[int]:
+        """Parked ids that the plan in the making is to move to the host's memory."""
+        offloaded, self._offloaded = self._offloaded, []
+        return offloaded
+
     def find(
         self, key: Key, prompt_token_ids: tuple[int, ...], retention: Retention
     ) -> Resumption | Anew | None:
@@ -84,7 +105,7 @@ class Turns:
         kept = self.conversations.get(key)
         if kept is None:
             return self.conversations.why_lost(key)
-        reason = why_not_resumed(retention, len(prompt_token_ids))
+        reason = why_not_resumed(retention)
         if reason is not None:
             return reason
         found = goes_on(kept, np.asarray(prompt_token_ids, dtype=np.int32), retention)
@@ -95,10 +116,16 @@ class Turns:
             return "tokens"
         return Resumption(key, kept, found)
 
-    def begin(self, resumption: Resumption) -> None:
-        """A turn is to take a slot, where the pages of its conversation are charged instead."""
-        assert self.conversations.take(resumption.key) is resumption.kept
-        self._take_back(resumption.kept)
+    def begin(self, resumption: Resumption) -> Ints:
+        """A turn is to take a slot, where the pages of its conversation are charged instead.
+
+        Returns:
+            pages, int64 [W], that its rows take for a moment, as they come from the host.
+        """
+        kept = resumption.kept
+        assert self.conversations.take(resumption.key) is kept
+        self._take_back(kept)
+        return kept.pages if kept.parked_id in self._host else np.zeros_like(kept.pages)
 
     def undo(self, resumption: Resumption) -> None:
         """The turn takes no slot after all."""
@@ -108,9 +135,12 @@ class Turns:
 
     def count(self, resumption: Resumption) -> None:
         """A turn has taken a slot."""
-        counts = self.conversations.counts
+        counts, parked_id = self.conversations.counts, resumption.kept.parked_id
         counts.resumed += 1
         counts.resumed_tokens += resumption.num_tokens
+        if parked_id in self._host:
+            self._host.bring_back(parked_id)
+            counts.brought_back += 1
 
     def begin_anew(self, key: Key, reason: Anew) -> None:
         """A turn has taken a slot, and is computed from its first token."""
@@ -143,41 +173,92 @@ class Turns:
             self._give_up(kept)
 
     def give(self, need_W: Ints) -> None:
-        """Give up conversations until so many pages are free, int64 [W], as far as that goes."""
-        while len(self.conversations) and (need_W > self._pages.free).any():
-            self._give_up(self.conversations.drop_oldest())
+        """Take conversations out of pages until so many are free, int64 [W], as far as that goes.
+
+        If all their own pages are too few, those go, wherever they lie, whose blocks are free then.
+        """
+        if (need_W <= self._pages.free).all():
+            return
+        for key, kept in self.conversations.oldest_first():
+            needs_blocks = (need_W > self._pages.free + self._held_W).any()
+            if needs_blocks and self._cached.has_quiet(kept.use):
+                self._give_up(self.conversations.drop(key))
+            elif kept.parked_id in self._host:
+                continue
+            elif not self._offload(key, kept):
+                self._give_up(self.conversations.drop(key))
             self._cached.give(need_W)  # what only its rows have shared
+            if (need_W <= self._pages.free).all():
+                return
+
+    def make_room_on_host(self, bytes_W: Ints, before: Key | None = None) -> bool:
+        """Have so much of the host's memory free, int64 [W]; False, and nothing goes, if not.
+
+        Conversations that lie there go, of those that were quiet for longer than `before`, if that
+        is given; the one that was quiet for longest goes first.
+        """
+        older = takewhile(lambda item: item[0] != before, self.conversations.oldest_first())
+        going = [(key, kept) for key, kept in older if kept.parked_id in self._host]
+        have_W = self._host.free_bytes + sum(kept.host_bytes for _, kept in going)
+        if (bytes_W > have_W).any():
+            return False
+        for key, _ in going:
+            if (bytes_W <= self._host.free_bytes).all():
+                break
+            self._give_up(self.conversations.drop(key))
+        return True
 
     def reset(self) -> None:
-        """Give up all of them."""
-        while len(self.conversations):
-            self._give_up(self.conversations.drop_oldest())
+        """Give up all that have pages, if only those of blocks."""
+        for key, kept in self.conversations.oldest_first():
+            if kept.use.is_shared or kept.parked_id not in self._host:
+                self._give_up(self.conversations.drop(key))
 
     def drop(self, resumption: Resumption) -> None:
         """Have workers forget what they may still hold of a turn whose slot one has refused."""
         self._dropped.append(resumption.kept.parked_id)
 
+    def _offload(self, key: Key, kept: Kept) -> bool:
+        """Have the plan in the making move one to the host's memory, if that has room for it."""
+        layer_tokens = self._num_layers * len(kept.token_ids)
+        if not self._host.is_worth(kept.host_bytes, layer_tokens):
+            return False
+        if not self.make_room_on_host(kept.host_bytes, before=key):
+            return False
+        self._charge(kept, -1)
+        self._host.offload(kept.parked_id, kept.host_bytes)
+        self._offloaded.append(kept.parked_id)
+        self.conversations.counts.offloaded += 1
+        return True
+
     def _give_up(self, kept: Kept) -> None:
         self._take_back(kept)
+        if kept.parked_id in self._host:
+            self._host.drop_quiet(kept.parked_id)
         self._cached.leave(kept.use)
         self._dropped.append(kept.parked_id)
 
     def _set_aside(self, kept: Kept) -> None:
-        self._held_W = self._held_W + kept.pages
-        self._pages.set_aside(kept.pages)
+        if kept.parked_id not in self._host:
+            self._charge(kept, 1)
         self._cached.set_quiet(kept.use, is_quiet=True)
 
     def _take_back(self, kept: Kept) -> None:
-        self._held_W = self._held_W - kept.pages
-        self._pages.take_back(kept.pages)
+        if kept.parked_id not in self._host:
+            self._charge(kept, -1)
         self._cached.set_quiet(kept.use, is_quiet=False)
 
+    def _charge(self, kept: Kept, sign: int) -> None:
+        """Charge the pages of one that lies in them, or give them back."""
+        self._held_W = self._held_W + sign * kept.pages
+        if sign > 0:
+            self._pages.set_aside(kept.pages)
+        else:
+            self._pages.take_back(kept.pages)
 
-def why_not_resumed(retention: Retention, prompt_tokens: int) -> Anew | None:
-    """Why what a turn with such a prompt would leave is of no use for the next; None: it is."""
+
+def why_not_resumed(retention: Retention) -> Anew | None:
+    """Why what a turn would leave is of no use for the next; None: it is."""
     if why_not_reused(retention) is not None or retention.decode is not None:
         return "method"
-    heads_differ = retention.ragged or retention.shape.heads_differ
-    if heads_differ and retention.drops(prompt_tokens):
-        return "rows"
     return None

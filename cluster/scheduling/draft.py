@@ -1,5 +1,6 @@
 """A plan in the making, and what of it must be known when its results come."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from saqqara.cluster.reuse.cached import Use
@@ -12,10 +13,10 @@ from .sequence import Sequence
 class Draft:
     """A plan in the making and, once it is made, what must be known to absorb its results."""
 
+    drop: list[int] = field(default_factory=list)
     park: list[Parking] = field(default_factory=list)
     free: list[int] = field(default_factory=list)
     evict: list[int] = field(default_factory=list)
-    drop: list[int] = field(default_factory=list)
     offload: list[int] = field(default_factory=list)
     new: list[NewSequence] = field(default_factory=list)
     prefill: list[PrefillGroup] = field(default_factory=list)
@@ -38,6 +39,13 @@ class Draft:
         self.sampling.append(slot)
         sequence.num_sampling += 1
 
+    def give_up(self, parked_ids: Collection[int]) -> None:
+        """Have workers drop what is parked; what this plan would park or move is left out of it."""
+        gone, parked_now = set(parked_ids), {parking.parked_id for parking in self.park}
+        self.park = [parking for parking in self.park if parking.parked_id not in gone]
+        self.offload = [parked_id for parked_id in self.offload if parked_id not in gone]
+        self.drop += [parked_id for parked_id in parked_ids if parked_id not in parked_now]
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing is to be done."""
@@ -48,10 +56,10 @@ class Draft:
         """The plan, as the workers get it."""
         return StepPlan(
             step=step,
+            drop=tuple(self.drop),
             park=tuple(self.park),
             free=tuple(self.free),
             evict=tuple(self.evict),
-            drop=tuple(self.drop),
             offload=tuple(self.offload),
             new=tuple(self.new),
             prefill=tuple(self.prefill),

@@ -36,7 +36,7 @@ class Scheduler:
         max_extend_tokens: tokens replayed or scored per step, all sequences together.
         prefix_bytes: most bytes of cached prefixes of prompts; None: half the pool, 0: no caching.
         conversation_bytes: most bytes that conversations keep between their turns; None: a quarter
-            of the pool, 0: none.
+            of the pool and what the host's memory has room for, 0: none.
         conversation_seconds: without a turn, after which one is forgotten.
         lookahead: steps of a sequence that may be in flight. With 2 the results of a step are
             absorbed while the next one runs, and tokens that overran a stop are dropped: what
@@ -70,6 +70,7 @@ class Scheduler:
         self._next_step = 0
         if conversation_bytes is None:
             conversation_bytes = sum(w.num_pages * w.page_bytes for w in workers) // 4
+            conversation_bytes += sum(w.host_kv_bytes for w in workers)
         self.conversations = Conversations(conversation_bytes, conversation_seconds)
         self._roster = Roster(workers, max_num_seqs, prefix_bytes, self.conversations)
         self._start_with(workers)
@@ -264,7 +265,8 @@ class Scheduler:
         self.ledger.settle()
         draft.evict += seats.cached.take_evicted()
         draft.park += seats.turns.take_parked()
-        draft.drop += [*seats.turns.take_dropped(), *seats.host.take_dropped()]
+        draft.offload += seats.turns.take_offloaded()
+        draft.give_up([*seats.turns.take_dropped(), *seats.host.take_dropped()])
         seats.host.settle()
         draft.copied_bytes = seats.host.take_copied()
         if draft.is_empty:

@@ -10,6 +10,7 @@ import numpy as np
 from saqqara.cluster.reuse.cached import CachedPrefixes, Use
 from saqqara.cluster.reuse.conversations import Anew, Conversations, Kept
 from saqqara.cluster.reuse.conversations import Key as Conversation
+from saqqara.cluster.reuse.limits import most_shared_blocks
 from saqqara.cluster.reuse.parked import Counts, HostMemory, next_parked_id
 from saqqara.cluster.reuse.prefixes import NOTHING, Found, Prefixes
 from saqqara.cluster.reuse.turns import Resumption, Turns
@@ -54,8 +55,8 @@ class Seats:
     Attributes:
         ledger: pages charged on every worker.
         cached: prefixes in pages that nobody needs.
-        host: memory for sequences that had to make room.
-        turns: what conversations keep in pages until their next turn.
+        host: memory for sequences and conversations that had to make room.
+        turns: what conversations keep until their next turn.
     """
 
     def __init__(
@@ -69,13 +70,17 @@ class Seats:
     ) -> None:
         self.ledger = Ledger(workers, num_slots)
         most = self.ledger.most_blocks(prefix_bytes)
-        self.cached = CachedPrefixes(prefixes, self.ledger, most, self.ledger.page_tokens)
+        most_shared = most_shared_blocks(workers, self.ledger.rows_per_worker.tolist())
+        page_tokens = self.ledger.page_tokens
+        self.cached = CachedPrefixes(prefixes, self.ledger, most, page_tokens, most_shared)
         if conversations is None:
             conversations = Conversations(0, 1.0)
-        self.turns = Turns(conversations, self.ledger, self.cached)
-        self._staying: set[int] = set()
         host_bytes_W = np.array([w.host_kv_bytes for w in workers], dtype=np.int64)
         self.host = HostMemory(host_bytes_W, parked or Counts())
+        self._num_layers = sum(w.stop_layer - w.start_layer for w in workers)
+        layers = self._num_layers
+        self.turns = Turns(conversations, self.ledger, self.cached, self.host, layers)
+        self._staying: set[int] = set()
         self._parked: dict[int, _Parked] = {}  # by parked id
         self._leaving: dict[int, int] = {}  # parked ids by slots that no plan has freed yet
         self._uses: dict[int, Use] = {}
@@ -107,7 +112,7 @@ class Seats:
         """Have so many pages free on every worker, int64 [W]; False, and nothing goes, if not.
 
         What nobody needs now goes first: blocks of prefixes that no sequence uses, then what
-        conversations keep.
+        conversations keep there, to the host's memory or for good.
         """
         idle_W = self.cached.idle_pages + self.turns.idle_pages
         if (need_W > self.ledger.free + idle_W).any():
@@ -157,12 +162,12 @@ class Seats:
         self, sequence: Sequence, found: Found, going_on: Resumption | None = None
     ) -> bool:
         ledger, request = self.ledger, sequence.request
-        demand, held = self._demand(sequence), None
+        demand, held, moment_W = self._demand(sequence), None, np.zeros_like(ledger.free)
         if going_on is not None:
             use, held = going_on.kept.use, going_on.rows
             num_new = sequence.prompt_tokens - going_on.num_tokens
             demand = resumed_demand(demand, held, num_new, ledger.workers)
-            self.turns.begin(going_on)
+            moment_W = self.turns.begin(going_on)
         else:
             if ledger.num_held == 0 and sequence.num_refusals:
                 self.cached.reset()  # it was refused beside them
@@ -170,7 +175,7 @@ class Seats:
             may_cut = sequence.conversation is not None and request.retention.score is not None
             use = self.cached.use(found, request.retention, sequence.prompt_tokens, may_cut)
         need_W = demand.most(sequence.num_replay) - ledger.shared_pages(use.num_shared)
-        if not self.make_room(need_W + self._spare(sequence, need_W)):
+        if not self.make_room(np.maximum(need_W + self._spare(sequence, need_W), moment_W)):
             if going_on is not None:
                 self.turns.undo(going_on)
             else:
@@ -245,8 +250,11 @@ class Seats:
         slot = sequence.held_slot
         if not self.ledger.is_exact(slot):
             return False
-        tokens = sequence.position * sum(w.stop_layer - w.start_layer for w in self.ledger.workers)
-        parked_id = self.host.put(self._host_bytes(sequence), tokens)
+        bytes_W = self._host_bytes(sequence, slot)
+        if not self.host.is_worth(bytes_W, sequence.position * self._num_layers):
+            return False
+        self.turns.make_room_on_host(bytes_W)
+        parked_id = self.host.put(bytes_W)
         if parked_id is None:
             return False
         charge, need = self.ledger.copy_of(slot), self.ledger.charged(slot)
@@ -291,9 +299,9 @@ class Seats:
             self.host.forget(sequence.resumed_id)
             sequence.resumed_id = None
 
-    def _host_bytes(self, sequence: Sequence) -> Ints:
-        """Bytes, int64 [W], that a sequence takes in the host's memory, at most."""
-        ledger, slot = self.ledger, sequence.held_slot
+    def _host_bytes(self, sequence: Sequence, slot: int) -> Ints:
+        """Bytes, int64 [W], that the sequence of a slot takes in the host's memory, at most."""
+        ledger = self.ledger
         page_bytes_W = np.array([w.page_bytes for w in ledger.workers], dtype=np.int64)
         bytes_W: Ints = ledger.pages_of(slot) * page_bytes_W
         bytes_W += self._demand(sequence).ring_bytes
@@ -332,18 +340,15 @@ class Seats:
         known = (*request.prompt_token_ids, *sequence.output_token_ids)
         if sequence.position > len(known):
             return None
-        rows = ledger.rows_of(slot, sequence.position - sequence.prompt_tokens)
-        if (rows != rows[:, :1]).any():
-            self.turns.conversations.lose(sequence.conversation or ("", ""), "rows")
-            return None
         pages_W = ledger.pages_of(slot)
         return Kept(
             parked_id=next_parked_id(),
             token_ids=np.array(known[: sequence.position], dtype=np.int32),
             retention=request.retention,
-            rows=rows,
+            rows=ledger.rows_of(slot, sequence.position - sequence.prompt_tokens),
             is_whole=request.retention.score is None and not ledger.layers.local_layers,
             pages=pages_W,
+            host_bytes=self._host_bytes(sequence, slot),
             num_bytes=ledger.bytes_of(pages_W),
             use=use,
             last_used=self.turns.conversations.now,

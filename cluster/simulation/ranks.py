@@ -101,13 +101,13 @@ class Ranks:
 
     def execute(self, plan: StepPlan) -> list[StepResult]:
         """What each rank reports of a plan."""
+        for parked_id in plan.drop:
+            del self._parked[parked_id]
         for parking in plan.park:
             self._parked[parking.parked_id] = self._copy_of(parking.slot)
         for slot in plan.free:
             self._free(slot)
         self._blocks.difference_update(plan.evict)
-        for parked_id in plan.drop:
-            del self._parked[parked_id]
         for new in plan.new:
             self._new[new.slot], self._layers[new.slot] = new, 0
             if new.resumes is not None:

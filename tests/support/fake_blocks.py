@@ -42,12 +42,12 @@ class FakeBlocks:
         gone = set(plan.evict)
         assert len(gone) == len(plan.evict)
         for held in slots.values():
+            assert not gone & {*held.blocks}, "rows hold its pages"
             prefix = held.new.prefix
             if prefix is None:
                 continue
             in_prefill = held.prefilled_layers < num_layers
             assert not (in_prefill and gone & {*prefix.cached, *prefix.stored}), "still filling"
-            assert not (prefix.is_shared and gone & {*prefix.cached}), "rows hold its pages"
         for block in plan.evict:
             del self._blocks[block]
 

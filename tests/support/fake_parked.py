@@ -35,14 +35,15 @@ class FakeParkedSequences:
         self._parked: dict[int, FakeParked] = {}
         self.num_resumed = 0  # with part of a prompt to come
         self.num_back = 0  # that go on decoding
+        self.num_from_host = 0  # of those with part of a prompt to come
 
     def __len__(self) -> int:
         return len(self._parked)
 
     @property
     def slots(self) -> "dict[int, FakeSlot]":
-        """What was known of the slots of preempted sequences, by numbers that no slot has."""
-        return {-n: parked.held for n, parked in self._parked.items() if parked.on_host}
+        """What was known of the slots of all, by numbers that no slot has."""
+        return {-n: parked.held for n, parked in self._parked.items()}
 
     def pages(self, rank: int, *, on_host: bool = False) -> int:
         """Pages that they hold on a worker, or take of its host, but for those of blocks."""
@@ -72,26 +73,49 @@ class FakeParkedSequences:
         """Forget what a plan drops; a worker passes over what it does not have."""
         for parked_id in plan.drop:
             self._parked.pop(parked_id, None)
+
+    def offload(self, plan: StepPlan) -> None:
+        """Move what a plan says from pages to the host."""
         for parked_id in plan.offload:
+            assert not self._parked[parked_id].on_host, "it lies there"
             self._parked[parked_id].on_host = True
 
-    def resume(self, new: NewSequence, workers: "Sequence[FakeWorker]") -> None:
-        """Give a new sequence the rows that it resumes, cut where fewer tokens are fed."""
+    def resume(self, new: NewSequence, workers: "Sequence[FakeWorker]") -> tuple[int, ...]:
+        """Give a new sequence the rows that it resumes, cut where fewer tokens are fed.
+
+        Ranks without room for all that comes from their host refuse it, and keep it.
+
+        Returns:
+            the blocks whose pages its rows hold.
+        """
         assert new.resumes is not None
-        parked, tokens = self._parked.pop(new.resumes), new.tokens().tolist()
+        parked, tokens = self._parked[new.resumes], new.tokens().tolist()
         num = new.resumed_tokens
         assert new.prefix is None
         assert new.shares_prefill_with is None
         assert 0 < num <= len(parked.tokens)
         assert parked.tokens[:num] == tokens[:num], "other tokens were fed"
         self.num_resumed += 1
+        self.num_from_host += parked.on_host
         for worker in workers:
-            rows = parked.rows[worker.info.rank]
+            rank = worker.info.rank
+            rows = parked.rows[rank]
+            worker.shared[new.slot] = parked.shared[rank]
+            if parked.on_host:
+                worker.try_add(new.slot, rows)
+            else:
+                del parked.rows[rank]
+                worker.rows[new.slot] = rows
+            if new.slot in worker.refused:
+                continue
+            parked.rows.pop(rank, None)
             if num < len(parked.tokens):
                 assert {*rows.values()} == {len(parked.tokens)}, "rows that lack tokens are cut"
                 rows = dict.fromkeys(rows, num)
             worker.rows[new.slot] = rows
-            worker.shared[new.slot] = parked.shared[worker.info.rank]
+        if not parked.rows:
+            del self._parked[new.resumes]
+        return parked.held.blocks
 
     def put_back(self, new: NewSequence, workers: "Sequence[FakeWorker]") -> "FakeSlot":
         """Let a sequence go on decoding as it was; ranks without room refuse it and keep it."""

@@ -129,6 +129,7 @@ class FakeSlot:
     fed: int = 0
     prefilled_layers: int = 0
     group: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()  # whose pages its rows hold
 
 
 @dataclass
@@ -262,12 +263,15 @@ class FakeReplica:
     def run(self, plan: StepPlan) -> list[StepResult]:
         """Carry out a plan on every worker."""
         self.plans.append(plan)
+        self.parked.drop(plan)
         self.parked.park(plan, self)
+        self.parked.check(self.fakes)
         for slot in plan.free:
             self._free(slot)
         before = [set(worker.refused) for worker in self.fakes]
-        self.parked.drop(plan)
         self.blocks.evict(plan, {**self.slots, **self.parked.slots}, self.num_layers)
+        self.parked.offload(plan)
+        self.parked.check(self.fakes)
         for new in plan.new:
             assert new.slot not in self.slots, f"slot {new.slot} is taken"
             if new.resumes is not None and new.resumed_tokens >= new.prompt_tokens:
@@ -277,8 +281,7 @@ class FakeReplica:
             self._check_leader(new)
             self._take_blocks(new)
             if new.resumes is not None:
-                self.parked.resume(new, self.fakes)
-        self.parked.check(self.fakes)
+                self.slots[new.slot].blocks = self.parked.resume(new, self.fakes)
         self._check_stages(plan.prefill)
         ended = [slot for group in plan.prefill for slot in self._prefill(group)]
         refused = set().union(*(worker.refused for worker in self.fakes))
@@ -344,6 +347,7 @@ class FakeReplica:
             pages = len(new.prefix.cached)
             layers = (layer for layer, window in enumerate(self.windows) if not window)
             shared = dict.fromkeys(layers, pages)
+            self.slots[new.slot].blocks = new.prefix.cached
             for worker in self.fakes:
                 worker.shared[new.slot] = shared
 

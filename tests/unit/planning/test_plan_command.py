@@ -58,7 +58,7 @@ def test_the_table_shows_every_layout_and_what_a_gpu_holds() -> None:
     for text in ("weights", "KV pool", "activations", "tables", "GiB on each GPU of a replica"):
         assert text in result.output
     assert "assumed factors" in result.output
-    command = "--max-num-seqs 1484 --num-replicas 1 --retention pyramidkv --budget 25%"
+    command = "--max-num-seqs 1481 --num-replicas 1 --retention pyramidkv --budget 25%"
     assert command in result.output
 
 

@@ -5,128 +5,25 @@ every page has one owner, and its next token is a hash of all before it, so that
 went on from anything else would be another one.
 """
 
-import random
-from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
-from support.fake_replica import FakeReplica, RaggedRetention, make_workers, next_token
+from support.fake_replica import RaggedRetention
+from support.talks import FULL, HALF, ME, PROMPT, SHAPES, Talks, check_answer
 
 from saqqara.cluster.errors import ConversationBusyError
 from saqqara.cluster.reuse.cached import Use
 from saqqara.cluster.reuse.conversations import Conversations, Kept, goes_on
-from saqqara.cluster.sampling import SamplingParams
-from saqqara.cluster.scheduling.scheduler import Scheduler
-from saqqara.cluster.scheduling.sequence import Sequence, TokenRequest
 from saqqara.compression.retention import Retention
 from saqqara.compression.scores import SnapKV
 
-FULL = Retention.parse("full")
-HALF = Retention.parse({"method": "snapkv", "window": 2, "sinks": 1, "budget": "50%"})
-ME = "me"
-PROMPT = tuple(range(1, 20))
-
-
-class Talks:
-    """A scheduler over a replica without a model; every plan is carried out at once."""
-
-    def __init__(self, num_pages: int = 1000, **settings: Any) -> None:
-        shape = {
-            name: settings.pop(name)
-            for name in ("stages", "head_ranges", "windows")
-            if name in settings
-        }
-        workers = make_workers(num_pages, **shape)
-        given: dict[str, Any] = {
-            "max_num_seqs": 4,
-            "max_model_len": 256,
-            "conversation_bytes": None,
-        }
-        self.workers = workers
-        self.scheduler = Scheduler(workers, **given | settings)
-        self.replica = FakeReplica(workers)
-        self._flights: deque[Any] = deque()
-        self._num = 0
-
-    def step(self) -> bool:
-        while (plan := self.scheduler.schedule()) is not None:
-            self._flights.append((plan, self.replica.run(plan)))
-        if not self._flights:
-            return False
-        self.scheduler.absorb(*self._flights.popleft())
-        return True
-
-    def add(
-        self,
-        prompt: Many[int],
-        name: str | None = "a",
-        retention: Retention = FULL,
-        owner: str = ME,
-        **sampling: Any,
-    ) -> Sequence:
-        self._num += 1
-        params = SamplingParams(**({"max_tokens": 6} | sampling))
-        request = TokenRequest(
-            f"r{self._num}",
-            tuple(prompt),
-            params,
-            retention,
-            owner=owner,
-            conversation_id=name,
-        )
-        return self.scheduler.add(request, params.spec(0, (0,)))
-
-    def run(self) -> None:
-        for _ in range(5000):
-            if not self.step():
-                return
-        raise AssertionError("it does not end")
-
-    def turn(self, prompt: Many[int], *args: Any, **kwargs: Any) -> tuple[tuple[int, ...], int]:
-        """A turn to its end: all of its tokens, and how many of its prompt were computed."""
-        before = self.replica.prefilled_tokens
-        sequence = self.add(prompt, *args, **kwargs)
-        self.run()
-        check_answer(sequence)
-        num = self.replica.prefilled_tokens - before
-        return (*prompt, *sequence.output_token_ids), num
-
-    @property
-    def counts(self) -> Any:
-        return self.scheduler.conversations.counts
-
-    def close(self) -> None:
-        """Nothing is left once all conversations are gone."""
-        self.scheduler.expire(1e9)
-        self.run()
-        assert self.scheduler.is_idle
-        assert len(self.replica.parked) == 0
-        if self.scheduler.prefixes.num_blocks:
-            assert self.scheduler.reset_prefix_cache()
-            self.run()
-        assert all(worker.pages_free == worker.info.num_pages for worker in self.replica.fakes)
-        assert (self.scheduler.ledger.free == self.scheduler.ledger.num_pages).all()
-
-
-def check_answer(sequence: Sequence) -> None:
-    tokens = list(sequence.request.prompt_token_ids)
-    for token in sequence.output_token_ids:
-        assert token == next_token(tokens)
-        tokens.append(token)
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "one worker": {},
-    "two stages, ahead": {"stages": (2, 2), "lookahead": 2},
-    "two ranks": {"head_ranges": ((0, 1), (1, 2)), "prefill_quantum": 1},
-}
+RAGGED = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("retention", [FULL, HALF], ids=["full", "half"])
+@pytest.mark.parametrize("retention", [FULL, HALF, RAGGED], ids=["full", "half", "ragged"])
 def test_each_turn_computes_only_what_is_new(retention: Retention, shape: str) -> None:
     talks = Talks(**SHAPES[shape])
     tokens, num_computed = talks.turn(PROMPT, retention=retention)
@@ -148,8 +45,7 @@ def test_a_layer_with_a_window_goes_on_too(stages: tuple[int, ...]) -> None:
     talks.add((7, 8), None, max_tokens=40)  # beside it prefill goes layer by layer
     for _ in range(2 * len(stages)):
         talks.step()
-    ragged = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
-    talks.add(PROMPT[:9], None, ragged)  # whose pages nobody knows until it is through
+    talks.add(PROMPT[:9], None, RAGGED)  # whose pages nobody knows until it is through
     _, num_computed = talks.turn((*tokens, 90, 91), retention=HALF)
     assert num_computed == 3 + 9
     talks.close()
@@ -171,13 +67,11 @@ def test_what_differs_earlier_goes_where_rows_are_whole() -> None:
 
 
 def test_a_turn_that_cannot_go_on_is_computed_anew_and_says_why() -> None:
-    ragged = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
     cut = Retention.parse(
         {"method": "snapkv", "budget": 8, "window": 2, "sinks": 1, "decode": {"slack_pages": 2}}
     )
     for first, second, reason in [
         (FULL, HALF, "retention"),
-        (ragged, ragged, "rows"),
         (cut, cut, "method"),
     ]:
         talks = Talks()
@@ -309,9 +203,7 @@ def test_lost_workers_lose_conversations_and_no_answer() -> None:
     sequence = talks.add((*tokens, 90))
     talks.step()
     talks.step()
-    talks.scheduler.restart(talks.workers)
-    talks.replica = FakeReplica(talks.workers)
-    talks._flights.clear()
+    talks.lose_workers()
     talks.run()
     check_answer(sequence)
     _, num_computed = talks.turn((*PROMPT, 1), "b")
@@ -320,50 +212,10 @@ def test_lost_workers_lose_conversations_and_no_answer() -> None:
     talks.close()
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_any_traffic_leaves_no_page_and_no_wrong_answer(seed: int) -> None:
-    rng = random.Random(seed)
-    shape = list(SHAPES.values())[seed % 3]
-    talks = Talks(
-        num_pages=rng.choice([140, 200, 400]),
-        prefix_bytes=2**18,
-        conversation_bytes=2**20,
-        windows=(0, 8, 0, 8) if seed > 2 else (),
-        **shape,
-    )
-    texts: dict[str, tuple[int, ...]] = {}
-    running: dict[str, Sequence] = {}
-    asked = 0
-    while asked < 60 or running:
-        for name, sequence in list(running.items()):
-            if sequence.is_finished:
-                del running[name]
-                check_answer(sequence)
-                texts[name] = (*sequence.request.prompt_token_ids, *sequence.output_token_ids)
-        name = rng.choice("abcde")
-        if asked < 60 and name not in running and rng.random() < 0.5:
-            asked += 1
-            text = texts.get(name, tuple(rng.choices(range(9), k=rng.randrange(1, 20))))
-            if len(text) > 40 or rng.random() < 0.2:
-                text = text[: rng.randrange(1, 20)]
-            prompt = (*text, *rng.choices(range(9), k=rng.randrange(1, 6)))
-            retention = HALF if name in "ab" else FULL
-            running[name] = talks.add(prompt, name, retention, max_tokens=rng.randrange(1, 12))
-        elif running and rng.random() < 0.05:
-            talks.scheduler.finish(rng.choice(list(running.values())), "abort")
-        elif name not in running and rng.random() < 0.05:
-            talks.scheduler.end_conversation(ME, name)
-        talks.scheduler.expire(float(asked))
-        talks.step()
-    assert talks.counts.resumed > 5
-    talks.run()
-    talks.close()
-
-
 def kept(tokens: Many[int], *, is_whole: bool, retention: Retention = FULL) -> Kept:
     rows, pages = np.zeros((1, 1), dtype=np.int32), np.zeros(1, dtype=np.int64)
     fed = np.array(tokens, dtype=np.int32)
-    return Kept(1, fed, retention, rows, is_whole, pages, 10, Use(()), 0.0)
+    return Kept(1, fed, retention, rows, is_whole, pages, 10 + pages, 10, Use(()), 0.0)
 
 
 @pytest.mark.parametrize(

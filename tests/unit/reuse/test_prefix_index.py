@@ -7,6 +7,7 @@ tokens, when it is filled and before it is given up. Random traffic is in `test_
 import logging
 from collections import deque
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,8 +36,13 @@ PREFIX = tuple(range(1, 25))  # six blocks of four tokens
 class Replica:
     """A scheduler over a replica without a model; pages have four tokens, a block eight pages."""
 
-    def __init__(self, num_pages: int = 1000, **settings: Any) -> None:
-        workers = make_workers(num_pages)
+    def __init__(
+        self, num_pages: int = 1000, most_shared_entries: int | None = None, **settings: Any
+    ) -> None:
+        workers = [
+            replace(worker, most_shared_entries=most_shared_entries)
+            for worker in make_workers(num_pages)
+        ]
         given: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 256, "prefix_bytes": None}
         self.scheduler = Scheduler(workers, **given | settings)
         self.fake = FakeReplica(workers)
@@ -170,6 +176,33 @@ def test_rows_that_keep_all_hold_the_pages_of_blocks() -> None:
     assert cached(*sequences) == [24] * 4
     together = next(plan for plan in replica.fake.plans if len(plan.new) == 4)
     assert all(new.prefix is not None and new.prefix.is_shared for new in together.new)
+
+
+def test_rows_get_copies_where_page_tables_are_full_of_shared_pages(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whoever leaves, also half-way, makes place for another that shares."""
+    caplog.set_level(logging.INFO)
+    replica = Replica(most_shared_entries=2 * 6 * 8 + 7)
+    for own in range(2):
+        replica.serve([own])
+    gone = replica.add([9])
+    assert replica.scheduler.schedule() is not None
+    replica.scheduler.restart(replica.fake.workers)
+    replica.fake = FakeReplica(replica.fake.workers)
+    replica.finish()
+    for own in range(2):
+        replica.serve([own])
+    for _ in range(2):
+        sequences = [replica.add([own]) for own in range(4)]
+        replica.finish()
+        assert cached(*sequences) == [24] * 4
+        together = next(p for p in reversed(replica.fake.plans) if len(p.new) == 4)
+        shares = [new.prefix.is_shared for new in together.new if new.prefix is not None]
+        assert shares == [True, True, False, False]
+    assert gone.error is None
+    told = [r for r in caplog.records if "page tables are full" in r.getMessage()]
+    assert len(told) == 1
 
 
 def test_what_a_method_looks_at_is_computed() -> None:
