@@ -1,13 +1,15 @@
 """From scores to the positions that are kept. Exact: given the scores there is one answer.
 
-At prefill (`select`), at a cut while decoding (`select_stored`, `select_trimmed`), and from one
-layer to the next (`surviving_tokens`).
+At prefill (`select`), behind rows of an earlier turn which differ in length (`select_rows`), at a
+cut while decoding (`select_stored`, `select_trimmed`), and from one layer to the next
+(`surviving_tokens`).
 
 Shapes: n prompt tokens, w recent tokens (the window, or `h2o`'s recent part), s sinks, H local kv
 heads, K kv heads of the model, R rows of one layer, N sequences, c context tokens.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
@@ -66,19 +68,100 @@ def _compete_over_ranks(
     recent = retention.recent_tokens(keep)
     everyone = observation.all_heads(scores)
     context = everyone[:, : scores.shape[1] + retention.window - recent]
-    assert isinstance(retention.shape, Adaptive), f"heads do not compete under {retention.shape}"
-    floor = math.floor(Fraction(str(retention.shape.floor_ratio)) * (keep - recent))
-    chosen = compete(context, keep, floor, recent, retention.sinks)
+    chosen = compete(context, keep, _floor(retention, keep - recent), recent, retention.sinks)
     return [chosen[head] for head in observation.heads]
 
 
-def compete(scores: Tensor, keep: int, floor: int, recent: int, sinks: int) -> list[Tensor]:
+def _floor(retention: Retention, context_tokens: int) -> int:
+    """Of so many context tokens, those that no head shares."""
+    assert isinstance(retention.shape, Adaptive), f"heads do not compete under {retention.shape}"
+    return math.floor(Fraction(str(retention.shape.floor_ratio)) * context_tokens)
+
+
+def select_rows(
+    retention: Retention,
+    observations: Sequence[Observation],
+    heads: range,
+    gather_heads_fn: Callable[[Tensor], Tensor] | None,
+) -> list[Tensor]:
+    """`select` among what rows of one layer have, which differ in length.
+
+    Each row is scored by itself, at places in itself, as a prompt of its tokens. It keeps what
+    `Retention.row_tokens` gives it of the whole text, or what it has, if that is less. Where the
+    heads of a layer compete, they divide as many tokens as the layer is given, or all that they
+    have: see `compete`.
+
+    Args:
+        retention: that drops some of a text as long as this one.
+        observations: the rows of this rank by their length, each with global ids of their heads.
+        heads: of this rank; every head is in one observation.
+        gather_heads_fn: as of `Observation`.
+
+    Returns:
+        Places in its row, int64 [kept] and ascending, for each head.
+    """
+    assert retention.score is not None
+    first = observations[0]
+    counts = retention.row_tokens(first.original_tokens, first.layers, first.num_heads)
+    keep = counts[first.layer].tolist()
+    scored: dict[int, Tensor] = {}
+    lengths: dict[int, int] = {}
+    for seen in observations:
+        lengths |= dict.fromkeys(seen.heads, seen.prompt_tokens)
+        if retention.ragged or min(keep[head] for head in seen.heads) < seen.prompt_tokens:
+            scores = context_scores(retention.score, seen, retention.window)
+            scored |= dict(zip(seen.heads, scores, strict=True))
+    if retention.ragged:
+        rows = [scored[head] for head in heads]
+        return _compete_uneven(rows, keep[0], retention, heads, gather_heads_fn)
+    return [
+        _kept(scored[head][None], keep[head], retention)[0]
+        if keep[head] < lengths[head]
+        else torch.arange(lengths[head], device=first.keys.device)
+        for head in heads
+    ]
+
+
+def _compete_uneven(
+    scores: Sequence[Tensor],
+    keep: int,
+    retention: Retention,
+    heads: range,
+    gather_heads_fn: Callable[[Tensor], Tensor] | None,
+) -> list[Tensor]:
+    """`_compete_over_ranks` of rows whose scores, [n - w] each, differ in length."""
+
+    def all_heads(x: Tensor) -> Tensor:
+        return x if gather_heads_fn is None else gather_heads_fn(x)
+
+    recent, device = retention.recent_tokens(keep), scores[0].device
+    contexts = [row[: len(row) + retention.window - recent] for row in scores]
+    lengths = torch.tensor([[len(row)] for row in contexts], dtype=torch.float32, device=device)
+    lengths = all_heads(lengths).long()[:, 0]  # exact: no text has 2^24 tokens
+    together = scores[0].new_full((len(heads), int(lengths.max())), -math.inf)
+    for padded, row in zip(together, contexts, strict=True):
+        padded[together.shape[1] - len(row) :] = row
+    num_before = together.shape[1] - lengths
+    floor = _floor(retention, keep - recent)
+    chosen = compete(all_heads(together), keep, floor, recent, retention.sinks, num_before)
+    return [chosen[head] - num_before[head] for head in heads]
+
+
+def compete(
+    scores: Tensor,
+    keep: int,
+    floor: int,
+    recent: int,
+    sinks: int,
+    num_before: Tensor | None = None,
+) -> list[Tensor]:
     """Divide the tokens of one layer over its heads by their scores.
 
     Each head keeps its recent tokens and sinks. Its best context tokens (sinks are the best) fill
     its first `floor` slots; the rest of the layer's `K * (keep - recent)` slots go to the best
     remaining tokens of all heads together. Of equal scores the later token wins, and of the same
-    token the lower head's.
+    token the lower head's. Rows of several lengths end together; a head that has fewer context
+    tokens than the floor keeps these, and all that all heads have is kept if it is no more.
 
     Args:
         scores: [K, n - recent], one column per context token (sinks included).
@@ -86,21 +169,32 @@ def compete(scores: Tensor, keep: int, floor: int, recent: int, sinks: int) -> l
         floor: context tokens that every head keeps.
         recent: last tokens that are always kept.
         sinks: first tokens that are always kept.
+        num_before: so many columns of each head are no tokens, int64 [K]; None: all are.
 
     Returns:
-        One int64 [kept] per head, ascending; they sum to exactly `K * keep`.
+        Columns, one int64 [kept] per head, ascending; they sum to exactly `K * keep`, or to all
+        that there are.
     """
     num_heads, num_context = scores.shape
     safe = max(floor - sinks, 0)
     taken = torch.zeros(num_heads, num_context, dtype=torch.bool, device=scores.device)
-    taken[:, :sinks] = True
-    taken.scatter_(1, topk_positions(scores[:, sinks:], safe) + sinks, True)
+    if num_before is None:
+        taken[:, :sinks] = True
+        taken.scatter_(1, topk_positions(scores[:, sinks:], safe) + sinks, True)
+    else:
+        place = torch.arange(num_context, device=scores.device) - num_before[:, None]
+        is_sink = (place >= 0) & (place < sinks)
+        best = topk_positions(scores.masked_fill(is_sink, math.inf), min(safe + sinks, num_context))
+        taken.scatter_(1, best, True)
+        taken &= place >= 0
     # Best first; among equals the last column first, and in a column the lowest head.
     order = scores.flip(1).T.reshape(-1).sort(descending=True, stable=True).indices
     column, head = num_context - 1 - order // num_heads, order % num_heads
     free = ~taken[head, column]
-    rest = num_heads * (keep - recent - max(floor, sinks))
-    taken[head, column] = ~free | (free.cumsum(0) <= rest)
+    if num_before is not None:
+        free &= column >= num_before[head]
+    rest = num_heads * (keep - recent) - taken.sum()
+    taken[head, column] |= free & (free.cumsum(0) <= rest)
     # The host waits for the device twice, whatever the number of heads.
     counts = taken.sum(dim=1).tolist()
     chosen = torch.split(taken.nonzero()[:, 1], counts)

@@ -58,8 +58,8 @@ class Shard:
         rings: the last queries of sequences whose cuts look at them.
         sums: the attention that tokens got, of sequences whose cuts look at it.
         parked: sequences that left their slots and may come back.
-        resumed: tokens that each layer's rows begin with, int32 [L], of slots whose sequences came
-            back with more of a prompt.
+        resumed: tokens that rows begin with, int32 [L, H], of slots whose sequences came back with
+            more of a prompt.
         faults: slots that were refused, and those of them whose sequences cannot go on.
         meter: peaks of memory.
         clock: time spent in the current step, by phase.
@@ -182,7 +182,12 @@ class Shard:
             self._remember(new)
 
     def _resume(self, new: NewSequence, parked_id: int) -> None:
-        """Put a parked sequence into the slot; one with more of a prompt to come remembers anew."""
+        """Put a parked sequence into the slot.
+
+        For one with more of a prompt to come that is a new beginning: the end of its prefill is a
+        cut like another, and when its rows are cut next is counted from there. A ring goes on, for
+        what comes may be shorter.
+        """
         only_rows = goes_on_in_prefill(new)
         if parked_id not in self.parked:  # the host had no memory for it
             self._remember(new)
@@ -190,6 +195,7 @@ class Shard:
             return
         if only_rows:
             self._remember(new)
+            self.rings.refill(new.slot, self.parked[parked_id].ring)
             self._note_rows(new, self.parked[parked_id].kept)
         if not self.parked.resume(new.slot, parked_id, only_rows=only_rows):
             self.refuse(new.slot)
@@ -198,15 +204,14 @@ class Shard:
 
     def _note_rows(self, new: NewSequence, kept: NDArray[np.int32]) -> None:
         """Note what the rest of a prompt will go on behind: `kept` [L, H], or what stays of it."""
-        assert (kept == kept[:, :1]).all(), f"rows of one layer differ in length: {kept}"
-        self.resumed[new.slot] = np.minimum(kept[:, 0], np.int32(new.resumed_tokens))
+        self.resumed[new.slot] = np.minimum(kept, np.int32(new.resumed_tokens))
 
     def _cut_back(self, new: NewSequence) -> None:
         """Cut off tokens behind those that the prompt begins with, of rows that have them all."""
         slots, counts = np.array([new.slot]), self.resumed[new.slot]
-        if (self.kv.kept(new.slot)[:, 0] == counts).all():
+        if (self.kv.kept(new.slot) == counts).all():
             return
-        shorten(self.kv, slots, np.repeat(counts[None, :, None], self.kv.num_heads, axis=2))
+        shorten(self.kv, slots, counts[None])
         if self.kv.rings.window:
             assert new.resumed_tokens <= self.kv.rings.window, "a ring has lost what comes last now"
             self.kv.rings.seen[new.slot] = new.resumed_tokens

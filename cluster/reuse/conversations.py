@@ -22,12 +22,11 @@ from .cached import Use
 Key = tuple[str, str]  # owner, id
 
 # Why a turn of a conversation that is known is computed from its first token.
-Anew = Literal["tokens", "retention", "method", "rows", "lost"]
+Anew = Literal["tokens", "retention", "method", "lost"]
 REASONS: dict[Anew, str] = {
     "tokens": "its prompt does not begin with what was fed before",
     "retention": "it has another retention than the turn before",
     "method": "its retention chooses by what is no longer known of earlier tokens",
-    "rows": "rows of one layer differ in length",
     "lost": "what was kept had to make room, or was lost with its workers or its turn",
 }
 
@@ -45,7 +44,7 @@ class Kept:
         pages: that it holds on each worker, int64 [W], but for those of blocks; or held, if it
             lies on the host.
         host_bytes: that it would take on each worker's host, int64 [W], at most.
-        num_bytes: of its pages on all workers.
+        num_bytes: of its pages on all workers, and of the queries that are remembered with them.
         use: what its rows share with blocks of prefixes, which stay with it.
         last_used: when its turn ended.
     """

@@ -105,7 +105,7 @@ class Turns:
         kept = self.conversations.get(key)
         if kept is None:
             return self.conversations.why_lost(key)
-        reason = why_not_resumed(retention, len(prompt_token_ids))
+        reason = why_not_resumed(retention)
         if reason is not None:
             return reason
         found = goes_on(kept, np.asarray(prompt_token_ids, dtype=np.int32), retention)
@@ -257,11 +257,6 @@ class Turns:
             self._pages.take_back(kept.pages)
 
 
-def why_not_resumed(retention: Retention, prompt_tokens: int) -> Anew | None:
-    """Why what a turn with such a prompt would leave is of no use for the next; None: it is."""
-    if why_not_reused(retention) is not None or retention.decode is not None:
-        return "method"
-    heads_differ = retention.ragged or retention.shape.heads_differ
-    if heads_differ and retention.drops(prompt_tokens):
-        return "rows"
-    return None
+def why_not_resumed(retention: Retention) -> Anew | None:
+    """Why what a turn would leave is of no use for the next; None: it is."""
+    return None if why_not_reused(retention) is None else "method"

@@ -216,21 +216,31 @@ def resumed_demand(
     """The demand of a prompt whose rows begin with what its conversation holds.
 
     Until its prefill is through, each row takes what it has or what it is to have, if that is more.
+    Heads that divide the tokens of their layer may do so in any way, but no row has more than it
+    held and the new ones.
 
     Args:
-        demand: of the whole prompt, not ragged and never cut.
+        demand: of the whole prompt, of rows that are cut by no trimming.
         held: tokens of each row, int32 [L, H].
         new_tokens: of the prompt, that are computed.
         workers: every rank's shard.
     """
     assert isinstance(demand.growth, TabulatedGrowth), "rows that are cut go on by no turn"
     page_tokens = workers[0].page_tokens
-    rows = np.minimum(demand.rows, held + new_tokens)
-    most = np.maximum(rows, held)
+    rows = np.minimum(demand.rows, held + np.int32(new_tokens))
+    most, layer_tokens = np.maximum(rows, held), demand.rows.sum(axis=1)
     base, crossings = np.zeros_like(demand.growth.base), np.zeros_like(demand.growth.crossings)
     for rank, (worker, sees_all) in enumerate(zip(workers, global_layers(workers), strict=True)):
-        mine = most[worker.start_layer : worker.stop_layer, worker.start_head : worker.stop_head]
-        base[rank], crossings[rank] = tabulate(mine[sees_all], page_tokens)
+        layers, heads = (
+            slice(worker.start_layer, worker.stop_layer),
+            slice(worker.start_head, worker.stop_head),
+        )
+        if demand.ragged:
+            before, tokens = held[layers, heads][sees_all], layer_tokens[layers][sees_all]
+            table = tabulate_resumed(before, new_tokens, tokens, page_tokens)
+        else:
+            table = tabulate(most[layers, heads][sees_all], page_tokens)
+        base[rank], crossings[rank] = table
     growth = replace(demand.growth, base=base, crossings=crossings)
     return replace(demand, rows=rows, growth=growth)
 
@@ -256,6 +266,28 @@ def tabulate_ragged(
     tokens = rows.sum(axis=1)[:, None] + num_heads * (fed + page_tokens - 1)
     whole = num_heads * -(-(prompt_tokens + fed) // page_tokens)
     most = np.minimum(tokens // page_tokens, whole).sum(axis=0)
+    return int(most[0]), most - most[0]
+
+
+def tabulate_resumed(
+    held: NDArray[np.int32], new_tokens: int, layer_tokens: NDArray[np.int64], page_tokens: int
+) -> tuple[int, Ints]:
+    """As `tabulate_ragged`, of rows that begin with tokens which they keep until they are redone.
+
+    Args:
+        held: by each row of a worker, [L, H].
+        new_tokens: of the prompt, that are computed.
+        layer_tokens: that all heads of the model divide, [L].
+        page_tokens: tokens of a page.
+    """
+    fed = np.arange(page_tokens)
+    num_heads = held.shape[1]
+    uncut_LHP = held[:, :, None] + new_tokens + fed
+    tokens_LP = layer_tokens[:, None] + num_heads * fed
+    pages_LP = (tokens_LP + num_heads * (page_tokens - 1)) // page_tokens
+    pages_LP = np.minimum(pages_LP, (-(-uncut_LHP // page_tokens)).sum(axis=1))
+    before_L = (-(-held // page_tokens)).sum(axis=1)
+    most = np.maximum(pages_LP, before_L[:, None]).sum(axis=0)
     return int(most[0]), most - most[0]
 
 

@@ -42,7 +42,7 @@ class Shares:
 
     def __init__(self) -> None:
         self._levels: dict[int, _Level] = {}
-        self._furthest = 0  # that any priority has come: turns given later are no earlier
+        self._furthest = 0  # where a priority begins in which nobody waits
 
     def enter(self, sequence: Sequence) -> None:
         """Count a sequence that begins to wait; it keeps the turn that it may have already."""
@@ -65,6 +65,8 @@ class Shares:
             level.now = max(level.now, sequence.turn or 0)
             self._furthest = max(self._furthest, level.now)
         if level.num_waiting == 0:  # nobody waits, so nobody is owed anything
+            # Who has passed others may come back, and has had its turn before all that come later.
+            self._furthest = max([self._furthest, *level.latest.values()])
             del self._levels[sequence.request.priority]
 
     def settle(self, sequence: Sequence, *, has_run: bool) -> None:

@@ -225,8 +225,7 @@ class Roster:
         if key is None:
             return False
         self.conversations.end(key)
-        retention, length = sequence.request.retention, sequence.prompt_tokens
-        reason = why_not_resumed(retention, length)
+        reason = why_not_resumed(sequence.request.retention)
         if self.conversations.get(key) is None:
             self.conversations.lose(key, reason or "lost")  # unless it is kept in a moment
         is_kept = reason is None and self.conversations.max_bytes > 0

@@ -340,20 +340,16 @@ class Seats:
         known = (*request.prompt_token_ids, *sequence.output_token_ids)
         if sequence.position > len(known):
             return None
-        rows = ledger.rows_of(slot, sequence.position - sequence.prompt_tokens)
-        if (rows != rows[:, :1]).any():
-            self.turns.conversations.lose(sequence.conversation or ("", ""), "rows")
-            return None
         pages_W = ledger.pages_of(slot)
         return Kept(
             parked_id=next_parked_id(),
             token_ids=np.array(known[: sequence.position], dtype=np.int32),
             retention=request.retention,
-            rows=rows,
+            rows=ledger.rows_of(slot, sequence.position - sequence.prompt_tokens),
             is_whole=request.retention.score is None and not ledger.layers.local_layers,
             pages=pages_W,
             host_bytes=self._host_bytes(sequence, slot),
-            num_bytes=ledger.bytes_of(pages_W),
+            num_bytes=ledger.bytes_of(pages_W) + int(self._demand(sequence).ring_bytes.sum()),
             use=use,
             last_used=self.turns.conversations.now,
         )

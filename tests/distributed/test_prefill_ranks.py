@@ -3,6 +3,7 @@
 All ranks of a stage select the same tokens, and stages hand over positions.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from saqqara.workers.plan import (
     Parking,
     PrefillGroup,
     StepPlan,
+    StepResult,
 )
 from saqqara.workers.worker import Worker
 
@@ -31,8 +33,14 @@ PYRAMID = Retention.parse(
     {"propagate": {"kind": "pyramidinfer", "rho": 0.5, "min_context": 8, "recent_ratio": 0.2}}
 )
 SNAPKV = Retention.parse({"method": "snapkv", "budget": 20, "window": 8})
+ADAKV = Retention.parse({"method": "adakv", "budget": 20, "window": 8})
 KNORM = Retention.parse({"method": "knorm-pyramid", "budget": "40%", "window": 8})
 ONCE = Retention.parse({"propagate": {"kind": "once", "layer": 1, "keep": 0.4, "window": 6}})
+PROFILE = {
+    f"{layer}-{head}": [1 + (5 * layer + head) % 4] for layer in range(6) for head in range(6)
+}
+HEADKV = Retention.parse({"method": "headkv", "budget": 20, "window": 8, "profile": PROFILE})
+TURNS = (SNAPKV, ADAKV, HEADKV)
 
 
 def prompts() -> list[list[int]]:
@@ -89,15 +97,16 @@ def hit_plans(splits: list[int]) -> list[StepPlan]:
     group = PrefillGroup((3,), 0, LAYERS)
     first = StepPlan(0, new=(storer,), prefill=(group,))
     plans = [first, StepPlan(0, free=(3,)), *make_plans(new, splits)]
-    plans += [StepPlan(0, evict=tuple(range(15))), *turn_plans(splits)]
+    plans.append(StepPlan(0, evict=tuple(range(15))))
+    plans += [plan for retention in TURNS for plan in turn_plans(splits, retention)]
     return [replace(plan, step=step) for step, plan in enumerate(plans)]
 
 
-def turn_plans(splits: list[int]) -> list[StepPlan]:
+def turn_plans(splits: list[int], retention: Retention) -> list[StepPlan]:
     """A prompt's rows stay, and a longer one goes on behind them."""
     prompt, parking = prompts()[0], Parking(3, 9, to_host=False)
-    first = new_sequence(3, prompt[:40], retention=SNAPKV)
-    longer = replace(new_sequence(3, prompt, retention=SNAPKV), resumes=9, resumed_tokens=40)
+    first = new_sequence(3, prompt[:40], retention=retention)
+    longer = replace(new_sequence(3, prompt, retention=retention), resumes=9, resumed_tokens=40)
     return [
         StepPlan(0, new=(first,), prefill=(PrefillGroup((3,), 0, LAYERS),)),
         StepPlan(0, park=(parking,), free=(3,)),
@@ -134,6 +143,7 @@ CASES = {
 HIT_CASES = {
     "hit-pp2": (MeshLayout(pipeline_size=2), [2]),
     "hit-tp2": (MeshLayout(tensor_size=2), []),
+    "hit-tp4": (MeshLayout(tensor_size=4), [2]),
 }
 
 
@@ -216,6 +226,12 @@ def test_ranks_together_score_prompts_as_one_does(
     assert by_rank[2][1].top_ids == b""
 
 
+def kept_of(results: Sequence[StepResult], slot: int, num_heads: int) -> list[np.ndarray]:
+    """What each prefill of a slot kept, int32 [L, H] of a rank."""
+    kept = [kept for result in results for kept in result.kept if kept.slot == slot]
+    return [np.frombuffer(k.counts, dtype=np.int32).reshape(-1, num_heads) for k in kept]
+
+
 @pytest.mark.parametrize("case", HIT_CASES)
 def test_ranks_reuse_a_prefix_as_one_computes_it(
     case: str, folder: Path, runs: dict[str, list[RankRun]]
@@ -223,16 +239,27 @@ def test_ranks_reuse_a_prefix_as_one_computes_it(
     """Or a turn's rows as one reuses them."""
     alone = Worker.local(make_config(folder, MeshLayout()).for_worker())
     got = sampled_tokens(runs[case])
-    turn = [t.token_id for p in turn_plans([]) for t in alone.execute(p).sampled]
-    assert [t.token_id for t in got[3]][1:] == turn  # behind the token of the prompt that stored
+    plans = [plan for retention in TURNS for plan in turn_plans([], retention)]
+    expected_turns = list(map(alone.execute, plans))
+    turns = [t.token_id for result in expected_turns for t in result.sampled]
+    assert [t.token_id for t in got[3]][1:] == turns  # behind the token of the prompt that stored
     for new in make_hits():
         prompt, retention = new.tokens().tolist(), new.retention
         [expected] = run_greedy(alone, [prompt], NUM_TOKENS, retention=retention)
         assert [t.token_id for t in got[new.slot]] == [t.token_id for t in expected]
+    layout, whole = HIT_CASES[case][0], kept_of(expected_turns, 3, HEADS)
+    for rank, run in enumerate(runs[case]):
+        heads = head_shard(6, HEADS, layout.tensor_size, layout.tensor_rank(rank)).kv
+        num_layers = LAYERS // layout.pipeline_size
+        start = layout.pipeline_rank(rank) * num_layers
+        kept = kept_of(run.results, 3, len(heads))[1:]
+        assert len(kept) == len(whole) == 2 * len(TURNS)
+        for mine, rows in zip(kept, whole, strict=True):
+            assert (mine == rows[start : start + num_layers, heads.start : heads.stop]).all()
     for run in runs[case]:
         stored = run.results[0].prefill_layer_tokens // len(prompts()[0])
         computed = sum(result.prefill_layer_tokens for result in run.results[1:])
-        assert computed == stored * (8 + 9 + 8 + 40 + 30)
+        assert computed == stored * (8 + 9 + 8 + len(TURNS) * (40 + 30))
         assert run.results[-1].pages_free == run.num_pages
 
 

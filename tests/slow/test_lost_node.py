@@ -21,7 +21,7 @@ from support.node_jobs import NodeJob
 from saqqara.cluster.on_ray.placement import Placement, PlacementError, alive_nodes, reserve
 from saqqara.configs.schema import EngineConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 OBJECT_STORE = {"object_store_memory": 100 * 2**20}
 

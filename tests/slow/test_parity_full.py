@@ -6,19 +6,11 @@ prompts and of the tokens go through ranks that are parallel in one way.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from support.parity import (
-    Reference,
-    assert_greedy_parity,
-    following_logits,
-    reference_of,
-    token_ids,
-)
+from support.parity import Judge, token_ids
 
 from saqqara import LLM, SamplingParams
 
@@ -30,8 +22,8 @@ FULL_MODEL_ROWS = 90  # 30 layers x 3 kv heads
 
 
 @pytest.fixture(scope="module")
-def reference(demo_model: Path) -> Reference:
-    return reference_of(demo_model, LENGTHS, NUM_TOKENS)
+def judge(demo_model: Path) -> Judge:
+    return Judge(demo_model, LENGTHS)
 
 
 def make_llm(demo_model: Path, **settings: Any) -> LLM:
@@ -44,36 +36,38 @@ def local(demo_model: Path) -> Iterator[LLM]:
         yield llm
 
 
-def test_together(local: LLM, reference: Reference) -> None:
-    outputs = local.generate(prompt_token_ids=reference.prompts, sampling_params=GREEDY)
-    assert_greedy_parity(reference, token_ids(outputs))
+@pytest.fixture(scope="module")
+def together(local: LLM, judge: Judge) -> list[list[int]]:
+    """What all prompts at once are answered."""
+    return token_ids(local.generate(prompt_token_ids=judge.prompts, sampling_params=GREEDY))
 
 
-def test_alone(local: LLM, reference: Reference) -> None:
+def test_together(together: list[list[int]], judge: Judge) -> None:
+    judge.assert_greedy(judge.prompts, together, NUM_TOKENS)
+
+
+def test_alone(local: LLM, judge: Judge) -> None:
     outputs = [
         local.generate(prompt_token_ids=[prompt], sampling_params=GREEDY)[0]
-        for prompt in reference.prompts
+        for prompt in judge.prompts
     ]
-    assert_greedy_parity(reference, token_ids(outputs))
+    judge.assert_greedy(judge.prompts, token_ids(outputs), NUM_TOKENS)
 
 
-def test_scores(local: LLM, reference: Reference) -> None:
-    for prompt, continuation in zip(reference.prompts, reference.outputs, strict=True):
+def test_scores(local: LLM, together: list[list[int]], judge: Judge) -> None:
+    for prompt, continuation in zip(judge.prompts, together, strict=True):
         score = local.score(prompt, continuation)
-        fed = prompt + continuation[:-1]
-        logprobs = following_logits(reference.model, fed, len(continuation)).log_softmax(-1)
-        expected = logprobs.gather(1, torch.tensor(continuation)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(score.logprobs), expected, atol=1e-3, rtol=0)
+        judge.assert_logprobs(prompt, continuation, list(score.logprobs))
 
 
-def test_resumed(demo_model: Path, reference: Reference) -> None:
+def test_resumed(demo_model: Path, judge: Judge) -> None:
     """Room for every prompt and one more page a row: all but a few must be resumed."""
     pages = FULL_MODEL_ROWS * sum(-(-length // 16) + 1 for length in LENGTHS)
     gib = pages * 16 * 2 * 64 * 4 / 1024**3
     with make_llm(demo_model, kv_memory_gib=gib, check_integrity=True) as llm:
-        outputs = llm.generate(prompt_token_ids=reference.prompts, sampling_params=GREEDY)
+        outputs = llm.generate(prompt_token_ids=judge.prompts, sampling_params=GREEDY)
         assert llm.report().num_preemptions > 0
-    assert_greedy_parity(reference, token_ids(outputs))
+    judge.assert_greedy(judge.prompts, token_ids(outputs), NUM_TOKENS)
 
 
 @pytest.mark.ray
@@ -82,14 +76,9 @@ def test_resumed(demo_model: Path, reference: Reference) -> None:
     [(2, 2, 1), (2, 1, 2), (3, 1, 2), (1, 2, 2)],
     ids=["tp2-pp2", "tp2", "tp3", "pp2"],
 )
-def test_through_ray(
-    demo_model: Path, reference: Reference, tensor: int, pipeline: int, part: int
-) -> None:
+def test_through_ray(demo_model: Path, judge: Judge, tensor: int, pipeline: int, part: int) -> None:
     """One of `part` prompts, the longest among them, and one of `part` tokens."""
-    chosen = slice(part - 1, None, part)
-    wanted = replace(
-        reference, prompts=reference.prompts[chosen], outputs=reference.outputs[chosen]
-    )
+    prompts = judge.prompts[part - 1 :: part]
     with make_llm(
         demo_model,
         executor="ray",
@@ -98,7 +87,6 @@ def test_through_ray(
         check_integrity=True,
     ) as llm:
         sampling = GREEDY.model_copy(update={"max_tokens": NUM_TOKENS // part})
-        outputs = llm.generate(prompt_token_ids=wanted.prompts, sampling_params=sampling)
+        outputs = llm.generate(prompt_token_ids=prompts, sampling_params=sampling)
         assert llm.report().pages_leaked == 0
-    assert {len(ids) for ids in token_ids(outputs)} == {NUM_TOKENS // part}
-    assert_greedy_parity(wanted, token_ids(outputs))
+    judge.assert_greedy(prompts, token_ids(outputs), NUM_TOKENS // part)

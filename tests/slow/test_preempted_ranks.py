@@ -9,7 +9,7 @@ from support.tiny import save_tiny
 
 from saqqara import LLM, SamplingParams
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 PAGE_TOKENS = 4
 GIB = 1024**3

@@ -1,6 +1,7 @@
 """Settings of a server are changed while it streams: no stream is cut, and no request refused."""
 
 import json
+import math
 import os
 import threading
 import time
@@ -24,12 +25,12 @@ from support.server import fetch, free_port
 # Importing Ray Serve (2.60) warns of its own use of pydantic.
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.ray,
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),
 ]
 
-NUM_STREAMS = 4
-NUM_TOKENS = 6_000  # of each stream: more than come while a replica starts
+NUM_TOKENS = (500, 700, 900, 1100)  # of the streams of four clients, which end at different times
 CHANGE_SECONDS = 400.0
 APP = "saqqara"
 
@@ -78,20 +79,32 @@ def deploy(model: Path, deployment: dict[str, Any], max_n: int) -> None:
     )
 
 
-class Stream:
-    """A stream, read as it comes."""
+class Client:
+    """Reads one stream after the other until it is told to end; a cut or a refused one raises.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        url: of the server.
+        num_tokens: of each stream.
+        is_over: whether no other stream is to be begun.
+    """
+
+    def __init__(self, url: str, num_tokens: int, is_over: threading.Event) -> None:
         self._url = url
+        self._num_tokens = num_tokens
+        self._is_over = is_over
         self.has_begun = threading.Event()
-        self.has_ended = False
+        self.spans: list[tuple[float, float]] = []
 
-    def read(self) -> list[str]:
-        """The data of its events."""
+    def read(self) -> None:
+        """Check each stream to its end; `spans` says when its first and last event came."""
+        while not self._is_over.is_set():
+            self.spans.append(self._read_one())
+
+    def _read_one(self) -> tuple[float, float]:
         body = {
             "model": MODEL,
             "prompt": "hello",
-            "max_tokens": NUM_TOKENS,
+            "max_tokens": self._num_tokens,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -101,14 +114,18 @@ class Stream:
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        events = []
+        events: list[str] = []
+        begun = math.inf
         with urllib.request.urlopen(request, timeout=CHANGE_SECONDS) as answer:
             for line in answer:
                 if line.startswith(b"data: "):
                     events.append(line.decode().strip().removeprefix("data: "))
+                    begun = min(begun, time.monotonic())
                     self.has_begun.set()
-        self.has_ended = True
-        return events
+        assert events[-1] == "[DONE]"
+        assert json.loads(events[-2])["usage"]["completion_tokens"] == self._num_tokens
+        assert json.loads(events[-3])["choices"][0]["finish_reason"] == "length"
+        return begun, time.monotonic()
 
 
 def ask(url: str, n: int) -> int:
@@ -133,27 +150,30 @@ def test_streams_go_on_and_requests_are_answered_while_replicas_are_replaced(
         assert time.monotonic() < deadline
         time.sleep(0.5)
     assert ask(url, 2) == 400, "the old settings"
-    streams = [Stream(url) for _ in range(NUM_STREAMS)]
-    with ThreadPoolExecutor(NUM_STREAMS) as threads:
-        reading = [threads.submit(stream.read) for stream in streams]
-        for stream in streams:
-            assert stream.has_begun.wait(60)
-        deploy(model, deployment, max_n=2)
-        statuses = [ask(url, 2)]
-        while statuses[-1] != 200:
-            assert time.monotonic() < deadline, statuses
-            statuses.append(ask(url, 2))
-            time.sleep(0.05)
-        num_open = sum(not stream.has_ended for stream in streams)
-        assert set(statuses) == {200, 400}, "each was answered, by the old or by the new"
-        assert num_open > 0, "the streams were too short to show anything"
-        for events in (future.result() for future in reading):
-            assert events[-1] == "[DONE]"
-            assert json.loads(events[-2])["usage"]["completion_tokens"] == NUM_TOKENS
-            assert json.loads(events[-3])["choices"][0]["finish_reason"] == "length"
-    while not is_running():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    is_over = threading.Event()
+    clients = [Client(url, num_tokens, is_over) for num_tokens in NUM_TOKENS]
+    with ThreadPoolExecutor(len(clients)) as threads:
+        reading = [threads.submit(client.read) for client in clients]
+        try:
+            for client in clients:
+                assert client.has_begun.wait(60)
+            deploy(model, deployment, max_n=2)
+            statuses = [ask(url, 2)]
+            while statuses[-1] != 200:
+                assert time.monotonic() < deadline, statuses
+                statuses.append(ask(url, 2))
+                time.sleep(0.05)
+            changed = time.monotonic()
+            while not is_running():
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+        finally:
+            is_over.set()
+        for future in reading:
+            future.result()
+    assert set(statuses) == {200, 400}, "each was answered, by the old or by the new"
+    spans = [span for client in clients for span in client.spans]
+    assert any(begun < changed < ended for begun, ended in spans), "no stream outlived its settings"
     assert {ask(url, 2) for _ in range(10)} == {200}
 
 

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 # Importing Ray Serve (2.60) warns of its own use of pydantic.
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.ray,
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),
 ]
 

@@ -40,11 +40,12 @@ def window_attention(window: int, kernel: int, pooling: str) -> Score:
     def score(stored: Stored, head: int) -> list[float]:
         heads = range(head * stored.group, (head + 1) * stored.group)
         raw = [0.0] * (len(stored.rows[head]) - window)
+        num_queries = min(window, len(stored.queries))  # fewer in a short turn
         for query_head in heads:
-            for back in range(1, window + 1):
+            for back in range(1, num_queries + 1):
                 weights = stored.attention(query_head, back)
                 for j in range(len(raw)):
-                    raw[j] += weights[j] / (window * len(heads))
+                    raw[j] += weights[j] / (num_queries * len(heads))
         return pooled(raw, kernel, pooling)
 
     return score
@@ -327,9 +328,12 @@ def best(scores: list[float], keep: int, sinks: int, cuts: Cuts) -> list[int]:
 def competing(
     scores: list[list[float]], floor: int, slots: int, sinks: int, cuts: Cuts
 ) -> list[list[int]]:
-    """Ada-KV: each head's best up to the floor, then the best of all; sinks are the best."""
+    """Ada-KV: each head's best up to the floor, then the best of all; sinks are the best.
+
+    Rows end together, so places are told from their ends.
+    """
     order = [  # (score, place, minus head), so that the largest is the best
-        (math.inf if j < sinks else score, j, -head)
+        (math.inf if j < sinks else score, j - len(row), -head)
         for head, row in enumerate(scores)
         for j, score in enumerate(row)
     ]
@@ -338,14 +342,15 @@ def competing(
     for head in range(len(scores)):
         mine = [(score, j) for score, j, minus_head in order if -minus_head == head]
         kept.append([j for _, j in mine[:floor]])
-        if floor:
+        if 0 < floor < len(mine):
             cuts.between(mine[floor - 1][0], mine[floor][0])
     rest = [(x, j, minus) for x, j, minus in order if j not in kept[-minus]]
     free_slots = slots - sum(map(len, kept))
-    cuts.between(rest[free_slots - 1][0], rest[free_slots][0])
+    if 0 < free_slots < len(rest):
+        cuts.between(rest[free_slots - 1][0], rest[free_slots][0])
     for _, j, minus_head in rest[:free_slots]:
         kept[-minus_head].append(j)
-    return [sorted(row) for row in kept]
+    return [sorted(len(scores[head]) + j for j in row) for head, row in enumerate(kept)]
 
 
 @dataclass(frozen=True)
@@ -393,6 +398,8 @@ class Rules:
         """Sinks, the recent tokens, and the best of the others."""
         assert self.score is not None
         lengths = [len(row) for row in stored.rows]
+        if not self.compete:
+            keep = [min(count, length) for count, length in zip(keep, lengths, strict=True)]
         recent = [self._recent(count) for count in keep]
         scores = [
             self.score(stored, head)[: lengths[head] - recent[head]] for head in range(len(keep))

@@ -1,4 +1,4 @@
-"""Greedy parity with `transformers generate`, as the project defines it.
+"""Greedy parity with transformers, as the project defines it.
 
 In fp32: identical tokens, except where the reference's two best logits differ by less than
 `TIE_LOGITS`; there ours must be one of the two, and the comparison goes on along our tokens. Such
@@ -69,6 +69,59 @@ def reference_of(folder: Path, lengths: list[int], num_tokens: int) -> Reference
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompts = english_prompts(AutoTokenizer.from_pretrained(folder), lengths)
     return make_reference(model, prompts, num_tokens)
+
+
+class Judge:
+    """Says whether tokens are what transformers would write, by its logits along them.
+
+    A text is passed through the model once, whole, however many tests ask about it.
+
+    Args:
+        folder: of the model, which is loaded in fp32.
+        lengths: of the prompts, in tokens of real English.
+    """
+
+    def __init__(self, folder: Path, lengths: list[int]) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.prompts = english_prompts(AutoTokenizer.from_pretrained(folder), lengths)
+        self._known: dict[tuple[int, ...], torch.Tensor] = {}  # logits by text
+
+    def logits(self, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+        """Logits, fp32 [len(tokens), V], of which each of `tokens` is drawn after those before."""
+        text = (*prompt, *tokens)
+        for known, logits in self._known.items():
+            if known[: len(text)] == text:
+                begin = len(known) - len(logits)
+                if begin <= len(prompt):
+                    return logits[len(prompt) - begin : len(text) - begin]
+        logits = following_logits(self._model, list(text[:-1]), len(tokens))
+        self._known[text] = logits
+        return logits
+
+    def assert_greedy(
+        self, prompts: list[list[int]], ours: list[list[int]], num_tokens: int
+    ) -> None:
+        """Check continuations of so many tokens, each token along our own ones."""
+        ties = 0
+        for prompt, tokens in zip(prompts, ours, strict=True):
+            assert len(tokens) == num_tokens
+            best = self.logits(prompt, tokens).topk(2)
+            for at, token in enumerate(tokens):
+                first, second = best.indices[at].tolist()
+                if token != first:
+                    gap = float(best.values[at, 0] - best.values[at, 1])
+                    assert gap < TIE_LOGITS, f"token {at}: {token} for {first}, gap {gap:.2e}"
+                    assert token == second
+                    ties += 1
+        total = num_tokens * len(ours)
+        allowed = -(-total // TOKENS_PER_TIE)
+        assert ties <= allowed, f"{ties} ties in {total} tokens"
+
+    def assert_logprobs(self, prompt: list[int], tokens: list[int], logprobs: list[float]) -> None:
+        """Check the scores of a continuation."""
+        expected = self.logits(prompt, tokens).log_softmax(-1)
+        expected = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-3, rtol=0)
 
 
 def token_ids(outputs: list[Any]) -> list[list[int]]:

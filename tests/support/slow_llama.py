@@ -212,6 +212,42 @@ class SlowLlama:
         assert positions[-1] == len(prompt) - 1
         return self._logits(hidden[-1])
 
+    def turn(self, tokens: list[int], start: int) -> Tensor:
+        """Logits [V] after more of a text behind what is kept, of which rows are cut again.
+
+        What rows then have is what they are cut back to from there on.
+        """
+        config, hidden = self.weights.config, self.weights.embed[tokens]
+        num_layers, num_heads = config.num_hidden_layers, config.num_key_value_heads
+        counts = self.definition.counts(start + len(tokens), num_layers, num_heads)
+        positions = list(range(start, start + len(tokens)))
+        self.num_compactions = 0
+        for layer, rows in enumerate(self.rows):
+            q, k, v = self._project(layer, hidden, positions)
+            for j, position in enumerate(positions):
+                for number, row in enumerate(rows):
+                    row.append(Entry(position, k[j, number], v[j, number]))
+            mixed = []
+            for j, position in enumerate(positions):
+                of_token = []
+                for head in range(q.shape[1]):
+                    seen = [
+                        e for e in rows[head * num_heads // q.shape[1]] if e.position <= position
+                    ]
+                    weights = attend(q[j, head], torch.stack([e.key for e in seen]))
+                    of_token.append(weights @ torch.stack([e.value for e in seen]))
+                mixed.append(torch.cat(of_token))
+            earlier, fresh = self._queries[layer], [(p, q[j]) for j, p in enumerate(positions)]
+            self._queries[layer] = fresh  # a cut here looks at these only
+            target = self.definition.grown_target(start + len(tokens))
+            self._targets[layer] = [target] * num_heads
+            if counts is not None:
+                self._cut(layer, counts[layer])
+                self._targets[layer] = [len(row) for row in rows]
+            self._queries[layer] = [*earlier, *fresh]
+            hidden = self._finish(layer, hidden, torch.stack(mixed))
+        return self._logits(hidden[-1])
+
     def decode(self, token: int, position: int) -> Tensor:
         """Logits [V] after one more token; then rows that are full are cut."""
         hidden = self.weights.embed[[token]]

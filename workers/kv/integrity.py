@@ -36,12 +36,14 @@ def check_integrity(
         f"pages {wrong[:5]} have {references[wrong[:5]]} owners but reference counts"
         f" {pool.refcount[wrong[:5]]}",
     )
-    free = np.sort(pool.free_pages)
-    _require(
-        np.array_equal(free, np.flatnonzero(references == 0)),
-        f"{len(free)} pages on the free stack ({len(np.unique(free))} different), but"
-        f" {np.count_nonzero(references == 0)} pages have no owner",
-    )
+    free = pool.free_pages
+    _require((free >= 0).all(), f"page ids on the free stack out of range: {free[free < 0][:5]}")
+    on_stack = np.bincount(free, minlength=pool.num_pages)
+    if not np.array_equal(on_stack, references == 0):
+        raise AssertionError(
+            f"{len(free)} pages on the free stack ({np.count_nonzero(on_stack)} different), but"
+            f" {np.count_nonzero(references == 0)} pages have no owner"
+        )
     _require(
         pool.any_shared == bool((references > 1).any()),
         f"any_shared is {pool.any_shared}, the tables say otherwise",

@@ -104,21 +104,32 @@ def empty_rows(kv: KVStore, layer: int, slot: int) -> None:
 
 
 def read_prompt(kv: KVStore, slot: int, layer: int, k: Tensor, v: Tensor) -> None:
-    """Copy what the rows of a slot keep in a layer, all as many tokens.
+    """Copy what the rows of a slot keep in a layer; of unequal length, they end together.
 
     Args:
         kv: the store.
         slot: the slot.
         layer: local layer.
-        k: receives the keys in the order of the text, [kept, H, D].
-        v: receives the values, [kept, H, D].
+        k: receives the keys in the order of the text, [longest, H, D]. What stands before those of
+            a shorter row means nothing.
+        v: receives the values, [longest, H, D].
     """
     table, (num_tokens, num_heads, dim) = kv.table, k.shape
     kept = table.kept[slot, layer]
-    assert (kept == num_tokens).all(), f"rows of {kept} tokens, not {num_tokens}"
+    assert kept.max() == num_tokens, f"rows of {kept} tokens, not {num_tokens}"
     rows = np.full(num_heads, slot), layer, np.arange(num_heads)
     pages = table.row_pages(*rows, -(-num_tokens // kv.page_tokens)).long().view(-1)
+    is_even = bool((kept == num_tokens).all())
+    if not is_even:
+        room = -(-num_tokens // kv.page_tokens) * kv.page_tokens
+        place_TH = np.arange(num_tokens)[:, None] - (num_tokens - kept)
+        source_TH = np.maximum(place_TH, 0) + np.arange(num_heads) * room
+        source = to_device(source_TH.reshape(-1), table.device)
     for stored, tokens in ((kv.pool.k_pages, k), (kv.pool.v_pages, v)):
+        if not is_even:
+            found = stored.index_select(0, pages).view(-1, dim)
+            tokens.copy_(found.index_select(0, source).view(tokens.shape))
+            continue
         found = stored.index_select(0, pages).view(num_heads, -1, dim)[:, :num_tokens]
         if layer in kv.rings:
             places, _ = kv.rings.in_order(kv.rings.seen[[slot]])

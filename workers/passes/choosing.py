@@ -13,10 +13,10 @@ from torch import Tensor
 
 from saqqara.compression.growth import remembers_normalisers, sums_mass
 from saqqara.compression.retention import Retention
-from saqqara.compression.selecting import select
+from saqqara.compression.selecting import select, select_rows
 from saqqara.workers.kv.prompts import PromptWrite
 from saqqara.workers.models.layer import QKV
-from saqqara.workers.retain.observe import observe_prompt, prompt_mass
+from saqqara.workers.retain.observe import observe_each_length, observe_prompt, prompt_mass
 from saqqara.workers.shard import Shard
 
 from .parked import ParkedPrefill
@@ -46,10 +46,11 @@ class Choosing:
         """
         local_layer = layer - self._part.layers.start
         writes: list[PromptWrite] = []
-        prompts = zip(keyed.prompts(), keyed.cu_k.host, keyed.num_before, strict=False)
+        befores = zip(keyed.num_before, keyed.pads, strict=True)
+        prompts = zip(keyed.prompts(), keyed.cu_k.host, befores, strict=False)
         bounds = pairwise(keyed.cu_q.host)
         families = zip(parked.families.values(), parked.cached, parked.resumed, strict=True)
-        for (family, cached, rows), (prompt, start, num_before), (first, last) in zip(
+        for (family, cached, rows), (prompt, start, (num_before, pads)), (first, last) in zip(
             families, prompts, bounds, strict=True
         ):
             prompt_lse = None if lse is None else lse[first:last]
@@ -60,7 +61,7 @@ class Choosing:
                 # On every rank, refused or not: some scores are reduced over ranks.
                 if held.retention not in chosen:
                     with self._shard.faults.blame([slot], "retention"):
-                        chosen[held.retention] = self._select(layer, slot, prompt, prompt_lse)
+                        chosen[held.retention] = self._select(layer, slot, prompt, prompt_lse, pads)
                 if held.retention not in chosen:
                     continue
                 indices, masses = chosen[held.retention]
@@ -74,7 +75,7 @@ class Choosing:
                 )
                 kept = 0
                 if rows is not None and not self._part.windows[local_layer]:
-                    kept = int(rows.counts[local_layer])
+                    kept = int(rows.counts[local_layer].max())
                 how = (len(prompt.k), indices, num_before, kept, shared)
                 writes.append(PromptWrite(slot, start, *how))
         return writes
@@ -140,18 +141,29 @@ class Choosing:
             shard.sums.store(slot, local_layer, masses, indices, more)
 
     def _select(
-        self, layer: int, slot: int, prompt: QKV, lse: Tensor | None
+        self,
+        layer: int,
+        slot: int,
+        prompt: QKV,
+        lse: Tensor | None,
+        pads: NDArray[np.int64] | None,
     ) -> tuple[Selection, Tensor | None]:
         """Which of the tokens that entered each kv head keeps, or None for all; see `select`.
 
         Where compactions will go by sums of attention, also what all of these tokens got, [H, n]. A
-        layer with a window keeps what is in it, and is never compacted.
+        layer with a window keeps what is in it, and is never compacted. `pads` are as in `Keyed`.
         """
         if self._part.spec.layers.windows[layer]:
             return None, None
         spec, held = self._part.spec, self._shard.slots[slot]
         masses = prompt_mass(self._part, prompt, lse) if sums_mass(held.retention) else None
         rows = held.retention.row_tokens(held.prompt_tokens, spec.layers, spec.num_kv_heads)
+        goes_on = held.resumed_tokens > 0
+        if goes_on and held.retention.shape.heads_differ:
+            # On other ranks rows may differ where they do not here: who asks whom is up to numbers
+            # that all ranks know.
+            is_whole = rows[layer].min() >= held.prompt_tokens
+            return None if is_whole else self._select_rows(layer, slot, prompt, lse, pads), masses
         if rows[layer].min() >= len(prompt.k):
             return None, masses
         observation = observe_prompt(
@@ -162,9 +174,29 @@ class Choosing:
             held.retention,
             held.prompt_tokens,
             masses,
-            goes_on=held.resumed_tokens > 0,
+            goes_on=goes_on,
         )
         return select(held.retention, observation), masses
+
+    def _select_rows(
+        self,
+        layer: int,
+        slot: int,
+        prompt: QKV,
+        lse: Tensor | None,
+        pads: NDArray[np.int64] | None,
+    ) -> list[Tensor] | None:
+        """What each local kv head keeps of its row and the tokens after it, where heads differ."""
+        part, held = self._part, self._shard.slots[slot]
+        if pads is None:
+            pads = np.zeros(len(part.heads.kv), dtype=np.int64)
+        how = (lse, held.retention, held.prompt_tokens)
+        seen = observe_each_length(part, layer, prompt, *how, pads)
+        gather = part.gather_heads if part.mesh.layout.tensor_size > 1 else None
+        chosen = select_rows(held.retention, seen, part.heads.kv, gather)
+        if all(len(row) + pad == len(prompt.k) for row, pad in zip(chosen, pads, strict=True)):
+            return None
+        return [row + int(pad) for row, pad in zip(chosen, pads, strict=True)]
 
 
 def _with_reused(positions: Tensor, num_keys: int) -> Tensor:

@@ -228,7 +228,7 @@ class NativePrefill:
             kept[:, prompt] = len(pages) * kv.page_tokens
             rows = parked.resumed[prompt]
             if rows is not None and slot not in self._shard.faults.refused:
-                kept[:, prompt] = rows.counts[local, None]
+                kept[:, prompt] = rows.counts[local]
                 most = int(kv.table.num_pages(kept[:, prompt]).max())
                 table = kv.table.pages[slot, local, :, :most]
             tables.append(table)

@@ -110,8 +110,8 @@ class ResumedRows:
     """What a prompt goes on behind.
 
     Attributes:
-        counts: tokens that the rows of each layer keep, int32 [L]; also of a refused slot, for
-            other ranks have them.
+        counts: tokens that each row keeps, int32 [L, H]; also of a refused slot, for other ranks
+            have them.
         rings: keys and values [tokens, H, D] of the layers with a window, in the order of the text.
             The rows there are empty.
     """

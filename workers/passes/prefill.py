@@ -31,6 +31,7 @@ from .choosing import Choosing
 from .native_prefill import NativePrefill, Piece
 from .parked import Finals, ParkedPrefill, last_rows
 from .prefixes import Keyed, Prefixes
+from .uneven import attend
 
 
 class Prefill:
@@ -197,8 +198,8 @@ class Prefill:
             with timed("project"):
                 keyed = self._prefixes.before(local_layer, some, fresh)
             with timed("attention"):
-                bounds = keyed.cu_q, keyed.cu_k
-                attended, lse = part.backend.prefill(*keyed.qkv, *bounds, part.scale, window)
+                queries = keyed.qkv.q, keyed.cu_q
+                attended, lse = attend(part.backend, keyed, *queries, part.scale, window)
                 several.append(attended)
             with timed("retain"):
                 self._retain(layer, some, fresh, keyed, lse)
@@ -227,10 +228,10 @@ class Prefill:
             fresh, wanted_some = qkv.of(tokens), some.wanted(self._shard.slots)
             keyed = self._prefixes.before(layer - part.layers.start, some, fresh)
             q = fresh.q[last_rows(wanted_some, some.cu)]
-            last = (q, keyed.qkv.k, keyed.qkv.v, wanted_some, keyed.cu_k)
-            several.append(part.backend.prefill(*last, part.scale, part.windows[-1])[0])
+            how = (part.scale, part.windows[-1])
+            several.append(attend(part.backend, keyed, q, wanted_some, *how)[0])
             self._retain(layer, some, fresh, keyed, None)
-            del fresh, keyed, q, last
+            del fresh, keyed, q
         attended = several[0] if len(several) == 1 else torch.cat(several)
         del qkv
         hidden_RE = parked.hidden_TE[rows_R]

@@ -3,7 +3,8 @@
 Of a prompt that begins with cached blocks only the tokens behind these are computed. In each layer
 their queries see the blocks' keys, and retention chooses from all, so what is kept is as if the
 whole prompt were computed. The same goes for the next turn of a conversation, which begins with
-what its slot's rows have kept of the turns before. And prompts fill blocks for later ones.
+what its slot's rows have kept of the turns before; where rows of one layer differ in length, their
+keys end together (`uneven.py`). And prompts fill blocks for later ones.
 
 Shapes: T packed fresh tokens, S packed tokens with the cached ones, N prompts, L local layers, Hq
 local query heads, H local kv heads, D head dim.
@@ -37,12 +38,15 @@ class Keyed:
         cu_k: where each prompt's keys begin.
         num_before: of each prompt, tokens that have no key here: they are out of every window, or
             were not kept.
+        pads: of each prompt whose rows differ in length, so many of the first keys of each kv head
+            are nobody's, int64 [H]; None: all are tokens'.
     """
 
     qkv: QKV
     cu_q: CuSeqlens
     cu_k: CuSeqlens
     num_before: tuple[int, ...]
+    pads: tuple[NDArray[np.int64] | None, ...]
 
     def prompts(self) -> list[QKV]:
         """Views of each prompt: its last queries, its keys and its values."""
@@ -81,10 +85,10 @@ class Prefixes:
         shard, kv = self._shard, self._shard.kv
         if not shard.slots[slot].resumed_tokens:
             return None
-        rings, nothing = {}, np.zeros(kv.num_layers, dtype=np.int32)  # of a slot at fault
-        counts = shard.resumed.get(slot, nothing)
+        nothing = np.zeros((kv.num_layers, kv.num_heads), dtype=np.int32)  # of a slot at fault
+        rings, counts = {}, shard.resumed.get(slot, nothing)
         for layer in kv.rings.windowed.tolist():
-            shape = (int(counts[layer]), kv.num_heads, kv.pool.k_pages.shape[-1])
+            shape = (int(counts[layer, 0]), kv.num_heads, kv.pool.k_pages.shape[-1])
             k, v = (kv.pool.k_pages.new_zeros(shape) for _ in range(2))
             if slot not in shard.faults.refused:
                 read_prompt(kv, slot, layer, k, v)
@@ -95,11 +99,12 @@ class Prefixes:
     def before(self, local_layer: int, parked: ParkedPrefill, qkv: QKV) -> Keyed:
         """Fresh queries, keys and values of a group, with what is known before the latter."""
         if not parked.reuses:
-            return Keyed(qkv, parked.cu, parked.cu, (0,) * len(parked.families))
+            num = len(parked.families)
+            return Keyed(qkv, parked.cu, parked.cu, (0,) * num, (None,) * num)
         page_tokens = self._shard.kv.page_tokens
         pages = [self._seen(local_layer, of_prompt) for of_prompt in parked.cached]
         num_known = [
-            len(of_prompt) * page_tokens if rows is None else int(rows.counts[local_layer])
+            len(of_prompt) * page_tokens if rows is None else int(rows.counts[local_layer].max())
             for of_prompt, rows in zip(pages, parked.resumed, strict=True)
         ]
         num_keys = [known + new for known, new in zip(num_known, parked.cu.lengths, strict=True)]
@@ -107,7 +112,8 @@ class Prefixes:
         k, v = (x.new_empty(sum(num_keys), *x.shape[1:]) for x in (qkv.k, qkv.v))
         whole = [self._shard.slots[slot].prompt_tokens for slot in parked.families]
         num_before = tuple(tokens - keys for tokens, keys in zip(whole, num_keys, strict=True))
-        keyed = Keyed(QKV(qkv.q, k, v), parked.cu, cu_k, num_before)
+        pads = tuple(_pads(rows, local_layer) for rows in parked.resumed)
+        keyed = Keyed(QKV(qkv.q, k, v), parked.cu, cu_k, num_before, pads)
         if len(parked.families) > 1 and all(rows is None for rows in parked.resumed):
             self._join(local_layer, pages, qkv, keyed)
             return keyed
@@ -193,3 +199,12 @@ class Prefixes:
         """The blocks that a prompt fills; a slot refused for want of their pages holds none."""
         stored = self._shard.slots[leader].prefix.stored
         return stored if self._shard.blocks.holds(stored) else ()
+
+
+def _pads(rows: ResumedRows | None, local_layer: int) -> NDArray[np.int64] | None:
+    """By how much the rows of a layer are shorter than the longest, [H]; None: all are as long."""
+    if rows is None:
+        return None
+    counts = rows.counts[local_layer].astype(np.int64)
+    pads: NDArray[np.int64] = counts.max() - counts
+    return pads if pads.any() else None

@@ -15,6 +15,7 @@ from saqqara.compression.observation import Observation
 from saqqara.compression.retention import Retention
 from saqqara.workers.models.layer import QKV
 from saqqara.workers.part import Part
+from saqqara.workers.transfer import to_device
 
 from .masses import rows_mass
 
@@ -38,13 +39,15 @@ def observe_prompt(
     masses: Tensor | None = None,
     *,
     goes_on: bool = False,
+    heads: Sequence[int] | None = None,
 ) -> Observation:
     """The tokens of a prompt that entered one layer, for a retention that drops some of them.
 
     The queries are those of its last tokens, at least as many as the retention looks at; where it
     `goes_on` behind rows of an earlier turn, a short turn's own queries are all there are. `lse` is
     what prefill returned of them, [queries, Hq], None if it did not; `original_tokens` is the
-    length of the whole prompt, and `masses` the `prompt_mass` of these tokens if known.
+    length of the whole prompt, and `masses` the `prompt_mass` of these tokens if known. `heads` are
+    global ids of the kv heads that the prompt is shown with; default: all of the rank's.
     """
     num_tokens = len(prompt.k)
     num_queries = min(retention.num_window_queries(original_tokens), num_tokens)
@@ -63,11 +66,44 @@ def observe_prompt(
         prompt.k,
         prompt.v,
         prompt.q[before_window:] if num_queries else None,
-        part.heads.kv,
+        part.heads.kv if heads is None else heads,
         mass,
         masses,
         dropped_tokens=original_tokens - num_tokens,
     )
+
+
+def observe_each_length(
+    part: Part,
+    layer: int,
+    prompt: QKV,
+    lse: Tensor | None,
+    retention: Retention,
+    original_tokens: int,
+    pads: NDArray[np.int64],
+) -> list[Observation]:
+    """A prompt that goes on behind rows of several lengths: those of one length together.
+
+    Of each local kv head the first keys, `pads` [H], are nobody's. Other arguments are those of
+    `observe_prompt`.
+    """
+    num_heads = len(pads)
+    seen = []
+    for pad in np.unique(pads).tolist():
+        local = np.flatnonzero(pads == pad)
+        some = to_device(local, prompt.k.device)
+
+        def of_heads(x: Tensor, some: Tensor = some) -> Tensor:
+            by_head = x.view(len(x), num_heads, -1, *x.shape[2:])
+            return by_head.index_select(1, some).flatten(1, 2)
+
+        q, k, v = of_heads(prompt.q), of_heads(prompt.k[pad:]), of_heads(prompt.v[pad:])
+        of_lse = None if lse is None else of_heads(lse)
+        how = (retention, original_tokens)
+        heads = (part.heads.kv.start + local).tolist()
+        one = observe_prompt(part, layer, QKV(q, k, v), of_lse, *how, goes_on=True, heads=heads)
+        seen.append(one)
+    return seen
 
 
 def observe_rows(

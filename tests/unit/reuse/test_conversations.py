@@ -10,18 +10,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.fake_replica import RaggedRetention
-from support.talks import FULL, HALF, ME, PROMPT, SHAPES, Talks, check_answer
+from support.talks import CUT, FULL, HALF, ME, PROMPT, RAGGED, SHAPES, Talks, check_answer
 
 from saqqara.cluster.errors import ConversationBusyError
 from saqqara.cluster.reuse.cached import Use
 from saqqara.cluster.reuse.conversations import Conversations, Kept, goes_on
 from saqqara.compression.retention import Retention
-from saqqara.compression.scores import SnapKV
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("retention", [FULL, HALF], ids=["full", "half"])
+@pytest.mark.parametrize(
+    "retention", [FULL, HALF, RAGGED, CUT], ids=["full", "half", "ragged", "cut"]
+)
 def test_each_turn_computes_only_what_is_new(retention: Retention, shape: str) -> None:
     talks = Talks(**SHAPES[shape])
     tokens, num_computed = talks.turn(PROMPT, retention=retention)
@@ -43,8 +43,7 @@ def test_a_layer_with_a_window_goes_on_too(stages: tuple[int, ...]) -> None:
     talks.add((7, 8), None, max_tokens=40)  # beside it prefill goes layer by layer
     for _ in range(2 * len(stages)):
         talks.step()
-    ragged = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
-    talks.add(PROMPT[:9], None, ragged)  # whose pages nobody knows until it is through
+    talks.add(PROMPT[:9], None, RAGGED)  # whose pages nobody knows until it is through
     _, num_computed = talks.turn((*tokens, 90, 91), retention=HALF)
     assert num_computed == 3 + 9
     talks.close()
@@ -66,14 +65,10 @@ def test_what_differs_earlier_goes_where_rows_are_whole() -> None:
 
 
 def test_a_turn_that_cannot_go_on_is_computed_anew_and_says_why() -> None:
-    ragged = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
-    cut = Retention.parse(
-        {"method": "snapkv", "budget": 8, "window": 2, "sinks": 1, "decode": {"slack_pages": 2}}
-    )
+    h2o = Retention.parse({"method": "h2o", "budget": 8, "sinks": 1})
     for first, second, reason in [
         (FULL, HALF, "retention"),
-        (ragged, ragged, "rows"),
-        (cut, cut, "method"),
+        (h2o, h2o, "method"),
     ]:
         talks = Talks()
         tokens, _ = talks.turn(PROMPT, retention=first)

@@ -154,6 +154,20 @@ def test_a_preempted_sequence_is_first_also_after_the_queue_was_empty() -> None:
     assert queue.head is last
 
 
+def test_who_has_passed_others_is_first_also_after_the_queue_was_empty() -> None:
+    """As a sequence does behind one that waits for a prefix; it is preempted later."""
+    queue = WaitingQueue()
+    passed, passing = make(0, "a"), make(1, "a")
+    queue.add(passed)
+    queue.add(passing)
+    queue.remove(passing)
+    queue.remove(passed)
+    queue.add(make(2, "a"))
+    queue.add(passing)
+    queue.add(make(3, "b"))
+    assert [s.arrival for s in take(queue)] == [1, 2, 3]
+
+
 OPERATIONS = st.lists(
     st.tuples(st.sampled_from(["add", "pop", "drop", "again"]), st.integers(0, 10**6)),
     max_size=120,

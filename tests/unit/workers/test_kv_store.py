@@ -378,6 +378,11 @@ def test_integrity_check_names_what_is_wrong() -> None:
     with pytest.raises(AssertionError, match="free stack"):
         store.check_integrity()
     store.pool.num_free += 1
+    free = store.pool.free_pages
+    first, free[0] = free[0], free[1]
+    with pytest.raises(AssertionError, match=rf"{len(free)} pages .* \({len(free) - 1} different"):
+        store.check_integrity()
+    free[0] = first
     store.table.kept[0, 0, 0] = 25
     with pytest.raises(AssertionError, match="longer than 24"):
         store.check_integrity()
