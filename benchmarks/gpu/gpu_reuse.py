@@ -155,10 +155,11 @@ def _parked(
     steps: Steps, what: str, prompt: list[int], retention: Retention, new_tokens: int
 ) -> Row:
     """One of two alike leaves its slot; another takes its pages before it comes back elsewhere."""
-    known = {}
+    known, before = {}, steps.replayed
     for slot in (_FIRST, _SECOND):
         tokens = steps.prefill(new_sequence(slot, prompt, retention))
         known[slot] = tokens + steps.decode(slot, len(prompt), new_tokens)
+    recorded = steps.replayed - before  # none where steps note what only this retention asks for
     steps.execute(park=(Parking(_SECOND, 7),), free=(_SECOND,))
     steps.prefill(new_sequence(_OTHER, prompt[::-1], FULL))
     steps.execute(free=(_OTHER,))
@@ -174,8 +175,8 @@ def _parked(
     is_right = same == len(pairs) and tokens == again and known[_FIRST] == known[_SECOND]
     result = f"{same} of {len(pairs)} rows bit for bit; {replayed} steps replayed as graphs after"
     numbers = {"same": float(same), "rows": float(len(pairs)), "replayed": float(replayed)}
-    # Where decode steps are recorded, all of these are.
-    is_right &= steps.worker._graphs is None or replayed == 2 * new_tokens
+    has_graphs = steps.worker._graphs is not None and retention is not TRIMMED
+    is_right &= replayed == recorded == 2 * new_tokens if has_graphs else replayed == recorded
     return Row(what, result, numbers, _right(is_right))
 
 
