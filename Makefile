@@ -34,7 +34,7 @@ check: $(INSTALLED) ## Check format, lint and types, then run all tests
 	$(MAKE) test
 
 # In the order of their names: the longest file has one test, and would be the last by their number.
-prove: $(INSTALLED) ## The longer proofs: parity on the real model, 20,000 random requests (20 minutes)
+prove: $(INSTALLED) ## The longer proofs: parity on the real model, 20,000 random requests (25 minutes)
 	$(BIN)/pytest -m 'slow and not ray' --numprocesses 2 --dist loadscope \
 	    --no-loadscope-reorder tests/slow
 	$(BIN)/pytest -m 'slow and ray' tests/slow
