@@ -41,6 +41,8 @@ QUESTIONS = (
 RETENTIONS: dict[str, dict[str, Any]] = {
     "full": {"retention": "full"},
     "snapkv 25%": {"retention": "snapkv", "budget": "25%"},
+    "recommended 25%": {"retention": "recommended", "budget": "25%"},
+    "adakv 25%": {"retention": "adakv", "budget": "25%"},
 }
 SESSION = "talk"
 

@@ -182,10 +182,20 @@ class Shard:
             self._remember(new)
 
     def _resume(self, new: NewSequence, parked_id: int) -> None:
-        """Put a parked sequence into the slot; one with more of a prompt to come remembers anew."""
+        """Put a parked sequence into the slot.
+
+        For one with more of a prompt to come that is a new beginning: the end of its prefill is a
+        cut like another, and when its rows are cut next is counted from there. A ring goes on, for
+        what comes may be shorter.
+        """
         only_rows = goes_on_in_prefill(new)
+        if parked_id not in self.parked:  # the host had no memory for it
+            self._remember(new)
+            self.refuse(new.slot)
+            return
         if only_rows:
             self._remember(new)
+            self.rings.refill(new.slot, self.parked[parked_id].ring)
             self._note_rows(new, self.parked[parked_id].kept)
         if not self.parked.resume(new.slot, parked_id, only_rows=only_rows):
             self.refuse(new.slot)

@@ -23,6 +23,7 @@ _CPU_SHARE = 0.3
 _CPU_MAX_BYTES = 4 * GIB
 _WINDOW_QUERIES = 64
 _HOST_BYTES_PER_GPU = 4 * GIB
+_HOST_SHARE = 0.3  # of what is available, if the replica's ranks are all on this machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,12 @@ def size_pool(part: Part) -> Holdings:
     `kv_memory_gib` is per replica and is split over its workers by their rows; without it a GPU
     gives what `memory_utilization` leaves after everything else that it will hold, a CPU min(4 GiB,
     30% of what is available) per replica. On a CPU `host_kv_gib` is part of that: parked sequences
-    take it from the pool. Without it they have 4 GiB beside each GPU, and nothing on a CPU.
+    take it from the pool. Without it they have min(4 GiB, the rank's share of 30% of what is
+    available) beside each GPU, and nothing on a CPU.
 
     Raises:
-        ValueError: not even one full-length sequence's rows would get a page each, or the pool is
-            larger than the machine's memory.
+        ValueError: not even one full-length sequence's rows would get a page each, or the pool, or
+            `host_kv_gib`, is larger than the machine's memory.
     """
     config, device, rows, footprint = part.config, part.device, part.num_rows, part.footprint
     page_bytes, is_host = footprint.page_bytes(config.page_tokens), device.type == "cpu"
@@ -100,8 +102,17 @@ def host_kv_bytes(part: Part) -> int:
     """Bytes of the host's memory in which this rank may keep parked sequences."""
     gib = part.config.host_kv_gib
     if gib is None:
-        return 0 if part.device.type == "cpu" else _HOST_BYTES_PER_GPU
-    return int(gib * GIB * part.num_rows / part.replica_rows)
+        if part.device.type == "cpu":
+            return 0
+        available = _HOST_SHARE * available_bytes() / part.mesh.layout.world_size
+        return min(_HOST_BYTES_PER_GPU, int(available))
+    num_bytes = int(gib * GIB * part.num_rows / part.replica_rows)
+    if num_bytes > total_bytes():
+        raise ValueError(
+            f"host_kv_gib={gib:g}: this worker's part would take {num_bytes / GIB:.1f} GiB; the "
+            f"machine has {total_bytes() / GIB:.1f} GiB"
+        )
+    return num_bytes
 
 
 def _set_aside(part: Part) -> tuple[int, int, int]:

@@ -32,6 +32,27 @@ def to_host(x: Tensor) -> Tensor:
     return host.copy_(x, non_blocking=True)
 
 
+def page_locked_parts(num_items: int, item_bytes: int, most_bytes: int) -> list[int]:
+    """So many items in parts that fill what torch hands out of page-locked memory: powers of two.
+
+    In one part they could take twice the bytes that they have.
+
+    Args:
+        num_items: to be copied to the host.
+        item_bytes: of each.
+        most_bytes: of a part, a power of two; a part has one item at least.
+
+    Returns:
+        Items of each part, the largest first.
+    """
+    parts = []
+    while most_bytes >= item_bytes:
+        fitting = most_bytes // item_bytes
+        parts += [fitting] * (num_items // fitting)
+        num_items, most_bytes = num_items % fitting, most_bytes // 2
+    return parts + [1] * num_items
+
+
 @dataclass(frozen=True, slots=True)
 class HostCopy:
     """Numbers on their way to the host, as they were when the copy was begun.

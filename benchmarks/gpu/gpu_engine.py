@@ -37,7 +37,7 @@ PYRAMID_INFER_DECODE = Retention.parse(
 _PAPERS = {"full": FULL, "pyramidinfer-13b": PYRAMID_INFER}
 
 # Few layers and tokens show nothing of the published setting: this one drops and cuts all the time.
-_OFTEN_TRIMMED = {
+OFTEN_TRIMMED = {
     "score": None,
     "propagate": {"kind": "pyramidinfer", "rho": 0.7, "interval": 1, "min_context": 16},
     "decode": {"trigger": "stored", "exceed": 3},
@@ -67,7 +67,7 @@ def check_parity(bench: Bench, new_tokens: int = 24) -> Iterator[Row]:
             attention_backend="torch",
         )
         snapkv = Retention.parse({"score": "snapkv", "window": 4}, 16)
-        trimmed = Retention.parse(_OFTEN_TRIMMED)
+        trimmed = Retention.parse(OFTEN_TRIMMED)
         for what, retention in (("full", FULL), ("snapkv", snapkv), ("trimmed", trimmed)):
             oracle = partial(_tokens, exact, base, prompts, new_tokens, retention)
             name = "the torch backend"

@@ -8,6 +8,7 @@ from pathlib import Path
 import gpu_collectives
 import gpu_engine
 import gpu_kernels
+import gpu_reuse
 import torch
 from gpu_kernels import ROWS_OF_8B, DecodeSizes, LayerSizes
 from gpu_models import (
@@ -70,6 +71,7 @@ class Sizes:
     of_13b: tuple[Shape, Load]
     most_13b: int
     of_70b: tuple[Shape, Load]
+    reused: tuple[Load, int, Shape, Load]
 
 
 REAL = Sizes(
@@ -85,6 +87,7 @@ REAL = Sizes(
     of_13b=(LLAMA_2_13B, Load(512, 256, 32)),
     most_13b=256,
     of_70b=(LLAMA_3_70B_RANK, Load(4096, 256, 64)),
+    reused=(Load(150, 100, 1), 8, LLAMA_3_8B_QUARTER, Load(8192, 16, 1)),
 )
 _TINY = Shape("tiny", 32, 48, 2, 4, 2, 61, dim=16)
 TOY = Sizes(
@@ -100,6 +103,7 @@ TOY = Sizes(
     of_13b=(replace(_TINY, num_layers=4), Load(40, 3, 2)),
     most_13b=3,
     of_70b=(_TINY, Load(16, 2, 2)),
+    reused=(Load(60, 20, 1), 2, _TINY, Load(64, 4, 1)),
 )
 
 
@@ -119,6 +123,7 @@ def sections(sizes: Sizes, out: Path) -> tuple[Section, ...]:
     return (
         Section("kernels", 60, True, True, {**served, **warm}),
         _alone("parity", 60, True, True, lambda b: gpu_engine.check_parity(b, sizes.parity_tokens)),
+        _alone("reuse", 45, True, True, lambda b: _check_reuse(b, *sizes.reused)),
         _alone(
             *("collectives", 15, False, True),
             lambda b: gpu_collectives.check_sums(b, torch.cuda.device_count()),
@@ -155,6 +160,14 @@ def _kernel(
 ) -> Iterator[Row]:
     for dtype in dtypes:
         yield from gpu_kernels.check_kernel(bench, name, dtype, seeds)
+
+
+def _check_reuse(
+    bench: Bench, load: Load, new_tokens: int, shape: Shape, longer: Load
+) -> Iterator[Row]:
+    """First whether it is right, then what it costs."""
+    yield from gpu_reuse.check_reuse(bench, load, new_tokens)
+    yield from gpu_reuse.measure_reuse(bench, shape, longer)
 
 
 def _warm_up(shape: Shape, bench: Bench) -> Iterator[Row]:

@@ -44,7 +44,7 @@ class Kept:
         pages: that it holds on each worker, int64 [W], but for those of blocks; or held, if it
             lies on the host.
         host_bytes: that it would take on each worker's host, int64 [W], at most.
-        num_bytes: of its pages on all workers.
+        num_bytes: of its pages on all workers, and of the queries that are remembered with them.
         use: what its rows share with blocks of prefixes, which stay with it.
         last_used: when its turn ended.
     """

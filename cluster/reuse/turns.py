@@ -259,6 +259,4 @@ class Turns:
 
 def why_not_resumed(retention: Retention) -> Anew | None:
     """Why what a turn would leave is of no use for the next; None: it is."""
-    if why_not_reused(retention) is not None or retention.decode is not None:
-        return "method"
-    return None
+    return None if why_not_reused(retention) is None else "method"

@@ -220,7 +220,7 @@ def resumed_demand(
     held and the new ones.
 
     Args:
-        demand: of the whole prompt, never cut.
+        demand: of the whole prompt, of rows that are cut by no trimming.
         held: tokens of each row, int32 [L, H].
         new_tokens: of the prompt, that are computed.
         workers: every rank's shard.

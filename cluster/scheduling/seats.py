@@ -349,7 +349,7 @@ class Seats:
             is_whole=request.retention.score is None and not ledger.layers.local_layers,
             pages=pages_W,
             host_bytes=self._host_bytes(sequence, slot),
-            num_bytes=ledger.bytes_of(pages_W),
+            num_bytes=ledger.bytes_of(pages_W) + int(self._demand(sequence).ring_bytes.sum()),
             use=use,
             last_used=self.turns.conversations.now,
         )

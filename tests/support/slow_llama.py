@@ -213,11 +213,15 @@ class SlowLlama:
         return self._logits(hidden[-1])
 
     def turn(self, tokens: list[int], start: int) -> Tensor:
-        """Logits [V] after more of a text behind what is kept, of which rows are cut again."""
+        """Logits [V] after more of a text behind what is kept, of which rows are cut again.
+
+        What rows then have is what they are cut back to from there on.
+        """
         config, hidden = self.weights.config, self.weights.embed[tokens]
         num_layers, num_heads = config.num_hidden_layers, config.num_key_value_heads
         counts = self.definition.counts(start + len(tokens), num_layers, num_heads)
         positions = list(range(start, start + len(tokens)))
+        self.num_compactions = 0
         for layer, rows in enumerate(self.rows):
             q, k, v = self._project(layer, hidden, positions)
             for j, position in enumerate(positions):
@@ -233,9 +237,14 @@ class SlowLlama:
                     weights = attend(q[j, head], torch.stack([e.key for e in seen]))
                     of_token.append(weights @ torch.stack([e.value for e in seen]))
                 mixed.append(torch.cat(of_token))
-            self._queries[layer] = [(p, q[j]) for j, p in enumerate(positions)]
+            earlier, fresh = self._queries[layer], [(p, q[j]) for j, p in enumerate(positions)]
+            self._queries[layer] = fresh  # a cut here looks at these only
+            target = self.definition.grown_target(start + len(tokens))
+            self._targets[layer] = [target] * num_heads
             if counts is not None:
                 self._cut(layer, counts[layer])
+                self._targets[layer] = [len(row) for row in rows]
+            self._queries[layer] = [*earlier, *fresh]
             hidden = self._finish(layer, hidden, torch.stack(mixed))
         return self._logits(hidden[-1])
 

@@ -8,11 +8,16 @@ from saqqara.cluster.sampling import SamplingParams
 from saqqara.cluster.scheduling.scheduler import Scheduler
 from saqqara.cluster.scheduling.sequence import Sequence, TokenRequest
 from saqqara.compression.retention import Retention
+from saqqara.compression.scores import SnapKV
 
-from .fake_replica import FakeReplica, make_workers, next_token
+from .fake_replica import FakeReplica, RaggedRetention, make_workers, next_token
 
 FULL = Retention.parse("full")
 HALF = Retention.parse({"method": "snapkv", "window": 2, "sinks": 1, "budget": "50%"})
+RAGGED = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
+CUT = Retention.parse(
+    {"method": "snapkv", "budget": 8, "window": 2, "sinks": 1, "decode": {"slack_pages": 1}}
+)
 ME = "me"
 PROMPT = tuple(range(1, 20))
 

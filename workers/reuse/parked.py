@@ -7,6 +7,7 @@ rows are cut. Tokens and how they are sampled are told anew by the plan that let
 Shapes: L local layers, H kv heads, P pages of one sequence, w queries of a ring.
 """
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,9 @@ from saqqara.workers.kv.store import KVStore
 from saqqara.workers.state.retained import Retained, RetainedSlot
 from saqqara.workers.state.rings import QueryRings, Ring
 from saqqara.workers.state.sums import MassSums, Sums
-from saqqara.workers.transfer import to_device, to_host
+from saqqara.workers.transfer import page_locked_parts, to_device, to_host
+
+logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 25  # of keys, or values, that are gathered on a GPU before they are copied
 
@@ -145,12 +148,25 @@ class ParkedSequences:
         kv.rings.seen[slot] = 0
         self._parked[parked_id] = parked
         if to_host:
-            self._offload(parked)
+            self.offload(parked_id)
 
     def offload(self, parked_id: int) -> None:
-        """Copy the pages of a sequence to the host; nothing to do where there is none."""
-        if parked_id in self._parked:
+        """Copy the pages of a sequence to the host; nothing to do where there is none.
+
+        If the system gives no memory for that, the sequence is forgotten; its pages are free in any
+        case.
+        """
+        if parked_id not in self._parked:
+            return
+        try:
             self._offload(self._parked[parked_id])
+        except (MemoryError, RuntimeError) as error:  # which torch raises for want of memory
+            logger.warning(
+                "host memory: a sequence of %d pages is not kept and will be computed again; lower "
+                "host_kv_gib (%s)",
+                *(len(self._parked[parked_id].pages), str(error).splitlines()[0]),
+            )
+            self.drop(parked_id)
 
     def drop(self, parked_id: int) -> None:
         """Forget a sequence; nothing to do where there is none."""
@@ -194,14 +210,19 @@ class ParkedSequences:
         if parked.copied is not None:
             return
         pool = self._kv.pool
-        parked.held = pool.refcount[parked.pages] > 1
-        own = parked.pages[~parked.held]
+        is_shared = pool.refcount[parked.pages] > 1
+        own = parked.pages[~is_shared]
         parked.copied = HostPages(pool, own)
+        parked.held = is_shared
         pool.release(own)
 
 
 def _chunked(pool: PagePool, pages: NDArray[np.int32]) -> list[Tensor]:
     """Ids of pages on their device, int64, so many at once that copies of them are small."""
-    num = max(1, CHUNK_BYTES // pool.k_pages[0].nbytes)
-    ids = to_device(pages.astype(np.int64), pool.k_pages.device)
-    return list(torch.split(ids, num)) if len(pages) else []
+    device, page_bytes = pool.k_pages.device, pool.k_pages[0].nbytes
+    ids = to_device(pages.astype(np.int64), device)
+    if not len(pages):
+        return []
+    if device.type == "cuda":
+        return list(torch.split(ids, page_locked_parts(len(pages), page_bytes, CHUNK_BYTES)))
+    return list(torch.split(ids, max(1, CHUNK_BYTES // page_bytes)))

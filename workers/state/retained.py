@@ -12,7 +12,11 @@ from saqqara.workers.plan import NewSequence
 
 @dataclass(frozen=True, slots=True)
 class RetainedSlot:
-    """How the rows of one sequence are cut; see `Retained`."""
+    """How the rows of one sequence are cut; see `Retained`.
+
+    The next turn of a conversation takes none of it over: the end of its prefill is a cut like
+    another, and cycles begin there.
+    """
 
     cycle: Cycle | None
     trimmed: TrimmedRows | None

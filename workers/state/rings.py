@@ -134,6 +134,18 @@ class QueryRings:
         if ring.normalisers is not None:
             self._lse[:, places].copy_(ring.normalisers, non_blocking=True)
 
+    def refill(self, slot: int, ring: Ring | None) -> None:
+        """Fill a slot's ring, if it has one, with the queries of another of its size.
+
+        Queries to come go behind them, by their positions.
+        """
+        if self.size(slot) == 0:
+            return
+        assert ring is not None, f"no queries for the ring of slot {slot}"
+        assert ring.queries.shape[1] == self.size(slot), "a ring of another size"
+        assert not self._normalised_S[slot], "normalisers are of queries of one prefill"
+        self._buffer[:, self._places(slot)].copy_(ring.queries, non_blocking=True)
+
     def _places(self, slot: int) -> slice:
         start = int(self._start_S[slot])
         return slice(start, start + self.size(slot))

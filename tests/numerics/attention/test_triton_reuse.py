@@ -25,6 +25,7 @@ from saqqara.cluster.engine.model_fit import scheduler_of
 PAGE, NUM_NEW, MORE = 4, 2, 6
 SHARED = [(7 * n) % 190 + 5 for n in range(24)]
 SNAPKV: dict[str, Any] = {"method": "snapkv", "window": 4, "budget": 12}
+ADAKV = {**SNAPKV, "method": "adakv"}  # its rows differ in length
 PAGE_GIB = PAGE * 2 * 16 * 4 / 1024**3  # a row's key and value, head_dim 16, fp32
 PAGES = 92  # two prompts of 47 tokens fit, not both of their answers
 
@@ -58,7 +59,7 @@ def run(folder: Path, attention: str) -> tuple[list[tuple[int, ...]], list[int],
     with llm:
         first = ([*SHARED, 40 + n, 9, 41, 7 + n, 3] for n in range(3))
         ask(*first, retention=["full", SNAPKV, "full"])
-        turns: Any = {"session": ["a", "b"], "retention": ["full", SNAPKV]}
+        turns: Any = {"session": ["a", "b"], "retention": ["full", ADAKV]}
         ask(SHARED[:18], SHARED[:18], **turns)
         said = [output.outputs[0].token_ids for output in outputs[-2:]]
         ask(*([*SHARED[:18], *of_one, 60, 61, 62] for of_one in said), **turns)

@@ -10,20 +10,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.fake_replica import RaggedRetention
-from support.talks import FULL, HALF, ME, PROMPT, SHAPES, Talks, check_answer
+from support.talks import CUT, FULL, HALF, ME, PROMPT, RAGGED, SHAPES, Talks, check_answer
 
 from saqqara.cluster.errors import ConversationBusyError
 from saqqara.cluster.reuse.cached import Use
 from saqqara.cluster.reuse.conversations import Conversations, Kept, goes_on
 from saqqara.compression.retention import Retention
-from saqqara.compression.scores import SnapKV
-
-RAGGED = RaggedRetention(method="ragged", score=SnapKV(), budget=12, window=3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("retention", [FULL, HALF, RAGGED], ids=["full", "half", "ragged"])
+@pytest.mark.parametrize(
+    "retention", [FULL, HALF, RAGGED, CUT], ids=["full", "half", "ragged", "cut"]
+)
 def test_each_turn_computes_only_what_is_new(retention: Retention, shape: str) -> None:
     talks = Talks(**SHAPES[shape])
     tokens, num_computed = talks.turn(PROMPT, retention=retention)
@@ -67,12 +65,10 @@ def test_what_differs_earlier_goes_where_rows_are_whole() -> None:
 
 
 def test_a_turn_that_cannot_go_on_is_computed_anew_and_says_why() -> None:
-    cut = Retention.parse(
-        {"method": "snapkv", "budget": 8, "window": 2, "sinks": 1, "decode": {"slack_pages": 2}}
-    )
+    h2o = Retention.parse({"method": "h2o", "budget": 8, "sinks": 1})
     for first, second, reason in [
         (FULL, HALF, "retention"),
-        (cut, cut, "method"),
+        (h2o, h2o, "method"),
     ]:
         talks = Talks()
         tokens, _ = talks.turn(PROMPT, retention=first)

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from support.talks import FULL, HALF, ME, PROMPT, SHAPES, Talks, check_answer
+from support.talks import CUT, FULL, HALF, ME, PROMPT, RAGGED, SHAPES, Talks, check_answer
 
 from saqqara.cluster.scheduling.sequence import Sequence
 
@@ -173,7 +173,7 @@ def test_any_traffic_leaves_no_page_no_host_byte_and_no_wrong_answer(seed: int) 
             if len(text) > 40 or rng.random() < 0.2:
                 text = text[: rng.randrange(1, 20)]
             prompt = (*text, *rng.choices(range(9), k=rng.randrange(1, 6)))
-            retention = HALF if name in "ab" else FULL
+            retention = {"a": HALF, "b": HALF, "c": RAGGED, "d": CUT}.get(name, FULL)
             conversation = None if name == "g" else name
             num = rng.randrange(1, 30 if name == "g" else 12)
             running[name] = talks.add(prompt, conversation, retention, max_tokens=num)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.fake_replica import PAGE_BYTES, RaggedRetention, make_workers, split_ragged
 
+from saqqara.cluster.scheduling.demand import resumed_demand
 from saqqara.cluster.scheduling.ledger import Ledger
 from saqqara.compression.retention import Retention
 from saqqara.compression.scores import SnapKV
@@ -131,6 +132,27 @@ def test_expected_pages_bound_ragged_heads_on_a_worker_that_has_all(
     assert pages_of(rows + more, worker) <= expected_pages
     uncut = np.full_like(rows, prompt_tokens + more)
     assert expected_pages <= pages_of(uncut, worker)
+
+
+@given(seed=st.integers(0, 1000), new=st.integers(1, 20), more=st.integers(0, 9))
+def test_pages_of_a_turn_bound_whatever_heads_may_do(seed: int, new: int, more: int) -> None:
+    """On ranks of one head and two: what rows hold until they are redone, and any division then."""
+    workers = make_workers(1000, stages=(2, 2), head_ranges=((0, 1), (1, 3)))
+    rng = np.random.default_rng(seed)
+    held = rng.integers(4, 30, (4, 3)).astype(np.int32)
+    prompt_tokens = int(held.max()) + new
+    rows, most = np.zeros_like(held), held + new
+    for layer, total in enumerate(RAGGED.row_tokens(prompt_tokens, 4, 3).sum(axis=1)):
+        for _ in range(min(total, most[layer].sum())):
+            rows[layer, rng.choice(np.flatnonzero(rows[layer] < most[layer]))] += 1
+    demand = Ledger(workers, 1).demand(RAGGED, prompt_tokens)
+    need = resumed_demand(demand, held, new, workers)
+    for rank, worker in enumerate(workers):
+        stop = rng.integers(worker.start_layer, worker.stop_layer + 1)
+        under_way = np.where(np.arange(4)[:, None] < stop, rows, held)
+        assert pages_of(under_way, worker) <= need.most()[rank]
+        assert pages_of(rows + more, worker) <= need.most(more)[rank]
+        assert need.most(more)[rank] <= pages_of(held + new + more, worker)
 
 
 def test_tokens_to_replay_are_charged_at_admission_and_not_again() -> None:

@@ -12,6 +12,8 @@ from support.tiny import VOCAB, save_tiny
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
 from saqqara.workers.plan import DecodeItem, Parking, StepPlan, StepResult
+from saqqara.workers.reuse import parked
+from saqqara.workers.transfer import page_locked_parts
 from saqqara.workers.worker import Worker
 
 PAGE, NUM_STEPS, AT = 4, 26, 9
@@ -99,7 +101,7 @@ def run(worker: Worker, way: str | None) -> tuple[list[list[int]], list[Any]]:
 def leave_and_return(
     worker: Worker, way: str, new: Any, slots: list[int], tokens: list[list[int]], execute: Any
 ) -> list[int]:
-    parked = worker._shard.parked
+    sequences_out = worker._shard.parked
     held = worker.kv.num_pages - worker.kv.pages_free
     park = tuple(Parking(slot, 100 + slot, to_host=way == "host") for slot in slots)
     others = [new_sequence(slot, [7 + slot] * 30) for slot in slots]
@@ -108,13 +110,13 @@ def leave_and_return(
     assert worker._shard.rings.num_open == 0
     ids = tuple(parking.parked_id for parking in park)
     if way == "pages":
-        assert parked.host_bytes < held * worker.kv.page_bytes
-        assert len(parked.pages()) == held
+        assert sequences_out.host_bytes < held * worker.kv.page_bytes
+        assert len(sequences_out.pages()) == held
     else:
         if way == "offloaded":
             execute(StepPlan(0, offload=(*ids, 99)))  # of 99 nothing is known
-        assert len(parked.pages()) == 0
-        assert parked.host_bytes >= held * worker.kv.page_bytes
+        assert len(sequences_out.pages()) == 0
+        assert sequences_out.host_bytes >= held * worker.kv.page_bytes
     execute(StepPlan(0, free=tuple(slots)))
     elsewhere = [slots[-1] + 1 + slot for slot in slots]
     back = [
@@ -153,16 +155,16 @@ def test_who_finds_no_pages_stays_parked_until_it_is_dropped(worker: Worker) -> 
     worker._shard.refuse(1)
     both = tuple(Parking(slot, slot) for slot in (0, 1))
     worker.execute(StepPlan(0, park=both, free=(0, 1)))
-    parked, pool = worker._shard.parked, worker.kv.pool
-    assert 0 in parked
-    assert 1 not in parked  # of a slot that was refused nothing is left
+    left, pool = worker._shard.parked, worker.kv.pool
+    assert 0 in left
+    assert 1 not in left  # of a slot that was refused nothing is left
     taken = pool.allocate(pool.num_free - 1)
     assert worker.execute(StepPlan(0, new=(back(first, 5, 0),))).refused == (5,)
-    assert len(parked) == 1
+    assert len(left) == 1
     pool.release(taken)
     worker.execute(StepPlan(0, free=(5,), drop=(0, 1, 77)))
     worker.check_integrity()
-    assert len(parked) == parked.host_bytes == 0
+    assert len(left) == left.host_bytes == 0
     assert worker.kv.pages_free == worker.kv.num_pages
 
 
@@ -183,3 +185,40 @@ def test_pages_that_others_hold_are_not_copied(worker: Worker) -> None:
         assert torch.equal(worker.kv.read(3, layer, 0)[0], row)
     worker.execute(StepPlan(0, free=(3,)))
     assert worker.kv.pages_free == worker.kv.num_pages
+
+
+def test_who_finds_no_host_memory_is_computed_again(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its pages are free all the same, and the worker goes on."""
+
+    def none(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory\nand more")
+
+    first = sequences(worker)[0]
+    monkeypatch.setattr(parked, "to_host", none)
+    worker.execute(prefill_plan(worker, [first]))
+    worker.execute(StepPlan(0, park=(Parking(0, 5),), free=(0,)))
+    worker.check_integrity()
+    assert worker.kv.pages_free == worker.kv.num_pages
+    assert "lower host_kv_gib (CUDA error: out of memory)" in caplog.text
+    prompt = new_sequence(4, first.tokens().tolist())
+    for sequence in (back(first, 3, 5), replace(prompt, resumes=5, resumed_tokens=9)):
+        plan = replace(prefill_plan(worker, [prompt]), new=(sequence,))
+        plan = plan if sequence.slot == 4 else StepPlan(0, new=(sequence,))
+        assert worker.execute(plan).refused == (sequence.slot,)
+        worker.check_integrity()
+    worker.execute(StepPlan(0, free=(3, 4), drop=(5,)))
+    assert worker.kv.pages_free == worker.kv.num_pages
+
+
+def test_page_locked_memory_is_filled() -> None:
+    """What a part has more than its bytes is less than an item."""
+    for num_items, item_bytes in ((37, 4096), (40_000, 3072), (1, 5), (3, 1 << 26), (0, 8)):
+        parts = page_locked_parts(num_items, item_bytes, 1 << 25)
+        assert sum(parts) == num_items
+        assert parts == sorted(parts, reverse=True)
+        for part in parts:
+            taken = 1 << (part * item_bytes - 1).bit_length()
+            assert part == 1 or taken - part * item_bytes < item_bytes
+            assert part == 1 or taken <= 1 << 25

@@ -9,6 +9,7 @@ import torch
 from saqqara.cluster.planning.models import model_of
 from saqqara.compression.retention import Retention
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers import sizing
 from saqqara.workers.footprint import Footprint
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.part import Part
@@ -76,3 +77,15 @@ def test_host_memory_for_preempted_sequences_is_taken_from_the_pool_of_a_cpu() -
     assert whole.pool_bytes - some.pool_bytes == pytest.approx(2**29, rel=1e-3)
     with pytest.raises(ValueError, match="a smaller host_kv_gib"):
         size_pool(part(2, kv_memory_gib=1.0, host_kv_gib=2.0))
+    with pytest.raises(ValueError, match="host_kv_gib=10000: this worker's part would take 5000"):
+        size_pool(part(2, host_kv_gib=10_000.0))
+
+
+def test_host_memory_beside_gpus_is_a_share_of_what_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of_gpu = part(2)
+    of_gpu.device = torch.device("cuda")  # type: ignore[misc]
+    for available_gib, gib in ((100, 4.0), (20, 3.0)):
+        monkeypatch.setattr(sizing, "available_bytes", lambda gib=available_gib: gib * 2**30)
+        assert sizing.host_kv_bytes(of_gpu) == gib * 2**30
