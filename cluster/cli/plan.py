@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from saqqara.cluster.planning.memory import EngineSizes, RankMemory
 from saqqara.cluster.planning.models import known_models, model_of
 from saqqara.cluster.planning.planner import DTYPES, LayoutPlan, Question, plan
 from saqqara.cluster.planning.plots import check_plot_file, curve, draw, save
+from saqqara.cluster.planning.reuse import ReusedMemory, ReuseSizes, reused_memory
 from saqqara.cluster.planning.workload import Workload
 from saqqara.cluster.presets import ModelPresets
 from saqqara.compression.retention import Retention
@@ -63,6 +64,7 @@ class PlanFlags:
     calibrate: tuple[Path, ...]
     as_json: bool
     plot: Path | None
+    reuse: ReuseSizes = field(default_factory=ReuseSizes)
 
 
 def plan_and_print(flags: PlanFlags) -> int:
@@ -118,7 +120,7 @@ def question_of(flags: PlanFlags) -> Question:
             max_prefill_tokens=flags.max_prefill_tokens,
             page_tokens=flags.page_tokens,
             memory_utilization=flags.memory_utilization,
-            kv_memory_gib=flags.kv_memory_gib,
+            kv_memory_gib=_pool_gib(flags, device.kind),
         ),
         factors=factors,
         hour_price=device.hour_price if flags.gpu_hour_price is None else flags.gpu_hour_price,
@@ -126,6 +128,29 @@ def question_of(flags: PlanFlags) -> Question:
         tensor=flags.tensor_parallel_size,
         pipeline=flags.pipeline_parallel_size,
         split=_split(flags.layer_split),
+    )
+
+
+def _pool_gib(flags: PlanFlags, kind: str) -> float | None:
+    """What is left of a replica's `kv_memory_gib` for pages."""
+    host = flags.reuse.host_kv_gib
+    if kind == "cuda" or not host:
+        return flags.kv_memory_gib
+    if flags.kv_memory_gib is None or flags.kv_memory_gib <= host:
+        raise ValueError(
+            f"host_kv_gib={host:g}: on a CPU it is taken from kv_memory_gib, which has to be given "
+            "and larger"
+        )
+    return flags.kv_memory_gib - host
+
+
+def _reused(question: Question, flags: PlanFlags, each: LayoutPlan) -> ReusedMemory:
+    return reused_memory(
+        flags.reuse,
+        each.ranks,
+        replicas=each.replicas,
+        num_nodes=question.num_nodes,
+        is_gpu=question.device.kind == "cuda",
     )
 
 
@@ -144,7 +169,10 @@ def as_data(question: Question, flags: PlanFlags, plans: Sequence[LayoutPlan]) -
         "engine": asdict(question.sizes),
         "factors": asdict(question.factors),
         "calibrated": bool(flags.calibrate),
-        "layouts": [asdict(each) for each in plans],
+        "layouts": [
+            asdict(each) | ({"reuse": asdict(_reused(question, flags, each))} if each.kept else {})
+            for each in plans
+        ],
     }
 
 
@@ -166,6 +194,7 @@ def print_plans(question: Question, flags: PlanFlags, plans: Sequence[LayoutPlan
     if served:
         print_table(table)
         print_table(_memory_table(served[0]))
+        typer.echo(_reuse_line(_reused(question, flags, served[0])))
     for each in plans:
         if each.why_not is not None:
             typer.echo(f"{_name(each)} cannot serve: {each.why_not}")
@@ -232,6 +261,16 @@ def _memory_table(best: LayoutPlan) -> Table:
     return table
 
 
+def _reuse_line(reused: ReusedMemory) -> str:
+    """What of the best layout's memory is used again."""
+    return (
+        f"Used again: prefixes may take {_gib(reused.prefix_bytes)} GiB of a replica's pool and "
+        f"conversations {_gib(reused.conversation_bytes)}, while no sequence needs it; preempted "
+        f"sequences and conversations {_gib(reused.host_bytes_per_node)} GiB of each node's own "
+        "memory."
+    )
+
+
 def _notes(question: Question, flags: PlanFlags) -> list[str]:
     notes = [
         "sequences: of all replicas, that fit at their longest at once, so that none is preempted; "
@@ -284,6 +323,7 @@ def _command(flags: PlanFlags, best: LayoutPlan) -> str:
     settings |= {"kv-memory-gib": flags.kv_memory_gib, "dtype": flags.dtype}
     settings |= {"page-tokens": flags.page_tokens, "memory-utilization": flags.memory_utilization}
     settings |= {"max-prefill-tokens": flags.max_prefill_tokens}
+    settings |= {name.replace("_", "-"): gib for name, gib in asdict(flags.reuse).items()}
     given = {
         name: str(value)
         for name, value in settings.items()

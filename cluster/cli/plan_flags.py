@@ -50,6 +50,24 @@ def plan(
         float | None,
         typer.Option(min=0, max=16384, help="KV pool of a replica; default: what is left."),
     ] = None,
+    prefix_cache_gib: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6, max=16384, help="Most of a replica's cached prefixes; default: half the pool."
+        ),
+    ] = None,
+    conversation_gib: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=16384, help="Most of its conversations; default: a quarter of the pool."
+        ),
+    ] = None,
+    host_kv_gib: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=16384, help="Host memory of a replica's ranks; default: 4 per GPU."
+        ),
+    ] = None,
     tensor_parallel_size: Annotated[
         int | None, typer.Option(min=1, help="Only such layouts.")
     ] = None,
@@ -73,6 +91,8 @@ def plan(
 ) -> None:
     """Size a deployment on paper: layouts, bytes, sequences, rates and cost. Loads no torch."""
     with errors_in_one_line():
+        from saqqara.cluster.planning.reuse import ReuseSizes
+
         from .plan import PlanFlags, plan_and_print
 
         flags = PlanFlags(
@@ -99,6 +119,7 @@ def plan(
             calibrate=tuple(calibrate or ()),
             as_json=as_json,
             plot=plot,
+            reuse=ReuseSizes(prefix_cache_gib, conversation_gib, host_kv_gib),
         )
         if code := plan_and_print(flags):
             raise typer.Exit(code)

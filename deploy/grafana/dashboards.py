@@ -26,6 +26,7 @@ from panels import (
     total,
 )
 from ranks_board import cluster
+from reuse_row import used_again
 
 
 def overview() -> Any:
@@ -280,6 +281,7 @@ def memory() -> Any:
                     ),
                 ],
             ),
+            used_again(),
         ],
     )
 

@@ -62,6 +62,28 @@ def test_the_table_shows_every_layout_and_what_a_gpu_holds() -> None:
     assert command in result.output
 
 
+def test_what_is_used_again_is_counted() -> None:
+    """Of the pool by default; of the nodes' own memory 4 GiB for each of their GPUs."""
+    best = planned()["layouts"][0]
+    pool = sum(rank["pool_bytes"] for rank in best["ranks"])
+    assert best["reuse"] == {
+        "prefix_bytes": pool // 2,
+        "conversation_bytes": pool // 4,
+        "host_bytes_per_node": 32 * 2**30,
+    }
+    flags = ("--prefix-cache-gib", "2", "--conversation-gib", "9999")
+    best = planned(*flags, "--host-kv-gib", "6", "--nodes", "2")["layouts"][0]
+    pool = sum(rank["pool_bytes"] for rank in best["ranks"])
+    assert best["reuse"] == {
+        "prefix_bytes": 2 * 2**30,
+        "conversation_bytes": pool + 6 * 2**30,
+        "host_bytes_per_node": 3 * best["replicas"] * 2**30,
+    }
+    result = run("--host-kv-gib", "6", "--prefix-cache-gib", "2")
+    assert "--prefix-cache-gib 2.0 --host-kv-gib 6.0" in result.output
+    assert "prefixes may take 2.00 GiB of a replica's pool" in result.output
+
+
 def test_flags_reach_the_plan() -> None:
     data = planned(
         *("--tensor-parallel-size", "4", "--pipeline-parallel-size", "2", "--layer-split", "39,41"),
