@@ -225,7 +225,7 @@ def resumed_demand(
         new_tokens: of the prompt, that are computed.
         workers: every rank's shard.
     """
-    assert isinstance(demand.growth, TabulatedGrowth), "rows that are cut go on by no turn"
+    assert isinstance(demand.growth, TabulatedGrowth), "rows that are trimmed go on by no turn"
     page_tokens = workers[0].page_tokens
     rows = np.minimum(demand.rows, held + np.int32(new_tokens))
     most, layer_tokens = np.maximum(rows, held), demand.rows.sum(axis=1)

@@ -13,7 +13,10 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 FIRST = [(7 * i) % 190 + 5 for i in range(60)]
-BUDGET: dict[str, Any] = {"retention": {"method": "snapkv", "window": 8}, "budget": "25%"}
+BUDGET: dict[str, Any] = {  # rows of several lengths, which are cut once in each turn, too
+    "retention": {"method": "adakv", "window": 8, "decode": {"slack_pages": 1}},
+    "budget": "25%",
+}
 
 
 def ask(client: ControllerClient, request: Request) -> RequestOutput:

@@ -12,6 +12,7 @@ from support.api_fuzz import Fuzzer
 from support.api_server import ENGINE, KEY, MODEL
 from support.byte_llama import save_tiny_llama
 from support.local_server import engine_app, listening
+from support.server import fetch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -68,6 +69,8 @@ def test_no_answer_is_otherwise_than_described(url: str, document: Json, capsys:
     for label in fuzzer.labels():
         if label.startswith("DELETE"):
             fuzzer.ids["file_id"] = other.id
+        if "conversation_id" in label:
+            fuzzer.ids["conversation_id"] = converse(url)
         for mode, count in COUNTS.items():
             if mode != "example" or fuzzer.has_example(label):
                 fuzzer.run(label, mode, count)
@@ -78,6 +81,15 @@ def test_no_answer_is_otherwise_than_described(url: str, document: Json, capsys:
     nothing_stored = {f"{method} /v1/responses/{{response_id}}" for method in ("GET", "DELETE")}
     assert {*fuzzer.tally.never()} == nothing_stored, "each other succeeds at least once"
     assert fuzzer.tally.num_requests >= NUM_REQUESTS
+
+
+def converse(url: str) -> str:
+    """The name of a conversation of which something is kept."""
+    name = "talk"
+    body = {"model": MODEL, "prompt": "hello", "max_tokens": 2, "conversation_id": name}
+    answer = fetch(f"{url}/v1/completions", "POST", {"Authorization": f"Bearer {KEY}"}, body)
+    assert answer.status == 200, answer
+    return name
 
 
 def planted_type(document: Json) -> str:

@@ -71,6 +71,7 @@ def test_resumed(demo_model: Path, judge: Judge) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "part"),
     [(2, 2, 1), (2, 1, 2), (3, 1, 2), (1, 2, 2)],

@@ -59,6 +59,7 @@ def generate(folder: Path, **settings: Any) -> tuple[list[tuple[int, ...]], Any]
         return [tuple(output.outputs[0].token_ids) for output in outputs], llm.report()
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_ranks_put_back_what_they_had(demo_model: Path, tmp_path: Path) -> None:
     save_tiny("llama-gqa", tmp_path, tokenizer_of=demo_model)
     expected, _ = generate(tmp_path)
