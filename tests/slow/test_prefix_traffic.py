@@ -1,4 +1,4 @@
-"""Random traffic over cached prefixes on real ranks: the same tokens as without, no page left.
+"""Random traffic that reuses memory, on real ranks: the same tokens as without, nothing left.
 
 Integrity is checked on every rank after every step, and the ledger against every rank's free pages
 whenever no plan is in flight (`Scheduler.absorb`).
@@ -30,7 +30,9 @@ def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def traffic_of(model: Path, layout: MeshLayout, seed: int, gib: float) -> Traffic:
+def traffic_of(
+    model: Path, layout: MeshLayout, seed: int, gib: float, host_gib: float = 0.0
+) -> Traffic:
     config = EngineConfig(
         model=str(model),
         dtype="float32",
@@ -40,7 +42,8 @@ def traffic_of(model: Path, layout: MeshLayout, seed: int, gib: float) -> Traffi
         warmup=False,
         max_model_len=256,
         max_num_seqs=8,
-        kv_memory_gib=gib,
+        kv_memory_gib=gib + host_gib,
+        host_kv_gib=host_gib,
         executor="ray",
         tensor_parallel_size=layout.tensor_size,
         pipeline_parallel_size=layout.pipeline_size,
@@ -53,6 +56,7 @@ def outcome(traffic: Traffic) -> Outcome:
     found = run_ranks(partial(serve, traffic), traffic.layout.world_size, 3)
     assert [one.tokens for one in found] == [found[0].tokens] * len(found)
     assert [one.pages_left for one in found] == [0] * len(found)
+    assert [one.host_bytes_left for one in found] == [0] * len(found)
     first: Outcome = found[0]
     assert not first.errors
     return first
@@ -74,5 +78,19 @@ def test_lost_ranks_and_clients_change_no_token(model: Path, layout: str) -> Non
     plain = outcome(replace(traffic, prefix_bytes=0))
     lost = outcome(replace(traffic, restart_at=40, may_abort=True))
     assert lost.hit_tokens > 300
+    for name, tokens in lost.tokens.items():
+        assert tokens == plain.tokens[name][: len(tokens)], name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conversations_on_the_host_change_no_token(model: Path, layout: str) -> None:
+    """Beside others that need their pages, and are preempted; then ranks and clients are lost."""
+    traffic = traffic_of(model, LAYOUTS[layout], seed=6, gib=SMALL, host_gib=SMALL)
+    traffic = replace(traffic, num_requests=40, num_talks=4)
+    plain = outcome(replace(traffic, prefix_bytes=0, keeps_talks=False))
+    kept = outcome(traffic)
+    assert kept.tokens == plain.tokens
+    assert kept.num_brought_back > 2
+    lost = outcome(replace(traffic, restart_at=60, may_abort=True))
     for name, tokens in lost.tokens.items():
         assert tokens == plain.tokens[name][: len(tokens)], name

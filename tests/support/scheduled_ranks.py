@@ -27,6 +27,7 @@ from saqqara.workers.worker import Worker
 from .ranks import Store, leave_together
 
 VOCAB = 199  # of `support.tiny`
+NUM_TURNS = 5
 METHODS: tuple[Any, ...] = (
     "full",
     "full",
@@ -49,6 +50,8 @@ class Traffic:
         prefix_bytes: of cached prefixes; 0: none.
         restart_at: step after which all ranks are lost; None: never.
         may_abort: whether clients go.
+        num_talks: conversations of `NUM_TURNS` turns, beside the requests.
+        keeps_talks: whether what a turn keeps stays for the next.
     """
 
     config: EngineConfig
@@ -58,6 +61,8 @@ class Traffic:
     prefix_bytes: int | None
     restart_at: int | None = None
     may_abort: bool = False
+    num_talks: int = 0
+    keeps_talks: bool = True
 
 
 @dataclass
@@ -70,6 +75,18 @@ class Outcome:
     hit_tokens: int
     pages_left: int
     num_steps: int
+    host_bytes_left: int
+    num_brought_back: int
+
+
+def turn_of(seed: int, talk: int, turn: int, said: tuple[int, ...]) -> TokenRequest:
+    """What a conversation asks next, after all that was asked and answered: `said`."""
+    rng = random.Random(f"{seed}/{talk}/{turn}")
+    more = (rng.randrange(3, VOCAB) for _ in range(rng.randint(2, 9) if turn else 24))
+    sampling = SamplingParams(temperature=0.0, max_tokens=rng.randint(2, 9), ignore_eos=True)
+    number = str(1000 * (talk + 1) + turn)
+    full = Retention.parse("full")
+    return TokenRequest(number, (*said, *more), sampling, full, conversation_id=f"talk{talk}")
 
 
 def requests(traffic: Traffic) -> list[TokenRequest]:
@@ -113,6 +130,7 @@ class _Rank:
         self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=120))
         self._num_told = 0
         self._num_preemptions = self._hit_tokens = self._num_steps = 0
+        self._latest: dict[int, tuple[int, Sequence]] = {}  # turn of each conversation
 
     def serve(self) -> Outcome:
         traffic = self._traffic
@@ -124,15 +142,18 @@ class _Rank:
             max_prefill_tokens=96,
             prefill_quantum=60,
             prefix_bytes=traffic.prefix_bytes,
+            conversation_bytes=2**30 if traffic.keeps_talks else 0,
         )
         rng, todo = random.Random(traffic.seed + 1), deque(requests(traffic))
         sequences: list[Sequence] = []
         flights: deque[Any] = deque()
-        while todo or not scheduler.is_idle:
+        while todo or not scheduler.is_idle or self._next_turns(scheduler, sequences):
             for _ in range(min(rng.randint(0, 2), len(todo))):
                 request = todo.popleft()
                 spec = sampling_of(request).spec(int(request.request_id), ())
                 sequences.append(scheduler.add(request, spec))
+            if self._num_steps % 3 == 0:
+                self._next_turns(scheduler, sequences)
             if traffic.may_abort and sequences and rng.random() < 0.05:
                 scheduler.finish(rng.choice(sequences), "abort")
             while (plan := scheduler.schedule()) is not None:
@@ -149,6 +170,7 @@ class _Rank:
             if flights:
                 plan, result = flights.popleft()
                 self._note(scheduler.absorb(plan, self._tell(result)))
+        scheduler.expire(1e9)  # conversations
         scheduler.reset_prefix_cache()
         while (plan := scheduler.schedule()) is not None:
             scheduler.absorb(plan, self._tell(worker.execute(plan)))
@@ -159,9 +181,27 @@ class _Rank:
             self._hit_tokens,
             worker.kv.num_pages - worker.kv.pages_free,
             self._num_steps,
+            worker._shard.parked.host_bytes,
+            scheduler.conversations.counts.brought_back,
         )
         leave_together(worker)
         return outcome
+
+    def _next_turns(self, scheduler: Scheduler, sequences: list[Sequence]) -> bool:
+        """Ask the next question of conversations that have their answers; whether there is one."""
+        num_before = len(sequences)
+        for talk in range(self._traffic.num_talks):
+            said: tuple[int, ...] = ()
+            turn, latest = self._latest.get(talk, (-1, None))
+            if latest is not None:
+                if latest.finish_reason != "length" or turn + 1 == NUM_TURNS:
+                    continue
+                said = (*latest.request.prompt_token_ids, *latest.output_token_ids)
+            request = turn_of(self._traffic.seed, talk, turn + 1, said)
+            spec = sampling_of(request).spec(0, ())
+            sequences.append(scheduler.add(request, spec))
+            self._latest[talk] = turn + 1, sequences[-1]
+        return len(sequences) > num_before
 
     def _start(self) -> Worker:
         traffic = self._traffic
