@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class Steps:
             self.replayed += 1
             return replay(*given)
 
-        on_device._replay = counted  # type: ignore[method-assign]
+        on_device._replay = counted  # type: ignore[method-assign, assignment]
 
     def execute(self, **parts: Any) -> StepResult:
         """One step, which refuses nothing."""
@@ -186,7 +187,7 @@ def _turn(steps: Steps, what: str, prompt: list[int], new_tokens: int) -> Row:
     said += steps.decode(_FIRST, len(first), new_tokens)
     steps.execute(park=(Parking(_FIRST, 9, to_host=False),), free=(_FIRST,))
     whole = [*first, *said, *more]
-    back = {"resumes": 9, "resumed_tokens": len(first) + new_tokens}
+    back: dict[str, Any] = {"resumes": 9, "resumed_tokens": len(first) + new_tokens}
     found = []
     for slot, resumed in ((_FIRST, back), (_SECOND, {})):
         tokens = steps.prefill(new_sequence(slot, whole, FULL, **resumed))
@@ -219,16 +220,15 @@ def measure_reuse(bench: Bench, shape: Shape, load: Load) -> Iterator[Row]:
         for _ in range(1 + _ROUNDS):
             bench.deadline.check()
             whole = new_sequence(_FIRST, prompt, FULL)
-            timed("whole", lambda new=whole: steps.prefill(new))
+            timed("whole", partial(steps.prefill, whole))
             hit = new_sequence(_SECOND, prompt, FULL, prefix=blocks)
-            timed("hit", lambda new=hit: steps.prefill(new))
+            timed("hit", partial(steps.prefill, hit))
             steps.execute(free=(_SECOND,))
-            leaving = {"park": (Parking(_FIRST, 7),), "free": (_FIRST,)}
-            timed("park", lambda parts=leaving: steps.execute(**parts))
+            timed("park", partial(steps.execute, park=(Parking(_FIRST, 7),), free=(_FIRST,)))
             num_bytes = worker._shard.parked.host_bytes
             back = {"resumes": 7, "resumed_tokens": len(prompt)}
             new = new_sequence(_FIRST, prompt, FULL, [5], **back)
-            timed("resume", lambda parts={"new": (new,)}: steps.execute(**parts))
+            timed("resume", partial(steps.execute, new=(new,)))
             steps.execute(free=(_FIRST,))
         whole_s, hit_s, park_s, resume_s = (
             statistics.median(seconds[name][1:]) for name in ("whole", "hit", "park", "resume")
