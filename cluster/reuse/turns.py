@@ -159,6 +159,12 @@ class Turns:
         for gone in self.conversations.keep(key, kept):
             self._give_up(gone)
 
+    def lose(self, key: Key, parked_id: int) -> None:
+        """Give up what a turn has left, if it is still kept: a worker does not have it."""
+        kept = self.conversations.get(key)
+        if kept is not None and kept.parked_id == parked_id:
+            self._give_up(self.conversations.drop(key))
+
     def end(self, key: Key) -> bool:
         """Forget a conversation; whether anything was kept of it."""
         self.conversations.check(key)

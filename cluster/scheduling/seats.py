@@ -235,6 +235,7 @@ class Seats:
                 self.host.begin(parked_id)
             elif kept is not None and sequence.conversation is not None:
                 self.turns.keep(sequence.conversation, slot, kept)
+                sequence.left_id = kept.parked_id
             else:
                 self.cached.leave(use)
             heapq.heappush(self._free, slot)
@@ -299,6 +300,11 @@ class Seats:
             self.host.forget(sequence.resumed_id)
             sequence.resumed_id = None
 
+    def forget_left(self, sequence: Sequence) -> None:
+        """A worker has refused a turn after its end: it has nothing of what the turn has left."""
+        if sequence.conversation is not None and sequence.left_id is not None:
+            self.turns.lose(sequence.conversation, sequence.left_id)
+
     def _host_bytes(self, sequence: Sequence, slot: int) -> Ints:
         """Bytes, int64 [W], that the sequence of a slot takes in the host's memory, at most."""
         ledger = self.ledger
@@ -338,7 +344,7 @@ class Seats:
         """What a turn has left; None: the next one cannot go on from it."""
         request, ledger = sequence.request, self.ledger
         known = (*request.prompt_token_ids, *sequence.output_token_ids)
-        if sequence.position > len(known):
+        if sequence.position > len(known) or not ledger.is_exact(slot):
             return None
         pages_W = ledger.pages_of(slot)
         return Kept(

@@ -117,6 +117,7 @@ class Sequence:
     parked_id: int | None = None  # of its rows, while it waits and they are kept
     resumed_id: int | None = None  # that its rows came back from
     resumption: Resumption | None = None  # of its conversation, while it has a slot by it
+    left_id: int | None = None  # of what it has left to the next turn of its conversation
     num_cached_tokens: int = 0  # of its prompt, that were not computed when it first had a slot
     discarding: bool = False  # a worker refused it: what is still in flight of it is void
     finish_reason: FinishReason | None = None

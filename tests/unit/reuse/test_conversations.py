@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.fake_replica import FakeReplica, next_token
 from support.talks import CUT, FULL, HALF, ME, PROMPT, RAGGED, SHAPES, Talks, check_answer
 
 from saqqara.cluster.errors import ConversationBusyError
@@ -189,6 +190,27 @@ def test_a_turn_that_does_not_end_well_leaves_nothing() -> None:
     waiting = talks.add((*tokens, 90))  # one that never ran costs nothing
     talks.scheduler.finish(waiting, "abort")
     assert talks.turn((*tokens, 90))[1] < 5
+    talks.close()
+
+
+@pytest.mark.parametrize("goes_on_at_once", [False, True])
+def test_what_a_worker_refuses_behind_the_end_of_a_turn_is_not_kept(goes_on_at_once: bool) -> None:
+    """A step that was in flight when the turn ended is at fault: that worker holds nothing."""
+    talks = Talks(lookahead=2, head_ranges=((0, 1), (1, 2)))
+    end = next_token(PROMPT)
+    talks.replica = FakeReplica(talks.workers, faults={(1, 0): "broken"})
+    first = talks.add(PROMPT, stop_token_ids=[end])
+    while not first.is_finished:
+        talks.step()
+    assert (first.finish_reason, first.num_in_flight) == ("stop", 1)
+    if not goes_on_at_once:
+        talks.run()
+        assert len(talks.scheduler.conversations) == 0
+    second = talks.add((*PROMPT, end, 9))
+    talks.run()
+    assert second.finish_reason == "length"
+    check_answer(second)
+    assert second.num_refusals == goes_on_at_once
     talks.close()
 
 
