@@ -155,8 +155,8 @@ class Seats:
         """How it goes on from its conversation, or why not; None: it has none, or begins it."""
         if sequence.conversation is None:
             return None
-        request = sequence.request
-        return self.turns.find(sequence.conversation, request.prompt_token_ids, request.retention)
+        retention = sequence.request.retention
+        return self.turns.find(sequence.conversation, sequence.prompt_array, retention)
 
     def _try_take(
         self, sequence: Sequence, found: Found, going_on: Resumption | None = None
