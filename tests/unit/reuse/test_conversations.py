@@ -228,7 +228,7 @@ def test_what_a_worker_refuses_behind_the_end_of_a_turn_is_not_kept(goes_on_at_o
     talks.run()
     assert second.finish_reason == "length"
     check_answer(second)
-    assert second.num_refusals == goes_on_at_once
+    assert second.num_refusals == 0  # else ranks would go on from different lengths
     talks.close()
 
 
