@@ -99,7 +99,7 @@ class Turns:
         return offloaded
 
     def find(
-        self, key: Key, prompt_token_ids: tuple[int, ...], retention: Retention
+        self, key: Key, prompt_token_ids: NDArray[np.int32], retention: Retention
     ) -> Resumption | Anew | None:
         """How a turn goes on, or why its prompt is computed anew; None: it is the first."""
         kept = self.conversations.get(key)
@@ -108,7 +108,7 @@ class Turns:
         reason = why_not_resumed(retention)
         if reason is not None:
             return reason
-        found = goes_on(kept, np.asarray(prompt_token_ids, dtype=np.int32), retention)
+        found = goes_on(kept, prompt_token_ids, retention)
         if isinstance(found, str):
             return found
         num_shared = kept.use.num_shared * self._cached.page_tokens

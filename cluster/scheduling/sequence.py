@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason, KVUsage
 from saqqara.cluster.reuse.conversations import Key as Conversation
@@ -131,6 +132,7 @@ class Sequence:
     prompt_hash: int = field(init=False)
     prompt_tokens: int = field(init=False)
     is_score: bool = field(init=False)
+    _prompt_array: NDArray[np.int32] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.prompt_hash = hash(self.request.prompt_token_ids)
@@ -215,6 +217,13 @@ class Sequence:
         ):
             return False
         return ours.retention.propagate == theirs.retention.propagate
+
+    @property
+    def prompt_array(self) -> NDArray[np.int32]:
+        """The prompt's tokens, int32 [n]; whoever waits for a slot is asked in each plan."""
+        if self._prompt_array is None:
+            self._prompt_array = np.asarray(self.request.prompt_token_ids, dtype=np.int32)
+        return self._prompt_array
 
     def new_sequence(
         self,

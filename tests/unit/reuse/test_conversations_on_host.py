@@ -152,7 +152,7 @@ def test_all_that_is_kept_there_goes_by_word_by_time_and_with_its_workers() -> N
     assert talks.scheduler.host_memory.num_quiet == len(talks.replica.parked) == 2
     waiting = talks.add((*PROMPT, 1), "c")
     talks.scheduler.finish(waiting, "abort")  # one that never ran costs nothing
-    assert keeps(talks) == "CD"
+    assert keeps(talks) == "DC"
     talks.lose_workers()
     assert keeps(talks) == ""
     assert talks.turn((*PROMPT, 1), "d")[1] == len(PROMPT) + 1
