@@ -126,8 +126,8 @@ class Prefixes:
 
         Of a chain what is ready, held or seen often enough comes first: whoever stores, uses or
         sees a block does so with all before it, and its end goes first. So where each ends is
-        found by halving, and only blocks that `last`, what was found for these keys before, lacks are
-        looked up.
+        found by halving, and only blocks are looked up that `last` lacks, which was found for these
+        keys before.
         """
         num_ready = bisect_left(keys, True, key=lambda key: not self._is_ready(key))
         num_used = min(num_ready, most_blocks)
