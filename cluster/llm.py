@@ -225,6 +225,10 @@ class LLM:
         """Give up what is kept of a conversation; whether there was anything."""
         return self._client.end_conversation(session)
 
+    def reset_prefix_cache(self) -> bool:
+        """Give up the cached prefixes that nobody uses now; whether none is left."""
+        return self._client.reset_prefix_cache()
+
     @overload
     def score(  # type: ignore[overload-overlap]  # a str is a Sequence[str], too
         self,

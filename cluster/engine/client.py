@@ -94,6 +94,13 @@ class EngineClient(Protocol):
         """
         ...
 
+    def reset_prefix_cache(self) -> bool:
+        """Give up the cached prefixes that nobody uses; whether none is left.
+
+        Blocks that sequences or conversations use stay until these let them go.
+        """
+        ...
+
     def metrics_address(self) -> str | None:
         """Where /metrics is served, such as `127.0.0.1:8001`, or None."""
         ...
@@ -184,6 +191,10 @@ class LocalClient:
     def end_conversation(self, conversation_id: str, owner: str = "") -> bool:
         """Give up what is kept of an owner's conversation; whether there was anything."""
         return self._loop.call(lambda: self._engine.end_conversation(conversation_id, owner))
+
+    def reset_prefix_cache(self) -> bool:
+        """Give up the cached prefixes that nobody uses; whether none is left."""
+        return self._loop.call(self._engine.reset_prefix_cache)
 
     def metrics_address(self) -> str | None:
         """Where /metrics is served, or None."""

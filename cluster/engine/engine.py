@@ -195,6 +195,10 @@ class Engine:
         """
         return self.scheduler.end_conversation(owner, conversation_id)
 
+    def reset_prefix_cache(self) -> bool:
+        """Give up the cached prefixes that nobody uses; whether none is left."""
+        return self.scheduler.reset_prefix_cache()
+
     def has_unfinished(self) -> bool:
         """Whether another step has something to do."""
         is_busy = bool(self._states) or not self.scheduler.is_idle

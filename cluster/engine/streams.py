@@ -123,6 +123,10 @@ class AsyncEngine:
         """
         return await self._call(lambda: self._engine.end_conversation(conversation_id, owner))
 
+    async def reset_prefix_cache(self) -> bool:
+        """Give up the cached prefixes that nobody uses; whether none is left."""
+        return await self._call(self._engine.reset_prefix_cache)
+
     def shutdown(self) -> None:
         """End the thread after its step, and the engine; who still waits gets `EngineDeadError`.
 

@@ -22,7 +22,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from saqqara.cluster.engine.client import EngineDescription, LocalClient, Rejection
 from saqqara.cluster.engine.model_fit import check_fits, check_fits_if_local
 from saqqara.cluster.engine.report import BatchRows, EngineReport
-from saqqara.cluster.errors import ControllerLostError, EngineDeadError, WorkerDiedError
+from saqqara.cluster.errors import EngineDeadError
 from saqqara.cluster.presets import with_profile
 from saqqara.cluster.recovery.pulse import Pulse, PulseAddress, PulseMonitor
 from saqqara.cluster.request import Request, RequestOutput, ScoreOutput
@@ -30,13 +30,12 @@ from saqqara.configs.schema import EngineConfig
 from saqqara.workers.models.spec import load_spec
 
 from .executor import RayExecutor
-from .exits import end_on_nodes, exit_reason, one_line
+from .exits import end_on_nodes, engine_error, exit_reason
 from .group import PROGRESS_SECONDS
 from .metrics import RaySink
 from .placement import (
     DEFAULT_TIMEOUT_SECONDS,
     Placement,
-    PlacementError,
     Strategy,
     pulse_host,
     reserve,
@@ -250,6 +249,10 @@ class Controller:
         """See `EngineClient.end_conversation`."""
         return self._running().end_conversation(conversation_id, owner)
 
+    def reset_prefix_cache(self) -> bool:
+        """See `EngineClient.reset_prefix_cache`."""
+        return self._running().reset_prefix_cache()
+
     def shutdown(self) -> None:
         """Stop the engine and its ranks."""
         if self._client is not None:
@@ -317,6 +320,10 @@ class ControllerClient:
         """See `EngineClient.end_conversation`."""
         return bool(self._call("end_conversation", conversation_id, owner))
 
+    def reset_prefix_cache(self) -> bool:
+        """See `EngineClient.reset_prefix_cache`."""
+        return bool(self._call("reset_prefix_cache"))
+
     def metrics_address(self) -> str | None:
         """Where /metrics is served, or None."""
         return self._description.metrics_address
@@ -383,18 +390,5 @@ class ControllerClient:
         """What a call of the actor has come to, its errors as those of an engine."""
         try:
             return ray.get(call)
-        except RayTaskError as error:
-            if isinstance(error.cause, EngineDeadError | PlacementError | ValueError):
-                raise error.cause from error
-            if isinstance(error.cause, WorkerDiedError):
-                raise EngineDeadError(str(error.cause)) from error
-            raise EngineDeadError(
-                f"the controller failed: {one_line(error.cause)}; its log: {self._log_file}"
-            ) from error
-        except RayActorError as error:
-            what = f"has died: {exit_reason(error)}"
-            if self._is_silent:
-                what = "has fallen silent"
-            raise ControllerLostError(
-                f"the controller {what}; its log: {self._log_file}"
-            ) from error
+        except (RayTaskError, RayActorError) as error:
+            raise engine_error(error, self._log_file, is_silent=self._is_silent) from error

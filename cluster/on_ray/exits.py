@@ -3,14 +3,15 @@
 import logging
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from saqqara.cluster.errors import Cause
+from saqqara.cluster.errors import Cause, ControllerLostError, EngineDeadError, WorkerDiedError
 
-from .placement import alive_nodes, unreachable_nodes
+from .placement import PlacementError, alive_nodes, unreachable_nodes
 from .rank_process import ProcessInfo, end_processes
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,28 @@ def exit_reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = next((text for text in lines if "exit detail" in text), lines[-1] if lines else "")
     return line.split(" Some common causes")[0] or type(error).__name__
+
+
+def engine_error(
+    error: RayTaskError | RayActorError, log_file: Path, *, is_silent: bool
+) -> Exception:
+    """What the failed call of a controller means to whoever uses the engine.
+
+    Args:
+        error: of the call.
+        log_file: the controller's.
+        is_silent: whether the controller was ended because it gave no sign of life.
+    """
+    if isinstance(error, RayTaskError):
+        if isinstance(error.cause, EngineDeadError | PlacementError | ValueError):
+            return error.cause
+        if isinstance(error.cause, WorkerDiedError):
+            return EngineDeadError(str(error.cause))
+        return EngineDeadError(
+            f"the controller failed: {one_line(error.cause)}; its log: {log_file}"
+        )
+    what = "has fallen silent" if is_silent else f"has died: {exit_reason(error)}"
+    return ControllerLostError(f"the controller {what}; its log: {log_file}")
 
 
 def end_on_nodes(processes: Iterable[tuple[str, ProcessInfo]], timeout_seconds: float) -> list[int]:

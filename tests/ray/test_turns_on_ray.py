@@ -50,6 +50,7 @@ def test_five_turns_over_two_ranks(ranks: str, tiny_config: EngineConfig) -> Non
         assert client.end_conversation("a")
         assert client.end_conversation("b")
         assert not client.end_conversation("b")
+        assert client.reset_prefix_cache()
         assert client.report().pages_leaked == 0
     finally:
         client.shutdown()

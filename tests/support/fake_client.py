@@ -137,6 +137,9 @@ class FakeClient:
         self.submitted = [r for r in self.submitted if r.conversation_id != conversation_id]
         return len(self.submitted) < before
 
+    def reset_prefix_cache(self) -> bool:
+        return not self.submitted
+
     def metrics_address(self) -> str | None:
         return None
 

@@ -155,6 +155,10 @@ class EngineShare:
         """Give up what is kept of an owner's conversation; whether there was anything."""
         return self._engine.client.end_conversation(conversation_id, owner)
 
+    def reset_prefix_cache(self) -> bool:
+        """Give up the cached prefixes that nobody uses; whether none is left."""
+        return self._engine.client.reset_prefix_cache()
+
     def metrics_address(self) -> str | None:
         """Where /metrics is served, or None."""
         return self._engine.client.metrics_address()

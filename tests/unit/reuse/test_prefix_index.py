@@ -90,7 +90,13 @@ def test_what_came_twice_is_stored_and_the_third_computes_only_the_rest() -> Non
     assert (first.num_stored_tokens, second.num_stored_tokens) == (0, 24)
     assert replica.fake.prefilled_tokens == 27 + 27 + 3
     assert replica.scheduler.prefixes.num_blocks == len(replica.fake.blocks) == 6
-    assert not replica.scheduler.reset_prefix_cache() or replica.scheduler.prefixes.has_evicted
+    user = replica.add([80])
+    replica.scheduler.absorb(plan := _scheduled(replica.scheduler), replica.fake.run(plan))
+    assert not replica.scheduler.reset_prefix_cache(), "they are in use"
+    replica.finish()
+    assert cached(user) == [24]
+    assert replica.scheduler.reset_prefix_cache()
+    assert not replica.scheduler.is_idle, "the workers have yet to be told"
     replica.finish()
     assert len(replica.fake.blocks) == 0
     assert replica.fake.fakes[0].pages_free == 1000

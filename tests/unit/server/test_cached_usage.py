@@ -71,3 +71,6 @@ def test_batch_lines_and_python_tell_it_too(model: Path, tmp_path: Path) -> None
         assert run_batch(BatchJob(source, output, llm.config, params), llm._client).complete
         usage = json.loads(output.read_text())["response"]["body"]["usage"]
         assert usage["prompt_tokens_details"] == {"cached_tokens": 48}
+        assert llm.reset_prefix_cache(), "nobody uses any"
+        assert llm.report().prefix_bytes == 0
+        assert llm.generate([TEXT], params)[0].num_cached_tokens == 0
