@@ -46,6 +46,7 @@ from saqqara.cluster.engine.executor import LocalExecutor
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers.cgroups import usable_cores
 from saqqara.workers.plan import StepPlan, StepResult
 
 MIB = 2**20
@@ -312,7 +313,7 @@ def measure_job(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     write_input(folder / "in", num_rows)
     num_bytes = sum(file.stat().st_size for file in (folder / "in").iterdir())
     # A Ray of the job's own would be started by the driver, and share its limit.
-    ray = ray_head(os.cpu_count() or 1, OBJECT_STORE_BYTES) if options.replicas > 1 else None
+    ray = ray_head(usable_cores(), OBJECT_STORE_BYTES) if options.replicas > 1 else None
     with ray or nullcontext() as head, memory_limit(LIMIT_BYTES) as limit:
         env = dict(os.environ) if head is None else head.env | {"RAY_ADDRESS": head.gcs_address}
         print("limit: 1 GiB,", "sampled only" if limit is None else "kept by the kernel")

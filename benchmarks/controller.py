@@ -23,11 +23,11 @@ from saqqara.cluster.engine.executor import Executor, LocalExecutor
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.cluster.on_ray.controller import connect
 from saqqara.cluster.on_ray.executor import RayExecutor
-from saqqara.cluster.on_ray.rank_process import usable_cores
 from saqqara.cluster.request import Request
 from saqqara.cluster.sampling import SamplingParams
 from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
+from saqqara.workers.cgroups import usable_cores
 from saqqara.workers.gguf.demo import fetch_demo_model
 from saqqara.workers.models.spec import load_spec
 

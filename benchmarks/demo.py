@@ -8,7 +8,6 @@ is left in results/demo/.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from saqqara.cluster.cli.tables import print_table
 from saqqara.cluster.engine.report import EngineReport
 from saqqara.cluster.engine.tokenizer import Tokenizer
 from saqqara.configs.worker_settings import WorkerSettings
+from saqqara.workers.cgroups import usable_cores
 from saqqara.workers.models.spec import load_spec
 from saqqara.workers.part import choose_dtype, cpu_has_bfloat16
 
@@ -62,7 +62,7 @@ def main() -> int:
     common += ["--temperature", "0", "--max-tokens", str(arguments.max_tokens), "--ignore-eos"]
     common += ["--kv-memory-gib", f"{pool_gib:.3f}", "--overwrite", "--no-prefix-caching"]
     runs = []
-    with ray_head(num_cpus=max(NUM_STAGES, os.cpu_count() or 1)) as ray:
+    with ray_head(num_cpus=max(NUM_STAGES, usable_cores())) as ray:
         for method in ("full", "pyramidkv", "recommended"):
             output = folder / f"{method}.jsonl"
             budget = [] if method == "full" else ["--budget", arguments.budget]

@@ -44,6 +44,7 @@ from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.figures.plots import distinct_colours
 from saqqara.evaluation.speed.throughput import MIB, Workload
+from saqqara.workers.cgroups import usable_cores
 from saqqara.workers.gguf.demo import fetch_demo_model
 from saqqara.workers.models.spec import load_spec
 
@@ -249,7 +250,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=int, default=64, help="for each prompt, at least 2")
     parser.add_argument("--budget", type=int, default=512, help="tokens per layer and kv head")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--plot", type=Path, help="write a picture (PNG) here")
     return parser

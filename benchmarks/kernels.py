@@ -30,6 +30,7 @@ from saqqara.configs.json_text import json_text
 from saqqara.workers.attention.base import AttentionBackend, CuSeqlens
 from saqqara.workers.attention.cpu import CpuAttention
 from saqqara.workers.attention.sdpa import TorchAttention
+from saqqara.workers.cgroups import usable_cores
 from saqqara.workers.kv.store import KVStore
 from saqqara.workers.kv.view import KVView
 
@@ -205,7 +206,7 @@ def print_row(result: dict[str, object]) -> None:
 def main() -> None:
     """Print the table; write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", type=Path)

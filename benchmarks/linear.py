@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from saqqara.configs.json_text import json_text
+from saqqara.workers.cgroups import usable_cores
 from saqqara.workers.models.norm import rms_norm
 from saqqara.workers.models.reading.rope_spec import RopeSpec
 from saqqara.workers.models.rotary import RotaryTable, rotate
@@ -178,7 +179,7 @@ def main() -> None:
     """Print the table; write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64, 512])
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, help="default: 1000 / rows, at least 7, at most 30")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -25,7 +25,6 @@ for another run: it is read where it exists and fits, and written otherwise.
 
 import argparse
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +52,7 @@ from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.figures.plots import distinct_colours
 from saqqara.evaluation.speed.throughput import MIB, Workload
+from saqqara.workers.cgroups import usable_cores
 from saqqara.workers.gguf.demo import fetch_demo_model
 from saqqara.workers.models.spec import ModelSpec, load_spec
 
@@ -327,7 +327,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-triggers", dest="triggers", action="store_false", help="leave PyramidInfer out"
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument(
         "--follow", choices=("answer", "text"), default="answer", help="what is fed"
     )

@@ -30,6 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from harness.comma_lists import comma_list, one_of
 from harness.limits import READ_BYTES, Call, make_limits, measure
 from rich.console import Console
 from rich.table import Table
@@ -337,14 +338,19 @@ def main() -> int:
     parser.add_argument("--turn-seconds", type=float, default=3.0)
     parser.add_argument("--kv-memory-gib", type=float, default=2.0)
     parser.add_argument("--limit", type=float, default=0.15, help="an error that is too much")
-    parser.add_argument("--runs", help="names with commas between, besides W1; default: all")
+    names = [run.name for run in RUNS]
+    parser.add_argument(
+        "--runs",
+        type=comma_list(one_of(names), f"some of {', '.join(names)}"),
+        help="names with commas between, besides W1; default: all",
+    )
     parser.add_argument("--json", type=Path, help="write all numbers here")
     arguments = parser.parse_args()
     arguments.model = arguments.model or str(fetch_demo_model())
     runs = [
         replace(run, num_requests=max(1, round(run.num_requests * arguments.share)))
         for run in RUNS
-        if arguments.runs is None or run.name in (CALIBRATION, *arguments.runs.split(","))
+        if arguments.runs is None or run.name in (CALIBRATION, *arguments.runs)
     ]
     device = measured_device(arguments.dtype, mlp_weights(arguments.model, arguments.dtype))
     before = Factors.default(device.kind)

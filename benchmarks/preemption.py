@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 import numpy as np
+from harness.comma_lists import above_zero, comma_list, fraction
 
 from saqqara import LLM, SamplingParams
 from saqqara.compression.retention import Retention
@@ -123,16 +124,24 @@ def main() -> None:
     """Read the options, and print a line for each retention and length."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="default: the demo model")
-    parser.add_argument("--prompts", default="512,2000,4000", help="tokens of prompts")
+    parser.add_argument(
+        "--prompts",
+        type=comma_list(above_zero, "whole numbers above 0"),
+        default=[512, 2000, 4000],
+        help="tokens of prompts, such as 512,2000,4000",
+    )
     parser.add_argument("--generated", type=int, default=64, help="tokens after them")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--race", help="shares of the room that are host memory, such as 0,0.25")
+    parser.add_argument(
+        "--race",
+        type=comma_list(fraction, "shares from 0 to less than 1"),
+        help="shares of the room that are host memory, such as 0,0.25",
+    )
     args = parser.parse_args()
     if args.race is not None:
-        shares = [float(share) for share in args.race.split(",")]
-        race(args.model or str(fetch_demo_model()), shares, args.rounds)
+        race(args.model or str(fetch_demo_model()), args.race, args.rounds)
         return
-    lengths = [int(n) for n in args.prompts.split(",")]
+    lengths = args.prompts
     config = EngineConfig(
         model=args.model or str(fetch_demo_model()),
         max_num_seqs=2,

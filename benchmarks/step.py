@@ -39,6 +39,7 @@ from saqqara.configs.json_text import json_text
 from saqqara.configs.schema import EngineConfig
 from saqqara.evaluation.speed.profile import Row, profile_table
 from saqqara.evaluation.speed.throughput import MIB, Workload
+from saqqara.workers.cgroups import usable_cores
 from saqqara.workers.gguf.demo import fetch_demo_model
 from saqqara.workers.models.spec import ModelSpec
 
@@ -230,7 +231,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=65, help="decode steps and one")
     parser.add_argument("--budget", type=int, default=256, help="tokens per layer and kv head")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--nominal-gflops", type=float, default=400.0, help="GFLOP/s of bf16")
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args()

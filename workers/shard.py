@@ -190,7 +190,7 @@ class Shard:
         what comes may be shorter.
         """
         only_rows = goes_on_in_prefill(new)
-        if parked_id not in self.parked:  # the host had no memory for it
+        if parked_id not in self.parked:  # its slot was refused when it was parked
             self._remember(new)
             self.refuse(new.slot)
             return

@@ -3,6 +3,7 @@
 Shapes: T packed tokens, E hidden size.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,10 +15,12 @@ from saqqara.compression.retention import Retention
 
 from .attention.base import CuSeqlens
 from .footprint import GIB, stage_layers
-from .host_memory import available_bytes, total_bytes
+from .host_memory import available_bytes, available_owner, total_bytes, total_owner
 from .models.decoder import chunks
 from .part import Part
 from .transfer import to_device
+
+logger = logging.getLogger(__name__)
 
 _CPU_SHARE = 0.3
 _CPU_MAX_BYTES = 4 * GIB
@@ -75,7 +78,12 @@ def size_pool(part: Part) -> Holdings:
         pool_bytes = config.kv_memory_gib * GIB * rows / part.replica_rows - taken
         pages = footprint.pages_within(pool_bytes, *part.sizes)
     elif is_host:
-        most_bytes = min(_CPU_MAX_BYTES, _CPU_SHARE * available_bytes())
+        available = available_bytes()
+        most_bytes = min(_CPU_MAX_BYTES, _CPU_SHARE * available)
+        logger.info(
+            "the replica's pool: %.2f GiB, of %.2f GiB that %s leaves",
+            *(most_bytes / GIB, available / GIB, available_owner()),
+        )
         pool_bytes = most_bytes * rows / part.replica_rows - taken
         pages = footprint.pages_within(pool_bytes, *part.sizes)
     else:
@@ -85,7 +93,8 @@ def size_pool(part: Part) -> Holdings:
     if is_host and pages * page_bytes > total_bytes():
         raise ValueError(
             f"kv_memory_gib={config.kv_memory_gib:g}: this worker's {pages} pages would take "
-            f"{pages * page_bytes / GIB:.1f} GiB; the machine has {total_bytes() / GIB:.1f} GiB"
+            f"{pages * page_bytes / GIB:.1f} GiB; {total_owner()} has "
+            f"{total_bytes() / GIB:.1f} GiB"
         )
     if pages < rows:
         raise ValueError(
@@ -109,8 +118,8 @@ def host_kv_bytes(part: Part) -> int:
     num_bytes = int(gib * GIB * part.num_rows / part.replica_rows)
     if num_bytes > total_bytes():
         raise ValueError(
-            f"host_kv_gib={gib:g}: this worker's part would take {num_bytes / GIB:.1f} GiB; the "
-            f"machine has {total_bytes() / GIB:.1f} GiB"
+            f"host_kv_gib={gib:g}: this worker's part would take {num_bytes / GIB:.1f} GiB; "
+            f"{total_owner()} has {total_bytes() / GIB:.1f} GiB"
         )
     return num_bytes
 

@@ -1,6 +1,5 @@
 """What `saqqara simulate` does and prints."""
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from saqqara.cluster.simulation.plots import draw
 from saqqara.compression.retention import Retention
 from saqqara.configs.json_text import json_text
 from saqqara.configs.names import did_you_mean
+from saqqara.workers.cgroups import usable_cores
 
 from .plan import PlanFlags, from_yaml, question_of
 from .tables import print_table
@@ -166,7 +166,7 @@ def _simulated(flags: SimulateFlags, asked: _Asked) -> dict[str, Measured]:
     """Each deployment's figures, under a progress bar."""
     placement = asked.first.placement
     lost = outages(asked.faults, placement, flags.detect_seconds, flags.restart_seconds)
-    processes = flags.processes or len(os.sched_getaffinity(0))
+    processes = flags.processes or usable_cores()
     columns = (*Progress.get_default_columns()[:-1], TextColumn("{task.completed:,.0f} requests"))
     found: dict[str, Measured] = {}
     with Progress(

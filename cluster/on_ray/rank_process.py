@@ -26,6 +26,7 @@ from saqqara.cluster.recovery.pulse import Pulse, PulseAddress
 from saqqara.configs.paths import cache_dir
 from saqqara.configs.schema import EngineConfig
 from saqqara.configs.worker_settings import WorkerSettings
+from saqqara.workers.cgroups import usable_cores
 from saqqara.workers.plan import Grammar, StepPlan, StepResult, WorkerInfo
 
 if TYPE_CHECKING:
@@ -262,16 +263,6 @@ def log_process_to(path: str) -> None:
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its affinity, or the CPU quota of its container if lower."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def interface_of(address: str) -> str | None:

@@ -35,6 +35,7 @@ from saqqara.cluster.settings import serve_config, served_engine
 from saqqara.compression.retention import Retention
 from saqqara.configs.autoscaling import AutoscalingConfig
 from saqqara.configs.schema import EngineConfig, ServeConfig
+from saqqara.workers.cgroups import usable_cores
 from saqqara.workers.mesh.layout import MeshLayout
 from saqqara.workers.models.spec import load_spec
 
@@ -48,7 +49,6 @@ from .placement import (
     plan_placement,
     uses_gpus,
 )
-from .rank_process import usable_cores
 from .router import LOAD, LeastLoadedRouter, LoadPolicy
 from .serve_start import ReplicaStartError, one_line_reason
 

@@ -7,7 +7,7 @@ passed in. Whoever asks what is to go drops it on the workers.
 """
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Literal
 
@@ -46,7 +46,7 @@ class Kept:
         host_bytes: that it would take on each worker's host, int64 [W], at most.
         num_bytes: of its pages on all workers, and of the queries that are remembered with them.
         use: what its rows share with blocks of prefixes, which stay with it.
-        last_used: when its turn ended.
+        last_used: when its turn ended, or the next one came.
     """
 
     parked_id: int
@@ -110,10 +110,14 @@ class Conversations:
                 "answer, or abort it"
             )
 
-    def begin(self, key: Key) -> None:
-        """A turn has come."""
+    def begin(self, key: Key, now: float = 0.0) -> None:
+        """A turn has come: however long it waits, what it goes on from was used just now."""
         self.check(key)
         self._busy.add(key)
+        self.now = max(self.now, now)
+        if key in self._kept:
+            self._kept[key] = replace(self._kept[key], last_used=self.now)
+            self._kept.move_to_end(key)
 
     def end(self, key: Key) -> None:
         """Its turn has ended, however."""

@@ -99,7 +99,7 @@ class Turns:
         return offloaded
 
     def find(
-        self, key: Key, prompt_token_ids: tuple[int, ...], retention: Retention
+        self, key: Key, prompt_token_ids: NDArray[np.int32], retention: Retention
     ) -> Resumption | Anew | None:
         """How a turn goes on, or why its prompt is computed anew; None: it is the first."""
         kept = self.conversations.get(key)
@@ -108,7 +108,7 @@ class Turns:
         reason = why_not_resumed(retention)
         if reason is not None:
             return reason
-        found = goes_on(kept, np.asarray(prompt_token_ids, dtype=np.int32), retention)
+        found = goes_on(kept, prompt_token_ids, retention)
         if isinstance(found, str):
             return found
         num_shared = kept.use.num_shared * self._cached.page_tokens
@@ -158,6 +158,12 @@ class Turns:
         self._parked.append(Parking(slot, kept.parked_id, to_host=False))
         for gone in self.conversations.keep(key, kept):
             self._give_up(gone)
+
+    def lose(self, key: Key, parked_id: int) -> None:
+        """Give up what a turn has left, if it is still kept: a worker does not have it."""
+        kept = self.conversations.get(key)
+        if kept is not None and kept.parked_id == parked_id:
+            self._give_up(self.conversations.drop(key))
 
     def end(self, key: Key) -> bool:
         """Forget a conversation; whether anything was kept of it."""

@@ -133,6 +133,8 @@ class PrefillPlanner:
         while (head := self._roster.head) is not None and head.num_in_flight == 0:
             if head.parked_id is not None:
                 return  # it goes on as soon as there is room
+            if self._roster.seats.is_landing(head):
+                return  # what it goes on from is known in a moment
             families = self._form_group()
             if families:
                 self._start_group(draft, families)
@@ -180,6 +182,8 @@ class PrefillPlanner:
             is_seated = sequence.status is not Status.WAITING
             is_like_head = like is None or sequence.request.retention == like
             if is_seated or not is_like_head or sequence.num_in_flight:
+                continue
+            if self._roster.seats.is_landing(sequence):
                 continue
             followers = shared.followers(sequence)
             found, num_cached = NOTHING, self._roster.seats.resumable_tokens(sequence)

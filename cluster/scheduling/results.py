@@ -107,13 +107,19 @@ class Landing:
                 sequence.discarding = False
 
     def _refuse(self, sequence: Sequence, *, alone: bool) -> None:
-        """Let a sequence that a worker had no pages for try again, unless it had all of them."""
+        """Let a sequence that a worker had no pages for try again, unless it had all of them.
+
+        One that came back from where it was parked tries again in any case: a worker may have lost
+        what was parked, and has pages.
+        """
+        came_back = sequence.resumption is not None or sequence.resumed_id is not None
         self._roster.seats.forget_resumed(sequence)
+        self._roster.seats.forget_left(sequence)
         if sequence.is_finished or sequence.discarding:
             return
         sequence.num_refusals += 1
         self._roster.drop_parked(sequence)
-        if alone:
+        if alone and not came_back:
             fed = max(sequence.position - sequence.prompt_tokens, 0)
             need = self._roster.seats.need(sequence, fed)
             self._roster.finish(sequence, "error", error=self._roster.seats.too_large(need))

@@ -163,7 +163,7 @@ class Scheduler:
         self._num_added += 1
         self._note_prefix(sequence)
         if sequence.conversation is not None:
-            self.conversations.begin(sequence.conversation)
+            self.conversations.begin(sequence.conversation, request.arrival_time)
         if is_ready:
             self._roster.waiting.add(sequence)
         else:

@@ -85,6 +85,7 @@ class Seats:
         self._parked: dict[int, _Parked] = {}  # by parked id
         self._leaving: dict[int, int] = {}  # parked ids by slots that no plan has freed yet
         self._uses: dict[int, Use] = {}
+        self._landing: dict[Conversation, Sequence] = {}  # turns that left with a step in flight
         self._holders: dict[int, Sequence] = {}
         self._vacated: list[int] = []
         self._free = list(range(num_slots))
@@ -147,6 +148,11 @@ class Seats:
             self.turns.begin_anew(sequence.conversation, going_on)
         return True
 
+    def is_landing(self, sequence: Sequence) -> bool:
+        """Whether a worker may yet refuse the turn before, and so lack what others go on from."""
+        before = self._landing.get(sequence.conversation) if sequence.conversation else None
+        return before is not None and before.num_in_flight > 0
+
     def resumable_tokens(self, sequence: Sequence) -> int:
         """Tokens of its prompt that its conversation has now."""
         found = self._going_on(sequence)
@@ -156,8 +162,8 @@ class Seats:
         """How it goes on from its conversation, or why not; None: it has none, or begins it."""
         if sequence.conversation is None:
             return None
-        request = sequence.request
-        return self.turns.find(sequence.conversation, request.prompt_token_ids, request.retention)
+        retention = sequence.request.retention
+        return self.turns.find(sequence.conversation, sequence.prompt_array, retention)
 
     def _try_take(
         self, sequence: Sequence, found: Found, going_on: Resumption | None = None
@@ -236,9 +242,12 @@ class Seats:
                 self.host.begin(parked_id)
             elif kept is not None and sequence.conversation is not None:
                 self.turns.keep(sequence.conversation, slot, kept)
+                sequence.left_id = kept.parked_id
+                self._landing[sequence.conversation] = sequence
             else:
                 self.cached.leave(use)
             heapq.heappush(self._free, slot)
+        self._landing = {key: s for key, s in self._landing.items() if s.num_in_flight}
         self._staying.clear()
         draft.free += self._vacated
         self._vacated = []
@@ -300,6 +309,11 @@ class Seats:
             self.host.forget(sequence.resumed_id)
             sequence.resumed_id = None
 
+    def forget_left(self, sequence: Sequence) -> None:
+        """A worker has refused a turn after its end: it has nothing of what the turn has left."""
+        if sequence.conversation is not None and sequence.left_id is not None:
+            self.turns.lose(sequence.conversation, sequence.left_id)
+
     def _host_bytes(self, sequence: Sequence, slot: int) -> Ints:
         """Bytes, int64 [W], that the sequence of a slot takes in the host's memory, at most."""
         ledger = self.ledger
@@ -339,7 +353,7 @@ class Seats:
         """What a turn has left; None: the next one cannot go on from it."""
         request, ledger = sequence.request, self.ledger
         known = (*request.prompt_token_ids, *sequence.output_token_ids)
-        if sequence.position > len(known):
+        if sequence.position > len(known) or not ledger.is_exact(slot):
             return None
         pages_W = ledger.pages_of(slot)
         return Kept(

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason, KVUsage
 from saqqara.cluster.reuse.conversations import Key as Conversation
@@ -117,6 +118,7 @@ class Sequence:
     parked_id: int | None = None  # of its rows, while it waits and they are kept
     resumed_id: int | None = None  # that its rows came back from
     resumption: Resumption | None = None  # of its conversation, while it has a slot by it
+    left_id: int | None = None  # of what it has left to the next turn of its conversation
     num_cached_tokens: int = 0  # of its prompt, that were not computed when it first had a slot
     discarding: bool = False  # a worker refused it: what is still in flight of it is void
     finish_reason: FinishReason | None = None
@@ -128,6 +130,7 @@ class Sequence:
     prompt_hash: int = field(init=False)
     prompt_tokens: int = field(init=False)
     is_score: bool = field(init=False)
+    _prompt_array: NDArray[np.int32] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.prompt_hash = hash(self.request.prompt_token_ids)
@@ -212,6 +215,13 @@ class Sequence:
         ):
             return False
         return ours.retention.propagate == theirs.retention.propagate
+
+    @property
+    def prompt_array(self) -> NDArray[np.int32]:
+        """The prompt's tokens, int32 [n]; whoever waits for a slot is asked in each plan."""
+        if self._prompt_array is None:
+            self._prompt_array = np.asarray(self.request.prompt_token_ids, dtype=np.int32)
+        return self._prompt_array
 
     def new_sequence(
         self,

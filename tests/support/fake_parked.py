@@ -63,7 +63,6 @@ class FakeParkedSequences:
             assert held.prefilled_layers == replica.num_layers
             parked = FakeParked(held, parking.to_host)
             for worker in replica.fakes:
-                assert parking.to_host or parking.slot not in worker.refused
                 if parking.slot not in worker.refused:
                     parked.rows[worker.info.rank] = worker.rows.pop(parking.slot)
                     parked.shared[worker.info.rank] = worker.shared.pop(parking.slot, {})
@@ -79,6 +78,11 @@ class FakeParkedSequences:
         for parked_id in plan.offload:
             assert not self._parked[parked_id].on_host, "it lies there"
             self._parked[parked_id].on_host = True
+
+    def lose(self, rank: int) -> None:
+        """A worker's host had no memory for any of them."""
+        for parked in self._parked.values():
+            parked.rows.pop(rank, None)
 
     def resume(self, new: NewSequence, workers: "Sequence[FakeWorker]") -> tuple[int, ...]:
         """Give a new sequence the rows that it resumes, cut where fewer tokens are fed.
@@ -99,6 +103,9 @@ class FakeParkedSequences:
         self.num_from_host += parked.on_host
         for worker in workers:
             rank = worker.info.rank
+            if rank not in parked.rows:  # it refused the slot that these were to come from
+                worker.give_up(new.slot)
+                continue
             rows = parked.rows[rank]
             worker.shared[new.slot] = parked.shared[rank]
             if parked.on_host:
@@ -130,6 +137,9 @@ class FakeParkedSequences:
         self.num_back += 1
         for worker in workers:
             rank = worker.info.rank
+            if rank not in parked.rows:  # the host had no memory for it
+                worker.give_up(new.slot)
+                continue
             worker.shared[new.slot] = parked.shared[rank]
             worker.try_add(new.slot, parked.rows[rank])
             if new.slot not in worker.refused:

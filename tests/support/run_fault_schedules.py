@@ -16,6 +16,7 @@ from pathlib import Path
 if __name__ == "__main__":  # what it imports lies beside it
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from saqqara.workers.cgroups import usable_cores
 from support.fault_schedules import Schedule, Tally, run_seeds
 
 _SLICE = 250
@@ -41,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--first", type=int, default=0, help="seed")
     parser.add_argument("--number", type=int, default=100_000, help="of schedules")
-    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--processes", type=int, default=usable_cores())
     parser.add_argument("--again", type=int, metavar="SEED", help="one schedule, step by step")
     args = parser.parse_args()
     if args.again is not None:

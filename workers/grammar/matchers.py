@@ -1,12 +1,12 @@
 """Where the answers of the sequences in slots stand in their grammars."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from saqqara.workers.cgroups import usable_cores
 from saqqara.workers.plan import Grammar
 
 from .compiler import Compiler, first_line
@@ -31,12 +31,12 @@ class Matchers:
 
     Args:
         compiler: of the model's grammars.
-        num_threads: that masks may be computed by.
+        num_threads: that masks may be computed by; default: as many as there are cores to use.
     """
 
     def __init__(self, compiler: Compiler, num_threads: int | None = None) -> None:
         self._compiler = compiler
-        self._num_threads = min(num_threads or os.cpu_count() or 1, _MAX_THREADS)
+        self._num_threads = min(num_threads or usable_cores(), _MAX_THREADS)
         self._held: dict[int, _Held] = {}
         self._executor: Any = None  # of llguidance; made for the first batch of several
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from saqqara.configs.paths import cache_dir
+from saqqara.workers.cgroups import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def _compile(compiler: str, sources: Sequence[Path], openmp: Path, scratch: Path
         [compiler, *_FLAGS, "-fPIC", "-fopenmp", "-c", str(source), "-o", str(output)]
         for source, output in zip(sources, objects, strict=True)
     ]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
         list(pool.map(_run, commands))
     linked = scratch / "linked.so"
     # Without -fopenmp here: that would add the compiler's own OpenMP runtime.

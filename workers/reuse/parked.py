@@ -65,11 +65,12 @@ class ParkedSequence:
         pages: of its rows, one row after the other, int32 [P]; what stands where they are not
             `held` means nothing.
         held: which of them it holds in the pool, bool [P].
-        copied: the others, in the same order; None where it holds all of them.
+        copied: the others, in the same order; None where it holds all of them, or they are lost.
         seen: tokens that went into rows with a window.
         retained: when its rows are cut.
         ring: its last queries, if they are remembered.
         sums: of the attention that its tokens got, if they are remembered.
+        is_lost: its pages are gone; what else is known of it other ranks count on.
     """
 
     kept: NDArray[np.int32]
@@ -80,6 +81,7 @@ class ParkedSequence:
     retained: RetainedSlot
     ring: Ring | None
     sums: Sums | None
+    is_lost: bool = False
 
     @property
     def host_bytes(self) -> int:
@@ -153,20 +155,23 @@ class ParkedSequences:
     def offload(self, parked_id: int) -> None:
         """Copy the pages of a sequence to the host; nothing to do where there is none.
 
-        If the system gives no memory for that, the sequence is forgotten; its pages are free in any
-        case.
+        If the system gives no memory for that, its rows are lost, and it cannot be resumed here;
+        its pages are free in any case.
         """
-        if parked_id not in self._parked:
+        parked = self._parked.get(parked_id)
+        if parked is None or parked.is_lost:
             return
         try:
-            self._offload(self._parked[parked_id])
+            self._offload(parked)
         except (MemoryError, RuntimeError) as error:  # which torch raises for want of memory
             logger.warning(
                 "host memory: a sequence of %d pages is not kept and will be computed again; lower "
                 "host_kv_gib (%s)",
-                *(len(self._parked[parked_id].pages), str(error).splitlines()[0]),
+                *(len(parked.pages), (str(error).splitlines() or [type(error).__name__])[0]),
             )
-            self.drop(parked_id)
+            self._kv.pool.release(parked.pages[parked.held])
+            parked.held = np.zeros_like(parked.held)
+            parked.is_lost = True
 
     def drop(self, parked_id: int) -> None:
         """Forget a sequence; nothing to do where there is none."""
@@ -185,7 +190,8 @@ class ParkedSequences:
             only_rows: take over nothing else.
 
         Returns:
-            False if the free pages do not suffice; then the rows are empty, and it stays parked.
+            False if the free pages do not suffice, or what it had is lost; then the rows are empty,
+            and it stays parked.
         """
         parked, kv = self._parked[parked_id], self._kv
         if not only_rows:
@@ -193,7 +199,7 @@ class ParkedSequences:
             self._rings.restore(slot, parked.ring)
             self._sums.restore(slot, parked.sums)
         num_copied = int(np.count_nonzero(~parked.held))
-        if num_copied > kv.pool.num_free:
+        if parked.is_lost or num_copied > kv.pool.num_free:
             return False
         del self._parked[parked_id]
         pages = parked.pages.copy()

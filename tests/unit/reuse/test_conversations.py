@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.fake_replica import FakeReplica, next_token
 from support.talks import CUT, FULL, HALF, ME, PROMPT, RAGGED, SHAPES, Talks, check_answer
 
 from saqqara.cluster.errors import ConversationBusyError
@@ -127,6 +128,24 @@ def test_a_conversation_ends_by_word_and_by_time() -> None:
     talks.close()
 
 
+def test_a_turn_that_waits_finds_its_conversation_however_long_that_takes() -> None:
+    talks = Talks(conversation_seconds=10.0, max_num_seqs=1)
+    tokens, _ = talks.turn(PROMPT)
+    talks.turn(PROMPT, "b")
+    talks.scheduler.expire(9.0)
+    long = talks.add(range(40, 50), None, max_tokens=20)
+    waiting = talks.add((*tokens, 90))
+    assert [name for (_, name), _ in talks.scheduler.conversations.oldest_first()] == ["b", "a"]
+    while not long.is_finished:
+        talks.scheduler.expire(18.0)
+        talks.step()
+    assert len(talks.scheduler.conversations) == 1
+    talks.run()
+    assert waiting.num_cached_tokens == len(tokens) - 1
+    assert talks.counts.expired == 1
+    talks.close()
+
+
 def test_who_was_quiet_for_longest_goes_when_bytes_or_pages_are_short() -> None:
     per_turn = 8 * 6 * 1024  # rows of 24 tokens, in pages of 4
     talks = Talks(conversation_bytes=2 * per_turn)
@@ -189,6 +208,27 @@ def test_a_turn_that_does_not_end_well_leaves_nothing() -> None:
     waiting = talks.add((*tokens, 90))  # one that never ran costs nothing
     talks.scheduler.finish(waiting, "abort")
     assert talks.turn((*tokens, 90))[1] < 5
+    talks.close()
+
+
+@pytest.mark.parametrize("goes_on_at_once", [False, True])
+def test_what_a_worker_refuses_behind_the_end_of_a_turn_is_not_kept(goes_on_at_once: bool) -> None:
+    """A step that was in flight when the turn ended is at fault: that worker holds nothing."""
+    talks = Talks(lookahead=2, head_ranges=((0, 1), (1, 2)))
+    end = next_token(PROMPT)
+    talks.replica = FakeReplica(talks.workers, faults={(1, 0): "broken"})
+    first = talks.add(PROMPT, stop_token_ids=[end])
+    while not first.is_finished:
+        talks.step()
+    assert (first.finish_reason, first.num_in_flight) == ("stop", 1)
+    if not goes_on_at_once:
+        talks.run()
+        assert len(talks.scheduler.conversations) == 0
+    second = talks.add((*PROMPT, end, 9))
+    talks.run()
+    assert second.finish_reason == "length"
+    check_answer(second)
+    assert second.num_refusals == 0  # else ranks would go on from different lengths
     talks.close()
 
 

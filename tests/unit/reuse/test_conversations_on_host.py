@@ -91,6 +91,20 @@ def test_a_preempted_sequence_goes_before_conversations_on_the_host() -> None:
     talks.close()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_comes_back_alone_is_computed_again_where_a_host_had_no_memory(rank: int) -> None:
+    talks = Talks(num_pages=100, host_pages=1000, head_ranges=((0, 1), (1, 2)))
+    first, second = (talks.add(PROMPT, None, max_tokens=60) for _ in range(2))
+    while second.parked_id is None:
+        talks.step()
+    talks.replica.parked.lose(rank)
+    talks.run()
+    assert (second.finish_reason, second.num_refusals) == ("length", 1)
+    check_answer(first)
+    check_answer(second)
+    talks.close()
+
+
 def test_shared_blocks_stay_until_nothing_else_is_left() -> None:
     talks = Talks(num_pages=120, host_pages=1000, prefix_bytes=2**20, conversation_bytes=2**20)
     for name in (None, None, "a", "b"):
@@ -138,7 +152,7 @@ def test_all_that_is_kept_there_goes_by_word_by_time_and_with_its_workers() -> N
     assert talks.scheduler.host_memory.num_quiet == len(talks.replica.parked) == 2
     waiting = talks.add((*PROMPT, 1), "c")
     talks.scheduler.finish(waiting, "abort")  # one that never ran costs nothing
-    assert keeps(talks) == "CD"
+    assert keeps(talks) == "DC"
     talks.lose_workers()
     assert keeps(talks) == ""
     assert talks.turn((*PROMPT, 1), "d")[1] == len(PROMPT) + 1
