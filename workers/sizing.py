@@ -81,7 +81,7 @@ def size_pool(part: Part) -> Holdings:
         available = available_bytes()
         most_bytes = min(_CPU_MAX_BYTES, _CPU_SHARE * available)
         logger.info(
-            "the replica's pool: %.2f GiB, of %.2f GiB that %s leaves",
+            "the replica's pool: at most %.2f GiB, of %.2f GiB that %s leaves",
             *(most_bytes / GIB, available / GIB, available_owner()),
         )
         pool_bytes = most_bytes * rows / part.replica_rows - taken

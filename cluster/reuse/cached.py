@@ -180,11 +180,14 @@ class CachedPrefixes:
         """A request has come with such a prompt."""
         self._prefixes.see(keys)
 
-    def find(self, keys: tuple[bytes, ...], most_tokens: int) -> Found:
-        """What there is for a prompt, of whose first tokens so many may be cached ones."""
+    def find(self, keys: tuple[bytes, ...], most_tokens: int, last: Found = NOTHING) -> Found:
+        """What there is for a prompt, of whose first tokens so many may be cached ones.
+
+        It is found sooner with what was found for the same prompt the `last` time.
+        """
         if not keys:
             return NOTHING
-        return self._prefixes.find(keys, most_tokens // self._page_tokens)
+        return self._prefixes.find(keys, most_tokens // self._page_tokens, last)
 
     def use(
         self, found: Found, retention: Retention, prompt_tokens: int, may_cut: bool = False

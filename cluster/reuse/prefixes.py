@@ -6,6 +6,7 @@ is stored, and what was used longest ago goes first.
 """
 
 import hashlib
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -125,24 +126,44 @@ class Prefixes:
         while len(self._seen) > MAX_SEEN:
             self._seen.popitem(last=False)
 
-    def find(self, keys: Sequence[bytes], most_blocks: int) -> Found:
-        """What there is for a prompt with these keys, of which so many blocks may be used."""
-        found: list[Block] = []
-        for key in keys:
-            block = self._blocks.get(key)
-            if block is None:
-                break
-            if len(found) == most_blocks:
-                return Found(tuple(found))
-            if not block.is_ready:
-                return Found(tuple(found), is_coming=True)
-            found.append(block)
-        num_worth = 0
-        for key in keys[len(found) :]:
-            if self._seen.get(key, 0) < _MANY:
-                break
-            num_worth += 1
-        return Found(tuple(found), storable=tuple(keys[len(found) : len(found) + num_worth]))
+    def find(self, keys: Sequence[bytes], most_blocks: int, last: Found = NOTHING) -> Found:
+        """What there is for a prompt with these keys, of which so many blocks may be used.
+
+        Of a chain what is ready, held or seen often enough comes first: whoever stores, uses or
+        sees a block does so with all before it, and its end goes first. So where each ends is
+        found by halving, and only blocks are looked up that `last` lacks, which was found for these
+        keys before.
+        """
+        num_ready = bisect_left(keys, True, key=lambda key: not self._is_ready(key))
+        num_used = min(num_ready, most_blocks)
+        blocks = self._chain(keys, num_used, last.blocks)
+        if num_used < len(keys) and keys[num_used] in self._blocks:
+            is_coming = num_used < most_blocks
+            return _found(blocks, is_coming, (), last)
+        stop = bisect_left(keys, True, lo=num_used, key=lambda key: self._seen.get(key, 0) < _MANY)
+        same = last.storable
+        if len(same) != stop - num_used or (same and same[-1] != keys[stop - 1]):
+            same = tuple(keys[num_used:stop])
+        return _found(blocks, False, same, last)
+
+    def _is_ready(self, key: bytes) -> bool:
+        block = self._blocks.get(key)
+        return block is not None and block.is_ready
+
+    def _chain(
+        self, keys: Sequence[bytes], num_blocks: int, known: tuple[Block, ...]
+    ) -> tuple[Block, ...]:
+        """The first blocks of a chain, of which those that are `known` and still held are taken."""
+        # A block that is held has been so since it was found, and all before it.
+        num_same = bisect_left(
+            known,
+            True,
+            hi=min(len(known), num_blocks),
+            key=lambda block: self._blocks.get(block.key) is not block,
+        )
+        if num_same == num_blocks == len(known):
+            return known
+        return (*known[:num_same], *(self._blocks[key] for key in keys[num_same:num_blocks]))
 
     def store(self, keys: Sequence[bytes]) -> tuple[Block, ...]:
         """Blocks for these keys, which a prefill is to fill."""
@@ -207,6 +228,14 @@ class Prefixes:
         for block in gone:
             del self._blocks[block.key]
         return self.drop(gone)
+
+
+def _found(
+    blocks: tuple[Block, ...], is_coming: bool, storable: tuple[bytes, ...], last: Found
+) -> Found:
+    """`last`, if it says the same; else what there is."""
+    is_same = blocks is last.blocks and is_coming == last.is_coming and storable is last.storable
+    return last if is_same else Found(blocks, is_coming, storable)
 
 
 def _is_quiet(block: Block) -> bool:

@@ -208,10 +208,12 @@ class PrefillPlanner:
 
     def _find(self, family: list[Sequence]) -> Found:
         """Blocks for sequences that share a prefill: no more than each of them may use."""
-        if not _takes_part(family[0]):
+        leader = family[0]
+        if not _takes_part(leader):
             return NOTHING
-        most = min(map(self._most_cached, family))
-        return self._roster.seats.cached.find(family[0].block_keys, most)
+        most, cached = min(map(self._most_cached, family)), self._roster.seats.cached
+        leader.found = cached.find(leader.block_keys, most, leader.found)
+        return leader.found
 
     def _most_cached(self, sequence: Sequence) -> int:
         """Tokens of its prompt that need not be computed."""

@@ -109,7 +109,7 @@ class Roster:
         if not self.seats.try_take(sequence, found):
             return False
         self.waiting.remove(sequence)
-        sequence.status = Status.PREFILL
+        sequence.status, sequence.found = Status.PREFILL, NOTHING
         return True
 
     def try_resume(self, sequence: Sequence) -> bool:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from saqqara.cluster.outcome import ErrorCode, FinishReason, KVUsage
 from saqqara.cluster.reuse.conversations import Key as Conversation
+from saqqara.cluster.reuse.prefixes import NOTHING, Found
 from saqqara.cluster.reuse.turns import Resumption
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import CachedPrefix, NewSequence, PromptScores, SamplingSpec
@@ -115,6 +116,7 @@ class Sequence:
     reuses_prefix: bool = True  # where its retention allows
     num_stored_tokens: int = 0  # of its prompt, that its first prefill left in blocks
     block_keys: tuple[bytes, ...] = ()  # of its prompt; none where it uses no blocks
+    found: Found = NOTHING  # of them, when it was last looked for while it waits
     parked_id: int | None = None  # of its rows, while it waits and they are kept
     resumed_id: int | None = None  # that its rows came back from
     resumption: Resumption | None = None  # of its conversation, while it has a slot by it

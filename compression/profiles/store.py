@@ -26,7 +26,16 @@ class ProfileStore:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = Path(folder).expanduser() if folder else cache_dir() / "profiles"
+        self._named = Path(folder).expanduser() if folder else None
+
+    @property
+    def folder(self) -> Path:
+        """Where entries lie.
+
+        Raises:
+            ValueError: none is named, and there is no cache folder (see `cache_dir`).
+        """
+        return self._named or cache_dir() / "profiles"
 
     def path(self, fingerprint: str) -> Path:
         """Where the entry of such weights lies, if there is one."""
@@ -38,8 +47,12 @@ class ProfileStore:
         Raises:
             ValueError: its entry cannot be read, or is damaged; names the file.
         """
-        own = self.path(fingerprint)
-        file = own if own.exists() else _shipped().get(fingerprint)
+        try:
+            own = str(self.path(fingerprint))
+        except ValueError:
+            own = ""  # without a cache folder nothing was measured here
+        # A folder that may not be looked into has no entry, either.
+        file = Path(own) if os.path.exists(own) else _shipped().get(fingerprint)
         if file is None:
             return None
         found = HeadProfile.read(file)

@@ -88,7 +88,7 @@ def pointer(tensor: Tensor, dtype: torch.dtype) -> int:
 def _load_once() -> ctypes.CDLL | str:
     try:
         return ctypes.CDLL(str(_build()))
-    except (NativeUnavailableError, OSError) as error:
+    except (NativeUnavailableError, OSError, ValueError) as error:  # ValueError: no cache folder
         return str(error)
 
 
@@ -110,13 +110,27 @@ def _build() -> Path:
     folder = cache_dir() / "native" / digest.hexdigest()[:16]
     target = folder / "libsaqqara_native.so"
     if not target.exists():
+        _make(folder)
         logger.info("compiling our CPU kernels for this machine, once; about a minute")
-        folder.mkdir(parents=True, exist_ok=True)
         # Processes may race to build the same library: each works in a folder of its own, and
         # the last rename wins with identical contents.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             os.replace(_compile(compiler, sources, openmp, Path(scratch)), target)
     return target
+
+
+def _make(folder: Path) -> None:
+    """Make a folder of the cache.
+
+    Raises:
+        NativeUnavailableError: it cannot be written; says what to set.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NativeUnavailableError(
+            f"{folder} cannot be made ({error.strerror}); SAQQARA_CACHE names another cache folder"
+        ) from error
 
 
 def _compile(compiler: str, sources: Sequence[Path], openmp: Path, scratch: Path) -> Path:

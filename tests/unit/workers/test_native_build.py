@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from saqqara.compression.profiles.store import ProfileStore
 from saqqara.workers.native import build
 
 SOURCE = """
@@ -58,6 +59,7 @@ def test_processes_may_race(sources: Path) -> None:
     """All of them get the library, and one file is left."""
     script = f"""
 from pathlib import Path
+from saqqara.compression.profiles.store import ProfileStore
 from saqqara.workers.native import build
 build._SOURCE_DIR = Path({str(sources)!r})
 build._build()
@@ -119,3 +121,26 @@ def test_pointers_are_checked() -> None:
         build.pointer(x, torch.bfloat16)
     with pytest.raises(AssertionError, match="contiguous"):
         build.pointer(x.T, torch.float32)
+
+
+def test_without_a_place_for_the_library_the_reason_says_what_to_set(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sources.parent / "file").touch()
+    monkeypatch.setenv("SAQQARA_CACHE", str(sources.parent / "file"))
+    reason = build.unavailable_reason()
+    assert reason is not None
+    assert "SAQQARA_CACHE names another cache folder" in reason
+    for name in ("SAQQARA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", _no_home)
+    build._load_once.cache_clear()
+    assert str(build.unavailable_reason()).startswith("SAQQARA_CACHE: this user has no home")
+    assert ProfileStore().find("0" * 64) is None, "nothing was measured here"
+    with pytest.raises(ValueError, match=r"^SAQQARA_CACHE: "):
+        ProfileStore().check_writable()
+
+
+def _no_home() -> Path:
+    """As `Path.home` where neither HOME nor the list of users says."""
+    raise RuntimeError("Could not determine home directory.")
