@@ -6,7 +6,7 @@ prompt's length alone, so the scheduler plans with the same numbers that the wor
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -162,6 +162,15 @@ class Propagate:
         """
         return _survivors(self, prompt_tokens, num_layers)
 
+    def first_cut(self, prompt_tokens: int, num_layers: int) -> int | None:
+        """Find the lowest layer that does not pass on all tokens of such a prompt; None: no layer.
+
+        Raises:
+            ValueError: as `survivors`.
+        """
+        entering = self.survivors(prompt_tokens, num_layers)
+        return next((n - 1 for n, tokens in enumerate(entering) if tokens < prompt_tokens), None)
+
     def passed_on(self, entered: int, prompt_tokens: int, layer: int, num_layers: int) -> int:
         """Count the tokens, of `entered` that enter `layer`, whose hidden states leave it."""
         if self.kind == "once":
@@ -201,6 +210,19 @@ def _survivors(propagate: Propagate, prompt_tokens: int, num_layers: int) -> tup
     for layer in range(num_layers - 1):
         counts.append(propagate.passed_on(counts[-1], prompt_tokens, layer, num_layers))
     return tuple(counts)
+
+
+def computed_tokens(entering: Sequence[int], num_reused: int) -> tuple[int, ...]:
+    """Count the tokens that each layer computes of a prompt whose first ones are known.
+
+    Where all tokens enter, the known ones are left out; above the first cut the survivors are
+    computed, whichever they are.
+
+    Args:
+        entering: `Propagate.survivors`, or the whole prompt for each layer.
+        num_reused: first tokens of the prompt whose keys and values are known below the cut.
+    """
+    return tuple(tokens - num_reused * (tokens == entering[0]) for tokens in entering)
 
 
 def in_label(number: Any) -> Any:

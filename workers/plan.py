@@ -331,6 +331,7 @@ class WorkerInfo:
     `windows` are those of all layers of the model, as `Layers` has them; () if none has one.
     `host_kv_bytes` of the host's memory are for sequences that are parked there. The worker's page
     tables hold `most_shared_entries` of pages that other rows hold, too; None: any number.
+    `hidden_bytes` are those of one token's hidden state.
     """
 
     rank: int
@@ -362,6 +363,7 @@ class WorkerInfo:
     windows: tuple[int, ...] = ()
     host_kv_bytes: int = 0
     most_shared_entries: int | None = None
+    hidden_bytes: int = 0
 
 
 def layers_of(workers: Sequence[WorkerInfo]) -> Layers:

@@ -46,7 +46,7 @@ def _spare_quota(cores: int) -> None:
     """Lower PyTorch's threads to the cores: it knows of affinity, not of a container's quota."""
     if torch.get_num_threads() > cores:
         logger.info(
-            "%d threads instead of PyTorch's %d: this process may use no more cores",
+            "threads: %d instead of PyTorch's %d, as many as the cores that this process may use",
             cores,
             torch.get_num_threads(),
         )

@@ -150,6 +150,7 @@ class Shard:
             max_prefill_tokens=part.config.max_prefill_tokens,
             host_kv_bytes=self._host_kv_bytes,
             most_shared_entries=self._most_shared_entries(),
+            hidden_bytes=part.spec.hidden_size * part.dtype.itemsize,
         )
 
     def _most_shared_entries(self) -> int | None:

@@ -297,4 +297,5 @@ def worker_info(
         windows=rank.spec.windows,
         ring_query_bytes=rank.ring_query_bytes(),
         ring_normaliser_bytes=rank.ring_normaliser_bytes(),
+        hidden_bytes=rank.spec.hidden_size * rank.dtype.itemsize,
     )

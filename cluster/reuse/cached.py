@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import CachedPrefix
 
-from .limits import keeps_whole_prompt, why_not_reused
+from .limits import Cuts, keeps_whole_prompt, why_not_reused
 from .prefixes import NOTHING, Block, Counts, Found, Prefixes, block_keys
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class CachedPrefixes:
         pages: where they are charged; a replica that has just started holds none of them.
         most_blocks: that may be held at once; 0: nothing is cached.
         page_tokens: tokens of a block.
+        cuts: what retentions that propagate may use.
         most_shared: blocks whose pages rows may hold, counted once for each sequence; None: any
             number.
     """
@@ -93,6 +94,7 @@ class CachedPrefixes:
         pages: Pages,
         most_blocks: int,
         page_tokens: int,
+        cuts: Cuts,
         most_shared: int | None = None,
     ) -> None:
         prefixes.forget()
@@ -100,6 +102,7 @@ class CachedPrefixes:
         self._pages = pages
         self._most_blocks = most_blocks
         self._page_tokens = page_tokens
+        self._cuts = cuts
         self._most_shared, self._num_shared = most_shared, 0
         self._evicted: list[int] = []
         self._filling = 0  # uses that store and are not settled
@@ -163,12 +166,15 @@ class CachedPrefixes:
         if self._most_blocks == 0:
             return ()
         reason = why_not_reused(retention)
+        if reason is None:
+            reason = self._cuts.why_not_reused(retention, len(token_ids))
         if reason is not None:
             if retention.method not in self._told:
                 self._told.add(retention.method)
                 logger.info("prefix caching: %s takes no part: %s", retention.method, reason)
             return ()
-        return block_keys(token_ids, self._page_tokens, owner, cache_salt)
+        cut = self._cuts.first(retention, len(token_ids))
+        return block_keys(token_ids, self._page_tokens, owner, cache_salt, cut)
 
     def see(self, keys: tuple[bytes, ...]) -> None:
         """A request has come with such a prompt."""

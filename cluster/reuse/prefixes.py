@@ -19,14 +19,19 @@ _MANY = 2  # a prefix that came so often is stored
 
 
 def block_keys(
-    token_ids: Sequence[int], page_tokens: int, owner: str = "", cache_salt: str = ""
+    token_ids: Sequence[int],
+    page_tokens: int,
+    owner: str = "",
+    cache_salt: str = "",
+    cut: int | None = None,
 ) -> tuple[bytes, ...]:
     """A key for each full block of a prompt: a hash of its tokens, of those before it and the salt.
 
-    Owner and salt are told apart by their lengths, so no two pairs have the same keys.
+    Blocks of prompts that drop tokens behind the layer `cut` have other contents: it is part of the
+    salt. Its parts are told apart by their lengths, so no two salts have the same keys.
     """
     key = hashlib.blake2b(digest_size=32)
-    for part in (owner, cache_salt):
+    for part in (owner, cache_salt, *([] if cut is None else [str(cut)])):
         data = part.encode("utf-8", "surrogatepass")
         key.update(len(data).to_bytes(8) + data)
     tokens = np.asarray(token_ids, dtype=np.int32).tobytes()

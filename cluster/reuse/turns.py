@@ -265,4 +265,5 @@ class Turns:
 
 def why_not_resumed(retention: Retention) -> Anew | None:
     """Why what a turn would leave is of no use for the next; None: it is."""
-    return None if why_not_reused(retention) is None else "method"
+    is_resumed = retention.propagate is None and why_not_reused(retention) is None
+    return None if is_resumed else "method"

@@ -6,6 +6,7 @@ from itertools import accumulate
 
 from saqqara.cluster.reuse.limits import least_computed_tokens
 from saqqara.cluster.reuse.prefixes import NOTHING, Found
+from saqqara.compression.propagate import computed_tokens
 from saqqara.compression.retention import Retention
 from saqqara.workers.plan import PrefillGroup
 
@@ -20,7 +21,8 @@ class Group:
     """Prompts on their way through the layers; the next plan starts at `next_layer`.
 
     `layer_tokens` are the tokens computed in each layer: a prompt that several share counts once,
-    what is cached of it does not count, and propagation leaves fewer for the upper layers.
+    what is cached of it does not count, and propagation leaves fewer for the upper layers. Of
+    these, cached ones are computed there.
     """
 
     sequences: list[Sequence]
@@ -40,12 +42,11 @@ class Group:
         slots = [sequence.slot for sequence in members if sequence.slot is not None]
         assert len(slots) == len(members), "a member has no slot"
         leaders = [family[0] for family in families]
-        entering = [
-            s.request.retention.entering_tokens(s.prompt_tokens, num_layers) for s in leaders
+        computed = [
+            _computed(leader, num_cached, num_layers)
+            for leader, num_cached in zip(leaders, cached_tokens, strict=True)
         ]
-        num_cached = sum(cached_tokens)
-        computed = tuple(sum(tokens) - num_cached for tokens in zip(*entering, strict=True))
-        return cls(members, tuple(slots), computed)
+        return cls(members, tuple(slots), tuple(map(sum, zip(*computed, strict=True))))
 
     def stop_within(self, quantum: int) -> int:
         """Where a range of at most `quantum` layers x tokens stops; it has at least one layer."""
@@ -191,7 +192,7 @@ class PrefillPlanner:
                 num_cached = len(found.blocks) * self._roster.ledger.page_tokens
             if found.is_coming:
                 continue
-            computed = sequence.prompt_tokens - num_cached
+            computed = max(_computed(sequence, num_cached, self._stages[-1][1]))
             if families and computed > tokens_left:
                 break
             if not self._roster.try_seat(sequence, found):
@@ -227,6 +228,13 @@ class PrefillPlanner:
             self._roster.vacate(sequence)
         else:
             self._roster.requeue(sequence)
+
+
+def _computed(sequence: Sequence, num_cached: int, num_layers: int) -> tuple[int, ...]:
+    """Tokens of a sequence's prompt that each layer computes behind so many cached ones, [L]."""
+    retention = sequence.request.retention
+    entering = retention.entering_tokens(sequence.prompt_tokens, num_layers)
+    return computed_tokens(entering, num_cached)
 
 
 def _takes_part(sequence: Sequence) -> bool:

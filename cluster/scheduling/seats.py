@@ -10,7 +10,7 @@ import numpy as np
 from saqqara.cluster.reuse.cached import CachedPrefixes, Use
 from saqqara.cluster.reuse.conversations import Anew, Conversations, Kept
 from saqqara.cluster.reuse.conversations import Key as Conversation
-from saqqara.cluster.reuse.limits import most_shared_blocks
+from saqqara.cluster.reuse.limits import Cuts, most_shared_blocks
 from saqqara.cluster.reuse.parked import Counts, HostMemory, next_parked_id
 from saqqara.cluster.reuse.prefixes import NOTHING, Found, Prefixes
 from saqqara.cluster.reuse.turns import Resumption, Turns
@@ -72,7 +72,8 @@ class Seats:
         most = self.ledger.most_blocks(prefix_bytes)
         most_shared = most_shared_blocks(workers, self.ledger.rows_per_worker.tolist())
         page_tokens = self.ledger.page_tokens
-        self.cached = CachedPrefixes(prefixes, self.ledger, most, page_tokens, most_shared)
+        cuts = Cuts(workers)
+        self.cached = CachedPrefixes(prefixes, self.ledger, most, page_tokens, cuts, most_shared)
         if conversations is None:
             conversations = Conversations(0, 1.0)
         host_bytes_W = np.array([w.host_kv_bytes for w in workers], dtype=np.int64)

@@ -43,6 +43,12 @@ HEADKV = Retention.parse({"method": "headkv", "budget": 20, "window": 8, "profil
 TURNS = (SNAPKV, ADAKV, HEADKV)
 
 
+def once(layer: int) -> Retention:
+    """Drops tokens behind a layer, and some with a budget besides."""
+    settings = {"kind": "once", "layer": layer, "keep": 0.4, "window": 6}
+    return Retention.parse({**({} if layer == 1 else SNAPKV.to_dict()), "propagate": settings})
+
+
 def prompts() -> list[list[int]]:
     rng = np.random.default_rng(5)
     return [rng.integers(3, VOCAB, length).tolist() for length in (70, 9, 41)]
@@ -102,6 +108,39 @@ def hit_plans(splits: list[int]) -> list[StepPlan]:
     return [replace(plan, step=step) for step, plan in enumerate(plans)]
 
 
+def cut_plans(splits: list[int], cut: int) -> list[StepPlan]:
+    """The same where tokens are dropped behind a layer, and a hit fills the last blocks."""
+    retention, first = once(cut), prompts()[0]
+    blocks = tuple(range(100 * cut, 100 * cut + 15))
+    storer = new_sequence(3, first, retention=retention)
+    storer = replace(storer, prefix=CachedPrefix(stored=blocks[:10]))
+    hits = [
+        new_sequence(slot, text, retention=retention) for slot, text in enumerate(cut_prompts())
+    ]
+    hits[0] = replace(hits[0], prefix=CachedPrefix(blocks[:8]))
+    hits[1] = replace(hits[1], prefix=CachedPrefix(blocks[:10], blocks[10:]))
+    again = replace(hits[1], prefix=CachedPrefix(blocks))
+    group = PrefillGroup((3,), 0, LAYERS)
+    return [
+        StepPlan(0, new=(storer,), prefill=(group,)),
+        StepPlan(0, free=(3,)),
+        *make_plans(hits, splits),
+        *make_plans([again], splits),
+        StepPlan(0, evict=blocks),
+    ]
+
+
+def all_cut_plans(splits: list[int], cuts: Sequence[int]) -> list[StepPlan]:
+    plans = [plan for cut in cuts for plan in cut_plans(splits, cut)]
+    return [replace(plan, step=step) for step, plan in enumerate(plans)]
+
+
+def cut_prompts() -> list[list[int]]:
+    """What begins like the first prompt, or does not."""
+    first, short, other = prompts()
+    return [first[:32] + short, first, other]
+
+
 def turn_plans(splits: list[int], retention: Retention) -> list[StepPlan]:
     """A prompt's rows stay, and a longer one goes on behind them."""
     prompt, parking = prompts()[0], Parking(3, 9, to_host=False)
@@ -144,6 +183,11 @@ HIT_CASES = {
     "hit-pp2": (MeshLayout(pipeline_size=2), [2]),
     "hit-tp2": (MeshLayout(tensor_size=2), []),
     "hit-tp4": (MeshLayout(tensor_size=4), [2]),
+}
+CUT_CASES = {
+    # Two stages have three layers each: the second has the hidden states behind layer 2.
+    "cut-pp2": (MeshLayout(pipeline_size=2), [2, 3], (1, 2, 4)),
+    "cut-tp2": (MeshLayout(tensor_size=2), [], (1, 2)),
 }
 
 
@@ -189,6 +233,8 @@ def runs(folder: Path) -> dict[str, list[RankRun]]:
     stages = MeshLayout(pipeline_size=2)
     for name, (layout, splits) in HIT_CASES.items():
         jobs[name] = Job(make_config(folder, layout), layout, hit_plans(splits))
+    for name, (layout, splits, cuts) in CUT_CASES.items():
+        jobs[name] = Job(make_config(folder, layout), layout, all_cut_plans(splits, cuts))
     jobs["one-token"] = Job(make_config(folder, stages), stages, one_token_plans())
     return dict(zip(jobs, run_on_ranks(list(jobs.values())), strict=True))
 
@@ -260,6 +306,38 @@ def test_ranks_reuse_a_prefix_as_one_computes_it(
         stored = run.results[0].prefill_layer_tokens // len(prompts()[0])
         computed = sum(result.prefill_layer_tokens for result in run.results[1:])
         assert computed == stored * (8 + 9 + 8 + len(TURNS) * (40 + 30))
+        assert run.results[-1].pages_free == run.num_pages
+
+
+@pytest.mark.parametrize("case", CUT_CASES)
+def test_ranks_reuse_what_lies_below_a_cut(
+    case: str, folder: Path, runs: dict[str, list[RankRun]]
+) -> None:
+    """Wherever the cut is: the stage behind it has the hidden states of cached tokens."""
+    alone = Worker.local(make_config(folder, MeshLayout()).for_worker())
+    layout, _, cuts = CUT_CASES[case]
+    got = sampled_tokens(runs[case])
+    expected: dict[int, list[int]] = {slot: [] for slot in range(4)}
+    computed = np.zeros(LAYERS, dtype=np.int64)
+    for cut in cuts:
+        retention = once(cut)
+        answers = [
+            [t.token_id for t in run_greedy(alone, [text], NUM_TOKENS, retention=retention)[0]]
+            for text in cut_prompts()
+        ]
+        expected[3].append(answers[1][0])
+        for slot in (0, 1, 2, 1):
+            expected[slot] += answers[slot]
+        for length, cached in ((70, 0), (41, 32), (70, 40), (41, 0), (70, 60)):
+            entering = np.array(retention.entering_tokens(length, LAYERS))
+            computed += entering - cached * (np.arange(LAYERS) <= cut)
+    assert {slot: [t.token_id for t in tokens] for slot, tokens in got.items()} == expected
+    num_layers = LAYERS // layout.pipeline_size
+    for rank, run in enumerate(runs[case]):
+        start = layout.pipeline_rank(rank) * num_layers
+        num_computed = sum(result.prefill_layer_tokens for result in run.results)
+        assert num_computed == computed[start : start + num_layers].sum()
+        assert not any(result.refused for result in run.results)
         assert run.results[-1].pages_free == run.num_pages
 
 

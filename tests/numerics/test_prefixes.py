@@ -34,13 +34,11 @@ ALL_LOGPROBS = replace(GREEDY, num_logprobs=VOCAB)
 FULL = Retention.parse(None)
 STORER, HIT, LONG_HIT, MISS = range(4)
 BLOCKS = tuple(range(100, 109))
-# What queries, scores or layers make of prompts, before retention, is nobody's to reuse.
-WITHOUT = {"h2o", "h2o-adaptive"}
-REUSING = [
-    name
-    for name, method in METHODS.items()
-    if name not in WITHOUT and method.retention(name, PREFILL).propagate is None
-]
+WITHOUT = {
+    *("h2o", "h2o-adaptive"),  # they look at all queries of a prompt
+    *("pyramidinfer-7b", "pyramidinfer-13b", "pyramidinfer-steep"),  # as pyramidinfer
+}
+REUSING = [name for name in METHODS if name not in WITHOUT]
 
 
 def prompts() -> list[list[int]]:
@@ -72,10 +70,12 @@ class Runs:
         self.worker.check_integrity()
         return result
 
-    def store(self, prompt: list[int], num_blocks: int) -> StepResult:
+    def store(
+        self, prompt: list[int], blocks: Sequence[int], retention: Retention = FULL
+    ) -> StepResult:
         """Fill blocks with the first tokens of a prompt, which leaves its slot."""
-        new = new_sequence(STORER, prompt)
-        new = replace(new, prefix=CachedPrefix(stored=BLOCKS[:num_blocks]))
+        new = new_sequence(STORER, prompt, retention=retention)
+        new = replace(new, prefix=CachedPrefix(stored=tuple(blocks)))
         group = PrefillGroup((STORER,), 0, self.worker.spec.num_layers)
         result = self.execute(new=(new,), prefill=(group,))
         self.execute(free=(STORER,))
@@ -128,7 +128,9 @@ def assert_alike(
             torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
 
 
-def make_new(retention: Retention, *, cached: bool) -> list[NewSequence]:
+def make_new(
+    retention: Retention, *, cached: bool, blocks: tuple[int, ...] = BLOCKS
+) -> list[NewSequence]:
     """Hits of different lengths, and between them a prompt that has none."""
     _, hit, long_hit, miss = prompts()
     settings: Any = {"sampling": ALL_LOGPROBS, "retention": retention}
@@ -138,8 +140,13 @@ def make_new(retention: Retention, *, cached: bool) -> list[NewSequence]:
         new_sequence(LONG_HIT, long_hit, **settings),
     ]
     if cached:
-        new[0] = replace(new[0], prefix=CachedPrefix(BLOCKS[:6]))
-        new[2] = replace(new[2], prefix=CachedPrefix(BLOCKS[:9]))
+        for number, num_blocks in ((0, 6), (2, 9)):
+            length = new[number].prompt_tokens
+            least = 0
+            if retention.propagate is not None:
+                least = retention.propagate.recent_tokens(length)
+            num_blocks = min(num_blocks, (length - least) // PAGE)
+            new[number] = replace(new[number], prefix=CachedPrefix(blocks[:num_blocks]))
     return new
 
 
@@ -149,7 +156,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("deep")
     save_tiny("llama-gqa", folder, num_layers=LAYERS)
     made = Runs(make_worker(folder))
-    made.store(prompts()[0], len(BLOCKS))
+    made.store(prompts()[0], BLOCKS)
     return made
 
 
@@ -157,19 +164,61 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_each_method_keeps_the_same(method: str, runs: Runs) -> None:
     """Also where rows are cut again while they decode, by queries from before the first step."""
     assert len(prompts()[1]) - 24 == WINDOW, "no token more is computed than looked at"
-    stages = [Stage(6, slack_pages=1)] if METHODS[method].decode else []
+    decode, blocks, worker = METHODS[method].decode, BLOCKS, runs.worker
+    stages = [Stage(6, slack_pages=1)] if "slack" in decode else []
+    stages += [Stage(8, trigger="stored", exceed=3)] if "stored" in decode else []
+    free = worker.kv.pages_free
+    if METHODS[method].retention(method, PREFILL).propagate is not None:
+        # Blocks of their own, which have hidden states behind the first cut.
+        blocks = tuple(range(600, 609))
+        runs.store(prompts()[0], blocks, METHODS[method].retention(method, PREFILL))
     for stage in (PREFILL, *stages):
         retention = METHODS[method].retention(method, stage)
         steps = stage.num_steps
         expected = runs.run(make_new(retention, cached=False), steps=steps)
-        assert_alike(runs.run(make_new(retention, cached=True), [2], steps=steps), expected)
+        found = runs.run(make_new(retention, cached=True, blocks=blocks), [2], steps=steps)
+        assert_alike(found, expected)
+    runs.execute(evict=tuple({*blocks} - {*BLOCKS}))
+    assert worker.kv.pages_free == free
+
+
+@pytest.mark.parametrize("max_prefill_tokens", [2048, 24])
+def test_cuts_take_hidden_states_from_blocks(max_prefill_tokens: int, tmp_path: Path) -> None:
+    """Of hits that store more, of their followers, and of groups whose keys exist in parts."""
+    save_tiny("llama-gqa", tmp_path, num_layers=LAYERS)
+    made = Runs(make_worker(tmp_path, max_prefill_tokens=max_prefill_tokens))
+    fastkv = METHODS["fastkv"].retention("fastkv", PREFILL)
+    follows = Retention.parse({"propagate": fastkv.propagate})
+    first, hit, long_hit, miss = prompts()
+    settings: Any = {"sampling": ALL_LOGPROBS, "retention": fastkv}
+    new = [
+        new_sequence(0, long_hit, **settings),
+        new_sequence(1, long_hit, sampling=ALL_LOGPROBS, retention=follows, shares_prefill_with=0),
+        new_sequence(2, miss, **settings),
+        new_sequence(3, hit, **settings),
+        new_sequence(4, first, **settings),
+    ]
+    expected = made.run(new)
+    made.store(first, BLOCKS[:6], fastkv)
+    new[0] = replace(new[0], prefix=CachedPrefix(BLOCKS[:6], BLOCKS[6:]))
+    new[3] = replace(new[3], prefix=CachedPrefix(BLOCKS[:5]))
+    assert_alike(made.run(new), expected)
+    new[0] = replace(new[0], prefix=CachedPrefix(BLOCKS))
+    new[4] = replace(new[4], prefix=CachedPrefix(BLOCKS[:7]))
+    assert_alike(made.run(new, [1, 2]), expected)
+    group = PrefillGroup((0,), 0, LAYERS)
+    result = made.execute(new=(new[0],), prefill=(group,))
+    above = fastkv.entering_tokens(len(long_hit), LAYERS)[2:]
+    assert result.prefill_layer_tokens == 2 * 9 + sum(above)
+    made.execute(free=(0,), evict=BLOCKS)
+    assert made.worker.kv.pages_free == made.worker.kv.num_pages
 
 
 def test_keys_of_many_hits_exist_in_parts(tmp_path: Path, runs: Runs) -> None:
     """No more of them at once than of a group that is computed whole."""
     save_tiny("llama-gqa", tmp_path, num_layers=LAYERS)
     small = Runs(make_worker(tmp_path, max_prefill_tokens=64))
-    small.store(prompts()[0], len(BLOCKS))
+    small.store(prompts()[0], BLOCKS)
     snapkv = METHODS["snapkv"].retention("snapkv", PREFILL)
     expected = runs.run(make_new(snapkv, cached=False))
     new = [replace(n, slot=n.slot + 3) for n in make_new(snapkv, cached=True)]
@@ -210,7 +259,7 @@ def test_kernels_read_blocks_and_share_their_pages(tmp_path: Path) -> None:
     found = []
     for backend in ("torch", "triton"):
         made = Runs(make_worker(tmp_path, attention_backend=backend, warmup=False))
-        made.store(prompt, 3)
+        made.store(prompt, BLOCKS[:3])
         new = [new_sequence(s, prompt, sampling=ALL_LOGPROBS) for s in (HIT, MISS)]
         new[0] = replace(new[0], prefix=CachedPrefix(BLOCKS[:3], is_shared=True))
         new[1] = replace(new[1], prefix=CachedPrefix(BLOCKS[:3]), retention=snapkv)
@@ -255,7 +304,7 @@ def test_windows_and_experts(family: str, tmp_path: Path) -> None:
     """Rings hold the same last tokens, with the prefix's among them, and go on from there."""
     save_tiny(family, tmp_path)
     made = Runs(make_worker(tmp_path))
-    made.store(prompts()[0], len(BLOCKS))
+    made.store(prompts()[0], BLOCKS)
     snapkv = METHODS["snapkv"].retention("snapkv", PREFILL)
     for retention in (FULL,) if family == "mistral" else (FULL, snapkv):
         expected = made.run(make_new(retention, cached=False), steps=9)
@@ -306,7 +355,7 @@ def test_a_worker_that_is_short_of_pages_holds_no_blocks(tmp_path: Path) -> None
     assert made.worker.kv.pages_free == pages - 3 * rows
     made.execute(free=(STORER,), evict=BLOCKS[:3])
     # And a hit whose rows find too few pages leaves its blocks alone.
-    made.store(other, 4)
+    made.store(other, BLOCKS[:4])
     longer = [*other[:16], *hit]
     new = replace(new_sequence(HIT, longer), prefix=CachedPrefix(BLOCKS[:4]))
     result = made.execute(new=(new,), prefill=(replace(group, slots=(HIT,)),))

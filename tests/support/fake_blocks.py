@@ -12,9 +12,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class FakeBlock:
-    """A block: the tokens from the prompt's start to its end, and the step that filled it."""
+    """A block: the tokens from the prompt's start to its end, and the step that filled it.
+
+    Above the layer `cut` it has no keys and values.
+    """
 
     tokens: tuple[int, ...]
+    cut: int | None = None
     filled_at: int | None = None
     on: set[int] = field(default_factory=set)  # ranks that hold it
 
@@ -24,6 +28,7 @@ class FakeBlocks:
 
     def __init__(self, workers: Sequence[WorkerInfo]) -> None:
         self._page_tokens = workers[0].page_tokens
+        self._num_layers = workers[-1].stop_layer
         self._rows = [
             (w.stop_layer - w.start_layer) * (w.stop_head - w.start_head) for w in workers
         ]
@@ -57,12 +62,19 @@ class FakeBlocks:
         if prefix is None:
             return []
         tokens = tuple(new.tokens()[: new.prompt_tokens].tolist())
+        propagate = new.retention.propagate
+        cut = None
+        if propagate is not None:
+            cut = propagate.first_cut(new.prompt_tokens, self._num_layers)
         for place, block in enumerate(prefix.cached):
             held = self._blocks[block]
             assert held.tokens == tokens[: size * (place + 1)], "a block of another prompt"
+            assert held.cut == cut, "a block of another cut"
             assert held.filled_at is not None, "a block that is not filled is used"
             assert len(held.on) == len(self._rows), "a worker lacks a block"
         least = max(1, new.retention.num_window_queries(new.prompt_tokens))
+        if propagate is not None:
+            least = max(least, propagate.recent_tokens(new.prompt_tokens))
         assert size * len(prefix.cached) <= new.prompt_tokens - least, "too little is computed"
         if new is not leader:
             assert not prefix.stored, "a follower stores nothing"
@@ -77,7 +89,7 @@ class FakeBlocks:
         for place, block in enumerate(prefix.stored, start=len(prefix.cached)):
             assert size * (place + 1) <= new.prompt_tokens, "a block of no full page"
             on = {*range(len(self._rows))} - {*refusing}
-            self._blocks[block] = FakeBlock(tokens[: size * (place + 1)], on=on)
+            self._blocks[block] = FakeBlock(tokens[: size * (place + 1)], cut, on=on)
         return refusing
 
     def fill(self, new: NewSequence, step: int) -> None:

@@ -26,8 +26,10 @@ class ParkedPrefill:
 
     `families` has the slots by their leader. `cu` delimits each leader's tokens that are still on
     their way, in the order of their positions; those of its cached blocks, which come before them,
-    are not among them. `cached` has the pages of these blocks, [blocks, L, H] of each leader, and
-    `resumed` what stands before a prompt that goes on behind its slot's rows.
+    are not among them. `cached` has the pages of these blocks, [blocks, L, H] of each leader (none
+    behind a layer that drops tokens: what goes on of the cached ones is computed there), and
+    `resumed` what stands before a prompt that goes on behind its slot's rows. `for_blocks` are
+    hidden states that the next stage puts into blocks.
     """
 
     families: dict[int, list[int]]
@@ -36,6 +38,7 @@ class ParkedPrefill:
     cu: CuSeqlens
     cached: list[NDArray[np.int32]]
     resumed: list["ResumedRows | None"]
+    for_blocks: Tensor | None = None
 
     @property
     def slots(self) -> list[int]:
@@ -100,9 +103,9 @@ class ParkedPrefill:
         ]
         return CuSeqlens.of(counts, self.hidden_TE.device)
 
-    def narrow(self, rows_T: Tensor, places: Places, cu: CuSeqlens) -> None:
-        """Go on with these rows only."""
-        self.hidden_TE, self.places, self.cu = self.hidden_TE.index_select(0, rows_T), places, cu
+    def narrow(self, hidden_TE: Tensor, places: Places, cu: CuSeqlens) -> None:
+        """Go on with these tokens only."""
+        self.hidden_TE, self.places, self.cu = hidden_TE, places, cu
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saqqara.compression.propagate import computed_tokens
 from saqqara.workers.attention.base import CuSeqlens
 from saqqara.workers.kv.prompts import PromptWrite, write_layers, write_prompts
 from saqqara.workers.models.decoder import chunks
 from saqqara.workers.models.layer import QKV, Layer
 from saqqara.workers.plan import PrefillGroup, StepPlan
-from saqqara.workers.retain.propagate import PropagatingPrompt, surviving_rows
 from saqqara.workers.shard import Shard
 from saqqara.workers.transfer import to_device
 
 from . import native_prefill
 from .choosing import Choosing
+from .cuts import Cuts
 from .native_prefill import NativePrefill, Piece
 from .parked import Finals, ParkedPrefill, last_rows
 from .prefixes import Keyed, Prefixes
@@ -44,6 +45,7 @@ class Prefill:
         self._parked: dict[tuple[int, ...], ParkedPrefill] = {}
         self._layer_tokens = 0
         self._prefixes = Prefixes(shard)
+        self._cuts = Cuts(shard, self._prefixes)
         self.choosing = Choosing(shard)
 
     @property
@@ -99,28 +101,38 @@ class Prefill:
         shard, part, families = self._shard, self._part, self._shard.slots.families(slots)
         assert part.decoder.embedding is not None
         tokens = np.concatenate(
-            [shard.slots.prompt(slot)[self._num_reused(slot) :] for slot in families]
+            [shard.slots.prompt(slot)[self._prefixes.num_reused(slot) :] for slot in families]
         )
         hidden_TE = part.decoder.embedding(to_device(tokens.astype(np.int64), part.device))
         return self._park(families, hidden_TE, self._all_positions(families), 0)
 
     def _send(self, parked: ParkedPrefill) -> None:
         """Hand a group over to the next stage, with its positions if those are not all."""
-        mesh, leaders = self._part.mesh, parked.families
-        if self._lengths(leaders, self._part.layers.stop) != self._lengths(leaders, 0):
+        mesh = self._part.mesh
+        if self._are_cut(parked.families, self._part.layers.stop):
             mesh.send_hidden(parked.places.positions_T)
+        if parked.for_blocks is not None:
+            mesh.send_hidden(parked.for_blocks)
         mesh.send_hidden(parked.hidden_TE)
 
     def _receive(self, slots: tuple[int, ...]) -> ParkedPrefill:
         """Take a group over from the stage before; see `_send`."""
         shard, start = self._shard, self._part.layers.start
         families = shard.slots.families(slots)
-        lengths = self._lengths(families, start)
-        if lengths != self._lengths(families, 0):
-            positions_T = shard.receive_positions(sum(lengths))
-        else:
-            positions_T = self._all_positions(families)
-        hidden_TE = shard.receive_hidden(sum(lengths))
+        num_tokens = sum(self._lengths(families, start))
+        if not self._are_cut(families, start):
+            hidden_TE = shard.receive_hidden(num_tokens)
+            return self._park(families, hidden_TE, self._all_positions(families), start)
+        cuts, cu = self._cuts, CuSeqlens.of(self._lengths(families, start), self._part.device)
+        positions_T = shard.receive_positions(num_tokens)
+        if of_leaders := cuts.stores(start - 1, families):
+            for_blocks = shard.receive_hidden(sum(num for _, num in of_leaders))
+            cuts.store(start - 1, families, for_blocks)
+        known = cuts.known(start - 1, families, positions_T, cu)
+        num_known = sum(len(places) for places in known if places is not None)
+        hidden_TE = shard.receive_hidden(num_tokens - num_known)
+        pages = [self._prefixes.cached_pages(family, 0) for family in families.values()]
+        hidden_TE = cuts.join(start, pages, known, cu, hidden_TE)
         return self._park(families, hidden_TE, positions_T, start)
 
     def _park(
@@ -130,29 +142,28 @@ class Prefill:
         part = self._part
         cu = CuSeqlens.of(self._lengths(families, layer), part.device)
         places, known = part.decoder.places(positions_T), self._prefixes
-        cached = [known.cached_pages(family) for family in families.values()]
+        cached = [known.cached_pages(family, layer) for family in families.values()]
         resumed = [known.resumed_rows(slot) for slot in families]
         return ParkedPrefill(families, hidden_TE, places, cu, cached, resumed)
 
     def _all_positions(self, leaders: Iterable[int]) -> Tensor:
         """Positions of all tokens of prompts that are computed, int64 [T]."""
-        starts = [self._num_reused(slot) for slot in leaders]
+        starts = [self._prefixes.num_reused(slot) for slot in leaders]
         lengths = self._lengths(leaders, 0)
         positions = [np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
         return to_device(np.concatenate(positions), self._part.device)
 
-    def _num_reused(self, leader: int) -> int:
-        """First tokens of a prompt that are not computed."""
-        return self._shard.slots[leader].num_reused(self._shard.kv.page_tokens)
-
     def _lengths(self, leaders: Iterable[int], layer: int) -> list[int]:
         """How many tokens of each prompt enter a layer to be computed."""
-        layers, slots = self._part.spec.layers, self._shard.slots
+        known = self._prefixes
         return [
-            slots[slot].retention.entering_tokens(slots[slot].prompt_tokens, layers)[layer]
-            - self._num_reused(slot)
-            for slot in leaders
+            computed_tokens(known.entering(slot), known.num_reused(slot))[layer] for slot in leaders
         ]
+
+    def _are_cut(self, leaders: Iterable[int], layer: int) -> bool:
+        """Whether not all tokens of some prompt enter a layer."""
+        entering = [self._prefixes.entering(slot) for slot in leaders]
+        return any(of_prompt[layer] < of_prompt[0] for of_prompt in entering)
 
     def _through_layers(self, layers: range, parked: ParkedPrefill, finals: Finals) -> None:
         if self._native is not None and self._native.takes(parked):
@@ -193,6 +204,7 @@ class Prefill:
         with timed("project"):
             qkv = self._project(weights, parked)
         several, lse = [], None
+        places: list[Tensor | None] = []
         for tokens, some in self._prefixes.parts(parked):
             fresh = qkv.of(tokens)
             with timed("project"):
@@ -203,18 +215,19 @@ class Prefill:
                 several.append(attended)
             with timed("retain"):
                 self._retain(layer, some, fresh, keyed, lse)
+            with timed("propagate"):
+                places += self._cuts.select(layer, some, keyed, lse)
             del fresh, keyed
         if len(several) > 1:
             attended = torch.cat(several)
-        with timed("propagate"):
-            rows_T = self._propagate(layer, parked, qkv, lse)
+        if any(chosen is not None for chosen in places):
+            lse_bytes = 0 if lse is None else lse.nbytes
+            other_bytes = self._kv_bytes(qkv), 2 * qkv.q.nbytes + lse_bytes
+            self._drop(layer, parked, attended, places, other_bytes)
+            return
         del qkv, lse, several
-        if rows_T is not None:
-            attended = attended.index_select(0, rows_T)  # on a CPU 8 times as fast as [rows_T]
         with timed("finish"):
-            for chunk in chunks(parked.num_tokens, part.config.linear_chunk_tokens):
-                hidden = parked.hidden_TE[chunk]
-                weights.finish(hidden, attended[chunk], out=hidden)
+            self._finish(weights, parked.hidden_TE, attended)
 
     def _last_layer(self, parked: ParkedPrefill, finals: Finals) -> None:
         """The model's last layer: queries and MLP only where a token is sampled or scored."""
@@ -235,41 +248,58 @@ class Prefill:
         attended = several[0] if len(several) == 1 else torch.cat(several)
         del qkv
         hidden_RE = parked.hidden_TE[rows_R]
-        for chunk in chunks(len(hidden_RE), part.config.linear_chunk_tokens):
-            weights.finish(hidden_RE[chunk], attended[chunk], out=hidden_RE[chunk])
+        self._finish(weights, hidden_RE, attended)
         finals.take(parked.families, wanted, hidden_RE, self._shard.slots)
 
-    def _propagate(
-        self, layer: int, parked: ParkedPrefill, qkv: QKV, lse: Tensor | None
-    ) -> Tensor | None:
-        """Narrow the group to the tokens that go on; returns their rows, or None for all."""
-        shard, part, entered = self._shard, self._part, list(parked.cu.lengths)
-        going_on = self._lengths(parked.families, layer + 1)
-        if going_on == entered:
-            return None
-        prompts = [
-            PropagatingPrompt(
-                propagate=shard.slots[slot].retention.propagate,
-                prompt_tokens=shard.slots[slot].prompt_tokens,
-                num_kept=num_kept,
-                first_row=start,
-                qkv=qkv.of(slice(start, stop)),
-                lse=None if lse is None else lse[start:stop],
-            )
-            for slot, num_kept, start, stop in zip(
-                parked.families, going_on, parked.cu.host[:-1], parked.cu.host[1:], strict=True
-            )
-        ]
-        rows_T = surviving_rows(part, prompts)
-        places = part.decoder.places(parked.places.positions_T[rows_T])
-        bytes_before = parked.hidden_TE.nbytes
-        parked.narrow(rows_T, places, CuSeqlens.of(going_on, part.device))
+    def _drop(
+        self,
+        layer: int,
+        parked: ParkedPrefill,
+        attended: Tensor,
+        places: list[Tensor | None],
+        other_bytes: tuple[int, int],
+    ) -> None:
+        """Finish a layer that drops tokens, for those that go on; `other_bytes` exist meanwhile.
+
+        Where all tokens of blocks leave their hidden states it is finished for all.
+        """
+        weights = self._part.decoder.layers[layer - self._part.layers.start]
+        timed, cuts, bytes_before = self._shard.clock.span, self._cuts, parked.hidden_TE.nbytes
+        stores = bool(cuts.stores(layer, parked.families))
+        if stores:
+            with timed("finish"):
+                self._finish(weights, parked.hidden_TE, attended)
+        with timed("propagate"):
+            if stores:
+                self._store_hidden(layer, parked)
+            going_on = cuts.going_on(parked, places)
+            hidden_FE = parked.hidden_TE.index_select(0, going_on.rows_F)
+            # On a CPU 8 times as fast as [rows_F].
+            attended = attended.index_select(0, going_on.rows_F)
+        if not stores:
+            with timed("finish"):
+                self._finish(weights, hidden_FE, attended)
+        with timed("propagate"):
+            cuts.narrow(layer, parked, going_on, hidden_FE)
         # The hidden states before and after exist side by side.
-        lse_bytes = 0 if lse is None else lse.nbytes
-        shard.meter.see_prefill(
-            self._kv_bytes(qkv), self.parked_bytes + bytes_before + 2 * qkv.q.nbytes + lse_bytes
-        )
-        return rows_T
+        kv_bytes, activation_bytes = other_bytes
+        if parked.hidden_TE is not hidden_FE:
+            activation_bytes += hidden_FE.nbytes
+        self._shard.meter.see_prefill(kv_bytes, self.parked_bytes + bytes_before + activation_bytes)
+
+    def _store_hidden(self, layer: int, parked: ParkedPrefill) -> None:
+        """Put hidden states behind a layer into blocks, or aside for the stage that has these."""
+        hidden = self._cuts.stored(layer, parked)
+        if layer + 1 < self._part.layers.stop:
+            self._cuts.store(layer, parked.families, hidden)
+        else:
+            parked.for_blocks = hidden
+
+    def _finish(self, weights: Layer, hidden_TE: Tensor, attended: Tensor) -> None:
+        """Replace hidden states before a layer by those after it, chunk by chunk."""
+        for chunk in chunks(len(hidden_TE), self._part.config.linear_chunk_tokens):
+            hidden = hidden_TE[chunk]
+            weights.finish(hidden, attended[chunk], out=hidden)
 
     def _project(self, weights: Layer, parked: ParkedPrefill) -> QKV:
         """Queries, keys and values of whole prompts, chunk by chunk."""

@@ -66,15 +66,34 @@ class Prefixes:
         self._shard = shard
         self._part = shard.part
 
-    def cached_pages(self, family: Sequence[int]) -> NDArray[np.int32]:
-        """The pages of the blocks that a family's prompt begins with, [blocks, L, H]."""
+    def num_reused(self, slot: int) -> int:
+        """First tokens of a prompt that are not computed, in layers that all tokens enter."""
+        return self._shard.slots[slot].num_reused(self._shard.kv.page_tokens)
+
+    def entering(self, slot: int) -> tuple[int, ...]:
+        """How many tokens of a prompt enter each layer of the model, known ones included."""
+        held = self._shard.slots[slot]
+        return held.retention.entering_tokens(held.prompt_tokens, self._part.spec.layers)
+
+    def cut(self, slot: int) -> int | None:
+        """The lowest layer that does not pass on all tokens of a prompt; None: there is none."""
+        held = self._shard.slots[slot]
+        if held.retention.propagate is None:
+            return None
+        num_layers = self._part.spec.num_layers
+        return held.retention.propagate.first_cut(held.prompt_tokens, num_layers)
+
+    def cached_pages(self, family: Sequence[int], layer: int) -> NDArray[np.int32]:
+        """The pages of the blocks that a family's prompt begins with, [blocks, L, H].
+
+        There are none for a layer that not all tokens enter.
+        """
         slots = [self._shard.slots[slot] for slot in family]
-        num_reused = slots[0].num_reused(self._shard.kv.page_tokens)
-        if num_reused:
+        if num_reused := self.num_reused(family[0]):
             assert num_reused < slots[0].prompt_tokens, f"nothing is left of slot {family[0]}"
-            assert not any(slot.retention.propagate for slot in slots), "layers drop tokens"
             assert not any(slot.scores_prompt for slot in slots), "unknown logits get scores"
-        return self._shard.blocks.pages_of(slots[0].prefix.cached)
+        enter_all = self.entering(family[0])[layer] == slots[0].prompt_tokens
+        return self._shard.blocks.pages_of(slots[0].prefix.cached if enter_all else ())
 
     def resumed_rows(self, slot: int) -> ResumedRows | None:
         """The rows that a slot's prompt goes on behind; None: it does not.
@@ -154,7 +173,10 @@ class Prefixes:
         if not parked.reuses:
             return [(slice(0, parked.num_tokens), parked)]
         page_tokens, slots = self._shard.kv.page_tokens, self._shard.slots
-        reused = [slots[slot].num_reused(page_tokens) for slot in parked.families]
+        reused = [
+            len(pages) * page_tokens or slots[slot].resumed_tokens
+            for slot, pages in zip(parked.families, parked.cached, strict=True)
+        ]
         return parked.parts(self._part.config.max_prefill_tokens, reused)
 
     def _read_rows(
@@ -181,21 +203,22 @@ class Prefixes:
     def store(self, local_layer: int, parked: ParkedPrefill, qkv: QKV) -> None:
         """Fill the blocks that the group's prompts store in a layer, from its fresh tokens.
 
-        Whether a prompt's own rows fit does not matter.
+        Whether a prompt's own rows fit does not matter. Behind its first cut it stores nothing.
         """
-        shard = self._shard
+        shard, layer = self._shard, local_layer + self._part.layers.start
         for leader, start in zip(parked.families, parked.cu.host, strict=False):
-            if stored := self._stored(leader):
+            enter_all = self.entering(leader)[layer] == shard.slots[leader].prompt_tokens
+            if enter_all and (stored := self.stored(leader)):
                 place = slice(start, start + len(stored) * shard.kv.page_tokens)
                 shard.blocks.write(stored, local_layer, qkv.k[place], qkv.v[place])
 
     def store_rows(self, parked: ParkedPrefill) -> None:
         """Fill the same blocks in all layers, from rows that have the whole prompts by now."""
         for leader, cached in zip(parked.families, parked.cached, strict=True):
-            if stored := self._stored(leader):
+            if stored := self.stored(leader):
                 self._shard.blocks.copy_rows(stored, leader, len(cached))
 
-    def _stored(self, leader: int) -> tuple[int, ...]:
+    def stored(self, leader: int) -> tuple[int, ...]:
         """The blocks that a prompt fills; a slot refused for want of their pages holds none."""
         stored = self._shard.slots[leader].prefix.stored
         return stored if self._shard.blocks.holds(stored) else ()

@@ -1,7 +1,8 @@
-"""Which packed rows of a prefill group go on to the next layer, the same on every tensor rank.
+"""Which tokens of a prefill group go on to the next layer, the same on every tensor rank.
 
-Shapes: T packed tokens, m tokens of one prompt that entered the layer, r recent ones of them, c the
-m - r others, Hq local query heads, H local kv heads, K kv heads of the whole model, D head dim.
+Shapes: m tokens of one prompt that entered the layer, t last ones of them with queries, r recent
+ones, c the m - r others, Hq local query heads, H local kv heads, K kv heads of the whole model, D
+head dim.
 """
 
 from collections.abc import Sequence
@@ -19,21 +20,20 @@ from saqqara.workers.part import Part
 
 @dataclass(frozen=True)
 class PropagatingPrompt:
-    """One prompt in a layer: what it selects by, and where its tokens lie.
+    """One prompt in a layer: what it selects by.
 
     Attributes:
         propagate: None for a prompt that passes everything on.
         prompt_tokens: length of the whole prompt.
         num_kept: tokens that go on, at most the m that entered.
-        first_row: packed row of its first token.
-        qkv: of the tokens that entered: [m, Hq, D], [m, H, D], [m, H, D].
-        lse: what prefill returned of their queries, [m, Hq] fp32; None if it did not.
+        qkv: keys and values of the tokens that entered, [m, H, D] each, and queries of the last of
+            them, [t, Hq, D]: of those that are computed, at least the recent ones.
+        lse: what prefill returned of these queries, [t, Hq] fp32; None if it did not.
     """
 
     propagate: Propagate | None
     prompt_tokens: int
     num_kept: int
-    first_row: int
     qkv: QKV
     lse: Tensor | None
 
@@ -59,36 +59,36 @@ class PropagatingPrompt:
         return self.num_entered - self.num_recent
 
 
-def surviving_rows(part: Part, prompts: Sequence[PropagatingPrompt]) -> Tensor:
-    """Packed rows, int64 [T'], of all prompts' tokens that go on, in order.
+def surviving_places(part: Part, prompts: Sequence[PropagatingPrompt]) -> list[Tensor | None]:
+    """Places, int64 [kept], of each prompt's survivors among the tokens that entered, in order.
 
-    Scores cross the tensor group once; keys and values never do.
+    None where all go on. Scores cross the tensor group once, keys and values never do.
     """
     selecting = [prompt for prompt in prompts if prompt.selects]
+    if not selecting:
+        return [None] * len(prompts)
     masses_Hc = torch.cat([_mass(part, prompt) for prompt in selecting], dim=1)
     masses_Kc = part.gather_heads(masses_Hc, are_parts=True)
     chosen = iter(torch.split(masses_Kc, [prompt.num_context for prompt in selecting], dim=1))
-    rows = [
-        _select(prompt, next(chosen), part.spec.group_size)
-        if prompt.selects
-        else torch.arange(prompt.num_entered, device=part.device)
+    return [
+        _select(prompt, next(chosen), part.spec.group_size) if prompt.selects else None
         for prompt in prompts
     ]
-    return torch.cat([p.first_row + r for p, r in zip(prompts, rows, strict=True)])
 
 
 def _mass(part: Part, prompt: PropagatingPrompt) -> Tensor:
     """Attention of the recent queries on the context's keys, [H, c] fp32, on this rank's heads."""
     assert prompt.propagate is not None
-    context = prompt.num_context
-    weights = query_weights(prompt.propagate, prompt.num_recent, part.device)
+    recent, num_queries = prompt.num_recent, len(prompt.qkv.q)
+    assert recent <= num_queries, f"{recent} queries are needed, {num_queries} are there"
+    last = slice(num_queries - recent, num_queries)
     return part.backend.mass(
-        prompt.qkv.q[context:],
+        prompt.qkv.q[last],
         prompt.qkv.k,
         part.scale,
-        weights,
-        lse=None if prompt.lse is None else prompt.lse[context:],
-        num_columns=context,
+        query_weights(prompt.propagate, recent, part.device),
+        lse=None if prompt.lse is None else prompt.lse[last],
+        num_columns=prompt.num_context,
     )
 
 

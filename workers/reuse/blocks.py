@@ -3,14 +3,20 @@
 A block has `page_tokens` tokens, and one page for each of this worker's rows. Which blocks there
 are, what they stand for and when they go is the scheduler's; here is where they lie.
 
-Shapes: B blocks, n = B * page_tokens tokens, L local layers, H local kv heads, D head dim.
+Blocks of prompts that drop tokens above a layer have no keys and values there. In pages of the rows
+behind that layer they keep the hidden states of all their tokens as these leave it.
+
+Shapes: B blocks, n = B * page_tokens tokens, L local layers, H local kv heads, D head dim, E hidden
+size.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from saqqara.workers.kv.prompts import copy_pages
 from saqqara.workers.kv.store import KVStore
@@ -98,6 +104,51 @@ class Blocks:
         for stored, tokens in ((pool.k_pages, k), (pool.v_pages, v)):
             found = stored.index_select(0, source).view(by_page)
             tokens.view(by_token).copy_(found.transpose(1, 2))
+
+    def write_hidden(self, ids: Sequence[int], layer: int, hidden_nE: Tensor) -> None:
+        """Fill the pages from a layer on with hidden states, as they enter that layer.
+
+        Args:
+            ids: of adjacent blocks, in order.
+            layer: local layer; blocks have no keys and values there and above.
+            hidden_nE: of their tokens, [n, E].
+        """
+        pool = self._kv.pool
+        pages = self._hidden_pages(self.pages_of(ids), layer, hidden_nE.shape[1])
+        num_pages, dim = pages.shape[1], pool.k_pages.shape[-1]
+        wide = pad(hidden_nE, (0, 2 * num_pages * dim - hidden_nE.shape[1]))
+        shape = (len(ids), pool.page_tokens, 2, num_pages, dim)
+        halves = wide.view(shape).permute(2, 0, 3, 1, 4).flatten(1, 2)  # [2, B * pages, tokens, D]
+        target = to_device(pages.reshape(-1), self._kv.table.device)
+        pool.k_pages.index_copy_(0, target, halves[0])
+        pool.v_pages.index_copy_(0, target, halves[1])
+
+    def read_hidden(
+        self, pages: NDArray[np.int32], layer: int, places: Tensor, hidden_size: int
+    ) -> Tensor:
+        """Hidden states of some tokens of adjacent blocks, as they enter a layer, [places, E].
+
+        Args:
+            pages: `pages_of` the blocks, in order, [B, L, H].
+            layer: local layer, as for `write_hidden`.
+            places: of the tokens among the blocks' n, int64.
+            hidden_size: E.
+        """
+        pool = self._kv.pool
+        of_blocks = to_device(self._hidden_pages(pages, layer, hidden_size), self._kv.table.device)
+        block, token = places // pool.page_tokens, places % pool.page_tokens
+        at = of_blocks[block], token[:, None]
+        found = [stored[at].flatten(1) for stored in (pool.k_pages, pool.v_pages)]
+        return torch.cat(found, dim=1)[:, :hidden_size]
+
+    def _hidden_pages(
+        self, pages: NDArray[np.int32], layer: int, hidden_size: int
+    ) -> NDArray[np.int64]:
+        """Which of the pages from a layer on hold hidden states, int64 [B, pages of a block]."""
+        behind = pages[:, layer:].reshape(len(pages), -1)
+        num = -(-hidden_size // (2 * self._kv.pool.k_pages.shape[-1]))
+        assert num <= behind.shape[1], f"{num} pages of hidden states, and {behind.shape[1]} rows"
+        return behind[:, :num].astype(np.int64)
 
     def _of_layer(self, pages: NDArray[np.int32], layer: int) -> Tensor:
         """Pages of one layer on the device, block after block, int64 [B * H]."""

@@ -16,6 +16,7 @@ from support.fake_replica import FakeReplica, make_workers, next_token
 from saqqara.cluster.reuse import prefixes
 from saqqara.cluster.reuse.cached import CachedPrefixes
 from saqqara.cluster.reuse.limits import (
+    Cuts,
     keeps_whole_prompt,
     least_computed_tokens,
     why_not_reused,
@@ -30,6 +31,7 @@ from saqqara.workers.plan import SamplingSpec, StepPlan
 FULL = Retention.parse("full")
 SNAPKV = Retention.parse({"method": "snapkv", "window": 3, "sinks": 1, "budget": 12})
 H2O = Retention.parse({"method": "h2o", "budget": 12})
+ONCE = {"kind": "once", "layer": 1, "keep": 0.5, "window": 5, "sinks": 1}  # of four layers
 PREFIX = tuple(range(1, 25))  # six blocks of four tokens
 
 
@@ -221,8 +223,54 @@ def test_what_a_method_looks_at_is_computed() -> None:
     assert keeps_whole_prompt(SNAPKV, 12)
     assert not keeps_whole_prompt(SNAPKV, 13)
     assert not keeps_whole_prompt(decoding, 10), "it is cut later"
-    for spec in ("pyramidinfer", {"method": "h2o", "budget": 12}):
-        assert why_not_reused(Retention.parse(spec)) is not None
+    assert least_computed_tokens(Retention.parse({"propagate": ONCE}), 100, 200) == 5
+    assert why_not_reused(H2O) is not None
+
+
+def test_prompts_that_drop_tokens_share_what_lies_below_their_first_cut() -> None:
+    """With each other only: their blocks have other contents."""
+    replica = Replica(max_num_seqs=2, max_prefill_tokens=30)
+    once = Retention.parse({"propagate": ONCE})
+    later = Retention.parse({"propagate": {**ONCE, "layer": 2}})
+    scored = Retention.parse({**SNAPKV.to_dict(), "propagate": ONCE})
+    for retention in (once, scored, FULL, FULL):
+        replica.serve([1, 2, 3], retention)
+    assert cached(*(replica.serve([9, 2, 3], r) for r in (once, scored, later))) == [20, 20, 0]
+    assert cached(replica.serve([4, 2, 3])) == [24]
+    computed = replica.fake.prefilled_tokens
+    together = [replica.add([own, 2, 3], once) for own in range(2)]
+    replica.finish()
+    assert cached(*together) == [20, 20]
+    assert replica.fake.prefilled_tokens == computed + 2 * 7
+    # Above the cut 13 tokens of each are computed: they fit together, and nothing else does.
+    assert [len(plan.new) for plan in replica.fake.plans][-4:].count(2) == 1
+    half = Replica(max_num_seqs=2, max_prefill_tokens=25)
+    for own in range(2):
+        half.serve([own, 2, 3], once)
+    together = [half.add([own, 2, 3], once) for own in range(2)]
+    half.finish()
+    assert cached(*together) == [20, 20]
+    assert max(len(plan.new) for plan in half.fake.plans) == 1
+
+
+def test_cuts_for_which_blocks_are_no_use_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    early = Retention.parse({"propagate": {**ONCE, "layer": 1}})
+    workers = make_workers(100, stages=(5, 4))
+    assert Cuts(workers).first(early, 100) == 1
+    assert Cuts(workers).first(early, 6) is None, "too short to drop any"
+    assert Cuts(workers).why_not_reused(early, 6) is None
+    assert "2 of 9 layers" in str(Cuts(workers).why_not_reused(early, 100))
+    middle = Retention.parse({"propagate": {**ONCE, "layer": 4}})
+    page, most = workers[0].page_bytes, 8 * workers[0].page_bytes // 4  # of 4 x 2 rows
+    assert page > 0
+    for hidden_bytes, fits in ((most, True), (most + 1, False)):
+        wide = [replace(worker, hidden_bytes=hidden_bytes) for worker in workers]
+        why_not = Cuts(wide).why_not_reused(middle, 100)
+        assert fits is (why_not is None), "stage 1 has them, whose first layer is behind the cut"
+    replica = Replica()
+    replica.serve([1], Retention.parse({"propagate": {**ONCE, "layer": 0}}))
+    assert replica.scheduler.prefixes.num_blocks == 0
 
 
 def test_who_takes_no_part_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support.fake_replica import make_workers
 
 from saqqara.cluster.reuse import prefixes
 from saqqara.cluster.reuse.cached import CachedPrefixes, Use
+from saqqara.cluster.reuse.limits import Cuts
 from saqqara.cluster.reuse.prefixes import NOTHING, Block, Found, Prefixes, block_keys
 from saqqara.compression.retention import Retention
 
@@ -78,7 +80,7 @@ class Traffic:
         self._start()
 
     def _start(self) -> None:
-        self.cached = CachedPrefixes(self.index, Pool(), 10, 1)
+        self.cached = CachedPrefixes(self.index, Pool(), 10, 1, Cuts(make_workers(12)))
         self.filling: list[Use] = []
         self.holding: list[Use] = []
 

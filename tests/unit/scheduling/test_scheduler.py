@@ -764,5 +764,5 @@ def test_two_hundred_requests_through_a_small_pool(stages: tuple[int, ...], look
     check_all(sequences)
     assert all(s.finish_reason != "error" for s in sequences)
     assert run.count(Preempted) > 10
-    assert run.replica.blocks.num_hits > 20
+    assert run.replica.blocks.num_hits > 10
     assert run.replica.parked.num_back > 10
