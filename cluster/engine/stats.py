@@ -222,7 +222,7 @@ class EngineStats:
         gauges = {
             "vllm:num_requests_running": num_running,
             "vllm:num_requests_waiting": scheduler.num_waiting,
-            "vllm:kv_cache_usage_perc": self._ranks.used_share(scheduler.prefixes.idle_pages),
+            "vllm:kv_cache_usage_perc": self._ranks.used_share(scheduler.idle_pages),
             "saqqara:kv_kept_bytes": self._usage.kept_bytes,
             "saqqara:kv_full_bytes": self._usage.full_bytes,
             "saqqara:kv_local_bytes": self._usage.local_bytes,
@@ -308,7 +308,7 @@ class EngineStats:
                 ),
                 usage=self._usage,
                 usage_peak=self._usage_peak,
-                used_share=self._ranks.used_share(scheduler.prefixes.idle_pages),
+                used_share=self._ranks.used_share(scheduler.idle_pages),
                 pyramid=scheduler.ledger.pyramid(),
                 prefilled=self._prefilled,
                 ranks=self._ranks.seen(are_alive=self._is_ready),

@@ -62,7 +62,7 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "vllm:kv_cache_usage_perc",
         "gauge",
-        "Share of the KV pages in use, 1 = all, of the worker with the least free.",
+        "Share of the KV pages that sequences need, 1 = all, of the worker with the least free.",
     ),
     MetricSpec("vllm:prompt_tokens", "counter", "Prompt tokens prefilled, each request once."),
     MetricSpec("vllm:generation_tokens", "counter", "Tokens generated."),

@@ -58,8 +58,10 @@ class Ranks:
 
         Those that hold what nobody uses now are as good as free: `idle_pages`, by rank.
         """
-        free = np.array(self.pages_free) + idle_pages
-        return float((1 - free / [worker.num_pages for worker in self.workers]).max())
+        num_pages = np.array([worker.num_pages for worker in self.workers])
+        # What is idle once the planned steps have run may lie in pages that no rank has told of.
+        free = np.minimum(np.array(self.pages_free) + idle_pages, num_pages)
+        return float((1 - free / num_pages).max())
 
     def seconds(self, rank: int) -> Mapping[str, float]:
         """Seconds by phase of a rank since the engine's start."""

@@ -50,7 +50,9 @@ class KvState(_Frozen):
     page_tokens: int
     num_pages: int
     pages_free: int
-    usage: float = Field(description="Share of pages in use, of the rank with the least free.")
+    usage: float = Field(
+        description="Share of pages that sequences need, of the rank with the least free."
+    )
     kept_tokens: float
     full_tokens: int
     kept_bytes: int

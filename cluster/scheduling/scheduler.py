@@ -14,6 +14,7 @@ from saqqara.cluster.reuse.parked import HostMemory
 from saqqara.workers.plan import SamplingSpec, StepPlan, StepResult, WorkerInfo
 
 from .decode import DecodePlanner
+from .demand import Ints
 from .draft import Draft
 from .events import Event
 from .ledger import Ledger
@@ -189,6 +190,11 @@ class Scheduler:
     def prefixes(self) -> CachedPrefixes:
         """Cached prefixes of prompts."""
         return self._roster.seats.cached
+
+    @property
+    def idle_pages(self) -> Ints:
+        """Pages, int64 [W], that are as good as free: `Seats.make_room` gives them away."""
+        return self._roster.seats.idle_pages
 
     def end_conversation(self, owner: str, conversation_id: str) -> bool:
         """Give up what is kept of a conversation, by the next plan; whether there was anything.

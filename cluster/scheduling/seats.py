@@ -110,14 +110,18 @@ class Seats:
         """Sequences that hold a slot or held one that is not released yet."""
         return self._holders.values()
 
+    @property
+    def idle_pages(self) -> Ints:
+        """Pages, int64 [W], that no sequence needs: idle blocks' and waiting conversations'."""
+        return self.cached.idle_pages + self.turns.idle_pages
+
     def make_room(self, need_W: Ints) -> bool:
         """Have so many pages free on every worker, int64 [W]; False, and nothing goes, if not.
 
         What nobody needs now goes first: blocks of prefixes that no sequence uses, then what
         conversations keep there, to the host's memory or for good.
         """
-        idle_W = self.cached.idle_pages + self.turns.idle_pages
-        if (need_W > self.ledger.free + idle_W).any():
+        if (need_W > self.ledger.free + self.idle_pages).any():
             return False
         self.cached.give(need_W)
         self.turns.give(need_W)

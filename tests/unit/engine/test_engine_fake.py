@@ -508,6 +508,14 @@ def test_metrics_follow_the_engine() -> None:
         'saqqara:batch_rows_done_total{model_name="fake",outcome="answered"} 0.0',
     ]:
         assert line in text
+    # What a conversation keeps fills pages, but whoever needs them gets them.
+    engine.add(Request("c", "a" * 59, greedy(max_tokens=6), conversation_id="talk"))
+    run(engine)
+    state = engine.live_stats().kv_cache
+    assert (state.usage, state.pages_free < 1000) == (0.0, True)
+    text = engine.metrics.render()
+    assert 'vllm:kv_cache_usage_perc{model_name="fake"} 0.0' in text
+    assert 'saqqara:conversations{model_name="fake"} 1.0' in text
 
 
 def test_metrics_count_refusals_and_rows() -> None:

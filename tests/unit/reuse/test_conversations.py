@@ -178,6 +178,7 @@ def test_blocks_that_only_a_quiet_conversation_shares_make_room() -> None:
     own = 2 * 8 * 2  # pages of the last tokens' rows
     assert talks.scheduler.ledger.free == 120 - 4 * 8 - own
     assert not blocks.idle_pages.any()
+    assert talks.scheduler.idle_pages == 4 * 8 + own, "no sequence needs any page"
     talks.turn(range(60, 113), None)  # needs nearly all
     assert (blocks.num_blocks, len(kept)) == (0, 0)
     talks.close()
