@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.ranks import run_ranks
-from support.scheduled_ranks import Outcome, Traffic, serve
+from support.scheduled_ranks import METHODS, PROPAGATING, Outcome, Traffic, serve
 from support.tiny import save_tiny
 
 from saqqara.configs.schema import EngineConfig
@@ -25,8 +25,8 @@ SMALL, MEDIUM = 2**-11, 2**-9  # GiB
 
 @pytest.fixture(scope="module", params=["llama-gqa", "gemma3"])
 def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny(request.param, folder)
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny(request.param, folder, num_layers=6 if request.param == "llama-gqa" else None)
     return folder
 
 
@@ -48,7 +48,8 @@ def traffic_of(
         tensor_parallel_size=layout.tensor_size,
         pipeline_parallel_size=layout.pipeline_size,
     )
-    return Traffic(config, layout, seed, num_requests=60, prefix_bytes=None)
+    methods = METHODS if model.name.startswith("gemma") else METHODS + PROPAGATING
+    return Traffic(config, layout, seed, num_requests=60, prefix_bytes=None, methods=methods)
 
 
 def outcome(traffic: Traffic) -> Outcome:
@@ -74,7 +75,7 @@ def test_tokens_are_those_without_a_cache(model: Path, layout: str, gib: float) 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lost_ranks_and_clients_change_no_token(model: Path, layout: str) -> None:
-    traffic = traffic_of(model, LAYOUTS[layout], seed=5, gib=MEDIUM)
+    traffic = traffic_of(model, LAYOUTS[layout], seed=7, gib=MEDIUM)
     plain = outcome(replace(traffic, prefix_bytes=0))
     lost = outcome(replace(traffic, restart_at=40, may_abort=True))
     assert lost.hit_tokens > 300

@@ -37,6 +37,12 @@ METHODS: tuple[Any, ...] = (
     {"method": "knorm", "window": 4, "sinks": 1, "budget": 16},
     {"method": "h2o", "budget": 20},
 )
+# Which no model with windows serves. Of six layers each cut is in another place of two stages.
+PROPAGATING: tuple[Any, ...] = (
+    {"propagate": {"kind": "once", "layer": 1, "keep": 0.5, "window": 4}},
+    {"propagate": {"kind": "once", "layer": 2, "keep": 0.4, "window": 6}},
+    {**METHODS[2], "propagate": {"kind": "once", "layer": 3, "keep": 0.3, "window": 6}},
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Traffic:
         may_abort: whether clients go.
         num_talks: conversations of `NUM_TURNS` turns, beside the requests.
         keeps_talks: whether what a turn keeps stays for the next.
+        methods: of the requests.
     """
 
     config: EngineConfig
@@ -63,6 +70,7 @@ class Traffic:
     may_abort: bool = False
     num_talks: int = 0
     keeps_talks: bool = True
+    methods: tuple[Any, ...] = METHODS
 
 
 @dataclass
@@ -105,7 +113,7 @@ def requests(traffic: Traffic) -> list[TokenRequest]:
             ignore_eos=True,
         )
         owner = rng.choice(("a", "a", "b"))
-        retention = Retention.parse(rng.choice(METHODS))
+        retention = Retention.parse(rng.choice(traffic.methods))
         made.append(TokenRequest(str(number), tuple(prompt), sampling, retention, owner=owner))
     return made
 
